@@ -1,0 +1,291 @@
+"""The contract: what every method of this library promises, written once.
+
+Every method *wraps modules*. An `Adapter` is a module that holds a frozen module as
+`.base` and adds something trainable beside it. From that one sentence follow the verbs:
+
+    inject     put an adapter in front of every matching module; freeze the rest
+    trainable  the parameters of the adapters that are not under `.base`
+    merge      fold the adapters into the weights they stand beside, where possible
+    remove     take them off again; the model is what it was, bit for bit
+
+`save` and `load` (exchange.py) read the same definition. No name of a parameter is ever
+searched for a substring.
+
+Two declared exceptions train tensors that the model itself owns: full fine-tuning, and
+the biases that `lora.inject(..., bias=...)` asks for. The injection lists them by name
+as `own`, with the original values where `remove` shall be able to bring them back.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .targets import Targets, resolve
+
+
+class CannotMerge(ValueError):
+    """The adapters cannot be folded into the weights; the message says why."""
+
+
+class Adapter(nn.Module):
+    """A frozen module with something trainable beside it.
+
+    Args
+        base  the module to wrap; frozen here
+    A subclass registers its own parameters, computes `forward`, names its tensors in
+    saved files by `file_names`, and, where the mathematics allow, returns `merged`.
+    """
+
+    file_names: ClassVar[
+        Mapping[str, str]
+    ] = {}  # parameter -> its name in a saved file
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+
+    def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{name: tensor of the base, the adapter folded in}, computed in `dtype`."""
+        raise CannotMerge(
+            f"{type(self).__name__} has no equivalent weight to merge into"
+        )
+
+
+@dataclass
+class Injection:
+    """What was done to a model, so that it can be undone and saved."""
+
+    method: str  # the method's module: "lora", "full", …
+    config: dict  # the arguments of its inject, as JSON can hold them
+    requires_grad: dict[str, bool]  # each parameter's flag before
+    vocabulary: int | None  # rows of the input embedding
+    own: dict[str, Tensor | None] = field(
+        default_factory=dict
+    )  # name -> original, if kept
+
+
+def inject(
+    model: nn.Module,
+    wrap: Callable[[nn.Module], Adapter],
+    targets: Targets,
+    *,
+    method: str = "custom",
+    config: Mapping | None = None,
+    own: Iterable[str] = (),
+    keep_own: bool = True,
+) -> list[str]:
+    """Freeze the model and put `wrap(module)` in the place of every target.
+
+    Args
+        wrap      called with each module, returns its Adapter
+        targets   see targets.resolve; or a ready {name: module}
+        method    the name of the method's module, which save() writes
+        config    what that method needs to be injected again, as JSON can hold it
+        own       names of the model's own parameters that train as well
+        keep_own  keep a copy of those, so that remove() can bring them back
+    Returns  the wrapped modules' names, in the model's order
+    Raises   ValueError   nothing matches, or the model carries adapters already;
+             the model is then as it was
+    """
+    refuse_second(model)
+    modules = targets if isinstance(targets, Mapping) else resolve(model, targets)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        adapters = {m: wrap(m).train(m.training) for m in modules.values()}
+    except BaseException:
+        _set_flags(model, before)
+        raise
+    injection = Injection(method, dict(config or {}), before, vocabulary(model))
+    model.requires_grad_(False)
+    for name in own:
+        parameter = model.get_parameter(name).requires_grad_(True)
+        injection.own[name] = parameter.detach().clone() if keep_own else None
+    _swap(model, adapters)
+    model.pfs_injection = injection
+    return list(modules)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of the model by the name of the module that they wrap."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters that train, by their name before the injection."""
+    own = injected(model).own if is_injected(model) else {}
+    if not own:
+        return {}
+    now = plain_names(model)
+    return {now[n]: p for n, p in model.named_parameters() if now[n] in own}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that a training step may move, by name; empty without adapters.
+
+    These are the parameters of an `Adapter` that are not under its `.base`, and the
+    tensors of the model itself that the injection declared.
+    """
+    found = {
+        f"{name}.{inner}": parameter
+        for name, adapter in adapters(model).items()
+        for inner, parameter in adapter.named_parameters()
+        if not inner.startswith("base.")
+    }
+    return found | own_parameters(model)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> dict[str, float]:
+    """Fold every adapter into the weights that it stands beside, and take it off.
+
+    Computed in float64 (float32 on MPS, which has no float64) and rounded once to the
+    weight's dtype. All or nothing: every merged weight is ready and checked before the
+    first one is written.
+
+    Returns  {module name: rounding error}, dimensionless: the norm of what rounding to
+             the weight's dtype lost, over the norm of the change. Keep a copy of the
+             base if it is needed again: subtracting does not restore the bits.
+    Raises   CannotMerge  with the reason, the model untouched
+    Memory   one copy of the wrapped weights while it runs
+    """
+    injected(model)
+    ready, errors = [], {}
+    for name, adapter in adapters(model).items():
+        lost = changed = 0.0
+        for inner, exact in adapter.merged(_wide(adapter.base)).items():
+            parameter = adapter.base.get_parameter(inner)
+            _refuse_tied(model, f"{name}.{inner}", parameter)
+            rounded = exact.to(parameter.dtype)
+            if not rounded.isfinite().all():
+                raise CannotMerge(
+                    f"{name}.{inner} would hold values that {parameter.dtype} cannot; "
+                    "look for NaN in the adapter, or merge in a wider dtype"
+                )
+            lost += (rounded.to(exact.dtype) - exact).square().sum().item()
+            changed += (exact - parameter.to(exact.dtype)).square().sum().item()
+            ready.append((parameter, rounded))
+        errors[name] = (lost / changed) ** 0.5 if changed else 0.0
+    for parameter, rounded in ready:
+        parameter.copy_(rounded)
+    detach(model)
+    return errors
+
+
+@torch.no_grad()
+def remove(model: nn.Module) -> None:
+    """Undo inject: the model is what it was before, bit for bit.
+
+    Raises  ValueError  full fine-tuning without `keep_original=True`: the original
+            weights are gone, and nothing is touched
+    """
+    lost = [name for name, original in injected(model).own.items() if original is None]
+    if lost:
+        raise ValueError(
+            f"remove() cannot restore {lost[0]} ({len(lost)} such tensors): their "
+            "originals were not kept. Inject with keep_original=True, or load the base "
+            "model again; merge() keeps the trained weights"
+        )
+    for name, parameter in own_parameters(model).items():
+        parameter.copy_(injected(model).own[name])
+    detach(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Unwrap every adapter and put the flags back; the weights stay as they are."""
+    _swap(model, {adapter: adapter.base for adapter in adapters(model).values()})
+    _set_flags(model, injected(model).requires_grad)
+    del model.pfs_injection
+
+
+def is_injected(model: nn.Module) -> bool:
+    return hasattr(model, "pfs_injection")
+
+
+def injected(model: nn.Module) -> Injection:
+    """The record of the injection; ValueError where there is none."""
+    if not is_injected(model):
+        raise ValueError(
+            f"this {type(model).__name__} carries no adapter; inject or load one first"
+        )
+    return model.pfs_injection
+
+
+def refuse_second(model: nn.Module) -> None:
+    """ValueError where the model carries adapters already."""
+    if is_injected(model):
+        raise ValueError(
+            f"this {type(model).__name__} carries {injected(model).method} adapters "
+            "already; merge() or remove() them first"
+        )
+
+
+def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
+    """ValueError naming the first field that asks for something this library lacks."""
+    for name, value in config.items():
+        if name not in implemented and value not in (None, False, "", [], {}):
+            raise ValueError(
+                f"adapter_config.json sets {name}={value!r}, which is not implemented "
+                "here; loading without it would give another model"
+            )
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name now -> its name before adapters stood in between."""
+    deepest_first = sorted(adapters(model), key=len, reverse=True)
+    before = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        before[name] = name
+        for wrapped in deepest_first:
+            if name.startswith(f"{wrapped}.base."):
+                before[name] = wrapped + before[name].removeprefix(f"{wrapped}.base")
+    return before
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embedding; None for a model without one."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return None if embedding is None else embedding.weight.shape[0]
+
+
+def as_matrix(base: nn.Module) -> Tensor:
+    """The base's weight as (d_out, d_in): Conv1D stores the transpose."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+def sizes(base: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a projection."""
+    return tuple(as_matrix(base).shape)
+
+
+def _wide(base: nn.Module) -> torch.dtype:
+    on_mps = next(base.parameters()).device.type == "mps"
+    return torch.float32 if on_mps else torch.float64
+
+
+def _refuse_tied(model, name, parameter) -> None:
+    holders = [
+        holder
+        for holder, module in model.named_modules()
+        if any(p is parameter for p in module.parameters(recurse=False))
+    ]
+    if len(holders) > 1:
+        raise CannotMerge(
+            f"{name} is one tensor with {holders[0]}.weight: merging would change "
+            "both. Untie them first, or leave this module out of the targets"
+        )
+
+
+def _swap(model, old_to_new) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in old_to_new:
+                setattr(parent, name, old_to_new[child])
+
+
+def _set_flags(model, flags) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))

@@ -1,0 +1,233 @@
+"""Adapters on disk, in the layout of Hugging Face PEFT, both ways.
+
+    adapter_config.json          what was injected, in PEFT's field names
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight …, nothing else
+
+A file from a stranger is hostile until proven otherwise: no pickle, no code, every key,
+shape and value checked before the model changes. A config field that is not implemented
+and not at its default is refused by name, never ignored. Module names come from the
+tensors' keys, not from patterns in the config.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import adapter, atomic
+from .methods import full, lora
+
+METHODS: dict[str, ModuleType] = {"LORA": lora, "FULL": full}  # peft_type -> its module
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+METADATA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type"}
+METADATA |= {"peft_version", "revision", "task_type"}  # say nothing about the weights
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter, and only the adapter, to `directory`.
+
+    Raises  ValueError  no adapter; a tensor that is not finite; a vocabulary that was
+            resized, whose new rows an adapter file would silently lose. The folder then
+            holds what it held before
+    """
+    injection = adapter.injected(model)
+    rows = _refuse_resized(model)
+    tensors = {
+        key: p.detach().cpu().contiguous() for key, p in _file_keys(model).items()
+    }
+    _refuse_not_finite(tensors, "this model")
+    peft_type, method = _method_named(injection.method)
+    config = {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(model.config, "name_or_path", None) or None,
+        "inference_mode": True,
+        **method.to_peft(model),
+    }
+    directory = Path(directory)
+    metadata = {"format": "pt", "vocab_size": str(rows)}
+    with atomic.new_file(directory / WEIGHTS) as weights:
+        save_file(tensors, weights, metadata)
+        with atomic.new_file(directory / CONFIG) as file:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(model: nn.Module, directory: str | Path) -> list[str]:
+    """Inject what the folder holds, ours or PEFT's, and fill it with the saved values.
+
+    Returns  the names of the adapted modules
+    Warns    UserWarning   the loaded adapter changes no logit (an untrained one)
+    Raises   ValueError   a broken, incomplete, superfluous, misshapen or non-finite
+             file, a field that is not implemented, a model that does not fit; the model
+             is then as it was
+             FileNotFoundError   one of the two files is not there
+    """
+    adapter.refuse_second(model)
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG)
+    method = METHODS[config["peft_type"]]
+    tensors, rows = _read_tensors(directory / WEIGHTS)
+    _refuse_other_vocabulary(model, rows)
+    arguments = method.from_peft(
+        {key: value for key, value in config.items() if key not in METADATA},
+        _modules(model, tensors, method),
+    )
+    before = _probe(model)
+    names = method.inject(model, **arguments)
+    try:
+        expected = _file_keys(model)
+        _refuse_mismatch(expected, tensors, directory / WEIGHTS)
+    except BaseException:
+        adapter.detach(model)
+        raise
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(tensors[key])
+    if before is not None and torch.equal(before, _probe(model)):
+        warnings.warn(
+            f"the adapter from {directory} changes no logit of this model: it is "
+            "untrained, or was made for another one",
+            stacklevel=2,
+        )
+    return names
+
+
+def _method_named(name: str) -> tuple[str, ModuleType]:
+    for peft_type, method in METHODS.items():
+        if method.__name__.rpartition(".")[2] == name:
+            return peft_type, method
+    raise ValueError(f"adapters of the method {name!r} have no file format")
+
+
+def _file_keys(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{key in the file: parameter} of everything that the injection trains."""
+    wrapped = adapter.adapters(model)
+    keys = {
+        f"{PREFIX}{name}.{key}": module.get_parameter(inner)
+        for name, module in wrapped.items()
+        for inner, key in module.file_names.items()
+    }
+    for name, parameter in adapter.own_parameters(model).items():
+        owner, _, last = name.rpartition(".")
+        stored = f"{owner}.base_layer.{last}" if owner in wrapped else name
+        keys[PREFIX + stored] = parameter
+    return keys
+
+
+def _modules(model, tensors, method) -> dict[str, nn.Module]:
+    """The modules that the file's keys name; ValueError for one the model has not."""
+    names = {}
+    for key in tensors:
+        for suffix in method.FILE_SUFFIXES:
+            if key.startswith(PREFIX) and key.endswith(f".{suffix}"):
+                names[key.removeprefix(PREFIX).removesuffix(f".{suffix}")] = None
+    found = dict(model.named_modules())
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(
+            f"the file adapts {unknown[0]} ({len(unknown)} such modules), which this "
+            f"{type(model).__name__} does not have; it was made for another model"
+        )
+    return {name: module for name, module in found.items() if name in names}
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist: name the folder that holds {CONFIG} and {WEIGHTS}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise ValueError(
+            f"{path}: peft_type={kind!r} is not implemented; known are "
+            f"{', '.join(METHODS)}"
+        )
+    return config
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the adapter has no weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    _refuse_not_finite(tensors, path)
+    return tensors, metadata.get("vocab_size")
+
+
+def _refuse_not_finite(tensors, where) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"{key} in {where} holds values that are not finite numbers"
+            )
+
+
+def _refuse_mismatch(expected, tensors, path) -> None:
+    missing = [key for key in expected if key not in tensors]
+    extra = [key for key in tensors if key not in expected]
+    for word, keys in (
+        ("lacks", missing),
+        ("holds, beyond what its config says,", extra),
+    ):
+        if keys:
+            raise ValueError(f"{path} {word} {keys[0]} ({len(keys)} such tensors)")
+    for key, parameter in expected.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, this model and "
+                f"the config need {tuple(parameter.shape)}"
+            )
+
+
+def _refuse_resized(model) -> int | None:
+    now = adapter.vocabulary(model)
+    for then in (
+        adapter.injected(model).vocabulary,
+        getattr(model, "pfs_vocab_size", now),
+    ):
+        if now != then:
+            raise ValueError(
+                f"the vocabulary was resized from {then} to {now} rows; an adapter "
+                "file has no place for the new rows and would lose them. Save the whole "
+                "model (merge, then model.save_pretrained), or resize back"
+            )
+    return now
+
+
+def _refuse_other_vocabulary(model, rows: str | None) -> None:
+    now = adapter.vocabulary(model)
+    if rows is not None and rows != str(now):
+        raise ValueError(
+            f"the adapter was trained on a vocabulary of {rows} rows, this model has "
+            f"{now}: load the base model it was made for, or resize the embeddings as then"
+        )
+
+
+@torch.no_grad()
+def _probe(model) -> Tensor | None:
+    """The logits of fixed tokens in eval mode; None for a model without tokens."""
+    rows = adapter.vocabulary(model)
+    if rows is None:
+        return None
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] * 7 % rows
+    try:
+        mask = torch.ones_like(ids)
+        return model.eval()(ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

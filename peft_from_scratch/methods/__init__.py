@@ -1,0 +1,1 @@
+"""The syllabus: one file a method, each opening with its paper and its equation."""

@@ -1,0 +1,38 @@
+"""Full fine-tuning: every parameter trains, nothing is wrapped.
+
+    W ← W0 + ΔW,  ΔW (d_out, d_in) free
+
+The baseline that every other method is measured against, and the declared exception of
+the contract: it trains the model's own tensors, so that `remove` needs the originals.
+"""
+
+from torch import nn
+
+from .. import adapter
+
+
+def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
+    """Let every parameter of the model train.
+
+    Args
+        keep_original  keep a copy of all weights, so that remove() can restore them
+    Returns  the names of the trained parameters; tied weights count once
+    Memory   with keep_original, the model's bytes once more
+    """
+    names = [name for name, _ in model.named_parameters()]
+    adapter.inject(model, None, {}, method="full", own=names, keep_own=keep_original)
+    return names
+
+
+FILE_SUFFIXES = ()  # no module is wrapped; the file holds the parameters themselves
+
+
+def to_peft(model: nn.Module) -> dict:
+    """PEFT has no such type: the file says FULL and holds every weight."""
+    return {}
+
+
+def from_peft(config: dict, modules: dict[str, nn.Module]) -> dict:
+    """The arguments of inject for a saved full fine-tuning."""
+    adapter.refuse_unimplemented(config, set())
+    return {}

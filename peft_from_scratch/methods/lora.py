@@ -1,0 +1,265 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., arXiv:2106.09685v2.
+
+    h = W0 x + scale · B A x        scale = alpha / r   (rsLoRA: alpha / sqrt(r))
+
+W0 (d_out, d_in) is frozen. A (r, d_in) starts Gaussian and B (d_out, r) zero, so that
+the model starts from exactly the pretrained weights. r (d_in + d_out) parameters train
+in the place of d_in · d_out.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import adapter
+from .. import targets as targeting
+from ..adapter import Adapter, as_matrix, refuse_unimplemented, sizes
+from ..targets import Targets
+
+BIASES = ("none", "lora_only", "all")
+FILE_SUFFIXES = ("lora_A.weight", "lora_B.weight")
+# inject's arguments -> the fields of PEFT's LoraConfig
+FIELDS = dict(
+    r="r",
+    alpha="lora_alpha",
+    rslora="use_rslora",
+    dropout="lora_dropout",
+    bias="bias",
+    rank_pattern="rank_pattern",
+    alpha_pattern="alpha_pattern",
+)
+# Fields of a saved file that change nothing in it: the keys name the modules, the layer
+# knows its own orientation, and the rest qualifies options that are refused.
+INERT = {"target_modules", "exclude_modules", "fan_in_fan_out", "init_lora_weights"}
+INERT |= {"eva_config", "megatron_core", "qalora_group_size"}
+# How an adapter of PEFT may have been initialised without changing the base model.
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """y += scale · (x Aᵀ) Bᵀ in place, with the gradients written out.
+
+    Forward    h = x Aᵀ                     (tokens, r), kept
+               y = y + scale · h Bᵀ         (tokens, d_out), over the base's output
+    Backward   dh = scale · dy B            (tokens, r)
+               dA = dhᵀ x                   (r, d_in)
+               dB = scale · dyᵀ h           (d_out, r)
+               dx = dh A                    (tokens, d_in), where x needs it
+
+    Autograd on the plain expression gives the same values; it also allocates the
+    product and its scaled copy, each as large as y, at every module.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scale):
+        h = F.linear(x.to(A.dtype), A)
+        if y.dtype == h.dtype == B.dtype:
+            y.view(-1, y.shape[-1]).addmm_(_rows(h), B.T, alpha=scale)
+        else:  # half-precision base or autocast: round the sum once, to y's dtype
+            y.add_(F.linear(h, B).to(y.dtype), alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, A, B = ctx.saved_tensors
+        dy_rows = _rows(dy).to(B.dtype)
+        dh = torch.mm(dy_rows, B) * ctx.scale
+        dA = torch.mm(dh.T, _rows(x).to(A.dtype))
+        dB = torch.mm(dy_rows.T, _rows(h).to(B.dtype)) * ctx.scale
+        dx = (
+            torch.mm(dh, A).view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        return dy, dx, dA, dB, None
+
+
+class LoRA(Adapter):
+    """A frozen projection with a low-rank update beside it.
+
+        h = W0 x + scale · B A x                   [1] eq. (3), alpha/r from section 4.1
+
+    Args
+        base     nn.Linear or Conv1D, frozen here.     W0 (d_out, d_in)
+        r        rank, 1 <= r <= min(d_in, d_out); dimensionless
+        alpha    > 0, dimensionless; scale = alpha / r
+        rslora   scale = alpha / sqrt(r) instead, [2] section 3
+        dropout  probability in [0, 1) on the input of A, in training only
+    Returns  (…, d_out), dtype of the base's output
+    Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
+    Memory   r (d_in + d_out) parameters: in the base's dtype, but in float32 on a half-
+             precision base, where updates of 1e-4 would be rounded away
+    Departs  [1] says "random Gaussian" without a variance. Here 1 / (3 d_in), that of
+             the uniform draw in the paper's own code, so that learning rates carry over.
+    Source   [1] arXiv:2106.09685v2   [2] arXiv:2312.03732
+    """
+
+    file_names: ClassVar = dict(zip("AB", FILE_SUFFIXES, strict=True))
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 8,
+        alpha: float = 16,
+        *,
+        rslora: bool = False,
+        dropout: float = 0.0,
+    ):
+        d_out, d_in = sizes(base)
+        _check(r, alpha, dropout, min(d_out, d_in))
+        super().__init__(base)
+        weight = base.weight
+        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        like = dict(device=weight.device, dtype=dtype)
+        self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, r, **like))
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LowRankUpdate.apply(
+            self.base(x), self.dropout(x), self.A, self.B, self.scale
+        )
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The update of the weight, scale · B A: (d_out, d_in), computed in `dtype`."""
+        return self.scale * (self.B.to(dtype) @ self.A.to(dtype))
+
+    def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """W0 + scale · B A, in the orientation in which the base stores its weight."""
+        W = as_matrix(self.base).to(dtype) + self.delta(dtype)
+        return {"weight": W if as_matrix(self.base) is self.base.weight else W.T}
+
+
+def inject(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    bias: str = "none",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Freeze the model and put a LoRA beside every target.
+
+    Args
+        r, alpha, rslora, dropout   see LoRA
+        targets, exclude            see targets.resolve; or a ready {name: module}
+        bias           "none"; "lora_only" also trains the biases of the wrapped
+                       modules; "all" every bias of the model
+        rank_pattern   {module name, its end, or a regex: rank} where it is not r
+        alpha_pattern  the same for alpha
+    Returns  the names of the wrapped modules
+    Raises   ValueError   an argument out of its range, or no match; the model as it was
+    """
+    if bias not in BIASES:
+        raise ValueError(f"{bias=}: allowed are {', '.join(BIASES)}")
+    adapter.refuse_second(model)
+    if not isinstance(targets, Mapping):
+        targets = targeting.resolve(model, targets, exclude)
+    ranks = {m: _first(rank_pattern, n, r) for n, m in targets.items()}
+    alphas = {m: _first(alpha_pattern, n, alpha) for n, m in targets.items()}
+    return adapter.inject(
+        model,
+        lambda base: LoRA(
+            base, ranks[base], alphas[base], rslora=rslora, dropout=dropout
+        ),
+        targets,
+        method="lora",
+        config=dict(
+            r=r,
+            alpha=alpha,
+            rslora=rslora,
+            dropout=dropout,
+            bias=bias,
+            rank_pattern=dict(rank_pattern or {}),
+            alpha_pattern=dict(alpha_pattern or {}),
+        ),
+        own=_biases(model, bias, targets),
+    )
+
+
+def to_peft(model: nn.Module) -> dict:
+    """The injected model's configuration in PEFT's field names.
+
+    Ranks and alphas that differ from the default are written by full module name, since
+    the order of overlapping patterns does not survive a JSON file.
+    """
+    ours = adapter.injected(model).config
+    wrapped = adapter.adapters(model)
+    ranks = {name: module.A.shape[0] for name, module in wrapped.items()}
+    alphas = {n: _first(ours["alpha_pattern"], n, ours["alpha"]) for n in wrapped}
+    return {
+        "r": ours["r"],
+        "lora_alpha": ours["alpha"],
+        "use_rslora": ours["rslora"],
+        "lora_dropout": ours["dropout"],
+        "bias": ours["bias"],
+        "rank_pattern": {n: r for n, r in ranks.items() if r != ours["r"]},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != ours["alpha"]},
+        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
+        "target_modules": _shortest(model, wrapped),
+    }
+
+
+def from_peft(config: dict, modules: dict[str, nn.Module]) -> dict:
+    """The arguments of inject for PEFT's LoRA config; ValueError for what we lack."""
+    start = config.get("init_lora_weights", True)
+    if start not in HARMLESS_STARTS:
+        raise ValueError(
+            f"init_lora_weights={start!r} changed the base model, which this file does "
+            "not hold; convert it to a plain LoRA with PEFT before saving"
+        )
+    refuse_unimplemented(config, INERT | set(FIELDS.values()))
+    return {
+        "targets": modules,
+        **{ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config},
+    }
+
+
+def _shortest(model, wrapped) -> list[str]:
+    """The names' last parts where they select the same modules, else the names."""
+    last = {name.rpartition(".")[2] for name in wrapped}
+    same = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
+    return sorted(last if same == set(wrapped) else wrapped)
+
+
+def _check(r, alpha, dropout, bound) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
+        raise ValueError(
+            f"{r=}: the rank must be a whole number from 1 to {bound} here"
+        )
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"{alpha=}: allowed is a finite number above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{dropout=}: allowed is a probability in [0, 1)")
+
+
+def _first(pattern, name, default):
+    for key, value in (pattern or {}).items():
+        if targeting.matches(key, name):
+            return value
+    return default
+
+
+def _biases(model, bias, targets) -> list[str]:
+    names = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"]
+    if bias == "lora_only":
+        names = [n for n in names if n.rpartition(".")[0] in targets]
+    return names if bias != "none" else []
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # (…, d) -> (tokens, d)

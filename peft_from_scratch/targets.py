@@ -1,0 +1,111 @@
+"""Which modules of a model an adapter goes on, found by structure, not from a table.
+
+A decoder layer is a `GradientCheckpointingLayer`: 167 of the 173 causal language models
+of transformers 5.23 build theirs on it. A *projection* is an `nn.Linear` or a GPT-2
+`Conv1D`. The presets look inside decoder layers only, so that heads and embeddings
+are left alone unless somebody names them:
+
+    "attention"    every projection under a module whose class says Attention
+    "mlp"          the layer's other projections
+    "all-linear"   both
+
+Experts of a mixture are 3-D parameters, not projections, and are not targeted.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+PRESETS = ("attention", "mlp", "all-linear")
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
+
+
+def projections(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv1D of the model by its dotted name, heads included."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """'attention' or 'mlp' for each projection inside a decoder layer; no other."""
+    layers, attentions = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            layers.append(f"{name}.")
+        elif "attention" in type(module).__name__.lower():
+            attentions.append(f"{name}.")
+    return {
+        name: "attention" if name.startswith(tuple(attentions)) else "mlp"
+        for name in projections(model)
+        if name.startswith(tuple(layers))
+    }
+
+
+def matches(pattern: str, name: str) -> bool:
+    """True where `pattern` is the name, its end after a dot, or a regex of either."""
+    return name == pattern or bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name))
+
+
+def resolve(
+    model: nn.Module, targets: Targets, exclude: Targets | None = None
+) -> dict[str, nn.Module]:
+    """The projections that `targets` names, minus those that `exclude` names.
+
+    Args
+        targets  a preset, a module name, its last part or a regex; a list of those;
+                 or a function (name, module) -> bool
+        exclude  the same forms, or None
+    Returns  {dotted name: module}, in the model's order, never empty
+    Raises   ValueError   a name that matches nothing, or nothing left to wrap
+    """
+    found = projections(model)
+    chosen = _choose(model, found, targets, "targets")
+    dropped = _choose(model, found, exclude, "exclude") if exclude is not None else ()
+    left = {
+        name: found[name] for name in found if name in chosen and name not in dropped
+    }
+    if not left:
+        raise ValueError(
+            f"{targets=} with {exclude=} leaves no module to adapt; {_offer(found)}"
+        )
+    return left
+
+
+def _choose(model, found, targets, argument) -> set[str]:
+    if callable(targets):
+        return {name for name, module in found.items() if targets(name, module)}
+    if isinstance(targets, str):
+        return _match(model, found, targets, argument)
+    return set().union(*(_match(model, found, t, argument) for t in targets))
+
+
+def _match(model, found, pattern, argument) -> set[str]:
+    if pattern in PRESETS:
+        wanted = PRESETS[:2] if pattern == "all-linear" else (pattern,)
+        chosen = {name for name, kind in kinds(model).items() if kind in wanted}
+    else:
+        try:
+            chosen = {name for name in found if matches(pattern, name)}
+        except re.error as error:
+            raise ValueError(
+                f"{argument}={pattern!r} is no regex: {error}; {_offer(found)}"
+            ) from None
+    if not chosen:
+        raise ValueError(f"{argument}={pattern!r} matches no module; {_offer(found)}")
+    return chosen
+
+
+def _offer(found) -> str:
+    if not found:
+        return "the model has no Linear and no Conv1D module"
+    last = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    return (
+        f"the model's linear modules are {', '.join(last)}; "
+        f"presets: {', '.join(PRESETS)}"
+    )
