@@ -96,14 +96,21 @@ def inject(
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         adapters = {m: wrap(m).train(m.training) for m in modules.values()}
+        parameters = {name: model.get_parameter(name) for name in own}
+        kept = {
+            n: p.detach().clone() if keep_own else None for n, p in parameters.items()
+        }
+        if not adapters and not kept:
+            raise ValueError("targets is empty: the injection would train nothing")
+        injection = Injection(
+            method, dict(config or {}), before, vocabulary(model), kept
+        )
     except BaseException:
         _set_flags(model, before)
         raise
-    injection = Injection(method, dict(config or {}), before, vocabulary(model))
     model.requires_grad_(False)
-    for name in own:
-        parameter = model.get_parameter(name).requires_grad_(True)
-        injection.own[name] = parameter.detach().clone() if keep_own else None
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     _swap(model, adapters)
     model.pfs_injection = injection
     return list(modules)
@@ -226,7 +233,8 @@ def refuse_second(model: nn.Module) -> None:
 def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
     """ValueError naming the first field that asks for something this library lacks."""
     for name, value in config.items():
-        if name not in implemented and value not in (None, False, "", [], {}):
+        default = value is False or value in (None, "", [], {})  # 0 is a layer's index
+        if name not in implemented and not default:
             raise ValueError(
                 f"adapter_config.json sets {name}={value!r}, which is not implemented "
                 "here; loading without it would give another model"
@@ -257,7 +265,11 @@ def as_matrix(base: nn.Module) -> Tensor:
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a projection."""
+    """(d_out, d_in) of a projection; ValueError for any other module."""
+    if not isinstance(base, nn.Linear | Conv1D):
+        raise ValueError(
+            f"a {type(base).__name__} cannot be adapted here: only Linear and Conv1D"
+        )
     return tuple(as_matrix(base).shape)
 
 

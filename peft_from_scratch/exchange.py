@@ -10,6 +10,7 @@ tensors' keys, not from patterns in the config.
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -43,10 +44,11 @@ def save(model: nn.Module, directory: str | Path) -> None:
     }
     _refuse_not_finite(tensors, "this model")
     peft_type, method = _method_named(injection.method)
+    base = getattr(model, "config", None)
     config = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(model.config, "name_or_path", None) or None,
+        "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
         "inference_mode": True,
         **method.to_peft(model),
     }
@@ -74,9 +76,10 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     method = METHODS[config["peft_type"]]
     tensors, rows = _read_tensors(directory / WEIGHTS)
     _refuse_other_vocabulary(model, rows)
+    modules = _modules(model, tensors, method)
+    _refuse_absent(model, config, modules, directory / WEIGHTS)
     arguments = method.from_peft(
-        {key: value for key, value in config.items() if key not in METADATA},
-        _modules(model, tensors, method),
+        {key: value for key, value in config.items() if key not in METADATA}, modules
     )
     before = _probe(model)
     names = method.inject(model, **arguments)
@@ -176,6 +179,24 @@ def _refuse_not_finite(tensors, where) -> None:
             )
 
 
+def _refuse_absent(model, config, modules, path) -> None:
+    """ValueError where the config selects, by PEFT's rule, a module without tensors."""
+    wanted, unwanted = config.get("target_modules"), config.get("exclude_modules")
+    for name, _ in model.named_modules():
+        asked = _selects(wanted, name) and not _selects(unwanted, name)
+        if asked and name not in modules:
+            raise ValueError(f"{path} lacks {name}, which {CONFIG} names as a target")
+
+
+def _selects(pattern, name) -> bool:
+    if isinstance(pattern, list | None):
+        return any(f".{name}".endswith(f".{end}") for end in pattern or ())
+    try:
+        return bool(re.fullmatch(pattern, name))
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{CONFIG}: {pattern!r} is no regex: {error}") from None
+
+
 def _refuse_mismatch(expected, tensors, path) -> None:
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
@@ -190,6 +211,10 @@ def _refuse_mismatch(expected, tensors, path) -> None:
             raise ValueError(
                 f"{path}: {key} has shape {tuple(tensors[key].shape)}, this model and "
                 f"the config need {tuple(parameter.shape)}"
+            )
+        if not tensors[key].to(parameter.dtype).isfinite().all():
+            raise ValueError(
+                f"{path}: {key} holds values beyond the range of {parameter.dtype}"
             )
 
 

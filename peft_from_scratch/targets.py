@@ -49,7 +49,10 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 def matches(pattern: str, name: str) -> bool:
     """True where `pattern` is the name, its end after a dot, or a regex of either."""
-    return name == pattern or bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name))
+    try:
+        return name == pattern or bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name))
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regex: {error}") from None
 
 
 def resolve(
@@ -90,12 +93,7 @@ def _match(model, found, pattern, argument) -> set[str]:
         wanted = PRESETS[:2] if pattern == "all-linear" else (pattern,)
         chosen = {name for name, kind in kinds(model).items() if kind in wanted}
     else:
-        try:
-            chosen = {name for name in found if matches(pattern, name)}
-        except re.error as error:
-            raise ValueError(
-                f"{argument}={pattern!r} is no regex: {error}; {_offer(found)}"
-            ) from None
+        chosen = {name for name in found if matches(pattern, name)}
     if not chosen:
         raise ValueError(f"{argument}={pattern!r} matches no module; {_offer(found)}")
     return chosen
@@ -107,5 +105,5 @@ def _offer(found) -> str:
     last = dict.fromkeys(name.rpartition(".")[2] for name in found)
     return (
         f"the model's linear modules are {', '.join(last)}; "
-        f"presets: {', '.join(PRESETS)}"
+        f"presets, for what its decoder layers hold: {', '.join(PRESETS)}"
     )

@@ -37,6 +37,7 @@ FIELDS = dict(
 # knows its own orientation, and the rest qualifies options that are refused.
 INERT = {"target_modules", "exclude_modules", "fan_in_fan_out", "init_lora_weights"}
 INERT |= {"eva_config", "megatron_core", "qalora_group_size"}
+PEFT_ALPHA = 8  # LoraConfig's default, for a file that leaves lora_alpha out
 # How an adapter of PEFT may have been initialised without changing the base model.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -70,6 +71,8 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, h, A, B = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative passes through h as well
+            h = F.linear(x.to(A.dtype), A)
         dy_rows = _rows(dy).to(B.dtype)
         dh = torch.mm(dy_rows, B) * ctx.scale
         dA = torch.mm(dh.T, _rows(x).to(A.dtype))
@@ -114,7 +117,7 @@ class LoRA(Adapter):
         dropout: float = 0.0,
     ):
         d_out, d_in = sizes(base)
-        _check(r, alpha, dropout, min(d_out, d_in))
+        _check(r, alpha, rslora, dropout, min(d_out, d_in))
         super().__init__(base)
         weight = base.weight
         dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
@@ -125,9 +128,11 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return LowRankUpdate.apply(
-            self.base(x), self.dropout(x), self.A, self.B, self.scale
-        )
+        y, x = self.base(x), self.dropout(x)
+        if torch.compiler.is_compiling():  # which fuses this, and breaks at in-place y
+            h = F.linear(x.to(self.A.dtype), self.A)
+            return y + (self.scale * F.linear(h, self.B)).to(y.dtype)
+        return LowRankUpdate.apply(y, x, self.A, self.B, self.scale)
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """The update of the weight, scale · B A: (d_out, d_in), computed in `dtype`."""
@@ -225,6 +230,7 @@ def from_peft(config: dict, modules: dict[str, nn.Module]) -> dict:
     refuse_unimplemented(config, INERT | set(FIELDS.values()))
     return {
         "targets": modules,
+        "alpha": PEFT_ALPHA,
         **{ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config},
     }
 
@@ -236,18 +242,26 @@ def _shortest(model, wrapped) -> list[str]:
     return sorted(last if same == set(wrapped) else wrapped)
 
 
-def _check(r, alpha, dropout, bound) -> None:
+def _check(r, alpha, rslora, dropout, bound) -> None:
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
         raise ValueError(
             f"{r=}: the rank must be a whole number from 1 to {bound} here"
         )
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{alpha=}: allowed is a finite number above 0")
-    if not 0 <= dropout < 1:
+    if not (_is_number(dropout) and 0 <= dropout < 1):
         raise ValueError(f"{dropout=}: allowed is a probability in [0, 1)")
+    if not isinstance(rslora, bool):
+        raise ValueError(f"{rslora=}: allowed are True and False")
+
+
+def _is_number(value) -> bool:  # a file may hold "16" or true in its place
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _first(pattern, name, default):
+    if not isinstance(pattern, Mapping | None):
+        raise ValueError(f"{pattern!r} is no mapping {{module name or regex: value}}")
     for key, value in (pattern or {}).items():
         if targeting.matches(key, name):
             return value

@@ -1,0 +1,302 @@
+"""What a comparison found, in plain sentences.
+
+Every sentence is computed from the result, so that none can outlive its numbers. The
+terminal table, the page and the figures' titles all take their words from here.
+"""
+
+from .columns import (
+    ABSENT,
+    exact_match,
+    found,
+    megabytes,
+    parameter_share,
+    percent,
+    significant,
+)
+from .recipe import History
+
+REFERENCE = "few-shot"  # the row that the others' exact match is compared with
+NUMBERS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
+ENDS = ("difference", "low", "high")
+SETTINGS = {  # how a setting is said; any other is "name value"
+    "lr": "learning rate {:g}",
+    "template": "{} template",
+    "k": "{} examples",
+    "order": "drawn with seed {}",
+    "r": "rank r = {}",
+    "alpha": "alpha = {}",
+}
+
+
+# Which rows --------------------------------------------------------------------------
+
+
+def trained(result: dict) -> list[dict]:
+    """The rows that train parameters."""
+    return [row for row in result["rows"] if row.get("trainable")]
+
+
+def measured(result: dict) -> list[dict]:
+    """The rows that have an exact match."""
+    return [row for row in result["rows"] if row.get("exact")]
+
+
+def reference(result: dict) -> dict | None:
+    """The few-shot row, where it was measured."""
+    return next((row for row in measured(result) if row["key"] == REFERENCE), None)
+
+
+def verdict(row: dict) -> str | None:
+    """What the paired interval says against few-shot: "beats", "trails" or "open"."""
+    paired = row.get("against_few_shot")
+    if paired is None:
+        return None
+    if paired["low"] > 0:
+        return "beats"
+    return "trails" if paired["high"] < 0 else "open"
+
+
+# Titles ------------------------------------------------------------------------------
+
+
+def headline(result: dict) -> str:
+    """The one sentence to remember: who beats few-shot prompting, and how cheaply."""
+    judged = [row for row in trained(result) if verdict(row)]
+    winners = [row for row in judged if verdict(row) == "beats"]
+    if not judged:
+        return best(result)
+    if not winners:
+        return "No fine-tuned method is shown to beat few-shot prompting here"
+    smallest = min(winners, key=lambda row: row["trainable"])
+    share = f"{parameter_share(smallest)} % of the parameters"
+    if len(winners) == 1:
+        others = f"; {len(judged) - 1} others do not" if len(judged) > 2 else ""
+        others = "; the other one does not" if len(judged) == 2 else others
+        return (
+            f"{smallest['label']} beats few-shot prompting by training {share}{others}"
+        )
+    who = "All" if len(winners) == len(judged) else f"{_number(len(winners))} of"
+    return (
+        f"{who} {_number(len(judged)).lower()} fine-tuned methods beat few-shot "
+        f"prompting; the smallest of them trains {share}"
+    )
+
+
+def best(result: dict) -> str:
+    """The highest exact match, and few-shot's beside it."""
+    rows = measured(result)
+    if not rows:
+        return "No exact match was measured"
+    few_shot = reference(result)
+    top = max(rows, key=lambda r: (r["exact"]["rate"], -(r.get("trainable") or 0)))
+    said = f"{top['label']} answers {_rate(top)} of the test rows exactly"
+    if top.get("trainable"):
+        said += f", training {parameter_share(top)} % of the parameters"
+    if few_shot and few_shot is not top:
+        said += f"; few-shot prompting, {_rate(few_shot)}"
+    return said
+
+
+def peak_memory(result: dict) -> str:
+    """The lowest and the highest peak of the rows that train."""
+    rows = [row for row in trained(result) if found(row, "memory", "peak")]
+    if not rows:
+        return "Memory by what holds it"
+    rows.sort(key=lambda row: row["memory"]["peak"])
+    ends = rows[:1] if len(rows) == 1 else (rows[0], rows[-1])
+    told = (f"{megabytes(row['memory']['peak'])} MB ({row['label']})" for row in ends)
+    return f"A training step takes {' to '.join(told)} at its peak"
+
+
+def training(history: History) -> str:
+    """Where the loss of a training run went."""
+    seen = [loss for _, loss in history.validation] or history.loss
+    what = "Validation loss" if history.validation else "Training loss"
+    return (
+        f"{what} went from {seen[0]:.2f} to {seen[-1]:.2f} nats per token "
+        f"in {history.steps} steps"
+    )
+
+
+def setting(result: dict) -> str:
+    """What was compared, on what: base, task, rows, seeds, number format and device."""
+    seeds = result["seeds"]
+    return (
+        f"{_base(result)} on the task {result['task']}: "
+        f"{result['rows_tested']} test rows, seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))}, {result['dtype']} on {result['device']}"
+    )
+
+
+def introduction(result: dict) -> str:
+    """What was done, for somebody who has not heard of it."""
+    size = min(row["total"] for row in result["rows"]) / 1e6
+    return (
+        f"{_number(len(result['rows']))} ways to adapt {_base(result)}, a "
+        f"language model of {significant(size)} million parameters, to one task. Each "
+        f"answered the same {result['rows_tested']} test rows, which none had seen. "
+        f"The task: “{result['instruction']}”"
+    )
+
+
+def _base(result: dict) -> str:
+    return result["base_name"].rstrip("/").split("/")[-1]
+
+
+def _number(count: int) -> str:
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
+
+
+def _rate(row: dict) -> str:
+    return f"{percent(row, row['exact']['rate'])} %"
+
+
+# Under the table ---------------------------------------------------------------------
+
+
+def verdicts(result: dict) -> list[str]:
+    """For each fine-tuned row, whether it beats few-shot prompting."""
+    if not reference(result):
+        return ["Few-shot prompting was not among the rows: none is compared with it."]
+    return [_verdict(row) for row in trained(result)]
+
+
+def _verdict(row: dict) -> str:
+    kind = verdict(row)
+    if kind is None:
+        return f"{row['label']}: not compared with few-shot."
+    paired = row["against_few_shot"]
+    points, low, high = (percent(row, paired[end], "+") for end in ENDS)
+    does = {
+        "beats": "beats few-shot",
+        "trails": "does worse than few-shot",
+        "open": "is not shown to differ from few-shot",
+    }
+    zero = "includes" if kind == "open" else "excludes"
+    return (
+        f"{row['label']} {does[kind]}: {points} points, and the 95 % interval, "
+        f"{low} to {high}, {zero} zero."
+    )
+
+
+def certainty(result: dict) -> list[str]:
+    """What the brackets are, and what they do not cover."""
+    seeds = result["seeds"]
+    judged = sum(verdict(row) is not None for row in trained(result))
+    said = [
+        "Brackets after an exact match hold its 95 % Wilson interval: the true shares "
+        "that so many test rows cannot rule out.",
+        "Brackets after a difference to few-shot hold a paired bootstrap 95 % "
+        "interval: test rows are drawn again and again, with replacement, the same "
+        "ones for both methods, and 95 % of the differences so found lie inside.",
+        "Brackets after a decoding time hold the smallest and the largest ratio of "
+        "the timing rounds; the figure before them is the median.",
+    ]
+    if judged > 1:
+        said.append(
+            f"{judged} fine-tuned methods are compared with few-shot; at 95 %, one "
+            "comparison in twenty between equals would exclude zero by chance."
+        )
+    if len(seeds) == 1:
+        said.append(
+            "There was one seed: the intervals cover which test rows were drawn, not "
+            "the luck of one training run."
+        )
+    else:
+        said.append(
+            f"Exact match is the mean over {len(seeds)} seeds; the other columns are "
+            f"those of seed {seeds[0]}."
+        )
+    return said
+
+
+def settings(result: dict) -> list[tuple[str, str]]:
+    """(label, what it was run with and where that comes from) for each row."""
+    return [(row["label"], _settings(row)) for row in result["rows"]]
+
+
+def _settings(row: dict) -> str:
+    said = [
+        SETTINGS.get(name, name + " {}").format(value)
+        for name, value in (row.get("settings") or {}).items()
+        if value is not None
+    ]
+    if row.get("steps"):
+        said.append(f"{row['steps']} steps of {row['batch']} rows")
+    if row.get("settings_from"):
+        said.append(row["settings_from"])
+    if len(row.get("per_seed") or []) > 1:
+        said.append("right by seed: " + ", ".join(f"{k:g}" for k in row["per_seed"]))
+    return "; ".join(said) or ABSENT
+
+
+def tuning(result: dict) -> list[str]:
+    """What the settings mean, and how they were found where a search is known."""
+    said = [
+        "A template is how prompt and answer are joined: by the chat model's own "
+        "markers (chat) or as plain text (raw)."
+    ]
+    tuned = result.get("tuned")
+    if tuned:
+        said.append(
+            f"The settings were searched in {tuned['runs']} runs on validation rows, "
+            f"never on test rows ({tuned['file']}, {tuned['when']}). "
+            f"Rule: {tuned['rule']}."
+        )
+    return said
+
+
+def notes(result: dict) -> list[str]:
+    """What a reader must know to compare the columns fairly."""
+    said = [
+        "MB is a million bytes. Memory counts the bytes that tensors hold, and not the "
+        "Python process or what the device's kernels and allocator take besides. Each "
+        "kind is given at its own highest moment: their sum may exceed the peak."
+    ]
+    idle = [row["label"] for row in result["rows"] if not row.get("trainable")]
+    if idle:
+        said.append(
+            "Memory is that of one training step; for rows that train nothing "
+            f"({'; '.join(idle)}) it is that of answering one batch."
+        )
+    return said + [
+        f"Merging: {reason} ({'; '.join(labels)})."
+        for reason, labels in _merge_reasons(result).items()
+    ]
+
+
+def _merge_reasons(result: dict) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        reason = found(row, "merge", "reason")
+        if reason:
+            reasons.setdefault(reason.rstrip("."), []).append(row["label"])
+    return reasons
+
+
+# The pictures, for those who cannot see them -----------------------------------------
+
+
+def quality_in_words(result: dict) -> str:
+    """The quality figure as text."""
+    points = (
+        f"{row['label']}: {row['trainable']:,} parameters, {exact_match(row)} %"
+        for row in measured(result)
+        if row.get("trainable") is not None
+    )
+    return (
+        "Exact match in percent, with 95 % intervals, against trainable parameters. "
+        f"{'. '.join(points)}."
+    )
+
+
+def memory_in_words(result: dict) -> str:
+    """The memory figure as text."""
+    bars = (
+        f"{row['label']}, {row['memory']['when']}: peak "
+        f"{megabytes(row['memory']['peak'])} MB"
+        for row in result["rows"]
+        if row.get("memory")
+    )
+    kinds = "weights, gradients, optimizer state and activations"
+    return f"Memory in bars stacked from {kinds}. {'. '.join(bars)}."

@@ -1,0 +1,166 @@
+"""Every figure of one row of the comparison, for one seed."""
+
+import tempfile
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import adapter, budget, evaluate, exchange, timing
+from .models import load_model
+from .rows import Adapted, Plan, Row, adapt
+from .tasks import Task
+from .templates import encode_prompt, stop_token
+
+KEEP_BELOW = 100e6  # bytes; a larger adapter (a whole model) is measured, not kept
+SAMPLES = 3  # test rows whose answers are shown
+
+
+def measure(
+    row: Row, plan: Plan, task: Task, setting: dict, seed: int, checkpoints: Path
+) -> dict:
+    """Adapt the base by one row and measure it; plain data, as JSON can hold it.
+
+    Memory is that of a training step, where the row trains, else that of answering one
+    batch. Decoding and merging are measured against an untouched copy of the base.
+    """
+    ready = adapt(row, plan, task, setting, seed, checkpoints=checkpoints)
+    base, _ = load_model(plan.base, device=plan.device)
+    test = task.test.select(range(plan.rows))
+    answers = evaluate.answer_rows(
+        ready.model,
+        ready.tokenizer,
+        task,
+        test,
+        template=ready.template,
+        examples=ready.examples,
+    )
+    return {
+        "correct": answers.correct,
+        "samples": _samples(test, answers),
+        **_size(ready),
+        **_cost(ready, plan, answers),
+        "memory": _memory(ready, task, test),
+        "forgetting": _forgetting(base, ready),
+        "disk_bytes": _store(ready, Path(plan.out) / "adapters" / row.key),
+        **_inference(base, ready, task, test),
+    }
+
+
+def _samples(test, answers) -> list[dict]:
+    return [
+        {
+            "prompt": test[i]["prompt"],
+            "expected": test[i]["completion"],
+            "answer": answers.answers[i],
+            "correct": answers.correct[i],
+        }
+        for i in range(min(SAMPLES, len(test)))
+    ]
+
+
+def _size(ready: Adapted) -> dict:
+    counted = budget.count(ready.model)
+    return {
+        "trainable": counted.trainable,
+        "total": counted.total,
+        "share": counted.share,
+    }
+
+
+def _cost(ready: Adapted, plan: Plan, answers) -> dict:
+    history = ready.history
+    return {
+        "steps": history.steps if history else 0,
+        "batch": plan.batch if history else 0,
+        "seconds": {
+            "train": history.seconds if history else 0.0,
+            "step": history.seconds / history.steps if history else 0.0,
+            "answer": answers.seconds,
+        },
+    }
+
+
+def _memory(ready: Adapted, task: Task, test) -> dict:
+    if ready.memory:
+        return {**asdict(ready.memory), "when": "training"}
+    prompts = [_prompt(ready, task, test, i) for i in range(min(32, len(test)))]
+    memory = budget.measure_step(
+        ready.model,
+        lambda: evaluate.generate(
+            ready.model,
+            ready.tokenizer,
+            prompts,
+            stop_id=stop_token(ready.tokenizer, ready.template),
+            max_new_tokens=2,
+        ),
+    )
+    return {**asdict(memory), "when": "answering"}
+
+
+def _forgetting(base: nn.Module, ready: Adapted) -> dict:
+    before = evaluate.general_loss(base, ready.tokenizer)
+    trained = ready.history is not None
+    after = evaluate.general_loss(ready.model, ready.tokenizer) if trained else before
+    return {"before": before, "after": after, "change": after - before}
+
+
+def _store(ready: Adapted, folder: Path) -> int:
+    """Save the adapter and return its bytes on disk; 0 where nothing trained."""
+    if ready.history is None:
+        return 0
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        exchange.save(ready.model, scratch)
+        size = sum(file.stat().st_size for file in Path(scratch).iterdir())
+    if size < KEEP_BELOW:
+        exchange.save(ready.model, folder)
+    return size
+
+
+def _inference(base: nn.Module, ready: Adapted, task: Task, test) -> dict:
+    """Decoding time against the base, as adapted and merged, and the error of merging."""
+    prompt = _prompt(ready, task, test, 0)
+    candidates = {
+        "base": (base, _prompt(ready, task, test, 0, examples=())),
+        "adapted": (ready.model, prompt),
+    }
+    merge = {"possible": None, "reason": "nothing was added to the weights"}
+    if adapter.adapters(ready.model):
+        merged, merge = _merged(ready.model, prompt)
+        if merged is not None:
+            candidates["merged"] = (merged, prompt)
+    timed = timing.against_first(candidates)
+    decode = asdict(timed["adapted"]) | {"base_ms": timed["base"].ms}
+    decode["merged"] = asdict(timed["merged"]) if "merged" in timed else None
+    return {"decode": decode, "merge": merge}
+
+
+@torch.no_grad()
+def _merged(model: nn.Module, prompt: list[int]) -> tuple[nn.Module | None, dict]:
+    """A merged copy (None where that cannot be) and how far its logits are off."""
+    merged = deepcopy(model)
+    try:
+        errors = adapter.merge(merged)
+    except adapter.CannotMerge as reason:
+        return None, {"possible": False, "reason": str(reason)}
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    difference = (merged(ids).logits - model(ids).logits).abs().max().item()
+    return merged, {
+        "possible": True,
+        "reason": None,
+        "logit_error": difference,
+        "weight_error": max(errors.values()),
+    }
+
+
+def _prompt(ready: Adapted, task: Task, rows, i: int, examples=None) -> list[int]:
+    return encode_prompt(
+        ready.tokenizer,
+        task.instruction,
+        rows[i]["prompt"],
+        template=ready.template,
+        examples=ready.examples if examples is None else examples,
+    )

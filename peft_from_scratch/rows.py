@@ -1,0 +1,152 @@
+"""The rows of the comparison: each is one way to adapt the base model.
+
+To add a method to the table, the tuning and the page, add its row to ROWS.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .budget import Memory
+from .methods import full, lora
+from .models import load_model
+from .tasks import Task
+from .recipe import History, Recipe
+from .train import measured_step, train
+
+LEARNING_RATES = {  # half-decade steps; the best one must lie inside, not at an end
+    "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    "low-rank": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to adapt the model.
+
+    key             its name on the command line and in result files
+    label           its name in tables
+    inject          makes a loaded model trainable; None where no parameter trains
+    learning_rates  the grid that tuning tries
+    few_shot        examples stand before the prompt
+    """
+
+    key: str
+    label: str
+    inject: Callable[[nn.Module], object] | None = None
+    learning_rates: tuple[float, ...] = ()
+    few_shot: bool = False
+
+
+def lora_attention(model: nn.Module) -> list[str]:
+    return lora.inject(model, targets="attention")
+
+
+ROWS = (
+    Row("zero-shot", "Zero-shot"),
+    Row("few-shot", "Few-shot", few_shot=True),
+    Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
+    Row("lora-attention", "LoRA, attention", lora_attention, LEARNING_RATES["low-rank"]),
+    Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["low-rank"]),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and on what; every result holds it.
+
+    rows    test rows answered by each method
+    steps   optimizer steps of each trained method, of `batch` rows each
+    device  None picks CUDA, then MPS, then the CPU
+    """
+
+    base: str = "smollm2"
+    task: str = "orders"
+    methods: tuple[str, ...] = tuple(row.key for row in ROWS)
+    seeds: tuple[int, ...] = (0,)
+    rows: int = 100
+    steps: int = 50
+    batch: int = 8
+    device: str | None = None
+    out: str = "out"
+
+    def __post_init__(self):
+        known = [row.key for row in ROWS]
+        for method in self.methods:
+            if method not in known:
+                raise ValueError(f"{method=} is none of {', '.join(known)}")
+        for name in ("rows", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if not self.methods or not self.seeds:
+            raise ValueError("name at least one method and one seed")
+
+    def chosen(self) -> list[Row]:
+        """The rows that the plan names, in the table's order."""
+        return [row for row in ROWS if row.key in self.methods]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model adapted by one row, ready to answer."""
+
+    model: nn.Module
+    tokenizer: object
+    template: str
+    examples: Sequence[tuple[str, str]] = ()  # the few-shot part of every prompt
+    history: History | None = None  # None where nothing trained
+    memory: Memory | None = None  # of a training step, counted
+
+
+def adapt(
+    row: Row,
+    plan: Plan,
+    task: Task,
+    setting: dict,
+    seed: int,
+    *,
+    checkpoints: Path | None = None,
+    validate: bool = False,
+) -> Adapted:
+    """Load the base and adapt it as the row says, with the given setting.
+
+    Args
+        setting      {"template": …} and, where the row trains, {"lr": …}; where it is
+                     few-shot {"k": …, "order": …}
+        checkpoints  where training saves and resumes; None for nowhere
+        validate     look at the validation rows at the end of training
+    """
+    model, tokenizer = load_model(plan.base, device=plan.device)
+    template = setting["template"]
+    if row.inject is None:
+        examples = (
+            few_shot_examples(task, setting["k"], setting["order"])
+            if row.few_shot
+            else ()
+        )
+        return Adapted(model, tokenizer, template, examples)
+    torch.manual_seed(seed)
+    row.inject(model)
+    recipe = Recipe(
+        steps=plan.steps,
+        batch=plan.batch,
+        lr=setting["lr"],
+        warmup=plan.steps // 10,
+        template=template,
+        seed=seed,
+        validate_every=plan.steps if validate else 0,
+        checkpoint_every=25,
+    )
+    memory = measured_step(model, tokenizer, task, recipe)
+    history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
+    return Adapted(model, tokenizer, template, (), history, memory)
+
+
+def few_shot_examples(task: Task, k: int, order: int) -> list[tuple[str, str]]:
+    """k pairs of the training split; `order` seeds which ones, and in what order."""
+    chosen = random.Random(order).sample(range(len(task.train)), k)
+    return [(task.train[i]["prompt"], task.train[i]["completion"]) for i in chosen]

@@ -1,0 +1,76 @@
+"""Tasks: what is learned, and what counts as right.
+
+Every task has an instruction, three splits without a leak, and an exact scorer:
+
+    "orders"           a sentence -> JSON: an output format               task_orders.py
+    "terms"            an invented trade: domain knowledge                task_terms.py
+    "path/rows.jsonl"  your own prompts and completions                   task_rows.py
+    "hub:owner/name"   any data set of the hub, or a folder that holds one
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from . import task_orders, task_rows, task_terms
+
+GENERATED = {"orders": task_orders, "terms": task_terms}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. The splits have the columns `prompt` and `completion`, both text."""
+
+    name: str
+    instruction: str  # one sentence for every row; "" for none
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    score: Callable[[str, str], bool]  # (answer, completion) -> right or wrong
+
+
+def load_task(
+    name: str,
+    *,
+    seed: int = 0,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    config: str | None = None,
+) -> Task:
+    """The task called `name`; the same rows in the same order for the same seed.
+
+    Args
+        name        "orders", "terms", a path that ends in .jsonl, "hub:" and the id of
+                    a data set, or a folder which `datasets.load_dataset` can read
+        seed        draws the generated rows, or which of your rows go into which split
+    Only for data sets and folders:
+        prompt      the column that holds the prompts
+        completion  the column that holds the completions
+        config      the configuration, where a data set has several
+    Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
+            few rows; a column that is not there
+            OSError      a file or data set that cannot be had
+    """
+    if name in GENERATED:
+        source = GENERATED[name]
+        return _task(name, source.INSTRUCTION, source.rows(seed), source.score)
+    if name.endswith(".jsonl"):
+        splits = task_rows.read_jsonl(name, seed)
+    elif (found := task_rows.dataset_id(name)) is not None:
+        splits = task_rows.read_dataset(found, seed, prompt, completion, config)
+    else:
+        raise ValueError(
+            f"{name!r} is no task: write {', '.join(map(repr, GENERATED))}, a path to "
+            "a .jsonl file, 'hub:' and the id of a data set, or the path of a folder"
+        )
+    return _task(name, "", splits, task_rows.score)
+
+
+def _task(name, instruction, splits, score) -> Task:
+    return Task(
+        name,
+        instruction,
+        **{split: Dataset.from_list(rows) for split, rows in splits.items()},
+        score=score,
+    )

@@ -1,0 +1,64 @@
+"""What every test stands on: fixed seeds, one thread, no model hub, one SmolLM2."""
+
+import os
+
+# Before torch is imported. One thread: two test processes share two cores, and sums
+# come out the same on every machine. Offline: a test that asks a hub is a mistake.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import copy
+import logging
+import random
+
+import numpy
+import pytest
+import torch
+
+from peft_from_scratch import load_model
+
+# At import it asks for a package that would fetch kernels from a hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def loaded_smollm2():
+    return load_model("smollm2", device="cpu")
+
+
+@pytest.fixture
+def smollm2(loaded_smollm2):
+    """(model, tokenizer), shared by all tests of a process: to look at only."""
+    model, tokenizer = loaded_smollm2
+    before = state(model)
+    yield model, tokenizer
+    assert state(model) == before, "the test changed smollm2; take fresh_smollm2()"
+
+
+@pytest.fixture
+def fresh_smollm2(loaded_smollm2):
+    """fresh_smollm2() is a (model, tokenizer) of the caller's own."""
+    model, tokenizer = loaded_smollm2
+    return lambda: (copy.deepcopy(model), tokenizer)
+
+
+def state(model):
+    """What a test could have changed: modules, modes, flags, and any write to a weight.
+
+    `_version` counts the in-place writes to a tensor.
+    """
+    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
+    parameters = [
+        (name, p.data_ptr(), p._version, p.requires_grad, p.grad is None)
+        for name, p in model.named_parameters()
+    ]
+    return modules, parameters

@@ -1,0 +1,265 @@
+"""The laws of the contract: what holds for every method on every architecture.
+
+A law is a function (method, architecture) that raises AssertionError where it is
+broken. test_contract.py runs each on every row of its table; test_mutants.py plants
+bugs and demands that the law which it names fails.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import torch
+from architectures import build
+from observe import (
+    assert_same,
+    gradients,
+    largest,
+    logits,
+    loss,
+    refused,
+    snapshot,
+    tokens,
+    train,
+    values,
+)
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import peft_from_scratch as pfs
+from peft_from_scratch.adapter import adapters
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the contract: how to inject a method, and what it promises."""
+
+    name: str
+    inject: Callable[[nn.Module], list[str]]
+    count: Callable[[nn.Module], int]  # trainable parameters, of an untouched model
+    mergeable: bool = True
+    restores: bool = True  # False: remove() raises, since the originals are lost
+    saved: bool = True  # has a file format
+    wraps: bool = True  # False: trains the model's own tensors only
+    random: bool = False  # draws random numbers in training mode
+
+
+def fresh(method, architecture, *, steps=0, dtype=torch.float32):
+    """(an injected model, the untouched one), after `steps` of training."""
+    untouched = build(architecture, dtype=dtype)
+    model = copy.deepcopy(untouched)
+    method.inject(model)
+    train(model, steps)
+    return model, untouched
+
+
+def starts_from_the_pretrained_model(method, architecture):
+    model, untouched = fresh(method, architecture)
+    assert torch.equal(logits(model), logits(untouched))
+    assert torch.equal(logits(model.train()), logits(untouched.train()))
+
+
+def counts_equal_the_formula(method, architecture):
+    model, untouched = fresh(method, architecture)
+    counted = sum(p.numel() for p in pfs.trainable(model).values())
+    assert counted == method.count(untouched)
+
+
+def only_what_is_trainable_moves(method, architecture):
+    model, untouched = fresh(method, architecture)
+    declared = {id(p) for p in pfs.trainable(model).values()}
+    loss(model.train()).backward()
+    assert declared == {id(p) for p in model.parameters() if p.requires_grad}
+    assert declared == {id(p) for p in model.parameters() if p.grad is not None}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    train(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in declared:
+            assert torch.equal(parameter, before[name]), f"{name} moved"
+    assert_same(dict(model.named_buffers()), buffers)
+    assert largest(logits(model.eval()), logits(untouched)) > 1e-4
+
+
+def every_tensor_moves_after_an_evaluation(method, architecture):
+    model, _ = fresh(method, architecture, steps=1)
+    before, stale = values(model), logits(model.eval())
+    train(model.train(), 2)
+    for name, tensor in values(model).items():
+        assert not torch.equal(tensor, before[name]), f"{name} did not move"
+    assert not torch.equal(logits(model.eval()), stale)
+
+
+def remove_is_exact(method, architecture):
+    model = build(architecture)
+    frozen_before = next(model.parameters()).requires_grad_(False)
+    layer = next(
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+    layer.train()  # a model half in training mode, half frozen: both must come back
+    before = snapshot(model)
+    method.inject(model)
+    train(model, 2)
+    if not method.restores:
+        with refused(model, "keep_original"):
+            pfs.remove(model)
+        return
+    pfs.remove(model)
+    assert not frozen_before.requires_grad
+    model.eval()
+    layer.train()
+    assert_same(snapshot(model), before)
+    with refused(model, "no adapter"):
+        pfs.remove(model)
+
+
+def mode_is_kept_and_changes_nothing(method, architecture):
+    model = build(architecture)
+    modes = {name: module.training for name, module in model.named_modules()}
+    layer = next(n for n, m in model.named_modules() if n.endswith(".1"))
+    model.get_submodule(layer).train()
+    method.inject(model)
+    for name, module in model.named_modules():
+        expected = name == layer or name.startswith(f"{layer}.")
+        assert module.training == expected, f"{name} is in the other mode"
+    assert any(modes.values()) is False
+    train(model, 2)
+    model.eval()
+    before, expected = snapshot(model), logits(model)
+    for _ in range(2):
+        in_training = logits(model.train())
+        assert method.random or torch.equal(in_training, expected)
+        assert torch.equal(logits(model.eval()), expected)
+    assert_same(snapshot(model), before)
+
+
+def merged_equals_unmerged(method, architecture):
+    model, untouched = fresh(method, architecture, steps=3)
+    if not method.mergeable:
+        with refused(model, error=pfs.CannotMerge):
+            pfs.merge(model)
+        return
+    unmerged = logits(model)
+    pfs.merge(model)
+    assert largest(logits(model), unmerged) < 1e-5
+    assert largest(logits(model), logits(untouched)) > 1e-3
+    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert set(vars(model)) == set(vars(untouched))
+
+
+def merged_equals_unmerged_in_fp64(method, architecture):
+    model, _ = fresh(method, architecture, steps=3, dtype=torch.float64)
+    unmerged = logits(model)
+    pfs.merge(model)
+    assert largest(logits(model), unmerged) < 1e-12
+
+
+def merge_is_all_or_nothing(method, architecture):
+    model, _ = fresh(method, architecture, steps=1)
+
+    def cannot(dtype):
+        raise pfs.CannotMerge("planted")
+
+    list(adapters(model).values())[-1].merged = cannot
+    with refused(model, "planted", error=pfs.CannotMerge):
+        pfs.merge(model)
+
+
+def a_second_injection_is_refused(method, architecture):
+    model, _ = fresh(method, architecture, steps=1)
+    with refused(model, "already", "remove()"):
+        method.inject(model)
+
+
+def saved_and_loaded_is_bit_equal(method, architecture):
+    model, untouched = fresh(method, architecture, steps=2)
+    with TemporaryDirectory() as folder:
+        pfs.save(model, folder)
+        loaded = copy.deepcopy(untouched)
+        names = pfs.load(loaded, folder)
+    assert names == list(adapters(model)) or not method.wraps
+    assert_same(values(loaded), values(model))
+    assert torch.equal(logits(loaded), logits(model))
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert flags == {n: p.requires_grad for n, p in loaded.named_parameters()}
+
+
+def padding_changes_no_generated_token(method, architecture):
+    model, _ = fresh(method, architecture, steps=3)
+    prompts = [row[: 4 + 3 * i] for i, row in enumerate(tokens())]
+    width = max(map(len, prompts))
+    ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **asked)
+    for prompt, answer in zip(prompts, together, strict=True):
+        mask = torch.ones_like(prompt)[None]
+        alone = model.generate(prompt[None], attention_mask=mask, **asked)[0]
+        assert torch.equal(alone[len(prompt) :], answer[width:])
+
+
+def checkpointing_changes_no_gradient(method, architecture):
+    model, _ = fresh(method, architecture, steps=1)
+    layer = next(
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+    runs = []
+    inner = next(m for m in layer.modules() if not list(m.children()))
+    inner.register_forward_hook(lambda *_: runs.append(1))
+    expected = gradients(model.train())
+    once = len(runs)
+    model.gradient_checkpointing_enable()
+    assert largest(gradients(model), expected) < 1e-6
+    assert len(runs) == 3 * once, "the layer was not computed a second time"
+
+
+def a_copy_is_independent(method, architecture):
+    model, untouched = fresh(method, architecture, steps=2)
+    duplicate = copy.deepcopy(model)
+    before, expected = snapshot(model), logits(model)
+    assert torch.equal(logits(duplicate), expected)
+    train(duplicate)
+    assert not torch.equal(logits(duplicate), expected)
+    if method.restores:
+        pfs.remove(duplicate)
+        assert torch.equal(logits(duplicate), logits(untouched))
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+def state_dict_carries_the_adapter(method, architecture):
+    model, untouched = fresh(method, architecture, steps=2)
+    method.inject(untouched)
+    untouched.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(logits(untouched), logits(model))
+
+
+def two_adapters_in_turn_share_a_base(method, architecture):
+    model = build(architecture)
+    before, plain, trained = snapshot(model), logits(model), []
+    for seed in (1, 2):
+        method.inject(model)
+        assert torch.equal(logits(model), plain)
+        train(model, 2, seed=10 * seed)
+        trained.append(logits(model))
+        pfs.remove(model)
+        assert_same(snapshot(model), before)
+    assert not torch.equal(*trained)
+
+
+def autocast_trains_close_to_fp32(method, architecture):
+    model, _ = fresh(method, architecture, steps=2)
+    expected, exact = logits(model), gradients(model.train())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = logits(model.eval())
+        model.zero_grad()
+        torch.manual_seed(0)
+        total = loss(model.train())
+    total.backward()
+    assert largest(rough, expected) < 0.1
+    parameters = pfs.trainable(model)
+    assert all(p.grad.dtype == p.dtype for p in parameters.values())
+    assert (
+        largest({n: p.grad for n, p in parameters.items()}, exact) < 0.2
+    )  # OPT's ReLU flips

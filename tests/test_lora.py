@@ -1,0 +1,238 @@
+"""LoRA's arithmetic against its closed form; its start, ranges and precisions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import CONFIGS, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from observe import largest, logits, loss, refused, tokens, train
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peft_from_scratch as pfs
+from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+
+DOUBLE = dict(dtype=torch.float64)
+sizes = st.integers(1, 6)
+shapes = st.tuples(sizes, sizes, st.lists(st.integers(0, 4), max_size=3), sizes)
+fast = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+
+
+def adapted(d_in, d_out, r, *, kind=nn.Linear, bias=True, dtype=torch.float64, **how):
+    """A LoRA with random B, its base an nn.Linear or a Conv1D of (d_in, d_out)."""
+    torch.manual_seed(0)
+    base = nn.Linear(d_in, d_out, bias) if kind is nn.Linear else Conv1D(d_out, d_in)
+    lora = LoRA(base.to(dtype), r, **how)
+    nn.init.normal_(lora.B)
+    nn.init.normal_(base.bias) if base.bias is not None else None
+    return lora
+
+
+def closed_form(lora, x, scale):
+    W = lora.base.weight if isinstance(lora.base, nn.Linear) else lora.base.weight.T
+    bias = 0 if lora.base.bias is None else lora.base.bias
+    return x @ (W + scale * lora.B @ lora.A).T + bias
+
+
+@fast
+@given(shapes, st.sampled_from([nn.Linear, Conv1D]), st.booleans(), st.booleans())
+def test_forward_is_the_equation(shape, kind, bias, transposed):
+    d_in, d_out, leading, r = shape
+    r = min(r, d_in, d_out)
+    lora = adapted(d_in, d_out, r, kind=kind, bias=bias, alpha=5)
+    if transposed and len(leading) > 1 and kind is nn.Linear:  # Conv1D wants no view
+        x = torch.randn(*leading[::-1], d_in, **DOUBLE)
+        x = x.permute(*reversed(range(len(leading))), -1)
+    else:
+        x = torch.randn(*leading, d_in, **DOUBLE)
+    expected = closed_form(lora, x, 5 / r)
+    assert lora(x).shape == expected.shape
+    torch.testing.assert_close(lora(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def gradients_are_those_of_the_equation(
+    d_in=4, d_out=5, leading=(2, 3), r=2, *, kind=nn.Linear
+):
+    """dx, dA and dB, against autograd on the plain expression."""
+    lora = adapted(d_in, d_out, r, kind=kind, alpha=3)
+    x = torch.randn(*leading, d_in, **DOUBLE).requires_grad_()
+    dy = torch.randn(*leading, d_out, **DOUBLE)
+    wanted = (x, lora.A, lora.B)
+    ours = torch.autograd.grad(lora(x), wanted, dy)
+    expected = torch.autograd.grad(closed_form(lora, x, 3 / r), wanted, dy)
+    for got, right in zip(ours, expected, strict=True):
+        assert torch.allclose(got, right, rtol=1e-11, atol=1e-12)
+
+
+@fast
+@given(shapes, st.sampled_from([nn.Linear, Conv1D]))
+def test_gradients_are_those_of_the_equation(shape, kind):
+    d_in, d_out, leading, r = shape
+    r = min(r, d_in, d_out)
+    gradients_are_those_of_the_equation(d_in, d_out, leading, r, kind=kind)
+
+
+@pytest.mark.parametrize("needs", ["yxAB", "yAB", "xAB", "AB", "yx", "A"])
+def test_gradcheck_and_double_backward(needs):
+    torch.manual_seed(0)
+    shapes = dict(y=(2, 3, 5), x=(2, 3, 4), A=(2, 4), B=(5, 2))
+    inputs = [
+        torch.randn(shape, **DOUBLE).requires_grad_(name in needs)
+        for name, shape in shapes.items()
+    ]
+
+    def update(y, x, A, B):
+        return LowRankUpdate.apply(y.clone(), x, A, B, 1.7)
+
+    assert torch.autograd.gradcheck(update, inputs)
+    assert torch.autograd.gradgradcheck(update, inputs)
+
+
+def test_a_frozen_input_gets_no_gradient():
+    lora = adapted(4, 5, 2)
+    lora(torch.randn(3, 4, **DOUBLE)).sum().backward()
+    assert lora.base.weight.grad is None and lora.base.bias.grad is None
+
+
+@pytest.mark.parametrize("r, alpha", [(1, 16), (8, 16), (8, 0.5), (16, 16)])
+def test_scale_is_alpha_over_r_or_its_root(r, alpha):
+    assert adapted(16, 16, r, alpha=alpha).scale == alpha / r
+    assert adapted(16, 16, r, alpha=alpha, rslora=True).scale == alpha / math.sqrt(r)
+
+
+def starts_gaussian_of_variance_one_third_over_d_in():
+    torch.manual_seed(0)
+    lora = LoRA(nn.Linear(400, 300), r=64)
+    A = lora.A.detach().double()
+    deviation = 1 / math.sqrt(3 * 400)
+    n = A.numel()
+    assert abs(A.mean()) < 5 * deviation / math.sqrt(n)
+    assert abs(A.var() / deviation**2 - 1) < 5 * math.sqrt(2 / n)
+    kurtosis = (A / deviation).pow(4).mean()  # 3 for a Gaussian, 1.8 for a uniform draw
+    assert abs(kurtosis - 3) < 5 * math.sqrt(96 / n)
+    assert torch.count_nonzero(lora.B) == 0
+
+
+def test_start():
+    starts_gaussian_of_variance_one_third_over_d_in()
+
+
+def dropout_falls_on_the_input_of_A():
+    lora = adapted(6, 5, 3, alpha=3, dropout=0.5)
+    x = torch.randn(40, 6, **DOUBLE)
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones_like(x), 0.5)
+    torch.manual_seed(3)
+    trained = lora.train()(x)
+    assert torch.allclose(trained, lora.base(x) + (x * mask) @ (lora.B @ lora.A).T)
+    assert torch.allclose(lora.eval()(x), closed_form(lora, x, 1.0))
+
+
+def test_dropout():
+    dropout_falls_on_the_input_of_A()
+
+
+BAD = {
+    "r": [0, -1, 33, True, 2.0, "4", None],
+    "alpha": [0, -1.0, math.nan, math.inf, "16", None, True],
+    "dropout": [1.0, -0.1, math.nan, "0", None],
+    "rslora": ["yes", 1],
+    "bias": ["every", True, None],
+    "rank_pattern": [{"q_proj": 33}, {"down_proj": 0}, {"(": 2}, [("q_proj", 2)]],
+    "alpha_pattern": [{"q_proj": 0}, {"(": 2}],
+}
+# What the message shows of a pattern: the value out of range, the regex that is none.
+SHOWN = {
+    "{'q_proj': 33}": "r=33",
+    "{'down_proj': 0}": "r=0",
+    "{'q_proj': 0}": "alpha=0",
+}
+SHOWN |= {"{'(': 2}": "'(' is no regex"}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD.items() for v in vs])
+def test_arguments_out_of_range_are_refused_and_shown(name, value):
+    model = build("llama")
+    with refused(model, str(SHOWN.get(str(value), value))):
+        pfs.lora.inject(model, **{name: value})
+
+
+def a_failed_injection_leaves_no_trace():
+    """k_proj's bound is 16 and it comes second: q_proj had been wrapped by then."""
+    model = build("llama")
+    next(model.parameters()).requires_grad_(False)
+    with refused(model, "20", "16"):
+        pfs.lora.inject(model, r=20)
+
+
+def test_a_failed_injection():
+    a_failed_injection_leaves_no_trace()
+
+
+@pytest.mark.parametrize("empty", [[], {}, lambda name, module: False])
+def test_an_empty_injection_is_refused(empty):
+    model = build("llama")
+    with refused(model):
+        pfs.lora.inject(model, targets=empty)
+
+
+def half_precision_keeps_the_adapter_in_fp32(dtype=torch.bfloat16):
+    model = build("llama", dtype=dtype)
+    pfs.lora.inject(model)
+    assert all(p.dtype == torch.float32 for p in pfs.trainable(model).values())
+    before = {n: p.detach().clone() for n, p in pfs.trainable(model).items()}
+    optimizer = torch.optim.Adam(pfs.trainable(model).values(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        total = loss(model.train())
+        total.backward()
+        optimizer.step()
+    assert total.isfinite()
+    assert logits(model).dtype == dtype
+    for name, parameter in pfs.trainable(model).items():
+        # 1e-4 on entries of 1e-1 is below bf16's resolution: it must not be lost
+        moved = (parameter != before[name]).double().mean()
+        assert moved > 0.99, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    half_precision_keeps_the_adapter_in_fp32(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_output_is_the_sum_rounded_once(dtype):
+    lora = adapted(32, 32, 4, dtype=dtype)
+    x = torch.randn(50, 32, dtype=dtype)
+    update = x.float() @ (lora.scale * lora.B @ lora.A).T
+    base = lora.base(x)
+    expected = base.float() + update
+    step = torch.finfo(dtype).eps * expected.abs().clamp(min=expected.std())
+    assert ((lora(x).float() - expected).abs() <= 2 * step).all()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_compiled_equals_eager(architecture):
+    torch._dynamo.reset()
+    model, graphs = build(architecture), []
+    pfs.lora.inject(model, r=4, dropout=0.2)
+    train(model, 2)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def outcome(run):
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = run(tokens(), use_cache=False).logits
+        out.square().mean().backward()
+        found = {name: p.grad.clone() for name, p in pfs.trainable(model).items()}
+        return found | {"logits": out.detach()}
+
+    expected = outcome(model.train())
+    assert largest(outcome(torch.compile(model, backend=backend)), expected) < 1e-6
+    assert len(graphs) == 1, "a graph break: something here cannot be compiled"

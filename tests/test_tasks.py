@@ -1,0 +1,562 @@
+"""Laws of the tasks: no leak, exact scorers, every bad row named; and planted bugs."""
+
+import inspect
+import json
+import re
+from collections import Counter, defaultdict
+from pydoc_data.topics import topics
+from random import Random
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import planted
+
+from peft_from_scratch import task_orders, task_rows, task_terms
+from peft_from_scratch.tasks import load_task
+
+SPLITS = ("train", "validation", "test")
+COUNTED = {"a": 1, "a pair of": 2, "half a dozen": 6, "a dozen": 12} | {
+    word: n
+    for n, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve".split()
+    )
+}
+
+
+def order(row):
+    return json.loads(row["completion"])
+
+
+def read(sentence, item):
+    """How many of the item the sentence asks for: a reader that the generator lacks."""
+    amounts = "|".join([*sorted(COUNTED, key=len, reverse=True), r"\d+"])
+    found = re.findall(rf"\b({amounts}) {item}(?:e?s)?\b", sentence, re.IGNORECASE)
+    assert len(found) == 1, f"{item!r} in {sentence!r}: {found}"
+    return COUNTED.get(found[0].lower()) or int(found[0])
+
+
+def words_of(rows, key):
+    found = (order(row)[key] for row in rows)
+    return {word for each in found for word in (each if key == "items" else [each])}
+
+
+def known(rows):
+    """{(word, relation): answers}, read back from the rows by their wordings."""
+    facts = defaultdict(set)
+    for row in rows:
+        facts[asked(row)[:2]].add(row["completion"])
+    return facts
+
+
+def asked(row):
+    """(word, relation, wording) of a prompt."""
+    for relation, wordings in task_terms.WORDINGS.items():
+        for wording in wordings:
+            before, after = map(re.escape, wording.split("{word}"))
+            if found := re.fullmatch(f"{before}(\\w+){after}", row["prompt"]):
+                return found[1], relation, wording
+    raise AssertionError(f"{row['prompt']!r} is no wording")
+
+
+# Laws. Each is run by a test below and, with a bug planted, by the last test.
+
+
+def generated_rows_repeat_with_the_seed_alone():
+    for task in (task_orders, task_terms):
+        assert task.rows(3) == task.rows(3)
+        assert task.rows(3) != task.rows(4)
+
+
+def no_prompt_is_in_two_splits_or_twice():
+    for task in (task_orders, task_terms):
+        for seed in range(3):
+            rows = task.rows(seed)
+            prompts = Counter(row["prompt"] for split in SPLITS for row in rows[split])
+            assert max(prompts.values()) == 1
+
+
+def no_customer_orders_the_same_items_twice():
+    for seed in range(3):
+        rows = task_orders.rows(seed)
+        keys = Counter(
+            (order(row)["customer"], frozenset(order(row)["items"]))
+            for split in SPLITS
+            for row in rows[split]
+        )
+        assert max(keys.values()) == 1
+
+
+def the_test_orders_hold_words_that_training_lacks():
+    rows = task_orders.rows(0)
+    for key in ("customer", "items", "city"):
+        train, validation, test = (words_of(rows[split], key) for split in SPLITS)
+        assert test - train
+        assert validation - train
+        assert not (test - train) & (validation - train)
+    new = [
+        row
+        for row in rows["test"]
+        if any(
+            words_of([row], key) - words_of(rows["train"], key)
+            for key in ("customer", "items", "city")
+        )
+    ]
+    assert len(new) > len(rows["test"]) / 3
+
+
+def an_order_says_what_its_sentence_says():
+    for split in task_orders.rows(1).values():
+        for row in split:
+            sentence, value = row["prompt"], order(row)
+            assert list(value) == ["customer", "items", "city", "day"]
+            assert row["completion"] == json.dumps(value, separators=(",", ":"))
+            assert value["customer"] in sentence and value["city"] in sentence
+            for item, n in value["items"].items():
+                assert read(sentence, item) == n
+            days = [day for day in task_orders.DAYS if day in sentence]
+            assert days == ([value["day"]] if value["day"] else [])
+
+
+def a_term_is_tested_in_words_that_training_did_not_use_for_it():
+    for seed in range(3):
+        rows = task_terms.rows(seed)
+        trained = known(rows["train"])
+        wordings = {asked(row)[2] for row in rows["train"]}
+        taught = {asked(row) for row in rows["train"]}
+        for split in ("validation", "test"):
+            for row in rows[split]:
+                word, relation, wording = asked(row)
+                assert trained[word, relation] == {row["completion"]}  # it was taught
+                assert (word, relation, wording) not in taught  # not in these words
+                assert wording in wordings  # which are known from other words
+
+
+def every_fact_has_six_wordings_in_three_splits():
+    rows = task_terms.rows(0)
+    for split, share in task_terms.SHARES.items():
+        counts = Counter(asked(row)[:2] for row in rows[split])
+        assert len(counts) == task_terms.WORDS * len(task_terms.WORDINGS)
+        assert set(counts.values()) == {share}
+    partner = {
+        word: next(iter(answer))
+        for (word, relation), answer in known(rows["train"]).items()
+        if relation == task_terms.PARTNER
+    }
+    assert all(partner[partner[word]] == word != partner[word] for word in partner)
+
+
+def rows_of_ones_own_keep_every_prompt_in_one_split():
+    rows = {f"p{i}": str(i) for i in range(57)}
+    splits = task_rows.split_rows(rows, 0, "here")
+    assert {split: len(made) for split, made in splits.items()} == {
+        "train": 41,
+        "validation": 5,
+        "test": 11,
+    }
+    together = [row for split in SPLITS for row in splits[split]]
+    assert {row["prompt"]: row["completion"] for row in together} == rows
+    assert len(together) == len(rows)
+    backwards = dict(reversed(rows.items()))
+    assert task_rows.split_rows(backwards, 0, "here") == splits
+    assert task_rows.split_rows(rows, 1, "here") != splits
+
+
+def json_is_right_only_as_a_whole():
+    right = '{"a":1,"b":[true,null]}'
+    assert task_orders.score('{"b": [true, null], "a": 1}\n', right)
+    for wrong in (
+        '{"a":1,"b":[true,null],"c":0}',  # a superset
+        '{"a":1}',
+        '{"a":1.0,"b":[true,null]}',
+        '{"a":true,"b":[true,null]}',
+        '{"a":1,"b":[1,null]}',
+        '{"a":"1","b":[true,null]}',
+        '{"a":1,"b":[null,true]}',
+        '{"a":2,"a":1,"b":[true,null]}',  # a key twice
+        f"{right} Done.",
+        f"{right}{right}",
+        f"```{right}```",
+        "{'a':1,'b':[True,None]}",  # Python, not JSON
+        '{"a":NaN,"b":[true,null]}',
+        "",
+        "[" * 100_000,
+        "9" * 10_000,
+    ):
+        assert not task_orders.score(wrong, right), wrong[:40]
+    assert not task_orders.score("NaN", "NaN")
+
+
+LAWS = (
+    generated_rows_repeat_with_the_seed_alone,
+    no_prompt_is_in_two_splits_or_twice,
+    no_customer_orders_the_same_items_twice,
+    the_test_orders_hold_words_that_training_lacks,
+    an_order_says_what_its_sentence_says,
+    a_term_is_tested_in_words_that_training_did_not_use_for_it,
+    every_fact_has_six_wordings_in_three_splits,
+    rows_of_ones_own_keep_every_prompt_in_one_split,
+    json_is_right_only_as_a_whole,
+)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law):
+    law()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("orders", (600, 100, 300)), ("terms", (480, 160, 320))]
+)
+def test_a_generated_task_has_its_columns_and_sizes(name, sizes):
+    task = load_task(name, seed=2)
+    for split, size in zip(SPLITS, sizes, strict=True):
+        data = getattr(task, split)
+        assert isinstance(data, Dataset)
+        assert data.column_names == ["prompt", "completion"]
+        assert len(data) == size
+        assert all(task.score(row["completion"], row["completion"]) for row in data)
+    assert (
+        list(task.train)
+        == {"orders": task_orders, "terms": task_terms}[name].rows(2)["train"]
+    )
+
+
+def test_the_invented_words_are_in_no_prose():
+    prose = set(re.findall(r"\w+", " ".join(topics.values()).lower()))
+    for seed in range(5):
+        words = {word for word, _ in task_terms.facts(Random(seed))}
+        assert len(words) == task_terms.WORDS
+        assert not words & prose
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(VALUES, VALUES)
+def test_json_of_equal_values_and_types_is_right(one, other):
+    def same(a, b):
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return type(a) is type(b) and a == b and str(a) == str(b)  # -0.0 is not 0.0
+
+    finite = '"' not in json.dumps([one, other]).replace("Infinity", '"')
+    spaced, compact = json.dumps(one, indent=1), json.dumps(one)
+    assert task_orders.score(spaced, compact) or not finite
+    if finite:
+        assert task_orders.score(json.dumps(other), compact) == same(one, other)
+
+
+@pytest.mark.parametrize(
+    "answer", ["bone", " Bone.", "a bone", "THE bone\n", "An  bone ."]
+)
+def test_a_term_is_right_in_any_case_with_an_article_and_a_full_stop(answer):
+    assert task_terms.score(answer, "bone")
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "bones", "bone brass", "not bone", "a", "b one"]
+)
+def test_a_term_is_wrong_with_anything_more_or_less(answer):
+    assert not task_terms.score(answer, "bone")
+
+
+# Rows from people
+
+
+def write(path, *lines):
+    path.write_bytes(b"\n".join(as_bytes(line) for line in lines))
+    return str(path)
+
+
+def as_bytes(line):
+    if isinstance(line, dict):
+        line = json.dumps(line)
+    return line if isinstance(line, bytes) else line.encode()
+
+
+def good(n=30):
+    return [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(n)]
+
+
+def prompts(task):
+    return [row["prompt"] for split in SPLITS for row in getattr(task, split)]
+
+
+def test_rows_of_a_file_become_a_task(tmp_path):
+    task = load_task(write(tmp_path / "rows.jsonl", *good()), seed=5)
+    assert sorted(prompts(task)) == sorted(row["prompt"] for row in good())
+    assert task.train.column_names == ["prompt", "completion"]
+    assert task.instruction == ""
+    row = task.test[0]
+    assert row["completion"] == "c" + row["prompt"][1:]
+    assert task.score(f" {row['completion']}\n", row["completion"])
+    assert not task.score(row["completion"].upper(), row["completion"])
+
+
+def test_what_editors_do_to_a_file_does_no_harm(tmp_path):
+    """A byte order mark, CRLF, empty lines, other keys, a line separator in a text."""
+    rows = [row | {"note": 1} for row in good()]
+    rows[3]["prompt"] = "one\u2028two"
+    lines = [as_bytes(json.dumps(row, ensure_ascii=False)) + b"\r" for row in rows]
+    lines[0] = b"\xef\xbb\xbf" + lines[0]
+    task = load_task(write(tmp_path / "rows.jsonl", *lines, b"", b"  \r", rows[0]))
+    assert "one\u2028two" in prompts(task)
+    assert len(prompts(task)) == len(set(prompts(task))) == 30  # identical rows are one
+
+
+BAD = {
+    "{'prompt': 1}": "not JSON: Expecting property name",
+    '{"prompt": "p", "completion": "c"} x': "not JSON: Extra data",
+    "[" * 100_000: "not JSON: ",
+    '["p", "c"]': "not an object but list",
+    "null": "not an object but NoneType",
+    '{"prompt": "p"}': "no 'completion'; it has 'prompt'",
+    '{"completion": "c"}': "no 'prompt'; it has 'completion'",
+    "{}": "no 'prompt'; it has no key",
+    '{"prompt": 1, "completion": "c"}': "'prompt' is not text but int",
+    '{"prompt": "p", "completion": null}': "'completion' is not text but NoneType",
+    '{"prompt": "p", "completion": " "}': "'completion' is empty",
+    '{"prompt": "", "completion": "c"}': "'prompt' is empty",
+    '{"prompt": "\\ud800", "completion": "c"}': "'prompt' holds half a surrogate",
+    b'{"prompt": "\xff", "completion": "c"}': "not UTF-8 at byte 13",
+    '{"prompt": "p2", "completion": "x"}': "the prompt of line 3 with another comp",
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
+def test_a_bad_row_is_named_with_its_line_and_its_reason(line, tmp_path):
+    path = write(tmp_path / "rows.jsonl", *good(), line)
+    with pytest.raises(ValueError) as refused:
+        load_task(path)
+    first, second = str(refused.value).split("\n")
+    assert first == f"{path} has 1 bad row:"
+    assert second.startswith(f"  line 31: {BAD[line]}")
+
+
+def test_every_bad_row_is_counted_and_twenty_are_listed(tmp_path):
+    lines = [line for row in good() for line in (row, "[]")]
+    path = write(tmp_path / "rows.jsonl", *lines)
+    with pytest.raises(ValueError) as refused:
+        load_task(path)
+    first, *listed, last = str(refused.value).split("\n")
+    assert first == f"{path} has 30 bad rows:"
+    assert listed == [f"  line {2 * i}: not an object but list" for i in range(1, 21)]
+    assert last == "  … and 10 more"
+
+
+def test_too_few_rows_are_refused_with_the_minimum(tmp_path):
+    path = write(tmp_path / "rows.jsonl", *good(19), *good(19))
+    with pytest.raises(ValueError, match="19 distinct prompts; at least 20 are needed"):
+        load_task(path)
+    assert load_task(write(tmp_path / "rows.jsonl", *good(20)))
+    with pytest.raises(ValueError, match="0 distinct prompts"):
+        load_task(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        load_task(str(tmp_path / "none.jsonl"))
+
+
+def test_a_name_that_is_no_task_lists_what_is():
+    with pytest.raises(ValueError, match=r"'order' is no task: .*'orders', 'terms'"):
+        load_task("order")
+
+
+# Data sets, with a folder in the place of the hub
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that `datasets` can load; its cache stays in it as well."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "data"
+    path.mkdir()
+    return path
+
+
+def qa(numbers, answer="a"):
+    return [json.dumps({"q": f"q{i}", "a": f"{answer}{i}", "n": i}) for i in numbers]
+
+
+@pytest.mark.parametrize("prefix", ["", "hub:"])
+def test_columns_of_a_data_set_are_chosen(folder, prefix):
+    write(folder / "rows.jsonl", *qa(range(40)))
+    task = load_task(f"{prefix}{folder}", prompt="q", completion="a")
+    assert sorted(prompts(task)) == sorted(f"q{i}" for i in range(40))
+    assert len(task.train), len(task.test) == (28, 8)
+    assert task.train[0]["completion"] == "a" + task.train[0]["prompt"][1:]
+    for wrong in (dict(prompt="q"), dict(prompt="x", completion="a")):
+        with pytest.raises(
+            ValueError, match="no column '(completion|x)'.* q, a, n: ch"
+        ):
+            load_task(f"{prefix}{folder}", **wrong)
+    with pytest.raises(ValueError, match=r"\(train\) has 40 bad rows:\n  row 1: 'comp"):
+        load_task(f"{prefix}{folder}", prompt="q", completion="n")
+
+
+@pytest.mark.parametrize("has_validation", [False, True])
+def test_a_test_split_stays_the_test_and_leaves_the_others(folder, has_validation):
+    write(folder / "train.jsonl", *qa(range(50)))
+    write(folder / "test.jsonl", *qa(range(45, 60), answer="other "))
+    if has_validation:
+        write(folder / "validation.jsonl", *qa([*range(8), 50]))
+    task = load_task(str(folder), prompt="q", completion="a")
+    assert task.test["prompt"][:] == [f"q{i}" for i in range(45, 60)]
+    assert task.test[0]["completion"] == "other 45"
+    assert len(prompts(task)) == len(set(prompts(task))) == 60
+    assert len(task.train) + len(task.validation) == 45
+    if has_validation:
+        assert task.validation["prompt"][:] == [f"q{i}" for i in range(8)]
+    else:
+        assert 4 <= len(task.validation) <= 5
+
+
+def test_one_configuration_of_several_is_chosen(folder):
+    for name, numbers in (("one", range(30)), ("two", range(100, 130))):
+        write(folder / f"{name}.jsonl", *qa(numbers))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n"
+        "- config_name: two\n  data_files: two.jsonl\n---\n"
+    )
+    task = load_task(str(folder), prompt="q", completion="a", config="two")
+    assert "q100" in prompts(task) and "q0" not in prompts(task)
+    with pytest.raises(ValueError, match=r"one.*two"):
+        load_task(str(folder), prompt="q", completion="a")
+
+
+def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    advice = "Check the id and the network; without one, pass a folder"
+    with pytest.raises(OSError, match=f"'owner/name' cannot be had: .*{advice}"):
+        load_task("hub:owner/name")
+
+
+def test_code_beside_the_data_is_never_run(folder):
+    ran = folder / "ran"
+    (folder / f"{folder.name}.py").write_text(f"open({str(ran)!r}, 'w')")
+    write(folder / "rows.jsonl", *qa(range(40)))
+    try:
+        load_task(str(folder), prompt="q", completion="a")
+    except Exception:
+        pass
+    assert not ran.exists()
+    assert "trust_remote_code" not in inspect.getsource(task_rows)
+
+
+BUGS = {
+    "a leak between the splits": (
+        task_orders._split,
+        "if key not in taken:",
+        "if True:",
+        no_customer_orders_the_same_items_twice,
+    ),
+    "each split only knows its own rows": (
+        task_orders._split,
+        "made = []",
+        "made, taken = [], set()",
+        no_customer_orders_the_same_items_twice,
+    ),
+    "no words of the test's own": (
+        task_orders._word,
+        "split in words and",
+        "False and",
+        the_test_orders_hold_words_that_training_lacks,
+    ),
+    "test words in training": (
+        task_orders._word,
+        'words[split if own else "shared"]',
+        'words["test" if random.random() < 0.25 else "shared"]',
+        the_test_orders_hold_words_that_training_lacks,
+    ),
+    "a dozen is ten": (
+        task_orders._amount,
+        '12: ["a dozen"]',
+        '10: ["a dozen"]',
+        an_order_says_what_its_sentence_says,
+    ),
+    "number words off by one": (
+        task_orders._amount,
+        "NUMBERS[n]",
+        "NUMBERS[n - 1]",
+        an_order_says_what_its_sentence_says,
+    ),
+    "the seed is ignored": (
+        task_terms.rows,
+        'Random(f"terms {seed}")',
+        "Random(0)",
+        generated_rows_repeat_with_the_seed_alone,
+    ),
+    "a term tested in the words of training": (
+        task_terms.rows,
+        "prompts.pop()",
+        "random.choice(prompts)",
+        a_term_is_tested_in_words_that_training_did_not_use_for_it,
+    ),
+    "wordings that training never shows": (
+        task_terms.rows,
+        "random.shuffle(prompts)",
+        "pass",
+        a_term_is_tested_in_words_that_training_did_not_use_for_it,
+    ),
+    "a term with two answers": (
+        task_terms.rows,
+        '"completion": answer',
+        '"completion": random.choice([answer, "bone"])',
+        a_term_is_tested_in_words_that_training_did_not_use_for_it,
+    ),
+    "partners in one direction": (
+        task_terms.facts,
+        "(other, PARTNER): one",
+        "(other, PARTNER): other",
+        every_fact_has_six_wordings_in_three_splits,
+    ),
+    "splits that overlap": (
+        task_rows.split_rows,
+        "order[held:]",
+        "order[test:]",
+        rows_of_ones_own_keep_every_prompt_in_one_split,
+    ),
+    "splits that depend on the order of the rows": (
+        task_rows._draw,
+        "sorted(rows)",
+        "list(rows)",
+        rows_of_ones_own_keep_every_prompt_in_one_split,
+    ),
+    "a superset is right": (
+        task_orders.score,
+        "_canonical(answer) == _canonical(completion)",
+        "json.loads(answer) | json.loads(completion) == json.loads(answer)",
+        json_is_right_only_as_a_whole,
+    ),
+    "parsed values compared by ==": (
+        task_orders._canonical,
+        "json.dumps(value, sort_keys=True)",
+        "value",
+        json_is_right_only_as_a_whole,
+    ),
+    "a key twice": (
+        task_orders._canonical,
+        "object_pairs_hook=_unique, ",
+        "",
+        json_is_right_only_as_a_whole,
+    ),
+    "NaN": (
+        task_orders._canonical,
+        ", parse_constant=_refuse",
+        "",
+        json_is_right_only_as_a_whole,
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug):
+    function, right, wrong, law = BUGS[bug]
+    with planted(function, right, wrong), pytest.raises(AssertionError):
+        law()
