@@ -222,6 +222,7 @@ def place_labels(axes: Axes, labels: Sequence[str], points: Sequence[Bbox]) -> b
             transform=figure.dpi_scale_trans,  # inches, right at any resolution
             position=spot.min / figure.dpi,
             verticalalignment="bottom",
+            multialignment="right" if spot.x1 < points[i].x0 else "left",
         )
         free = {
             j: [o for o in spots if not o.overlaps(spot)] for j, spots in free.items()
@@ -234,10 +235,10 @@ def _spots(text: Text, point: Bbox) -> Iterator[Bbox]:
     width, height = text.get_window_extent().size
     gap = GAP * text.figure.dpi
     middle = (point.y0 + point.y1 - height) / 2
-    steps = math.ceil(point.height / height) + 1
+    steps = math.ceil(2 * point.height / height) + 2
     for step in sorted(range(-steps, steps + 1), key=abs):
         for x in (point.x1 + gap, point.x0 - gap - width):
-            yield Bbox.from_bounds(x, middle + step * height / 2, width, height)
+            yield Bbox.from_bounds(x, middle + step * height / 4, width, height)
     for y in (point.y1 + gap, point.y0 - gap - height):
         yield Bbox.from_bounds((point.x0 + point.x1 - width) / 2, y, width, height)
 

@@ -41,7 +41,7 @@ ITEMS = {
     "validation": "teapot wrench",
     "test": "saddle trumpet pencil paddle sandwich",
 }
-AMOUNTS = (1, 2, 2, 3, 4, 5, 6, 8, 12, 12)
+AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
@@ -91,7 +91,7 @@ def _order(random, split) -> dict:
         "customer": _word(random, CUSTOMERS, split),
         "items": items,
         "city": _word(random, CITIES, split),
-        "day": random.choice([*DAYS, None]),
+        "day": random.choice([*DAYS, None, None, None]),
     }
 
 
@@ -114,7 +114,7 @@ def _amount(random, item, n) -> str:
     """ "a lamp", "three lamps", "3 lamps", "a pair of lamps", "a dozen lamps"."""
     if n == 1:
         return f"{random.choice(('a', 'one'))} {item}"
-    spoken = {2: ["a pair of"], 6: ["half a dozen"], 12: ["a dozen"]}.get(n, [])
+    spoken = {2: ["a pair of"], 12: ["a dozen"]}.get(n, [])
     return f"{random.choice([str(n), NUMBERS[n], *spoken])} {_plural(item)}"
 
 

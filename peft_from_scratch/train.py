@@ -13,6 +13,7 @@ tensor that three steps have not moved, a folder with another run's checkpoints.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def measured_step(model: nn.Module, tokenizer, task, recipe: Recipe) -> Memory:
             scoped.mode(model, training=True),
             scoped.seeded(recipe.seed, run.device),
         ):
-            _step(model, run, largest, recipe)
+            _allocate_state(run.optimizer, run.trainable)
             return measure_step(model, lambda: _step(model, run, largest, recipe))
     finally:
         checkpoint.load_weights(run.trainable, before)
@@ -145,23 +146,28 @@ def _new_run(model: nn.Module, recipe: Recipe) -> Run:
     return Run(parameters, optimizer, next(iter(parameters.values())).device)
 
 
+def _allocate_state(optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    """A step on zero gradients: AdamW makes its moments in its first step."""
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def _encode(tokenizer, task, recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    encoded = []
-    for split in ("train", "validation"):
-        rows = getattr(task, split) if split == "train" or recipe.validate_every else []
-        encoded.append(
-            encode_rows(
-                tokenizer,
-                task.instruction,
-                rows,
-                template=recipe.template,
-                max_tokens=recipe.max_tokens,
-            )
-        )
-    if not encoded[0] or (recipe.validate_every and not encoded[1]):
-        empty = "validation" if encoded[0] else "training"
-        raise ValueError(f"the task has no {empty} rows; they are needed here")
-    return tuple(encoded)
+    encode = partial(
+        encode_rows,
+        tokenizer,
+        task.instruction,
+        template=recipe.template,
+        max_tokens=recipe.max_tokens,
+    )
+    rows = encode(task.train)
+    held_out = encode(task.validation) if recipe.validate_every else []
+    if not rows or (recipe.validate_every and not held_out):
+        empty = "validation" if rows else "train"
+        raise ValueError(f"the task has no {empty} rows, which this recipe needs")
+    return rows, held_out
 
 
 def _micro_batches(rows: list[Row], recipe: Recipe, step: int) -> list[list[Row]]:

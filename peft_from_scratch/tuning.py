@@ -24,10 +24,10 @@ from .templates import TEMPLATES
 
 SHIPPED = ROOT / "data" / "results" / "tuning.json"
 VALIDATION_ROWS = 60
-SHOTS, ORDERS = (2, 5, 8), (0, 1, 2)
+SHOTS, ORDERS = (4, 8, 12), (0, 1, 2)
 UNTUNED = {  # where nobody has searched: other bases, your own data
     "zero-shot": {"template": "chat"},
-    "few-shot": {"template": "chat", "k": 5, "order": 0},
+    "few-shot": {"template": "chat", "k": 8, "order": 0},
     "full": {"template": "chat", "lr": 1e-4},
     "lora-attention": {"template": "chat", "lr": 1e-3},
     "lora": {"template": "chat", "lr": 1e-3},

@@ -1,37 +1,39 @@
 """The house in order: what the project's files say about each other holds."""
 
 import ast
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import peft_from_scratch as pfs
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 LARGEST = 5_000_000  # bytes of a file in git
+TARGETS = {"compare", "test", "lab", "notebooks", "bench", "lint"}
 
-# Dependencies that the library needs and does not import itself.
-USED_BY_OTHERS = {"gguf": "transformers reads SmolLM2's file with it"}
-NAMED_BY_ENVIRONMENT = "torch transformers datasets bitsandbytes jupyterlab matplotlib"
-PLATFORM_ONLY = re.compile(r"cuda-|nvidia-|triton$|setuptools$")
+# A dependency that the library needs and does not import itself.
+FOR_OTHERS = {"gguf": "transformers reads SmolLM2's file with it"}
+# What `make lock` leaves out: only some platforms have these, or every one has.
+NOT_PINNED = re.compile(r"(cuda-|nvidia-|triton$|setuptools$|pip$)")
 
 
 def requirements(lines):
     """{canonical name: Requirement}"""
     found = [Requirement(line) for line in lines]
     return {canonicalize_name(r.name): r for r in found}
+
+
+def text(name):
+    return (ROOT / name).read_text("utf-8")
 
 
 CORE = requirements(PROJECT["dependencies"])
@@ -41,52 +43,165 @@ EXTRAS = {
 }
 DECLARED = [CORE, *EXTRAS.values()]
 PINS = requirements(
-    line
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if not line.startswith("#")
+    line for line in text("constraints.txt").splitlines() if not line.startswith("#")
 )
 
 
-def files():
-    """Every file that is in git or would be added to it, relative to the root."""
+def in_git():
+    """Every file that is in git, or would be after `git add .`; by its path."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this copy of the project is not a git repository")
-    names = done.stdout.decode().split("\0")
-    return sorted(name for name in set(names) if name and (ROOT / name).exists())
+        pytest.skip("this copy of the project is no git repository")
+    names = set(done.stdout.decode().split("\0"))
+    return sorted(name for name in names if name and (ROOT / name).is_file())
 
 
-def pages():
-    return [name for name in files() if name.endswith(".md")]
+# ------------------------------------------------------------------------- Packages
 
 
-# Packages ----------------------------------------------------------------------------
-
-
-def test_a_package_has_one_range_everywhere():
+def test_a_package_has_one_range_in_pyproject():
     for declared in DECLARED:
         for name, requirement in declared.items():
-            for other in DECLARED:
-                if name in other:
-                    assert other[name].specifier == requirement.specifier, name
+            ranges = {d[name].specifier for d in DECLARED if name in d}
+            assert ranges == {requirement.specifier}, name
 
 
 def test_environment_has_the_ranges_of_pyproject():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load(text("environment.yml"))
     *conda, pip = environment["dependencies"]
     options = [line for line in pip["pip"] if line.startswith("-")]
     listed = requirements(line for line in pip["pip"] if not line.startswith("-"))
+
     assert environment["name"] == PROJECT["name"]
     assert f"python{PROJECT['requires-python']}" in conda
-    assert options == [
-        "--constraint constraints.txt",
-        f"--editable .[{','.join(sorted(EXTRAS, reverse=True))}]".replace(
-            "test,reference,lab", "test,lab,reference"
-        ),
-    ]
-    assert set(NAMED_BY_ENVIRONMENT.split()) | {"nbval"} <= set(listed)
+    assert options[0] == "--constraint constraints.txt"
+    assert set(re.findall(r"\w+", options[1])) == {"editable", *EXTRAS}
+    assert {"torch", "transformers", "datasets", "bitsandbytes"} <= set(listed)
+    assert {"jupyterlab", "matplotlib", "nbval"} <= set(listed)
     for name, requirement in listed.items():
-        ranges = [d[name].specifier for d in DECLARED if name in d]
-        assert ranges and requirement.specifier == ranges[0], name
+        ranges = {d[name].specifier for d in DECLARED if name in d}
+        assert ranges == {requirement.specifier}, name
+
+
+def test_constraints_are_exact_and_inside_the_ranges():
+    for name, pin in PINS.items():
+        assert re.fullmatch(r"==[^+*,]+", str(pin.specifier)), pin
+        version = str(pin.specifier).removeprefix("==")
+        for declared in DECLARED:
+            if name in declared:
+                assert version in declared[name].specifier, pin
+
+
+def test_constraints_hold_everything_that_gets_installed():
+    """The declared packages, those that they require, and so on, on this platform."""
+    waiting = [(name, ()) for declared in DECLARED for name in declared]
+    seen = set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen or NOT_PINNED.match(name):
+            continue
+        seen.add((name, extras))
+        assert name in PINS, f"{name} is not in constraints.txt: make lock"
+        waiting += needed_by(name, extras)
+
+
+def needed_by(name, extras):
+    """(canonical name, extras) of what an installed package requires here."""
+    try:
+        lines = requires(name) or []
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed: this takes all extras")
+    for requirement in map(Requirement, lines):
+        settings = [{"extra": extra} for extra in ("", *extras)]
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate(setting) for setting in settings):
+            yield canonicalize_name(requirement.name), tuple(sorted(requirement.extras))
+
+
+# ------------------------------------------------------------------------- Imports
+
+
+def imported(folder):
+    """{distribution: [file: where it is imported]}, our own modules left out."""
+    providers = packages_distributions()
+    ours = {path.stem for path in ROOT.glob("tests/**/*.py")} | {"peft_from_scratch"}
+    found = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in modules(ast.parse(path.read_text("utf-8"))):
+            if name not in ours | sys.stdlib_module_names:
+                distribution = canonicalize_name(providers.get(name, [name])[0])
+                found.setdefault(distribution, []).append(path.name)
+    return found
+
+
+def modules(tree):
+    """The first part of the name of every module that is imported absolutely."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_the_library_imports_what_it_declares_and_declares_what_it_imports():
+    found = imported("peft_from_scratch")
+    undeclared = found.keys() - CORE.keys()
+    assert not undeclared, {name: found[name] for name in undeclared}
+    assert CORE.keys() - found.keys() == FOR_OTHERS.keys()
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "notebooks"])
+def test_other_imports_are_declared_by_an_extra(folder):
+    found = imported(folder)
+    undeclared = found.keys() - {name for declared in DECLARED for name in declared}
+    assert not undeclared, {name: found[name] for name in undeclared}
+
+
+# ------------------------------------------------------------------------- Pages
+
+
+def test_the_makefile_has_every_target_that_is_spoken_of():
+    phony = re.search(r"^\.PHONY: (.*)$", text("Makefile"), re.MULTILINE)[1].split()
+    assert set(phony) >= TARGETS
+    assert set(phony) == set(re.findall(r"^(\w+):.* ## ", text("Makefile"), re.M))
+    pages = [name for name in in_git() if name.endswith((".md", ".ipynb"))]
+    for page in [*pages, ".ci/run"]:
+        spoken_of = re.findall(r"(?:`|^|&& )make (?:\w+=\S+ )*(\w+)", text(page), re.M)
+        assert set(spoken_of) <= set(phony), page
+
+
+def test_readme_lists_every_file_once():
+    listed = tree(text("README.md"))
+    lines = {  # a line may hold a *, for files that only their names tell apart
+        name: [line for line in listed if Path("/", name).match("/" + line)]
+        for name in in_git()
+    }
+    assert not {name: found for name, found in lines.items() if len(found) != 1}
+    assert not set(listed) - {line for found in lines.values() for line in found}
+
+
+def tree(page):
+    """The paths in the README's fenced block of lines `path   description`."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (block,) = [
+        block for block in blocks if re.search("^pyproject.toml  ", block, re.M)
+    ]
+    lines = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in block.splitlines()]
+    assert all(lines), block
+    return [line[1] for line in lines]
+
+
+def test_one_version():
+    changelog = re.search(r"^## \[?(\d[^\]\s]*)", text("CHANGELOG.md"), re.MULTILINE)
+    assert PROJECT["version"] == pfs.__version__ == changelog[1]
+
+
+def test_no_file_is_large_or_names_a_private_path():
+    private = re.compile(rb"(?<![\w.:/~$}-])/(work|tmp|home|root|opt|Users)/\w")
+    for name in in_git():
+        data = (ROOT / name).read_bytes()
+        assert len(data) <= LARGEST, f"{name}: {len(data)} bytes"
+        found = private.search(data)
+        assert not found, f"{name}: {data[found.start() :][:60]}"

@@ -14,6 +14,7 @@ from architectures import build
 from kill_and_resume import contents, differences
 from observe import assert_same, refused, values
 from runs import ROWS, TASK, TOKENIZER, adapted, planted, recipe, run
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_from_scratch import checkpoint, train
@@ -247,7 +248,7 @@ def test_views_of_one_storage_and_half_precision_come_back(tmp_path):
     folder = checkpoint.save(
         checkpoint.Run(shared, optimizer, torch.device("cpu")), tmp_path, {}
     )
-    loaded = checkpoint.load_file(folder / "trainable.safetensors")
+    loaded = load_file(folder / "trainable.safetensors")
     assert_same(loaded, {name: shared[name].detach() for name in loaded})
     assert loaded.keys() == shared.keys()
 

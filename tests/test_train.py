@@ -477,7 +477,7 @@ def test_the_bar_shows_loss_rate_and_time_left(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         train.train(adapted(), TOKENIZER, TASK, recipe(validate_every=4))
         text = stream.getvalue()
-        assert bool(text) == shown
+        assert bool(text) == shown == ("loss" in text and "12/12" in text)
         assert "\n" not in text.strip()
     last = train._figures(History(loss=[1.25], lr=[1e-3], validation=[(1, 2.5)]))
     assert last == "loss 1.250, lr 1.0e-03, validation 2.500"
