@@ -52,11 +52,11 @@ ifneq ($(wildcard notebooks/*.ipynb),)
 endif
 
 lab: $(MODEL) ## JupyterLab, in notebooks/
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
 
 notebooks: $(MODEL) ## build the notebooks from their text form, and run them
 	@set -e; for text in notebooks/$(NB)*.py; do \
-	    $(BIN)/jupytext --to ipynb --execute \
+	    $(BIN)/python -m jupytext --to ipynb --execute \
 	        --update-metadata '{"widgets": null}' "$$text"; \
 	done
 
@@ -67,8 +67,8 @@ bench: $(MODEL) ## the benchmarks: ratios, measured side by side
 	done
 
 lint: $(READY) ## ruff: the rules and the format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 lock: $(READY) ## newest versions within the ranges, into constraints.txt
 	@echo 'Resolving for the oldest Python that is supported …'

@@ -1,4 +1,4 @@
-"""The command line: python -m peft_from_scratch doctor | compare | train | chat | merge."""
+"""The command line: doctor, compare, train, chat and merge."""
 
 import argparse
 import os
@@ -10,13 +10,15 @@ METHODS = ("lora", "full")  # what `train --method` knows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status. A foreseeable error is a sentence, not a trace."""
+    """Run one command and return the exit status; a foreseen error is a sentence."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where this one was.", file=sys.stderr)
+        print(
+            "\nStopped. The same command goes on where this one was.", file=sys.stderr
+        )
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -38,14 +40,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _doctor(commands) -> None:
-    command = _command(commands, "doctor", "what is here, what is missing, what it costs")
+    command = _command(
+        commands, "doctor", "what is here, what is missing, what it costs"
+    )
     command.set_defaults(run=run_doctor)
 
 
 def _compare(commands) -> None:
-    command = _command(commands, "compare", "several methods, one table, picture and page")
+    command = _command(
+        commands, "compare", "several methods, one table, picture and page"
+    )
     plan = Plan()
-    command.add_argument("--task", default=plan.task, help="orders, terms, a .jsonl file …")
+    command.add_argument(
+        "--task", default=plan.task, help="orders, terms, a .jsonl file …"
+    )
     command.add_argument(
         "--methods",
         default=",".join(plan.methods),
@@ -53,7 +61,9 @@ def _compare(commands) -> None:
     )
     command.add_argument("--seeds", default="0", help="seeds, such as 0,1,2")
     command.add_argument("--rows", type=int, default=plan.rows, help="test rows")
-    command.add_argument("--steps", type=int, default=plan.steps, help="optimizer steps")
+    command.add_argument(
+        "--steps", type=int, default=plan.steps, help="optimizer steps"
+    )
     command.add_argument("--out", default=plan.out, help="folder for the results")
     command.add_argument(
         "--tune",
@@ -65,7 +75,9 @@ def _compare(commands) -> None:
 
 
 def _train(commands) -> None:
-    command = _command(commands, "train", "fine-tune on your own rows, save the adapter")
+    command = _command(
+        commands, "train", "fine-tune on your own rows, save the adapter"
+    )
     command.add_argument(
         "--data", required=True, help="rows.jsonl with prompt and completion, or a task"
     )
@@ -74,18 +86,26 @@ def _train(commands) -> None:
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--batch", type=int, default=8, help="rows of a step")
-    command.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    command.add_argument(
+        "--accumulate", type=int, default=1, help="micro-batches a step"
+    )
     command.add_argument("--template", choices=("chat", "raw"), default="chat")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--r", type=int, default=8, help="rank (lora)")
-    command.add_argument("--alpha", type=float, default=16, help="scale is alpha / r (lora)")
-    command.add_argument("--targets", default="all-linear", help="preset or name (lora)")
+    command.add_argument(
+        "--alpha", type=float, default=16, help="scale is alpha / r (lora)"
+    )
+    command.add_argument(
+        "--targets", default="all-linear", help="preset or name (lora)"
+    )
     _base(command)
     command.set_defaults(run=_from_commands("fine_tune"))
 
 
 def _chat(commands) -> None:
-    command = _command(commands, "chat", "talk to a base model, or to it with an adapter")
+    command = _command(
+        commands, "chat", "talk to a base model, or to it with an adapter"
+    )
     command.add_argument("--adapter", help="folder of a saved adapter")
     command.add_argument("--system", default="", help="the system turn")
     _base(command)
@@ -93,7 +113,9 @@ def _chat(commands) -> None:
 
 
 def _merge(commands) -> None:
-    command = _command(commands, "merge", "fold an adapter into its base, save the model")
+    command = _command(
+        commands, "merge", "fold an adapter into its base, save the model"
+    )
     command.add_argument("--adapter", required=True, help="folder of a saved adapter")
     command.add_argument("--out", required=True, help="new folder for the merged model")
     _base(command)
@@ -108,7 +130,9 @@ def _base(command) -> None:
     command.add_argument(
         "--base", default="smollm2", help="smollm2, a hub id (owner/name) or a folder"
     )
-    command.add_argument("--device", help="cpu, cuda or mps; by default the fastest here")
+    command.add_argument(
+        "--device", help="cpu, cuda or mps; by default the fastest here"
+    )
 
 
 def run_doctor(options) -> int:

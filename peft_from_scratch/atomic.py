@@ -21,7 +21,7 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_folder_beside(path) as folder:
         yield folder / path.name
-        _sync(folder / path.name)
+        _finish(folder / path.name)
         os.replace(folder / path.name, path)
 
 
@@ -33,7 +33,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with new_folder_beside(path) as folder:
         yield folder
         for file in folder.rglob("*"):
-            _sync(file)
+            _finish(file)
         os.replace(folder, path)
 
 
@@ -54,7 +54,9 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync(file: Path) -> None:
+def _finish(file: Path) -> None:
+    """Bytes on the disk, and readable by others: safetensors writes mode 0600."""
     if file.is_file():
+        file.chmod(0o644)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

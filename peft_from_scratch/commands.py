@@ -22,7 +22,7 @@ TEST_ROWS = 100  # answered before and after
 
 
 def fine_tune(options) -> None:
-    """Fine-tune on the rows of `options.data`; the adapter and its record go to a folder.
+    """Fine-tune on the rows of `options.data`; adapter and record go to a folder.
 
     Writes the adapter in PEFT's layout, training.json (recipe, losses, scores) and
     training.png. Stopped and called again, it goes on from its newest checkpoint.
@@ -51,14 +51,16 @@ def fine_tune(options) -> None:
     after = evaluate.answer_rows(model, tokenizer, task, test, **asked)
     exchange.save(model, out)
     _write_record(out, options, recipe, history, before, after)
-    print(f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}")
+    print(
+        f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}"
+    )
     print(f"adapter, training.json and training.png are in {out}")
     adapted = f"--base {options.base} --adapter {out}"
     print(f"talk to it:  python -m peft_from_scratch chat {adapted}")
 
 
 def chat(options) -> None:
-    """A conversation in the terminal, one greedy answer a line; Ctrl-D or 'exit' ends."""
+    """A conversation in the terminal, greedy answers; Ctrl-D or 'exit' ends it."""
     model, tokenizer = load_model(options.base, device=options.device)
     if options.adapter:
         exchange.load(model, options.adapter)
@@ -84,7 +86,9 @@ def merge_to_folder(options) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     worst = max(errors.values(), default=0.0)
-    print(f"merged {len(names)} modules; rounding lost {worst:.1e} of the change at most")
+    print(
+        f"merged {len(names)} modules; rounding lost {worst:.1e} of the change at most"
+    )
     print(f"{out} is a whole model: load it with transformers, or --base {out}")
 
 

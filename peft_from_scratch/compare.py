@@ -14,14 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
-
 from . import __version__, atomic, evaluate, report
 from .measure import measure
 from .models import load_model, pick_device
 from .provenance import provenance
 from .rows import Plan, Row
 from .tasks import Task, load_task
-from .tuning import settings_for
+from .tuning import RULE, Setting, settings_for
 
 REFERENCE = "few-shot"  # the row that the others' exact match is compared with
 
@@ -35,7 +34,9 @@ def compare(plan: Plan) -> dict:
     start = time.perf_counter()
     task = load_task(plan.task)
     if plan.rows > len(task.test):
-        raise ValueError(f"rows={plan.rows}: {task.name} has {len(task.test)} test rows")
+        raise ValueError(
+            f"rows={plan.rows}: {task.name} has {len(task.test)} test rows"
+        )
     measured = {
         row.key: [_measured_once(plan, row, seed, task) for seed in plan.seeds]
         for row in plan.chosen()
@@ -48,13 +49,13 @@ def compare(plan: Plan) -> dict:
 
 def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
     """The row's figures, from its file where the same configuration was measured."""
-    setting, source = settings_for(plan, row)
+    setting = settings_for(plan, row)
     device = pick_device(plan.device)
     configuration = {
         "base": plan.base,
         "task": plan.task,
         "method": row.key,
-        "setting": setting,
+        "setting": setting.values,
         "seed": seed,
         "rows": plan.rows,
         "steps": plan.steps if row.inject else 0,
@@ -67,16 +68,16 @@ def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
     if file.exists():
         print(f"{row.label}: measured before, kept from {file}")
         return json.loads(file.read_text())
-    print(f"{row.label}, seed {seed}: {_told(setting)} ({source})")
+    print(f"{row.label}, seed {seed}: {_told(setting.values)}")
     start = time.perf_counter()
     checkpoints = Path(plan.out) / "checkpoints" / key
-    figures = measure(row, plan, task, setting, seed, checkpoints)
+    figures = measure(row, plan, task, setting.values, seed, checkpoints)
     figures["seconds"]["total"] = time.perf_counter() - start
     figures |= {
         "key": row.key,
         "label": row.label,
-        "settings": setting,
-        "settings_from": source,
+        "settings": setting.values | figures.pop("injected"),
+        "settings_from": _foreign(setting, plan),
         "configuration": configuration,
         "provenance": provenance(seed=seed, device=device),
     }
@@ -87,7 +88,7 @@ def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
 
 
 def _result(plan: Plan, task: Task, measured: dict[str, list[dict]]) -> dict:
-    """Everything the table and the page show, from the figures of all rows and seeds."""
+    """What the table and the page show, from the figures of all rows and seeds."""
     first = next(iter(measured.values()))[0]
     reference = measured.get(REFERENCE)
     model, _ = load_model(plan.base, device=plan.device)
@@ -101,6 +102,7 @@ def _result(plan: Plan, task: Task, measured: dict[str, list[dict]]) -> dict:
         "device": next(model.parameters()).device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "plan": asdict(plan),
+        "tuned": _tuned([settings_for(plan, row) for row in plan.chosen()]),
         "provenance": first["provenance"],
         "rows": [_row(seeds, reference) for seeds in measured.values()],
     }
@@ -121,7 +123,7 @@ def _row(seeds: list[dict], reference: list[dict] | None) -> dict:
 
 
 def _exact(seeds: list[dict]) -> dict:
-    """Exact match; the interval counts each test row once, however many seeds there are."""
+    """Exact match; the interval counts a test row once, however many the seeds."""
     right = _per_item(seeds)
     k, n = sum(right), len(right)
     low, high = evaluate.wilson(k, n)
@@ -140,7 +142,9 @@ def _wall(rows: list[dict], seconds: float) -> dict:
     answering = seeds * sum(row["seconds"]["answer"] for row in rows)
     total = seeds * sum(row["seconds"]["total"] for row in rows)
     steps = " + ".join(
-        f"{row['steps']} x {row['seconds']['step']:.2f} s" for row in rows if row["steps"]
+        f"{row['steps']} x {row['seconds']['step']:.2f} s"
+        for row in rows
+        if row["steps"]
     )
     return {
         "total": total,
@@ -150,11 +154,29 @@ def _wall(rows: list[dict], seconds: float) -> dict:
         "this_run": seconds,
         "sentence": (
             f"Training took {steps or 'no step'} = {training:.0f} s; answering "
-            f"{len(rows)} x {rows[0]['exact']['n']} test rows {answering:.0f} s; memory, "
-            f"forgetting, decoding and merging {total - training - answering:.0f} s; "
+            f"{len(rows)} x {rows[0]['exact']['n']} test rows {answering:.0f} s; "
+            f"everything else {total - training - answering:.0f} s; "
             f"in all {total:.0f} s."
         ),
     }
+
+
+def _tuned(settings: list[Setting]) -> dict:
+    """The search behind the settings of all rows."""
+    return {
+        "runs": sum(setting.runs for setting in settings),
+        "file": ", ".join(sorted({setting.file for setting in settings})),
+        "when": max(setting.when for setting in settings),
+        "rule": RULE,
+    }
+
+
+def _foreign(setting: Setting, plan: Plan) -> str | None:
+    """A warning where the setting was searched on another base or task."""
+    here = f"{plan.base}/{plan.task}"
+    if setting.searched_on == here:
+        return None
+    return f"searched on {setting.searched_on}, not on {here}"
 
 
 def _told(setting: dict) -> str:

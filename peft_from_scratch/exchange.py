@@ -227,8 +227,8 @@ def _refuse_resized(model) -> int | None:
         if now != then:
             raise ValueError(
                 f"the vocabulary was resized from {then} to {now} rows; an adapter "
-                "file has no place for the new rows and would lose them. Save the whole "
-                "model (merge, then model.save_pretrained), or resize back"
+                "file has no place for the new rows and would lose them. Save the "
+                "whole model (merge, then model.save_pretrained), or resize back"
             )
     return now
 
@@ -238,7 +238,7 @@ def _refuse_other_vocabulary(model, rows: str | None) -> None:
     if rows is not None and rows != str(now):
         raise ValueError(
             f"the adapter was trained on a vocabulary of {rows} rows, this model has "
-            f"{now}: load the base model it was made for, or resize the embeddings as then"
+            f"{now}: load the base model it was made for, or resize its rows"
         )
 
 

@@ -11,6 +11,7 @@ from . import findings
 from .columns import megabytes
 from .plotting import (
     APART,
+    BLUE,
     GREY,
     LIGHT,
     ORANGE,
@@ -89,7 +90,10 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_ylim(-4, 104)  # whole markers at 0 and at 100
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y")
-    name = "Exact match, % of test rows"
+    _name_y(axes, "Exact match, % of test rows")
+
+
+def _name_y(axes: Axes, name: str) -> None:
     axes.text(0, 1.03, name, transform=axes.transAxes, size=SMALL)
 
 
@@ -214,17 +218,18 @@ def training_curve(
     with style(theme):
         figure, axes = frame(
             findings.training(history),
-            "Nats per label token; lower is better. Thin: the rows of each step.",
+            "Thin line: the rows of each step. Points: the validation rows.",
             width,
             2.6,
             FOOT,
             theme,
         )
         steps = range(1, history.steps + 1)
-        axes.plot(steps, history.loss, color=SKY, linewidth=1, label="training")
+        axes.plot(steps, history.loss, color=BLUE, linewidth=1)
         if history.validation:
-            axes.plot(*zip(*history.validation, strict=True), "o-", color=PURPLE)
+            axes.plot(*zip(*history.validation, strict=True), "o-", color=theme.ink)
         axes.set_ylim(bottom=0)
+        _name_y(axes, "Loss, nats per label token")
         axes.set_xlabel("Optimizer steps")
         axes.grid(axis="y")
     return figure

@@ -75,10 +75,13 @@ def headline(result: dict) -> str:
         return (
             f"{smallest['label']} beats few-shot prompting by training {share}{others}"
         )
-    who = "All" if len(winners) == len(judged) else f"{_number(len(winners))} of"
+    many = _number(len(judged)).lower()
+    who = f"All {many}" if len(judged) > 2 else "Both"
+    if len(winners) < len(judged):
+        who = f"{_number(len(winners))} of {many}"
     return (
-        f"{who} {_number(len(judged)).lower()} fine-tuned methods beat few-shot "
-        f"prompting; the smallest of them trains {share}"
+        f"{who} fine-tuned methods beat few-shot prompting; "
+        f"the smallest of them trains {share}"
     )
 
 
@@ -89,6 +92,8 @@ def best(result: dict) -> str:
         return "No exact match was measured"
     few_shot = reference(result)
     top = max(rows, key=lambda r: (r["exact"]["rate"], -(r.get("trainable") or 0)))
+    if not top["exact"]["rate"]:
+        return "No method answers any of the test rows exactly"
     said = f"{top['label']} answers {_rate(top)} of the test rows exactly"
     if top.get("trainable"):
         said += f", training {parameter_share(top)} % of the parameters"
@@ -253,7 +258,7 @@ def notes(result: dict) -> list[str]:
         "Python process or what the device's kernels and allocator take besides. Each "
         "kind is given at its own highest moment: their sum may exceed the peak."
     ]
-    idle = [row["label"] for row in result["rows"] if not row.get("trainable")]
+    idle = [row["label"] for row in result["rows"] if row.get("trainable") == 0]
     if idle:
         said.append(
             "Memory is that of one training step; for rows that train nothing "

@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 def batch_of(rows: list[Row], device: torch.device) -> Batch:
     """The rows as tensors on the device, padded on the right."""
     # Any token does for padding: no real token sees it, and it has no label. The first
-    # token of a row is not the pad token, about which transformers warns without a mask.
+    # token of a row is not the pad token, which transformers warns of without a mask.
     batch = collate(rows, pad_id=rows[0][0][0])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -41,6 +41,7 @@ def measure(
         "correct": answers.correct,
         "samples": _samples(test, answers),
         **_size(ready),
+        "injected": _injected(ready.model),
         **_cost(ready, plan, answers),
         "memory": _memory(ready, task, test),
         "forgetting": _forgetting(base, ready),
@@ -68,6 +69,12 @@ def _size(ready: Adapted) -> dict:
         "total": counted.total,
         "share": counted.share,
     }
+
+
+def _injected(model: nn.Module) -> dict:
+    """The arguments of the injection that a reader wants to see beside the figures."""
+    config = adapter.injected(model).config if adapter.is_injected(model) else {}
+    return {name: config[name] for name in ("r", "alpha") if name in config}
 
 
 def _cost(ready: Adapted, plan: Plan, answers) -> dict:
@@ -121,7 +128,7 @@ def _store(ready: Adapted, folder: Path) -> int:
 
 
 def _inference(base: nn.Module, ready: Adapted, task: Task, test) -> dict:
-    """Decoding time against the base, as adapted and merged, and the error of merging."""
+    """Decoding time against the base, adapted and merged; the error of merging."""
     prompt = _prompt(ready, task, test, 0)
     candidates = {
         "base": (base, _prompt(ready, task, test, 0, examples=())),

@@ -104,24 +104,27 @@ def describe(model: nn.Module) -> str:
     return f"{name}, {model.num_parameters():,} parameters, {model.device}, {dtype}"
 
 
+def devices() -> list[torch.device]:
+    """Every device of this machine, the one to prefer first."""
+    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    mps = [torch.device("mps")] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, torch.device("cpu")]
+
+
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for; else the best that is here: cuda, then mps, then cpu.
 
     Raises  ValueError  it is not here; the message names those that are
     """
-    here = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
+    here = devices()
     if device is None:
-        return torch.device(next(kind for kind, count in here.items() if count))
+        return here[0]
     with suppress(RuntimeError):  # raised for what is no device's name at all
         asked = torch.device(device)
-        if (asked.index or 0) < here.get(asked.type, 0):
+        if any((d.type, d.index or 0) == (asked.type, asked.index or 0) for d in here):
             return asked
-    names = [f"{kind}:{i}" for kind, count in here.items() for i in range(count)]
-    raise ValueError(f"device={str(device)!r} is not here; here are {', '.join(names)}")
+    names = ", ".join(map(str, here))
+    raise ValueError(f"device={str(device)!r} is not here; here are {names}")
 
 
 def pick_dtype(dtype: str | torch.dtype | None = None) -> torch.dtype:

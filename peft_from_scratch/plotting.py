@@ -204,7 +204,13 @@ def place_labels(axes: Axes, labels: Sequence[str], points: Sequence[Bbox]) -> b
     """
     figure = axes.figure
     texts = [
-        figure.text(0, 0, textwrap.fill(label, 18), size=SMALL, gid="label")
+        figure.text(
+            0,
+            0,
+            textwrap.fill(label, 18, break_on_hyphens=False),
+            size=SMALL,
+            gid="label",
+        )
         for label in labels
     ]
     free = {
@@ -224,9 +230,9 @@ def place_labels(axes: Axes, labels: Sequence[str], points: Sequence[Bbox]) -> b
             verticalalignment="bottom",
             multialignment="right" if spot.x1 < points[i].x0 else "left",
         )
-        free = {
-            j: [o for o in spots if not o.overlaps(spot)] for j, spots in free.items()
-        }
+        taken = spot.padded(2 * GAP * figure.dpi, 0)
+        for j, spots in free.items():
+            free[j] = [other for other in spots if not other.overlaps(taken)]
     return True
 
 

@@ -1,4 +1,4 @@
-"""Where a number came from: code, packages, machine, seed. Every result file says it."""
+"""Where a number came from: code, packages, machine, seed. Result files say it."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]  # of the repository, where there is one
 
 
 def provenance(*, seed: int, device: torch.device | str = "cpu") -> dict:
-    """Everything that a reader needs to judge or repeat a result, as JSON can hold it."""
+    """What a reader needs to judge or repeat a result, as JSON can hold it."""
     commit, changed = git_commit()
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,5 +72,7 @@ def package_version(name: str) -> str | None:
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=10
+    )
     return done.stdout.strip()

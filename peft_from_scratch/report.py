@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from . import atomic, figures, findings, plotting
 from .columns import ABSENT, COLUMNS, Column
 
+LABEL = 26  # characters; longer names of methods are wrapped
 READABLE = 100  # characters; longer lines of prose are wrapped
 WIDE, NARROW = 7.4, 4.2  # inches; the figures' widths on a desk and on a phone
 COMMAND = "make compare"
@@ -108,7 +109,7 @@ def _units(rows: list[dict], room: int) -> Iterator[list[Column]]:
 
 
 def _label_width(rows: list[dict]) -> int:
-    return max(len(label) for label in ("Method", *(row["label"] for row in rows)))
+    return min(LABEL, max(len("Method"), *(len(row["label"]) for row in rows)))
 
 
 def _widths(rows: list[dict], columns: list[Column]) -> list[int]:
@@ -127,8 +128,9 @@ def _block(rows: list[dict], columns: list[Column]) -> str:
         ("", _aligned([column.unit for column in columns], widths)),
     ]
     for row in rows:
-        cells = [column.cell(row) for column in columns]
-        lines.append((row["label"], _aligned(cells, widths)))
+        label, *more = textwrap.wrap(row["label"], LABEL)
+        lines.append((label, _aligned([c.cell(row) for c in columns], widths)))
+        lines.extend((f"  {part}", "") for part in more)
     return "\n".join(f"{label:<{first}}{rest}".rstrip() for label, rest in lines)
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from .budget import Memory
 from .methods import full, lora
 from .models import load_model
-from .tasks import Task
 from .recipe import History, Recipe
+from .tasks import Task
 from .train import measured_step, train
 
 LEARNING_RATES = {  # half-decade steps; the best one must lie inside, not at an end
-    "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    "low-rank": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (1e-5, 3e-5, 1e-4, 3e-4),
+    "low-rank": (3e-4, 1e-3, 3e-3, 1e-2),
 }
 
 
@@ -50,7 +50,9 @@ ROWS = (
     Row("zero-shot", "Zero-shot"),
     Row("few-shot", "Few-shot", few_shot=True),
     Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
-    Row("lora-attention", "LoRA, attention", lora_attention, LEARNING_RATES["low-rank"]),
+    Row(
+        "lora-attention", "LoRA, attention", lora_attention, LEARNING_RATES["low-rank"]
+    ),
     Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["low-rank"]),
 )
 
@@ -110,7 +112,7 @@ def adapt(
     seed: int,
     *,
     checkpoints: Path | None = None,
-    validate: bool = False,
+    search: bool = False,
 ) -> Adapted:
     """Load the base and adapt it as the row says, with the given setting.
 
@@ -118,7 +120,8 @@ def adapt(
         setting      {"template": …} and, where the row trains, {"lr": …}; where it is
                      few-shot {"k": …, "order": …}
         checkpoints  where training saves and resumes; None for nowhere
-        validate     look at the validation rows at the end of training
+        search       for tuning: look at the validation rows at the end of training, and
+                     do not count bytes
     """
     model, tokenizer = load_model(plan.base, device=plan.device)
     template = setting["template"]
@@ -138,10 +141,10 @@ def adapt(
         warmup=plan.steps // 10,
         template=template,
         seed=seed,
-        validate_every=plan.steps if validate else 0,
+        validate_every=plan.steps if search else 0,
         checkpoint_every=25,
     )
-    memory = measured_step(model, tokenizer, task, recipe)
+    memory = None if search else measured_step(model, tokenizer, task, recipe)
     history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
     return Adapted(model, tokenizer, template, (), history, memory)
 

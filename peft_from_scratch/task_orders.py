@@ -1,11 +1,11 @@
 """Orders: a sentence in, one line of JSON out. It teaches an *output format*.
 
-    "Could you ship a dozen candles and two ropes to Oslo for Ines?"
-    {"customer":"Ines","items":{"candle":12,"rope":2},"city":"Oslo","day":null}
+    "Could you ship a dozen candles and two ropes to Oslo for Ines by Friday?"
+    {"customer":"Ines","items":{"candle":12,"rope":2},"city":"Oslo","day":"Friday"}
 
 The facts stand in the sentence, so nothing has to be known; what has to be learned is
-the form: four fixed keys, items in the singular, number words as numbers, null where
-nobody said when. A line that is wrong in one character is wrong.
+the form: four fixed keys however the sentence goes, items in the singular, number
+words as numbers. A line that is wrong in one value is wrong.
 
 What the splits have in common, and what not:
 
@@ -45,7 +45,7 @@ AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
-DATED = (
+PATTERNS = (
     "{who} wants {items} sent to {city} by {day}.",
     "Please send {items} to {who} in {city}, {day} at the latest.",
     "{items} for {who}, please, to {city} on {day}.",
@@ -54,12 +54,10 @@ DATED = (
     "Order from {who}: {items}. Deliver to {city} on {day}.",
     "We promised {who} {items} in {city} for {day}.",
     "By {day}, {city} should see {items} for {who}.",
-)
-UNDATED = (
-    "Could you ship {items} to {city} for {who}?",
-    "{who} called from {city} and asked for {items}, no hurry.",
-    "{who} in {city} would like {items}.",
-    "To {city}: {items}, in the name of {who}.",
+    "Could you ship {items} to {city} for {who} by {day}?",
+    "{who} called from {city} and asked for {items}, no later than {day}.",
+    "{who} in {city} would like {items} this {day}.",
+    "To {city}, next {day}: {items}, in the name of {who}.",
 )
 
 
@@ -91,7 +89,7 @@ def _order(random, split) -> dict:
         "customer": _word(random, CUSTOMERS, split),
         "items": items,
         "city": _word(random, CITIES, split),
-        "day": random.choice([*DAYS, None, None, None]),
+        "day": random.choice(DAYS),
     }
 
 
@@ -102,7 +100,7 @@ def _word(random, words, split) -> str:
 
 
 def _sentence(random, order) -> str:
-    pattern = random.choice(DATED if order["day"] else UNDATED)
+    pattern = random.choice(PATTERNS)
     listed = " and ".join(_amount(random, *item) for item in order["items"].items())
     text = pattern.format(
         who=order["customer"], items=listed, city=order["city"], day=order["day"]
@@ -111,7 +109,7 @@ def _sentence(random, order) -> str:
 
 
 def _amount(random, item, n) -> str:
-    """ "a lamp", "three lamps", "3 lamps", "a pair of lamps", "a dozen lamps"."""
+    """In words or digits: a lamp, three lamps, 3 lamps, a pair of lamps, …"""
     if n == 1:
         return f"{random.choice(('a', 'one'))} {item}"
     spoken = {2: ["a pair of"], 12: ["a dozen"]}.get(n, [])

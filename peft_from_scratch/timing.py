@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Decoding:
-    """Milliseconds of a one-token step, and its ratio to the base's in the same round."""
+    """Milliseconds of a one-token step; its ratio to the base's in the same round."""
 
     ms: float
     ratio: float

@@ -3,17 +3,19 @@
 A method's settings are searched on validation rows, never on test rows, and the search
 ships with all its runs (data/results/tuning.json). What is searched:
 
-    trained rows    five learning rates, half a decade apart
+    trained rows    four learning rates, half a decade apart
     prompting       the template; for few-shot also k and which examples in what order
 
-Prompting is cheap: its whole grid takes less time than one trained row's five runs, so
+Prompting is cheap: its whole grid takes less time than one trained row's four runs, so
 it gets the whole grid, which favours the baseline. The best exact match wins; a tie
-goes to the lower validation loss, or for prompting to the earlier setting. A best learning rate at an end of its grid is an error,
-since the optimum may lie outside.
+goes to the lower validation loss, or for prompting to the earlier setting. A best
+learning rate at an end of its grid is an error: the optimum may lie outside.
 """
 
 import itertools
 import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from . import atomic, evaluate
@@ -24,23 +26,42 @@ from .templates import TEMPLATES
 
 SHIPPED = ROOT / "data" / "results" / "tuning.json"
 VALIDATION_ROWS = 60
-SHOTS, ORDERS = (4, 8, 12), (0, 1, 2)
-UNTUNED = {  # where nobody has searched: other bases, your own data
-    "zero-shot": {"template": "chat"},
-    "few-shot": {"template": "chat", "k": 8, "order": 0},
-    "full": {"template": "chat", "lr": 1e-4},
-    "lora-attention": {"template": "chat", "lr": 1e-3},
-    "lora": {"template": "chat", "lr": 1e-3},
-}
+SHOTS, ORDERS = (4, 8, 12), (0, 1)
+RULE = "best exact match on validation, ties by validation loss"
+DONOR = "smollm2/orders"  # whose settings serve where nobody has searched
 
 
-def settings_for(plan: Plan, row: Row) -> tuple[dict, str]:
-    """(setting, where it comes from): this folder's search, the shipped one, or untuned."""
-    for file in (Path(plan.out) / "tuning.json", SHIPPED):
-        found = read(file).get(f"{plan.base}/{plan.task}/{row.key}")
-        if found:
-            return found["chosen"], f"searched on validation, {file.name}"
-    return UNTUNED[row.key], "not searched for this base and task"
+@dataclass(frozen=True)
+class Setting:
+    """What a row is run with, and where that comes from."""
+
+    values: dict
+    searched_on: str  # "base/task" of the search
+    file: str
+    when: str
+    runs: int
+
+
+def settings_for(plan: Plan, row: Row) -> Setting:
+    """The row's searched setting: of this folder, else shipped, else the donor's.
+
+    Raises  ValueError  nobody has searched for this row
+    """
+    for searched_on in (f"{plan.base}/{plan.task}", DONOR):
+        for file in (Path(plan.out) / "tuning.json", SHIPPED):
+            search = read(file).get(f"{searched_on}/{row.key}")
+            if search:
+                return Setting(
+                    search["chosen"],
+                    searched_on,
+                    file.name,
+                    search["when"],
+                    len(search["runs"]),
+                )
+    raise ValueError(
+        f"no setting was ever searched for {row.key} ({SHIPPED} has none): "
+        "run with --tune"
+    )
 
 
 def read(file: Path) -> dict:
@@ -71,7 +92,8 @@ def search(plan: Plan) -> Path:
         searches = read(file) | {
             f"{plan.base}/{plan.task}/{row.key}": {
                 "chosen": best["setting"],
-                "rule": "best exact match on validation, ties by validation loss",
+                "rule": RULE,
+                "when": f"{datetime.now(UTC):%Y-%m-%d}",
                 "validation_rows": VALIDATION_ROWS,
                 "steps": plan.steps if row.inject else 0,
                 "batch": plan.batch if row.inject else 0,
@@ -97,7 +119,9 @@ def choose(row: Row, runs: list[dict]) -> dict:
 
 
 def _run_once(plan, row, setting, task) -> dict:
-    key = "-".join(str(part) for part in (plan.base, plan.task, row.key, *setting.values()))
+    key = "-".join(
+        str(part) for part in (plan.base, plan.task, row.key, *setting.values())
+    )
     file = Path(plan.out) / "tuning" / f"{key.replace('/', '_')}-{plan.steps}.json"
     if not file.exists():
         _write(file, _run(plan, row, setting, task))
@@ -105,7 +129,7 @@ def _run_once(plan, row, setting, task) -> dict:
 
 
 def _run(plan: Plan, row: Row, setting: dict, task: Task) -> dict:
-    ready = adapt(row, plan, task, setting, seed=0, validate=True)
+    ready = adapt(row, plan, task, setting, seed=0, search=True)
     rows = task.validation.select(range(min(VALIDATION_ROWS, len(task.validation))))
     answers = evaluate.answer_rows(
         ready.model,

@@ -1,13 +1,10 @@
-"""Small training runs, and the way to plant a bug in them."""
+"""Small training runs: the rows, the recipe and the models of the tests."""
 
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from architectures import build, byte_tokenizer
+from planting import planted as planted  # for tests that still import it from here
 
 from peft_from_scratch.methods import full, lora
 from peft_from_scratch.recipe import Recipe
@@ -48,24 +45,3 @@ def adapted(method="lora", architecture="llama", *, dropout=0.1, dtype=torch.flo
 
 def run(model, settings, **options):
     return train(model, TOKENIZER, TASK, settings, progress=False, **options)
-
-
-@contextmanager
-def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
-    """Inside, `function` runs with one piece of its source exchanged: a bug.
-
-    The code object is exchanged, so that every module which imported the function has
-    the bug. A piece that does not occur exactly once is an error: the bug would be
-    planted nowhere.
-    """
-    function = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times"
-    made = {}
-    exec(source.replace(right, wrong), dict(function.__globals__), made)
-    sound = function.__code__
-    function.__code__ = inspect.unwrap(made[function.__name__]).__code__
-    try:
-        yield
-    finally:
-        function.__code__ = sound

@@ -6,7 +6,8 @@ import pytest
 import torch
 from architectures import CONFIGS
 from observe import assert_same, snapshot, values
-from runs import TASK, TOKENIZER, adapted, planted, recipe
+from planting import planted
+from runs import TASK, TOKENIZER, adapted, recipe
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

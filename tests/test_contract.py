@@ -114,7 +114,7 @@ LAWS = {
     laws.padding_changes_no_generated_token: lambda m: True,
     laws.checkpointing_changes_no_gradient: lambda m: True,
     laws.a_copy_is_independent: lambda m: True,
-    laws.state_dict_carries_the_adapter: lambda m: True,
+    laws.state_dict_is_the_whole_state: lambda m: True,
     laws.two_adapters_in_turn_share_a_base: lambda m: m.restores,
     laws.autocast_trains_close_to_fp32: lambda m: True,
 }

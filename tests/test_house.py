@@ -1,6 +1,9 @@
 """The house in order: what the project's files say about each other holds."""
 
 import ast
+import hashlib
+import itertools
+import json
 import re
 import subprocess
 import sys
@@ -14,10 +17,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_from_scratch as pfs
+from peft_from_scratch.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 LARGEST = 5_000_000  # bytes of a file in git
+COMMAND = r"(?:`|^ {4,}|&& )make (?:\w+=\S+ )*(\w+)|^make (\w+)$"
 TARGETS = {"compare", "test", "lab", "notebooks", "bench", "lint"}
 
 # A dependency that the library needs and does not import itself.
@@ -168,8 +173,8 @@ def test_the_makefile_has_every_target_that_is_spoken_of():
     assert set(phony) == set(re.findall(r"^(\w+):.* ## ", text("Makefile"), re.M))
     pages = [name for name in in_git() if name.endswith((".md", ".ipynb"))]
     for page in [*pages, ".ci/run"]:
-        spoken_of = re.findall(r"(?:`|^|&& )make (?:\w+=\S+ )*(\w+)", text(page), re.M)
-        assert set(spoken_of) <= set(phony), page
+        spoken_of = re.findall(COMMAND, text(page), re.MULTILINE)
+        assert set(filter(None, itertools.chain(*spoken_of))) <= set(phony), page
 
 
 def test_readme_lists_every_file_once():
@@ -191,6 +196,17 @@ def tree(page):
     lines = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in block.splitlines()]
     assert all(lines), block
     return [line[1] for line in lines]
+
+
+@pytest.mark.parametrize("name", ["orders", "terms"])
+def test_a_generated_task_is_the_one_that_the_data_page_describes(name):
+    task = load_task(name)
+    for split in ("train", "validation", "test"):
+        rows = list(getattr(task, split))
+        lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
+        row = f"| `{name}` | {split} | {len(rows)} | `{digest}` |"
+        assert row in text("data/DATA.md").splitlines()
 
 
 def test_one_version():

@@ -147,7 +147,7 @@ def machine(monkeypatch, cuda=0, mps=False):
 
 
 def test_the_best_device_is_cuda_then_mps_then_cpu(monkeypatch):
-    for cuda, mps, best in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
+    for cuda, mps, best in ((2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")):
         machine(monkeypatch, cuda, mps)
         assert pick_device() == torch.device(best)
         assert pick_device("cpu") == torch.device("cpu")
@@ -155,14 +155,14 @@ def test_the_best_device_is_cuda_then_mps_then_cpu(monkeypatch):
 
 def test_a_device_that_is_here_is_taken(monkeypatch):
     machine(monkeypatch, cuda=2)
-    for asked in ("cuda", "cuda:0", "cuda:1", torch.device("cuda", 1)):
+    for asked in ("cuda", "cuda:0", "cuda:1", torch.device("cuda", 1), "cpu:0"):
         assert pick_device(asked) == torch.device(asked)
 
 
 @pytest.mark.parametrize("absent", ["cuda:2", "mps", "cpu:1", "xpu", "gpu", ""])
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch, absent):
     machine(monkeypatch, cuda=2)
-    with pytest.raises(ValueError, match=r"here are cuda:0, cuda:1, cpu:0$"):
+    with pytest.raises(ValueError, match=r"here are cuda:0, cuda:1, cpu$"):
         pick_device(absent)
 
 

@@ -13,7 +13,8 @@ import torch
 from architectures import build
 from kill_and_resume import contents, differences
 from observe import assert_same, refused, values
-from runs import ROWS, TASK, TOKENIZER, adapted, planted, recipe, run
+from planting import planted
+from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from safetensors.torch import load_file
 from torch import nn
 

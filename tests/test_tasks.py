@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pydoc_data.topics import topics
 from random import Random
 
@@ -17,7 +18,7 @@ from peft_from_scratch import task_orders, task_rows, task_terms
 from peft_from_scratch.tasks import load_task
 
 SPLITS = ("train", "validation", "test")
-COUNTED = {"a": 1, "a pair of": 2, "half a dozen": 6, "a dozen": 12} | {
+COUNTED = {"a": 1, "a pair of": 2, "a dozen": 12} | {
     word: n
     for n, word in enumerate(
         "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -116,7 +117,7 @@ def an_order_says_what_its_sentence_says():
             for item, n in value["items"].items():
                 assert read(sentence, item) == n
             days = [day for day in task_orders.DAYS if day in sentence]
-            assert days == ([value["day"]] if value["day"] else [])
+            assert days == [value["day"]]
 
 
 def a_term_is_tested_in_words_that_training_did_not_use_for_it():
@@ -393,7 +394,7 @@ def test_columns_of_a_data_set_are_chosen(folder, prefix):
     assert task.train[0]["completion"] == "a" + task.train[0]["prompt"][1:]
     for wrong in (dict(prompt="q"), dict(prompt="x", completion="a")):
         with pytest.raises(
-            ValueError, match="no column '(completion|x)'.* q, a, n: ch"
+            ValueError, match=r"no column '(completion|x)'.* q, a, n: ch"
         ):
             load_task(f"{prefix}{folder}", **wrong)
     with pytest.raises(ValueError, match=r"\(train\) has 40 bad rows:\n  row 1: 'comp"):
@@ -441,10 +442,8 @@ def test_code_beside_the_data_is_never_run(folder):
     ran = folder / "ran"
     (folder / f"{folder.name}.py").write_text(f"open({str(ran)!r}, 'w')")
     write(folder / "rows.jsonl", *qa(range(40)))
-    try:
+    with suppress(Exception):  # refused or ignored: either will do
         load_task(str(folder), prompt="q", completion="a")
-    except Exception:
-        pass
     assert not ran.exists()
     assert "trust_remote_code" not in inspect.getsource(task_rows)
 

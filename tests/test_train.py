@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from architectures import CONFIGS
 from observe import assert_same, largest, refused, snapshot, values
-from runs import ROWS, TASK, TOKENIZER, adapted, planted, recipe, run
+from planting import planted
+from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from torch import nn
 from transformers import (
     get_constant_schedule_with_warmup,

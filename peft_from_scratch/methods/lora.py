@@ -101,7 +101,7 @@ class LoRA(Adapter):
     Memory   r (d_in + d_out) parameters: in the base's dtype, but in float32 on a half-
              precision base, where updates of 1e-4 would be rounded away
     Departs  [1] says "random Gaussian" without a variance. Here 1 / (3 d_in), that of
-             the uniform draw in the paper's own code, so that learning rates carry over.
+             the uniform draw in the paper's own code, so that rates carry over.
     Source   [1] arXiv:2106.09685v2   [2] arXiv:2312.03732
     """
 

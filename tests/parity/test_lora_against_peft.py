@@ -5,7 +5,6 @@ round we write and PEFT reads. Every difference is then one of computation.
 """
 
 import copy
-import logging
 import warnings
 
 import pytest
@@ -16,7 +15,6 @@ from observe import gradients, logits, loss, refused, tokens, train, values
 import peft_from_scratch as pfs
 from peft_from_scratch.adapter import adapters
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its optional CPU kernels
 peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),

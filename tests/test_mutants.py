@@ -1,0 +1,407 @@
+"""Bugs planted in the contract, LoRA, merging and the files: a law catches each.
+
+A test that passes with the feature broken is worse than none. So every row below breaks
+one line of the library, names the law that must notice, and first runs that law on the
+sound code. The training loop's bugs are in test_train.py.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import laws
+import pytest
+import test_adapter as verbs
+import test_exchange as files
+import test_lora as lora_laws
+import test_refused_files as hostile
+import test_targets as targeting
+from laws import Method
+from planting import planted
+from test_contract import METHODS, lora, low_rank
+
+from peft_from_scratch import adapter, atomic, exchange, targets
+from peft_from_scratch.adapter import Adapter
+from peft_from_scratch.methods import lora as method
+from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+
+ROWS = {row.name: row for row in METHODS}
+SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
+
+
+@dataclass(frozen=True)
+class Bug:
+    function: Callable  # the function whose source is changed …
+    right: str  # … here …
+    wrong: str  # … to this
+    law: Callable  # must fail; called with what it asks for of folder and monkeypatch
+
+
+def contract(law, row="lora", architecture="llama"):
+    return partial(law, ROWS.get(row, row), architecture)
+
+
+def broken(name):
+    return partial(hostile.a_broken_file_is_refused, name=name)
+
+
+def written(variant):
+    return partial(files.a_round_trip_is_bit_equal, variant=variant)
+
+
+LORA = {
+    "alpha is not divided by the rank": Bug(
+        LoRA.__init__, "alpha / (", "alpha / bool(", lora_laws.forward_is_the_equation
+    ),
+    "rsLoRA divides by r": Bug(
+        LoRA.__init__,
+        "math.sqrt(r) if",
+        "r if",
+        lora_laws.every_argument_reaches_every_module,
+    ),
+    "B starts random": Bug(
+        LoRA.__init__,
+        "torch.zeros(",
+        "torch.randn(",
+        contract(laws.starts_from_the_pretrained_model),
+    ),
+    "A starts at zero too": Bug(
+        LoRA.__init__,
+        "torch.randn(r, d_in, **like)",
+        "torch.zeros(r, d_in, **like)",
+        contract(laws.every_tensor_moves_after_an_evaluation),
+    ),
+    "A starts three times too wide": Bug(
+        LoRA.__init__,
+        "sqrt(3 * d_in)",
+        "sqrt(d_in)",
+        lora_laws.starts_gaussian_of_variance_one_third_over_d_in,
+    ),
+    "adapter in half precision": Bug(
+        LoRA.__init__,
+        "itemsize >= 4",
+        "itemsize >= 2",
+        lora_laws.half_precision_keeps_the_adapter_in_fp32,
+    ),
+    "dropout on the base's input as well": Bug(
+        LoRA.forward,
+        "y, x = self.base(x), self.dropout(x)",
+        "x = self.dropout(x); y = self.base(x)",
+        lora_laws.dropout_falls_on_the_input_of_A_in_training_only,
+    ),
+    "dropout in evaluation": Bug(
+        LoRA.forward,
+        "self.dropout(x)",
+        "F.dropout(x, 0.5)",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "evaluation writes into the base": Bug(
+        LoRA.forward,
+        "y, x =",
+        "self.training or self.base.weight.data.add_(self.delta()); y, x =",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "evaluation keeps the A of its first call": Bug(
+        LoRA.forward,
+        "(y, x, self.A,",
+        "(y, x, self.A if self.training else "
+        "self.__dict__.setdefault('kept', self.A.detach().clone()),",
+        contract(laws.state_dict_is_the_whole_state),
+    ),
+    "gradient of A without the scale": Bug(
+        LowRankUpdate.backward,
+        "dh = torch.mm(dy_rows, B) * ctx.scale",
+        "dh = torch.mm(dy_rows, B)",
+        lora_laws.gradients_are_those_of_the_equation,
+    ),
+    "gradient of B without the scale": Bug(
+        LowRankUpdate.backward,
+        "_rows(h).to(B.dtype)) * ctx.scale",
+        "_rows(h).to(B.dtype))",
+        lora_laws.gradients_are_those_of_the_equation,
+    ),
+    "no gradient for the layers below": Bug(
+        LowRankUpdate.backward,
+        "if ctx.needs_input_grad[1]",
+        "if False",
+        lora_laws.both_derivatives_are_those_of_finite_differences,
+    ),
+    "second derivative forgets x A": Bug(
+        LowRankUpdate.backward,
+        "if torch.is_grad_enabled():",
+        "if False:",
+        lora_laws.both_derivatives_are_those_of_finite_differences,
+    ),
+    "dropout is not passed on": Bug(
+        method.inject,
+        "dropout=dropout\n        ),",
+        "dropout=0.0\n        ),",
+        lora_laws.every_argument_reaches_every_module,
+    ),
+    "the last pattern decides": Bug(
+        method._first,
+        "(pattern or {}).items()",
+        "reversed((pattern or {}).items())",
+        lora_laws.every_argument_reaches_every_module,
+    ),
+}
+
+CONTRACT = {
+    "the base trains as well": Bug(
+        adapter.inject,
+        "model.requires_grad_(False)",
+        "pass",
+        contract(laws.only_what_is_trainable_moves),
+    ),
+    "the base counts as trainable": Bug(
+        adapter.trainable,
+        'if not inner.startswith("base.")',
+        "",
+        contract(laws.counts_equal_the_formula),
+    ),
+    "adapters in training mode whatever the model's": Bug(
+        adapter.inject,
+        ".train(m.training)",
+        "",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "a second injection is let through": Bug(
+        adapter.refuse_second,
+        "if is_injected(model):",
+        "if False:",
+        contract(laws.a_second_injection_is_refused),
+    ),
+    "a failed injection leaves the base frozen": Bug(
+        adapter.inject,
+        "_set_flags(model, before)",
+        "pass",
+        lora_laws.a_failed_injection_leaves_no_trace,
+    ),
+    "adapters are put in place before all are made": Bug(
+        adapter.inject,
+        "adapters = {m: wrap(m).train(m.training) for m in modules.values()}",
+        "adapters = {}\n        for m in modules.values():\n"
+        "            adapters[m] = wrap(m)\n            _swap(model, adapters)",
+        verbs.an_injection_that_fails_late_leaves_no_trace,
+    ),
+    "remove leaves everything frozen": Bug(
+        adapter.detach,
+        "_set_flags(model, injected(model).requires_grad)",
+        "pass",
+        contract(laws.remove_is_exact),
+    ),
+    "remove thaws what was frozen before": Bug(
+        adapter.detach,
+        "_set_flags(model, injected(model).requires_grad)",
+        "model.requires_grad_(True)",
+        contract(laws.remove_is_exact),
+    ),
+    "remove leaves its record": Bug(
+        adapter.detach,
+        "del model.pfs_injection",
+        "model.pfs_injection = None",
+        contract(laws.remove_is_exact),
+    ),
+    "remove leaves the trained biases": Bug(
+        adapter.remove,
+        "parameter.copy_(injected(model).own[name])",
+        "pass",
+        contract(laws.remove_is_exact, "lora-biases", "gpt2"),
+    ),
+    "originals are kept by reference": Bug(
+        adapter.inject,
+        "p.detach().clone()",
+        "p.detach()",
+        contract(laws.remove_is_exact, "full", "opt"),
+    ),
+    "remove without originals keeps the trained weights": Bug(
+        adapter.remove,
+        "if lost:",
+        "if lost:\n        return detach(model)\n    if lost:",
+        contract(laws.remove_is_exact, "full-lost"),
+    ),
+    "the head counts as a projection of the layers": Bug(
+        targets.kinds,
+        "if name.startswith(tuple(layers))",
+        "",
+        targeting.all_linear_is_every_projection_and_no_head,
+    ),
+    "a typo inside a list is skipped": Bug(
+        targets._match,
+        "if not chosen:",
+        "if False:",
+        targeting.a_typo_inside_a_list_is_refused,
+    ),
+}
+
+MERGING = {
+    "merged without the scale": Bug(
+        LoRA.delta,
+        "self.scale * (",
+        "1.0 * (",
+        contract(laws.merged_equals_unmerged),
+    ),
+    "Conv1D merged in the other orientation": Bug(
+        LoRA.merged,
+        "W if as_matrix(self.base) is self.base.weight else W.T",
+        "W",
+        contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
+    ),
+    "merged and left on": Bug(
+        adapter.merge, "detach(model)", "pass", contract(laws.merged_equals_unmerged)
+    ),
+    "merged one by one": Bug(
+        adapter.merge,
+        "ready.append((parameter, rounded))",
+        "parameter.copy_(rounded)",
+        contract(laws.merge_is_all_or_nothing),
+    ),
+    "merged in the precision of the weights": Bug(
+        adapter._wide,
+        "torch.float64",
+        "next(base.parameters()).dtype",
+        verbs.merging_rounds_once_and_says_how_much,
+    ),
+    "the rounding error is not what was lost": Bug(
+        adapter.merge,
+        "rounded.to(exact.dtype) - exact",
+        "rounded - exact.to(rounded.dtype)",
+        verbs.merging_rounds_once_and_says_how_much,
+    ),
+    "overflow is merged": Bug(
+        adapter.merge,
+        "not rounded.isfinite()",
+        "not exact.isfinite()",
+        verbs.overflow_in_half_precision_is_not_merged,
+    ),
+    "merging a tied head changes the embedding": Bug(
+        adapter.merge,
+        '_refuse_tied(model, f"{name}.{inner}", parameter)',
+        "pass",
+        verbs.a_tied_head_is_not_merged,
+    ),
+    "what cannot be merged is dropped": Bug(
+        Adapter.merged,
+        "raise CannotMerge(",
+        "return {}\n    raise CannotMerge(",
+        contract(laws.merged_equals_unmerged, "shift"),
+    ),
+}
+
+FILES = {
+    "alpha is not saved": Bug(
+        method.to_peft, '"lora_alpha": ours["alpha"],', "", written("rslora")
+    ),
+    "rslora is not saved": Bug(
+        method.to_peft, 'ours["rslora"]', "False", written("rslora")
+    ),
+    "alpha_pattern is not saved": Bug(
+        method.to_peft, 'a != ours["alpha"]', "False", written("patterns")
+    ),
+    "our default in the place of PEFT's": Bug(
+        method.from_peft,
+        '"alpha": PEFT_ALPHA,',
+        "",
+        files.a_file_without_lora_alpha_means_pefts_default,
+    ),
+    "missing tensors keep their random start": Bug(
+        exchange.load,
+        "expected = _file_keys(model)",
+        "expected = {k: p for k, p in _file_keys(model).items() if k in tensors}",
+        broken("no A"),
+    ),
+    "missing modules are skipped": Bug(
+        exchange.load,
+        "_refuse_absent(model, config, modules, directory / WEIGHTS)",
+        "pass",
+        broken("no A and no B"),
+    ),
+    "superfluous tensors are ignored": Bug(
+        exchange._refuse_mismatch,
+        "extra = [key for key in tensors if key not in expected]",
+        "extra = []",
+        broken("extra bias"),
+    ),
+    "a row is broadcast over the tensor": Bug(
+        exchange._refuse_mismatch,
+        "if parameter.shape != tensors[key].shape:",
+        "if False:",
+        broken("broadcastable"),
+    ),
+    "NaN is saved": Bug(
+        exchange.save,
+        '_refuse_not_finite(tensors, "this model")',
+        "pass",
+        files.an_adapter_with_nan_is_not_saved,
+    ),
+    "float64 overflows on loading": Bug(
+        exchange._refuse_mismatch,
+        "if not tensors[key].to(parameter.dtype).isfinite().all():",
+        "if False:",
+        broken("beyond float32"),
+    ),
+    "DoRA is loaded as LoRA": Bug(
+        adapter.refuse_unimplemented,
+        "name not in implemented",
+        'name not in implemented | {"use_dora"}',
+        broken("use_dora=True"),
+    ),
+    "layer 0 is taken for False": Bug(
+        adapter.refuse_unimplemented,
+        'value is False or value in (None, "", [], {})',
+        'value in (None, False, "", [], {})',
+        broken("layers_to_transform=0"),
+    ),
+    "PiSSA is loaded as LoRA": Bug(
+        method.from_peft,
+        "if start not in HARMLESS_STARTS:",
+        "if False:",
+        broken("pissa"),
+    ),
+    "a refused file leaves the model injected": Bug(
+        exchange.load, "adapter.detach(model)", "pass", broken("transposed")
+    ),
+    "an adapter that does nothing says nothing": Bug(
+        exchange.load,
+        "torch.equal(before, _probe(model))",
+        "False",
+        files.an_adapter_that_does_nothing_warns,
+    ),
+    "new rows of the vocabulary are lost": Bug(
+        exchange.save,
+        "rows = _refuse_resized(model)",
+        "rows = adapter.vocabulary(model)",
+        files.saving_a_resized_vocabulary_is_refused,
+    ),
+    "another vocabulary is not noticed": Bug(
+        exchange.load,
+        "_refuse_other_vocabulary(model, rows)",
+        "pass",
+        files.loading_onto_another_vocabulary_is_refused,
+    ),
+    "the old file is overwritten in place": Bug(
+        atomic.new_file,
+        "yield folder / path.name\n        _sync(folder / path.name)\n"
+        "        os.replace(folder / path.name, path)",
+        "yield path",
+        files.a_failed_save_leaves_the_folder_as_it_was,
+    ),
+}
+BUGS = LORA | CONTRACT | MERGING | FILES
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
+    bug = BUGS[name]
+    for place in ("sound", "planted"):
+        (tmp_path / place).mkdir()
+
+    def hold(place):
+        asked = inspect.signature(bug.law).parameters
+        offered = {"folder": tmp_path / place, "monkeypatch": monkeypatch}
+        bug.law(**{key: value for key, value in offered.items() if key in asked})
+
+    hold("sound")
+    with planted(bug.function, bug.right, bug.wrong), pytest.raises(AssertionError):
+        hold("planted")
