@@ -282,5 +282,5 @@ def _clocks(device: torch.device) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     main(sys.argv[1:])

@@ -149,7 +149,7 @@ def run_compare(options) -> None:
         base=options.base,
         task=options.task,
         methods=tuple(options.methods.split(",")),
-        seeds=tuple(int(seed) for seed in options.seeds.split(",")),
+        seeds=seeds_in(options.seeds),
         rows=options.rows,
         steps=options.steps,
         device=options.device,
@@ -159,6 +159,16 @@ def run_compare(options) -> None:
         tuning.search(plan)
     result = compare(plan)
     print(report.table(result))
+
+
+def seeds_in(text: str) -> tuple[int, ...]:
+    """The seeds of "0,1,2"."""
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"seeds={text!r}: whole numbers with commas between them, such as 0,1,2"
+        ) from None
 
 
 def _from_commands(name: str):

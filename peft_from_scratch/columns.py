@@ -51,37 +51,35 @@ def parameter_share(row: dict) -> str:
 
 def percent(row: dict, share: float, sign: str = "") -> str:
     """A share in percent, no finer than the row's answers can tell."""
-    answers = row["exact"]["n"] * len(row.get("per_seed") or [0])
+    answers = (found(row, "exact", "n") or 0) * len(row.get("per_seed") or [0])
     return f"{100 * share:{sign}.{0 if answers <= 100 else 1}f}"
 
 
 def exact_match(row: dict) -> str:
     """Percent of the test rows answered exactly: rate [95 % interval]."""
-    exact = row.get("exact")
-    if exact is None:
-        return ABSENT
-    return _ranged(percent(row, exact[end]) for end in ("rate", "low", "high"))
+    ends = (found(row, "exact", end) for end in ("rate", "low", "high"))
+    return _ranged(*ends, lambda share: percent(row, share))
 
 
 def against_few_shot(row: dict) -> str:
     """Percentage points more than few-shot: difference [95 % interval]."""
-    paired = row.get("against_few_shot")
-    if paired is None:
-        return ABSENT
-    ends = ("difference", "low", "high")
-    return _ranged(percent(row, paired[end], "+") for end in ends)
+    names = ("difference", "low", "high")
+    ends = (found(row, "against_few_shot", name) for name in names)
+    return _ranged(*ends, lambda share: percent(row, share, "+"))
 
 
 def decode_time(row: dict) -> str:
     """Time of a decoding step as a multiple of the base model's: median [range]."""
-    decode = row.get("decode")
-    if decode is None:
+    ends = (found(row, "decode", end) for end in ("ratio", "low", "high"))
+    return _ranged(*ends, "{:.2f}".format)
+
+
+def _ranged(value, low, high, say: Callable[[float], str]) -> str:
+    if value is None:
         return ABSENT
-    return _ranged(f"{decode[end]:.2f}" for end in ("ratio", "low", "high"))
-
-
-def _ranged(texts) -> str:
-    return "{} [{}, {}]".format(*texts)
+    if low is None or high is None:
+        return say(value)
+    return f"{say(value)} [{say(low)}, {say(high)}]"
 
 
 def _fixed(form: str, *path: str) -> Callable[[dict], str]:

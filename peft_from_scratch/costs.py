@@ -1,4 +1,4 @@
-"""What work on SmolLM2 will cost on this machine: FLOPs by formula, speed by measurement.
+"""What work on SmolLM2 costs on this machine: FLOPs by formula, speed as measured.
 
     reading a batch      2 (LAYERS tokens + HEAD labels)    FLOPs
     a LoRA step          2 x that: backward passes through the inputs of each product
@@ -6,11 +6,11 @@
     seconds              FLOPs / (EFFICIENCY x rate)
 
 The head counts at labelled positions only, as in loss.py. The rate is that of matrix
-products of SmolLM2's own shapes, so that a machine's caches and threads weigh in as they
-will. These are estimates, to choose a lesson by; an experiment measures.
+products of SmolLM2's own shapes, so that caches and threads weigh in as they will.
+These are estimates, to plan an afternoon by; an experiment measures.
 """
 
-import statistics
+import math
 import time
 from dataclasses import dataclass
 
@@ -62,18 +62,21 @@ def measured_rates(device: torch.device, *, seconds: float = 0.4) -> Rates:
 
 
 def measured_rate(device: torch.device, rows: int, seconds: float) -> float:
-    """FLOP/s of x W^T for one W a layer: x (rows, 576), W (1536, 576). Median pass."""
+    """FLOP/s of x W^T, with a W of its own for each layer, each at its fastest.
+
+    x (rows, 576), W (1536, 576). Fastest, since other programs only ever slow it down.
+    """
     x = torch.randn(rows, HIDDEN, device=device)
     layers = [torch.randn(MLP, HIDDEN, device=device) for _ in range(DEPTH)]
-    passes = []
+    fastest = [math.inf] * DEPTH
     until = time.perf_counter() + seconds
-    while len(passes) < 3 or time.perf_counter() < until:
-        start = time.perf_counter()
-        for W in layers:
+    while time.perf_counter() < until or math.isinf(fastest[-1]):
+        for layer, W in enumerate(layers):
+            start = time.perf_counter()
             torch.nn.functional.linear(x, W)
-        synchronize(device)
-        passes.append(time.perf_counter() - start)
-    return 2 * rows * HIDDEN * MLP * DEPTH / statistics.median(passes)
+            synchronize(device)
+            fastest[layer] = min(fastest[layer], time.perf_counter() - start)
+    return 2 * rows * HIDDEN * MLP * DEPTH / sum(fastest)
 
 
 def reading_flops(tokens: int, labels: int) -> int:
@@ -108,7 +111,7 @@ def answer_seconds(rates: Rates, rows: int, prompt_tokens: int) -> float:
     return (reading / rates.many + writing / rates.some) / EFFICIENCY
 
 
-def chat_tokens_per_second(rates: Rates) -> float:
+def chat_tokens_a_second(rates: Rates) -> float:
     return EFFICIENCY * rates.one / reading_flops(1, 1)
 
 
@@ -119,9 +122,9 @@ def train_seconds(rates: Rates, steps: int, rows: int, *, full: bool) -> float:
 
 
 def compare_seconds(rates: Rates, plan: Plan) -> float:
-    """`compare`: each row's training, answers, general text before and after, timing."""
+    """`compare`: training, answers, general text before and after, and timing."""
     reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (EFFICIENCY * rates.many)
-    timing = TIMED_STEPS / chat_tokens_per_second(rates)
+    timing = TIMED_STEPS / chat_tokens_a_second(rates)
     total = 0.0
     for row in plan.chosen():
         prompt = FEW_SHOT_TOKENS if row.few_shot else ROW_TOKENS - ROW_LABELS

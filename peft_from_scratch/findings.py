@@ -17,7 +17,6 @@ from .recipe import History
 
 REFERENCE = "few-shot"  # the row that the others' exact match is compared with
 NUMBERS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
-ENDS = ("difference", "low", "high")
 SETTINGS = {  # how a setting is said; any other is "name value"
     "lr": "learning rate {:g}",
     "template": "{} template",
@@ -37,8 +36,12 @@ def trained(result: dict) -> list[dict]:
 
 
 def measured(result: dict) -> list[dict]:
-    """The rows that have an exact match."""
-    return [row for row in result["rows"] if row.get("exact")]
+    """The rows that have an exact match with its interval."""
+    return [
+        row
+        for row in result["rows"]
+        if None not in [found(row, "exact", end) for end in ("rate", "low", "high")]
+    ]
 
 
 def reference(result: dict) -> dict | None:
@@ -48,12 +51,12 @@ def reference(result: dict) -> dict | None:
 
 def verdict(row: dict) -> str | None:
     """What the paired interval says against few-shot: "beats", "trails" or "open"."""
-    paired = row.get("against_few_shot")
-    if paired is None:
+    low, high = (found(row, "against_few_shot", end) for end in ("low", "high"))
+    if low is None or high is None:
         return None
-    if paired["low"] > 0:
+    if low > 0:
         return "beats"
-    return "trails" if paired["high"] < 0 else "open"
+    return "trails" if high < 0 else "open"
 
 
 # Titles ------------------------------------------------------------------------------
@@ -135,10 +138,11 @@ def setting(result: dict) -> str:
 
 def introduction(result: dict) -> str:
     """What was done, for somebody who has not heard of it."""
-    size = min(row["total"] for row in result["rows"]) / 1e6
+    sizes = [row["total"] for row in result["rows"] if row.get("total")]
+    large = f" of {significant(min(sizes) / 1e6)} million parameters" if sizes else ""
     return (
         f"{_number(len(result['rows']))} ways to adapt {_base(result)}, a "
-        f"language model of {significant(size)} million parameters, to one task. Each "
+        f"language model{large}, to one task. Each "
         f"answered the same {result['rows_tested']} test rows, which none had seen. "
         f"The task: “{result['instruction']}”"
     )
@@ -171,7 +175,7 @@ def _verdict(row: dict) -> str:
     if kind is None:
         return f"{row['label']}: not compared with few-shot."
     paired = row["against_few_shot"]
-    points, low, high = (percent(row, paired[end], "+") for end in ENDS)
+    low, high = (percent(row, paired[end], "+") for end in ("low", "high"))
     does = {
         "beats": "beats few-shot",
         "trails": "does worse than few-shot",
@@ -179,8 +183,8 @@ def _verdict(row: dict) -> str:
     }
     zero = "includes" if kind == "open" else "excludes"
     return (
-        f"{row['label']} {does[kind]}: {points} points, and the 95 % interval, "
-        f"{low} to {high}, {zero} zero."
+        f"{row['label']} {does[kind]}: the 95 % interval of the difference, {low} to "
+        f"{high} points, {zero} zero."
     )
 
 
@@ -226,7 +230,7 @@ def _settings(row: dict) -> str:
         for name, value in (row.get("settings") or {}).items()
         if value is not None
     ]
-    if row.get("steps"):
+    if row.get("steps") and row.get("batch"):
         said.append(f"{row['steps']} steps of {row['batch']} rows")
     if row.get("settings_from"):
         said.append(row["settings_from"])

@@ -1,7 +1,7 @@
 """A comparison as a table in the terminal, a picture, and a page to show a friend.
 
 The page is one file: its figures are inside it, it loads nothing and runs nothing.
-Model answers are untrusted text: the template escapes everything (jinja2's autoescape),
+Model answers are untrusted text: jinja2 escapes everything that the template is given,
 `printable` takes out what could reorder or hide text, and a content security policy
 forbids the browser whatever might still get through.
 """
@@ -153,11 +153,12 @@ def page(result: dict) -> str:
     """The comparison as one HTML document that loads nothing from anywhere."""
     environment = jinja2.Environment(
         autoescape=True,
+        finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"printable": printable, "typeset": typeset}
+    environment.filters["typeset"] = typeset
     template = resources.files(__package__).joinpath("page.html")
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         result=result,
@@ -211,11 +212,13 @@ def origin(result: dict) -> list[tuple[str, str]]:
     return [(name, str(value or ABSENT)) for name, value in told.items()]
 
 
-def printable(text: str) -> str:
-    """Text with what is invisible or reorders its surroundings made visible."""
+def printable(value):
+    """Plain text with what is invisible, or reorders its surroundings, made visible."""
+    if type(value) is not str:  # a number, or markup that the template made
+        return value
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if category(c)[0] == "C" and c not in "\n\t" else c
-        for c in text
+        for c in value
     )
 
 

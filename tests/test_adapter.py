@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import CONFIGS, build
-from observe import largest, logits, refused, train
+from observe import gradients, largest, logits, refused, train
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -171,3 +171,15 @@ def test_an_unknown_own_parameter_leaves_no_trace():
     model = build("llama")
     with refused(model, error=AttributeError):
         adapter.inject(model, adapter.Adapter, "all-linear", own=["no.such.bias"])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_reentrant_checkpointing_changes_no_gradient_either():
+    """It recomputes only what an input with a gradient leads to; all inputs are frozen
+    here, so that the embeddings' output must be told to ask for one."""
+    model = injected("llama").train()
+    expected = gradients(model)
+    reentrant = {"use_reentrant": True}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+    model.enable_input_require_grads()
+    assert largest(gradients(model), expected) < 1e-6

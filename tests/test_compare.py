@@ -1,0 +1,283 @@
+"""The comparison: what is measured once, kept, summed up and searched fairly."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from planting import planted
+
+from peft_from_scratch import compare as comparing
+from peft_from_scratch import evaluate, rows, tuning
+from peft_from_scratch.measure import KEEP_BELOW
+from peft_from_scratch.rows import ROWS, Plan
+from peft_from_scratch.tasks import load_task
+
+ROW = {row.key: row for row in ROWS}
+SETTINGS = {
+    "zero-shot": {"template": "chat"},
+    "few-shot": {"template": "raw", "k": 2, "order": 0},
+    "full": {"template": "chat", "lr": 1e-3},
+    "lora-attention": {"template": "chat", "lr": 1e-2},
+    "lora": {"template": "chat", "lr": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a random two-layer model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    architectures.build("llama").save_pretrained(folder)
+    architectures.byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def plan(base, tmp_path):
+    """A comparison that takes seconds, with its settings already searched."""
+    plan = Plan(base=base, task="terms", rows=4, steps=4, batch=2, out=str(tmp_path))
+    searches = {
+        f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
+        for key, chosen in SETTINGS.items()
+    }
+    (tmp_path / "tuning.json").write_text(json.dumps({"searches": searches}))
+    return plan
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """(plan, result) of one comparison of every row."""
+    out = tmp_path_factory.mktemp("out")
+    plan = Plan(base=base, task="terms", rows=4, steps=4, batch=2, out=str(out))
+    searches = {
+        f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
+        for key, chosen in SETTINGS.items()
+    }
+    (out / "tuning.json").write_text(json.dumps({"searches": searches}))
+    return plan, comparing.compare(plan)
+
+
+def by_key(result):
+    return {row["key"]: row for row in result["rows"]}
+
+
+def test_every_row_is_there_and_written(whole):
+    plan, result = whole
+    assert list(by_key(result)) == [row.key for row in ROWS]
+    for name in ("compare.json", "compare.png", "compare.html"):
+        assert (Path(plan.out) / name).stat().st_size > 1000
+    written = json.loads((Path(plan.out) / "compare.json").read_text())
+    assert written == json.loads(json.dumps(result))
+
+
+def test_sizes_are_those_of_the_formula(whole):
+    row, config = by_key(whole[1]), architectures.CONFIGS["llama"]()
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, 16
+    attention = 2 * (hidden + hidden) + 2 * (hidden + kv)
+    mlp = 3 * (hidden + inner)
+    layers = config.num_hidden_layers
+    assert row["lora-attention"]["trainable"] == 8 * layers * attention
+    assert row["lora"]["trainable"] == 8 * layers * (attention + mlp)
+    assert row["full"]["share"] == 1
+    assert row["few-shot"]["trainable"] == row["few-shot"]["disk_bytes"] == 0
+    total = row["full"]["total"]
+    assert row["full"]["memory"]["gradients"] == 4 * total
+    assert row["lora"]["memory"]["gradients"] == 4 * row["lora"]["trainable"]
+    assert 4 * total < row["full"]["disk_bytes"] < 4 * total + 20_000
+
+
+def test_adapters_are_kept_and_checkpoints_are_not(whole):
+    plan, result = whole
+    out = Path(plan.out)
+    assert (out / "adapters" / "lora" / "adapter_model.safetensors").exists()
+    assert not list((out / "checkpoints").glob("*"))
+    assert not list(out.rglob(".partial-*"))
+    assert by_key(result)["lora"]["disk_bytes"] < KEEP_BELOW
+
+
+def test_merging_is_measured_where_it_is_possible(whole):
+    row = by_key(whole[1])
+    assert row["lora"]["merge"]["possible"] is True
+    assert 0 < row["lora"]["merge"]["logit_error"] < 1e-4
+    assert row["lora"]["decode"]["merged"]["ratio"] > 0
+    for key in ("zero-shot", "few-shot", "full"):
+        assert row[key]["merge"]["possible"] is None
+        assert row[key]["decode"]["merged"] is None
+
+
+def test_the_time_adds_up(whole):
+    wall, found = whole[1]["wall"], whole[1]["rows"]
+    parts = wall["training"] + wall["answering"] + wall["other"]
+    assert wall["total"] == pytest.approx(parts)
+    assert wall["total"] == pytest.approx(sum(r["seconds"]["total"] for r in found))
+    assert min(wall["training"], wall["answering"], wall["other"]) > 0
+    assert wall["total"] <= wall["this_run"] + 1e-6
+
+
+def test_a_finished_row_is_kept_and_a_changed_one_measured_again(plan, monkeypatch):
+    plan = replace(plan, methods=("zero-shot", "lora"))
+    first = comparing.compare(plan)
+    monkeypatch.setattr(comparing, "measure", never)
+    again = comparing.compare(plan)
+    assert again["rows"] == first["rows"]
+    with pytest.raises(AssertionError, match="measured again"):
+        comparing.compare(replace(plan, steps=5))
+
+
+def never(*_):
+    raise AssertionError("measured again")
+
+
+def test_an_interrupted_comparison_keeps_its_finished_rows(plan, monkeypatch):
+    plan = replace(plan, methods=("zero-shot", "few-shot"))
+    sound, asked = comparing.measure, []
+
+    def interrupted(row, *others):
+        asked.append(row.key)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return sound(row, *others)
+
+    monkeypatch.setattr(comparing, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        comparing.compare(plan)
+    comparing.compare(plan)
+    assert asked == ["zero-shot", "few-shot", "few-shot"]
+
+
+def figures(correct, key="lora"):
+    """What measure gives, as far as the summary reads it."""
+    return {"key": key, "correct": correct}
+
+
+def test_seeds_share_the_test_rows_and_do_not_multiply_them():
+    one = figures([True] * 30 + [False] * 20)
+    row = comparing._row([one, one, one], None)
+    low, high = evaluate.wilson(30, 50)
+    assert row["exact"] == {"k": 30, "n": 50, "rate": 0.6, "low": low, "high": high}
+    assert row["per_seed"] == [30, 30, 30]
+
+
+def test_the_difference_is_paired_by_row():
+    """Two methods that are right on the same rows differ by 0, without any spread."""
+    right = np.random.default_rng(0).random(60) < 0.5
+    few, lora = figures(right.tolist(), "few-shot"), figures(right.tolist())
+    same = comparing._row([lora], [few])["against_few_shot"]
+    assert same == {"difference": 0, "low": 0, "high": 0}
+    better = figures((right | (np.arange(60) < 20)).tolist())
+    gain = comparing._row([better], [few])["against_few_shot"]
+    assert gain["difference"] == pytest.approx(np.mean(~right[:20]) * 20 / 60)
+    assert 0 < gain["low"] < gain["difference"] < gain["high"]
+    law = "fmean(item) for item in"
+    with (
+        planted(comparing._per_item, law, "0.5 for item in"),
+        pytest.raises(AssertionError),
+    ):
+        row = comparing._row([better], [few])["against_few_shot"]
+        assert row["difference"] == pytest.approx(gain["difference"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"methods": ("lora", "lroa")},
+        {"methods": ()},
+        {"seeds": ()},
+        {"rows": 0},
+        {"steps": 0},
+        {"batch": 0},
+    ],
+)
+def test_a_wrong_plan_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))[:6]}|at least one"):
+        Plan(**wrong)
+
+
+def test_more_rows_than_the_task_has_are_refused(plan):
+    with pytest.raises(ValueError, match="has 320 test rows"):
+        comparing.compare(replace(plan, rows=10_000))
+
+
+def test_few_shot_examples_are_training_rows_of_one_order():
+    task = load_task("orders")
+    pairs = {(row["prompt"], row["completion"]) for row in task.train}
+    chosen = rows.few_shot_examples(task, 8, 1)
+    assert len(set(chosen)) == 8 and set(chosen) <= pairs
+    assert chosen == rows.few_shot_examples(task, 8, 1)
+    assert chosen != rows.few_shot_examples(task, 8, 2)
+
+
+def test_seed_and_rate_reach_the_training(plan):
+    """Same seed, same weights; another seed or another rate, others."""
+    task = load_task("terms")
+
+    def weights(seed=0, lr=1e-2):
+        setting = {"template": "chat", "lr": lr}
+        ready = rows.adapt(ROW["lora"], plan, task, setting, seed)
+        return torch.cat([p.flatten() for p in ready.model.parameters()])
+
+    first = weights()
+    assert torch.equal(first, weights())
+    assert not torch.equal(first, weights(seed=1))
+    assert not torch.equal(first, weights(lr=3e-2))
+
+
+# ------------------------------------------------------------------------- Tuning
+
+
+def run(lr, correct, loss):
+    return {"setting": {"lr": lr}, "correct": correct, "loss": loss}
+
+
+def test_the_best_run_wins_and_a_tie_goes_to_the_lower_loss():
+    found = [run(1e-4, 3, 0.5), run(3e-4, 7, 0.4), run(1e-3, 7, 0.3), run(3e-3, 2, 0.1)]
+    assert tuning.choose(ROW["lora"], found)["setting"] == {"lr": 1e-3}
+
+
+@pytest.mark.parametrize("best", [0, 3])
+def test_an_optimum_at_the_edge_is_an_error(best):
+    found = [
+        run(lr, int(i == best), 1.0) for i, lr in enumerate((1e-4, 3e-4, 1e-3, 3e-3))
+    ]
+    with pytest.raises(ValueError, match="an end of the grid"):
+        tuning.choose(ROW["lora"], found)
+    with planted(tuning.choose, "(min(rates), max(rates))", "()"):
+        tuning.choose(ROW["lora"], found)
+
+
+def test_every_trained_row_tries_as_many_rates():
+    budgets = {row.key: len(tuning.grid(row)) for row in ROWS if row.inject}
+    assert len(set(budgets.values())) == 1
+    for row in ROWS:
+        rates = np.log10(row.learning_rates)
+        assert not len(rates) or np.allclose(np.diff(rates), 0.5, atol=0.03)
+
+
+def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
+    (Path(plan.out) / "tuning.json").unlink()
+    plan = replace(plan, methods=("zero-shot",))
+    monkeypatch.setattr(tuning, "VALIDATION_ROWS", 3)
+    tuning.search(plan)
+    setting = tuning.settings_for(plan, ROW["zero-shot"])
+    assert setting.searched_on == f"{plan.base}/terms" and setting.runs == 2
+    monkeypatch.setattr(tuning, "adapt", never)
+    tuning.search(plan)
+
+
+def test_a_task_without_a_search_takes_the_donors_and_says_so(base, tmp_path):
+    plan = Plan(base=base, task="rows.jsonl", out=str(tmp_path))
+    setting = tuning.settings_for(plan, ROW["lora"])
+    assert setting.searched_on == tuning.DONOR
+    assert "not on" in comparing._foreign(setting, plan)
+
+
+def test_every_shipped_optimum_lies_inside_its_grid():
+    searches = tuning.read(tuning.SHIPPED)
+    assert {key.rpartition("/")[2] for key in searches} == {row.key for row in ROWS}
+    for key, search in searches.items():
+        row = ROW[key.rpartition("/")[2]]
+        assert [r["setting"] for r in search["runs"]] == tuning.grid(row)
+        assert tuning.choose(row, search["runs"])["setting"] == search["chosen"]
