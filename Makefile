@@ -55,10 +55,7 @@ lab: $(MODEL) ## JupyterLab, in notebooks/
 	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
 
 notebooks: $(MODEL) ## build the notebooks from their text form, and run them
-	@set -e; for text in notebooks/$(NB)*.py; do \
-	    $(BIN)/python -m jupytext --to ipynb --execute \
-	        --update-metadata '{"widgets": null}' "$$text"; \
-	done
+	$(BIN)/python notebooks/build.py $(NB)
 
 bench: $(MODEL) ## the benchmarks: ratios, measured side by side
 	@set -e; for file in benchmarks/*.py; do \

@@ -198,8 +198,8 @@ def base_model() -> Finding:
         return Finding(
             WRONG,
             f"smollm2 {state}, and {folder} has {gigabytes(free)} of disk free, where "
-            f"{gigabytes(smollm2.WORK_BYTES)} are needed to make it. Make room, or name "
-            "another folder in PEFT_FROM_SCRATCH_CACHE",
+            f"{gigabytes(smollm2.WORK_BYTES)} are needed to make it. Make room, or "
+            "name another folder in PEFT_FROM_SCRATCH_CACHE",
         )
     return Finding(
         NOTE,
@@ -270,12 +270,13 @@ def method(rates, device) -> str:
 
     rows = Recipe().batch
     many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
+    layers, head = f"{costs.LAYERS / 1e6:.0f}M", f"{costs.HEAD / 1e6:.0f}M"
     text = (
-        f"FLOPs / ({costs.EFFICIENCY} x rate). On {device}, float32 products of its "
-        f"shapes reach {many} GFLOP/s with 600 rows, {some} with 32 and {one} with 1. A "
-        f"step of {rows} rows is {costs.LAYERS / 1e6:.0f}M x {rows * costs.ROW_TOKENS} "
-        f"tokens + {costs.HEAD / 1e6:.0f}M x {rows * costs.ROW_LABELS} labels, times 4 "
-        "FLOPs with LoRA and 6 in full"
+        f"FLOPs / ({costs.EFFICIENCY} x rate). On {device}, float32 products of the "
+        f"model's shapes reach {many} GFLOP/s with 600 rows, {some} with 32, {one} "
+        f"with 1. A step of {rows} rows is {layers} x {rows * costs.ROW_TOKENS} tokens "
+        f"+ {head} x {rows * costs.ROW_LABELS} labels, times 4 FLOPs with LoRA, 6 in "
+        "full"
     )
     waits = ". On a GPU, so short a step waits for its kernels to start: it is slower"
     return text if device.type == "cpu" else text + waits

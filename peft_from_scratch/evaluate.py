@@ -47,13 +47,17 @@ def answer_rows(
     """Answer every row and score it by the task's own scorer.
 
     Args
-        rows      a split of the task, or a part of one
+        rows      a split of the task, or a part of one, not empty
         template  "chat" or "raw", as in training
         examples  (prompt, completion) pairs shown before each row: few-shot
         batch     rows answered at once
     An answer that does not end is cut: a quarter and eight tokens past the longest
     completion of `rows`. What all prompts begin with is computed once (generation.py).
+
+    Raises    ValueError   no rows, or prompts too long for the model
     """
+    if not len(rows):
+        raise ValueError("there are no rows to answer; give at least one")
     prompts = [
         encode_prompt(
             tokenizer,

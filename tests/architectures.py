@@ -2,6 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -10,7 +11,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 VOCAB = 320
 SHARED = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def build(architecture, *, seed=0, dtype=torch.float32):
-    """A random two-layer model, dropout off, weights large enough to tell logits apart."""
+    """A random two-layer model without dropout, its weights large enough to matter."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
     for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
@@ -78,7 +78,9 @@ def byte_tokenizer():
         padding_side="left",
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}<bos>{{ m['role'] }}:{{ m['content'] }}<eos>\n{% endfor %}"
+        "{% for m in messages %}"
+        "<bos>{{ m['role'] }}:{{ m['content'] }}<eos>\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
     )
     return tokenizer

@@ -1,11 +1,11 @@
-"""A batch says what its rows would say alone; and planted bugs that would change that."""
+"""A batch says what its rows would say alone; and planted bugs that break that."""
 
 import random
 
 import pytest
 import torch
 from architectures import CONFIGS, VOCAB, build
-from observe import snapshot
+from observe import assert_same, snapshot
 from runs import planted
 from torch import nn
 from transformers import logging
@@ -15,7 +15,7 @@ from peft_from_scratch.generation import generate, left_pad
 from peft_from_scratch.methods import lora
 
 END = 2  # a token that these random models next to never write
-NEW = 12
+NEW = 8
 
 
 class Numbers:
@@ -32,7 +32,7 @@ def draw(rows, longest, seed=0):
     return [choose.choices(range(3, VOCAB), k=length) for length in lengths]
 
 
-PROMPTS = draw(7, 15)
+PROMPTS = draw(5, 15)
 PREFIX = list(range(40, 61))
 
 
@@ -51,7 +51,7 @@ def alone(model, ids, stop_id=END, most=NEW):
 
 
 def together(model, prompts=PROMPTS, **options):
-    options = dict(stop_id=END, max_new_tokens=NEW, batch=3) | options
+    options = dict(stop_id=END, max_new_tokens=NEW, batch=2) | options
     return generate(model, Numbers, prompts, **options)
 
 
@@ -92,7 +92,6 @@ def the_prefix_is_computed_once():
 def the_model_is_left_as_it_was():
     """Also its dropout, which must be off inside, and its generation config."""
     model = build("llama")
-    expected = [alone(model, prompt) for prompt in PROMPTS]
     lora.inject(model, dropout=0.5)
     nn.init.normal_(next(p for n, p in model.named_parameters() if n.endswith(".B")))
     expected = [alone(model, prompt) for prompt in PROMPTS]
@@ -100,7 +99,7 @@ def the_model_is_left_as_it_was():
     model.model.layers[0].eval()
     before, config = snapshot(model), model.generation_config
     assert together(model) == expected
-    assert snapshot(model) == before
+    assert_same(snapshot(model), before)
     assert model.generation_config is config
 
 
@@ -133,7 +132,7 @@ def test_law(law):
     law()
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 100])
+@pytest.mark.parametrize("batch", [1, 3, 5, 100])
 def test_the_size_of_a_batch_changes_nothing(batch):
     model = build("gpt2")
     assert together(model, batch=batch, prefix=PREFIX) == together(model, prefix=PREFIX)
@@ -173,7 +172,7 @@ def test_more_tokens_than_positions_are_refused_before_anything_is_computed():
 
 
 CONTINUE, PAD = generation._continue, generation.left_pad
-CAUGHT = (AssertionError, RuntimeError, IndexError, ValueError)
+CAUGHT = (AssertionError, RuntimeError)
 BUGS = {
     "padding on the right": (
         PAD,

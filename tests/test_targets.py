@@ -82,7 +82,7 @@ def test_presets(architecture):
             ["self_attn.k_proj", "self_attn.v_proj"],
         ),
     ],
-    ids=str,
+    ids=lambda given: given.__name__ if callable(given) else str(given),
 )
 def test_names_patterns_lists_functions_and_exclusions(targets, exclude, expected):
     found = resolve(build("llama"), targets, exclude)
