@@ -16,6 +16,7 @@ the biases that `lora.inject(..., bias=...)` asks for. The injection lists them 
 as `own`, with the original values where `remove` shall be able to bring them back.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .targets import Targets, resolve
+from .targets import Targets, named_modules, resolve, uncompiled
 
 
 class CannotMerge(ValueError):
@@ -47,6 +48,18 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "base" and hasattr(self.base, name):
+                raise AttributeError(
+                    f"something reads .{name} of a wrapped {type(self.base).__name__}, "
+                    "past the adapter, as the mixers of state-space models do: leave "
+                    "this module out of the targets (exclude=…)"
+                ) from None
+            raise
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """{name: tensor of the base, the adapter folded in}, computed in `dtype`."""
@@ -91,12 +104,19 @@ def inject(
     Raises   ValueError   nothing matches, or the model carries adapters already;
              the model is then as it was
     """
+    model = bare(model)
     refuse_second(model)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "inject() inside torch.inference_mode() would make parameters that can "
+            "never train; call it outside"
+        )
     modules = targets if isinstance(targets, Mapping) else resolve(model, targets)
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    _refuse_strangers(model, modules)
+    before = {uncompiled(n): p.requires_grad for n, p in model.named_parameters()}
     try:
         adapters = {m: wrap(m).train(m.training) for m in modules.values()}
-        parameters = {name: model.get_parameter(name) for name in own}
+        parameters = _own(model, own)
         kept = {
             n: p.detach().clone() if keep_own else None for n, p in parameters.items()
         }
@@ -118,7 +138,7 @@ def inject(
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of the model by the name of the module that they wrap."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
+    return {n: m for n, m in named_modules(model) if isinstance(m, Adapter)}
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,6 +180,7 @@ def merge(model: nn.Module) -> dict[str, float]:
     Memory   one copy of the wrapped weights while it runs
     """
     injected(model)
+    model = bare(model)
     ready, errors = [], {}
     for name, adapter in adapters(model).items():
         lost = changed = 0.0
@@ -203,9 +224,15 @@ def remove(model: nn.Module) -> None:
 
 def detach(model: nn.Module) -> None:
     """Unwrap every adapter and put the flags back; the weights stay as they are."""
+    model = bare(model)
     _swap(model, {adapter: adapter.base for adapter in adapters(model).values()})
     _set_flags(model, injected(model).requires_grad)
     del model.pfs_injection
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile has wrapped it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def is_injected(model: nn.Module) -> bool:
@@ -222,12 +249,19 @@ def injected(model: nn.Module) -> Injection:
 
 
 def refuse_second(model: nn.Module) -> None:
-    """ValueError where the model carries adapters already."""
+    """ValueError where the model, or a part of it, carries adapters already."""
     if is_injected(model):
         raise ValueError(
             f"this {type(model).__name__} carries {injected(model).method} adapters "
             "already; merge() or remove() them first"
         )
+    for name, module in named_modules(model):
+        if isinstance(module, Adapter) or hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is a {type(module).__name__} "
+                "already, from an injection into a part of the model or from another "
+                "library; remove it the way it came"
+            )
 
 
 def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
@@ -236,9 +270,27 @@ def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
         default = value is False or value in (None, "", [], {})  # 0 is a layer's index
         if name not in implemented and not default:
             raise ValueError(
-                f"adapter_config.json sets {name}={value!r}, which is not implemented "
-                "here; loading without it would give another model"
+                f"adapter_config.json sets {name[:99]}={shown(value)}, which is not "
+                "implemented here; loading without it would give another model"
             )
+
+
+def shown(value) -> str:
+    """The value as an error shows it, cut where a hostile file made it long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not spell out a number of thousands of digits
+        text = "a number too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def is_finite(value) -> bool:
+    """Whether this is a number (no text, no bool) that a float can hold."""
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -246,9 +298,9 @@ def plain_names(model: nn.Module) -> dict[str, str]:
     deepest_first = sorted(adapters(model), key=len, reverse=True)
     before = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        before[name] = name
+        before[name] = uncompiled(name)
         for wrapped in deepest_first:
-            if name.startswith(f"{wrapped}.base."):
+            if before[name].startswith(f"{wrapped}.base."):
                 before[name] = wrapped + before[name].removeprefix(f"{wrapped}.base")
     return before
 
@@ -300,4 +352,25 @@ def _swap(model, old_to_new) -> None:
 
 def _set_flags(model, flags) -> None:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+        parameter.requires_grad_(flags.get(uncompiled(name), parameter.requires_grad))
+
+
+def _own(model, names) -> dict[str, nn.Parameter]:
+    here = model.named_parameters(remove_duplicate=False)
+    here = {uncompiled(name): parameter for name, parameter in here}
+    names = [uncompiled(name) for name in names]
+    for name in names:
+        if name not in here:
+            raise AttributeError(f"{type(model).__name__} has no parameter {name!r}")
+    return {name: here[name] for name in names}
+
+
+def _refuse_strangers(model, modules) -> None:
+    """ValueError where a ready {name: module} names a module of another model."""
+    here = dict(named_modules(model))
+    for name, module in modules.items():
+        if here.get(name) is not module:
+            raise ValueError(
+                f"targets gives {name!r} a {type(module).__name__} that is not the "
+                f"module of that name in this {type(model).__name__}"
+            )

@@ -7,7 +7,7 @@ disk or a SIGKILL never leaves half a file under the real name.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,42 @@ def new_file(path: Path) -> Iterator[Path]:
         yield folder / path.name
         _finish(folder / path.name)
         os.replace(folder / path.name, path)
+
+
+@contextmanager
+def new_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder to fill with files of these names: `folder` gets all or none.
+
+    Where one cannot be put in its place, the files of before come back. The first name
+    goes first and comes last, so that a kill in between leaves a folder without it, and
+    never an old file beside a new one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_folder_beside(folder / names[0]) as work:
+        yield work
+        for name in names:
+            _finish(work / name)
+        before = work / "before"
+        before.mkdir()
+        try:
+            for name in names:
+                if (folder / name).is_file():
+                    os.replace(folder / name, before / name)
+            for name in reversed(names):
+                os.replace(work / name, folder / name)
+        except BaseException:
+            for name in reversed(names):
+                _bring_back(before / name, folder / name, work / name)
+            raise
+
+
+def _bring_back(old: Path, place: Path, new: Path) -> None:
+    """Undo a replacement, as far as it came: `new` is gone where it took its place."""
+    if old.is_file():
+        os.replace(old, place)
+    elif not new.exists():
+        place.unlink()
 
 
 @contextmanager

@@ -5,15 +5,16 @@
         optimizer.safetensors   AdamW's moments and step counts
         best.safetensors        the weights of the lowest validation loss, with patience
         rng.safetensors         the state of the random generators (dropout)
-        state.json              the history so far, the configuration, the files' CRCs
+        state.json              the history so far, the configuration, CRCs of it all
 
 The learning rate and the position in the data are functions of the step, so the number
 of steps done says both. A checkpoint appears whole or not at all, and two are kept: if
-the newest cannot be read, the one before it is used. No pickle: nothing in these files
-is ever executed.
+the newest cannot be read, it is put aside and the one before it is used. No pickle:
+nothing in these files is ever executed.
 """
 
 import json
+import re
 import shutil
 import warnings
 import zlib
@@ -31,7 +32,8 @@ from .recipe import History, Recipe
 from .scoped import rng_state, set_rng_state
 
 KEPT = 2  # checkpoints that stay on the disk
-FORMAT = 1  # counted up when the meaning of the files changes
+NAME = re.compile(r"step-(\d{6,})")
+FORMAT = 2  # counted up when the meaning of the files changes
 NO_MATTER = ("checkpoint_every",)  # of the recipe: changes no bit of the result
 SAMPLE = 1024  # values of each frozen tensor that go into the configuration
 
@@ -73,8 +75,6 @@ def configuration(model: nn.Module, recipe: Recipe, splits: Iterable[list]) -> d
 def save(run: Run, folder: Path, settings: dict) -> Path:
     """Write the run as it stands after a step; older checkpoints go afterwards."""
     target = Path(folder) / f"step-{run.history.steps:06d}"
-    if target.exists():  # unreadable, or this run would have gone on from it
-        shutil.rmtree(target)
     with atomic.new_folder(target) as new:
         checks = {}
         for name, tensors in _files(run).items():
@@ -87,6 +87,7 @@ def save(run: Run, folder: Path, settings: dict) -> Path:
             "history": asdict(run.history),
             "made with": {"torch": torch.__version__, "device": str(run.device)},
         }
+        state["crc"] = _state_crc(state)
         (new / "state.json").write_text(json.dumps(state, indent=1))
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
@@ -98,16 +99,19 @@ def resume(run: Run, folder: Path, settings: dict) -> bool:
 
     Returns  whether there was one; the leftovers of killed writes are deleted
     Warns    UserWarning   a checkpoint that cannot be read
-    Raises   ValueError    the folder belongs to a run of another configuration; the
-             message names what differs, and the run is as it was
+    Raises   ValueError    the folder belongs to a run of another configuration, or to
+             somebody else; the message says which, and the run is as it was
     """
+    _refuse_strangers(folder)
     atomic.sweep(folder)
     for path in reversed(checkpoints(folder)):
         try:
             files, state = _read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            aside = _put_aside(path)
             warnings.warn(
-                f"{path} cannot be read ({error}); the one before it is used",
+                f"{path} cannot be read ({error}) and is {aside.name} now; the one "
+                "before it is used",
                 stacklevel=3,
             )
             continue
@@ -119,7 +123,7 @@ def resume(run: Run, folder: Path, settings: dict) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest last."""
-    return sorted(Path(folder).glob("step-*"))
+    return sorted(filter(_is_ours, Path(folder).glob("step-*")), key=_steps)
 
 
 @torch.no_grad()
@@ -147,6 +151,37 @@ def file_crc(path: Path) -> int:
         while chunk := file.read(1 << 20):
             crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def _steps(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is named like a checkpoint and holds a file of one."""
+    files = ("state.json", "trainable.safetensors")
+    return bool(NAME.fullmatch(path.name)) and any((path / f).exists() for f in files)
+
+
+def _refuse_strangers(folder) -> None:
+    for path in Path(folder).glob("step-*"):
+        if NAME.fullmatch(path.name) and not _is_ours(path):
+            raise ValueError(
+                f"{path} is no checkpoint of a run of ours, and stands where one would "
+                "be written: give this run a folder of its own"
+            )
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename what cannot be read, so that it neither counts nor is lost."""
+    aside = path.with_name(f"unreadable-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
+
+
+def _state_crc(state: dict) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _files(run: Run) -> Files:
@@ -180,6 +215,8 @@ def _restore(run: Run, files: Files, history: dict) -> None:
 
 def _read(path: Path) -> tuple[Files, dict]:
     state = json.loads((path / "state.json").read_text())
+    if not isinstance(state, dict) or state.pop("crc", None) != _state_crc(state):
+        raise ValueError("state.json is not what was written")
     files = {}
     for name, crc in state["files"].items():
         file = path / f"{name}.safetensors"

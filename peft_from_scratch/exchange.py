@@ -10,7 +10,6 @@ tensors' keys, not from patterns in the config.
 """
 
 import json
-import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -20,14 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import adapter, atomic
+from . import adapter, atomic, patterns
+from .adapter import shown
 from .methods import full, lora
+from .targets import named_modules
 
 METHODS: dict[str, ModuleType] = {"LORA": lora, "FULL": full}  # peft_type -> its module
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type"}
 METADATA |= {"peft_version", "revision", "task_type"}  # say nothing about the weights
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -35,8 +37,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Raises  ValueError  no adapter; a tensor that is not finite; a vocabulary that was
             resized, whose new rows an adapter file would silently lose. The folder then
-            holds what it held before
+            holds what it held before, as it does where the disk fails
     """
+    model = adapter.bare(model)
     injection = adapter.injected(model)
     rows = _refuse_resized(model)
     tensors = {
@@ -52,12 +55,11 @@ def save(model: nn.Module, directory: str | Path) -> None:
         "inference_mode": True,
         **method.to_peft(model),
     }
-    directory = Path(directory)
     metadata = {"format": "pt", "vocab_size": str(rows)}
-    with atomic.new_file(directory / WEIGHTS) as weights:
-        save_file(tensors, weights, metadata)
-        with atomic.new_file(directory / CONFIG) as file:
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:
+        save_file(tensors, new / WEIGHTS, metadata)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def load(model: nn.Module, directory: str | Path) -> list[str]:
@@ -70,35 +72,46 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
              is then as it was
              FileNotFoundError   one of the two files is not there
     """
+    model = adapter.bare(model)
     adapter.refuse_second(model)
     directory = Path(directory)
     config = _read_config(directory / CONFIG)
     method = METHODS[config["peft_type"]]
     tensors, rows = _read_tensors(directory / WEIGHTS)
     _refuse_other_vocabulary(model, rows)
-    modules = _modules(model, tensors, method)
-    _refuse_absent(model, config, modules, directory / WEIGHTS)
+    names = _adapted(tensors, method)
     arguments = method.from_peft(
-        {key: value for key, value in config.items() if key not in METADATA}, modules
+        {key: value for key, value in config.items() if key not in METADATA}, names
     )
+    modules = _modules(model, names)
+    _refuse_absent(model, config, names, tensors, directory / WEIGHTS)
     before = _probe(model)
-    names = method.inject(model, **arguments)
+    if method.FILE_SUFFIXES:
+        arguments["targets"] = modules
+    injected = method.inject(model, **arguments)
     try:
         expected = _file_keys(model)
-        _refuse_mismatch(expected, tensors, directory / WEIGHTS)
+        _refuse_mismatch(model, expected, tensors, directory / WEIGHTS)
+        idle = _fill(model, expected, tensors, before)
     except BaseException:
-        adapter.detach(model)
+        kept = None not in adapter.injected(model).own.values()
+        (adapter.remove if kept else adapter.detach)(model)
         raise
-    with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
-    if before is not None and torch.equal(before, _probe(model)):
+    if idle:
         warnings.warn(
             f"the adapter from {directory} changes no logit of this model: it is "
             "untrained, or was made for another one",
             stacklevel=2,
         )
-    return names
+    return injected
+
+
+@torch.no_grad()
+def _fill(model, expected, tensors, before: Tensor | None) -> bool:
+    """Copy the tensors into the model; True where its logits are still `before`."""
+    for key, parameter in expected.items():
+        parameter.copy_(tensors[key])
+    return before is not None and torch.equal(before, _probe(model))
 
 
 def _method_named(name: str) -> tuple[str, ModuleType]:
@@ -123,36 +136,42 @@ def _file_keys(model: nn.Module) -> dict[str, nn.Parameter]:
     return keys
 
 
-def _modules(model, tensors, method) -> dict[str, nn.Module]:
-    """The modules that the file's keys name; ValueError for one the model has not."""
+def _adapted(tensors, method) -> list[str]:
+    """The modules that the file's keys name."""
     names = {}
     for key in tensors:
         for suffix in method.FILE_SUFFIXES:
             if key.startswith(PREFIX) and key.endswith(f".{suffix}"):
                 names[key.removeprefix(PREFIX).removesuffix(f".{suffix}")] = None
-    found = dict(model.named_modules())
+    return list(names)
+
+
+def _modules(model, names) -> dict[str, nn.Module]:
+    """The modules of these names; ValueError for one that the model has not."""
+    found = dict(named_modules(model))
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(
-            f"the file adapts {unknown[0]} ({len(unknown)} such modules), which this "
+            f"the file adapts {shown(unknown[0])} ({len(unknown)} such), which this "
             f"{type(model).__name__} does not have; it was made for another model"
         )
     return {name: module for name, module in found.items() if name in names}
 
 
 def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist as a file: name the folder that holds {CONFIG} and "
+            f"{WEIGHTS}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist: name the folder that holds {CONFIG} and {WEIGHTS}"
-        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in METHODS:
         raise ValueError(
-            f"{path}: peft_type={kind!r} is not implemented; known are "
+            f"{path}: peft_type={shown(kind)} is not implemented; known are "
             f"{', '.join(METHODS)}"
         )
     return config
@@ -173,33 +192,48 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _refuse_not_finite(tensors, where) -> None:
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if tensor.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(
+                f"{key} in {where} is of {tensor.dtype}; allowed are {allowed}"
+            )
+        if not tensor.isfinite().all():
             raise ValueError(
                 f"{key} in {where} holds values that are not finite numbers"
             )
 
 
-def _refuse_absent(model, config, modules, path) -> None:
+def _refuse_absent(model, config, names, tensors, path) -> None:
     """ValueError where the config selects, by PEFT's rule, a module without tensors."""
-    wanted, unwanted = config.get("target_modules"), config.get("exclude_modules")
-    for name, _ in model.named_modules():
-        asked = _selects(wanted, name) and not _selects(unwanted, name)
-        if asked and name not in modules:
-            raise ValueError(f"{path} lacks {name}, which {CONFIG} names as a target")
+    every = [name for name, _ in named_modules(model)]
+    wanted, unwanted = (
+        _selected(field, config.get(field), every)
+        for field in ("target_modules", "exclude_modules")
+    )
+    for name in every:
+        if name in wanted and name not in unwanted and name not in names:
+            start = f"{PREFIX}{name}."
+            other = [key for key in tensors if key.startswith(start)]
+            but = f" (it has {other[0]}, which is not implemented)" if other else ""
+            raise ValueError(
+                f"{path} lacks {name}, which {CONFIG} names as a target{but}"
+            )
 
 
-def _selects(pattern, name) -> bool:
+def _selected(field, pattern, names) -> set[str]:
+    """The names that a field of the config selects: a list of ends, or a regex."""
     if isinstance(pattern, list | None):
-        return any(f".{name}".endswith(f".{end}") for end in pattern or ())
-    try:
-        return bool(re.fullmatch(pattern, name))
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{CONFIG}: {pattern!r} is no regex: {error}") from None
+        ends = tuple(f".{end}" for end in pattern or ())
+        return {name for name in names if f".{name}".endswith(ends)}
+    if not isinstance(pattern, str):
+        raise ValueError(f"{CONFIG}: {field}={shown(pattern)} is no list and no regex")
+    return patterns.select([pattern], names)[0]
 
 
-def _refuse_mismatch(expected, tensors, path) -> None:
+def _refuse_mismatch(model, expected, tensors, path) -> None:
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
+    extra = [key for key in extra if not _is_of_base(model, key, tensors[key])]
     for word, keys in (
         ("lacks", missing),
         ("holds, beyond what its config says,", extra),
@@ -216,6 +250,19 @@ def _refuse_mismatch(expected, tensors, path) -> None:
             raise ValueError(
                 f"{path}: {key} holds values beyond the range of {parameter.dtype}"
             )
+
+
+def _is_of_base(model, key, tensor) -> bool:
+    """Whether PEFT has copied a weight of the base, as it does beside an adapted head.
+
+    One that differs is no copy: it was trained, and the file asks for another base.
+    """
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    for now, before in adapter.plain_names(model).items():
+        if before == name:
+            held = model.get_parameter(now)
+            return torch.equal(held.cpu(), tensor.to(held.dtype))
+    return False
 
 
 def _refuse_resized(model) -> int | None:
@@ -244,7 +291,7 @@ def _refuse_other_vocabulary(model, rows: str | None) -> None:
 
 @torch.no_grad()
 def _probe(model) -> Tensor | None:
-    """The logits of fixed tokens in eval mode; None for a model without tokens."""
+    """The logits of fixed tokens in eval mode; None for a model that gives none."""
     rows = adapter.vocabulary(model)
     if rows is None:
         return None
@@ -252,7 +299,8 @@ def _probe(model) -> Tensor | None:
     ids = torch.arange(8, device=next(model.parameters()).device)[None] * 7 % rows
     try:
         mask = torch.ones_like(ids)
-        return model.eval()(ids, attention_mask=mask, use_cache=False).logits
+        out = model.eval()(ids, attention_mask=mask, use_cache=False)
+        return getattr(out, "logits", None)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter import bare
 from .scoped import mode
 from .templates import IGNORED, collate
 
@@ -91,4 +92,4 @@ def mean_loss(model: nn.Module, rows: list[Row], *, batch: int = 8) -> float:
 
 
 def _can_choose_logits(model: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters

@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 
+from .adapter import is_finite
 from .templates import TEMPLATES
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -74,17 +75,19 @@ class Recipe:
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            self._allow(name, whole and value >= least, f"a whole number >= {least}")
-        positive = math.isfinite(self.lr) and self.lr > 0
+            fits = whole and least <= value < 2**63
+            self._allow(name, fits, f"a whole number >= {least}")
+        positive = is_finite(self.lr) and self.lr > 0
         self._allow("lr", positive, "a finite number above 0")
         self._allow("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
         self._allow("schedule", self.schedule in SCHEDULES, ", ".join(SCHEDULES))
         self._allow("template", self.template in TEMPLATES, ", ".join(TEMPLATES))
-        decay = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        decay = is_finite(self.weight_decay) and self.weight_decay >= 0
         self._allow("weight_decay", decay, "a finite number >= 0")
-        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        betas = pair and all(is_finite(b) and 0 <= b < 1 for b in self.betas)
         self._allow("betas", betas, "two numbers in [0, 1)")
-        clip = self.clip is None or (math.isfinite(self.clip) and self.clip > 0)
+        clip = self.clip is None or (is_finite(self.clip) and self.clip > 0)
         self._allow("clip", clip, "a finite number above 0, or None for no clipping")
         self._allow(
             "accumulate",

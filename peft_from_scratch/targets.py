@@ -13,21 +13,33 @@ Experts of a mixture are 3-D parameters, not projections, and are not targeted.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 PRESETS = ("attention", "mlp", "all-linear")
+ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a dot
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(dotted name, module) of every module, named as if nothing were compiled."""
+    for name, module in model.named_modules():
+        yield uncompiled(name), module
+
+
+def uncompiled(name: str) -> str:
+    """The name without the parts that torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and Conv1D of the model by its dotted name, heads included."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Linear | Conv1D)
     }
 
@@ -35,7 +47,7 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 def kinds(model: nn.Module) -> dict[str, str]:
     """'attention' or 'mlp' for each projection inside a decoder layer; no other."""
     layers, attentions = [], []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, GradientCheckpointingLayer):
             layers.append(f"{name}.")
         elif "attention" in type(module).__name__.lower():
@@ -47,12 +59,18 @@ def kinds(model: nn.Module) -> dict[str, str]:
     }
 
 
-def matches(pattern: str, name: str) -> bool:
-    """True where `pattern` is the name, its end after a dot, or a regex of either."""
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that `pattern` is, is the end of after a dot, or a regex of either."""
     try:
-        return name == pattern or bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name))
+        regex = re.compile(ENDS.format(pattern))
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regex: {error}") from None
+    return [name for name in names if name == pattern or regex.fullmatch(name)]
+
+
+def exactly(name: str) -> str:
+    """The pattern that matches this name and no longer one that ends like it."""
+    return f"^{re.escape(name)}$"
 
 
 def resolve(
@@ -93,7 +111,7 @@ def _match(model, found, pattern, argument) -> set[str]:
         wanted = PRESETS[:2] if pattern == "all-linear" else (pattern,)
         chosen = {name for name, kind in kinds(model).items() if kind in wanted}
     else:
-        chosen = {name for name in found if matches(pattern, name)}
+        chosen = set(matching(pattern, found))
     if not chosen:
         raise ValueError(f"{argument}={pattern!r} matches no module; {_offer(found)}")
     return chosen

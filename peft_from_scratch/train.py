@@ -56,7 +56,7 @@ def train(
         on_step      called with the history after every step
     Returns  History. Training flags and random generators are as the caller had them
     Raises   Diverged           a loss or gradient that is not finite; the weights are
-                                those before that step
+                                those before that step (of a validation: after it)
              RuntimeError       a trainable tensor that three steps did not move
              ValueError         no adapter, no rows, a row that is too long, or a folder
                                 with the checkpoints of another run
@@ -128,12 +128,14 @@ def _new_run(model: nn.Module, recipe: Recipe) -> Run:
             f"this {type(model).__name__} has nothing to train: inject adapters first, "
             "with lora.inject(model) for example, or full.inject(model)"
         )
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    wrong = [name for name, flag in flags.items() if flag != (name in parameters)]
+    declared = {id(parameter) for parameter in parameters.values()}
+    named = dict(model.named_parameters())
+    wrong = [n for n, p in named.items() if p.requires_grad != (id(p) in declared)]
     if wrong:
         raise ValueError(
-            f"{wrong[0]} has requires_grad={flags[wrong[0]]}, against what inject() "
-            f"declared, and so have {len(wrong) - 1} more; leave the flags to inject()"
+            f"{wrong[0]} has requires_grad={named[wrong[0]].requires_grad}, against "
+            f"what inject() declared, and so have {len(wrong) - 1} more; leave the "
+            "flags to inject()"
         )
     optimizer = torch.optim.AdamW(
         parameters.values(),

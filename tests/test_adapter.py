@@ -2,10 +2,19 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from architectures import CONFIGS, build
-from observe import gradients, largest, logits, refused, train
+from observe import (
+    assert_same,
+    gradients,
+    largest,
+    logits,
+    refused,
+    snapshot,
+    train,
+)
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -148,6 +157,88 @@ def test_the_verbs_refuse_a_plain_model(tmp_path):
     for verb in (pfs.merge, pfs.remove, lambda m: pfs.save(m, tmp_path)):
         with refused(model, "LlamaForCausalLM", "no adapter"):
             verb(model)
+
+
+def adapters_in_a_part_are_refused():
+    model = build("llama")
+    pfs.lora.inject(model.model)
+    with refused(model, "layers.0", "LoRA", "a part"):
+        pfs.lora.inject(model)
+
+
+def test_adapters_in_a_part_are_refused():
+    adapters_in_a_part_are_refused()
+
+
+def test_adapters_of_peft_are_refused():
+    model = build("llama")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with refused(model, "q_proj", "another library"):
+        pfs.lora.inject(model)
+
+
+def what_reads_the_weight_itself_is_told():
+    """State-space mixers do: the adapter would be there and never run."""
+    model = injected()
+    wrapped = next(iter(adapters(model).values()))
+    try:
+        said = str(wrapped.weight)
+    except AttributeError as error:
+        said = str(error)
+    assert "past the adapter" in said and "exclude" in said
+    assert not hasattr(wrapped, "no_such_thing")
+
+
+def test_what_reads_the_weight_itself_is_told():
+    what_reads_the_weight_itself_is_told()
+
+
+def compiled_models_have_the_same_names():
+    plain = injected()
+    for where in ("whole", "layer"):
+        model = injected()
+        layers, compiled = model.model.layers, model
+        if where == "whole":
+            compiled = torch.compile(model, backend="eager")
+        else:
+            layers[0] = torch.compile(layers[0], backend="eager")
+        assert list(pfs.trainable(compiled)) == list(pfs.trainable(plain)), where
+        pfs.merge(compiled)
+        assert all(p.requires_grad for p in model.parameters())
+        assert not adapters(model)
+
+
+def test_compiled_models_have_the_same_names():
+    compiled_models_have_the_same_names()
+
+
+@pytest.mark.parametrize("method", [pfs.lora, pfs.full])
+def test_a_compiled_model_is_injected_saved_loaded_and_restored(method, tmp_path):
+    model, loaded = build("llama"), build("llama")
+    compiled = torch.compile(model, backend="eager")
+    before = snapshot(model)
+    method.inject(compiled, **({"keep_original": True} if method is pfs.full else {}))
+    train(model, 2)
+    pfs.save(compiled, tmp_path)
+    pfs.load(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    pfs.remove(compiled)
+    assert_same(snapshot(model), before)
+
+
+def test_modules_of_another_model_are_refused():
+    model, other = build("llama"), build("llama")
+    name = "model.layers.0.mlp.up_proj"
+    before = snapshot(other)
+    with refused(model, name, "not the module"):
+        pfs.lora.inject(model, targets={name: other.get_submodule(name)})
+    assert_same(snapshot(other), before)
+
+
+def test_an_injection_in_inference_mode_is_refused():
+    model = build("llama")
+    with refused(model, "inference_mode", error=RuntimeError), torch.inference_mode():
+        pfs.lora.inject(model)
 
 
 def an_injection_that_fails_late_leaves_no_trace():

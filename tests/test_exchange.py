@@ -1,5 +1,6 @@
 """Files: what is saved is what is loaded, and a failed save leaves nothing behind."""
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from adapter_files import FIRST, LAST, A, B, contents, parsed, saved, tampered, trained
 from architectures import CONFIGS, build
 from observe import assert_same, logits, refused, snapshot, train, values
+from torch import nn
 
 import peft_from_scratch as pfs
 from peft_from_scratch import adapter, exchange
@@ -21,7 +23,7 @@ VARIANTS = {
     "function": dict(targets=lambda name, module: ".1." in name),
     "exclude": dict(exclude="layers.0.*|h.0.*"),
     "patterns": dict(
-        rank_pattern={r".*\.0\..*": 2, "c_fc": 5},
+        rank_pattern={r".*\.0\..*": 2, "c_fc|up_proj|fc1": 5},
         alpha_pattern={r".*\.1\..*": 2.5},
     ),
     "dropout": dict(dropout=0.25),
@@ -175,6 +177,57 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
 
 def test_a_failed_save_leaves_the_folder_as_it_was(monkeypatch, tmp_path):
     a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
+
+
+def a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(folder, monkeypatch):
+    """As on Windows, where a file that somebody has mapped stays where it is."""
+    before, model = contents(saved(folder)), trained(r=2)
+    replace = os.replace
+
+    def in_use(old, new):
+        if Path(new) == Path(folder, CONFIG) and "before" not in str(old):
+            raise PermissionError("planted")
+        replace(old, new)
+
+    refusal = refused(model, "planted", error=PermissionError)
+    with monkeypatch.context() as patched, refusal:
+        patched.setattr(os, "replace", in_use)
+        pfs.save(model, folder)
+    assert contents(folder) == before
+
+
+def test_a_file_that_cannot_be_replaced_leaves_the_folder(monkeypatch, tmp_path):
+    a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
+
+
+def names_that_end_alike_are_told_apart(folder):
+    """ "0" is a module, and the end of the name of another, "2.0"."""
+
+    def net():
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), inner)
+
+    model, loaded, x = net(), net(), torch.randn(4, 8)
+    targets = {name: model.get_submodule(name) for name in ("0", "2.0")}
+    pfs.lora.inject(model, r=2, targets=targets, alpha_pattern={"^0$": 2.5})
+    for parameter in pfs.trainable(model).values():
+        nn.init.normal_(parameter)
+    pfs.save(model, folder)
+    assert pfs.load(loaded, folder) == ["0", "2.0"]
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_names_that_end_alike_are_told_apart(tmp_path):
+    names_that_end_alike_are_told_apart(tmp_path)
+
+
+def test_a_target_that_other_names_end_with_is_the_only_one(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    pfs.lora.inject(model, r=2, targets={"0": model[0]})
+    pfs.save(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    assert pfs.load(fresh, tmp_path) == ["0"]
 
 
 def test_a_config_that_cannot_be_written_leaves_the_weights(monkeypatch, tmp_path):

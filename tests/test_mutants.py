@@ -135,14 +135,14 @@ LORA = {
     ),
     "dropout is not passed on": Bug(
         method.inject,
-        "dropout=dropout\n        ),",
-        "dropout=0.0\n        ),",
+        "rslora=rslora, dropout=dropout)",
+        "rslora=rslora, dropout=0.0)",
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
-        method._first,
-        "(pattern or {}).items()",
-        "reversed((pattern or {}).items())",
+        method._spread,
+        "dict.fromkeys(chosen, value) | values",
+        "values | dict.fromkeys(chosen, value)",
         lora_laws.every_argument_reaches_every_module,
     ),
 }
@@ -171,6 +171,24 @@ CONTRACT = {
         "if is_injected(model):",
         "if False:",
         contract(laws.a_second_injection_is_refused),
+    ),
+    "adapters in a part of the model are not seen": Bug(
+        adapter.refuse_second,
+        'isinstance(module, Adapter) or hasattr(module, "base_layer")',
+        "False",
+        verbs.adapters_in_a_part_are_refused,
+    ),
+    "what reads the weight itself goes past the adapter": Bug(
+        Adapter.__getattr__,
+        "raise AttributeError(",
+        "return getattr(self.base, name)\n            raise AttributeError(",
+        verbs.what_reads_the_weight_itself_is_told,
+    ),
+    "compiled modules have names of their own": Bug(
+        targets.uncompiled,
+        'part != "_orig_mod"',
+        "True",
+        verbs.compiled_models_have_the_same_names,
     ),
     "a failed injection leaves the base frozen": Bug(
         adapter.inject,
@@ -313,7 +331,7 @@ FILES = {
     ),
     "missing modules are skipped": Bug(
         exchange.load,
-        "_refuse_absent(model, config, modules, directory / WEIGHTS)",
+        "_refuse_absent(model, config, names, tensors, directory / WEIGHTS)",
         "pass",
         broken("no A and no B"),
     ),
@@ -360,10 +378,13 @@ FILES = {
         broken("pissa"),
     ),
     "a refused file leaves the model injected": Bug(
-        exchange.load, "adapter.detach(model)", "pass", broken("transposed")
+        exchange.load,
+        "(adapter.remove if kept else adapter.detach)(model)",
+        "pass",
+        broken("transposed"),
     ),
     "an adapter that does nothing says nothing": Bug(
-        exchange.load,
+        exchange._fill,
         "torch.equal(before, _probe(model))",
         "False",
         files.an_adapter_that_does_nothing_warns,
@@ -381,11 +402,28 @@ FILES = {
         files.loading_onto_another_vocabulary_is_refused,
     ),
     "the old file is overwritten in place": Bug(
-        atomic.new_file,
-        "yield folder / path.name\n        _sync(folder / path.name)\n"
-        "        os.replace(folder / path.name, path)",
-        "yield path",
+        atomic.new_files,
+        "yield work",
+        "yield folder\n        return",
         files.a_failed_save_leaves_the_folder_as_it_was,
+    ),
+    "a new config stays beside the old weights": Bug(
+        atomic._bring_back,
+        "os.replace(old, place)",
+        "pass",
+        files.a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was,
+    ),
+    "a trained weight is taken for a copy of the base's": Bug(
+        exchange._is_of_base,
+        "return torch.equal(held.cpu(), tensor.to(held.dtype))",
+        "return True",
+        broken("another head"),
+    ),
+    "a name is taken for the end of a longer one": Bug(
+        method._alone,
+        "exactly(name) if shared else name",
+        "name",
+        files.names_that_end_alike_are_told_apart,
     ),
 }
 BUGS = LORA | CONTRACT | MERGING | FILES

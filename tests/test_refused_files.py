@@ -32,6 +32,21 @@ from peft_from_scratch import exchange
 from peft_from_scratch.adapter import adapters
 from peft_from_scratch.exchange import CONFIG, WEIGHTS
 
+HEAD = "base_model.model.lm_head."
+# A regex that tries every way to cut a name in pieces before it fails.
+YEARS = r"(([a-z_.0-9]+)+)+!"
+
+
+def rename(tensors, start, old, new):
+    for key in [key for key in tensors if key.startswith(start)]:
+        tensors[key.replace(old, new)] = tensors.pop(key)
+
+
+def add_under(key):
+    """A tensor of the head's shape, but not with its values, under a key."""
+    return lambda tensors, config: tensors.update({key: torch.ones(320, 32)})
+
+
 # name -> (change of a sound LoRA file, words that the error holds)
 BROKEN = {
     "no tensor": (lambda tensors, config: tensors.clear(), ["lacks"]),
@@ -40,6 +55,7 @@ BROKEN = {
     "no A and no B": (drop(LAST + A, LAST + B), ["lacks", "layers.1.mlp.down_proj"]),
     "extra bias": (add(norm__bias=32), ["norm.bias"]),
     "extra kind": (add(layers__0__mlp__up_proj__lora_C=(4, 4)), ["lora_C"]),
+    "another head": (add_under(f"{HEAD}base_layer.weight"), ["lm_head"]),
     "no prefix": (
         lambda tensors, config: tensors.update({A: tensors[FIRST + A].clone()}),
         [A],
@@ -62,7 +78,11 @@ BROKEN = {
     "another rank": (say(r=5), ["(4, 32)", "(5, 32)"]),
     "NaN": (put(FIRST + A, one(math.nan)), [FIRST + A, "not finite"]),
     "infinite": (put(LAST + B, one(-math.inf)), [LAST + B, "not finite"]),
-    "integers": (put(FIRST + A, lambda t: t.int()), [FIRST + A]),
+    "integers": (put(FIRST + A, lambda t: t.int()), [FIRST + A, "int32", "float32"]),
+    "eight bits": (
+        put(FIRST + A, lambda t: t.to(torch.float8_e5m2)),
+        [FIRST + A, "float8_e5m2", "float32"],
+    ),
     "beyond float32": (
         put(FIRST + A, lambda t: t.double().fill_(1e300)),
         [FIRST + A, "float32"],
@@ -73,12 +93,28 @@ BROKEN = {
     "alpha as text": (say(lora_alpha="8"), ["'8'"]),
     "alpha NaN": (say(lora_alpha=math.nan), ["nan"]),
     "alpha null": (say(lora_alpha=None), ["alpha=None"]),
+    "alpha beyond float32": (say(lora_alpha=1e308), ["1e+308", "float32"]),
+    "alpha beyond any float": (say(lora_alpha=10**400), ["alpha=1000", "float32"]),
+    "alphas beyond any float": (
+        say(alpha_pattern={"q_proj": 10**400}),
+        ["q_proj: alpha=1000"],
+    ),
+    "a long value": (say(a_field_of_2030="x" * 10**6), ["a_field_of_2030", "xxx…"]),
     "dropout": (say(lora_dropout=1.5), ["1.5"]),
     "bias": (say(bias="some"), ["some", "lora_only"]),
     "rslora as text": (say(use_rslora="no"), ["'no'"]),
+    "targets that take years": (say(target_modules=YEARS), ["more than", "names"]),
+    "exclusions that take years": (say(exclude_modules=YEARS), ["more than"]),
+    "a pattern that takes years": (say(rank_pattern={YEARS: 4}), ["more than"]),
+    "nested too deep": (say(target_modules="(" * 5000 + ")" * 5000), ["regex"]),
+    "too often": (say(target_modules="a{99999999999999999999}"), ["regex"]),
     "pattern no regex": (say(rank_pattern={"(": 4}), ["'('", "regex"]),
     "pattern a list": (say(rank_pattern=["q_proj"]), ["q_proj", "mapping"]),
     "targets no regex": (say(target_modules="("), ["'('", "regex"]),
+    "another kind of tensor": (
+        lambda tensors, config: rename(tensors, FIRST, "lora_", "lora_embedding_"),
+        ["q_proj", "lora_embedding_A"],
+    ),
     "targets a number": (say(target_modules=3), ["3"]),
     "unknown type": (say(peft_type="LOHA"), ["LOHA", "LORA"]),
     "type a list": (say(peft_type=["LORA"]), ["peft_type"]),
@@ -219,6 +255,63 @@ def test_a_file_for_another_architecture_is_refused(tmp_path):
     model = build("gpt2")
     with refused(model, "GPT2LMHeadModel", "another model"):
         pfs.load(model, saved(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder", "a link to itself"])
+def test_paths_that_are_no_adapter_folder_are_refused(what, tmp_path):
+    model, folder = build("llama"), saved(tmp_path / "sound")
+    if what == "a file":
+        folder = folder / WEIGHTS
+    else:
+        (folder / CONFIG).unlink()
+    if what == "a folder":
+        (folder / CONFIG).mkdir()
+    if what == "a link to itself":
+        (folder / CONFIG).symlink_to(CONFIG)
+    with refused(model, CONFIG, "name the folder", error=FileNotFoundError):
+        pfs.load(model, folder)
+
+
+def test_layers_that_peft_left_out_are_named_by_their_field(tmp_path):
+    """The reason is the field, not the tensors that are missing because of it."""
+
+    def one_layer(tensors, config):
+        config["layers_to_transform"] = [1]
+        for key in [key for key in tensors if ".layers.0." in key]:
+            del tensors[key]
+
+    model = build("llama")
+    with refused(model, "layers_to_transform"):
+        pfs.load(model, tampered(saved(tmp_path), tmp_path / "broken", one_layer))
+
+
+def test_a_failure_after_the_copy_leaves_no_trace(tmp_path, monkeypatch):
+    model = build("opt")
+    saved(tmp_path, architecture="opt", bias="all")
+    sound, asked = exchange._probe, []
+
+    def fails_the_second_time(model):
+        asked.append(1)
+        if len(asked) == 2:
+            raise RuntimeError("planted")
+        return sound(model)
+
+    monkeypatch.setattr(exchange, "_probe", fails_the_second_time)
+    with refused(model, "planted", error=RuntimeError):
+        pfs.load(model, tmp_path)
+
+
+def test_a_copy_of_the_base_beside_an_adapted_head_is_let_through(tmp_path):
+    """PEFT writes it on its own account, save_embedding_layers="auto"."""
+    model = build("llama")
+    head = {f"{exchange.PREFIX}lm_head.base_layer.weight": model.lm_head.weight}
+
+    def with_head(tensors, config):
+        tensors |= {key: value.detach().clone() for key, value in head.items()}
+
+    saved(tmp_path, targets=["all-linear", "lm_head"])
+    pfs.load(model, tampered(tmp_path, tmp_path / "copied", with_head))
+    assert "lm_head" in adapters(model)
 
 
 def test_loading_onto_adapters_is_refused(tmp_path):

@@ -148,6 +148,56 @@ def test_a_broken_checkpoint_is_passed_over(straight, tmp_path, file, harm):
     assert_same(outcome(model, history, tmp_path), straight["lora"])
 
 
+@pytest.mark.parametrize("junk", [[], None, "x", {}, {"files": []}, {"files": {}}])
+def test_a_state_of_another_shape_is_passed_over(straight, tmp_path, junk):
+    newest = checkpoints(stopped(tmp_path))[-1]
+    (newest / "state.json").write_text(json.dumps(junk))
+    with pytest.warns(UserWarning, match=r"step-000008 cannot be read"):
+        assert run(adapted(), SETTINGS, checkpoints=tmp_path).resumed_from == 4
+
+
+def test_an_altered_history_is_noticed(tmp_path):
+    newest = checkpoints(stopped(tmp_path))[-1]
+    state = json.loads((newest / "state.json").read_text())
+    state["history"]["loss"].pop()
+    (newest / "state.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match=r"step-000008 cannot be read"):
+        run(adapted(), SETTINGS, checkpoints=tmp_path)
+
+
+def test_what_cannot_be_read_is_put_aside_and_what_is_new_stays(tmp_path):
+    """Else two unreadable ones would push every new checkpoint out."""
+    for path in checkpoints(stopped(tmp_path)):
+        cut(path / "state.json")
+    with pytest.warns(UserWarning, match="unreadable-step"), pytest.raises(Stop):
+        run(adapted(), SETTINGS, checkpoints=tmp_path, on_step=stop_after(5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000004",
+        "unreadable-step-000004",
+        "unreadable-step-000008",
+    ]
+
+
+def test_folders_of_others_stay_and_are_refused_where_they_are_in_the_way(tmp_path):
+    other, model = tmp_path / "step-000002", adapted()
+    other.mkdir()
+    (other / "model.bin").write_bytes(b"theirs")
+    (tmp_path / "step-1.log").write_text("theirs too")
+    with refused(model, "step-000002", "a folder of its own"):
+        run(model, SETTINGS, checkpoints=tmp_path)
+    assert (other / "model.bin").read_bytes() == b"theirs"
+    shutil.rmtree(other)
+    run(model, SETTINGS, checkpoints=tmp_path)
+    assert (tmp_path / "step-1.log").exists()
+
+
+def test_the_millionth_step_comes_after_the_one_before(tmp_path):
+    for steps in (999_999, 1_000_000):
+        (tmp_path / f"step-{steps}").mkdir()
+        (tmp_path / f"step-{steps}" / "state.json").touch()
+    assert checkpoints(tmp_path)[-1].name == "step-1000000"
+
+
 def test_with_no_readable_checkpoint_the_run_starts_over(straight, tmp_path):
     for path in checkpoints(stopped(tmp_path)):
         cut(path / "state.json")

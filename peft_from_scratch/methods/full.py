@@ -32,7 +32,7 @@ def to_peft(model: nn.Module) -> dict:
     return {}
 
 
-def from_peft(config: dict, modules: dict[str, nn.Module]) -> dict:
+def from_peft(config: dict, names: list[str]) -> dict:
     """The arguments of inject for a saved full fine-tuning."""
     adapter.refuse_unimplemented(config, set())
     return {}

@@ -8,6 +8,7 @@ in the place of d_in · d_out.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import adapter
+from .. import adapter, patterns
 from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, refuse_unimplemented, sizes
-from ..targets import Targets
+from ..adapter import Adapter, as_matrix, is_finite, refuse_unimplemented, sizes
+from ..targets import Targets, exactly
 
 BIASES = ("none", "lora_only", "all")
 FILE_SUFFIXES = ("lora_A.weight", "lora_B.weight")
@@ -37,6 +38,7 @@ FIELDS = dict(
 # knows its own orientation, and the rest qualifies options that are refused.
 INERT = {"target_modules", "exclude_modules", "fan_in_fan_out", "init_lora_weights"}
 INERT |= {"eva_config", "megatron_core", "qalora_group_size"}
+TINIEST, LARGEST = 1e-30, 1e30  # of alpha: its scale and products stay in float32
 PEFT_ALPHA = 8  # LoraConfig's default, for a file that leaves lora_alpha out
 # How an adapter of PEFT may have been initialised without changing the base model.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -61,8 +63,8 @@ class LowRankUpdate(torch.autograd.Function):
         h = F.linear(x.to(A.dtype), A)
         if y.dtype == h.dtype == B.dtype:
             y.view(-1, y.shape[-1]).addmm_(_rows(h), B.T, alpha=scale)
-        else:  # half-precision base or autocast: round the sum once, to y's dtype
-            y.add_(F.linear(h, B).to(y.dtype), alpha=scale)
+        else:  # half-precision base or autocast: add in the wider of both dtypes
+            y.copy_(torch.add(y, F.linear(h, B), alpha=scale))
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, h, A, B)
         ctx.scale = scale
@@ -117,21 +119,24 @@ class LoRA(Adapter):
         dropout: float = 0.0,
     ):
         d_out, d_in = sizes(base)
-        _check(r, alpha, rslora, dropout, min(d_out, d_in))
+        _check(r, alpha, rslora, dropout, d_out, d_in)
         super().__init__(base)
         weight = base.weight
         dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
         like = dict(device=weight.device, dtype=dtype)
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r, **like))
+        self.alpha = alpha
         self.scale = alpha / (math.sqrt(r) if rslora else r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y, x = self.base(x), self.dropout(x)
-        if torch.compiler.is_compiling():  # which fuses this, and breaks at in-place y
+        # A compiler fuses this itself; and what a hook on the base has kept is not ours
+        # to write into.
+        if torch.compiler.is_compiling() or self.base._forward_hooks:
             h = F.linear(x.to(self.A.dtype), self.A)
-            return y + (self.scale * F.linear(h, self.B)).to(y.dtype)
+            return (y + self.scale * F.linear(h, self.B)).to(y.dtype)
         return LowRankUpdate.apply(y, x, self.A, self.B, self.scale)
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -162,9 +167,11 @@ def inject(
     Args
         r, alpha, rslora, dropout   see LoRA
         targets, exclude            see targets.resolve; or a ready {name: module}
+                                    without exclude
         bias           "none"; "lora_only" also trains the biases of the wrapped
                        modules; "all" every bias of the model
-        rank_pattern   {module name, its end, or a regex: rank} where it is not r
+        rank_pattern   {module name, its end, or a regex: rank} where it is not r; the
+                       first that matches a module decides
         alpha_pattern  the same for alpha
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, or no match; the model as it was
@@ -174,13 +181,24 @@ def inject(
     adapter.refuse_second(model)
     if not isinstance(targets, Mapping):
         targets = targeting.resolve(model, targets, exclude)
-    ranks = {m: _first(rank_pattern, n, r) for n, m in targets.items()}
-    alphas = {m: _first(alpha_pattern, n, alpha) for n, m in targets.items()}
+    elif exclude is not None:
+        raise ValueError(
+            "exclude and a ready {name: module}: leave it out of the latter"
+        )
+    ranks = _spread("rank_pattern", rank_pattern, targets, r)
+    alphas = _spread("alpha_pattern", alpha_pattern, targets, alpha)
+    names = {module: name for name, module in targets.items()}
+
+    def wrap(base: nn.Module) -> LoRA:
+        r, alpha = ranks[names[base]], alphas[names[base]]
+        try:
+            return LoRA(base, r, alpha, rslora=rslora, dropout=dropout)
+        except ValueError as error:
+            raise ValueError(f"{names[base]}: {error}") from None
+
     return adapter.inject(
         model,
-        lambda base: LoRA(
-            base, ranks[base], alphas[base], rslora=rslora, dropout=dropout
-        ),
+        wrap,
         targets,
         method="lora",
         config=dict(
@@ -204,8 +222,8 @@ def to_peft(model: nn.Module) -> dict:
     """
     ours = adapter.injected(model).config
     wrapped = adapter.adapters(model)
-    ranks = {name: module.A.shape[0] for name, module in wrapped.items()}
-    alphas = {n: _first(ours["alpha_pattern"], n, ours["alpha"]) for n in wrapped}
+    ranks = {_alone(n, wrapped): m.A.shape[0] for n, m in wrapped.items()}
+    alphas = {_alone(n, wrapped): m.alpha for n, m in wrapped.items()}
     return {
         "r": ours["r"],
         "lora_alpha": ours["alpha"],
@@ -219,53 +237,96 @@ def to_peft(model: nn.Module) -> dict:
     }
 
 
-def from_peft(config: dict, modules: dict[str, nn.Module]) -> dict:
-    """The arguments of inject for PEFT's LoRA config; ValueError for what we lack."""
+def from_peft(config: dict, names: list[str]) -> dict:
+    """The arguments of inject, but for the targets, for PEFT's LoRA config.
+
+    Args
+        names  the modules that the file adapts
+    Raises   ValueError   what this library lacks, or a pattern that cannot be used
+    """
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise ValueError(
-            f"init_lora_weights={start!r} changed the base model, which this file does "
-            "not hold; convert it to a plain LoRA with PEFT before saving"
+            f"init_lora_weights={adapter.shown(start)} changed the base model, which "
+            "this file does not hold; convert it to a plain LoRA with PEFT first"
         )
     refuse_unimplemented(config, INERT | set(FIELDS.values()))
-    return {
-        "targets": modules,
-        "alpha": PEFT_ALPHA,
-        **{ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config},
+    given = {
+        ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config
     }
+    for field in ("rank_pattern", "alpha_pattern"):
+        given[field] = _resolved(field, given.get(field), names)
+    return {"alpha": PEFT_ALPHA, **given}
 
 
-def _shortest(model, wrapped) -> list[str]:
-    """The names' last parts where they select the same modules, else the names."""
-    last = {name.rpartition(".")[2] for name in wrapped}
-    same = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
-    return sorted(last if same == set(wrapped) else wrapped)
+def _resolved(field, pattern, names) -> dict:
+    """A pattern of a file, with the full name of each module that it matches."""
+    _refuse_no_mapping(field, pattern)
+    found = patterns.select(list(pattern or {}), names, ends=True)
+    values = {}
+    for selected, value in zip(found, (pattern or {}).values(), strict=True):
+        values = dict.fromkeys(map(exactly, sorted(selected)), value) | values
+    return values
 
 
-def _check(r, alpha, rslora, dropout, bound) -> None:
+def _alone(name, names) -> str:
+    """The name; as a regex where it is also the end of another one's."""
+    shared = any(other.endswith(f".{name}") for other in names)
+    return exactly(name) if shared else name
+
+
+def _shortest(model, wrapped) -> list[str] | str:
+    """What selects the wrapped modules by PEFT's rule: ends, whole names, a regex."""
+    every = [name for name, _ in targeting.named_modules(model)]
+    for ends in ({name.rpartition(".")[2] for name in wrapped}, set(wrapped)):
+        if {n for n in every if _ends_with_one(n, ends)} == set(wrapped):
+            return sorted(ends)
+    return "|".join(map(re.escape, wrapped))
+
+
+def _ends_with_one(name, ends) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in ends for i in range(len(parts)))
+
+
+def _check(r, alpha, rslora, dropout, d_out, d_in) -> None:
+    bound = min(d_out, d_in)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
         raise ValueError(
-            f"{r=}: the rank must be a whole number from 1 to {bound} here"
+            f"r={adapter.shown(r)}: the rank must be a whole number from 1 to {bound}, "
+            f"the smaller side of a weight of {d_out} x {d_in}"
         )
-    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{alpha=}: allowed is a finite number above 0")
-    if not (_is_number(dropout) and 0 <= dropout < 1):
-        raise ValueError(f"{dropout=}: allowed is a probability in [0, 1)")
+    if not (is_finite(alpha) and TINIEST < alpha < LARGEST):
+        raise ValueError(
+            f"alpha={adapter.shown(alpha)}: allowed is a number above 0 that float32 "
+            "can hold"
+        )
+    if not (is_finite(dropout) and 0 <= dropout < 1):
+        raise ValueError(
+            f"dropout={adapter.shown(dropout)}: allowed is a probability in [0, 1)"
+        )
     if not isinstance(rslora, bool):
         raise ValueError(f"{rslora=}: allowed are True and False")
 
 
-def _is_number(value) -> bool:  # a file may hold "16" or true in its place
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _first(pattern, name, default):
+def _refuse_no_mapping(field, pattern) -> None:
     if not isinstance(pattern, Mapping | None):
-        raise ValueError(f"{pattern!r} is no mapping {{module name or regex: value}}")
+        raise ValueError(
+            f"{field}={adapter.shown(pattern)} is no mapping {{module name or regex: "
+            "value}}"
+        )
+
+
+def _spread(field, pattern, names, default) -> dict:
+    """{name: value} of the first key of the pattern that matches it, else default."""
+    _refuse_no_mapping(field, pattern)
+    values = {}
     for key, value in (pattern or {}).items():
-        if targeting.matches(key, name):
-            return value
-    return default
+        chosen = targeting.matching(key, names)
+        if not chosen:
+            raise ValueError(f"{field}: {key!r} matches none of the adapted modules")
+        values = dict.fromkeys(chosen, value) | values
+    return dict.fromkeys(names, default) | values
 
 
 def _biases(model, bias, targets) -> list[str]:

@@ -1,0 +1,66 @@
+"""Regular expressions from a file that somebody else wrote.
+
+A regex of twenty characters can keep Python busy for years on one module's name, and
+nothing interrupts it. So a pattern that could is matched in a process of its own, which
+is stopped after a few seconds. Plain names, as most files hold, need no process.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+
+from .adapter import shown
+from .targets import ENDS
+
+SECONDS = 5.0  # for all patterns of one field together
+REPEATS = re.compile(r"[*+?{(]")  # without one of these, matching takes no detours
+CHILD = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+print(json.dumps([[n for n in names if re.fullmatch(p, n)] for p in patterns]))
+"""
+
+
+def select(
+    patterns: Sequence[str], names: Iterable[str], *, ends: bool = False
+) -> list[set[str]]:
+    """For each pattern, the names that it matches as a whole.
+
+    Args
+        ends  a pattern may also match what follows a dot, as in PEFT's rank_pattern
+    Raises  ValueError  one that is no regex, or that takes too long
+    """
+    names = list(names)
+    whole = [ENDS.format(pattern) if ends else pattern for pattern in patterns]
+    if not any(map(REPEATS.search, patterns)):
+        found = [[n for n in names if _fits(p, n)] for p in whole]
+    else:
+        found = _apart(whole, names, patterns)
+    return [set(each) for each in found]
+
+
+def _fits(pattern, name) -> bool:
+    try:
+        return bool(re.fullmatch(pattern, name))
+    except re.error as error:
+        raise ValueError(f"{shown(pattern)} is no regex: {error}") from None
+
+
+def _apart(whole, names, patterns) -> list[list[str]]:
+    command = [sys.executable, "-I", "-S", "-c", CHILD]
+    asked = json.dumps([whole, names])
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"a pattern of {shown(list(patterns))} takes more than {SECONDS:.0f} s to "
+            "match this model's module names; write the names out instead"
+        ) from None
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"{shown(list(patterns))} holds what is no regex: {reason}")
+    return json.loads(done.stdout)
