@@ -1,12 +1,19 @@
-"""The command line: doctor, compare, train, chat and merge."""
+"""The command line: doctor, compare, train, chat and merge.
+
+Nothing here imports torch until a command runs: names that the library has as well
+(methods, rows, templates) are written out, and a test compares them. An option that is
+not given is None, and the library's own default counts.
+"""
 
 import argparse
 import os
 import sys
-
-from .rows import ROWS, Plan
+from pathlib import Path
 
 METHODS = ("lora", "full")  # what `train --method` knows
+ROW_KEYS = ("zero-shot", "few-shot", "full", "lora-attention", "lora")
+TEMPLATES = ("chat", "raw")
+RESUMABLE = ("compare", "train")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,13 +23,31 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
-        print(
-            "\nStopped. The same command goes on where this one was.", file=sys.stderr
-        )
+        resumable = options.name in RESUMABLE
+        on = " The same command goes on where this one was." if resumable else ""
+        print(f"\nStopped.{on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        advice = _advice(str(error))
+        if not advice:
+            raise  # a bug, whose traceback is wanted
+        print(f"{type(error).__name__}: {error}. {advice}", file=sys.stderr)
+        return 1
+
+
+def _advice(error: str) -> str | None:
+    """What to do about a RuntimeError: torch has no other, so that its words must tell.
+
+    None for one that nobody foresaw.
+    """
+    if "did not move" in error:
+        return "On the command line: try a larger --lr"
+    if "out of memory" in error or "can't allocate memory" in error:
+        return "Try a smaller --batch, or a larger --accumulate"
+    return None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,21 +75,16 @@ def _compare(commands) -> None:
     command = _command(
         commands, "compare", "several methods, one table, picture and page"
     )
-    plan = Plan()
+    command.add_argument("--task", help="orders, terms, a .jsonl file …")
+    command.add_argument("--methods", help=f"some of {','.join(ROW_KEYS)}")
+    command.add_argument("--seeds", help="seeds, such as 0,1,2")
+    command.add_argument("--rows", type=int, help="test rows")
+    command.add_argument("--steps", type=int, help="optimizer steps")
+    command.add_argument("--batch", type=int, help="rows of an optimizer step")
     command.add_argument(
-        "--task", default=plan.task, help="orders, terms, a .jsonl file …"
+        "--template", choices=TEMPLATES, help="for every row; by default as searched"
     )
-    command.add_argument(
-        "--methods",
-        default=",".join(plan.methods),
-        help=f"some of {','.join(row.key for row in ROWS)}",
-    )
-    command.add_argument("--seeds", default="0", help="seeds, such as 0,1,2")
-    command.add_argument("--rows", type=int, default=plan.rows, help="test rows")
-    command.add_argument(
-        "--steps", type=int, default=plan.steps, help="optimizer steps"
-    )
-    command.add_argument("--out", default=plan.out, help="folder for the results")
+    command.add_argument("--out", help="folder for the results")
     command.add_argument(
         "--tune",
         action="store_true",
@@ -79,8 +99,17 @@ def _train(commands) -> None:
         commands, "train", "fine-tune on your own rows, save the adapter"
     )
     command.add_argument(
-        "--data", required=True, help="rows.jsonl with prompt and completion, or a task"
+        "--data",
+        required=True,
+        help="a task's name (orders, terms), the path of a .jsonl file with the keys "
+        "prompt and completion, a folder with a data set, or hub:owner/name",
     )
+    of_data_sets = "of a hub: data set or a folder: "
+    command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
+    command.add_argument(
+        "--completion", help=f"{of_data_sets}the column of the completions"
+    )
+    command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
     command.add_argument("--method", choices=METHODS, default="lora")
     command.add_argument("--out", required=True, help="folder for the adapter")
     command.add_argument("--lr", type=float, help="highest learning rate")
@@ -89,7 +118,10 @@ def _train(commands) -> None:
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
     )
-    command.add_argument("--template", choices=("chat", "raw"), default="chat")
+    command.add_argument(
+        "--max-tokens", type=int, help="longest row; a longer one is an error, not cut"
+    )
+    command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--r", type=int, default=8, help="rank (lora)")
     command.add_argument(
@@ -107,7 +139,9 @@ def _chat(commands) -> None:
         commands, "chat", "talk to a base model, or to it with an adapter"
     )
     command.add_argument("--adapter", help="folder of a saved adapter")
-    command.add_argument("--system", default="", help="the system turn")
+    as_trained = "by default as the adapter was trained"
+    command.add_argument("--system", help=f"the instruction; {as_trained}")
+    command.add_argument("--template", choices=TEMPLATES, help=as_trained)
     _base(command)
     command.set_defaults(run=_from_commands("chat"))
 
@@ -123,7 +157,9 @@ def _merge(commands) -> None:
 
 
 def _command(commands, name, text):
-    return commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    command.set_defaults(name=name)
+    return command
 
 
 def _base(command) -> None:
@@ -142,23 +178,21 @@ def run_doctor(options) -> int:
 
 
 def run_compare(options) -> None:
-    from . import report, tuning
+    from . import report
+    from .commands import given
     from .compare import compare
+    from .rows import Plan
 
-    plan = Plan(
-        base=options.base,
-        task=options.task,
-        methods=tuple(options.methods.split(",")),
-        seeds=seeds_in(options.seeds),
-        rows=options.rows,
-        steps=options.steps,
-        device=options.device,
-        out=options.out,
-    )
-    if options.tune:
-        tuning.search(plan)
-    result = compare(plan)
-    print(report.table(result))
+    names = ("base", "task", "rows", "steps", "batch", "template", "device", "out")
+    chosen = given(options, *names)
+    if options.methods is not None:
+        methods = options.methods.split(",")
+        chosen["methods"] = tuple(method.strip() for method in methods)
+    if options.seeds is not None:
+        chosen["seeds"] = seeds_in(options.seeds)
+    plan = Plan(**chosen)
+    print(report.table(compare(plan, tune=options.tune)))
+    print(f"\nThe page to look at and to pass on: {Path(plan.out, 'compare.html')}")
 
 
 def seeds_in(text: str) -> tuple[int, ...]:

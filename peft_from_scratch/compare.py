@@ -3,54 +3,101 @@
 Each row of the table (rows.py) gets the same base model, task, test rows and seeds, and
 the settings that an equal tuning budget found for it (tuning.py); measure.py takes its
 figures. A finished row is written at once and kept, and a row in training has
-checkpoints: an interrupted comparison goes on where it was.
+checkpoints: an interrupted comparison goes on where it was. What counts as the same row
+includes the base's weights, the task's rows and the code: an edited lora.py is measured
+again.
 """
 
-import hashlib
 import json
+import shlex
 import shutil
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 
-from . import __version__, atomic, evaluate, report
-from .measure import measure
-from .models import load_model, pick_device
-from .provenance import provenance
+import torch
+
+from . import atomic, costs, evaluate, report
+from .checkpoint import sampled_crc
+from .measure import PARTS, measure
+from .models import describe, load_model
+from .provenance import code_digest, digest, provenance
 from .rows import Plan, Row
 from .tasks import Task, load_task
-from .tuning import RULE, Setting, settings_for
+from .templates import TEMPLATES
+from .tuning import RULE, Setting, search, settings_for
 
 REFERENCE = "few-shot"  # the row that the others' exact match is compared with
 
 
-def compare(plan: Plan) -> dict:
+@dataclass(frozen=True)
+class Ground:
+    """What all rows of a comparison stand on, looked at once."""
+
+    plan: Plan
+    task: Task
+    name: str  # the base's own
+    description: str
+    dtype: str
+    device: torch.device
+    templates: tuple[str, ...]  # that the base's tokenizer can write
+    fingerprint: str  # of the base's weights, the task's rows and the code
+
+
+def compare(plan: Plan, *, tune: bool = False) -> dict:
     """Measure every row of the plan, write the result to `plan.out` and return it.
 
     Writes compare.json, compare.png and compare.html; each row's own figures go to
     `plan.out`/rows as soon as they are there, and are not measured again.
+
+    Args
+        tune  search the settings first (tuning.py)
     """
-    start = time.perf_counter()
-    task = load_task(plan.task)
-    if plan.rows > len(task.test):
-        raise ValueError(
-            f"rows={plan.rows}: {task.name} has {len(task.test)} test rows"
-        )
-    measured = {
-        row.key: [_measured_once(plan, row, seed, task) for seed in plan.seeds]
-        for row in plan.chosen()
-    }
-    result = _result(plan, task, measured)
-    result["wall"] = _wall(result["rows"], time.perf_counter() - start)
+    ground = look_at(plan)
+    if tune:
+        search(ground)
+    plan, chosen, measured = ground.plan, ground.plan.chosen(), {}
+    print(ground.description)
+    if plan.base == Plan.base:
+        rates = costs.measured_rates(ground.device)
+        takes = costs.duration(costs.compare_seconds(rates, plan))
+        print(f"This takes about {takes} on this machine; Ctrl-C keeps what is done.")
+    for number, row in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {row.label}")
+        # What trains nothing has no luck in it: one seed tells all.
+        seeds = plan.seeds if row.inject else plan.seeds[:1]
+        measured[row.key] = [_measured_once(ground, row, seed) for seed in seeds]
+    result = _result(ground, measured)
     report.write(result, Path(plan.out))
     return result
 
 
-def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
+def look_at(plan: Plan) -> Ground:
+    """Load base and task once, so that what is wrong with them is said at once."""
+    Path(plan.out).mkdir(parents=True, exist_ok=True)
+    task = load_task(plan.task)
+    if plan.rows > len(task.test):
+        print(f"{task.name} has {len(task.test)} test rows: all of them are answered")
+        plan = replace(plan, rows=len(task.test))
+    model, tokenizer = load_model(plan.base, device=plan.device)
+    splits = [list(getattr(task, name)) for name in ("train", "validation", "test")]
+    weights = [sampled_crc(parameter) for parameter in model.parameters()]
+    return Ground(
+        plan=plan,
+        task=task,
+        name=model.config.name_or_path,
+        description=f"{describe(model)}, seeds {', '.join(map(str, plan.seeds))}",
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=next(model.parameters()).device,
+        templates=TEMPLATES if tokenizer.chat_template else ("raw",),
+        fingerprint=digest(weights, task.instruction, splits, code_digest()),
+    )
+
+
+def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
     """The row's figures, from its file where the same configuration was measured."""
-    setting = settings_for(plan, row)
-    device = pick_device(plan.device)
+    plan = ground.plan
+    setting = settings_for(plan, row, ground.templates)
     configuration = {
         "base": plan.base,
         "task": plan.task,
@@ -60,26 +107,24 @@ def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
         "rows": plan.rows,
         "steps": plan.steps if row.inject else 0,
         "batch": plan.batch if row.inject else 0,
-        "device": device.type,
-        "version": __version__,
+        "device": ground.device.type,
+        "fingerprint": ground.fingerprint,
     }
-    key = f"{row.key}-{seed}-{_digest(configuration)}"
+    key = f"{row.key}-{seed}-{digest(configuration)}"
     file = Path(plan.out) / "rows" / f"{key}.json"
     if file.exists():
-        print(f"{row.label}: measured before, kept from {file}")
+        print(f"  seed {seed}: measured before, kept from {file}")
         return json.loads(file.read_text())
-    print(f"{row.label}, seed {seed}: {_told(setting.values)}")
-    start = time.perf_counter()
+    print(f"  seed {seed}: {_told(setting.values)}")
     checkpoints = Path(plan.out) / "checkpoints" / key
-    figures = measure(row, plan, task, setting.values, seed, checkpoints)
-    figures["seconds"]["total"] = time.perf_counter() - start
+    figures = measure(row, plan, ground.task, setting.values, seed, checkpoints)
     figures |= {
         "key": row.key,
         "label": row.label,
         "settings": setting.values | figures.pop("injected"),
-        "settings_from": _foreign(setting, plan),
+        "settings_from": setting.warning,
         "configuration": configuration,
-        "provenance": provenance(seed=seed, device=device),
+        "provenance": provenance(seed=seed, device=ground.device),
     }
     with atomic.new_file(file) as partial:
         partial.write_text(json.dumps(figures, indent=1) + "\n")
@@ -87,25 +132,42 @@ def _measured_once(plan: Plan, row: Row, seed: int, task: Task) -> dict:
     return figures
 
 
-def _result(plan: Plan, task: Task, measured: dict[str, list[dict]]) -> dict:
+def _result(ground: Ground, measured: dict[str, list[dict]]) -> dict:
     """What the table and the page show, from the figures of all rows and seeds."""
+    plan = ground.plan
     first = next(iter(measured.values()))[0]
     reference = measured.get(REFERENCE)
-    model, _ = load_model(plan.base, device=plan.device)
+    settings = [settings_for(plan, row, ground.templates) for row in plan.chosen()]
     return {
         "base": plan.base,
-        "base_name": model.config.name_or_path,
-        "task": task.name,
-        "instruction": task.instruction,
+        "base_name": ground.name,
+        "task": ground.task.name,
+        "instruction": ground.task.instruction,
         "rows_tested": plan.rows,
         "seeds": list(plan.seeds),
-        "device": next(model.parameters()).device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ground.device.type,
+        "dtype": ground.dtype,
         "plan": asdict(plan),
-        "tuned": _tuned([settings_for(plan, row) for row in plan.chosen()]),
+        "command": command(plan, tuned=not all(s.shipped for s in settings)),
+        "tuned": _tuned(settings),
         "provenance": first["provenance"],
         "rows": [_row(seeds, reference) for seeds in measured.values()],
+        "wall": _wall(measured),
     }
+
+
+def command(plan: Plan, *, tuned: bool) -> str:
+    """What to type to get the same comparison again, the output's folder apart."""
+    asked = []
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if value != field.default and field.name != "out":
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            asked += [f"--{field.name}", text]
+    if not asked:
+        return "make compare TUNE=1" if tuned else "make compare"
+    start = [".venv/bin/python", "-m", "peft_from_scratch", "compare"]
+    return shlex.join([*start, *(["--tune"] if tuned else []), *asked])
 
 
 def _row(seeds: list[dict], reference: list[dict] | None) -> dict:
@@ -135,30 +197,31 @@ def _per_item(seeds: list[dict]) -> list[float]:
     return [fmean(item) for item in zip(*(s["correct"] for s in seeds), strict=True)]
 
 
-def _wall(rows: list[dict], seconds: float) -> dict:
+def _wall(measured: dict[str, list[dict]]) -> dict:
     """Where the time of the rows went, so that it adds up."""
-    seeds = len(rows[0]["per_seed"])
-    training = seeds * sum(row["seconds"]["train"] for row in rows)
-    answering = seeds * sum(row["seconds"]["answer"] for row in rows)
-    total = seeds * sum(row["seconds"]["total"] for row in rows)
-    steps = " + ".join(
-        f"{row['steps']} x {row['seconds']['step']:.2f} s"
-        for row in rows
-        if row["steps"]
-    )
+    runs = [figures for seeds in measured.values() for figures in seeds]
+    spent = {part: sum(run["seconds"][part] for run in runs) for part in PARTS}
+    trained = [seeds for seeds in measured.values() if seeds[0]["steps"]]
+    steps = " + ".join(map(_steps, trained)) or "no step"
+    total = sum(spent.values())
     return {
+        **spent,
         "total": total,
-        "training": training,
-        "answering": answering,
-        "other": total - training - answering,
-        "this_run": seconds,
         "sentence": (
-            f"Training took {steps or 'no step'} = {training:.0f} s; answering "
-            f"{len(rows)} x {rows[0]['exact']['n']} test rows {answering:.0f} s; "
-            f"everything else {total - training - answering:.0f} s; "
-            f"in all {total:.0f} s."
+            f"Training took {steps} = {spent['train']:.0f} s; answering {len(runs)} x "
+            f"{len(runs[0]['correct'])} test rows {spent['answer']:.0f} s; reading "
+            f"general text {spent['general']:.0f} s; timing single decoding steps "
+            f"{spent['decode']:.0f} s; loading, saving and counting bytes "
+            f"{spent['prepare'] + spent['count']:.0f} s; in all {total:.0f} s."
         ),
     }
+
+
+def _steps(seeds: list[dict]) -> str:
+    """How a row's training time comes about: 50 x 1.20 s, or 3 x 50 x 1.20 s."""
+    times = f"{len(seeds)} x " if len(seeds) > 1 else ""
+    step = fmean(figures["seconds"]["step"] for figures in seeds)
+    return f"{times}{seeds[0]['steps']} x {step:.2f} s"
 
 
 def _tuned(settings: list[Setting]) -> dict:
@@ -171,18 +234,5 @@ def _tuned(settings: list[Setting]) -> dict:
     }
 
 
-def _foreign(setting: Setting, plan: Plan) -> str | None:
-    """A warning where the setting was searched on another base or task."""
-    here = f"{plan.base}/{plan.task}"
-    if setting.searched_on == here:
-        return None
-    return f"searched on {setting.searched_on}, not on {here}"
-
-
 def _told(setting: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.items())
-
-
-def _digest(configuration: dict) -> str:
-    text = json.dumps(configuration, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from . import tuning
 from .budget import adamw_bytes, lora_parameters
-from .rows import Plan
+from .checkpoint import KEPT
+from .rows import Plan, Row
 from .timing import synchronize
 
 HIDDEN, MLP, DEPTH = 576, 1536, 30  # SmolLM2-135M's sizes
@@ -42,7 +44,7 @@ ACTIVATION_BYTES = 1_206_000  # a token, as budget.measure_step counts a LoRA st
 LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gradient
 
 ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template
-FEW_SHOT_TOKENS = 290  # of its prompt with five examples
+FEW_SHOT_TOKENS = 459  # of its prompt with eight examples
 GENERAL_TOKENS = 16 * 256  # that evaluate.general_loss reads
 TIMED_STEPS = 300  # one-token steps of timing.against_first, for one row of the table
 
@@ -100,6 +102,12 @@ def step_bytes(rows: int, *, full: bool) -> int:
     return weights + adamw_bytes(trained, 0) + max(activations, 4 * trained)
 
 
+def checkpoint_bytes(*, full: bool) -> int:
+    """Most on disk at once: two checkpoints and one being written; weights, moments."""
+    trained = LAYERS + HEAD if full else LORA
+    return (KEPT + 1) * (4 * trained + adamw_bytes(trained, 0))
+
+
 def step_seconds(rates: Rates, rows: int, *, full: bool) -> float:
     return step_flops(rows, full=full) / (EFFICIENCY * rates.many)
 
@@ -127,9 +135,42 @@ def compare_seconds(rates: Rates, plan: Plan) -> float:
     timing = TIMED_STEPS / chat_tokens_a_second(rates)
     total = 0.0
     for row in plan.chosen():
-        prompt = FEW_SHOT_TOKENS if row.few_shot else ROW_TOKENS - ROW_LABELS
-        total += answer_seconds(rates, plan.rows, prompt) + reading + timing
+        once = _answering(rates, row, plan.rows) + reading + timing
         if row.inject:
-            step = step_seconds(rates, plan.batch, full=row.key == "full")
-            total += plan.steps * step + reading
-    return len(plan.seeds) * total
+            once += _training(rates, row, plan) + reading
+        total += once * (len(plan.seeds) if row.inject else 1)
+    return total
+
+
+def tuning_seconds(rates: Rates, plan: Plan) -> float:
+    """The search of all settings: every run trains, where it does, and answers."""
+    total = 0.0
+    for row in plan.chosen():
+        once = _answering(rates, row, tuning.VALIDATION_ROWS)
+        if row.inject:
+            once += _training(rates, row, plan)
+        total += len(tuning.grid(row)) * once
+    return total
+
+
+def _answering(rates: Rates, row: Row, rows: int) -> float:
+    """The examples of few-shot are read once, for all rows."""
+    alone = ROW_TOKENS - ROW_LABELS
+    shared = FEW_SHOT_TOKENS - alone if row.few_shot else 0
+    return answer_seconds(rates, rows, alone) + _reading(rates, shared)
+
+
+def _reading(rates: Rates, tokens: int) -> float:
+    return reading_flops(tokens, 1) / (EFFICIENCY * rates.many)
+
+
+def _training(rates: Rates, row: Row, plan: Plan) -> float:
+    return plan.steps * step_seconds(rates, plan.batch, full=row.key == "full")
+
+
+def duration(seconds: float) -> str:
+    """Two digits, in the unit that suits: 0.42 s, 75 s, 12 min, 3.1 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.6 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"

@@ -222,16 +222,15 @@ def costs() -> list[Finding]:
 
     device = pick_device()
     rates = costs.measured_rates(device)
-    tokens, compare = (
-        costs.chat_tokens_a_second(rates),
-        costs.compare_seconds(rates, Plan()),
-    )
+    tokens, plan = costs.chat_tokens_a_second(rates), Plan()
+    compare = costs.duration(costs.compare_seconds(rates, plan))
+    tune = costs.duration(costs.tuning_seconds(rates, plan))
     return [
         *busy(),
         training(rates, device, full=False),
         training(rates, device, full=True),
         Finding("chat", f"{tokens:.2g} tokens/s"),
-        Finding("compare", duration(compare)),
+        Finding("compare", f"{compare}; with TUNE=1 {tune} before that"),
         Finding("how", method(rates, device)),
     ]
 
@@ -255,8 +254,10 @@ def training(rates, device, *, full: bool) -> Finding:
     run = costs.train_seconds(rates, recipe.steps, recipe.batch, full=full)
     peak = costs.step_bytes(recipe.batch, full=full)
     text = (
-        f"{duration(step)} a step of {recipe.batch} rows, {duration(run)} for `train` "
-        f"with {recipe.steps} steps; {gigabytes(peak)} in tensors at the peak"
+        f"{costs.duration(step)} a step of {recipe.batch} rows, {costs.duration(run)} "
+        f"for `train` with {recipe.steps} steps; {gigabytes(peak)} in tensors at the "
+        f"peak, and {gigabytes(costs.checkpoint_bytes(full=full))} of disk for its "
+        "checkpoints while it runs"
     )
     if peak > 0.8 * there:  # Python, torch and other programs need some as well
         text += f", too much for {gigabytes(there)}: raise --accumulate"
@@ -284,11 +285,3 @@ def method(rates, device) -> str:
 
 def gigabytes(size: float) -> str:
     return "unknown memory" if math.isnan(size) else f"{size / 1e9:.2g} GB"
-
-
-def duration(seconds: float) -> str:
-    """Two digits, in the unit that suits: 0.42 s, 75 s, 12 min, 3.1 h."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.6 * size:
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
-    return f"{float(f'{seconds:.2g}'):g} s"

@@ -43,6 +43,7 @@ def answer_rows(
     template: str,
     examples: Sequence[Pair] = (),
     batch: int = 32,
+    progress: bool = False,
 ) -> Answers:
     """Answer every row and score it by the task's own scorer.
 
@@ -51,6 +52,7 @@ def answer_rows(
         template  "chat" or "raw", as in training
         examples  (prompt, completion) pairs shown before each row: few-shot
         batch     rows answered at once
+        progress  show a bar
     An answer that does not end is cut: a quarter and eight tokens past the longest
     completion of `rows`. What all prompts begin with is computed once (generation.py).
 
@@ -79,6 +81,7 @@ def answer_rows(
         max_new_tokens=longest + longest // 4 + 8,
         batch=batch,
         prefix=prompts[0][:shared],
+        progress=progress,
     )
     seconds = time.perf_counter() - start
     answers = [answer.strip() for answer in answers]

@@ -144,7 +144,14 @@ def introduction(result: dict) -> str:
         f"{_number(len(result['rows']))} ways to adapt {_base(result)}, a "
         f"language model{large}, to one task. Each "
         f"answered the same {result['rows_tested']} test rows, which none had seen. "
-        f"The task: “{result['instruction']}”"
+        f"The task: {_task(result)}"
+    )
+
+
+def _task(result: dict) -> str:
+    asked = result["instruction"]
+    return (
+        f"“{asked}”" if asked else f"the prompts and completions of {result['task']}."
     )
 
 
@@ -213,8 +220,8 @@ def certainty(result: dict) -> list[str]:
         )
     else:
         said.append(
-            f"Exact match is the mean over {len(seeds)} seeds; the other columns are "
-            f"those of seed {seeds[0]}."
+            f"Exact match of a method that trains is its mean over {len(seeds)} seeds; "
+            f"the other columns are those of seed {seeds[0]}."
         )
     return said
 

@@ -20,9 +20,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import scoped
+from .loss import can_choose_logits
+
+LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
 
 
 def generate(
@@ -34,6 +39,7 @@ def generate(
     max_new_tokens: int = 96,
     batch: int = 32,
     prefix: Sequence[int] = (),
+    progress: bool = False,
 ) -> list[str]:
     """The greedy continuation of `prefix + prompt` for each prompt.
 
@@ -46,6 +52,7 @@ def generate(
         max_new_tokens  where an answer that does not end is cut
         batch           rows at once; similar lengths are put together
         prefix          token ids that all prompts begin with
+        progress        show a bar with the time left, in a terminal or a notebook
     Returns  the answers as text, in the order of the prompts, special tokens left out
     Raises   ValueError   an empty prompt, or more tokens than the model has positions
     Memory   the keys and values of prefix, prompt and answer, batch times
@@ -55,17 +62,22 @@ def generate(
     prompts, prefix = [list(prompt) for prompt in prompts], list(prefix)
     most = len(prefix) + max(map(len, prompts), default=0) + max_new_tokens
     _check_length(model, most)
-    if _slides(model, most):
-        prompts, prefix = [prefix + prompt for prompt in prompts], []
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with scoped.mode(model, training=False), _greedy(model, stop_id, max_new_tokens):
-        cache = _read(model, prefix)
+    with (
+        scoped.mode(model, training=False),
+        _greedy(model, stop_id, max_new_tokens),
+        _bar(len(prompts), progress) as bar,
+    ):
+        cache = None if _slides(model, most) else _read(model, prefix)
+        if cache is None:
+            prompts, prefix = [prefix + prompt for prompt in prompts], []
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
             new = _continue(model, cache, prefix, [prompts[i] for i in chosen], stop_id)
             for i, tokens in zip(chosen, new, strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            bar.update(len(chosen))
     return answers
 
 
@@ -100,11 +112,18 @@ def _continue(model, cache, prefix, prompts, stop_id) -> list[list[int]]:
 
 @torch.no_grad()
 def _read(model, prefix) -> Cache | None:
-    """The prefix's keys and values, for one row; None for an empty prefix."""
+    """The prefix's keys and values, for one row; None where it is empty.
+
+    None also for a model that remembers by other means: the state of a state-space
+    mixer is not repeated for a batch here, and the prefix computed with each row.
+    """
     if not prefix:
         return None
-    ids = torch.tensor([prefix], device=model.device)
-    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    last = {"logits_to_keep": 1} if can_choose_logits(model) else {}
+    out = model(torch.tensor([prefix], device=model.device), use_cache=True, **last)
+    cache = getattr(out, "past_key_values", None)
+    plain = isinstance(cache, Cache) and all(type(x) in LAYERS for x in cache.layers)
+    return cache if plain else None
 
 
 def _repeat(cache, rows) -> Cache | None:
@@ -134,6 +153,16 @@ def _greedy(model, stop_id, max_new_tokens) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def _bar(rows: int, progress: bool) -> tqdm:
+    return tqdm(
+        desc="answer",
+        unit="row",
+        total=rows,
+        dynamic_ncols=True,
+        disable=None if progress else True,  # None: only where somebody can see it
+    )
 
 
 def _check_length(model, tokens) -> None:

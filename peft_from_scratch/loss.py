@@ -47,7 +47,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     labels = batch["labels"][:, 1:]
     keep = F.pad(labels != IGNORED, (0, 1))  # (b, t): the next token has a label
-    chosen = {"logits_to_keep": keep} if _can_choose_logits(model) else {}
+    chosen = {"logits_to_keep": keep} if can_choose_logits(model) else {}
     logits = model(input_ids=batch["input_ids"], use_cache=False, **chosen).logits
     if logits.dim() == 3:  # (b, t, vocabulary)
         logits = logits[keep]
@@ -91,5 +91,5 @@ def mean_loss(model: nn.Module, rows: list[Row], *, batch: int = 8) -> float:
     return total / tokens
 
 
-def _can_choose_logits(model: nn.Module) -> bool:
+def can_choose_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(bare(model).forward).parameters

@@ -1,6 +1,7 @@
 """Every figure of one row of the comparison, for one seed."""
 
 import tempfile
+import time
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,9 @@ from .templates import encode_prompt, stop_token
 
 KEEP_BELOW = 100e6  # bytes; a larger adapter (a whole model) is measured, not kept
 SAMPLES = 3  # test rows whose answers are shown
+# What a row's seconds are made of. Training counts what an interrupted run of before
+# has done of it as well, as its checkpoint tells.
+PARTS = ("prepare", "train", "answer", "count", "general", "decode")
 
 
 def measure(
@@ -27,7 +31,6 @@ def measure(
     batch. Decoding and merging are measured against an untouched copy of the base.
     """
     ready = adapt(row, plan, task, setting, seed, checkpoints=checkpoints)
-    base, _ = load_model(plan.base, device=plan.device)
     test = task.test.select(range(plan.rows))
     answers = evaluate.answer_rows(
         ready.model,
@@ -36,18 +39,47 @@ def measure(
         test,
         template=ready.template,
         examples=ready.examples,
+        progress=True,
     )
-    return {
+    history, clock = ready.history, Clock()
+    base, _ = load_model(plan.base, device=plan.device)
+    adapter_folder = Path(plan.out) / "adapters" / f"{row.key}-{seed}"
+    figures = {
         "correct": answers.correct,
         "samples": _samples(test, answers),
         **_size(ready),
         "injected": _injected(ready.model),
-        **_cost(ready, plan, answers),
-        "memory": _memory(ready, task, test),
-        "forgetting": _forgetting(base, ready),
-        "disk_bytes": _store(ready, Path(plan.out) / "adapters" / row.key),
-        **_inference(base, ready, task, test),
+        "steps": history.steps if history else 0,
+        "batch": plan.batch if history else 0,
+        "disk_bytes": _store(ready, adapter_folder),
     }
+    prepare = ready.seconds + clock.lap()
+    figures["memory"] = _memory(ready, task, test)
+    count = clock.lap()
+    figures["forgetting"] = _forgetting(base, ready)
+    general = clock.lap()
+    figures |= _inference(base, ready, task, test)
+    seconds = {
+        "prepare": prepare,
+        "train": history.seconds if history else 0.0,
+        "answer": answers.seconds,
+        "count": count,
+        "general": general,
+        "decode": clock.lap(),
+    }
+    step = history.seconds / history.steps if history else 0.0
+    return figures | {"seconds": seconds | {"step": step}}
+
+
+class Clock:
+    """Wall-clock seconds from one call of `lap` to the next."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
 
 
 def _samples(test, answers) -> list[dict]:
@@ -75,19 +107,6 @@ def _injected(model: nn.Module) -> dict:
     """The arguments of the injection that a reader wants to see beside the figures."""
     config = adapter.injected(model).config if adapter.is_injected(model) else {}
     return {name: config[name] for name in ("r", "alpha") if name in config}
-
-
-def _cost(ready: Adapted, plan: Plan, answers) -> dict:
-    history = ready.history
-    return {
-        "steps": history.steps if history else 0,
-        "batch": plan.batch if history else 0,
-        "seconds": {
-            "train": history.seconds if history else 0.0,
-            "step": history.seconds / history.steps if history else 0.0,
-            "answer": answers.seconds,
-        },
-    }
 
 
 def _memory(ready: Adapted, task: Task, test) -> dict:

@@ -1,5 +1,7 @@
 """Where a number came from: code, packages, machine, seed. Result files say it."""
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -11,6 +13,10 @@ import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "peft-from-scratch")
 ROOT = Path(__file__).parents[1]  # of the repository, where there is one
+SHOWING = {  # what only shows results: no figure changes where these do
+    *("columns.py", "costs.py", "doctor.py", "figures.py", "findings.py"),
+    *("plotting.py", "readme.py", "report.py", "__main__.py", "commands.py"),
+}
 
 
 def provenance(*, seed: int, device: torch.device | str = "cpu") -> dict:
@@ -28,6 +34,18 @@ def provenance(*, seed: int, device: torch.device | str = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+
+
+def digest(*parts) -> str:
+    """Sixteen digits that tell one value, as JSON can hold it, from another."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """The digest of the package's code, but for what only shows results."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest(*(f.read_text("utf-8") for f in files if f.name not in SHOWING))
 
 
 def git_commit() -> tuple[str | None, bool | None]:

@@ -4,6 +4,7 @@ To add a method to the table, the tuning and the page, add its row to ROWS.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from .methods import full, lora
 from .models import load_model
 from .recipe import History, Recipe
 from .tasks import Task
+from .templates import TEMPLATES
 from .train import measured_step, train
 
-LEARNING_RATES = {  # half-decade steps; the best one must lie inside, not at an end
+LEARNING_RATES = {  # half-decade steps; where the best is at an end, more are tried
     "full": (1e-5, 3e-5, 1e-4, 3e-4),
-    "low-rank": (3e-4, 1e-3, 3e-3, 1e-2),
+    "low-rank": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 
 
@@ -61,9 +63,11 @@ ROWS = (
 class Plan:
     """What is compared, and on what; every result holds it.
 
-    rows    test rows answered by each method
-    steps   optimizer steps of each trained method, of `batch` rows each
-    device  None picks CUDA, then MPS, then the CPU
+    rows      test rows answered by each method; all there are, where they are fewer
+    steps     optimizer steps of each trained method, of `batch` rows each
+    template  "chat" or "raw" for every row; None: as the tuning found, or the one that
+              the base has
+    device    None picks CUDA, then MPS, then the CPU
     """
 
     base: str = "smollm2"
@@ -73,6 +77,7 @@ class Plan:
     rows: int = 100
     steps: int = 50
     batch: int = 8
+    template: str | None = None
     device: str | None = None
     out: str = "out"
 
@@ -86,6 +91,15 @@ class Plan:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if not self.methods or not self.seeds:
             raise ValueError("name at least one method and one seed")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(
+                f"seeds={self.seeds}: different ones are needed, from 0 on"
+            )
+        if self.template not in (None, *TEMPLATES):
+            raise ValueError(
+                f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "
+                "None for the searched one"
+            )
 
     def chosen(self) -> list[Row]:
         """The rows that the plan names, in the table's order."""
@@ -102,6 +116,7 @@ class Adapted:
     examples: Sequence[tuple[str, str]] = ()  # the few-shot part of every prompt
     history: History | None = None  # None where nothing trained
     memory: Memory | None = None  # of a training step, counted
+    seconds: float = 0.0  # that all of this took but for the training
 
 
 def adapt(
@@ -123,6 +138,7 @@ def adapt(
         search       for tuning: look at the validation rows at the end of training, and
                      do not count bytes
     """
+    start = time.perf_counter()
     model, tokenizer = load_model(plan.base, device=plan.device)
     template = setting["template"]
     if row.inject is None:
@@ -131,7 +147,8 @@ def adapt(
             if row.few_shot
             else ()
         )
-        return Adapted(model, tokenizer, template, examples)
+        seconds = time.perf_counter() - start
+        return Adapted(model, tokenizer, template, examples, seconds=seconds)
     torch.manual_seed(seed)
     row.inject(model)
     recipe = Recipe(
@@ -145,8 +162,9 @@ def adapt(
         checkpoint_every=25,
     )
     memory = None if search else measured_step(model, tokenizer, task, recipe)
+    seconds = time.perf_counter() - start
     history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
-    return Adapted(model, tokenizer, template, (), history, memory)
+    return Adapted(model, tokenizer, template, (), history, memory, seconds)
 
 
 def few_shot_examples(task: Task, k: int, order: int) -> list[tuple[str, str]]:

@@ -2,79 +2,94 @@
 
 One row a line, {"prompt": "…", "completion": "…"}; other keys are left alone, empty
 lines are skipped. A file with a bad row gives no task at all: every bad row is reported
-with its line and the reason, so that nothing is trained on by accident.
+with its line and the reason, so that nothing is trained on by accident. A good row
+keeps its place, so that who finds it too long later can name it as well.
 
 The rows are cut into train, validation and test *by prompt*, so that no prompt is in
 two of them. An answer is right when it equals the completion but for space around it.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
 LISTED = 20  # bad rows that an error spells out
 MINIMUM = 20  # distinct prompts
 Numbered = tuple[str, object]  # where the row stands, the row
+Row = dict[str, str]  # prompt, completion and place
 
 
 def score(answer: str, completion: str) -> bool:
     return answer.strip() == completion.strip()
 
 
-def read_jsonl(path: str, seed: int) -> dict[str, list[dict[str, str]]]:
+def read_jsonl(path: str, seed: int) -> dict[str, list[Row]]:
     """The rows of a JSONL file in three splits: 70 % train, 10 % validation, 20 % test.
 
-    Raises  ValueError  bad rows, or fewer than MINIMUM distinct prompts
+    Raises  ValueError  another format, bad rows, or fewer than MINIMUM distinct prompts
             OSError     no such file
     """
-    return split_rows(check_rows(_lines(path), path), seed, path)
+    data = _read(path)
+    _refuse_other_format(data, path)
+    return split_rows(check_rows(_lines(data), path), seed, path)
 
 
-def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, str]:
-    """{prompt: completion} of rows that are all good; identical rows count once.
+def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Row]:
+    """{prompt: its row} of rows that are all good; identical rows count once.
 
     Args
         numbered  (place, row); a row that could not be read is its ValueError
     Raises  ValueError  the first LISTED bad rows with place and reason, and how many
     """
-    good, places, bad = {}, {}, []
+    good, bad = {}, []
     for place, row in numbered:
-        reason = _reason(row) or _contradiction(row, good, places)
+        reason = _reason(row) or _contradiction(row, good)
         if reason:
-            bad.append(f"  {place}: {reason}")
+            bad.append((place, reason))
         else:
-            good[row["prompt"]] = row["completion"]
-            places.setdefault(row["prompt"], place)
-    if bad:
-        more = [f"  … and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        count = f"{len(bad)} bad row{'s' if len(bad) > 1 else ''}"
-        raise ValueError("\n".join([f"{source} has {count}:", *bad[:LISTED], *more]))
+            prompt, completion = row["prompt"], row["completion"]
+            kept = {"prompt": prompt, "completion": completion, "place": place}
+            good.setdefault(prompt, kept)
+    refuse_bad(bad, source)
     return good
 
 
-def split_rows(rows: dict[str, str], seed: int, source: str) -> dict[str, list]:
-    """Cut {prompt: completion} by prompt into train, validation and test.
+def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
+    """ValueError with the first LISTED of the (place, reason), where there are any."""
+    if not bad:
+        return
+    lines = [f"{source} has {len(bad)} bad row{'s' if len(bad) > 1 else ''}:"]
+    lines += [f"  {place}: {reason}" for place, reason in bad[:LISTED]]
+    if len(bad) > LISTED:
+        lines.append(f"  … and {len(bad) - LISTED} more")
+    raise ValueError("\n".join(lines))
+
+
+def split_rows(rows: dict[str, Row], seed: int, source: str) -> dict[str, list[Row]]:
+    """Cut {prompt: its row} by prompt into train, validation and test.
 
     A tenth validates, a fifth tests (100 and 300 rows at most), the rest trains. Which
     prompt goes where depends on the seed and not on the order of the rows.
     """
     _require(rows, source)
-    order = list(_draw(rows, len(rows), seed).items())
+    order = list(_draw(rows, len(rows), seed).values())
     test = min(len(rows) // 5, 300)
     held = test + min(len(rows) // 10, 100)
     return {
-        "train": _as_rows(dict(order[held:])),
-        "validation": _as_rows(dict(order[test:held])),
-        "test": _as_rows(dict(order[:test])),
+        "train": order[held:],
+        "validation": order[test:held],
+        "test": order[:test],
     }
 
 
 def read_dataset(
     found: str, seed: int, prompt: str, completion: str, config: str | None = None
-) -> dict[str, list[dict[str, str]]]:
+) -> dict[str, list[Row]]:
     """The rows of a data set in three splits.
 
     A split "test" of the data set stays the test, with or without its "validation";
@@ -85,24 +100,24 @@ def read_dataset(
         found       an id of the hub, or a folder
         prompt      the column that holds the prompts; completion likewise
         config      the configuration, for data sets that have several
-    Raises  ValueError  a column that is not there; bad rows; too few rows
+    Raises  ValueError  a file that cannot be read as data, a column that is not there,
+            bad rows, too few rows
             OSError     no such data set, or no way to reach the hub
     """
-    splits = _download(found, config)
-    given = {
-        name: check_rows(_columns(data, prompt, completion, found), f"{found} ({name})")
-        for name, data in splits.items()
-    }
+    given = {}
+    for name, data in _download(found, config).items():
+        numbered = _columns(data, prompt, completion, found, name)
+        given[name] = check_rows(numbered, f"{found} ({name})")
     if not {"train", "test"} <= given.keys():
-        pooled = {p: c for rows in given.values() for p, c in rows.items()}
+        pooled = {p: row for rows in given.values() for p, row in rows.items()}
         return split_rows(pooled, seed, found)
     train, test = given["train"], given["test"]
     held = given.get("validation") or _draw(train, min(len(train) // 10, 100), seed)
-    held = {p: c for p, c in held.items() if p not in test}
-    train = {p: c for p, c in train.items() if p not in test and p not in held}
+    held = {p: row for p, row in held.items() if p not in test}
+    train = {p: row for p, row in train.items() if p not in test and p not in held}
     _require(train, f"{found} (train, without the prompts of the others)")
     splits = {"train": train, "validation": held, "test": test}
-    return {name: _as_rows(rows) for name, rows in splits.items()}
+    return {name: list(rows.values()) for name, rows in splits.items()}
 
 
 def dataset_id(name: str) -> str | None:
@@ -112,9 +127,41 @@ def dataset_id(name: str) -> str | None:
     return name if Path(name).is_dir() else None
 
 
-def _lines(path) -> Iterable[Numbered]:
+def is_unicode(text: str) -> bool:
+    """False for text with half a surrogate pair, which no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _read(path) -> bytes:
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder: name the .jsonl file in it, or rename the folder; "
+            "one without .jsonl at the end of its name is read as a data set"
+        )
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: check the name, which is looked for from "
+            f"{Path.cwd()}"
+        )
+    return file.read_bytes()
+
+
+def _refuse_other_format(data, path) -> None:
+    """ValueError for what would give the same reason once a line."""
+    # JSON starts with ASCII, so that in UTF-16 one of its first two bytes is 0.
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
+        raise ValueError(f"{path} looks like UTF-16: save it as UTF-8")
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", data):
+        raise ValueError(
+            f"{path} is a JSON array: write one object a line, such as "
+            '{"prompt": "…", "completion": "…"}, without brackets around them all'
+        )
+
+
+def _lines(data) -> Iterable[Numbered]:
     """Each line's row, or the ValueError that says why there is none."""
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             yield f"line {number}", _parse(line)
 
@@ -128,27 +175,34 @@ def _parse(line):
         return ValueError(f"not JSON: {error}")
 
 
-def _columns(data, prompt, completion, source) -> Iterable[Numbered]:
+def _columns(data, prompt, completion, source, split) -> Iterable[Numbered]:
     for column in (prompt, completion):
         if column not in data.column_names:
             raise ValueError(
                 f"{source} has no column {column!r}; its columns are "
-                f"{', '.join(data.column_names)}: choose with prompt=, completion="
+                f"{', '.join(data.column_names)}: choose with prompt= and completion=, "
+                "--prompt and --completion on the command line"
             )
     pairs = zip(data[prompt], data[completion], strict=True)
     for number, (question, answer) in enumerate(pairs, 1):
-        yield f"row {number}", {"prompt": question, "completion": answer}
+        place = f"row {number} of {split}"
+        yield place, {"prompt": question, "completion": answer}
 
 
 def _download(found, config):
     try:
-        splits = load_dataset(found, config)
+        return load_dataset(found, config)
     except OSError as error:
         raise OSError(
             f"the data set {found!r} cannot be had: {error}. Check the id and the "
             "network; without one, pass a folder or a .jsonl file on this machine"
         ) from error
-    return splits
+    except (DatasetsError, ValueError, StopIteration) as error:
+        # The outer error only says that there was one; StopIteration: an empty file.
+        why = error.__cause__ or error
+        raise ValueError(
+            f"the data set {found!r} cannot be read: {str(why) or 'a file is empty'}"
+        ) from error
 
 
 def _reason(row) -> str | None:
@@ -164,20 +218,17 @@ def _reason(row) -> str | None:
             return f"{key!r} is not text but {type(row[key]).__name__}"
         if not row[key].strip():
             return f"{key!r} is empty"
-        if not _is_unicode(row[key]):
+        if not is_unicode(row[key]):
             return f"{key!r} holds half a surrogate pair, which is no text"
     return None
 
 
-def _is_unicode(text) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _contradiction(row, good, places) -> str | None:
+def _contradiction(row, good) -> str | None:
     """Where the row asks what an earlier row asked, and answers otherwise."""
-    if good.get(row["prompt"], row["completion"]) == row["completion"]:
+    earlier = good.get(row["prompt"], row)
+    if earlier["completion"] == row["completion"]:
         return None
-    return f"the prompt of {places[row['prompt']]} with another completion"
+    return f"the prompt of {earlier['place']} with another completion"
 
 
 def _require(rows, source) -> None:
@@ -188,10 +239,6 @@ def _require(rows, source) -> None:
         )
 
 
-def _draw(rows, n, seed) -> dict[str, str]:
+def _draw(rows, n, seed) -> dict[str, Row]:
     """n of the rows, drawn and shuffled by the seed, whatever order they came in."""
     return {prompt: rows[prompt] for prompt in Random(seed).sample(sorted(rows), n)}
-
-
-def _as_rows(rows) -> list[dict[str, str]]:
-    return [{"prompt": p, "completion": c} for p, c in rows.items()]

@@ -20,7 +20,10 @@ GENERATED = {"orders": task_orders, "terms": task_terms}
 
 @dataclass(frozen=True)
 class Task:
-    """A task. The splits have the columns `prompt` and `completion`, both text."""
+    """A task. The splits have the columns `prompt` and `completion`, both text.
+
+    Rows that are not generated have a third, `place`: where they come from ("line 31").
+    """
 
     name: str
     instruction: str  # one sentence for every row; "" for none
@@ -49,9 +52,16 @@ def load_task(
         completion  the column that holds the completions
         config      the configuration, where a data set has several
     Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
-            few rows; a column that is not there
+            few rows; a column that is not there, or chosen where rows have fixed ones
             OSError      a file or data set that cannot be had
     """
+    chosen = (prompt, completion, config) != ("prompt", "completion", None)
+    if chosen and (name in GENERATED or name.endswith(".jsonl")):
+        raise ValueError(
+            f"{name!r} is no data set of the hub and no folder: only for those can "
+            "prompt=, completion= and config= be chosen; a .jsonl file has the keys "
+            "prompt and completion"
+        )
     if name in GENERATED:
         source = GENERATED[name]
         return _task(name, source.INSTRUCTION, source.rows(seed), source.score)

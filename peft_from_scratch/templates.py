@@ -80,27 +80,35 @@ def encode_rows(
     """encode_row for every row of a split; a row that is too long is an error, not cut.
 
     Args
-        rows        iterable of {"prompt": …, "completion": …}
+        rows        iterable of {"prompt": …, "completion": …}; rows of one's own also
+                    say where they stand, {…, "place": "line 31"}
         max_tokens  the longest row that is accepted, in tokens
-    Raises  ValueError   naming the first row that is too long (counted from 1)
+    Raises  ValueError   naming the place of the first row that is too long, has no text
+            as its prompt or completion, or holds the end token; without a place, its
+            number, counted from 1
     """
+    _check(tokenizer, template)
     encoded = []
-    for number, row in enumerate(rows, 1):
-        encoded.append(
-            encode_row(
-                tokenizer,
-                instruction,
-                row["prompt"],
-                row["completion"],
-                template=template,
-            )
-        )
-        if (length := len(encoded[-1][0])) > max_tokens:
-            raise ValueError(
-                f"row {number} has {length} tokens, the limit is {max_tokens}: shorten "
-                f"it, leave it out or raise the limit; it begins {row['prompt'][:60]!r}"
-            )
+    for place, row in _placed(rows):
+        try:
+            encoded.append(_encode(tokenizer, instruction, row, template, max_tokens))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     return encoded
+
+
+def bad_rows(
+    tokenizer, instruction: str, rows, *, template: str, max_tokens: int = 512
+) -> list[tuple[str, str]]:
+    """(place, reason) of every row that encode_rows refuses; [] where all are good."""
+    _check(tokenizer, template)
+    bad = []
+    for place, row in _placed(rows):
+        try:
+            _encode(tokenizer, instruction, row, template, max_tokens)
+        except ValueError as error:
+            bad.append((place, str(error)))
+    return bad
 
 
 def stop_token(tokenizer, template: str) -> int:
@@ -137,6 +145,28 @@ def collate(
         "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0),
         "labels": pad([labels for _, labels in rows], IGNORED),
     }
+
+
+def _placed(rows):
+    """(where it stands, row): in its file, where the row says so, else in `rows`."""
+    for number, row in enumerate(rows, 1):
+        yield row.get("place", f"row {number}"), row
+
+
+def _encode(tokenizer, instruction, row, template, max_tokens):
+    """encode_row of a row's columns; ValueError with the reason for a bad row."""
+    for column in ("prompt", "completion"):
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"{column}={row.get(column)!r} is no text")
+    ids, labels = encode_row(
+        tokenizer, instruction, row["prompt"], row["completion"], template=template
+    )
+    if len(ids) > max_tokens:
+        raise ValueError(
+            f"{len(ids)} tokens, the limit is {max_tokens}: shorten it, leave it out "
+            f"or raise the limit; it begins {row['prompt'][:60]!r}"
+        )
+    return ids, labels
 
 
 def _check(tokenizer, template):

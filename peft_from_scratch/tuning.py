@@ -3,30 +3,32 @@
 A method's settings are searched on validation rows, never on test rows, and the search
 ships with all its runs (data/results/tuning.json). What is searched:
 
-    trained rows    four learning rates, half a decade apart
+    trained rows    four learning rates, half a decade apart; where the best is at an
+                    end of them, the optimum may lie outside, and the next one is tried
     prompting       the template; for few-shot also k and which examples in what order
 
 Prompting is cheap: its whole grid takes less time than one trained row's four runs, so
 it gets the whole grid, which favours the baseline. The best exact match wins; a tie
-goes to the lower validation loss, or for prompting to the earlier setting. A best
-learning rate at an end of its grid is an error: the optimum may lie outside.
+goes to the lower validation loss, or for prompting to the earlier setting.
 """
 
 import itertools
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from . import atomic, evaluate
-from .provenance import ROOT, provenance
+from .provenance import ROOT, digest, provenance
 from .rows import Plan, Row, adapt
-from .tasks import Task, load_task
+from .tasks import Task
 from .templates import TEMPLATES
 
 SHIPPED = ROOT / "data" / "results" / "tuning.json"
 VALIDATION_ROWS = 60
-SHOTS, ORDERS = (4, 8, 12), (0, 1)
+SHOTS, ORDERS = (4, 8, 12), (0, 1, 2, 3)
+GROWTH = 3  # learning rates that a grid may grow by
 RULE = "best exact match on validation, ties by validation loss"
 DONOR = "smollm2/orders"  # whose settings serve where nobody has searched
 
@@ -36,31 +38,62 @@ class Setting:
     """What a row is run with, and where that comes from."""
 
     values: dict
-    searched_on: str  # "base/task" of the search
     file: str
     when: str
     runs: int
+    shipped: bool
+    warning: str | None = None  # where the search was of something else
 
 
-def settings_for(plan: Plan, row: Row) -> Setting:
+def settings_for(
+    plan: Plan, row: Row, templates: tuple[str, ...] = TEMPLATES
+) -> Setting:
     """The row's searched setting: of this folder, else shipped, else the donor's.
 
+    Args
+        templates  those that the base's tokenizer can write
     Raises  ValueError  nobody has searched for this row
     """
     for searched_on in (f"{plan.base}/{plan.task}", DONOR):
         for file in (Path(plan.out) / "tuning.json", SHIPPED):
             search = read(file).get(f"{searched_on}/{row.key}")
             if search:
-                return Setting(
-                    search["chosen"],
-                    searched_on,
-                    file.name,
-                    search["when"],
-                    len(search["runs"]),
-                )
+                shipped = file == SHIPPED
+                name = str(file.relative_to(ROOT)) if shipped else str(file)
+                runs, when = len(search["runs"]), search["when"]
+                found = Setting(search["chosen"], name, when, runs, shipped)
+                warning = _differs(plan, row, searched_on, search)
+                return _with_template(replace(found, warning=warning), plan, templates)
     raise ValueError(
         f"no setting was ever searched for {row.key} ({SHIPPED} has none): "
         "run with --tune"
+    )
+
+
+def _differs(plan: Plan, row: Row, searched_on: str, search: dict) -> str | None:
+    """What the search was of, where that is not what is measured now."""
+    ours, theirs = [f"{plan.base}/{plan.task}"], [searched_on]
+    for name in ("steps", "batch") if row.inject else ():
+        ours.append(f"{name} {getattr(plan, name)}")
+        theirs.append(f"{name} {search.get(name, getattr(plan, name))}")
+    pairs = [(t, o) for t, o in zip(theirs, ours, strict=True) if t != o]
+    if not pairs:
+        return None
+    theirs, ours = map(", ".join, zip(*pairs, strict=True))
+    return f"searched on {theirs}, not on {ours}"
+
+
+def _with_template(setting: Setting, plan: Plan, templates) -> Setting:
+    """The setting in the template that was asked for, or that there is."""
+    searched = setting.values["template"]
+    wanted = plan.template or (searched if searched in templates else templates[0])
+    if wanted == searched:
+        return setting
+    said = [setting.warning, f"searched with the {searched} template"]
+    return replace(
+        setting,
+        values=setting.values | {"template": wanted},
+        warning="; ".join(filter(None, said)),
     )
 
 
@@ -69,25 +102,34 @@ def read(file: Path) -> dict:
     return json.loads(file.read_text())["searches"] if file.exists() else {}
 
 
-def grid(row: Row) -> list[dict]:
-    """Every setting that the search tries for a row."""
+def grid(row: Row, templates: tuple[str, ...] = TEMPLATES) -> list[dict]:
+    """Every setting that the search tries for a row, in the order of preference."""
     if row.inject:
-        return [{"template": "chat", "lr": lr} for lr in row.learning_rates]
+        template = "chat" if "chat" in templates else "raw"
+        return [{"template": template, "lr": lr} for lr in row.learning_rates]
     if row.few_shot:
-        axes = itertools.product(TEMPLATES, SHOTS, ORDERS)
+        axes = itertools.product(templates, SHOTS, ORDERS)
         return [{"template": t, "k": k, "order": o} for t, k, o in axes]
-    return [{"template": template} for template in TEMPLATES]
+    return [{"template": template} for template in templates]
 
 
-def search(plan: Plan) -> Path:
+def search(ground) -> Path:
     """Search every chosen row's grid on validation; write, and return, the tuning file.
 
     Each run is written as soon as it is done: an interrupted search goes on.
+
+    Args
+        ground  of compare.look_at
+    Raises  ValueError  the best learning rate is still at an end after GROWTH more
     """
-    task = load_task(plan.task)
+    plan = ground.plan
+    templates = (plan.template,) if plan.template else ground.templates
     file = Path(plan.out) / "tuning.json"
     for row in plan.chosen():
-        runs = [_run_once(plan, row, setting, task) for setting in grid(row)]
+        print(f"searching: {row.label}")
+        runs = [_run_once(ground, row, s) for s in grid(row, templates)]
+        while (beyond := next_rate(runs)) and len(runs) < len(grid(row)) + GROWTH:
+            runs.append(_run_once(ground, row, runs[0]["setting"] | {"lr": beyond}))
         best = choose(row, runs)
         searches = read(file) | {
             f"{plan.base}/{plan.task}/{row.key}": {
@@ -101,31 +143,54 @@ def search(plan: Plan) -> Path:
             }
         }
         _write(file, {"searches": searches, "provenance": provenance(seed=0)})
-        print(f"{row.label}: best of {len(runs)} is {best['setting']}")
+        print(f"  best of {len(runs)}: {best['setting']}")
     return file
 
 
+def best_of(runs: list[dict]) -> dict:
+    """The most right answers; of equals the lowest loss, then the first."""
+    return max(runs, key=lambda run: (run["correct"], -(run["loss"] or 0)))
+
+
+def next_rate(runs: list[dict]) -> float | None:
+    """The rate half a decade beyond the best, where that is at an end; else None."""
+    rates = [run["setting"]["lr"] for run in runs if "lr" in run["setting"]]
+    best = best_of(runs)["setting"].get("lr")
+    if not rates or min(rates) < best < max(rates):
+        return None
+    halves = round(2 * math.log10(best)) + (1 if best == max(rates) else -1)
+    return float(f"{10 ** (halves / 2):.0e}")
+
+
 def choose(row: Row, runs: list[dict]) -> dict:
-    """The best run; ValueError where its learning rate is at an end of the grid."""
-    best = max(runs, key=lambda run: (run["correct"], -(run["loss"] or 0)))
-    rates = [run["setting"]["lr"] for run in runs if row.inject]
-    if rates and best["setting"]["lr"] in (min(rates), max(rates)):
+    """The best run; ValueError where its learning rate is at an end of those tried."""
+    best = best_of(runs)
+    if next_rate(runs):
+        rates = sorted(run["setting"]["lr"] for run in runs)
         raise ValueError(
             f"{row.key}: the best learning rate {best['setting']['lr']:g} is an end of "
-            f"the grid {', '.join(f'{lr:g}' for lr in sorted(rates))}: widen "
-            "rows.LEARNING_RATES and search again"
+            f"the grid {', '.join(f'{lr:g}' for lr in rates)}, so that the optimum may "
+            "lie outside; with more --steps the rates differ more clearly"
         )
     return best
 
 
-def _run_once(plan, row, setting, task) -> dict:
-    key = "-".join(
-        str(part) for part in (plan.base, plan.task, row.key, *setting.values())
+def _run_once(ground, row, setting) -> dict:
+    plan = ground.plan
+    asked = (
+        ground.fingerprint,
+        ground.device.type,
+        plan.steps,
+        plan.batch,
+        VALIDATION_ROWS,
     )
-    file = Path(plan.out) / "tuning" / f"{key.replace('/', '_')}-{plan.steps}.json"
+    said = "-".join(str(part) for part in (row.key, *setting.values()))
+    file = Path(plan.out) / "tuning" / f"{said}-{digest(asked, plan.base)}.json"
     if not file.exists():
-        _write(file, _run(plan, row, setting, task))
-    return json.loads(file.read_text())
+        _write(file, _run(plan, row, setting, ground.task))
+    run = json.loads(file.read_text())
+    print(f"  {setting}: {run['correct']} of {run['rows']}")
+    return run
 
 
 def _run(plan: Plan, row: Row, setting: dict, task: Task) -> dict:
@@ -138,6 +203,7 @@ def _run(plan: Plan, row: Row, setting: dict, task: Task) -> dict:
         rows,
         template=ready.template,
         examples=ready.examples,
+        progress=True,
     )
     return {
         "setting": setting,

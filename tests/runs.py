@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import torch
 from architectures import build, byte_tokenizer
-from planting import planted as planted  # for tests that still import it from here
 
 from peft_from_scratch.methods import full, lora
 from peft_from_scratch.recipe import Recipe

@@ -2,6 +2,13 @@
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import architectures
 import pytest
@@ -9,7 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
+from peft_from_scratch import __main__ as command_line
+from peft_from_scratch import commands, compare, doctor, evaluate, report, templates
 from peft_from_scratch.__main__ import main
+from peft_from_scratch.recipe import Recipe
+from peft_from_scratch.rows import ROWS, Plan
+from peft_from_scratch.tasks import load_task
+from peft_from_scratch.train import train
+
+IDS = torch.arange(64, 80)[None]
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +38,63 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty rows of one's own."""
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", sayings())
 
 
 @pytest.fixture(scope="module")
 def trained(base, data, tmp_path_factory):
     """The folder of an adapter that the command line trained."""
     out = str(tmp_path_factory.mktemp("adapter"))
-    command = ["train", "--data", data, "--base", base, "--out", out, "--steps", "6"]
-    assert main([*command, "--lr", "1e-2", "--r", "4", "--targets", "attention"]) == 0
+    assert main(training(base, data, out, "--lr", "1e-2", "--r", "4")) == 0
     return out
 
 
-IDS = torch.arange(64, 80)[None]
+def sayings():
+    return [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(40)]
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def training(base, data, out, *more):
+    command = ["train", "--data", str(data), "--base", base, "--out", str(out)]
+    return [*command, "--targets", "attention", "--steps", "6", *more]
+
+
+def record_of(out):
+    return json.loads(Path(out, "training.json").read_text())
+
+
+# ------------------------------------------------------------------------- train
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """What answer_rows was asked so far: the rows of each call."""
+    calls, answer_rows = [], evaluate.answer_rows
+
+    def noting(model, tokenizer, task, rows, **options):
+        calls.append(rows)
+        return answer_rows(model, tokenizer, task, rows, **options)
+
+    monkeypatch.setattr(evaluate, "answer_rows", noting)
+    return calls
+
+
+@pytest.fixture
+def refused(base, data, answered, capsys):
+    """refused(out, *options) is what a train says that fails before any answer."""
+
+    def run(out, *more, data=data):
+        assert main(training(base, data, out, *more)) == 1
+        assert not answered
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        return told
+
+    return run
 
 
 def test_train_writes_an_adapter_its_record_and_a_picture(base, trained):
@@ -53,17 +109,208 @@ def test_train_writes_an_adapter_its_record_and_a_picture(base, trained):
     }
     assert pfs.trainable(model)[f"{names[0]}.A"].shape[0] == 4
     assert not torch.equal(model(IDS).logits, before)
-    with open(f"{trained}/training.json") as file:
-        record = json.load(file)
+    record = record_of(trained)
     assert len(record["loss"]) == 6 and record["recipe"]["lr"] == 1e-2
+    assert record["recipe"]["template"] == "chat" and record["instruction"] == ""
     with open(f"{trained}/training.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
+
+
+def test_bad_rows_are_named_and_nothing_is_trained(refused, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    assert "line 2" in refused(out, data=file)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (("--lr", "0"), "lr=0.0: allowed"),
+        (("--lr", "nan"), "lr=nan: allowed"),
+        (("--steps", "0"), "steps=0: allowed"),
+        (("--accumulate", "3"), "accumulate=3: allowed"),
+        (("--max-tokens", "1"), "max_tokens=1: allowed"),
+    ],
+)
+def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
+    assert told in refused(tmp_path / "out", *option, data="not even looked for")
+
+
+def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, data):
+    for method, lr in commands.LEARNING_RATES.items():
+        command = training(base, data, "out", "--method", method)
+        recipe = commands._recipe(command_line.parser().parse_args(command))
+        assert recipe.lr == lr and recipe.max_tokens == Recipe.max_tokens
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below", file / "far" / "below"):
+        told = refused(out, data="not even looked for")
+        assert f"--out {out}: {file} is a file; name a folder" in told
+    assert file.read_text() == "kept"
+
+
+def test_a_finished_run_is_not_trained_again(refused, trained):
+    before = record_of(trained)
+    told = refused(trained, data="not even looked for")
+    assert f"--out {trained} holds a finished run" in told
+    assert record_of(trained) == before
+
+
+def test_rows_of_all_splits_are_checked_and_named_by_their_line(
+    refused, data, tmp_path
+):
+    task, rows, wrong = load_task(data), sayings(), {}
+    for split, completion, reason in (
+        ("train", "long " * 30, "the limit is 120"),
+        ("validation", "an <eos> inside", "the end token"),
+        ("test", "long " * 40, "the limit is 120"),
+    ):
+        number = int(getattr(task, split)[0]["place"].removeprefix("line "))
+        rows[number - 1]["completion"] = completion
+        wrong[number] = reason
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    told = refused(tmp_path / "out", "--max-tokens", "120", data=file)
+    first, *listed = told.splitlines()
+    assert first == f"ValueError: {file} has 3 bad rows:"
+    for line, number in zip(listed, sorted(wrong), strict=True):
+        assert line.startswith(f"  line {number}: ") and wrong[number] in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_longer_than_the_models_context_are_refused(refused, tmp_path):
+    """This model reads 256 tokens, less than the default of 512."""
+    rows = [{"prompt": f"say {n}", "completion": "x" * 9 * n} for n in range(40)]
+    rows[0]["completion"] = "nothing"
+    told = refused(tmp_path / "out", data=write_rows(tmp_path / "rows.jsonl", rows))
+    assert "the limit is 256" in told and "line 40: " in told
+    told = refused(tmp_path / "out", data="orders")  # of no file
+    assert "\n  row 2 of train: " in told and "and 3 more" in told
+    told = refused(tmp_path / "out", "--max-tokens", "257")
+    assert "--max-tokens 257: the model has 256 positions" in told
+
+
+def test_columns_and_configuration_of_a_data_set_are_chosen(
+    base, tmp_path, answered, monkeypatch, capsys
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("one", "two"):
+        rows = [{"q": f"say {n}", "a": f"{name} {n}"} for n in range(40)]
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n"
+        "- config_name: two\n  data_files: two.jsonl\n---\n"
+    )
+    command = training(base, folder, tmp_path / "out", "--config", "two")
+    assert main(command) == 1
+    assert "--prompt and --completion" in capsys.readouterr().err
+    assert main([*command, "--prompt", "q", "--completion", "a"]) == 0
+    assert answered[0][0]["completion"].startswith("two")
+
+
+@pytest.mark.parametrize("method", command_line.METHODS)
+def test_what_is_answered_before_training_is_what_the_base_answers(
+    method, base, data, tmp_path, monkeypatch
+):
+    """Though the model is made trainable first."""
+    model, tokenizer = pfs.load_model(base)
+    task = load_task(data)
+    said = evaluate.answer_rows(model, tokenizer, task, task.test, template="chat")
+    monkeypatch.setattr(commands, "train", raising(ValueError("not now")))
+    assert main(training(base, data, tmp_path, "--method", method)) == 1
+    kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())
+    assert kept["answers"] == said.answers
+
+
+def raising(error):
+    def function(*args, **options):
+        raise error
+
+    return function
+
+
+# A run that is stopped
+
+
+@pytest.fixture
+def stopped(base, data, tmp_path):
+    """stopped(*options): a folder in which a run got a Ctrl-C after three steps."""
+
+    def press(history):
+        if history.steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def run(*options):
+        def pressing(*args, **more):
+            return train(*args, on_step=press, **more)
+
+        out = tmp_path / "stopped"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commands, "train", pressing)
+            assert main(training(base, data, out, *options)) == 130
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("method", command_line.METHODS)
+def test_a_stopped_run_goes_on_and_leaves_no_checkpoints(
+    method, base, data, tmp_path, stopped, answered, capsys
+):
+    whole, options = tmp_path / "whole", ("--method", method)
+    assert main(training(base, data, whole, *options)) == 0
+    assert sorted(os.listdir(whole)) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+        "training.png",
+    ]
+    out = stopped(*options)
+    assert "The same command goes on" in capsys.readouterr().err
+    assert list((out / "checkpoints").glob("step-*"))
+    assert not (out / "training.json").exists()
+    (out / "checkpoints" / "mine").write_text("kept")
+    answered.clear()
+    assert main(training(base, data, out, *options)) == 0
+    assert len(answered) == 1  # those before are kept
+    assert record_of(out) == record_of(whole)
+    assert os.listdir(out / "checkpoints") == ["mine"]
+
+
+def test_checkpoints_of_another_run_are_refused_before_answering(
+    refused, stopped, answered
+):
+    out = stopped()
+    answered.clear()
+    told = refused(out, "--lr", "0.5")
+    assert "holds checkpoints of another run: recipe.lr is 0.001 there" in told
+
+
+def test_answers_of_a_run_without_a_checkpoint_are_not_taken_over(
+    base, data, tmp_path, answered
+):
+    """Nothing says which base and rows they are of."""
+    left = tmp_path / "checkpoints" / "answers-before.json"
+    left.parent.mkdir()
+    left.write_text(json.dumps({"answers": [], "correct": [], "seconds": 1.0}))
+    assert main(training(base, data, tmp_path)) == 0
+    assert len(answered) == 2
+    assert len(record_of(tmp_path)["correct_before"]) == len(answered[0])
+
+
+# ------------------------------------------------------------------------- merge
 
 
 def test_merge_writes_a_model_that_needs_no_adapter(base, trained, tmp_path, capsys):
     out = tmp_path / "merged"
     command = ["merge", "--base", base, "--adapter", trained, "--out", str(out)]
     assert main(command) == 0
+    assert capsys.readouterr().err == ""  # no bar of transformers either
     model, _ = pfs.load_model(base)
     pfs.load(model, trained)
     plain = AutoModelForCausalLM.from_pretrained(out)
@@ -71,20 +318,165 @@ def test_merge_writes_a_model_that_needs_no_adapter(base, trained, tmp_path, cap
     assert main(command) == 1 and "is there already" in capsys.readouterr().err
 
 
-def test_chat_answers_each_line_and_ends(base, trained, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nagain\nexit\nnever\n"))
-    assert main(["chat", "--base", base, "--adapter", trained]) == 0
-    said = capsys.readouterr().out
+# ------------------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def talk(base, monkeypatch, capsys):
+    """talk(lines, *options): what a chat prints, and the prompts that it encoded."""
+
+    def run(lines, *options):
+        prompts, encode = [], templates.encode_prompt
+
+        def noting(*args, **more):
+            prompts.append(encode(*args, **more))
+            return prompts[-1]
+
+        raw = lines if isinstance(lines, bytes) else lines.encode()
+        stdin = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", stdin)
+            patch.setattr(commands, "encode_prompt", noting)
+            assert main(["chat", "--base", base, *options]) == 0
+        return capsys.readouterr().out, prompts
+
+    return run
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """adapter(record): the trained adapter with another training.json."""
+
+    def write(record):
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(trained, folder)
+        (folder / "training.json").unlink()
+        if record is not None:
+            (folder / "training.json").write_text(record)
+        return str(folder)
+
+    return write
+
+
+def test_chat_answers_each_line_and_ends(talk, trained):
+    said, prompts = talk("hello\n\nagain\nexit\nnever\n", "--adapter", trained)
     assert said.count("you>") == 4 and "(forgotten)" in said
+    assert prompts[-1] == prompt("again", "", "chat")
 
 
-def test_bad_rows_are_named_and_nothing_is_trained(base, tmp_path, capsys):
-    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    file.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
-    assert main(["train", "--data", str(file), "--base", base, "--out", str(out)]) == 1
-    told = capsys.readouterr().err
-    assert "line 2" in told and "Traceback" not in told
-    assert not out.exists()
+def prompt(said, instruction, template):
+    tokenizer = architectures.byte_tokenizer()
+    return templates.encode_prompt(tokenizer, instruction, said, template=template)
+
+
+def test_an_adapter_is_spoken_to_as_it_was_trained(
+    base, data, talk, tmp_path, monkeypatch, capsys
+):
+    """From the command that trains to the tokens of the chat, by the hint it prints."""
+    task = replace(load_task(data), instruction="Say it.")
+    out = tmp_path / "an adapter"
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "load_task", lambda *args, **options: task)
+        assert main(training(base, data, out, "--template", "raw")) == 0
+    assert f"chat --base {base} --adapter '{out}'" in capsys.readouterr().out
+    said, prompts = talk("hello\n", "--adapter", str(out))
+    assert "template raw, instruction 'Say it.'\n" in said
+    assert prompts[-1] == prompt("hello", "Say it.", "raw")
+    for options, instruction, template in (
+        (("--system", "Sing."), "Sing.", "raw"),
+        (("--system", ""), "", "raw"),
+        (("--template", "chat"), "Say it.", "chat"),
+    ):
+        _, prompts = talk("hello\n", "--adapter", str(out), *options)
+        assert prompts[-1] == prompt("hello", instruction, template)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        "{",
+        "[" * 100_000,
+        "[]",
+        '{"recipe": 3, "instruction": 4}',
+        '{"recipe": {"template": "chatml"}}',
+        '{"recipe": {"template": ["raw"]}}',
+    ],
+    ids=range(7),
+)
+def test_a_record_that_cannot_be_read_is_as_none(record, talk, adapter):
+    said, prompts = talk("hello\n", "--adapter", adapter(record))
+    assert "template chat, no instruction\n" in said
+    assert prompts[-1] == prompt("hello", "", "chat")
+
+
+def test_a_chat_longer_than_the_context_forgets_its_oldest_turns(talk):
+    """256 positions, half of them for the answer."""
+    said, prompts = talk("\n".join(["a" * 80, "b" * 80, "c" * 200, "d" * 9]))
+    assert said.count("the oldest turns are forgotten") == 2
+    assert said.count("this alone is longer than the model can read") == 1
+    assert prompt("b" * 80, "", "chat") in prompts  # without the turn before it
+    assert said.count("you>") == 5
+    assert len(prompts[-1]) <= 128
+
+
+def test_the_newest_turns_that_fit_are_kept(base):
+    model, tokenizer = pfs.load_model(base)
+    for n in range(1, 12):
+        turns = [(f"q{i}", "a" * n) for i in range(20)]
+        kept = commands._fitting(model, tokenizer, "", "now", turns, "raw")
+        assert 0 < len(kept) < 20 and kept == turns[-len(kept) :]
+        lengths = [
+            len(
+                templates.encode_prompt(
+                    tokenizer, "", "now", template="raw", examples=e
+                )
+            )
+            for e in (kept, turns[-len(kept) - 1 :])
+        ]
+        assert lengths[0] <= 128 < lengths[1]
+
+
+def test_bytes_that_are_no_text_are_asked_for_again(talk):
+    said, prompts = talk(b"hel\xfflo\n\xff\nhello\n")
+    assert said.count("that is not UTF-8 text") == 2
+    assert {tuple(each) for each in prompts} == {tuple(prompt("hello", "", "chat"))}
+
+
+# ------------------------------------------------------------------------- compare
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """planned(*options): the plan that compare would follow, and whether it tunes."""
+
+    def run(*options):
+        asked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                compare, "compare", lambda plan, tune: asked.extend([plan, tune])
+            )
+            patch.setattr(report, "table", lambda result: "")
+            assert main(["compare", *options]) == 0
+        return tuple(asked)
+
+    return run
+
+
+def test_what_is_left_open_in_a_comparison_is_the_plans_default(planned):
+    assert planned() == (Plan(), False)
+
+
+def test_a_comparison_follows_its_options(planned):
+    plan, _ = planned("--methods", "few-shot, lora", "--seeds", "1, 2", "--batch", "4")
+    assert plan == Plan(methods=("few-shot", "lora"), seeds=(1, 2), batch=4)
+    plan, _ = planned("--task", "terms", "--rows", "7", "--steps", "9", "--out", "out2")
+    assert plan == Plan(task="terms", rows=7, steps=9, out="out2")
+    assert planned("--template", "raw", "--tune") == (Plan(template="raw"), True)
+
+
+# ------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -95,9 +487,73 @@ def test_bad_rows_are_named_and_nothing_is_trained(base, tmp_path, capsys):
         (["compare", "--seeds", "one"], "such as 0,1,2"),
         (["chat", "--base", "smolm2"], "smollm2"),
         (["chat", "--device", "tpu"], "tpu"),
+        (["train", "--data", "no.jsonl", "--out", "o"], "no.jsonl does not exist"),
     ],
 )
 def test_a_wrong_argument_is_a_sentence(command, told, capsys):
     assert main(command) == 1
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_a_rate_too_small_to_move_anything_is_a_sentence(base, data, tmp_path, capsys):
+    assert main(training(base, data, tmp_path, "--lr", "1e-30")) == 1
+    error = capsys.readouterr().err
+    assert "did not move" in error and "larger --lr" in error
+
+
+def test_too_little_memory_is_a_sentence(base, data, tmp_path, monkeypatch, capsys):
+    for allocate in (
+        lambda *args, **options: torch.empty(2**60),
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ):
+        monkeypatch.setattr(commands, "train", allocate)
+        assert main(training(base, data, tmp_path)) == 1
+        error = capsys.readouterr().err
+        assert "memory" in error and "smaller --batch" in error
+
+
+def test_a_runtime_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(commands, "chat", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["chat"])
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "goes_on"),
+    [
+        ("train --data d --out o", (commands, "fine_tune"), True),
+        ("compare", (compare, "compare"), True),
+        ("chat", (commands, "chat"), False),
+        ("merge --adapter a --out o", (commands, "merge_to_folder"), False),
+        ("doctor", (doctor, "run"), False),
+    ],
+)
+def test_only_what_goes_on_says_so_when_it_is_stopped(
+    command, place, goes_on, monkeypatch, capsys
+):
+    monkeypatch.setattr(*place, raising(KeyboardInterrupt()))
+    assert main(command.split()) == 130
+    told = "\nStopped.\n"
+    if goes_on:
+        told = "\nStopped. The same command goes on where this one was.\n"
+    assert capsys.readouterr().err == told
+
+
+# ------------------------------------------------------------------------- parser
+
+
+def test_names_written_out_for_the_parser_are_the_librarys():
+    assert tuple(row.key for row in ROWS) == command_line.ROW_KEYS
+    assert tuple(commands.METHODS) == command_line.METHODS
+    assert command_line.TEMPLATES == templates.TEMPLATES
+
+
+def test_parsing_imports_nothing_heavy():
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1])['parser']();"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, command_line.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,6 +1,9 @@
 """The comparison: what is measured once, kept, summed up and searched fairly."""
 
 import json
+import re
+import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +15,12 @@ from planting import planted
 
 from peft_from_scratch import compare as comparing
 from peft_from_scratch import evaluate, rows, tuning
-from peft_from_scratch.measure import KEEP_BELOW
+from peft_from_scratch.measure import KEEP_BELOW, PARTS
 from peft_from_scratch.rows import ROWS, Plan
 from peft_from_scratch.tasks import load_task
 
 ROW = {row.key: row for row in ROWS}
+SPENT = []  # seconds of the whole comparison, by a clock around it
 SETTINGS = {
     "zero-shot": {"template": "chat"},
     "few-shot": {"template": "raw", "k": 2, "order": 0},
@@ -57,7 +61,10 @@ def whole(base, tmp_path_factory):
         for key, chosen in SETTINGS.items()
     }
     (out / "tuning.json").write_text(json.dumps({"searches": searches}))
-    return plan, comparing.compare(plan)
+    start = time.perf_counter()
+    result = comparing.compare(plan)
+    SPENT.append(time.perf_counter() - start)
+    return plan, result
 
 
 def by_key(result):
@@ -92,7 +99,7 @@ def test_sizes_are_those_of_the_formula(whole):
 def test_adapters_are_kept_and_checkpoints_are_not(whole):
     plan, result = whole
     out = Path(plan.out)
-    assert (out / "adapters" / "lora" / "adapter_model.safetensors").exists()
+    assert (out / "adapters" / "lora-0" / "adapter_model.safetensors").exists()
     assert not list((out / "checkpoints").glob("*"))
     assert not list(out.rglob(".partial-*"))
     assert by_key(result)["lora"]["disk_bytes"] < KEEP_BELOW
@@ -110,11 +117,13 @@ def test_merging_is_measured_where_it_is_possible(whole):
 
 def test_the_time_adds_up(whole):
     wall, found = whole[1]["wall"], whole[1]["rows"]
-    parts = wall["training"] + wall["answering"] + wall["other"]
-    assert wall["total"] == pytest.approx(parts)
-    assert wall["total"] == pytest.approx(sum(r["seconds"]["total"] for r in found))
-    assert min(wall["training"], wall["answering"], wall["other"]) > 0
-    assert wall["total"] <= wall["this_run"] + 1e-6
+    for part in PARTS:
+        assert wall[part] == pytest.approx(sum(r["seconds"][part] for r in found))
+        assert wall[part] > 0
+    assert wall["total"] == pytest.approx(sum(wall[part] for part in PARTS))
+    assert 0.9 * SPENT[-1] - 3 < wall["total"] < SPENT[-1]
+    said = [float(n) for n in re.findall(r"([\d.]+) s[;.)]", wall["sentence"])]
+    assert sum(said[:-1]) == pytest.approx(said[-1], abs=3)
 
 
 def test_a_finished_row_is_kept_and_a_changed_one_measured_again(plan, monkeypatch):
@@ -127,7 +136,7 @@ def test_a_finished_row_is_kept_and_a_changed_one_measured_again(plan, monkeypat
         comparing.compare(replace(plan, steps=5))
 
 
-def never(*_):
+def never(*_, **__):
     raise AssertionError("measured again")
 
 
@@ -189,6 +198,9 @@ def test_the_difference_is_paired_by_row():
         {"rows": 0},
         {"steps": 0},
         {"batch": 0},
+        {"seeds": (0, 0)},
+        {"seeds": (-1,)},
+        {"template": "chatty"},
     ],
 )
 def test_a_wrong_plan_is_refused(wrong):
@@ -196,9 +208,72 @@ def test_a_wrong_plan_is_refused(wrong):
         Plan(**wrong)
 
 
-def test_more_rows_than_the_task_has_are_refused(plan):
-    with pytest.raises(ValueError, match="has 320 test rows"):
-        comparing.compare(replace(plan, rows=10_000))
+def test_where_rows_are_few_all_are_answered(plan, capsys):
+    ground = comparing.look_at(replace(plan, rows=10_000))
+    assert ground.plan.rows == 320
+    assert "320 test rows" in capsys.readouterr().out
+
+
+def test_other_weights_rows_or_code_are_another_configuration(plan, monkeypatch):
+    first = comparing.look_at(plan).fingerprint
+    assert comparing.look_at(replace(plan, out=f"{plan.out}/b")).fingerprint == first
+    with monkeypatch.context() as patched:
+        patched.setattr(comparing, "code_digest", lambda: "edited")
+        assert comparing.look_at(plan).fingerprint != first
+    with monkeypatch.context() as patched:
+        sound = comparing.load_task
+        patched.setattr(comparing, "load_task", lambda name: sound(name, seed=1))
+        assert comparing.look_at(plan).fingerprint != first
+    with monkeypatch.context() as patched:
+        sound = comparing.load_model
+
+        def nudged(*asked, **how):
+            model, tokenizer = sound(*asked, **how)
+            next(model.parameters()).data[0, 0] += 1
+            return model, tokenizer
+
+        patched.setattr(comparing, "load_model", nudged)
+        assert comparing.look_at(plan).fingerprint != first
+
+
+def test_the_command_says_what_was_asked():
+    assert comparing.command(Plan(), tuned=False) == "make compare"
+    assert comparing.command(Plan(out="x"), tuned=True) == "make compare TUNE=1"
+    asked = Plan(task="my rows.jsonl", seeds=(0, 1), methods=("lora",), rows=7)
+    said = comparing.command(asked, tuned=False)
+    words = shlex.split(said)[3:]
+    assert words[:1] == ["compare"] and "--tune" not in words
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options == {
+        "--task": "my rows.jsonl",
+        "--seeds": "0,1",
+        "--methods": "lora",
+        "--rows": "7",
+    }
+
+
+def test_a_base_without_a_chat_template_is_compared_in_plain_text(plan, tmp_path):
+    folder = tmp_path / "plain"
+    architectures.build("llama").save_pretrained(folder)
+    tokenizer = architectures.byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    plan = replace(plan, base=str(folder), out=str(tmp_path / "out"), methods=("lora",))
+    ground = comparing.look_at(plan)
+    assert ground.templates == ("raw",)
+    setting = tuning.settings_for(plan, ROW["lora"], ground.templates)
+    assert setting.values["template"] == "raw" and "chat template" in setting.warning
+    assert {s["template"] for s in tuning.grid(ROW["few-shot"], ("raw",))} == {"raw"}
+    (row,) = comparing.compare(plan)["rows"]
+    assert row["settings"]["template"] == "raw"
+
+
+def test_the_template_that_is_asked_for_is_used(plan):
+    setting = tuning.settings_for(replace(plan, template="raw"), ROW["zero-shot"])
+    assert setting.values == {"template": "raw"}
+    assert "searched with the chat template" in setting.warning
+    kept = tuning.settings_for(replace(plan, template="chat"), ROW["zero-shot"])
+    assert kept.warning is None
 
 
 def test_few_shot_examples_are_training_rows_of_one_order():
@@ -237,15 +312,47 @@ def test_the_best_run_wins_and_a_tie_goes_to_the_lower_loss():
     assert tuning.choose(ROW["lora"], found)["setting"] == {"lr": 1e-3}
 
 
-@pytest.mark.parametrize("best", [0, 3])
-def test_an_optimum_at_the_edge_is_an_error(best):
+@pytest.mark.parametrize("best, beyond", [(0, 3e-5), (3, 1e-2)])
+def test_an_optimum_at_the_edge_asks_for_one_more_rate_and_is_an_error(best, beyond):
     found = [
         run(lr, int(i == best), 1.0) for i, lr in enumerate((1e-4, 3e-4, 1e-3, 3e-3))
     ]
+    assert tuning.next_rate(found) == beyond
     with pytest.raises(ValueError, match="an end of the grid"):
         tuning.choose(ROW["lora"], found)
-    with planted(tuning.choose, "(min(rates), max(rates))", "()"):
+    with planted(tuning.next_rate, "min(rates) < best < max(rates)", "True"):
         tuning.choose(ROW["lora"], found)
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 1e-3, 3e-1])
+def test_a_grid_grows_until_the_optimum_is_inside(plan, monkeypatch, optimum):
+    """The further a rate is from the optimum, the fewer answers are right."""
+
+    def answered(ground, row, setting):
+        away = abs(np.log10(setting["lr"] / optimum))
+        return run(setting["lr"], round(100 - 10 * away), 1.0)
+
+    monkeypatch.setattr(tuning, "_run_once", answered)
+    plan = replace(plan, methods=("lora",), out=f"{plan.out}/grown")
+    file = tuning.search(comparing.look_at(plan))
+    (found,) = tuning.read(file).values()
+    rates = [r["setting"]["lr"] for r in found["runs"]]
+    assert found["chosen"]["lr"] == optimum
+    assert min(rates) < optimum < max(rates)
+    assert len(rates) <= len(ROW["lora"].learning_rates) + tuning.GROWTH
+
+
+def test_a_grid_that_never_holds_the_optimum_ends_in_an_error(plan, monkeypatch):
+    asked = []
+
+    def answered(ground, row, setting):
+        asked.append(setting["lr"])
+        return run(setting["lr"], round(1e3 * setting["lr"]), 1.0)
+
+    monkeypatch.setattr(tuning, "_run_once", answered)
+    with pytest.raises(ValueError, match="an end of the grid"):
+        tuning.search(comparing.look_at(replace(plan, methods=("lora",))))
+    assert len(asked) == len(ROW["lora"].learning_rates) + tuning.GROWTH
 
 
 def test_every_trained_row_tries_as_many_rates():
@@ -260,18 +367,31 @@ def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
     (Path(plan.out) / "tuning.json").unlink()
     plan = replace(plan, methods=("zero-shot",))
     monkeypatch.setattr(tuning, "VALIDATION_ROWS", 3)
-    tuning.search(plan)
+    ground = comparing.look_at(plan)
+    tuning.search(ground)
     setting = tuning.settings_for(plan, ROW["zero-shot"])
-    assert setting.searched_on == f"{plan.base}/terms" and setting.runs == 2
+    assert setting.warning is None and setting.runs == 2 and not setting.shipped
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "adapt", never)
+        tuning.search(ground)
+    monkeypatch.setattr(tuning, "VALIDATION_ROWS", 4)
     monkeypatch.setattr(tuning, "adapt", never)
-    tuning.search(plan)
+    with pytest.raises(AssertionError, match="measured again"):
+        tuning.search(ground)
 
 
 def test_a_task_without_a_search_takes_the_donors_and_says_so(base, tmp_path):
     plan = Plan(base=base, task="rows.jsonl", out=str(tmp_path))
-    setting = tuning.settings_for(plan, ROW["lora"])
-    assert setting.searched_on == tuning.DONOR
-    assert "not on" in comparing._foreign(setting, plan)
+    warning = tuning.settings_for(plan, ROW["lora"]).warning
+    assert warning == f"searched on {tuning.DONOR}, not on {base}/rows.jsonl"
+
+
+def test_a_search_with_other_steps_is_told(tmp_path):
+    plan = Plan(steps=7, out=str(tmp_path))
+    warning = tuning.settings_for(plan, ROW["lora"]).warning
+    assert warning == "searched on steps 50, not on steps 7"
+    assert tuning.settings_for(plan, ROW["few-shot"]).warning is None
+    assert tuning.settings_for(Plan(out=str(tmp_path)), ROW["lora"]).shipped
 
 
 def test_every_shipped_optimum_lies_inside_its_grid():
@@ -279,5 +399,6 @@ def test_every_shipped_optimum_lies_inside_its_grid():
     assert {key.rpartition("/")[2] for key in searches} == {row.key for row in ROWS}
     for key, search in searches.items():
         row = ROW[key.rpartition("/")[2]]
-        assert [r["setting"] for r in search["runs"]] == tuning.grid(row)
+        started = search["runs"][: len(tuning.grid(row))]
+        assert [r["setting"] for r in started] == tuning.grid(row)
         assert tuning.choose(row, search["runs"])["setting"] == search["chosen"]

@@ -1,6 +1,7 @@
 """The formulas of the cost estimates, against what torch counts on the real model."""
 
 import inspect
+from dataclasses import replace
 from itertools import count
 from statistics import fmean
 
@@ -9,7 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_from_scratch as pfs
-from peft_from_scratch import budget, costs, evaluate, loss, timing
+from peft_from_scratch import (
+    budget,
+    checkpoint,
+    costs,
+    evaluate,
+    loss,
+    timing,
+    tuning,
+)
 from peft_from_scratch.rows import ROWS, Plan, few_shot_examples
 from peft_from_scratch.targets import kinds, projections
 from peft_from_scratch.tasks import load_task
@@ -68,7 +77,9 @@ def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
     def step():
         loss.summed_loss(model, batch_of(40, 10)).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
+    step()  # makes the moments, which every later step holds from the start
     monkeypatch.setattr(costs, "ROW_TOKENS", 40)
     monkeypatch.setattr(costs, "ROW_LABELS", 10)
     measured = budget.measure_step(model, step)
@@ -88,7 +99,7 @@ def test_the_sizes_of_a_row_are_those_of_the_task(smollm2):
     ]
     tokens = fmean(len(ids) for ids, _ in rows)
     labels = fmean(sum(label != -100 for label in labels) for _, labels in rows)
-    examples = few_shot_examples(task, 5, 0)
+    examples = few_shot_examples(task, 8, 0)
     prompt = encode_prompt(
         tokenizer,
         task.instruction,
@@ -133,8 +144,33 @@ def test_a_comparison_costs_the_sum_of_its_rows_and_seeds():
         row.key: costs.compare_seconds(RATES, Plan(methods=(row.key,))) for row in ROWS
     }
     assert whole == pytest.approx(sum(alone.values()))
-    assert costs.compare_seconds(RATES, Plan(seeds=(0, 1))) == pytest.approx(2 * whole)
+    trained = sum(alone[row.key] for row in ROWS if row.inject)
+    twice = costs.compare_seconds(RATES, Plan(seeds=(0, 1)))
+    assert twice == pytest.approx(whole + trained)
     assert alone["zero-shot"] < alone["few-shot"] < alone["lora"] < alone["full"]
+
+
+def test_a_search_costs_the_sum_of_its_runs():
+    one = Plan(methods=("lora",), steps=10)
+    more = costs.tuning_seconds(RATES, replace(one, steps=30))
+    steps = 20 * len(tuning.grid(one.chosen()[0]))
+    step = costs.step_seconds(RATES, one.batch, full=False)
+    assert more - costs.tuning_seconds(RATES, one) == pytest.approx(steps * step)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_checkpoints_take_the_room_of_their_files(full, fresh_smollm2, tmp_path):
+    model, _ = fresh_smollm2()
+    INJECT[full](model)
+    parameters = pfs.trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values())
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    run = checkpoint.Run(parameters, optimizer, torch.device("cpu"))
+    made = checkpoint.save(run, tmp_path, {})
+    size = sum(file.stat().st_size for file in made.iterdir())
+    assert 3 * size == pytest.approx(costs.checkpoint_bytes(full=full), rel=0.01)
 
 
 def test_training_costs_its_steps():
@@ -148,6 +184,7 @@ def test_a_machine_twice_as_fast_takes_half_as_long():
     double = costs.Rates(2 * RATES.many, 2 * RATES.some, 2 * RATES.one)
     for cost in (
         lambda rates: costs.compare_seconds(rates, Plan()),
+        lambda rates: costs.tuning_seconds(rates, Plan()),
         lambda rates: costs.train_seconds(rates, 50, 8, full=True),
         lambda rates: costs.answer_seconds(rates, 100, 46),
         lambda rates: 1 / costs.chat_tokens_a_second(rates),

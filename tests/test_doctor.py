@@ -90,7 +90,7 @@ def test_a_missing_package_ends_in_status_1_and_says_what_to_do(monkeypatch, cap
     )
     assert doctor.run() == 1
     told = capsys.readouterr().out
-    (line,) = [line for line in told.splitlines() if line.split()[0] == "WRONG"]
+    (line,) = [line for line in told.splitlines() if line.startswith("  WRONG")]
     assert 'gguf is missing: pip install "gguf' in line
     assert "Estimated costs" not in told, "the rest needs the packages"
 
@@ -196,4 +196,4 @@ def test_a_busy_machine_is_told(monkeypatch):
     ],
 )
 def test_durations_have_two_digits_and_a_fitting_unit(seconds, told):
-    assert doctor.duration(seconds) == told
+    assert costs.duration(seconds) == told

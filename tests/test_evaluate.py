@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import build, byte_tokenizer
 from observe import assert_same, snapshot
-from runs import planted
+from planting import planted
 
 from peft_from_scratch import evaluate
 from peft_from_scratch.evaluate import (

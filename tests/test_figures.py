@@ -16,16 +16,20 @@ from peft_from_scratch import figures, plotting
 from peft_from_scratch.recipe import History
 
 
+def markers(figure) -> list:
+    """The drawn points, each a line of one place."""
+    return [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+
+
 def points(figure) -> dict[float, tuple]:
-    """Each drawn point by its height in percent: (x, colour, marker)."""
+    """Each point by its height in percent, where all differ: (x, colour, marker)."""
     return {
         round(line.get_ydata()[0], 6): (
             line.get_xdata()[0],
             to_hex(line.get_color()),
             line.get_marker(),
         )
-        for line in figure.axes[0].lines
-        if line.get_marker() != "None"
+        for line in markers(figure)
     }
 
 
@@ -57,7 +61,7 @@ def boxes(figure) -> list[Bbox]:
     radius = 3.5 / 72 * figure.dpi
     for x, low, high in bars(figure):
         (y,) = (
-            y for y, point in points(figure).items() if on(point[0], y, x, low, high)
+            line.get_ydata()[0] for line in markers(figure) if on(line, x, low, high)
         )
         ends = axes.transData.transform([(x, low), (x, high), (x, y)])
         point = Bbox.from_extents(*(ends[2] - radius), *(ends[2] + radius))
@@ -65,9 +69,10 @@ def boxes(figure) -> list[Bbox]:
     return found
 
 
-def on(place, y, x, low, high) -> bool:
-    """Whether the point (place, y) is on the bar at x from low to high."""
-    return place == x and low - 1e-3 <= y <= high + 1e-3
+def on(line, x, low, high) -> bool:
+    """Whether a drawn point is on the bar at x from low to high."""
+    y = line.get_ydata()[0]
+    return line.get_xdata()[0] == x and low - 1e-3 <= y <= high + 1e-3
 
 
 def separated(result: dict) -> dict:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from architectures import CONFIGS, VOCAB, build
 from observe import assert_same, snapshot
-from runs import planted
+from planting import planted
 from torch import nn
-from transformers import logging
+from transformers import AutoModelForCausalLM, BambaConfig, logging
 
 from peft_from_scratch import generation
 from peft_from_scratch.generation import generate, left_pad
@@ -132,6 +132,31 @@ def test_law(law):
     law()
 
 
+def hybrid():
+    """A state-space mixer, then an attention."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    mixer = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    config = BambaConfig(
+        **sizes,
+        **mixer,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        mamba_chunk_size=16,
+        mamba_expand=2,
+        attn_layer_indices=[1],
+        vocab_size=VOCAB,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_model_that_remembers_by_other_means_gets_the_prefix_with_each_row():
+    model = hybrid()
+    expected = [alone(model, PREFIX + prompt) for prompt in PROMPTS]
+    assert together(model, prefix=PREFIX) == expected
+
+
 @pytest.mark.parametrize("batch", [1, 3, 5, 100])
 def test_the_size_of_a_batch_changes_nothing(batch):
     model = build("gpt2")
@@ -252,8 +277,8 @@ BUGS = {
     ),
     "the prefix again for every row": (
         generation.generate,
-        "if _slides(model, most):",
-        "if True:",
+        "None if _slides(model, most) else _read(model, prefix)",
+        "None",
         the_prefix_is_computed_once,
     ),
     "dropout on": (

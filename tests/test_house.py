@@ -193,7 +193,8 @@ def tree(page):
     (block,) = [
         block for block in blocks if re.search("^pyproject.toml  ", block, re.M)
     ]
-    lines = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in block.splitlines()]
+    written = filter(None, block.splitlines())
+    lines = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in written]
     assert all(lines), block
     return [line[1] for line in lines]
 

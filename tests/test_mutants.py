@@ -111,14 +111,14 @@ LORA = {
     ),
     "gradient of A without the scale": Bug(
         LowRankUpdate.backward,
-        "dh = torch.mm(dy_rows, B) * ctx.scale",
-        "dh = torch.mm(dy_rows, B)",
+        "dh = torch.mm(B.T, dy_rows.T).T * ctx.scale",
+        "dh = torch.mm(B.T, dy_rows.T).T",
         lora_laws.gradients_are_those_of_the_equation,
     ),
     "gradient of B without the scale": Bug(
         LowRankUpdate.backward,
-        "_rows(h).to(B.dtype)) * ctx.scale",
-        "_rows(h).to(B.dtype))",
+        "_rows(h).T.to(B.dtype), dy_rows).T * ctx.scale",
+        "_rows(h).T.to(B.dtype), dy_rows).T",
         lora_laws.gradients_are_those_of_the_equation,
     ),
     "no gradient for the layers below": Bug(

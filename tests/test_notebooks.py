@@ -223,7 +223,7 @@ FAULTS = {
     "a mute link": (has_words_for_images, append(0, "\n![](a.png)")),
     "a long line": (has_short_code, append(1, "\n" + "x" * (LONGEST_LINE + 1))),
     "a long cell": (has_short_code, append(1, "\nx" * LONGEST_CELL)),
-    "a path in code": (names_no_private_path, append(1, "\nopen('/tmp/x')")),
+    "a path in code": (names_no_private_path, append(1, "\nopen('/home/me/x')")),
     "a path printed": (names_no_private_path, output(**PATH)),
     "a stale number": (states_only_numbers_that_cells_show, append(0, " Or to 2.")),
 }

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -12,7 +13,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import planted
+from planting import planted
 
 from peft_from_scratch import task_orders, task_rows, task_terms
 from peft_from_scratch.tasks import load_task
@@ -148,7 +149,10 @@ def every_fact_has_six_wordings_in_three_splits():
 
 
 def rows_of_ones_own_keep_every_prompt_in_one_split():
-    rows = {f"p{i}": str(i) for i in range(57)}
+    rows = {
+        f"p{i}": {"prompt": f"p{i}", "completion": str(i), "place": f"line {i + 1}"}
+        for i in range(57)
+    }
     splits = task_rows.split_rows(rows, 0, "here")
     assert {split: len(made) for split, made in splits.items()} == {
         "train": 41,
@@ -156,7 +160,7 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
         "test": 11,
     }
     together = [row for split in SPLITS for row in splits[split]]
-    assert {row["prompt"]: row["completion"] for row in together} == rows
+    assert {row["prompt"]: row for row in together} == rows
     assert len(together) == len(rows)
     backwards = dict(reversed(rows.items()))
     assert task_rows.split_rows(backwards, 0, "here") == splits
@@ -294,7 +298,10 @@ def prompts(task):
 def test_rows_of_a_file_become_a_task(tmp_path):
     task = load_task(write(tmp_path / "rows.jsonl", *good()), seed=5)
     assert sorted(prompts(task)) == sorted(row["prompt"] for row in good())
-    assert task.train.column_names == ["prompt", "completion"]
+    assert task.train.column_names == ["prompt", "completion", "place"]
+    for split in SPLITS:
+        for row in getattr(task, split):
+            assert row["place"] == f"line {int(row['prompt'][1:]) + 1}"
     assert task.instruction == ""
     row = task.test[0]
     assert row["completion"] == "c" + row["prompt"][1:]
@@ -360,8 +367,40 @@ def test_too_few_rows_are_refused_with_the_minimum(tmp_path):
     assert load_task(write(tmp_path / "rows.jsonl", *good(20)))
     with pytest.raises(ValueError, match="0 distinct prompts"):
         load_task(write(tmp_path / "empty.jsonl"))
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+    missing = f"none.jsonl does not exist: .* from {re.escape(os.getcwd())}"
+    with pytest.raises(FileNotFoundError, match=missing):
         load_task(str(tmp_path / "none.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"is a folder: name the \.jsonl file"):
+        load_task(str(tmp_path / "folder.jsonl"))
+
+
+ARRAY = [{"prompt": "p", "completion": "c"}] * 30
+OTHER_FORMATS = {
+    "UTF-16 with a mark": ("{}\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+    "UTF-16 LE": ("{}\n".encode("utf-16-le"), "UTF-16: save it as UTF-8"),
+    "UTF-16 BE": ("{}\n".encode("utf-16-be"), "UTF-16: save it as UTF-8"),
+    "an array": (json.dumps(ARRAY).encode(), "a JSON array: write one object a line"),
+    "a printed array": (
+        b"\xef\xbb\xbf" + json.dumps(ARRAY, indent=1).encode(),
+        "a JSON array: write one object a line",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_a_file_in_another_format_is_one_sentence(name, tmp_path):
+    data, told = OTHER_FORMATS[name]
+    with pytest.raises(ValueError, match=told) as refused:
+        load_task(write(tmp_path / "rows.jsonl", data))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["orders", "rows.jsonl"])
+def test_columns_are_only_chosen_where_there_is_a_choice(name):
+    for choice in ({"prompt": "q"}, {"completion": "a"}, {"config": "one"}):
+        with pytest.raises(ValueError, match=f"'{name}' is no data set of the hub"):
+            load_task(name, **choice)
 
 
 def test_a_name_that_is_no_task_lists_what_is():
@@ -392,12 +431,16 @@ def test_columns_of_a_data_set_are_chosen(folder, prefix):
     assert sorted(prompts(task)) == sorted(f"q{i}" for i in range(40))
     assert len(task.train), len(task.test) == (28, 8)
     assert task.train[0]["completion"] == "a" + task.train[0]["prompt"][1:]
+    number = int(task.train[0]["prompt"][1:]) + 1
+    assert task.train[0]["place"] == f"row {number} of train"
     for wrong in (dict(prompt="q"), dict(prompt="x", completion="a")):
         with pytest.raises(
             ValueError, match=r"no column '(completion|x)'.* q, a, n: ch"
         ):
             load_task(f"{prefix}{folder}", **wrong)
-    with pytest.raises(ValueError, match=r"\(train\) has 40 bad rows:\n  row 1: 'comp"):
+    with pytest.raises(
+        ValueError, match=r"\(train\) has 40 bad rows:\n  row 1 of train: 'c"
+    ):
         load_task(f"{prefix}{folder}", prompt="q", completion="n")
 
 
@@ -436,6 +479,21 @@ def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
     advice = "Check the id and the network; without one, pass a folder"
     with pytest.raises(OSError, match=f"'owner/name' cannot be had: .*{advice}"):
         load_task("hub:owner/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "told"),
+    [
+        ("rows.jsonl", [*qa(range(30)), "not json"], "JSON parse error"),
+        ("rows.csv", ["q,a", "1,2", "1,2,3,4"], "line 3"),
+        ("rows.parquet", ["no parquet"], "Parquet magic bytes"),
+        ("rows.jsonl", [], "a file is empty"),
+    ],
+)
+def test_a_data_set_with_a_broken_file_is_one_sentence(folder, name, lines, told):
+    write(folder / name, *lines)
+    with pytest.raises(ValueError, match=f"data set '.*' cannot be read: .*{told}"):
+        load_task(str(folder), prompt="q", completion="a")
 
 
 def test_code_beside_the_data_is_never_run(folder):

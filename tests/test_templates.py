@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import build, byte_tokenizer
-from runs import planted
+from planting import planted
 from tokenizers import processors
 
 from peft_from_scratch import templates
 from peft_from_scratch.templates import (
     IGNORED,
     TEMPLATES,
+    bad_rows,
     collate,
     encode_prompt,
     encode_row,
@@ -201,8 +202,30 @@ def test_a_row_that_is_too_long_is_named_and_never_cut():
     length = len(encode_row(TOKENIZER, SAY, "long " * 9, "b", template="raw")[0])
     encoded = encode_rows(TOKENIZER, SAY, rows, template="raw", max_tokens=length)
     assert [len(ids) for ids, _ in encoded][1] == length
-    with pytest.raises(ValueError, match=f"row 2 has {length} tokens.*'long long"):
+    with pytest.raises(ValueError, match=f"row 2: {length} tokens.*'long long"):
         encode_rows(TOKENIZER, SAY, rows, template="raw", max_tokens=length - 1)
+
+
+def test_every_bad_row_is_found_and_named_by_its_place():
+    rows = as_rows([("a", "b"), ("long " * 99, "b"), ("c", "d<eos>e"), ("f", "g")])
+    rows[1]["place"] = "line 31"
+    rows.append({"prompt": None, "completion": "x", "place": "line 7"})
+    asked = dict(template="chat", max_tokens=99)
+    bad = bad_rows(TOKENIZER, SAY, rows, **asked)
+    assert [place for place, _ in bad] == ["line 31", "row 3", "line 7"]
+    for (_, reason), told in zip(
+        bad,
+        ("tokens, the limit is 99", "holds the end token", "is no text"),
+        strict=True,
+    ):
+        assert told in reason
+    for (place, reason), since in zip(bad, (0, 2, 3), strict=True):
+        with pytest.raises(ValueError) as refused:
+            encode_rows(TOKENIZER, SAY, rows[since:], **asked)
+        assert str(refused.value) == f"{place.replace('row 3', 'row 1')}: {reason}"
+    assert bad_rows(TOKENIZER, SAY, rows[:1], **asked) == []
+    with pytest.raises(ValueError, match=r"^template='chatml' is none of"):
+        encode_rows(TOKENIZER, SAY, rows, template="chatml")
 
 
 def test_the_choice_of_template_is_explicit_and_checked():
