@@ -131,7 +131,7 @@ def _train(commands) -> None:
         "--targets", default="all-linear", help="preset or name (lora)"
     )
     _base(command)
-    command.set_defaults(run=_from_commands("fine_tune"))
+    command.set_defaults(run=run_train)
 
 
 def _chat(commands) -> None:
@@ -143,7 +143,7 @@ def _chat(commands) -> None:
     command.add_argument("--system", help=f"the instruction; {as_trained}")
     command.add_argument("--template", choices=TEMPLATES, help=as_trained)
     _base(command)
-    command.set_defaults(run=_from_commands("chat"))
+    command.set_defaults(run=run_chat)
 
 
 def _merge(commands) -> None:
@@ -153,7 +153,7 @@ def _merge(commands) -> None:
     command.add_argument("--adapter", required=True, help="folder of a saved adapter")
     command.add_argument("--out", required=True, help="new folder for the merged model")
     _base(command)
-    command.set_defaults(run=_from_commands("merge_to_folder"))
+    command.set_defaults(run=run_merge)
 
 
 def _command(commands, name, text):
@@ -205,15 +205,22 @@ def seeds_in(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _from_commands(name: str):
-    """The function of commands.py, imported only when it runs."""
+def run_train(options) -> None:
+    from .commands import fine_tune
 
-    def run(options) -> None:
-        from . import commands
+    fine_tune(options)
 
-        getattr(commands, name)(options)
 
-    return run
+def run_chat(options) -> None:
+    from .chat import chat
+
+    chat(options)
+
+
+def run_merge(options) -> None:
+    from .commands import merge_to_folder
+
+    merge_to_folder(options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What `train`, `chat` and `merge` do on the command line.
+"""What `train` and `merge` do on the command line.
 
 `train` leaves in its folder the adapter and training.json, which says how the model was
-spoken to (template, instruction); `chat` reads it and speaks to the adapter likewise.
+spoken to (template, instruction); chat.py reads it and speaks to the adapter likewise.
 """
 
 import inspect
@@ -10,32 +10,28 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
 
 from . import adapter, atomic, checkpoint, evaluate, exchange, figures, templates
 from .budget import count
+from .chat import RECORD, read_object
 from .evaluate import Answers
 from .methods import full, lora
-from .models import describe, load_model
+from .models import describe, load_model, positions
 from .pretrained import quiet_transformers
 from .recipe import Recipe
-from .task_rows import is_unicode, refuse_bad
+from .task_rows import refuse_bad
 from .tasks import Task, load_task
-from .templates import TEMPLATES, encode_prompt, stop_token
 from .train import train
 
 METHODS = {"lora": lora, "full": full}
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}  # near the searched optima of SmolLM2
 TEST_ROWS = 100  # answered before and after
-ANSWER_TOKENS = 256  # of a reply in a chat, at most
-RECORD = "training.json"  # the last file of a run: where it is, the run is finished
 
 
 def fine_tune(options) -> None:
@@ -77,41 +73,6 @@ def fine_tune(options) -> None:
     print(f"adapter, {RECORD} and training.png are in {out}")
     adapted = shlex.join(["--base", options.base, "--adapter", str(out)])
     print(f"talk to it:  python -m peft_from_scratch chat {adapted}")
-
-
-def chat(options) -> None:
-    """A conversation in the terminal, greedy answers; Ctrl-D or 'exit' ends it.
-
-    An adapter is spoken to as it was trained: its training.json has the template and
-    the instruction, which --template and --system override.
-    """
-    model, tokenizer = load_model(options.base, device=options.device)
-    if options.adapter:
-        exchange.load(model, options.adapter)
-    template, instruction = _manner(options, tokenizer)
-    stop_token(tokenizer, template)  # an impossible template is refused before a turn
-    print(
-        f"{describe(model)}, template {template}, "
-        + (f"instruction {instruction!r}" if instruction else "no instruction")
-    )
-    print("An empty line forgets the conversation, Ctrl-D ends it.")
-    if hasattr(sys.stdin, "reconfigure"):
-        # A strict reader would drop the lines that it read together with a bad one.
-        sys.stdin.reconfigure(errors="surrogateescape")
-    turns = []
-    while (said := _ask()) is not None:
-        if not said:
-            turns = []
-            print("(forgotten)")
-            continue
-        kept = _fitting(model, tokenizer, instruction, said, turns, template)
-        if kept is None:
-            print("(this alone is longer than the model can read: say it shorter)")
-            continue
-        if len(kept) < len(turns):
-            print("(longer than the model can read: the oldest turns are forgotten)")
-        reply = _reply(model, tokenizer, instruction, said, kept, template)
-        turns = [*kept, (said, reply)]
 
 
 def merge_to_folder(options) -> None:
@@ -171,14 +132,14 @@ def _check_out(out: Path) -> None:
 
 def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
     """ValueError for an empty split, and one that lists the bad rows of all three."""
-    limit, positions = recipe.max_tokens, _positions(model)
-    if positions is not None and limit > positions:
+    limit, most = recipe.max_tokens, positions(model)
+    if most is not None and limit > most:
         if options.max_tokens is not None:
             raise ValueError(
-                f"--max-tokens {limit}: the model has {positions} positions; allowed "
-                "is that many at most"
+                f"--max-tokens {limit}: the model has {most} positions; allowed is "
+                "that many at most"
             )
-        limit = positions
+        limit = most
     bad = []
     for split in ("train", "validation", "test"):
         rows = getattr(task, split)
@@ -217,7 +178,7 @@ def _answers_before(checkpoints: Path, answer: Callable[[], Answers]) -> Answers
     train() refuses them at once and not after minutes of answering.
     """
     file = checkpoints / "answers-before.json"
-    kept = _read_json(file) if checkpoint.checkpoints(checkpoints) else {}
+    kept = read_object(file) if checkpoint.checkpoints(checkpoints) else {}
     if kept:
         return Answers(**kept)
     before = answer()
@@ -258,80 +219,3 @@ def _remove_checkpoints(folder: Path) -> None:
     (folder / "answers-before.json").unlink(missing_ok=True)
     with suppress(OSError):  # not empty: then it is not only ours
         folder.rmdir()
-
-
-# ------------------------------------------------------------------------- chat
-
-
-def _manner(options, tokenizer) -> tuple[str, str]:
-    """(template, instruction): as asked for, else as in training, else the model's."""
-    record = _read_json(Path(options.adapter) / RECORD) if options.adapter else {}
-    recipe, instruction = record.get("recipe"), record.get("instruction")
-    template = recipe.get("template") if isinstance(recipe, dict) else None
-    if template not in TEMPLATES:
-        template = "chat" if tokenizer.chat_template else "raw"
-    if not isinstance(instruction, str):
-        instruction = ""
-    if options.system is not None:
-        instruction = options.system
-    return options.template or template, instruction
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is none, or none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _ask() -> str | None:
-    """What was typed; None at the end. Bytes that are no text are asked for again."""
-    while True:
-        try:
-            said = input("\nyou> ").strip()
-        except EOFError:
-            print()
-            return None
-        if is_unicode(said):
-            return None if said == "exit" else said
-        print("(that is not UTF-8 text: set the terminal to UTF-8, or write it anew)")
-
-
-def _fitting(model, tokenizer, instruction, said, turns, template) -> list | None:
-    """The newest turns that leave room for an answer; None if `said` alone does not."""
-    positions = _positions(model)
-    for first in range(len(turns) + 1):
-        kept = turns[first:]
-        ids = encode_prompt(
-            tokenizer, instruction, said, template=template, examples=kept
-        )
-        if positions is None or len(ids) + _room(positions) <= positions:
-            return kept
-    return None
-
-
-def _positions(model) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _room(positions: int | None) -> int:
-    """Tokens for an answer; a small model's are shared with what it is told."""
-    return ANSWER_TOKENS if positions is None else min(ANSWER_TOKENS, positions // 2)
-
-
-@torch.no_grad()
-def _reply(model, tokenizer, instruction, said, turns, template) -> str:
-    ids = encode_prompt(tokenizer, instruction, said, template=template, examples=turns)
-    prompt = torch.tensor([ids], device=model.device)
-    answer = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=_room(_positions(model)),
-        do_sample=False,
-        eos_token_id=stop_token(tokenizer, template),
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True).strip()

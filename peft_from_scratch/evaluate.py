@@ -70,7 +70,7 @@ def answer_rows(
         )
         for row in rows
     ]
-    shared = _shared(prompts)
+    shared = shared_tokens(prompts)
     longest = max(len(tokenizer(row["completion"]).input_ids) for row in rows)
     start = time.perf_counter()
     answers = generate(
@@ -166,6 +166,6 @@ def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> f
     return total / windows
 
 
-def _shared(prompts) -> int:
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own."""
     return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)

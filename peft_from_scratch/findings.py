@@ -99,7 +99,8 @@ def best(result: dict) -> str:
         return "No method answers any of the test rows exactly"
     said = f"{top['label']} answers {_rate(top)} of the test rows exactly"
     if top.get("trainable"):
-        said += f", training {parameter_share(top)} % of the parameters"
+        share = "all" if top.get("share") == 1 else f"{parameter_share(top)} % of the"
+        said += f", training {share} parameters"
     if few_shot and few_shot is not top:
         said += f"; few-shot prompting, {_rate(few_shot)}"
     return said

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import scoped
 from .loss import can_choose_logits
+from .models import positions
 
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
 
@@ -166,7 +167,7 @@ def _bar(rows: int, progress: bool) -> tqdm:
 
 
 def _check_length(model, tokens) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     if limit is not None and tokens > limit:
         raise ValueError(
             f"prefix, longest row and max_new_tokens are {tokens} tokens; the model "

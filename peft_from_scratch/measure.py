@@ -4,6 +4,7 @@ import tempfile
 import time
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def measure(
     prepare = ready.seconds + clock.lap()
     figures["memory"] = _memory(ready, task, test)
     count = clock.lap()
-    figures["forgetting"] = _forgetting(base, ready)
+    figures["forgetting"] = _forgetting(plan, ready)
     general = clock.lap()
     figures |= _inference(base, ready, task, test)
     seconds = {
@@ -113,21 +114,29 @@ def _memory(ready: Adapted, task: Task, test) -> dict:
     if ready.memory:
         return {**asdict(ready.memory), "when": "training"}
     prompts = [_prompt(ready, task, test, i) for i in range(min(32, len(test)))]
+    shared = evaluate.shared_tokens(prompts)
     memory = budget.measure_step(
         ready.model,
         lambda: evaluate.generate(
             ready.model,
             ready.tokenizer,
-            prompts,
+            [prompt[shared:] for prompt in prompts],
             stop_id=stop_token(ready.tokenizer, ready.template),
             max_new_tokens=2,
+            prefix=prompts[0][:shared],
         ),
     )
     return {**asdict(memory), "when": "answering"}
 
 
-def _forgetting(base: nn.Module, ready: Adapted) -> dict:
-    before = evaluate.general_loss(base, ready.tokenizer)
+@cache
+def _general_of_base(base: str, device: str | None) -> float:
+    """Read once: it is the same for every row and seed."""
+    return evaluate.general_loss(*load_model(base, device=device))
+
+
+def _forgetting(plan: Plan, ready: Adapted) -> dict:
+    before = _general_of_base(plan.base, plan.device)
     trained = ready.history is not None
     after = evaluate.general_loss(ready.model, ready.tokenizer) if trained else before
     return {"before": before, "after": after, "change": after - before}

@@ -104,6 +104,12 @@ def describe(model: nn.Module) -> str:
     return f"{name}, {model.num_parameters():,} parameters, {model.device}, {dtype}"
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model can read at once; None where it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def devices() -> list[torch.device]:
     """Every device of this machine, the one to prefer first."""
     cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]

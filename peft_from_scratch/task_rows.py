@@ -19,7 +19,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 LISTED = 20  # bad rows that an error spells out
-MINIMUM = 20  # distinct prompts
+MINIMUM = 3  # distinct prompts: one for each split
 Numbered = tuple[str, object]  # where the row stands, the row
 Row = dict[str, str]  # prompt, completion and place
 
@@ -73,13 +73,13 @@ def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
 def split_rows(rows: dict[str, Row], seed: int, source: str) -> dict[str, list[Row]]:
     """Cut {prompt: its row} by prompt into train, validation and test.
 
-    A tenth validates, a fifth tests (100 and 300 rows at most), the rest trains. Which
-    prompt goes where depends on the seed and not on the order of the rows.
+    A tenth validates, a fifth tests (100 and 300 rows at most, one at least), the rest
+    trains. Which prompt goes where depends on the seed, not on the order of the rows.
     """
     _require(rows, source)
     order = list(_draw(rows, len(rows), seed).values())
-    test = min(len(rows) // 5, 300)
-    held = test + min(len(rows) // 10, 100)
+    test = _share(rows, 5, 300)
+    held = test + _share(rows, 10, 100)
     return {
         "train": order[held:],
         "validation": order[test:held],
@@ -112,7 +112,7 @@ def read_dataset(
         pooled = {p: row for rows in given.values() for p, row in rows.items()}
         return split_rows(pooled, seed, found)
     train, test = given["train"], given["test"]
-    held = given.get("validation") or _draw(train, min(len(train) // 10, 100), seed)
+    held = given.get("validation") or _draw(train, _share(train, 10, 100), seed)
     held = {p: row for p, row in held.items() if p not in test}
     train = {p: row for p, row in train.items() if p not in test and p not in held}
     _require(train, f"{found} (train, without the prompts of the others)")
@@ -235,8 +235,12 @@ def _require(rows, source) -> None:
     if len(rows) < MINIMUM:
         raise ValueError(
             f"{source} has {len(rows)} distinct prompts; at least {MINIMUM} are needed "
-            "to cut out a validation and a test split"
+            "for a training, a validation and a test split; some hundred teach more"
         )
+
+
+def _share(rows, part, most) -> int:
+    return min(max(1, len(rows) // part), most)
 
 
 def _draw(rows, n, seed) -> dict[str, Row]:

@@ -25,7 +25,7 @@ class Decoding:
 def against_first(
     candidates: dict[str, tuple[nn.Module, list[int]]],
     *,
-    tokens: int = 16,
+    tokens: int = 12,
     rounds: int = 7,
 ) -> dict[str, Decoding]:
     """Time greedy decoding of each candidate, in turn, against the first one.

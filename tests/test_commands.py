@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
 from peft_from_scratch import __main__ as command_line
-from peft_from_scratch import commands, compare, doctor, evaluate, report, templates
+from peft_from_scratch import (
+    chat,
+    commands,
+    compare,
+    doctor,
+    evaluate,
+    report,
+    templates,
+)
 from peft_from_scratch.__main__ import main
 from peft_from_scratch.recipe import Recipe
 from peft_from_scratch.rows import ROWS, Plan
@@ -336,7 +344,7 @@ def talk(base, monkeypatch, capsys):
         stdin = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
         with monkeypatch.context() as patch:
             patch.setattr("sys.stdin", stdin)
-            patch.setattr(commands, "encode_prompt", noting)
+            patch.setattr(chat, "encode_prompt", noting)
             assert main(["chat", "--base", base, *options]) == 0
         return capsys.readouterr().out, prompts
 
@@ -425,7 +433,7 @@ def test_the_newest_turns_that_fit_are_kept(base):
     model, tokenizer = pfs.load_model(base)
     for n in range(1, 12):
         turns = [(f"q{i}", "a" * n) for i in range(20)]
-        kept = commands._fitting(model, tokenizer, "", "now", turns, "raw")
+        kept = chat._fitting(model, tokenizer, "", "now", turns, "raw")
         assert 0 < len(kept) < 20 and kept == turns[-len(kept) :]
         lengths = [
             len(
@@ -514,7 +522,7 @@ def test_too_little_memory_is_a_sentence(base, data, tmp_path, monkeypatch, caps
 
 
 def test_a_runtime_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(commands, "chat", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(chat, "chat", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["chat"])
 
@@ -524,7 +532,7 @@ def test_a_runtime_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
     [
         ("train --data d --out o", (commands, "fine_tune"), True),
         ("compare", (compare, "compare"), True),
-        ("chat", (commands, "chat"), False),
+        ("chat", (chat, "chat"), False),
         ("merge --adapter a --out o", (commands, "merge_to_folder"), False),
         ("doctor", (doctor, "run"), False),
     ],

@@ -252,7 +252,7 @@ def test_the_general_text_is_long_enough_and_prose():
 BOOTSTRAP, GENERAL = evaluate.paired_bootstrap, evaluate.general_loss
 BUGS = {
     "the shared beginning is longer than shared": (
-        evaluate._shared,
+        evaluate.shared_tokens,
         "len(commonprefix(prompts))",
         "len(commonprefix(prompts)) + 1",
         answers_are_those_to_whole_prompts_one_by_one,

@@ -361,10 +361,11 @@ def test_every_bad_row_is_counted_and_twenty_are_listed(tmp_path):
 
 
 def test_too_few_rows_are_refused_with_the_minimum(tmp_path):
-    path = write(tmp_path / "rows.jsonl", *good(19), *good(19))
-    with pytest.raises(ValueError, match="19 distinct prompts; at least 20 are needed"):
+    path = write(tmp_path / "rows.jsonl", *good(2), *good(2))
+    with pytest.raises(ValueError, match="2 distinct prompts; at least 3 are needed"):
         load_task(path)
-    assert load_task(write(tmp_path / "rows.jsonl", *good(20)))
+    three = load_task(write(tmp_path / "rows.jsonl", *good(3)))
+    assert [len(three.train), len(three.validation), len(three.test)] == [1, 1, 1]
     with pytest.raises(ValueError, match="0 distinct prompts"):
         load_task(write(tmp_path / "empty.jsonl"))
     missing = f"none.jsonl does not exist: .* from {re.escape(os.getcwd())}"

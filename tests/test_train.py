@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import CONFIGS
+from architectures import CONFIGS, build
 from observe import assert_same, largest, refused, snapshot, values
 from planting import planted
 from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from peft_from_scratch import adapter, loss, scoped, train
+from peft_from_scratch.methods import lora
 from peft_from_scratch.recipe import History, Recipe, learning_rate, rows_of_step
 from peft_from_scratch.templates import collate, encode_rows
 
@@ -428,6 +429,19 @@ def test_flags_against_the_injection_are_refused():
     model.model.layers[1].mlp.up_proj.B.requires_grad_(False)
     with refused(model, "up_proj.B", "requires_grad=False"):
         run(model, recipe())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_biases_train_beside_the_adapters(compiled):
+    """Their names change when a module is wrapped, and when a model is compiled."""
+    model = build("opt")
+    run_on = torch.compile(model, backend="eager") if compiled else model
+    lora.inject(run_on, r=4, bias="lora_only")
+    before = values(model)
+    run(run_on, recipe(steps=4))
+    after = values(model)
+    assert any(name.endswith("fc1.bias") for name in after)
+    assert not [name for name in after if torch.equal(after[name], before[name])]
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])

@@ -332,7 +332,8 @@ def _spread(field, pattern, names, default) -> dict:
 
 
 def _biases(model, bias, targets) -> list[str]:
-    names = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"]
+    every = [targeting.uncompiled(name) for name, _ in model.named_parameters()]
+    names = [name for name in every if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
         names = [n for n in names if n.rpartition(".")[0] in targets]
     return names if bias != "none" else []
