@@ -281,8 +281,8 @@ with torch.no_grad():
     merge(model)
     folded = model(ids).logits
 moved = (folded - beside).abs().max().item()
-assert moved < 1e-4
-print("every logit moved by less than 0.0001:", moved < 1e-4)
+assert moved < 1e-3
+print("every logit moved by less than 0.001:", moved < 1e-3)
 print(f"{model.num_parameters():,} parameters, as at the start")
 
 # %%

@@ -33,15 +33,7 @@ def measure(
     """
     ready = adapt(row, plan, task, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
-    answers = evaluate.answer_rows(
-        ready.model,
-        ready.tokenizer,
-        task,
-        test,
-        template=ready.template,
-        examples=ready.examples,
-        progress=True,
-    )
+    answers = ready.answer(task, test)
     history, clock = ready.history, Clock()
     base, _ = load_model(plan.base, device=plan.device)
     adapter_folder = Path(plan.out) / "adapters" / f"{row.key}-{seed}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .budget import Memory
+from .evaluate import Answers, answer_rows
 from .methods import full, lora
 from .models import load_model
 from .recipe import History, Recipe
@@ -117,6 +118,18 @@ class Adapted:
     history: History | None = None  # None where nothing trained
     memory: Memory | None = None  # of a training step, counted
     seconds: float = 0.0  # that all of this took but for the training
+
+    def answer(self, task: Task, rows) -> Answers:
+        """Answer some rows of the task, in the template and after the examples."""
+        return answer_rows(
+            self.model,
+            self.tokenizer,
+            task,
+            rows,
+            template=self.template,
+            examples=self.examples,
+            progress=True,
+        )
 
 
 def adapt(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import atomic, evaluate
+from . import atomic
 from .provenance import ROOT, digest, provenance
 from .rows import Plan, Row, adapt
 from .tasks import Task
@@ -196,15 +196,7 @@ def _run_once(ground, row, setting) -> dict:
 def _run(plan: Plan, row: Row, setting: dict, task: Task) -> dict:
     ready = adapt(row, plan, task, setting, seed=0, search=True)
     rows = task.validation.select(range(min(VALIDATION_ROWS, len(task.validation))))
-    answers = evaluate.answer_rows(
-        ready.model,
-        ready.tokenizer,
-        task,
-        rows,
-        template=ready.template,
-        examples=ready.examples,
-        progress=True,
-    )
+    answers = ready.answer(task, rows)
     return {
         "setting": setting,
         "correct": sum(answers.correct),

@@ -12,6 +12,7 @@ import copy
 import logging
 import random
 
+import architectures
 import numpy
 import pytest
 import torch
@@ -49,6 +50,15 @@ def fresh_smollm2(loaded_smollm2):
     """fresh_smollm2() is a (model, tokenizer) of the caller's own."""
     model, tokenizer = loaded_smollm2
     return lambda: (copy.deepcopy(model), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The path of a folder with a random two-layer model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    architectures.build("llama").save_pretrained(folder)
+    architectures.byte_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def state(model):

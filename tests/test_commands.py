@@ -36,14 +36,6 @@ IDS = torch.arange(64, 80)[None]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    architectures.build("llama").save_pretrained(folder)
-    architectures.byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty rows of one's own."""
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", sayings())
