@@ -125,13 +125,14 @@ def frame(
 
 
 def _wrapped(figure: Figure, text: str, room: float, **font) -> Text:
-    """Text broken into lines of at most `room` inches; no line starts with a unit."""
+    """Text in lines of at most `room` inches, none of which starts with a unit."""
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     written = figure.text(0, 0, text, va="top", **font)
     columns = len(text)
     while written.get_window_extent().width > room * figure.dpi and columns > 1:
         columns -= 1
-        written.set_text(textwrap.fill(text, columns))
+        lines = textwrap.fill(text, columns, break_on_hyphens=False)
+        written.set_text(lines)
     return written
 
 
