@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .targets import Targets, named_modules, resolve, uncompiled
+from .targets import Targets, named_modules, resolve, shown, uncompiled
 
 
 class CannotMerge(ValueError):
@@ -273,15 +273,6 @@ def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
                 f"adapter_config.json sets {name[:99]}={shown(value)}, which is not "
                 "implemented here; loading without it would give another model"
             )
-
-
-def shown(value) -> str:
-    """The value as an error shows it, cut where a hostile file made it long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not spell out a number of thousands of digits
-        text = "a number too long to print"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def is_finite(value) -> bool:

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapter, atomic, patterns
-from .adapter import shown
 from .methods import full, lora
-from .targets import named_modules
+from .targets import named_modules, shown
 
 METHODS: dict[str, ModuleType] = {"LORA": lora, "FULL": full}  # peft_type -> its module
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Regular expressions from a file that somebody else wrote.
+"""How an adapter file names modules: reading what strangers wrote, and writing it.
 
 A regex of twenty characters can keep Python busy for years on one module's name, and
 nothing interrupts it. So a pattern that could is matched in a process of its own, which
@@ -9,10 +9,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from .adapter import shown
-from .targets import ENDS
+from torch import nn
+
+from .targets import ENDS, exactly, named_modules, refuse_no_mapping, shown
 
 SECONDS = 5.0  # for all patterns of one field together
 REPEATS = re.compile(r"[*+?{(]")  # without one of these, matching takes no detours
@@ -41,6 +42,34 @@ def select(
     return [set(each) for each in found]
 
 
+def resolved(field: str, pattern: dict | None, names: Iterable[str]) -> dict:
+    """A file's {pattern: value} with the exact pattern of each module instead.
+
+    The first pattern that matches a module decides, as in PEFT.
+    """
+    refuse_no_mapping(field, pattern)
+    found = select(list(pattern or {}), names, ends=True)
+    values = {}
+    for selected, value in zip(found, (pattern or {}).values(), strict=True):
+        values = dict.fromkeys(map(exactly, sorted(selected)), value) | values
+    return values
+
+
+def alone(name: str, names: Iterable[str]) -> str:
+    """The name; as a regex where it is also the end of another one's."""
+    shared = any(other.endswith(f".{name}") for other in names)
+    return exactly(name) if shared else name
+
+
+def shortest(model: nn.Module, wrapped: Collection[str]) -> list[str] | str:
+    """What selects the wrapped modules by PEFT's rule: ends, whole names, a regex."""
+    every = [name for name, _ in named_modules(model)]
+    for ends in ({name.rpartition(".")[2] for name in wrapped}, set(wrapped)):
+        if {n for n in every if _ends_with_one(n, ends)} == set(wrapped):
+            return sorted(ends)
+    return "|".join(map(re.escape, wrapped))
+
+
 def _fits(pattern, name) -> bool:
     try:
         return bool(re.fullmatch(pattern, name))
@@ -64,3 +93,8 @@ def _apart(whole, names, patterns) -> list[list[str]]:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"{shown(list(patterns))} holds what is no regex: {reason}")
     return json.loads(done.stdout)
+
+
+def _ends_with_one(name, ends) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in ends for i in range(len(parts)))

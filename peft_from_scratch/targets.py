@@ -68,9 +68,38 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == pattern or regex.fullmatch(name)]
 
 
+def shown(value) -> str:
+    """The value as an error shows it, cut where a hostile file made it long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not spell out a number of thousands of digits
+        text = "a number too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def exactly(name: str) -> str:
     """The pattern that matches this name and no longer one that ends like it."""
     return f"^{re.escape(name)}$"
+
+
+def refuse_no_mapping(field: str, pattern) -> None:
+    """ValueError unless it is {name or regex: value}, or None."""
+    if not isinstance(pattern, Mapping | None):
+        raise ValueError(
+            f"{field}={shown(pattern)} is no mapping {{module name or regex: value}}"
+        )
+
+
+def spread(field: str, pattern: Mapping | None, names: Iterable[str], default) -> dict:
+    """{name: value} of the first key of the pattern that matches it, else default."""
+    refuse_no_mapping(field, pattern)
+    values = {}
+    for key, value in (pattern or {}).items():
+        chosen = matching(key, names)
+        if not chosen:
+            raise ValueError(f"{field}: {key!r} matches none of the adapted modules")
+        values = dict.fromkeys(chosen, value) | values
+    return dict.fromkeys(names, default) | values
 
 
 def resolve(

@@ -21,7 +21,7 @@ from laws import Method
 from planting import planted
 from test_contract import METHODS, lora, low_rank
 
-from peft_from_scratch import adapter, atomic, exchange, targets
+from peft_from_scratch import adapter, atomic, exchange, patterns, targets
 from peft_from_scratch.adapter import Adapter
 from peft_from_scratch.methods import lora as method
 from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
@@ -140,7 +140,7 @@ LORA = {
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
-        method._spread,
+        targets.spread,
         "dict.fromkeys(chosen, value) | values",
         "values | dict.fromkeys(chosen, value)",
         lora_laws.every_argument_reaches_every_module,
@@ -420,7 +420,7 @@ FILES = {
         broken("another head"),
     ),
     "a name is taken for the end of a longer one": Bug(
-        method._alone,
+        patterns.alone,
         "exactly(name) if shared else name",
         "name",
         files.names_that_end_alike_are_told_apart,

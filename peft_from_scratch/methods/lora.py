@@ -8,7 +8,6 @@ in the place of d_in · d_out.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import adapter, patterns
 from .. import targets as targeting
 from ..adapter import Adapter, as_matrix, is_finite, refuse_unimplemented, sizes
-from ..targets import Targets, exactly
+from ..targets import Targets
 
 BIASES = ("none", "lora_only", "all")
 FILE_SUFFIXES = ("lora_A.weight", "lora_B.weight")
@@ -187,8 +186,8 @@ def inject(
         raise ValueError(
             "exclude and a ready {name: module}: leave it out of the latter"
         )
-    ranks = _spread("rank_pattern", rank_pattern, targets, r)
-    alphas = _spread("alpha_pattern", alpha_pattern, targets, alpha)
+    ranks = targeting.spread("rank_pattern", rank_pattern, targets, r)
+    alphas = targeting.spread("alpha_pattern", alpha_pattern, targets, alpha)
     names = {module: name for name, module in targets.items()}
 
     def wrap(base: nn.Module) -> LoRA:
@@ -224,8 +223,8 @@ def to_peft(model: nn.Module) -> dict:
     """
     ours = adapter.injected(model).config
     wrapped = adapter.adapters(model)
-    ranks = {_alone(n, wrapped): m.A.shape[0] for n, m in wrapped.items()}
-    alphas = {_alone(n, wrapped): m.alpha for n, m in wrapped.items()}
+    ranks = {patterns.alone(n, wrapped): m.A.shape[0] for n, m in wrapped.items()}
+    alphas = {patterns.alone(n, wrapped): m.alpha for n, m in wrapped.items()}
     return {
         "r": ours["r"],
         "lora_alpha": ours["alpha"],
@@ -235,7 +234,7 @@ def to_peft(model: nn.Module) -> dict:
         "rank_pattern": {n: r for n, r in ranks.items() if r != ours["r"]},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != ours["alpha"]},
         "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
-        "target_modules": _shortest(model, wrapped),
+        "target_modules": patterns.shortest(model, wrapped),
     }
 
 
@@ -249,7 +248,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise ValueError(
-            f"init_lora_weights={adapter.shown(start)} changed the base model, which "
+            f"init_lora_weights={targeting.shown(start)} changed the base model, which "
             "this file does not hold; convert it to a plain LoRA with PEFT first"
         )
     refuse_unimplemented(config, INERT | set(FIELDS.values()))
@@ -257,78 +256,28 @@ def from_peft(config: dict, names: list[str]) -> dict:
         ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config
     }
     for field in ("rank_pattern", "alpha_pattern"):
-        given[field] = _resolved(field, given.get(field), names)
+        given[field] = patterns.resolved(field, given.get(field), names)
     return {"alpha": PEFT_ALPHA, **given}
-
-
-def _resolved(field, pattern, names) -> dict:
-    """A pattern of a file, with the full name of each module that it matches."""
-    _refuse_no_mapping(field, pattern)
-    found = patterns.select(list(pattern or {}), names, ends=True)
-    values = {}
-    for selected, value in zip(found, (pattern or {}).values(), strict=True):
-        values = dict.fromkeys(map(exactly, sorted(selected)), value) | values
-    return values
-
-
-def _alone(name, names) -> str:
-    """The name; as a regex where it is also the end of another one's."""
-    shared = any(other.endswith(f".{name}") for other in names)
-    return exactly(name) if shared else name
-
-
-def _shortest(model, wrapped) -> list[str] | str:
-    """What selects the wrapped modules by PEFT's rule: ends, whole names, a regex."""
-    every = [name for name, _ in targeting.named_modules(model)]
-    for ends in ({name.rpartition(".")[2] for name in wrapped}, set(wrapped)):
-        if {n for n in every if _ends_with_one(n, ends)} == set(wrapped):
-            return sorted(ends)
-    return "|".join(map(re.escape, wrapped))
-
-
-def _ends_with_one(name, ends) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[i:]) in ends for i in range(len(parts)))
 
 
 def _check(r, alpha, rslora, dropout, d_out, d_in) -> None:
     bound = min(d_out, d_in)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
         raise ValueError(
-            f"r={adapter.shown(r)}: the rank must be a whole number from 1 to {bound}, "
-            f"the smaller side of a weight of {d_out} x {d_in}"
+            f"r={targeting.shown(r)}: the rank must be a whole number from 1 to "
+            f"{bound}, the smaller side of a weight of {d_out} x {d_in}"
         )
     if not (is_finite(alpha) and TINIEST < alpha < LARGEST):
         raise ValueError(
-            f"alpha={adapter.shown(alpha)}: allowed is a number above 0 that float32 "
+            f"alpha={targeting.shown(alpha)}: allowed is a number above 0 that float32 "
             "can hold"
         )
     if not (is_finite(dropout) and 0 <= dropout < 1):
         raise ValueError(
-            f"dropout={adapter.shown(dropout)}: allowed is a probability in [0, 1)"
+            f"dropout={targeting.shown(dropout)}: allowed is a probability in [0, 1)"
         )
     if not isinstance(rslora, bool):
         raise ValueError(f"{rslora=}: allowed are True and False")
-
-
-def _refuse_no_mapping(field, pattern) -> None:
-    if not isinstance(pattern, Mapping | None):
-        raise ValueError(
-            f"{field}={adapter.shown(pattern)} is no mapping {{module name or regex: "
-            "value}}"
-        )
-
-
-def _spread(field, pattern, names, default) -> dict:
-    """{name: value} of the first key of the pattern that matches it, else default."""
-    _refuse_no_mapping(field, pattern)
-    values = {}
-    for key, value in (pattern or {}).items():
-        chosen = targeting.matching(key, names)
-        if not chosen:
-            raise ValueError(f"{field}: {key!r} matches none of the adapted modules")
-        values = dict.fromkeys(chosen, value) | values
-    return dict.fromkeys(names, default) | values
 
 
 def _biases(model, bias, targets) -> list[str]:
