@@ -16,6 +16,7 @@ from planting import planted
 from peft_from_scratch import compare as comparing
 from peft_from_scratch import evaluate, rows, tuning
 from peft_from_scratch.measure import KEEP_BELOW, PARTS
+from peft_from_scratch.provenance import SHOWING
 from peft_from_scratch.rows import ROWS, Plan
 from peft_from_scratch.tasks import load_task
 
@@ -225,6 +226,14 @@ def test_other_weights_rows_or_code_are_another_configuration(plan, monkeypatch)
 
         patched.setattr(comparing, "load_model", nudged)
         assert comparing.look_at(plan).fingerprint != first
+
+
+def test_what_only_shows_results_is_named_as_it_is_called():
+    """A name that is wrong here would have its file's edits measured again, or not."""
+    package = Path(comparing.__file__).parent
+    assert all((package / name).exists() for name in SHOWING)
+    measuring = {"loss.py", "train.py", "lora.py", "generation.py", "evaluate.py"}
+    assert not measuring & SHOWING
 
 
 def test_the_command_says_what_was_asked():
