@@ -55,6 +55,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         **method.to_peft(model),
     }
     metadata = {"format": "pt", "vocab_size": str(rows)}
+    atomic.sweep(directory)  # what a killed save left
     with atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:
         save_file(tensors, new / WEIGHTS, metadata)
         text = json.dumps(config, indent=2, sort_keys=True)

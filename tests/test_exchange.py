@@ -13,7 +13,7 @@ from observe import assert_same, logits, refused, snapshot, train, values
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, exchange
+from peft_from_scratch import adapter, atomic, exchange
 from peft_from_scratch.adapter import adapters
 from peft_from_scratch.exchange import CONFIG, WEIGHTS
 
@@ -177,6 +177,13 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
 
 def test_a_failed_save_leaves_the_folder_as_it_was(monkeypatch, tmp_path):
     a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    leftover = tmp_path / f"{atomic.TEMPORARY}x1"
+    leftover.mkdir()
+    (leftover / WEIGHTS).write_bytes(b"half")
+    assert sorted(contents(saved(tmp_path))) == [CONFIG, WEIGHTS]
 
 
 def a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(folder, monkeypatch):
