@@ -11,37 +11,18 @@ again.
 import json
 import shlex
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from . import atomic, costs, evaluate, report
-from .checkpoint import sampled_crc
+from .ground import Ground, look_at
 from .measure import PARTS, measure
-from .models import describe, load_model
-from .provenance import code_digest, digest, provenance
+from .provenance import digest, provenance
 from .rows import Plan, Row
-from .tasks import Task, load_task
-from .templates import TEMPLATES
 from .tuning import RULE, Setting, search, settings_for
 
 REFERENCE = "few-shot"  # the row that the others' exact match is compared with
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What all rows of a comparison stand on, looked at once."""
-
-    plan: Plan
-    task: Task
-    name: str  # the base's own
-    description: str
-    dtype: str
-    device: torch.device
-    templates: tuple[str, ...]  # that the base's tokenizer can write
-    fingerprint: str  # of the base's weights, the task's rows and the code
 
 
 def compare(plan: Plan, *, tune: bool = False) -> dict:
@@ -72,28 +53,6 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     return result
 
 
-def look_at(plan: Plan) -> Ground:
-    """Load base and task once, so that what is wrong with them is said at once."""
-    Path(plan.out).mkdir(parents=True, exist_ok=True)
-    task = load_task(plan.task)
-    if plan.rows > len(task.test):
-        print(f"{task.name} has {len(task.test)} test rows: all of them are answered")
-        plan = replace(plan, rows=len(task.test))
-    model, tokenizer = load_model(plan.base, device=plan.device)
-    splits = [list(getattr(task, name)) for name in ("train", "validation", "test")]
-    weights = [sampled_crc(parameter) for parameter in model.parameters()]
-    return Ground(
-        plan=plan,
-        task=task,
-        name=model.config.name_or_path,
-        description=f"{describe(model)}, seeds {', '.join(map(str, plan.seeds))}",
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=next(model.parameters()).device,
-        templates=TEMPLATES if tokenizer.chat_template else ("raw",),
-        fingerprint=digest(weights, task.instruction, splits, code_digest()),
-    )
-
-
 def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
     """The row's figures, from its file where the same configuration was measured."""
     plan = ground.plan
@@ -117,7 +76,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
         return json.loads(file.read_text())
     print(f"  seed {seed}: {_told(setting.values)}")
     checkpoints = Path(plan.out) / "checkpoints" / key
-    figures = measure(row, plan, ground.task, setting.values, seed, checkpoints)
+    figures = measure(row, ground, setting.values, seed, checkpoints)
     figures |= {
         "key": row.key,
         "label": row.label,

@@ -20,13 +20,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import scoped
 from .loss import can_choose_logits
 from .models import positions
+from .progress import bar
 
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
 
@@ -67,7 +67,7 @@ def generate(
     with (
         scoped.mode(model, training=False),
         _greedy(model, stop_id, max_new_tokens),
-        _bar(len(prompts), progress) as bar,
+        bar("answer", "row", len(prompts), shown=progress) as told,
     ):
         cache = None if _slides(model, most) else _read(model, prefix)
         if cache is None:
@@ -78,7 +78,7 @@ def generate(
             new = _continue(model, cache, prefix, [prompts[i] for i in chosen], stop_id)
             for i, tokens in zip(chosen, new, strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
-            bar.update(len(chosen))
+            told.update(len(chosen))
     return answers
 
 
@@ -154,16 +154,6 @@ def _greedy(model, stop_id, max_new_tokens) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
-
-
-def _bar(rows: int, progress: bool) -> tqdm:
-    return tqdm(
-        desc="answer",
-        unit="row",
-        total=rows,
-        dynamic_ncols=True,
-        disable=None if progress else True,  # None: only where somebody can see it
-    )
 
 
 def _check_length(model, tokens) -> None:

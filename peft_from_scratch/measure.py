@@ -4,15 +4,15 @@ import tempfile
 import time
 from copy import deepcopy
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from . import adapter, budget, evaluate, exchange, timing
+from .ground import Ground
 from .models import load_model
-from .rows import Adapted, Plan, Row, adapt
+from .rows import Adapted, Row, adapt
 from .tasks import Task
 from .templates import encode_prompt, stop_token
 
@@ -24,13 +24,14 @@ PARTS = ("prepare", "train", "answer", "count", "general", "decode")
 
 
 def measure(
-    row: Row, plan: Plan, task: Task, setting: dict, seed: int, checkpoints: Path
+    row: Row, ground: Ground, setting: dict, seed: int, checkpoints: Path
 ) -> dict:
     """Adapt the base by one row and measure it; plain data, as JSON can hold it.
 
     Memory is that of a training step, where the row trains, else that of answering one
     batch. Decoding and merging are measured against an untouched copy of the base.
     """
+    plan, task = ground.plan, ground.task
     ready = adapt(row, plan, task, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
     answers = ready.answer(task, test)
@@ -49,7 +50,7 @@ def measure(
     prepare = ready.seconds + clock.lap()
     figures["memory"] = _memory(ready, task, test)
     count = clock.lap()
-    figures["forgetting"] = _forgetting(plan, ready)
+    figures["forgetting"] = _forgetting(ground.general, ready)
     general = clock.lap()
     figures |= _inference(base, ready, task, test)
     seconds = {
@@ -121,14 +122,7 @@ def _memory(ready: Adapted, task: Task, test) -> dict:
     return {**asdict(memory), "when": "answering"}
 
 
-@cache
-def _general_of_base(base: str, device: str | None) -> float:
-    """Read once: it is the same for every row and seed."""
-    return evaluate.general_loss(*load_model(base, device=device))
-
-
-def _forgetting(plan: Plan, ready: Adapted) -> dict:
-    before = _general_of_base(plan.base, plan.device)
+def _forgetting(before: float, ready: Adapted) -> dict:
     trained = ready.history is not None
     after = evaluate.general_loss(ready.model, ready.tokenizer) if trained else before
     return {"before": before, "after": after, "change": after - before}

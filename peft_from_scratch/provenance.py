@@ -15,7 +15,8 @@ PACKAGES = ("torch", "transformers", "datasets", "safetensors", "peft-from-scrat
 ROOT = Path(__file__).parents[1]  # of the repository, where there is one
 SHOWING = {  # what only shows results: no figure changes where these do
     *("columns.py", "costs.py", "doctor.py", "figures.py", "findings.py"),
-    *("plotting.py", "readme.py", "report.py", "__main__.py", "commands.py", "chat.py"),
+    *("plotting.py", "progress.py", "readme.py", "report.py"),
+    *("__main__.py", "chat.py", "commands.py"),
 }
 
 

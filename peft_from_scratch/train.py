@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import checkpoint, scoped
 from .adapter import trainable
 from .budget import Memory, measure_step
 from .checkpoint import Run
 from .loss import Row, accumulate_gradients, batch_of, mean_loss
+from .progress import bar
 from .recipe import History, Recipe, learning_rate, rows_of_step
 from .templates import encode_rows
 
@@ -76,7 +76,8 @@ def train(
         history = run.history
         start = time.perf_counter() - history.seconds
         before = _fingerprints(run) if history.steps < MOVED_AFTER else {}
-        with _bar(recipe, history, progress) as bar:
+        done, steps = history.steps, recipe.steps
+        with bar("train", "step", steps, done=done, shown=progress) as told:
             while not _finished(history, recipe):
                 _step(model, run, _micro_batches(rows, recipe, history.steps), recipe)
                 if history.steps == MOVED_AFTER:
@@ -88,8 +89,8 @@ def train(
                 due = stop or _due(recipe.checkpoint_every, history, recipe)
                 if checkpoints and due:
                     checkpoint.save(run, checkpoints, settings)
-                bar.set_postfix_str(_figures(history), refresh=False)
-                bar.update()
+                told.set_postfix_str(_figures(history), refresh=False)
+                told.update()
                 if on_step:
                     on_step(history)
                 if stop:
@@ -272,17 +273,6 @@ def _refuse_unmoved(run: Run, before: dict[str, int]) -> None:
             "the forward pass does not use; reentrant gradient checkpointing over "
             "frozen embeddings; a rate whose updates half precision rounds away"
         )
-
-
-def _bar(recipe: Recipe, history: History, progress: bool) -> tqdm:
-    return tqdm(
-        desc="train",
-        unit="step",
-        total=recipe.steps,
-        initial=history.steps,
-        dynamic_ncols=True,
-        disable=None if progress else True,  # None: only where somebody can see it
-    )
 
 
 def _figures(history: History) -> str:

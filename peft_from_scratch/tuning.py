@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from . import atomic
+from .ground import Ground
 from .provenance import ROOT, digest, provenance
 from .rows import Plan, Row, adapt
 from .tasks import Task
@@ -113,13 +114,11 @@ def grid(row: Row, templates: tuple[str, ...] = TEMPLATES) -> list[dict]:
     return [{"template": template} for template in templates]
 
 
-def search(ground) -> Path:
+def search(ground: Ground) -> Path:
     """Search every chosen row's grid on validation; write, and return, the tuning file.
 
     Each run is written as soon as it is done: an interrupted search goes on.
 
-    Args
-        ground  of compare.look_at
     Raises  ValueError  the best learning rate is still at an end after GROWTH more
     """
     plan = ground.plan
@@ -175,7 +174,7 @@ def choose(row: Row, runs: list[dict]) -> dict:
     return best
 
 
-def _run_once(ground, row, setting) -> dict:
+def _run_once(ground: Ground, row: Row, setting: dict) -> dict:
     plan = ground.plan
     asked = (
         ground.fingerprint,

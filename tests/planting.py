@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
 
 @contextmanager
 def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
@@ -23,6 +25,12 @@ def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
         yield
     finally:
         function.__code__ = sound
+
+
+def assert_caught(function, right, wrong, law, *, errors=AssertionError) -> None:
+    """With the bug planted, the law fails; a test of its own runs it on sound code."""
+    with planted(function, right, wrong), pytest.raises(errors):
+        law()
 
 
 def _compiled(function, source):

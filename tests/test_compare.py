@@ -14,7 +14,7 @@ import torch
 from planting import planted
 
 from peft_from_scratch import compare as comparing
-from peft_from_scratch import evaluate, rows, tuning
+from peft_from_scratch import evaluate, ground, rows, tuning
 from peft_from_scratch.measure import KEEP_BELOW, PARTS
 from peft_from_scratch.provenance import SHOWING
 from peft_from_scratch.rows import ROWS, Plan
@@ -201,31 +201,31 @@ def test_a_wrong_plan_is_refused(wrong):
 
 
 def test_where_rows_are_few_all_are_answered(plan, capsys):
-    ground = comparing.look_at(replace(plan, rows=10_000))
-    assert ground.plan.rows == 320
+    looked = ground.look_at(replace(plan, rows=10_000))
+    assert looked.plan.rows == 320
     assert "320 test rows" in capsys.readouterr().out
 
 
 def test_other_weights_rows_or_code_are_another_configuration(plan, monkeypatch):
-    first = comparing.look_at(plan).fingerprint
-    assert comparing.look_at(replace(plan, out=f"{plan.out}/b")).fingerprint == first
+    first = ground.look_at(plan).fingerprint
+    assert ground.look_at(replace(plan, out=f"{plan.out}/b")).fingerprint == first
     with monkeypatch.context() as patched:
-        patched.setattr(comparing, "code_digest", lambda: "edited")
-        assert comparing.look_at(plan).fingerprint != first
+        patched.setattr(ground, "code_digest", lambda: "edited")
+        assert ground.look_at(plan).fingerprint != first
     with monkeypatch.context() as patched:
-        sound = comparing.load_task
-        patched.setattr(comparing, "load_task", lambda name: sound(name, seed=1))
-        assert comparing.look_at(plan).fingerprint != first
+        sound = ground.load_task
+        patched.setattr(ground, "load_task", lambda name: sound(name, seed=1))
+        assert ground.look_at(plan).fingerprint != first
     with monkeypatch.context() as patched:
-        sound = comparing.load_model
+        sound = ground.load_model
 
         def nudged(*asked, **how):
             model, tokenizer = sound(*asked, **how)
             next(model.parameters()).data[0, 0] += 1
             return model, tokenizer
 
-        patched.setattr(comparing, "load_model", nudged)
-        assert comparing.look_at(plan).fingerprint != first
+        patched.setattr(ground, "load_model", nudged)
+        assert ground.look_at(plan).fingerprint != first
 
 
 def test_what_only_shows_results_is_named_as_it_is_called():
@@ -259,9 +259,9 @@ def test_a_base_without_a_chat_template_is_compared_in_plain_text(plan, tmp_path
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     plan = replace(plan, base=str(folder), out=str(tmp_path / "out"), methods=("lora",))
-    ground = comparing.look_at(plan)
-    assert ground.templates == ("raw",)
-    setting = tuning.settings_for(plan, ROW["lora"], ground.templates)
+    looked = ground.look_at(plan)
+    assert looked.templates == ("raw",)
+    setting = tuning.settings_for(plan, ROW["lora"], looked.templates)
     assert setting.values["template"] == "raw" and "chat template" in setting.warning
     assert {s["template"] for s in tuning.grid(ROW["few-shot"], ("raw",))} == {"raw"}
     (row,) = comparing.compare(plan)["rows"]
@@ -334,7 +334,7 @@ def test_a_grid_grows_until_the_optimum_is_inside(plan, monkeypatch, optimum):
 
     monkeypatch.setattr(tuning, "_run_once", answered)
     plan = replace(plan, methods=("lora",), out=f"{plan.out}/grown")
-    file = tuning.search(comparing.look_at(plan))
+    file = tuning.search(ground.look_at(plan))
     (found,) = tuning.read(file).values()
     rates = [r["setting"]["lr"] for r in found["runs"]]
     assert found["chosen"]["lr"] == optimum
@@ -351,7 +351,7 @@ def test_a_grid_that_never_holds_the_optimum_ends_in_an_error(plan, monkeypatch)
 
     monkeypatch.setattr(tuning, "_run_once", answered)
     with pytest.raises(ValueError, match="an end of the grid"):
-        tuning.search(comparing.look_at(replace(plan, methods=("lora",))))
+        tuning.search(ground.look_at(replace(plan, methods=("lora",))))
     assert len(asked) == len(ROW["lora"].learning_rates) + tuning.GROWTH
 
 
@@ -367,17 +367,17 @@ def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
     (Path(plan.out) / "tuning.json").unlink()
     plan = replace(plan, methods=("zero-shot",))
     monkeypatch.setattr(tuning, "VALIDATION_ROWS", 3)
-    ground = comparing.look_at(plan)
-    tuning.search(ground)
+    looked = ground.look_at(plan)
+    tuning.search(looked)
     setting = tuning.settings_for(plan, ROW["zero-shot"])
     assert setting.warning is None and setting.runs == 2 and not setting.shipped
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "adapt", never)
-        tuning.search(ground)
+        tuning.search(looked)
     monkeypatch.setattr(tuning, "VALIDATION_ROWS", 4)
     monkeypatch.setattr(tuning, "adapt", never)
     with pytest.raises(AssertionError, match="measured again"):
-        tuning.search(ground)
+        tuning.search(looked)
 
 
 def test_a_task_without_a_search_takes_the_donors_and_says_so(base, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import CONFIGS, VOCAB, build
 from observe import assert_same, snapshot
-from planting import planted
+from planting import assert_caught
 from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, logging
 
@@ -305,6 +305,4 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
-    function, right, wrong, law = BUGS[bug]
-    with planted(function, right, wrong), pytest.raises(CAUGHT):
-        law()
+    assert_caught(*BUGS[bug], errors=CAUGHT)

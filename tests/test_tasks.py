@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import planted
+from planting import assert_caught
 
 from peft_from_scratch import task_orders, task_rows, task_terms
 from peft_from_scratch.tasks import load_task
@@ -615,6 +615,4 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
-    function, right, wrong, law = BUGS[bug]
-    with planted(function, right, wrong), pytest.raises(AssertionError):
-        law()
+    assert_caught(*BUGS[bug])

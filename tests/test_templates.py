@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import build, byte_tokenizer
-from planting import planted
+from planting import assert_caught
 from tokenizers import processors
 
 from peft_from_scratch import templates
@@ -320,9 +320,7 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
-    function, right, wrong, law = BUGS[bug]
-    with planted(function, right, wrong), pytest.raises(AssertionError):
-        law()
+    assert_caught(*BUGS[bug])
 
 
 def test_the_ignored_label_is_the_one_that_torch_leaves_out():

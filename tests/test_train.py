@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, build
 from observe import assert_same, largest, refused, snapshot, values
-from planting import planted
+from planting import assert_caught, planted
 from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from torch import nn
 from transformers import (
@@ -599,9 +599,7 @@ CAUGHT = (AssertionError, pytest.fail.Exception)  # the second: nothing was rais
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
-    function, right, wrong, law = BUGS[bug]
-    with planted(function, right, wrong), pytest.raises(CAUGHT):
-        law()
+    assert_caught(*BUGS[bug], errors=CAUGHT)
 
 
 def test_the_last_weights_in_place_of_the_best_are_caught(monkeypatch):
