@@ -1,0 +1,102 @@
+"""Intervals of claims: over seeds, over items within seeds, and of paired runs."""
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+
+from ..claim import Invalid
+from ..runs import Run
+
+CONFIDENCE = 0.95
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """mean, low, high of one value a seed, by Student's t.
+
+        mean ± t(0.975, n - 1) s / √n           n values, s their standard deviation
+
+    Three seeds give ± 2.5 s: few of them decide little, and this says how little.
+
+    Raises  Invalid  fewer than two seeds
+    """
+    if len(values) < 2:
+        raise Invalid(f"{len(values)} seed has no interval: at least two are needed")
+    n, mean = len(values), fmean(values)
+    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * stdev(values) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def t_quantile(p: float, df: int) -> float:
+    """Quantile p > 1/2 of Student's t, by bisection of its distribution function.
+
+    With t = √df tan θ, the density is proportional to cos(θ)^(df - 1): smooth, so that
+    Gauss and Legendre's 64 points integrate it to rounding error for the df of seeds.
+    """
+    points, weights = np.polynomial.legendre.leggauss(64)
+
+    def integral(angle):
+        return angle / 2 * weights @ np.cos(angle / 2 * (points + 1)) ** (df - 1)
+
+    low, high = 0.0, np.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = 0.5 + integral(middle) / (2 * integral(np.pi / 2)) < p
+        low, high = (middle, high) if below else (low, middle)
+    return float(df**0.5 * np.tan(low))
+
+
+def nested_bootstrap(
+    values: Sequence[Sequence[float]], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over seeds and items, with a percentile interval.
+
+    Seeds are drawn with replacement, and within each drawn seed its items.
+
+    Args
+        values  (seeds, items); for a paired difference, the differences
+    """
+    table = np.asarray(values, dtype=float)
+    generator = np.random.default_rng(seed)
+    seeds, items = table.shape
+    rows = generator.integers(seeds, size=(draws, seeds, 1))
+    means = np.empty(draws)
+    for i in range(draws):
+        drawn = generator.integers(items, size=(seeds, items))
+        means[i] = table[rows[i], drawn].mean()
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(table.mean()), float(low), float(high)
+
+
+def paired(a: Sequence[Run], b: Sequence[Run]) -> tuple[float, float, float]:
+    """Test loss of a minus that of b, nats per label token: same seeds, rows, order.
+
+    The interval is the wider one at each end of two: over seeds, by t, which knows that
+    they are few; and over items within seeds, which knows that other test rows would
+    have given another mean.
+
+    Raises  Invalid  runs that do not pair, or one that diverged
+    """
+    a, b = (sorted(runs, key=lambda run: run.config["seed"]) for runs in (a, b))
+    _refuse_unpaired(a, b)
+    differences = [
+        np.subtract(x.result["test_items"], y.result["test_items"])
+        for x, y in zip(a, b, strict=True)
+    ]
+    mean, *seeds = over_seeds([float(d.mean()) for d in differences])
+    _, *items = nested_bootstrap(differences)
+    return mean, min(seeds[0], items[0]), max(seeds[1], items[1])
+
+
+def _refuse_unpaired(a: Sequence[Run], b: Sequence[Run]) -> None:
+    for run in (*a, *b):
+        if run.result["diverged"]:
+            raise Invalid(f"{run.key} diverged: {run.result['diverged']}")
+    for name in ("seed", "test", "n", "task", "base_digest"):
+        ours, theirs = ([run.config[name] for run in runs] for runs in (a, b))
+        if ours != theirs:
+            raise Invalid(f"runs with {name} {ours} do not pair with {theirs}")
+    ours, theirs = ([run.result["rows_digest"] for run in runs] for runs in (a, b))
+    if ours != theirs:
+        raise Invalid("runs of one seed were trained or tested on different rows")
