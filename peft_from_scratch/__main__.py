@@ -13,7 +13,8 @@ from pathlib import Path
 METHODS = ("lora", "full")  # what `train --method` knows
 ROW_KEYS = ("zero-shot", "few-shot", "full", "lora-attention", "lora")
 TEMPLATES = ("chat", "raw")
-RESUMABLE = ("compare", "train")
+RESUMABLE = ("compare", "train", "ledger")
+SCALES = ("tiny", "smollm2")  # the bases that claims are judged at
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _train(commands)
     _chat(commands)
     _merge(commands)
+    _ledger(commands)
     return top
 
 
@@ -156,6 +158,20 @@ def _merge(commands) -> None:
     command.set_defaults(run=run_merge)
 
 
+def _ledger(commands) -> None:
+    command = _command(
+        commands, "ledger", "the textbook's claims, and what their runs say of them"
+    )
+    command.add_argument("ids", nargs="*", metavar="ID", help="claims; by default all")
+    command.add_argument(
+        "--run", action="store_true", help="make the runs that are missing first"
+    )
+    command.add_argument(
+        "--base", choices=SCALES, help="only at this scale; by default at both"
+    )
+    command.set_defaults(run=run_ledger)
+
+
 def _command(commands, name, text):
     command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
     command.set_defaults(name=name)
@@ -221,6 +237,25 @@ def run_merge(options) -> None:
     from .commands import merge_to_folder
 
     merge_to_folder(options)
+
+
+def run_ledger(options) -> None:
+    from . import ledger
+
+    ids = options.ids or list(ledger.CLAIMS)
+    claims = [ledger.claim(id) for id in ids]  # an unknown one is said before any run
+    scales = (options.base,) if options.base else SCALES
+    if options.run:
+        ledger.make_runs(ids, scales)
+    rows = ledger.rows()
+    print(ledger.table([row for row in rows if row["id"] in ids], scales))
+    for claim in claims:
+        for reason in ledger.reasons(claim, scales):
+            print(f"  {reason}")
+    if ledger.write(rows):
+        print(
+            f"\n{ledger.FILE} is written anew: the runs say something else than it did"
+        )
 
 
 if __name__ == "__main__":

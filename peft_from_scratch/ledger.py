@@ -162,11 +162,11 @@ def _make_runs(claim: Claim, scale: str) -> None:
             told.total += len(known.missing)
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The ledger for a terminal, and how sure it is."""
+def table(rows: Sequence[dict], scales: Sequence[str] = SCALES) -> str:
+    """The ledger for a terminal, and how sure it is; * marks a row's own scale."""
     lines = [("claim", "notebook", "scale", "measured", "interval", "verdict")]
     for row in rows:
-        for scale in reversed(SCALES):
+        for scale in reversed(scales):
             lines.append(_line(row, scale))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -192,10 +192,10 @@ def could_flip(rows: Sequence[dict]) -> str:
     )
 
 
-def reasons(ids: Iterable[str], scales: Iterable[str] = SCALES) -> list[str]:
-    """Why claims have no verdict at some scale, a line each."""
-    found = [(id, scale, judge(claim(id), scale)) for id in ids for scale in scales]
-    return [f"{id} on {scale}: {j.reason}" for id, scale, j in found if j.reason]
+def reasons(claim: Claim, scales: Iterable[str] = SCALES) -> list[str]:
+    """Why a claim has no verdict at some of these scales, a line each."""
+    found = [(scale, judge(claim, scale).reason) for scale in scales]
+    return [f"{claim.id} on {scale}: {reason}" for scale, reason in found if reason]
 
 
 def _line(row: dict, scale: str) -> tuple[str, ...]:

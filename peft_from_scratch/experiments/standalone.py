@@ -23,6 +23,7 @@ from .. import adapter, exchange, runs
 from ..claim import Claim, Measured, Rule
 from ..methods import full, lora
 from ..models import load_model
+from ..pretrained import quiet_transformers
 from ..runs import Run
 from .finetune import randomize
 
@@ -148,8 +149,7 @@ def _write_base(folder: Path, name: str) -> int:
     A tied weight counts once.
     """
     base, tokenizer = load_model(name, device="cpu")
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    _save(base, tokenizer, folder / "base")
     return sum(parameter.nbytes for parameter in base.parameters())
 
 
@@ -160,8 +160,7 @@ def _write_models(folder: Path, config: dict) -> Tensor:
         full.inject(model)
         _disturb(model, copy)
         adapter.merge(model)  # nothing to fold in: the trained weights are the model
-        model.save_pretrained(folder / f"model-{copy}")
-        tokenizer.save_pretrained(folder / f"model-{copy}")
+        _save(model, tokenizer, folder / f"model-{copy}")
         if copy == 0:
             logits = _logits(model)
     return logits
@@ -184,6 +183,12 @@ def _with_base(folder: Path) -> Tensor:
     model, _ = load_model(folder / "base", device="cpu")
     exchange.load(model, folder / "adapter-0")
     return _logits(model)
+
+
+def _save(model: nn.Module, tokenizer, folder: Path) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -1,0 +1,157 @@
+"""F4: when to fine-tune fully. Loss against rows, near the pretraining and far from it.
+
+Full fine-tuning and LoRA learn a near and a far task from a hundred to ten thousand
+rows, with the same number of optimizer steps and early stopping on validation. The
+learning rate is searched for each method, task and size with the same budget.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from ..claim import Claim, Invalid, Measured, Rule
+from ..runs import Run
+from . import finetune
+from .intervals import paired
+from .rates import best_inside, search
+
+NEAR, FAR, CONTROL = "gap-1", "gap-3", "gap-1-random"
+SIZES = (100, 1000, 10_000)  # training rows
+RATES = {"full": (1e-3, 3e-3, 1e-2), "lora": (3e-3, 1e-2, 3e-2)}  # to begin with
+SEEDS = (0, 1, 2, 3, 4)
+TUNED_ON = 0  # the seed whose validation loss chooses the rate
+STEPS, BATCH = 320, 32  # ten thousand rows are seen once, a hundred at most 102 times
+FOR_FULL = [(FAR, 10_000)]  # where the textbook's conditions all hold
+FOR_LORA = [(NEAR, 100), (NEAR, 1000)]  # where none of them does
+
+Cell = tuple[str, int]  # task, rows
+
+
+def config(task: str, n: int, method: str, lr: float, seed: int) -> dict:
+    return finetune.config(
+        base="tiny",
+        task=task,
+        method=method,
+        lr=lr,
+        seed=seed,
+        n=n,
+        steps=STEPS,
+        batch=BATCH,
+        validate_every=20,
+        patience=3,
+    )
+
+
+def cells() -> list[Cell]:
+    return [(task, n) for task in (NEAR, FAR) for n in SIZES]
+
+
+def configs(scale: str) -> list[dict]:
+    """The searches first; then all seeds at the rates they chose, and the control."""
+    if scale != "tiny":
+        return []
+    known, chosen = [], {}
+    for task, n in cells():
+        for method, rates in RATES.items():
+            found, best = search(
+                lambda lr, cell=(task, n, method): config(*cell, lr, TUNED_ON), rates
+            )
+            known += found
+            chosen[task, n, method] = best
+    if None in chosen.values():
+        return known
+    known += [config(*cell, lr, seed) for cell, lr in chosen.items() for seed in SEEDS]
+    for method in RATES:
+        lr = chosen[NEAR, 1000, method]
+        known += [config(CONTROL, 1000, method, lr, seed) for seed in SEEDS]
+    return list({str(each): each for each in known}.values())  # the searches' seed once
+
+
+def tuned(found: Sequence[Run], cell: Cell, method: str) -> list[Run]:
+    """The runs of a cell at the rate that its search chose; Invalid at a grid's end."""
+    task, n = cell
+    here = [
+        run
+        for run in found
+        if (run.config["task"], run.config["n"], run.config["method"])
+        == (task, n, method)
+    ]
+    searched = [run for run in here if run.config["seed"] == TUNED_ON]
+    best = best_inside({r.config["lr"]: r.result["validation_loss"] for r in searched})
+    return [run for run in here if run.config["lr"] == best]
+
+
+def advantage(found: Sequence[Run], cell: Cell) -> tuple[float, float, float]:
+    """Test loss of LoRA minus that of full fine-tuning, paired: above 0, full wins."""
+    return paired(tuned(found, cell, "lora"), tuned(found, cell, "full"))
+
+
+def measured(found: Sequence[Run]) -> Measured:
+    """What the advice gains where it gains least.
+
+    smaller of   loss(LoRA) - loss(full)   where the textbook says full
+                 loss(full) - loss(LoRA)   where it does not
+    """
+    _refuse_learnable_control(found)
+    full = [advantage(found, cell) for cell in FOR_FULL]
+    lora = [tuple(-x for x in advantage(found, cell)) for cell in FOR_LORA]
+    lora = [(value, high, low) for value, low, high in lora]  # the signs have turned
+    value, low, high = (min(_means(full)[i], _means(lora)[i]) for i in range(3))
+    figures = {
+        "full": f"{_means(full)[0]:+.3f}",
+        "lora": f"{_means(lora)[0]:+.3f}",
+        "near_large": f"{advantage(found, (NEAR, 10_000))[0]:+.3f}",
+        "far_small": f"{advantage(found, (FAR, 100))[0]:+.3f}",
+    }
+    return Measured(value, low, high, SEEDS, figures)
+
+
+def _means(triples) -> tuple[float, ...]:
+    return tuple(map(fmean, zip(*triples, strict=True)))
+
+
+def _refuse_learnable_control(found: Sequence[Run]) -> None:
+    """Invalid where labels that say nothing were learned as well as the real ones."""
+    for method in RATES:
+        real = fmean(r.result["test_loss"] for r in tuned(found, (NEAR, 1000), method))
+        noise = [
+            run.result["test_loss"]
+            for run in found
+            if (run.config["task"], run.config["method"]) == (CONTROL, method)
+        ]
+        if not fmean(noise) > real:
+            raise Invalid(f"{method} learns random labels as well as the real ones")
+
+
+INSTEAD = (
+    "On a model of a million parameters, full fine-tuning is {full} nats ahead of LoRA "
+    "with ten thousand rows of a far task, and LoRA {lora} nats ahead of it with up to "
+    "a thousand rows of a near one. Full is {far_small} nats ahead with a hundred rows "
+    "of the far task, and {near_large} with ten thousand of the near one"
+)
+CLAIMS = (
+    Claim(
+        id="F4",
+        notebook="01",
+        statement=(
+            "Full fine-tuning is for more than ten thousand examples, tasks far from "
+            "the pretraining, and the highest quality"
+        ),
+        rule=Rule(
+            words=(
+                "What the advice gains where it gains least: the smaller of LoRA's "
+                "test loss minus full fine-tuning's with 10,000 rows of a far task, "
+                "and full fine-tuning's minus LoRA's with 100 and 1,000 rows of a near "
+                "one; rates searched for each with the same budget, equal steps, early "
+                "stopping, paired over seeds and rows; valid only if random labels are "
+                "learned worse"
+            ),
+            unit="nats per token",
+            verdicts=("refuted here", "confirmed with limits", "confirmed"),
+            edges=(0.0, 0.02),
+        ),
+        configs=configs,
+        measured=measured,
+        measuring=(tuned, advantage, paired, best_inside),
+        say_instead={"refuted here": INSTEAD, "confirmed with limits": INSTEAD},
+    ),
+)
