@@ -20,6 +20,7 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -67,6 +68,25 @@ def look(key: str) -> tuple[str, str]:
     number = zlib.crc32(key.encode())
     unlisted = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
     return LOOKS.get(key, unlisted)
+
+
+def readable(colour: str) -> str:
+    """The ink, black or white, that stands out more on a colour."""
+
+    def against(ink: str) -> float:  # WCAG 2's contrast ratio
+        low, high = sorted((_luminance(ink), _luminance(colour)))
+        return (high + 0.05) / (low + 0.05)
+
+    return max((LIGHT.ink, LIGHT.paper), key=against)
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of sRGB, in [0, 1]."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in to_rgb(colour)
+    ]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @contextmanager
