@@ -481,6 +481,12 @@ def test_the_bill_is_the_closed_form(recipe, dtype, weights, state):
     assert counted["gradients"] == weights * numbers
     assert counted["optimizer"] == state * numbers + 4 * found["tensors"]
     assert sum(found["state"].values()) == counted["optimizer"]
+    held = counted["weights"] + counted["optimizer"]
+    assert held + counted["gradients"] < counted["peak"]
+    assert counted["peak"] <= held + max(
+        counted["gradients"] + counted["activations"],
+        counted["gradients"] + counted["temporaries"],
+    )
 
 
 def test_activations_grow_with_the_tokens():

@@ -91,7 +91,9 @@ def compute(config: dict) -> dict:
     """Count the bytes of one full fine-tuning step.
 
     Returns  parameters, tensors
-        bytes          {weights, gradients, optimizer, activations, peak}
+        bytes          {weights, gradients, optimizer, activations, temporaries, peak}:
+                       activations of forward and backward; temporaries of the
+                       optimizer's step; the peak of a step that finds its states there
         state          bytes of the optimizer's tensors by name: master, exp_avg, …
         per_parameter  the first three of bytes, over parameters
     """
@@ -119,11 +121,20 @@ def counted(model: nn.Module, recipe: str, batch: int = 1, length: int = 64) -> 
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
     ids = ids.to(parameters[0].device)
     model.train()
-    with Meter(model) as meter:
+    with Meter(model) as learning:
         accumulate_gradients(model, [{"input_ids": ids, "labels": ids}])
+    with Meter(model) as updating:
         optimizer.step()
-    memory, numbers = meter.memory(), sum(p.numel() for p in parameters)
-    bill = {row: getattr(memory, row) for row in (*ROWS, "activations", "peak")}
+    learning, updating = learning.memory(), updating.memory()
+    numbers = sum(p.numel() for p in parameters)
+    bill = {
+        "weights": learning.weights,
+        "gradients": learning.gradients,
+        "optimizer": updating.optimizer,
+        "activations": learning.activations,
+        "temporaries": updating.activations,
+        "peak": max(learning.peak + updating.optimizer, updating.peak),
+    }
     return {
         "parameters": numbers,
         "tensors": len(parameters),
