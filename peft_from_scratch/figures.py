@@ -22,8 +22,13 @@ from .plotting import (
     frame,
     interval,
     legend,
+    look,
+    name_stacks,
+    name_y,
     place_labels,
+    point,
     spread,
+    stack,
     style,
 )
 from .recipe import History
@@ -50,9 +55,10 @@ def quality_against_parameters(
         figure, axes, points = _quality(result, rows, width, FOOT, theme)
         if place_labels(axes, [row["label"] for row in rows], points):
             return figure
-        room = legend(figure, rows, theme)
+        handles = [point(look(row["key"]), theme, label=row["label"]) for row in rows]
+        room = legend(figure, handles)
         figure, *_ = _quality(result, rows, width, FOOT + room, theme)
-        legend(figure, rows, theme)
+        legend(figure, handles)
         return figure
 
 
@@ -76,7 +82,7 @@ def _quality(
         axes.axhspan(low, high, color=theme.faint, alpha=0.6, linewidth=0, zorder=0)
     places = _parameter_axis(axes, [row["trainable"] for row in rows], theme)
     points = [
-        interval(axes, x, *_percents(row), row["key"], theme)
+        interval(axes, x, *_percents(row), look(row["key"]), theme)
         for x, row in zip(_side_by_side(places, rows), rows, strict=True)
     ]
     return figure, axes, points
@@ -90,11 +96,7 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_ylim(-4, 104)  # whole markers at 0 and at 100
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y")
-    _name_y(axes, "Exact match, % of test rows")
-
-
-def _name_y(axes: Axes, name: str) -> None:
-    axes.text(0, 1.03, name, transform=axes.transAxes, size=SMALL)
+    name_y(axes, "Exact match, % of test rows")
 
 
 def _parameter_axis(axes: Axes, counts: Sequence[int], theme: Theme) -> list[float]:
@@ -178,37 +180,18 @@ def memory_by_kind(result: dict, *, width: float = 7.4, theme: Theme = LIGHT) ->
         axes.set_xlabel("MB (10⁶ bytes)")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(axis="x")
-        _kinds(axes)
+        name_stacks(axes, list(KINDS))
     return figure
 
 
 def _bar(axes: Axes, i: int, row: dict, theme: Theme) -> None:
-    memory, left = row["memory"], 0.0
-    for kind, colour in KINDS.items():
-        size = (memory.get(kind) or 0) / 1e6
-        edge = {"edgecolor": theme.ink, "linewidth": 0.5}
-        axes.barh(i, size, 0.38, left=left, color=colour, **edge)
-        left += size
+    memory = row["memory"]
+    sizes = {kind: (memory.get(kind) or 0) / 1e6 for kind in KINDS}
+    stack(axes, i, sizes, KINDS, theme)
     if memory.get("peak"):
         axes.vlines(memory["peak"] / 1e6, i - 0.19, i + 0.3, theme.ink, linewidth=2)
     said = f"{row['label']}, {memory['when']}: {megabytes(memory.get('peak'))} MB"
     axes.text(0, i - 0.26, said, size=SMALL)
-
-
-def _kinds(axes: Axes) -> None:
-    """The legend of the kinds, in a line over the bars."""
-    axes.legend(
-        handles=axes.containers[: len(KINDS)],
-        labels=list(KINDS),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(KINDS),
-        borderpad=0.3,
-        borderaxespad=0,
-        handlelength=1,
-        handletextpad=0.5,
-        columnspacing=1.2,
-    )
 
 
 def training_curve(
@@ -229,7 +212,7 @@ def training_curve(
         if history.validation:
             axes.plot(*zip(*history.validation, strict=True), "o-", color=theme.ink)
         axes.set_ylim(bottom=0)
-        _name_y(axes, "Loss, nats per label token")
+        name_y(axes, "Loss, nats per label token")
         axes.set_xlabel("Optimizer steps")
         axes.grid(axis="y")
     return figure

@@ -157,11 +157,20 @@ def _wrapped(figure: Figure, text: str, room: float, **font) -> Text:
 
 
 def interval(
-    axes: Axes, x: float, y: float, low: float, high: float, key: str, theme: Theme
+    axes: Axes,
+    x: float,
+    y: float,
+    low: float,
+    high: float,
+    mark: tuple[str, str],
+    theme: Theme,
 ) -> Bbox:
-    """Draw a method's point with its interval; return the pixels that they cover."""
+    """Draw a point, of this (colour, marker), with its interval.
+
+    Returns  the pixels that they cover
+    """
     axes.vlines(x, low, high, color=theme.muted, linewidth=1.5, gid="interval")
-    axes.add_line(_point(key, theme, [x], [y], clip_on=False))
+    axes.add_line(point(mark, theme, [x], [y], clip_on=False))
     half = 4.5 / 72 * axes.figure.dpi
     (left, bottom), (_, top), (_, middle) = axes.transData.transform(
         [(x, low), (x, high), (x, y)]
@@ -171,11 +180,10 @@ def interval(
     )
 
 
-def legend(figure: Figure, rows: Sequence[dict], theme: Theme) -> float:
-    """Name the rows' points at the foot of the figure; return its height, inches."""
-    points = [_point(row["key"], theme, [], [], label=row["label"]) for row in rows]
+def legend(figure: Figure, handles: Sequence[Line2D]) -> float:
+    """Name the handles at the foot of the figure; return the height, inches."""
     for columns in (4, 3, 2, 1):
-        box = figure.legend(handles=points, loc="lower left", ncols=columns)
+        box = figure.legend(handles=handles, loc="lower left", ncols=columns)
         size = box.get_window_extent()
         if columns == 1 or size.width <= figure.bbox.width:
             break
@@ -183,19 +191,54 @@ def legend(figure: Figure, rows: Sequence[dict], theme: Theme) -> float:
     return size.height / figure.dpi
 
 
-def _point(key: str, theme: Theme, x, y, **more) -> Line2D:
-    colour, marker = look(key)
-    return Line2D(
-        x,
-        y,
-        linestyle="",
-        marker=marker,
-        color=colour,
-        markersize=7,
-        markeredgecolor=theme.ink,
-        markeredgewidth=0.7,
-        **more,
-    )
+def point(
+    mark: tuple[str, str], theme: Theme, x: Sequence = (), y: Sequence = (), **more
+) -> Line2D:
+    """Points of this (colour, marker); with a line through them if `linestyle` says."""
+    colour, marker = mark
+    settings = {
+        "linestyle": "",
+        "marker": marker,
+        "color": colour,
+        "markersize": 7,
+        "markeredgecolor": theme.ink,
+        "markeredgewidth": 0.7,
+    }
+    return Line2D(x, y, **settings | more)
+
+
+def name_y(axes: Axes, name: str) -> None:
+    """The name of the y axis, over it: read without turning the head."""
+    axes.text(0, 1.03, name, transform=axes.transAxes, size=SMALL)
+
+
+def stack(axes: Axes, y: float, sizes: dict[str, float], looks: dict, theme: Theme):
+    """A bar at height y, stacked from sizes by name; `looks` has their colours."""
+    left, edge = 0.0, {"edgecolor": theme.ink, "linewidth": 0.5}
+    for name, colour in looks.items():
+        size = sizes.get(name) or 0
+        axes.barh(y, size, 0.38, left=left, color=colour, **edge)
+        left += size
+
+
+def name_stacks(axes: Axes, names: Sequence[str]) -> None:
+    """The legend of what bars are stacked from, over them, in a line if it fits."""
+    for columns in range(len(names), 0, -1):
+        box = axes.legend(
+            handles=axes.containers[: len(names)],
+            labels=list(names),
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            borderpad=0.3,
+            borderaxespad=0,
+            handlelength=1,
+            handletextpad=0.5,
+            labelspacing=0.3,
+            columnspacing=1.2,
+        )
+        if box.get_window_extent().x1 <= axes.figure.bbox.x1:
+            break
 
 
 def spread(places: Sequence[float], apart: float) -> list[float]:

@@ -15,6 +15,7 @@ PACKAGES = ("torch", "transformers", "datasets", "safetensors", "peft-from-scrat
 ROOT = Path(__file__).parents[1]  # of the repository, where there is one
 SHOWING = {  # what only shows results: no figure changes where these do
     *("columns.py", "costs.py", "doctor.py", "figures.py", "findings.py"),
+    *("block.py", "block_words.py", "curves.py"),
     *("plotting.py", "progress.py", "readme.py", "report.py"),
     *("__main__.py", "chat.py", "commands.py"),
 }
