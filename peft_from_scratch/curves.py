@@ -334,15 +334,15 @@ class _Page:
 def _scale(axes: Axes, xs: Collection[float], *, at_data: bool = True) -> None:
     """Limits from the data; room for the y ticks; x ticks that stay apart.
 
-    A logarithmic axis with few places, such as a grid of rates, has its ticks there,
-    if `at_data`.
+    A logarithmic axis with few places, such as a grid of rates, has its ticks there.
     """
     axes.autoscale_view()
     places = sorted(set(xs))
     if len(places) == 1:
         (x,), log = places, axes.get_xscale() == "log"
         axes.set_xlim((x / 4, x * 4) if log else (x - 1, x + 1))
-    if at_data and axes.get_xscale() == "log" and len(places) <= 16:
+    grid = at_data or places[-1] < 10 * places[0]  # else decades will do
+    if grid and axes.get_xscale() == "log" and len(places) <= 16:
         axes.set_xticks(places, [_number(n) for n in places])
         axes.minorticks_off()
         apart, right = [], -math.inf
