@@ -198,10 +198,11 @@ def training_curve(
     history: History, *, width: float = 7.4, theme: Theme = LIGHT
 ) -> Figure:
     """Loss at every step, and on the validation rows where they were looked at."""
+    validated = " Points: the validation rows." if history.validation else ""
     with style(theme):
         figure, axes = frame(
             findings.training(history),
-            "Thin line: the rows of each step. Points: the validation rows.",
+            "Thin line: the rows of each step." + validated,
             width,
             2.6,
             FOOT,
