@@ -74,9 +74,9 @@ METHODS = {
         "down up",
         "a small network after each sublayer",
         (
-            r"$h \leftarrow h + W_{up}\; f(W_{down}\, h)$, before the sum with"
-            " the stream",
-            "$W_{down}$ ($m$, hidden) and $W_{up}$ (hidden, $m$), twice a layer",
+            r"$h \leftarrow h + \mathrm{up}\; f(\mathrm{down}\; h)$, before the sum"
+            " with the stream",
+            "down ($m$, hidden) and up (hidden, $m$), $m$ small, twice a layer",
             "Only they train.",
         ),
     ),
