@@ -1,0 +1,5 @@
+"""placeholder"""
+
+from .provenance import ROOT
+
+WORK = ROOT / "work"
