@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _chat(commands)
     _merge(commands)
     _ledger(commands)
+    _work(commands)
     return top
 
 
@@ -172,6 +173,21 @@ def _ledger(commands) -> None:
     command.set_defaults(run=run_ledger)
 
 
+def _work(commands) -> None:
+    command = _command(
+        commands, "work", "your own copies of the notebooks, with blanks, in work/"
+    )
+    command.add_argument(
+        "number", nargs="?", metavar="NN", help="a notebook's, such as 04; else all"
+    )
+    command.add_argument(
+        "--restore",
+        action="store_true",
+        help="make this one anew; your old one stays beside it, under a dated name",
+    )
+    command.set_defaults(run=run_work)
+
+
 def _command(commands, name, text):
     command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
     command.set_defaults(name=name)
@@ -256,6 +272,12 @@ def run_ledger(options) -> None:
         print(
             f"\n{ledger.FILE} is written anew: the runs say something else than it did"
         )
+
+
+def run_work(options) -> None:
+    from .exercises import work
+
+    work(options.number, restore=options.restore)
 
 
 if __name__ == "__main__":
