@@ -24,7 +24,7 @@ from IPython import get_ipython
 from . import atomic, costs, provenance
 
 FILE = provenance.ROOT / "data" / "costs.json"
-OVERRIDE = "PFS_COSTS"  # the path of another such file: the build's, before it is done
+OVERRIDE = "PFS_COSTS"  # names another such file: the build's, before it is done
 ROWS = 600  # of the calibration product
 PRODUCT = 2 * ROWS * costs.HIDDEN * costs.MLP * costs.DEPTH  # FLOPs
 CALIBRATION = 0.4  # seconds
@@ -61,16 +61,13 @@ class Card:
         spent = f"{costs.duration(self.seconds)} and {gigabytes(self.peak_bytes)}"
         if self.device_bytes:
             spent += f", {gigabytes(self.device_bytes)} of the device's"
-        threads = "thread" if self.threads == 1 else "threads"
-        where = (
-            f"{self.base} on {self.machine}, {self.device}, {self.threads} {threads}"
-        )
-        return f"{spent}, measured {self.when} with {where}"
+        where = f"{self.machine}, {self.device}, {threads(self.threads)}"
+        return f"{spent}, on {self.when}, with {self.base} on {where}"
 
 
 def read(file: Path | None = None) -> dict[str, Card]:
     """{notebook's number: its card}; {} where there is no file."""
-    file = file or Path(os.environ.get(OVERRIDE, FILE))
+    file = file or _file()
     if not file.exists():
         return {}
     return {n: Card(**card) for n, card in json.loads(file.read_text("utf-8")).items()}
@@ -79,8 +76,12 @@ def read(file: Path | None = None) -> dict[str, Card]:
 def write(cards: Mapping[str, Card], file: Path | None = None) -> None:
     """Write all cards, by number."""
     found = {number: asdict(cards[number]) for number in sorted(cards)}
-    with atomic.new_file(file or FILE) as partial:
+    with atomic.new_file(file or _file()) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def _file() -> Path:
+    return Path(os.environ.get(OVERRIDE, FILE))
 
 
 def measure(clock: "Clock", base: str, device: torch.device, product: float) -> Card:

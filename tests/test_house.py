@@ -131,7 +131,8 @@ def needed_by(name, extras):
 def imported(folder):
     """{distribution: [file: where it is imported]}, our own modules left out."""
     providers = packages_distributions()
-    ours = {path.stem for path in ROOT.glob("tests/**/*.py")} | {"peft_from_scratch"}
+    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.py")]
+    ours = {path.stem for path in files} | {"peft_from_scratch"}
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in modules(ast.parse(path.read_text("utf-8"))):
