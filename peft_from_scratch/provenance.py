@@ -20,7 +20,7 @@ SHOWING = {
     *("block.py", "block_words.py", "curves.py"),
     *("plotting.py", "progress.py", "readme.py", "report.py"),
     *("__main__.py", "chat.py", "commands.py"),
-    *("cards.py", "checks", "exercises.py", "lesson.py"),
+    *("cards.py", "checks", "exercises.py", "ghost.py", "lesson.py"),
     *("claim.py", "experiments", "ledger.py", "runs.py"),
 }
 
