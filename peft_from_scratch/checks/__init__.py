@@ -13,8 +13,10 @@ sees: what was computed, expected, got, and the likely mistake.
 import functools
 import math
 import numbers
+import sysconfig
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,14 +25,21 @@ import torch
 from torch import Tensor
 
 SHOWN = 5  # values of each tensor
-LIBRARIES = (str(Path(__file__).parents[1]), "site-packages", "dist-packages")
+WIDTH = 88  # characters of a line
+LIBRARIES = (  # parts of the paths of code that is not the learner's
+    str(Path(__file__).parents[1]),
+    sysconfig.get_path("stdlib"),
+    "site-packages",
+    "dist-packages",
+)
 
 
 class Wrong(AssertionError):
     """A wrong answer to an exercise. In a notebook only its text is shown."""
 
     def _render_traceback_(self) -> list[str]:  # IPython asks for it
-        return [f"Not yet: {self}"]
+        lines = f"Not yet: {self}".splitlines()
+        return ["\n  ".join(textwrap.wrap(line, WIDTH)) for line in lines]
 
 
 class NotDone(NotImplementedError):
@@ -59,7 +68,7 @@ def judged(check: Callable) -> Callable:
                 said = str(error) or "your code here"
                 raise NotDone(f"This exercise is not done yet ({said}).") from None
             except Exception as error:
-                raise Wrong(_stopped(error)) from error
+                raise Wrong(_stopped(error, check.__code__.co_filename)) from error
 
     return judging
 
@@ -281,12 +290,14 @@ def _worst(got: Tensor, expected: Tensor) -> str:
     return f"furthest  [{place}]: expected {theirs:.4g}, got {mine:.4g}"
 
 
-def _stopped(error: Exception) -> str:
+def _stopped(error: Exception, check_file: str) -> str:
     """The error of the learner's code and its line; not the stack above it."""
     said = " ".join(str(error).split())
     said = said if len(said) <= 300 else said[:297] + "…"
     text = f"your code stopped with {type(error).__name__}: {said}"
-    mine = _own_lines(traceback.extract_tb(error.__traceback__))
+    others = (*LIBRARIES, check_file)
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [f for f in frames if not any(part in f.filename for part in others)]
     if mine:
         line = f" in line {mine[-1].lineno} of its cell"
         source = f"\n  {mine[-1].line}" if mine[-1].line else ""
@@ -294,8 +305,3 @@ def _stopped(error: Exception) -> str:
     if isinstance(error, TypeError | AttributeError):
         return f"{text}\nLikely mistake: another name, or other arguments, than asked"
     return text
-
-
-def _own_lines(frames: Sequence[traceback.FrameSummary]) -> list:
-    """Those that are neither of this package nor of another that is installed."""
-    return [f for f in frames if not any(part in f.filename for part in LIBRARIES)]
