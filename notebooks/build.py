@@ -139,23 +139,19 @@ def _name(cell: NotebookNode, taken: set[str]) -> str:
 
 def run(notebook: NotebookNode, folder: Path) -> dict[str, cards.Card] | None:
     """Execute a notebook in `folder`; {its number: its cost card} of a lesson."""
+    starts = [at for at, cell in enumerate(notebook.cells) if START.search(cell.source)]
     with running(notebook, folder) as client:
         for at, cell in enumerate(notebook.cells):
             client.execute_cell(cell, at)
-        found = _ask(client, ASK)
+        found = _ask(client, ASK) if starts else None
         if found is not None:
             _again(client, notebook, found)
+    if found is not None:
+        number = START.search(notebook.cells[starts[0]].source)[1]
+        found = {number: cards.Card(**found)}
+        _start_again(notebook, starts[0], folder, cards.read() | found)
     _strip(notebook)
-    if found is None:
-        return None
-    at, number = next(
-        (at, START.search(cell.source)[1])
-        for at, cell in enumerate(notebook.cells)
-        if cell.cell_type == "code" and START.search(cell.source)
-    )
-    card = {number: cards.Card(**found)}
-    _start_again(notebook, at, folder, cards.read() | card)
-    return card
+    return found
 
 
 @contextmanager

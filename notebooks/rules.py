@@ -172,7 +172,7 @@ def is_compared(notebook, text):
 def has_ordered_headings(notebook, text):
     headings = re.findall(r"^(#+) \S", prose(notebook), re.MULTILINE)
     levels = [len(marks) for marks in headings]
-    assert levels[0] == 1 and levels.count(1) == 1
+    assert levels[:1] == [1] and levels.count(1) == 1, levels
     assert all(b <= a + 1 for a, b in pairwise(levels))
 
 
@@ -380,4 +380,6 @@ def broken(rules, notebook, text):
         except AssertionError as error:
             why = str(error).partition("\nassert")[0] or (rule.__doc__ or "")
             said.append(f"{rule.__name__}: {why}".splitlines()[0])
+        except (LookupError, ArithmeticError, SyntaxError) as error:
+            said.append(f"{rule.__name__}: cannot even be judged, {error!r}")
     return said
