@@ -51,11 +51,13 @@ ifneq ($(wildcard notebooks/*.ipynb),)
 	    --numprocesses $(JOBS) --dist loadfile notebooks
 endif
 
-lab: $(MODEL) ## JupyterLab, in notebooks/
-	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
+lab: $(MODEL) ## your own copies of the notebooks, in work/, in JupyterLab
+	$(BIN)/python -m peft_from_scratch work
+	$(BIN)/python -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/work
 
-notebooks: $(MODEL) ## build the notebooks from their text form, and run them
+notebooks: $(MODEL) ## run the notebooks' text forms, store what comes out
 	$(BIN)/python notebooks/build.py $(NB)
+	$(BIN)/python tests/mutant_run.py --write
 
 bench: $(MODEL) ## the benchmarks: ratios, measured side by side
 	@set -e; for file in benchmarks/*.py; do \
