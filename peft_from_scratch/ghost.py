@@ -62,6 +62,8 @@ def bill(model: nn.Module, recipe: str, *, batch: int = 1, length: int = 64) -> 
         _loss(model, ids).backward()
     with Meter(model) as updating:
         optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # so that the next bill begins like this one
     learning, updating = learning.memory(), updating.memory()
     return {
         "weights": learning.weights,

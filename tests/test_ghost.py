@@ -73,6 +73,13 @@ def test_seven_billion_parameters_take_sixteen_bytes_each():
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_a_ghost_can_be_billed_again():
+    model = ghost.ghost(CONFIGS["llama"]())
+    full.inject(model)
+    bills = [ghost.bill(model, "bf16", length=length) for length in (40, 80, 40)]
+    assert bills[0] == bills[2] != bills[1]
+
+
 def test_the_configuration_is_the_callers():
     config = CONFIGS["llama"]()
     before = config.to_dict()
