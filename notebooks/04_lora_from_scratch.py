@@ -1,0 +1,1127 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # LoRA from scratch
+#
+# You will have shown that a real language model learns a job through two thin matrices
+# beside each of its weights, because what the job needs lies in few directions, while a
+# random change of the same size does nothing.
+#
+# **You need** notebook 00, and some PyTorch: tensors, `nn.Module`, `backward()`. You
+# have multiplied matrices on paper once.
+#
+# **At the end you can**
+#
+# - write LoRA yourself: its forward pass, its start, its injection, its merge;
+# - count its parameters in your head;
+# - say why $B$ starts at zero, and why not $A$ and $B$ both;
+# - find the bug that spoils a merged GPT-2 without any error;
+# - read the spectrum of an update, and tell its *energy* from its *use*;
+# - say what the evidence for "low rank" is, and what it is not.
+#
+# **Only ten minutes?** Run all cells. Read "The result first", do exercise 4.1, and
+# read the verdict on claim L1.
+
+# %%
+from peft_from_scratch.lesson import start
+
+lesson = start("04")
+
+# %%
+import math
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peft_from_scratch as pfs
+from peft_from_scratch import curves, ledger, runs
+from peft_from_scratch.block import block_picture
+from peft_from_scratch.checks import lora_from_scratch as checks
+from peft_from_scratch.experiments import counting, finetune, spectrum, starts
+
+# %% [markdown]
+# ## The result first
+#
+# We fine-tuned all of SmolLM2 on the orders of notebook 00: a sentence in, a line of
+# JSON out. *Every* number of the model moved, in three runs with different seeds. For
+# each matrix, the **update** is what training added:
+#
+# $$\Delta W = W_{\text{fine-tuned}} - W_0$$
+#
+# Then we threw most of the update away. A matrix of **rank** one is a column times a
+# row: whatever comes in, it can only answer in a single direction. Of each update we
+# kept the best such matrix, and measured the loss on test rows that nobody had trained
+# on. (The loss is the surprise at the right answer, in nats a token; lower is better.)
+
+# %%
+full = [runs.stored(config) for config in spectrum.configs("smollm2")]
+cuts = {
+    "nothing": "the model as it was",
+    "random": "+ a random update of the same size",
+    "rank 1": "+ of each update, its best rank-1 part",
+    "rank 8": "+ its best rank-8 part",
+    "update": "+ the whole update",
+}
+for cut, said in cuts.items():
+    losses = [run.result["function"][cut] for run in full]
+    low, high = min(losses), max(losses)
+    print(f"{said:40} test loss {low:.3f} to {high:.3f} over {len(full)} seeds")
+
+# %% [markdown]
+# One direction a matrix, and most of the gain is there. If so little is needed, why
+# train everything? Train only a thin thing from the start: that is **LoRA**, low-rank
+# adaptation. In this picture of one layer, it is what has a colour.
+
+# %%
+lesson.show(
+    block_picture(lit="lora"),
+    "LoRA stands beside the seven projections of a layer; all else stays frozen.",
+)
+
+# %% [markdown]
+# ## Idea one: beside, not instead
+#
+# A projection multiplies its input by a matrix $W_0$. LoRA leaves $W_0$ alone and adds
+# a second path, which squeezes $x$ into $r$ numbers and spreads them out again:
+#
+# $$h = W_0\,x + \frac{\alpha}{r}\,B\,A\,x$$
+#
+# | symbol | what it is | shape | trained? |
+# |---|---|---|---|
+# | $x$ | the input of the projection | $d_{in}$ | |
+# | $W_0$ | its pretrained weight | $d_{out} \times d_{in}$ | no |
+# | $A$ | reads $x$ | $r \times d_{in}$ | yes |
+# | $B$ | writes into $h$ | $d_{out} \times r$ | yes |
+# | $r$ | the rank, far below $d_{in}$ and $d_{out}$ | a number | you choose |
+# | $\alpha$ | how loud the second path is, for any $r$ | a number | you choose |
+# | $h$ | the output | $d_{out}$ | |
+#
+# Small enough to look at:
+
+# %%
+torch.manual_seed(0)
+d_in, d_out, r, alpha = 6, 4, 2, 4.0
+x = torch.randn(d_in)
+W0 = torch.randn(d_out, d_in)
+A, B = torch.randn(r, d_in), torch.randn(d_out, r)
+
+# %% [markdown]
+# $z = A\,x$: all that the second path will ever know about $x$.
+
+# %%
+z = A @ x
+print("x has", len(x), "numbers, z has", len(z))
+
+# %% [markdown]
+# $h = W_0\,x + \frac{\alpha}{r}\,B\,z$: the path joins what $W_0$ says. Note the order.
+# $B A$, a whole matrix, is never built.
+
+# %%
+h = W0 @ x + alpha / r * (B @ z)
+print(h)
+
+# %% [markdown]
+# Yet it is *as if* the weight had changed by $\Delta W = \frac{\alpha}{r}\,B\,A$. That
+# matrix is as large as $W_0$, and its rank is at most $r$.
+
+# %%
+dW = alpha / r * (B @ A)
+torch.testing.assert_close((W0 + dW) @ x, h)
+print("shape of the update:", tuple(dW.shape))
+print("its rank:", int(torch.linalg.matrix_rank(dW)), "of at most", min(dW.shape))
+print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
+
+# %% [markdown]
+# The last line matters: LoRA does not make the *weight* low-rank. It makes the *change*
+# low-rank.
+#
+# ### What does it cost? Claim L4
+#
+# The textbook says: beside a matrix of `4096 x 4096`, LoRA of rank `16` trains
+# `131,072` numbers. Which share of the matrix is that? Guess before you run. Put your
+# own number in place of ours, here and further down.
+
+# %%
+lesson.predict("4.1", guess=3, unit="% of the matrix")
+print(ledger.claim("L4").rule)
+
+# %% [markdown]
+# $r \cdot d_{in}$ numbers in $A$, $d_{out} \cdot r$ in $B$: together
+# $r\,(d_{in} + d_{out})$. The formula, and a count of a real layer:
+
+# %%
+side, rank = 4096, 16
+formula = rank * (side + side)
+counted = counting.count(side, side, rank)
+print(f"formula {formula:,}, counted {counted:,}, the matrix has {side * side:,}")
+lesson.measured("4.1", 100 * counted / side**2)
+lesson.live("L4", counted, counted, counted)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+lesson.verdict("L4")
+
+# %% [markdown]
+# The share is small *because the matrix is large*. For a square matrix it is
+# $2r / d$: twice the width, half the share.
+#
+# ### Exercise 4.1: the forward pass
+#
+# Difficulty two of five, importance five of five, about ten minutes. The equation
+# above has one column $x$. A model has many tokens at once, each a *row*: `x` has the
+# shape `(…, d_in)`, with any number of sides in front. Write `forward` for that. Let
+# `self.base` do its own part: it may have a bias, or store its weight in another way.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# For a column, $A x$. If $x^T$ is the row, what is $(A x)^T$?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# `x` is `(…, d_in)`. After $A$ it must be `(…, r)`, and after $B$ `(…, d_out)`. And `r`
+# is a side of `self.A`.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `z = x @ self.A.T`
+#
+# </details>
+
+
+# %% tags=["exercise-4.1"]
+class MyLoRA(nn.Module):
+    """h = W0 x + (alpha / r) B A x.    x (…, d_in) -> h (…, d_out)"""
+
+    def __init__(self, base, A, B, alpha):
+        super().__init__()
+        self.base = base  # a module: base(x) is W0 x, and the bias where it has one
+        self.A = nn.Parameter(A)  # (r, d_in)
+        self.B = nn.Parameter(B)  # (d_out, r)
+        self.alpha = alpha
+
+    def forward(self, x):
+        ### BEGIN SOLUTION
+        r = self.A.shape[0]
+        z = x @ self.A.T  # (…, r)
+        return self.base(x) + self.alpha / r * (z @ self.B.T)
+        ### END SOLUTION
+
+
+# %% tags=["check-4.1", "points-2"]
+checks.lora_forward(MyLoRA)
+
+# %% [markdown]
+# ## Idea two: start where the model is
+#
+# A pretrained model is worth a lot. The first step should start *from it*, not from a
+# model with noise in every matrix. So the update must be zero at first: $B A = 0$.
+#
+# There are three ways to have that: $B = 0$, or $A = 0$, or both. The gradients tell
+# them apart. With $g$ for the gradient that arrives at $h$ (one number an output):
+#
+# $$\frac{\partial L}{\partial A} = \frac{\alpha}{r}\,B^T g\,x^T
+# \qquad\qquad
+# \frac{\partial L}{\partial B} = \frac{\alpha}{r}\,g\,(A\,x)^T$$
+#
+# | symbol | shape | zero when |
+# |---|---|---|
+# | $g$ | $d_{out}$ | nothing is left to learn |
+# | $\partial L / \partial A$ | $r \times d_{in}$, as $A$ | $B$ is zero |
+# | $\partial L / \partial B$ | $d_{out} \times r$, as $B$ | $A$ is zero |
+#
+# Each one's gradient runs through the *other*. Watch it, on the small numbers from
+# above, with a target that $h$ should reach:
+
+# %%
+target = torch.randn(d_out)
+
+
+def gradients(A, B):
+    A, B = (matrix.clone().requires_grad_() for matrix in (A, B))
+    h = W0 @ x + alpha / r * (B @ (A @ x))
+    (h - target).square().sum().backward()
+    return A.grad, B.grad
+
+
+zero_A, zero_B = torch.zeros_like(A), torch.zeros_like(B)
+tried = {
+    "A random, B zero": (A, zero_B),
+    "A zero, B random": (zero_A, B),
+    "both zero": (zero_A, zero_B),
+    "both random": (A, B),
+}
+for name, pair in tried.items():
+    dA, dB = (gradient.norm() for gradient in gradients(*pair))
+    print(f"{name:17} |dL/dA| = {dA:6.1f}   |dL/dB| = {dB:6.1f}")
+
+# %% [markdown]
+# Both zero is a trap with no way out: both gradients are zero, now and after every
+# step. With one of them random, *one* gradient is alive. It moves its matrix off zero,
+# and from then on the other one learns too:
+
+# %%
+_, dB = gradients(A, zero_B)
+moved_B = zero_B - 0.01 * dB
+dA, _ = gradients(A, moved_B)
+print(f"after one step of B: |dL/dA| = {dA.norm():.2f}")
+
+# %% [markdown]
+# So either matrix could be the zero one. LoRA's paper draws $A$ and zeroes $B$, and
+# later work found that this way round bears higher learning rates (link at the end).
+#
+# **How large is the random one?** The paper says "Gaussian" and gives no variance. Its
+# code draws $A$ so that each entry has the variance $1 / (3\,d_{in})$. Then the size of
+# $A x$ does not depend on how wide the layer is:
+
+# %%
+torch.manual_seed(0)
+for width in (64, 512, 4096):
+    wide_x = torch.randn(width)
+    plain = torch.randn(8, width) @ wide_x
+    scaled = plain / math.sqrt(3 * width)
+    print(f"d_in {width:4}: A x is about {plain.std():5.1f}; scaled {scaled.std():.2f}")
+
+# %% [markdown]
+# ### Exercise 4.2: the start
+#
+# Difficulty one of five, importance four of five, about five minutes. Write the
+# function that draws a new $A$ and a new $B$: Gaussian with the variance
+# $1 / (3\,d_{in})$, and zeros.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# `torch.randn` has the variance one. By what do you multiply to get the variance $v$?
+# (Not by $v$.)
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# $A$ reads $x$, so its rows are as long as $x$. $B$ writes $h$, so its columns are as
+# long as $h$.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `A = torch.randn(r, d_in) / …`
+#
+# </details>
+
+
+# %% tags=["exercise-4.2"]
+def my_start(d_out, d_in, r):
+    """(A, B) as LoRA starts: A (r, d_in) Gaussian, B (d_out, r) zero."""
+    ### BEGIN SOLUTION
+    A = torch.randn(r, d_in) / math.sqrt(3 * d_in)
+    B = torch.zeros(d_out, r)
+    return A, B
+    ### END SOLUTION
+
+
+# %% tags=["check-4.2", "points-1"]
+checks.lora_start(my_start)
+
+# %% [markdown]
+# ### On trial: claim L2
+#
+# *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
+# "Exactly" is a strong word. We take it at its word: every bit of every logit. (A
+# logit is the score that the model gives to one possible next token.)
+
+# %%
+print(ledger.claim("L2").rule)
+lesson.predict("4.2", guess=1, unit="(of a logit)")
+
+# %% [markdown]
+# Our guess is for the control: by how much will *both random* move the largest logit?
+# Here are all three starts in the real model, without a single step of training; and
+# how large a gradient arrives at the adapters.
+
+# %%
+model, tokenizer = lesson.load_model()
+task = pfs.tasks.load_task("orders")
+encode = pfs.templates.encode_rows
+test = encode(tokenizer, task.instruction, task.test.select(range(2)), template="chat")
+before, moved = starts.logits(model, test), {}
+for how in starts.STARTS:
+    torch.manual_seed(0)
+    pfs.lora.inject(model, r=8, alpha=16)
+    starts.begin(model, how)
+    moved[how] = starts.largest_difference(starts.logits(model, test), before)
+    pfs.loss.accumulate_gradients(model, [pfs.loss.batch_of(test, model.device)])
+    grads = [p.grad.abs().max() for p in pfs.trainable(model).values()]
+    print(f"{how:14} logits move by {moved[how]:4.1f}, largest gradient {max(grads):.3f}")
+    pfs.remove(model)
+
+# %%
+lesson.measured("4.2", moved["both-random"])
+own = moved["gaussian-zero"]
+lesson.live("L2", own, own, own)
+
+# %% [markdown]
+# And how do they learn? The full runs ship: three seeds each, on rows of the same
+# order. (To make them again: `python -m peft_from_scratch ledger L2 --run`.)
+
+# %%
+series = {}
+for how in starts.STARTS:
+    found = runs.select(experiment="starts", base="smollm2", start=how)
+    steps = zip(*(run.result["losses"] for run in found), strict=True)
+    series[how] = [(i, sum(s) / len(s), min(s), max(s)) for i, s in enumerate(steps, 1)]
+figure = curves.lines(
+    series,
+    x="Step, count",
+    y="Training loss, nats per token",
+    title="Three starts of LoRA in SmolLM2",
+    subtitle="Mean of three seeds; the band is their range. Controls in grey.",
+    control=("both-random", "both-zero"),
+)
+ends = {how: f"{rows[0][1]:.2f} to {rows[-1][1]:.2f}" for how, rows in series.items()}
+lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items()) + ".")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+lesson.verdict("L2")
+
+# %% [markdown]
+# Both zero never learns. Both random starts from a spoiled model, and then *does* learn
+# the job. So the zero start is no condition for learning: it is a promise that nothing
+# is lost before you begin. How much noise a start can bear depends on its size; ours
+# is as large as $A$'s own. (Smaller noise can even help: see the links.)
+#
+# ## Idea three: into a whole model
+#
+# A model is a tree of modules. Injecting LoRA means: freeze everything, walk the tree,
+# and put a LoRA in the place of each module that you want. Three things to know:
+#
+# | you need | you write |
+# |---|---|
+# | all modules and their names | `model.named_modules()` |
+# | the parent of `"layers.0.q_proj"` | `model.get_submodule("layers.0")` |
+# | another child in its place | `setattr(parent, "q_proj", new)` |
+#
+# On a toy:
+
+# %%
+toy = nn.ModuleDict({"layer": nn.ModuleDict({"q_proj": nn.Linear(3, 3)})})
+toy.requires_grad_(False)
+name = "layer.q_proj"
+parent, _, child = name.rpartition(".")
+setattr(toy.get_submodule(parent), child, pfs.lora.LoRA(toy.get_submodule(name), r=1))
+for name, parameter in toy.named_parameters():
+    print(f"{name:25} trains: {parameter.requires_grad}")
+
+# %% [markdown]
+# The pretrained layer now lives one floor deeper, as `.base`.
+#
+# Two mistakes are easy here, and users of every library have made them. One freezes
+# only what it wraps, and forgets embeddings and norms: the run is then no LoRA, and
+# nobody notices, because the loss falls nicely. The other freezes last, and so freezes
+# $A$ and $B$ too.
+#
+# ### Exercise 4.3: inject
+#
+# Difficulty three of five, importance five of five, about fifteen minutes. Take the
+# library's `pfs.lora.LoRA(module, r, alpha)` as the part to put in. It fits both
+# `nn.Linear` and GPT-2's `Conv1D`: so should your walk.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# What happens to a walk when the tree grows under your feet? Which line must come
+# first, so that only $A$ and $B$ train in the end?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# First a list of `(name, module)` pairs: those whose name's last part is in `targets`,
+# and which are an `nn.Linear` or a `Conv1D`. Then one `setattr` for each.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `model.requires_grad_(False)`
+#
+# </details>
+
+
+# %% tags=["exercise-4.3"]
+def my_inject(model, targets, r, alpha):
+    """Freeze the model; put a LoRA in the place of every Linear and Conv1D whose
+    name's last part is in `targets`. Returns their names, in the model's order."""
+    ### BEGIN SOLUTION
+    model.requires_grad_(False)
+    names = []
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child in targets and isinstance(module, nn.Linear | Conv1D):
+            wrapped = pfs.lora.LoRA(module, r, alpha)
+            setattr(model.get_submodule(parent), child, wrapped)
+            names.append(name)
+    return names
+    ### END SOLUTION
+
+
+# %% tags=["check-4.3", "points-3"]
+checks.lora_inject(my_inject)
+
+# %% [markdown]
+# ### All of it at once
+#
+# Here is everything so far in one class. If you skipped the exercises, stop: it gives
+# them away.
+
+
+# %%
+class HandLoRA(nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        d_out, d_in = base.weight.shape
+        self.base = base
+        self.A = nn.Parameter(torch.randn(r, d_in) / math.sqrt(3 * d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, r))
+        self.scale = alpha / r
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+
+def hand_inject(model, r, alpha):
+    model.requires_grad_(False)
+    for name in pfs.targets.kinds(model):  # every projection of every layer
+        parent, _, child = name.rpartition(".")
+        made = HandLoRA(model.get_submodule(name), r, alpha)
+        setattr(model.get_submodule(parent), child, made)
+
+
+# %% [markdown]
+# Into SmolLM2 with it, and the library's LoRA into a second copy, from the same seed.
+# Guess first: of all the numbers in the model, how many will train, with rank `8`?
+
+# %%
+lesson.predict("4.3", guess=5, unit="% of the model")
+total = model.num_parameters()
+torch.manual_seed(0)
+hand_inject(model, r=8, alpha=16)
+library, _ = lesson.load_model()
+torch.manual_seed(0)
+wrapped = pfs.lora.inject(library, r=8, alpha=16)
+pairs = [(model.get_submodule(n), library.get_submodule(n)) for n in wrapped]
+trained = [p for p in model.parameters() if p.requires_grad]
+size = sum(p.numel() for p in trained)
+print(f"{len(wrapped)} projections, {size:,} numbers to train")
+print("the same A, bit for bit:", all(torch.equal(m.A, t.A) for m, t in pairs))
+lesson.measured("4.3", 100 * size / total)
+
+# %% [markdown]
+# Now train it, with nothing but PyTorch: a loss, its gradient, a step. In
+# `model(**batch)`, transformers computes the mean surprise at the answers' tokens; the
+# question's tokens carry no label.
+
+# %%
+rows = encode(
+    tokenizer, task.instruction, task.train.select(range(64)), template="chat"
+)
+optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
+for step in range(16):
+    batch = pfs.loss.batch_of(rows[4 * step : 4 * step + 4], model.device)
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 3 == 0:
+        print(f"step {step + 1:2}: loss {loss.item():.3f}")
+
+# %% [markdown]
+# Did it learn the job? Two sentences of `test`, which it has never seen, before and
+# after. (`library` still has $B = 0$: it answers as the model did before.)
+
+# %%
+from peft_from_scratch.evaluate import answer_rows
+
+asked = task.test.select(range(2))
+for said, one in (("before", library), ("after", model)):
+    answers = answer_rows(one, tokenizer, task, asked, template="chat")
+    for answer, row, fine in zip(answers.answers, asked, answers.correct, strict=True):
+        print(f"{said}, {'right' if fine else 'wrong'}: {answer}")
+
+# %% [markdown]
+# Two rows prove nothing about how *well*: that took notebook 00 more rows. What they
+# show is that the thing works at all.
+#
+# Is it the same mathematics as the library's, which computes its gradients by hand and
+# adds in place? Put your trained $A$ and $B$ into it, and compare every logit and every
+# gradient:
+
+# %%
+with torch.no_grad():
+    for mine, theirs in pairs:
+        theirs.A.copy_(mine.A)
+        theirs.B.copy_(mine.B)
+one = pfs.loss.batch_of(test[:1], model.device)
+outputs = [each(**one) for each in (model, library)]
+for output in outputs:
+    output.loss.backward()
+ours, theirs = (output.logits.detach() for output in outputs)
+gaps = [(m.B.grad - t.B.grad).norm() / t.B.grad.norm() for m, t in pairs]
+print(f"logits up to {theirs.abs().max():.0f} differ by {(ours - theirs).abs().max():.1e}")
+print(f"gradients of B differ by {max(gaps):.1e} of their size, at most")
+torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+assert max(gaps) < 1e-3
+optimizer.zero_grad()
+
+# %%
+# NBVAL_CHECK_OUTPUT
+same = all(torch.equal(m.base.weight, t.base.weight) for m, t in pairs)
+print("every pretrained matrix is untouched after training, bit for bit:", same)
+
+# %% [markdown]
+# ## Idea four: fold it in
+#
+# When training is done, the second path can go. It is a matrix product like the first,
+# so both fit into one weight, and the model is as fast as it ever was:
+#
+# $$W = W_0 + \frac{\alpha}{r}\,B\,A$$
+#
+# | symbol | shape in `nn.Linear` | shape in GPT-2's `Conv1D` |
+# |---|---|---|
+# | the stored weight | $d_{out} \times d_{in}$ | $d_{in} \times d_{out}$ |
+# | $B A$ | $d_{out} \times d_{in}$ | $d_{out} \times d_{in}$ |
+#
+# ### Break it on purpose
+#
+# The right-hand column has hurt real projects, PEFT among them (links at the end). Here
+# is a merge as one would write it, tried on three layers:
+
+
+# %%
+def broken_merge(base, A, B, alpha):
+    with torch.no_grad():
+        base.weight += (alpha / A.shape[0] * B @ A).to(base.weight.dtype)
+
+
+def try_merge(merge, base, d_in, d_out, dtype=torch.float32):
+    torch.manual_seed(0)
+    A, B, x = torch.randn(2, d_in), torch.randn(d_out, 2), torch.randn(5, d_in)
+    expected = base(x) + 3.0 / 2 * (x @ A.T @ B.T)
+    merge(base, A, B, 3.0)
+    return (base(x) - expected).abs().max().item()
+
+
+print(f"Linear, 16 to 24: {try_merge(broken_merge, nn.Linear(16, 24), 16, 24):.0e} off")
+print(f"Conv1D, 16 to 16: {try_merge(broken_merge, Conv1D(16, 16), 16, 16):.0e} off")
+try:
+    try_merge(broken_merge, Conv1D(24, 16), 16, 24)
+except RuntimeError as error:
+    print("Conv1D, 16 to 24:", error)
+
+# %% [markdown]
+# The oblong layer fails loudly, and somebody fixes it or leaves it out. The **square**
+# one is worse: all shapes fit, nothing complains, and the model is wrong. GPT-2 has a
+# square one in every layer, `attn.c_proj`.
+#
+# A second, quieter thing. Weights are often kept in sixteen bits, in `bfloat16`, where
+# a number has about three digits. Rounding the update *before* it is added, as
+# `broken_merge` does, rounds twice. Add in `float32`, and round once at the end.
+#
+# ### Exercise 4.4: a merge that is right
+#
+# Difficulty three of five, importance four of five, about ten minutes. Repair it: for
+# `nn.Linear` and `Conv1D`, with the weight in any dtype. $A$ and $B$ are `float32`.
+# Write into `base.weight`; leave its shape, its dtype and the bias as they are.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# In which of the two classes is the update turned round? In which dtype is the sum
+# exact enough, and when should the rounding happen?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# The update is `(d_out, d_in)`; a `Conv1D` needs its transpose, `(d_in, d_out)`. The sum
+# is `float32`; `copy_` rounds it into whatever the weight is.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `update = alpha / A.shape[0] * (B @ A)`
+#
+# </details>
+
+
+# %% tags=["exercise-4.4"]
+def my_merge(base, A, B, alpha):
+    """Write W0 + (alpha / r) B A into base.weight, which keeps its shape and dtype."""
+    ### BEGIN SOLUTION
+    update = alpha / A.shape[0] * (B @ A)  # (d_out, d_in), float32
+    if isinstance(base, Conv1D):
+        update = update.T
+    with torch.no_grad():
+        base.weight.copy_(base.weight.float() + update)
+    ### END SOLUTION
+
+
+# %% tags=["check-4.4", "points-3"]
+checks.lora_merge(my_merge)
+
+# %% [markdown]
+# ### Can you take it out again?
+#
+# Subtract what was added, and the old weight should be back. Should it? Guess: which
+# share of the numbers of a real matrix comes back bit for bit, in `bfloat16`? The
+# update is the one you have just trained.
+
+# %%
+lesson.predict("4.4", guess=100, unit="% of the weights")
+layer = model.get_submodule(wrapped[0])
+with torch.no_grad():
+    update = layer.scale * (layer.B @ layer.A)
+    for dtype in (torch.float32, torch.bfloat16):
+        W0 = layer.base.weight.to(dtype)
+        merged = (W0.float() + update).to(dtype)
+        back = (merged.float() - update).to(dtype)
+        lost = (merged.float() - W0.float() - update).norm() / update.norm()
+        same = 100 * (back == W0).float().mean().item()
+        print(f"{str(dtype):15} back: {same:5.1f} %   rounded off: {lost:.1%} of update")
+lesson.measured("4.4", same)
+
+# %% [markdown]
+# A sum is rounded to what the dtype can hold, and what was rounded away is gone. So
+# keep a copy of the base, and never "unmerge" by subtraction. Notebook 06 puts the
+# claim that merging is exact on trial.
+#
+# ## Idea five: how many directions?
+#
+# LoRA rests on one sentence: *the weight updates of fine-tuning have a low intrinsic
+# rank*. The paper calls it a hypothesis. To test it, take a full update apart. Every
+# matrix is a sum of rank-one pieces, each with a size:
+#
+# $$\Delta W = s_1\,u_1 v_1^T + s_2\,u_2 v_2^T + \dots
+# \qquad s_1 \ge s_2 \ge \dots \ge 0$$
+#
+# | symbol | what it is | shape |
+# |---|---|---|
+# | $v_i$ | a direction of the input | $d_{in}$ |
+# | $u_i$ | where it is sent | $d_{out}$ |
+# | $s_i$ | singular value: how strongly | a number |
+#
+# The first $k$ pieces are the best approximation of rank $k$ that there is. Their
+# share of the squared norm is their **energy**:
+#
+# $$E_k = \frac{s_1^2 + \dots + s_k^2}{s_1^2 + s_2^2 + \dots}$$
+
+# %%
+torch.manual_seed(0)
+dW = 3 * torch.outer(torch.randn(8), torch.randn(8)) + torch.randn(8, 8)
+U, s, Vt = torch.linalg.svd(dW)
+print("singular values:", [round(value, 1) for value in s.tolist()])
+
+# %% [markdown]
+# A loud direction and some noise: you can read it off the list. Rank one holds a lot of
+# the energy, and the error that is left is exactly the energy of the pieces cut off:
+
+# %%
+cut = s[0] * torch.outer(U[:, 0], Vt[0])
+print(f"energy of rank 1: {s[0] ** 2 / s.square().sum():.3f}")
+print(f"1 - error:        {1 - (dW - cut).norm() ** 2 / dW.norm() ** 2:.3f}")
+print("rank of dW itself:", int(torch.linalg.matrix_rank(dW)))
+
+# %% [markdown]
+# The exact rank says eight, since a little noise fills every direction. That is why we
+# ask instead: *which rank holds most of the energy?*
+#
+# ### Exercise 4.5: energy, and the rank that holds it
+#
+# Difficulty two of five, importance four of five, about ten minutes. Return the energy
+# at every rank from one up, and the smallest rank whose energy is at least `held`.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# Which function of torch sums up a list as it goes along? And to which rank does the
+# entry with index zero belong?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# `torch.linalg.svdvals(dW)` is `(min(d_out, d_in),)`, from large to small; the energies
+# have the same shape, rise, and end at one.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `squares = torch.linalg.svdvals(dW).square()`
+#
+# </details>
+
+
+# %% tags=["exercise-4.5"]
+def my_spectrum(dW, held=0.9):
+    """(energy, k): energy[i] is that of rank i + 1; k the smallest rank with held."""
+    ### BEGIN SOLUTION
+    squares = torch.linalg.svdvals(dW).square()
+    energy = squares.cumsum(0) / squares.sum()
+    return energy, int((energy < held).sum()) + 1
+    ### END SOLUTION
+
+
+# %% tags=["check-4.5", "points-2"]
+checks.lora_spectrum(my_spectrum)
+
+# %% [markdown]
+# ## On trial: claim L1
+#
+# *The weight updates of fine-tuning have a low intrinsic rank* (section one of LoRA's
+# paper, and the textbook). The rule was written before any run. It counts the rank that
+# holds most of the energy, in percent of the largest rank possible:
+
+# %%
+print(ledger.claim("L1").rule)
+lesson.predict("4.5", guess=5, unit="% of the full rank")
+
+# %% [markdown]
+# **Live**, we fine-tune all of `tiny`: a model of about a million numbers, trained from
+# zero by this project on text that it generates. Its job here has new words. It takes
+# seconds, where SmolLM2 takes minutes. **Control**: random matrices of the same shapes
+# and the same norms.
+
+# %%
+chosen = spectrum.config("tiny", seed=0)
+tuned, tiny_tokenizer, result = finetune.fine_tuned(chosen)
+tiny, _ = pfs.load_model("tiny", device="cpu")
+changed = spectrum.updates(tuned, tiny)
+control = {name: spectrum.random_like(dW) for name, dW in changed.items()}
+share, low, high = spectrum.median_share(changed)
+print(f"{len(changed)} updates; 90 % of the energy takes")
+print(f"the updates: {share:.0f} % of the full rank [{low:.0f}, {high:.0f}]")
+print(f"random:      {spectrum.median_share(control)[0]:.0f} %")
+
+# %%
+ranks = [1, 2, 4, 8, 16, 32, 64]
+
+
+def quantiles(matrices):
+    energies = torch.stack([spectrum.energy(dW)[: max(ranks)] for dW in matrices])
+    at_ranks = energies[:, [k - 1 for k in ranks]]
+    return torch.quantile(at_ranks, torch.tensor([0.1, 0.5, 0.9]).double(), 0).tolist()
+
+
+energies = {
+    "updates of tiny": quantiles(changed.values()),
+    "random": quantiles(control.values()),
+}
+figure = curves.spectrum(
+    ranks,
+    energies,
+    title="Energy of the updates of tiny, full fine-tuning",
+    subtitle="Median matrix; the band holds eight of ten. Control in grey.",
+)
+first, noise = (100 * each[1][0] for each in energies.values())
+lesson.show(figure, f"Rank 1 holds {first:.0f} % of the energy; of noise {noise:.0f} %.")
+
+# %%
+lesson.measured("4.5", share)
+lesson.live("L1", share, low, high, scale="tiny")
+
+# %% [markdown]
+# ### Energy is not use
+#
+# Energy asks how large a piece is. It does not ask what the piece is *good for*. So cut
+# the update, put it back into the model, and measure the loss on test rows. Guess: how
+# much of the gain does rank one keep?
+
+# %%
+lesson.predict("4.6", guess=20, unit="% of the gain")
+split = pfs.tasks.load_task(chosen["task"])
+held_out = finetune.chosen_rows(split, chosen)["test"]
+held_out = encode(tiny_tokenizer, split.instruction, held_out, template="raw")
+modules = pfs.targets.projections(tiny)
+W0s = {name: modules[name].weight.detach().clone() for name in changed}
+
+
+@torch.no_grad()
+def loss_with(updates):
+    for name, W0 in W0s.items():
+        modules[name].weight.copy_(W0 + updates.get(name, 0))
+    losses = finetune.item_losses(tiny, held_out)
+    return sum(losses) / len(losses)
+
+
+nothing, everything = loss_with({}), loss_with(changed)
+for k in (1, 8):
+    cut = loss_with({name: spectrum.truncated(dW, k) for name, dW in changed.items()})
+    kept = 100 * (nothing - cut) / (nothing - everything)
+    print(f"rank {k}: loss {cut:.2f}, keeps {kept:.0f} % of the gain")
+    if k == 1:
+        lesson.measured("4.6", kept)
+print(f"nothing {nothing:.2f}, whole {everything:.2f}, random {loss_with(control):.2f}")
+
+# %% [markdown]
+# **The full result**, on SmolLM2: the three runs of the first page, a few minutes each.
+# They ship; `python -m peft_from_scratch ledger L1 --run` makes those that are missing.
+
+# %%
+ranks = full[0].result["ranks"]
+percent = {
+    kind: [[100 * e for e in row] for row in full[0].result["energy"][kind]]
+    for kind in ("all", "random")
+}
+use = {k: [spectrum.kept(run, k) for run in full] for k in spectrum.RANKS}
+lines = {
+    "use: gain in test loss": [
+        (k, sum(u) / len(u), min(u), max(u)) for k, u in use.items()
+    ],
+    "energy of the updates": list(
+        zip(ranks, *(percent["all"][i] for i in (1, 0, 2)), strict=True)
+    ),
+    "energy, random": list(
+        zip(ranks, *(percent["random"][i] for i in (1, 0, 2)), strict=True)
+    ),
+}
+
+# %%
+figure = curves.lines(
+    lines,
+    x="Rank k, singular values kept",
+    y="Kept, % of the whole update",
+    title="Full fine-tuning of SmolLM2: what a cut update keeps",
+    subtitle="Use: mean and range of three seeds. Energy: median and eight in ten.",
+    control=("energy, random",),
+    log="x",
+    names="foot",
+)
+at8 = percent["all"][1][ranks.index(8)]
+lesson.show(
+    figure,
+    f"At rank 8 the updates keep {at8:.0f} % of their energy and "
+    f"{min(use[8]):.1f} % or more of their use.",
+)
+
+# %%
+print("scale     90 % of the energy takes          random   rank 8 keeps   seeds")
+for scale in ("tiny", "smollm2"):
+    found = ledger.judge(ledger.claim("L1"), scale)
+    own = [runs.stored(config) for config in spectrum.configs(scale)[: len(found.seeds)]]
+    low, high = found.interval
+    noise = own[0].result["random_share"]
+    kept = [spectrum.kept(run, 8) for run in own]
+    print(
+        f"{scale:8} {found.measured:5.1f} % of full rank [{low:.1f}, {high:.1f}]"
+        f" {noise:8.0f} % {min(kept):7.1f} % or more {len(own):5}"
+    )
+
+# %%
+# NBVAL_CHECK_OUTPUT
+lesson.verdict("L1")
+
+# %% [markdown]
+# So two things are true at once. Measured by energy, the updates are far from random,
+# and far from rank eight. Measured by use, a handful of directions do nearly the whole
+# job. One likely reason, which we have not tested: Adam moves every number by about the
+# same amount, whether its gradient is signal or noise, and noise fills all directions.
+#
+# ## Now with the library
+#
+# In Hugging Face's PEFT all this is a call. Ours writes PEFT's file format, so your
+# trained adapter can move over. Then every logit is compared.
+
+# %%
+import logging
+from tempfile import TemporaryDirectory
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import peft
+from safetensors.torch import load_file
+
+ours = starts.logits(library, test)
+with TemporaryDirectory() as folder:
+    pfs.save(library, folder)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+pfs.remove(library)
+config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+theirs = peft.get_peft_model(library, config)
+peft.set_peft_model_state_dict(theirs, tensors)
+theirs.print_trainable_parameters()
+gap = starts.largest_difference(starts.logits(theirs, test), ours)
+print(f"the largest difference of a logit: {gap:.1e}")
+assert gap < 1e-3
+
+# %% [markdown]
+# ## Quiz
+#
+# Answer for yourself, then open the options. None needs the kernel.
+#
+# **1. LoRA trains less than a hundredth of the numbers. What else shrinks that much?**
+#
+# <details><summary>The time of a training step</summary>
+#
+# No. The forward pass is all there, and the gradient must travel back through every
+# frozen layer to reach the adapters. What is saved is the product that makes the
+# gradient of each $W_0$: about a third.
+#
+# </details>
+# <details><summary>The gradients and AdamW's moments, in bytes</summary>
+#
+# Right. They exist for trained numbers only. Notebook 01 has the bill.
+#
+# </details>
+# <details><summary>The weights in memory</summary>
+#
+# No. $W_0$ must be there, frozen or not; $A$ and $B$ come on top.
+#
+# </details>
+#
+# **2. Somebody swaps the start: $A$ zero, $B$ Gaussian. What happens?**
+#
+# <details><summary>Nothing is ever learned</summary>
+#
+# No. That is *both* zero. Here $A$ gets a gradient through $B$ from the first step on.
+#
+# </details>
+# <details><summary>The model starts spoiled</summary>
+#
+# No. $B A$ is zero as soon as one of them is.
+#
+# </details>
+# <details><summary>It starts at the pretrained model, and learns</summary>
+#
+# Right. It starts as exactly as LoRA does. Which way round *trains* better is another
+# question, and this notebook has not measured it.
+#
+# </details>
+#
+# **3. What is the rank of $W_0 + \frac{\alpha}{r} B A$ for $r = 8$?**
+#
+# <details><summary>Eight</summary>
+#
+# No. Eight bounds the rank of the *change*. $W_0$ brings all of its own.
+#
+# </details>
+# <details><summary>Usually that of $W_0$</summary>
+#
+# Right. You saw it on the small matrices.
+#
+# </details>
+# <details><summary>That of $W_0$, minus eight</summary>
+#
+# No. Adding a matrix of rank eight can lower the rank by that much, but it takes a
+# change that cancels parts of $W_0$ exactly.
+#
+# </details>
+#
+# **4. (From notebook 00.) Your LoRA gets seventeen of twenty test rows right, a
+# colleague's gets eighteen. Whose is better?**
+#
+# <details><summary>The colleague's</summary>
+#
+# No. One row of twenty is well inside either interval.
+#
+# </details>
+# <details><summary>These rows cannot say</summary>
+#
+# Right. More rows, and a comparison row by row, could.
+#
+# </details>
+# <details><summary>They are equally good</summary>
+#
+# No. That is a claim as well, and twenty rows do not carry it.
+#
+# </details>
+#
+# **5. (From notebook 01.) You have a fully fine-tuned model, and an adapter of your own
+# LoRA. Which of the two files works alone?**
+#
+# <details><summary>Both</summary>
+#
+# No. The adapter's file holds $A$ and $B$. Without $W_0$ they say nothing.
+#
+# </details>
+# <details><summary>The model's</summary>
+#
+# Right. The adapter needs its base; in return it is a hundred times smaller.
+#
+# </details>
+# <details><summary>Neither: both need the base</summary>
+#
+# No. Full fine-tuning leaves a whole model behind.
+#
+# </details>
+#
+# ### In your own words
+#
+# A colleague says: "LoRA works because fine-tuning is low-rank." Answer in three
+# sentences, with what you measured.
+#
+# <details><summary>A model answer</summary>
+#
+# "Depends on what you call low. By energy, the update of full fine-tuning is far from
+# random, but it takes many more than eight directions to hold nine tenths of it. By
+# use, a few directions do nearly the whole job, here, on one easy task and a small
+# model; and that a low-rank part of a full update is enough does not yet prove that
+# training with a low rank finds it."
+#
+# </details>
+#
+# ### Transfer
+#
+# An `nn.Embedding` has no $W_0 x$: it looks up row $i$ of a matrix $E$, of
+# `(vocabulary, hidden)`. Write LoRA for it. Which shapes have $A$ and $B$, and which
+# one may be zero at first?
+#
+# <details><summary>A model answer</summary>
+#
+# Looking up row $i$ is multiplying by a one-hot $x$. So $W_0 = E^T$, $A$ is
+# `(r, vocabulary)`, $B$ is `(hidden, r)`, and $A x$ is column $i$ of $A$:
+# `h = E[i] + alpha / r * A.T[i] @ B.T`. One of them must be zero. If it is $B$, only
+# the columns of $A$ whose tokens occur are ever trained, the others stay random; so
+# here it is wise to zero $A$: a token that training never saw then keeps its embedding.
+#
+# </details>
+#
+# ## Limits
+#
+# - **What the control rules out.** The updates' spectrum does not come from shapes or
+#   size: random matrices of the same shapes and norms look different, and do nothing.
+# - **What it does not.** We cut updates that full fine-tuning had found. LoRA has to
+#   *find* its directions while it trains. That it does so as well, and which rank it
+#   needs for which job, is the business of notebook 05.
+# - **The scale.** SmolLM2 has `135` million numbers, `tiny` one million. One learned an
+#   output format, an easy job close to what it knows. Nothing here speaks of code,
+#   mathematics, long training or large models.
+# - **The papers beside us** (their numbers, not ours). Aghajanyan and others got nine
+#   tenths of full performance with `200` trained numbers, on one task of sentence
+#   pairs. Biderman and others trained Llama on code and mathematics, and found the
+#   updates of full fine-tuning to have ranks `10` to `100` times those in usual LoRA
+#   settings; there, LoRA learned less.
+#
+# ## Receipt
+
+# %%
+lesson.receipt()
+
+# %% [markdown]
+# ## Where to go next
+#
+# - Hu and others, [LoRA](https://arxiv.org/abs/2106.09685): sections one to four are now
+#   easy reading.
+# - Aghajanyan and others, [Intrinsic dimensionality explains the effectiveness of
+#   language model fine-tuning](https://arxiv.org/abs/2012.13255): the idea before LoRA.
+# - Biderman and others, [LoRA learns less and forgets
+#   less](https://arxiv.org/abs/2405.09673): where the updates are *not* low-rank.
+# - Hayou and others, [The impact of initialization on LoRA finetuning
+#   dynamics](https://arxiv.org/abs/2406.08447), and, on starts that are not zero,
+#   [Beyond zero initialization](https://arxiv.org/abs/2505.23194).
+# - Kalajdzievski, [A rank stabilization scaling factor](https://arxiv.org/abs/2312.03732):
+#   why $\alpha / \sqrt{r}$. Notebook 05 tries it.
+# - The square layer that was spoiled in silence: PEFT's
+#   [issue 3531](https://github.com/huggingface/peft/issues/3531).
