@@ -1,6 +1,7 @@
 """Load a base model: one with a short name, any hub id, or any local folder.
 
-A named model needs no model hub: `smollm2` (smollm2.py) is the default everywhere.
+A named model needs no model hub: `smollm2` (smollm2.py) is the default everywhere, and
+`tiny` (tiny.py) is a toy that ships with the repository, for sweeps over many seeds.
 Only safetensors are read, and no code that comes with a model is ever run.
 """
 
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from . import smollm2
+from . import smollm2, tiny
 from .adapter import vocabulary
 from .pretrained import quiet_transformers, whole_model
 
@@ -40,7 +41,10 @@ class Named:
     published_as: str  # what a saved adapter names as its base
 
 
-NAMED = {"smollm2": Named(smollm2.folder, "HuggingFaceTB/SmolLM2-135M-Instruct")}
+NAMED = {
+    "smollm2": Named(smollm2.folder, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "tiny": Named(tiny.folder, tiny.PUBLISHED_AS),
+}
 
 
 def load_model(
@@ -51,7 +55,7 @@ def load_model(
     """A causal language model and its tokenizer, in eval mode, on its device.
 
     Args
-        name    "smollm2"; a hub id, owner/name; or the path of a folder
+        name    "smollm2" or "tiny"; a hub id, owner/name; or the path of a folder
         device  "cpu", "cuda", "cuda:1", "mps"; None: see pick_device
         dtype   of the weights: a torch.dtype or its name, float32, bfloat16, float16
                 or float64. None: float32 on every device, so that results compare

@@ -113,10 +113,11 @@ def _amount(random, item, n) -> str:
     if n == 1:
         return f"{random.choice(('a', 'one'))} {item}"
     spoken = {2: ["a pair of"], 12: ["a dozen"]}.get(n, [])
-    return f"{random.choice([str(n), NUMBERS[n], *spoken])} {_plural(item)}"
+    return f"{random.choice([str(n), NUMBERS[n], *spoken])} {plural(item)}"
 
 
-def _plural(item) -> str:
+def plural(item: str) -> str:
+    """More than one of it."""
     return item + ("es" if item.endswith(("s", "x", "ch", "sh")) else "s")
 
 

@@ -4,18 +4,48 @@ Every task has an instruction, three splits without a leak, and an exact scorer:
 
     "orders"           a sentence -> JSON: an output format               task_orders.py
     "terms"            an invented trade: domain knowledge                task_terms.py
+    "gap-0" … "gap-4"  a dial: from tiny's pretraining to a cipher        task_gap.py
+    "kinds"            a classification that tiny half knows              task_kinds.py
     "path/rows.jsonl"  your own prompts and completions                   task_rows.py
     "hub:owner/name"   any data set of the hub, or a folder that holds one
+
+Each generated task has a twin for control, "orders-random": the same prompts, the same
+completions, and nothing that ties one to the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 
 from datasets import Dataset
 
-from . import task_orders, task_rows, task_terms
+from . import task_gap, task_kinds, task_orders, task_rows, task_terms
 
-GENERATED = {"orders": task_orders, "terms": task_terms}
+Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a generated task comes from."""
+
+    instruction: str
+    rows: Callable[[int], Splits]  # seed -> the rows of each split
+    score: Callable[[str, str], bool]
+
+
+GENERATED = {
+    name: Source(module.INSTRUCTION, module.rows, module.score)
+    for name, module in (
+        ("orders", task_orders),
+        ("terms", task_terms),
+        ("kinds", task_kinds),
+    )
+} | {
+    name: Source(task_gap.INSTRUCTION, partial(task_gap.rows, write), task_gap.score)
+    for name, write in task_gap.LEVELS.items()
+}
+RANDOM = "-random"  # ends the name of a twin
 
 
 @dataclass(frozen=True)
@@ -44,8 +74,9 @@ def load_task(
     """The task called `name`; the same rows in the same order for the same seed.
 
     Args
-        name        "orders", "terms", a path that ends in .jsonl, "hub:" and the id of
-                    a data set, or a folder which `datasets.load_dataset` can read
+        name        one of GENERATED, "-random" behind it for the twin; a path that
+                    ends in .jsonl, "hub:" and the id of a data set, or a folder which
+                    `datasets.load_dataset` can read
         seed        draws the generated rows, or which of your rows go into which split
     Only for data sets and folders:
         prompt      the column that holds the prompts
@@ -56,25 +87,43 @@ def load_task(
             OSError      a file or data set that cannot be had
     """
     chosen = (prompt, completion, config) != ("prompt", "completion", None)
-    if chosen and (name in GENERATED or name.endswith(".jsonl")):
+    plain = name.removesuffix(RANDOM)
+    if chosen and (plain in GENERATED or name.endswith(".jsonl")):
         raise ValueError(
             f"{name!r} is no data set of the hub and no folder: only for those can "
             "prompt=, completion= and config= be chosen; a .jsonl file has the keys "
             "prompt and completion"
         )
-    if name in GENERATED:
-        source = GENERATED[name]
-        return _task(name, source.INSTRUCTION, source.rows(seed), source.score)
+    if plain in GENERATED:
+        source = GENERATED[plain]
+        splits = source.rows(seed)
+        splits = splits if plain == name else shuffled(splits, seed)
+        return _task(name, source.instruction, splits, source.score)
     if name.endswith(".jsonl"):
         splits = task_rows.read_jsonl(name, seed)
     elif (found := task_rows.dataset_id(name)) is not None:
         splits = task_rows.read_dataset(found, seed, prompt, completion, config)
     else:
         raise ValueError(
-            f"{name!r} is no task: write {', '.join(map(repr, GENERATED))}, a path to "
-            "a .jsonl file, 'hub:' and the id of a data set, or the path of a folder"
+            f"{name!r} is no task: write {', '.join(map(repr, GENERATED))}, one of "
+            f"these with {RANDOM!r} behind it, a path to a .jsonl file, 'hub:' and the "
+            "id of a data set, or the path of a folder"
         )
     return _task(name, "", splits, task_rows.score)
+
+
+def shuffled(splits: Splits, seed: int) -> Splits:
+    """Every split with its own completions, dealt out anew: nothing is to be learned
+    from a prompt, and all that can be learned of completions alone still can be."""
+    random = Random(f"random labels {seed}")
+    dealt = {}
+    for split, rows in splits.items():
+        answers = random.sample([row["completion"] for row in rows], len(rows))
+        dealt[split] = [
+            {**row, "completion": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    return dealt
 
 
 def _task(name, instruction, splits, score) -> Task:

@@ -1,0 +1,205 @@
+"""What tiny was pretrained on: documents of eight kinds, all generated.
+
+    tale      some events, and a question about one        answering from context
+    report    events alone                                 plain text
+    record    an event, written down as fields             one fixed format
+    format    the same for a format that examples show     learning from examples
+    copy      a line of invented words, said again         copying what was never seen
+    echo      a line of invented words, over and over      noticing repetition
+    kind      what kind of thing something is              a fact, told of every other
+    sum       small sums, and numbers put in order         something else
+
+Questions and answers stand as "Input: …" and "Output: …", with the end token after each
+answer: the template "raw" of every task. A model that has read them knows the form, and
+examples before a question (few-shot) are nothing new to it.
+
+Step number i of pretraining reads what Random("… i") draws: no document is ever stored,
+and a run that was stopped goes on with what it would have read.
+"""
+
+from collections.abc import Callable, Iterable
+from random import Random
+
+from .templates import IGNORED
+from .world import (
+    KIND_OF,
+    TOLD,
+    Event,
+    amount,
+    event,
+    invented,
+    kind_pair,
+    record,
+    sentence,
+)
+
+END = "<|end|>"
+SEPARATORS = ("; ", ", ", " | ", " - ", " & ", ". ")
+EXAMPLES = (3, 4, 5)  # of a format, its last one included
+DRAWN, WAITING = 64, 16  # documents that are drawn at once, and that a row chooses from
+Pair = tuple[str, str]  # what is asked, what is right
+
+
+# ------------------------------------------------------------------------- documents
+
+
+def tale(random: Random) -> str:
+    return dialogue([tale_pair(random, random.choice((1, 2, 2, 3)))])
+
+
+def report(random: Random) -> str:
+    events = [event(random) for _ in range(random.choice((2, 3, 4)))]
+    return " ".join(sentence(random, each) for each in events) + END
+
+
+def records(random: Random) -> str:
+    return dialogue([record_pair(random)])
+
+
+def formats(random: Random) -> str:
+    return dialogue(format_pairs(random, random.choice(EXAMPLES)))
+
+
+def copies(random: Random) -> str:
+    return dialogue([copy_pair(random)])
+
+
+def echoes(random: Random) -> str:
+    words = [invented(random) for _ in range(random.randint(3, 10))]
+    return " ".join(words * random.choice((2, 2, 3))) + END
+
+
+def kinds(random: Random) -> str:
+    thing = random.choice(sorted(TOLD))
+    if random.random() < 0.3:
+        return f"A {thing} is a {KIND_OF[thing]}.{END}"
+    return dialogue([kind_pair(random, thing)])
+
+
+def sums(random: Random) -> str:
+    if random.random() < 0.5:
+        a, b = random.randint(0, 12), random.randint(0, 12)
+        return dialogue([(f"{a} + {b} =", str(a + b))])
+    numbers = random.sample(range(1, 13), random.choice((3, 4, 5)))
+    asked, right = (" ".join(map(str, n)) for n in (numbers, sorted(numbers)))
+    return dialogue([(f"Put in order: {asked}.", right)])
+
+
+MIX: dict[Callable[[Random], str], int] = {  # document: its weight
+    tale: 26,
+    report: 8,
+    records: 10,
+    formats: 20,
+    copies: 14,
+    echoes: 10,
+    kinds: 6,
+    sums: 6,
+}
+
+
+def document(random: Random) -> str:
+    """Any document, by the weights of MIX."""
+    (kind,) = random.choices(list(MIX), list(MIX.values()))
+    return kind(random)
+
+
+# ---------------------------------------------------------------- questions and answers
+
+
+def dialogue(pairs: Iterable[Pair]) -> str:
+    """Questions and answers as the template "raw" has examples."""
+    said = (f"Input: {asked}\nOutput: {right}{END}" for asked, right in pairs)
+    return "\n\n".join(said)
+
+
+def strangers(random: Random, count: int) -> list[Event]:
+    """Events that have no field in common: each question has one answer."""
+    while True:
+        events = [event(random) for _ in range(count)]
+        fields = [e.fields() for e in events]
+        if all(len({f[name] for f in fields}) == count for name in fields[0]):
+            return events
+
+
+def question(random: Random, event: Event) -> Pair:
+    """A question about the event; the answer stands in its sentence."""
+    return random.choice(
+        (
+            (f"Who did something with {amount(event)}?", event.who),
+            (f"Who was in {event.place}?", event.who),
+            (f"Who did something on {event.day}?", event.who),
+            (f"Where was {event.who}?", event.place),
+            (f"When was {event.who} there?", event.day),
+            (f"With what was {event.who}?", amount(event)),
+        )
+    )
+
+
+def tale_pair(random: Random, count: int = 2) -> Pair:
+    """Some events, and a question about one of them."""
+    events = strangers(random, count)
+    told = " ".join(sentence(random, each) for each in events)
+    asked, answer = question(random, random.choice(events))
+    return f"{told} {asked}", answer
+
+
+def record_pair(random: Random) -> Pair:
+    made = event(random)
+    return sentence(random, made), record(made)
+
+
+def copy_pair(random: Random) -> Pair:
+    words = " ".join(invented(random) for _ in range(random.randint(2, 6)))
+    return f"Say again: {words}.", words
+
+
+def format_pairs(random: Random, count: int) -> list[Pair]:
+    """Events, all written down in one format that is drawn for them."""
+    names = random.sample(list(event(random).fields()), random.randint(2, 6))
+    between, named = random.choice(SEPARATORS), random.random() < 0.3
+    pairs = []
+    for made in [event(random) for _ in range(count)]:
+        fields = made.fields()
+        parts = [f"{name} {fields[name]}" if named else fields[name] for name in names]
+        pairs.append((sentence(random, made), between.join(parts)))
+    return pairs
+
+
+# ----------------------------------------------------------------------- rows of tokens
+
+
+def rows(tokenizer, seed: int, step: int, batch: int, length: int) -> list:
+    """The rows of one step, each of whole documents: (input_ids, labels), as of a task.
+
+    A row begins where a document begins, and no document is cut: what a row asks, it
+    also has told. What is left of a row is padding without labels.
+    """
+    random = Random(f"pretraining {seed} {step}")
+    waiting, made = [], []
+    while len(made) < batch:
+        row = []
+        while (ids := _fitting(waiting, length - len(row))) is not None:
+            row += ids
+        if len(waiting) < WAITING:  # the row may still find a document that fits
+            waiting = [row, *waiting] if row else waiting
+            waiting += _tokens(tokenizer, random, length)
+            continue
+        padding = length - len(row)
+        pad = [tokenizer.eos_token_id] * padding
+        made.append((row + pad, row + [IGNORED] * padding))
+    return made
+
+
+def _fitting(waiting: list[list[int]], room: int) -> list[int] | None:
+    """Takes the first document out that fits into a row; None where none does."""
+    for i, ids in enumerate(waiting):
+        if len(ids) <= room:
+            return waiting.pop(i)
+    return None
+
+
+def _tokens(tokenizer, random: Random, longest: int) -> list[list[int]]:
+    """Some documents as tokens, those that are too long left out."""
+    texts = [document(random) for _ in range(DRAWN)]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    return [ids for ids in encoded if len(ids) <= longest]

@@ -1,0 +1,115 @@
+"""Gaps: one task with a dial, from what tiny has read a thousand times to a cipher.
+
+The input is a sentence of tiny's world (world.py), the output says what happened:
+
+    "On Friday Ada found three lamps in Oslo."
+
+    gap-0  who: Ada; did: find; what: lamp; …   the format of its pretraining
+    gap-1  Oslo / Friday / lamp x 3 / Ada / …   a new format, of words that it knows
+    gap-2  Oslo / bekun / razi x 3 / Ada / …    the same, with new words
+    gap-3  zuda Adati razibu vokem Osloru …     a new language: words, endings, order
+    gap-4  Vhuv / Ltwmok / …                    gap-1 in a cipher, letter by letter
+
+Each step of the dial takes away something that a model of that world could have used.
+The new words and the cipher are fixed, like a dictionary; the seed draws the events.
+The splits share all words and have no event in common.
+"""
+
+import string
+from collections.abc import Callable
+from functools import lru_cache
+from random import Random
+
+from .task_orders import AMOUNTS, DAYS
+from .world import DEEDS, THINGS, Event, event, invented, record, sentence
+
+INSTRUCTION = ""  # tiny follows none: the examples say what is asked
+SIZES = {"train": 10_000, "validation": 200, "test": 300}
+Row = dict[str, str]
+
+
+def rows(write: Callable[[Event], str], seed: int = 0) -> dict[str, list[Row]]:
+    """The three splits, with `write` for the outputs: the same events for every one."""
+    random = Random(f"gap {seed}")
+    events = [event(random)]
+    seen = set(events)
+    while len(events) < sum(SIZES.values()):
+        new = event(random)
+        if new not in seen:
+            seen.add(new)
+            events.append(new)
+    made = [{"prompt": sentence(random, e), "completion": write(e)} for e in events]
+    rest = iter(made)
+    return {split: [next(rest) for _ in range(size)] for split, size in SIZES.items()}
+
+
+def score(answer: str, completion: str) -> bool:
+    """True where both are the same text."""
+    return answer.strip() == completion.strip()
+
+
+# ---------------------------------------------------------------------- how it is said
+
+
+def new_format(event: Event) -> str:
+    return (
+        f"{event.place} / {event.day} / {event.thing} x {event.many} / {event.who} / "
+        f"{event.deed}"
+    )
+
+
+def new_words(event: Event) -> str:
+    say = dictionary()
+    return (
+        f"{event.place} / {say[event.day]} / {say[event.thing]} x {event.many} / "
+        f"{event.who} / {say[event.deed]}"
+    )
+
+
+def new_language(event: Event) -> str:
+    """Verb, who with its ending, thing with that of number, place with its, day."""
+    say = dictionary()
+    subject, plural, place = (say[ending] for ending in ENDINGS)
+    thing = say[event.thing] + (plural if event.many > 1 else "")
+    return (
+        f"{say[event.deed]} {event.who}{subject} {thing} {say[str(event.many)]} "
+        f"{event.place}{place} {say[event.day]}"
+    )
+
+
+def cipher(event: Event) -> str:
+    """new_format with other letters and digits: each always for the same one."""
+    return new_format(event).translate(_alphabet())
+
+
+LEVELS: dict[str, Callable[[Event], str]] = {
+    "gap-0": record,
+    "gap-1": new_format,
+    "gap-2": new_words,
+    "gap-3": new_language,
+    "gap-4": cipher,
+}
+ENDINGS = ("-subject", "-plural", "-place")
+
+
+@lru_cache
+def dictionary() -> dict[str, str]:
+    """The new word for every deed, thing, day and number, and the three endings."""
+    random, words, taken = Random("dictionary"), {}, set()
+    for word in [*DEEDS, *THINGS, *DAYS, *map(str, AMOUNTS)]:
+        new = invented(random)
+        while new in taken:
+            new = invented(random)
+        taken.add(new)
+        words[word] = new
+    return words | dict(zip(ENDINGS, ("ti", "bu", "ru"), strict=True))
+
+
+@lru_cache
+def _alphabet() -> dict[int, int]:
+    random, table = Random("cipher"), {}
+    for letters in (string.ascii_lowercase, string.digits):
+        shuffled = random.sample(letters, len(letters))
+        table |= str.maketrans(letters, "".join(shuffled))
+    upper = {chr(a).upper(): chr(b).upper() for a, b in table.items() if a > 96}
+    return table | str.maketrans(upper)
