@@ -17,9 +17,11 @@ Step number i of pretraining reads what Random("… i") draws: no document is ev
 and a run that was stopped goes on with what it would have read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from random import Random
 
+from .loss import Row
 from .templates import IGNORED
 from .world import (
     KIND_OF,
@@ -36,7 +38,7 @@ from .world import (
 END = "<|end|>"
 SEPARATORS = ("; ", ", ", " | ", " - ", " & ", ". ")
 EXAMPLES = (3, 4, 5)  # of a format, its last one included
-DRAWN, WAITING = 64, 16  # documents that are drawn at once, and that a row chooses from
+TOLD_WHOLE = 0.2  # share of the dialogues of which the questions are learned, too
 Pair = tuple[str, str]  # what is asked, what is right
 
 
@@ -44,7 +46,7 @@ Pair = tuple[str, str]  # what is asked, what is right
 
 
 def tale(random: Random) -> str:
-    return dialogue([tale_pair(random, random.choice((1, 2, 2, 3)))])
+    return dialogue([tale_pair(random, random.choice((1, 1, 2, 2, 3)))])
 
 
 def report(random: Random) -> str:
@@ -86,9 +88,9 @@ def sums(random: Random) -> str:
 
 
 MIX: dict[Callable[[Random], str], int] = {  # document: its weight
-    tale: 26,
-    report: 8,
-    records: 10,
+    tale: 24,
+    report: 6,
+    records: 14,
     formats: 20,
     copies: 14,
     echoes: 10,
@@ -168,38 +170,38 @@ def format_pairs(random: Random, count: int) -> list[Pair]:
 # ----------------------------------------------------------------------- rows of tokens
 
 
-def rows(tokenizer, seed: int, step: int, batch: int, length: int) -> list:
-    """The rows of one step, each of whole documents: (input_ids, labels), as of a task.
+def batches(
+    tokenizer, seed: int, step: int, documents: int, told: float = TOLD_WHOLE
+) -> list[list[Row]]:
+    """What one step reads: rows (input_ids, labels), in PARTS of about one length.
 
-    A row begins where a document begins, and no document is cut: what a row asks, it
-    also has told. What is left of a row is padding without labels.
+    A row is a document, whole and alone: what it asks, it has told, and nothing else
+    stands before it. Answers are always learned, all else only of a share `told` of the
+    documents: who did what, nobody can foresee, and a loss full of that drowns what can
+    be learned from an answer.
     """
     random = Random(f"pretraining {seed} {step}")
-    waiting, made = [], []
-    while len(made) < batch:
-        row = []
-        while (ids := _fitting(waiting, length - len(row))) is not None:
-            row += ids
-        if len(waiting) < WAITING:  # the row may still find a document that fits
-            waiting = [row, *waiting] if row else waiting
-            waiting += _tokens(tokenizer, random, length)
-            continue
-        padding = length - len(row)
-        pad = [tokenizer.eos_token_id] * padding
-        made.append((row + pad, row + [IGNORED] * padding))
+    texts = [document(random) for _ in range(documents)]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    rows = [(ids, labels(tokenizer, ids, random.random() < told)) for ids in encoded]
+    rows.sort(key=lambda row: len(row[0]))
+    return [part for part in _parts(rows) if part]
+
+
+def labels(tokenizer, ids: list[int], whole: bool) -> list[int]:
+    """The tokens themselves; of a dialogue that is not learned whole, its answers."""
+    answer, end = tokenizer.convert_tokens_to_ids("Output"), tokenizer.eos_token_id
+    if whole or answer not in ids:
+        return list(ids)
+    made, inside = [], False
+    for token in ids:
+        made.append(token if inside else IGNORED)
+        inside = (inside or token == answer) and token != end
     return made
 
 
-def _fitting(waiting: list[list[int]], room: int) -> list[int] | None:
-    """Takes the first document out that fits into a row; None where none does."""
-    for i, ids in enumerate(waiting):
-        if len(ids) <= room:
-            return waiting.pop(i)
-    return None
-
-
-def _tokens(tokenizer, random: Random, longest: int) -> list[list[int]]:
-    """Some documents as tokens, those that are too long left out."""
-    texts = [document(random) for _ in range(DRAWN)]
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids
-    return [ids for ids in encoded if len(ids) <= longest]
+def _parts(rows: list[Row]) -> Iterator[list[Row]]:
+    """Half of the rows, then a quarter, then the longest: little padding."""
+    cuts = [0, len(rows) // 2, 3 * len(rows) // 4, len(rows)]
+    for start, end in pairwise(cuts):
+        yield rows[start:end]

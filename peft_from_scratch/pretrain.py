@@ -30,7 +30,7 @@ from .recipe import History, Recipe, learning_rate
 from .templates import encode_prompt
 from .world import TOLD, invented, kind_pair
 
-STEPS, BATCH, LENGTH = 9000, 8, 160  # rows of a step, tokens of a row
+STEPS, BATCH = 7500, 24  # documents of a step
 RECIPE = dict(lr=3e-3, schedule="cosine", weight_decay=0.1, betas=(0.9, 0.95))
 KEPT = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps: where a checkpoint is kept
 TOKENIZER_TEXTS = 20_000  # documents
@@ -116,7 +116,7 @@ def pretrained(
     model = LlamaForCausalLM(tiny.config(**_special(tokenizer)))
     recipe = Recipe(steps=steps, batch=BATCH, warmup=steps // 40, seed=seed, **RECIPE)
     run = _run(model, recipe)
-    settings = {"recipe": repr(recipe), "length": LENGTH, "mix": _mix_digest()}
+    settings = {"recipe": repr(recipe), "mix": _mix_digest()}
     checkpoint.resume(run, work / "state", settings)
     keep = {round(share * steps) for share in KEPT}
     with bar("tiny", "step", steps, done=run.history.steps) as told:
@@ -161,8 +161,8 @@ def _run(model: nn.Module, recipe: Recipe) -> checkpoint.Run:
 
 def _step(model: nn.Module, tokenizer, run: checkpoint.Run, recipe: Recipe) -> None:
     step = run.history.steps
-    rows = corpus.rows(tokenizer, recipe.seed, step, recipe.batch, LENGTH)
-    loss, _ = accumulate_gradients(model, [batch_of(rows, run.device)])
+    parts = corpus.batches(tokenizer, recipe.seed, step, recipe.batch)
+    loss, _ = accumulate_gradients(model, [batch_of(p, run.device) for p in parts])
     nn.utils.clip_grad_norm_(run.trainable.values(), recipe.clip)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
@@ -172,7 +172,8 @@ def _step(model: nn.Module, tokenizer, run: checkpoint.Run, recipe: Recipe) -> N
 
 
 def _mix_digest() -> str:
-    return digest({kind.__name__: weight for kind, weight in corpus.MIX.items()})
+    weights = {kind.__name__: weight for kind, weight in corpus.MIX.items()}
+    return digest(weights, corpus.TOLD_WHOLE)
 
 
 def _keep(model: nn.Module, tokenizer, folder: Path) -> None:
@@ -190,8 +191,8 @@ def _told(model, tokenizer, history: History, recipe: Recipe) -> dict:
     return {
         "parameters": model.num_parameters(),
         "steps": history.steps,
-        "tokens": history.steps * recipe.batch * LENGTH,
-        "recipe": {**RECIPE, "batch": BATCH, "length": LENGTH, "warmup": recipe.warmup},
+        "documents": history.steps * recipe.batch,
+        "recipe": {**RECIPE, "batch": BATCH, "warmup": recipe.warmup},
         "seconds": round(history.seconds),
         "held_out_loss": _held_out_loss(model, tokenizer, recipe.seed),
         **provenance(seed=recipe.seed),
@@ -199,8 +200,9 @@ def _told(model, tokenizer, history: History, recipe: Recipe) -> dict:
 
 
 def _held_out_loss(model: nn.Module, tokenizer, seed: int) -> float:
-    rows = corpus.rows(tokenizer, seed, HELD_OUT, 64, LENGTH)
-    return round(mean_loss(model, rows), 4)
+    """Nats per token of whole documents, questions included."""
+    parts = corpus.batches(tokenizer, seed, HELD_OUT, 300, told=1.0)
+    return round(mean_loss(model, [row for part in parts for row in part]), 4)
 
 
 # -------------------------------------------------------------------------- abilities

@@ -1,7 +1,7 @@
 """The small world that tiny was pretrained on: who did what with which thing, where.
 
     "On Friday Ada found three lamps in Oslo."
-    who: Ada; did: find; what: lamp; many: 3; where: Oslo; when: Friday
+    who Ada, did find, what lamp, many 3, where Oslo, when Friday
 
 An `Event` is the meaning; `sentence` puts it into words, `record` writes it down.
 People, cities and things are those of the task orders (the ones that all of its splits
@@ -104,7 +104,7 @@ def amount(event: Event) -> str:
 
 def record(event: Event) -> str:
     """The event as pretraining writes it down."""
-    return "; ".join(f"{name}: {value}" for name, value in event.fields().items())
+    return ", ".join(f"{name} {value}" for name, value in event.fields().items())
 
 
 def kind_pair(random: Random, thing: str) -> tuple[str, str]:

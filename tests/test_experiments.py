@@ -563,8 +563,10 @@ def invented(advantage, *, edge=False, control=3.0):
         for method, grid in data_size.RATES.items():
             loss = 1.0 + (method == "lora") * advantage(task, n)
             best = grid[0] if edge and method == "full" else grid[1]
+            searched = grid if n == data_size.TUNED_AT else [best]
             found += [
-                of_f4(task, n, method, lr, 0, loss + 9.0 * (lr != best)) for lr in grid
+                of_f4(task, n, method, lr, 0, loss + 9.0 * (lr != best))
+                for lr in searched
             ]
             found += [of_f4(task, n, method, best, seed, loss) for seed in (1, 2, 3, 4)]
     for method in data_size.RATES:
