@@ -17,14 +17,18 @@ Step number i of pretraining reads what Random("… i") draws: no document is ev
 and a run that was stopped goes on with what it would have read.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from random import Random
 
 from .loss import Row
+from .task_orders import DAYS
 from .templates import IGNORED
 from .world import (
     KIND_OF,
+    PEOPLE,
+    PLACES,
+    THINGS,
     TOLD,
     Event,
     amount,
@@ -40,6 +44,7 @@ SEPARATORS = ("; ", ", ", " | ", " - ", " & ", ". ")
 EXAMPLES = (3, 4, 5)  # of a format, its last one included
 TOLD_WHOLE = 0.2  # share of the dialogues of which the questions are learned, too
 Pair = tuple[str, str]  # what is asked, what is right
+Mix = Mapping[Callable[[Random], str], int]
 
 
 # ------------------------------------------------------------------------- documents
@@ -66,9 +71,17 @@ def copies(random: Random) -> str:
     return dialogue([copy_pair(random)])
 
 
-def echoes(random: Random) -> str:
-    words = [invented(random) for _ in range(random.randint(3, 10))]
+def word_copies(random: Random) -> str:
+    return dialogue([copy_pair(random, any_word)])
+
+
+def echoes(random: Random, word: Callable[[Random], str] = invented) -> str:
+    words = [word(random) for _ in range(random.randint(3, 10))]
     return " ".join(words * random.choice((2, 2, 3))) + END
+
+
+def word_echoes(random: Random) -> str:
+    return echoes(random, any_word)
 
 
 def kinds(random: Random) -> str:
@@ -87,7 +100,7 @@ def sums(random: Random) -> str:
     return dialogue([(f"Put in order: {asked}.", right)])
 
 
-MIX: dict[Callable[[Random], str], int] = {  # document: its weight
+MIX: Mix = {  # document: its weight
     tale: 24,
     report: 6,
     records: 14,
@@ -99,9 +112,18 @@ MIX: dict[Callable[[Random], str], int] = {  # document: its weight
 }
 
 
-def document(random: Random) -> str:
-    """Any document, by the weights of MIX."""
-    (kind,) = random.choices(list(MIX), list(MIX.values()))
+# The same, but that words of the world are copied, too. After MIX alone, tiny looked up
+# who, what, how many and when, and called every place Lima: all places stand where all
+# others could, and nothing had asked it to tell one from another.
+LATER_MIX = {
+    {copies: word_copies, echoes: word_echoes}.get(kind, kind): weight
+    for kind, weight in MIX.items()
+}
+
+
+def document(random: Random, mix: Mix = MIX) -> str:
+    """Any document, by its weight."""
+    (kind,) = random.choices(list(mix), list(mix.values()))
     return kind(random)
 
 
@@ -137,7 +159,7 @@ def question(random: Random, event: Event) -> Pair:
     )
 
 
-def tale_pair(random: Random, count: int = 2) -> Pair:
+def tale_pair(random: Random, count: int) -> Pair:
     """Some events, and a question about one of them."""
     events = strangers(random, count)
     told = " ".join(sentence(random, each) for each in events)
@@ -150,9 +172,15 @@ def record_pair(random: Random) -> Pair:
     return sentence(random, made), record(made)
 
 
-def copy_pair(random: Random) -> Pair:
-    words = " ".join(invented(random) for _ in range(random.randint(2, 6)))
+def copy_pair(random: Random, word: Callable[[Random], str] = invented) -> Pair:
+    words = " ".join(word(random) for _ in range(random.randint(2, 6)))
     return f"Say again: {words}.", words
+
+
+def any_word(random: Random) -> str:
+    """A word of the world, or one that means nothing."""
+    known = random.choice((PEOPLE, PLACES, THINGS, DAYS))
+    return random.choice(known) if random.random() < 0.5 else invented(random)
 
 
 def format_pairs(random: Random, count: int) -> list[Pair]:
@@ -171,7 +199,13 @@ def format_pairs(random: Random, count: int) -> list[Pair]:
 
 
 def batches(
-    tokenizer, seed: int, step: int, documents: int, told: float = TOLD_WHOLE
+    tokenizer,
+    seed: int,
+    step: int,
+    documents: int,
+    *,
+    mix: Mix = MIX,
+    told: float = TOLD_WHOLE,
 ) -> list[list[Row]]:
     """What one step reads: rows (input_ids, labels), in PARTS of about one length.
 
@@ -181,7 +215,7 @@ def batches(
     be learned from an answer.
     """
     random = Random(f"pretraining {seed} {step}")
-    texts = [document(random) for _ in range(documents)]
+    texts = [document(random, mix) for _ in range(documents)]
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     rows = [(ids, labels(tokenizer, ids, random.random() < told)) for ids in encoded]
     rows.sort(key=lambda row: len(row[0]))

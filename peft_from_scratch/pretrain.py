@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -24,19 +25,22 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from . import atomic, checkpoint, corpus, tiny
 from .generation import generate
 from .loss import accumulate_gradients, batch_of, mean_loss
+from .pretrained import quiet_transformers, whole_model
 from .progress import bar
 from .provenance import ROOT, digest, provenance
 from .recipe import History, Recipe, learning_rate
 from .templates import encode_prompt
 from .world import TOLD, invented, kind_pair
 
-STEPS, BATCH = 7500, 24  # documents of a step
-RECIPE = dict(lr=3e-3, schedule="cosine", weight_decay=0.1, betas=(0.9, 0.95))
-KEPT = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps: where a checkpoint is kept
+STEPS, BATCH = 9000, 24  # documents of a step
+RECIPE = dict(schedule="cosine", weight_decay=0.1, betas=(0.9, 0.95))
+KEPT = (1 / 60, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 7 / 12)  # of the steps: checkpoints
+SAVED_EVERY = 200  # steps
 TOKENIZER_TEXTS = 20_000  # documents
 HELD_OUT = -1  # a step that training never takes: what it would have read is the test
 EXAMS = 200  # questions of each ability
-GATES = {"copying": 0.9, "answering": 0.8, "echo": 0.97}
+LONGEST_ANSWER = 40  # tokens
+GATES = {"copying": 0.9, "answering": 0.9, "recording": 0.9, "echo": 0.95}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(options.out, model, tokenizer, told)
     print(f"written to {options.out}")
     return 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of pretraining, with a schedule of its own."""
+
+    start: int  # steps before it
+    recipe: Recipe
+    mix: corpus.Mix
+
+
+def phases(steps: int, seed: int) -> tuple[Phase, ...]:
+    """Five sixths of the steps, then the rest: the rate rises once more."""
+    first = 5 * steps // 6
+
+    def recipe(count, lr):
+        warmup = count // 40
+        return Recipe(
+            steps=count, batch=BATCH, lr=lr, warmup=warmup, seed=seed, **RECIPE
+        )
+
+    return (
+        Phase(0, recipe(first, 3e-3), corpus.MIX),
+        Phase(first, recipe(steps - first, 2e-3), corpus.LATER_MIX),
+    )
 
 
 # ------------------------------------------------------------------------- tokenizer
@@ -114,23 +143,24 @@ def pretrained(
     tokenizer = new_tokenizer(seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny.config(**_special(tokenizer)))
-    recipe = Recipe(steps=steps, batch=BATCH, warmup=steps // 40, seed=seed, **RECIPE)
-    run = _run(model, recipe)
-    settings = {"recipe": repr(recipe), "mix": _mix_digest()}
+    parts = phases(steps, seed)
+    run = _run(model, parts[0].recipe)
+    settings = {"phases": [repr(p.recipe) for p in parts], "mix": _mix_digest(parts)}
     checkpoint.resume(run, work / "state", settings)
     keep = {round(share * steps) for share in KEPT}
     with bar("tiny", "step", steps, done=run.history.steps) as told:
         while run.history.steps < steps:
             began = time.perf_counter()
-            _step(model, tokenizer, run, recipe)
+            phase = max((p for p in parts if p.start <= run.history.steps), key=_start)
+            _step(model, tokenizer, run, phase)
             run.history.seconds += time.perf_counter() - began
             told.set_postfix_str(f"loss {run.history.loss[-1]:.3f}", refresh=False)
             told.update()
             if run.history.steps in keep:
                 _keep(model, tokenizer, work / f"step-{run.history.steps:05d}")
-            if run.history.steps % 200 == 0 or run.history.steps == steps:
+            if run.history.steps % SAVED_EVERY == 0 or run.history.steps == steps:
                 checkpoint.save(run, work / "state", settings)
-    return model.eval(), tokenizer, _told(model, tokenizer, run.history, recipe)
+    return model.eval(), tokenizer, _told(model, tokenizer, run.history, parts)
 
 
 def work_folder(out: Path) -> Path:
@@ -159,20 +189,24 @@ def _run(model: nn.Module, recipe: Recipe) -> checkpoint.Run:
     return checkpoint.Run(trainable, optimizer, torch.device("cpu"), History())
 
 
-def _step(model: nn.Module, tokenizer, run: checkpoint.Run, recipe: Recipe) -> None:
-    step = run.history.steps
-    parts = corpus.batches(tokenizer, recipe.seed, step, recipe.batch)
+def _start(phase: Phase) -> int:
+    return phase.start
+
+
+def _step(model: nn.Module, tokenizer, run: checkpoint.Run, phase: Phase) -> None:
+    step, recipe = run.history.steps, phase.recipe
+    parts = corpus.batches(tokenizer, recipe.seed, step, recipe.batch, mix=phase.mix)
     loss, _ = accumulate_gradients(model, [batch_of(p, run.device) for p in parts])
     nn.utils.clip_grad_norm_(run.trainable.values(), recipe.clip)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
+        group["lr"] = learning_rate(recipe, step - phase.start)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.history.loss.append(loss)
 
 
-def _mix_digest() -> str:
-    weights = {kind.__name__: weight for kind, weight in corpus.MIX.items()}
+def _mix_digest(parts: Sequence[Phase]) -> str:
+    weights = [{kind.__name__: n for kind, n in part.mix.items()} for part in parts]
     return digest(weights, corpus.TOLD_WHOLE)
 
 
@@ -183,19 +217,26 @@ def _keep(model: nn.Module, tokenizer, folder: Path) -> None:
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     with atomic.new_folder(folder) as new:
-        half.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        _save(half, tokenizer, new)
 
 
-def _told(model, tokenizer, history: History, recipe: Recipe) -> dict:
+def _save(model: nn.Module, tokenizer, folder: Path) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _told(model, tokenizer, history: History, parts: Sequence[Phase]) -> dict:
+    seed = parts[0].recipe.seed
     return {
         "parameters": model.num_parameters(),
         "steps": history.steps,
-        "documents": history.steps * recipe.batch,
-        "recipe": {**RECIPE, "batch": BATCH, "warmup": recipe.warmup},
+        "documents": history.steps * BATCH,
+        "recipe": {**RECIPE, "batch": BATCH},
+        "phases": [{"steps": p.recipe.steps, "lr": p.recipe.lr} for p in parts],
         "seconds": round(history.seconds),
-        "held_out_loss": _held_out_loss(model, tokenizer, recipe.seed),
-        **provenance(seed=recipe.seed),
+        "held_out_loss": _held_out_loss(model, tokenizer, seed),
+        **provenance(seed=seed),
     }
 
 
@@ -211,12 +252,15 @@ def _held_out_loss(model: nn.Module, tokenizer, seed: int) -> float:
 def abilities(model: nn.Module, tokenizer, seed: int = 0) -> dict[str, float]:
     """What the model can do, on questions that it never read, as shares of one.
 
-    copying, answering, recording, formats   answers that are right, word for word
-    echo                                     tokens of a second round that are foreseen
+    copying, answering, recording   answers that are right, word for word
+    choosing    the same as answering, of a tale of two events: which one was asked for?
+    formats     a record in a format that four examples show
+    echo        tokens of a line's second round that are foreseen
     """
     asked: dict[str, Callable[[Random], list[corpus.Pair]]] = {
         "copying": lambda random: [corpus.copy_pair(random)],
-        "answering": lambda random: [corpus.tale_pair(random)],
+        "answering": lambda random: [corpus.tale_pair(random, 1)],
+        "choosing": lambda random: [corpus.tale_pair(random, 2)],
         "recording": lambda random: [corpus.record_pair(random)],
         "formats": lambda random: corpus.format_pairs(random, max(corpus.EXAMPLES)),
     }
@@ -232,7 +276,8 @@ def on_the_way(work: Path, tokenizer, seed: int) -> list[dict]:
     """Loss and abilities of each checkpoint that was kept."""
     found = []
     for folder in sorted(work.glob("step-*")):
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with quiet_transformers():
+            model = whole_model(folder, dtype=torch.float32).eval()
         found.append(
             {
                 "steps": int(folder.name.partition("-")[2]),
@@ -247,7 +292,7 @@ def samples(model: nn.Module, tokenizer, seed: int = 0) -> list[dict[str, str]]:
     """What it answers to a question of each kind, and how it goes on from nothing."""
     random = Random(f"samples {seed}")
     asked = {
-        "A question about a tale": corpus.tale_pair(random)[0],
+        "A question about a tale": corpus.tale_pair(random, 2)[0],
         "A record": corpus.record_pair(random)[0],
         "Words that it never saw": corpus.copy_pair(random)[0],
         "A kind that it was told": kind_pair(random, sorted(TOLD)[0])[0],
@@ -258,9 +303,7 @@ def samples(model: nn.Module, tokenizer, seed: int = 0) -> list[dict[str, str]]:
     prompts = [
         tokenizer(text, add_special_tokens=False).input_ids for text in texts.values()
     ]
-    answers = generate(
-        model, tokenizer, prompts, stop_id=tokenizer.eos_token_id, max_new_tokens=60
-    )
+    answers = _answers(model, tokenizer, prompts)
     told = zip(texts.items(), answers, strict=True)
     return [{"what": w, "asked": a, "answer": answer} for (w, a), answer in told]
 
@@ -271,11 +314,17 @@ def _right(model, tokenizer, exam: list[list[corpus.Pair]]) -> float:
         encode_prompt(tokenizer, "", pairs[-1][0], template="raw", examples=pairs[:-1])
         for pairs in exam
     ]
-    answers = generate(
-        model, tokenizer, prompts, stop_id=tokenizer.eos_token_id, max_new_tokens=60
-    )
+    answers = _answers(model, tokenizer, prompts)
     right = [pairs[-1][1] for pairs in exam]
     return sum(a.strip() == r for a, r in zip(answers, right, strict=True)) / len(exam)
+
+
+def _answers(model: nn.Module, tokenizer, prompts: list[list[int]]) -> list[str]:
+    """What the model puts first, token by token, up to its end token."""
+    end = tokenizer.eos_token_id
+    return generate(
+        model, tokenizer, prompts, stop_id=end, max_new_tokens=LONGEST_ANSWER
+    )
 
 
 @torch.no_grad()
@@ -299,8 +348,7 @@ def write(out: Path, model: nn.Module, tokenizer, told: dict) -> None:
     work = work_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     with atomic.new_folder_beside(out / "new") as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        _save(model, tokenizer, new)
         (new / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
         for file in new.iterdir():
             file.chmod(0o644)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_from_scratch as pfs
-from peft_from_scratch.tasks import load_task
+from peft_from_scratch.tasks import GENERATED, load_task
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -200,7 +200,7 @@ def tree(page):
     return [line[1] for line in lines]
 
 
-@pytest.mark.parametrize("name", ["orders", "terms"])
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_generated_task_is_the_one_that_the_data_page_describes(name):
     task = load_task(name)
     for split in ("train", "validation", "test"):
