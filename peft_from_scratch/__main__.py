@@ -165,7 +165,10 @@ def _ledger(commands) -> None:
     )
     command.add_argument("ids", nargs="*", metavar="ID", help="claims; by default all")
     command.add_argument(
-        "--run", action="store_true", help="make the runs that are missing first"
+        "--run",
+        dest="make_runs",  # `run` is the command's own function
+        action="store_true",
+        help="make the runs that are missing first",
     )
     command.add_argument(
         "--base", choices=SCALES, help="only at this scale; by default at both"
@@ -261,7 +264,7 @@ def run_ledger(options) -> None:
     ids = options.ids or list(ledger.CLAIMS)
     claims = [ledger.claim(id) for id in ids]  # an unknown one is said before any run
     scales = (options.base,) if options.base else SCALES
-    if options.run:
+    if options.make_runs:
         ledger.make_runs(ids, scales)
     rows = ledger.rows()
     print(ledger.table([row for row in rows if row["id"] in ids], scales))

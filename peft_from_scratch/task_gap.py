@@ -4,11 +4,11 @@ The input is a sentence of tiny's world (world.py), the output says what happene
 
     "On Friday Ada found three lamps in Oslo."
 
-    gap-0  who: Ada; did: find; what: lamp; …   the format of its pretraining
+    gap-0  who Ada, did find, what lamp, …      the format of its pretraining
     gap-1  Oslo / Friday / lamp x 3 / Ada / …   a new format, of words that it knows
-    gap-2  Oslo / bekun / razi x 3 / Ada / …    the same, with new words
-    gap-3  zuda Adati razibu vokem Osloru …     a new language: words, endings, order
-    gap-4  Vhuv / Ltwmok / …                    gap-1 in a cipher, letter by letter
+    gap-2  Oslo / funek / bafo x 3 / Ada / …    the same, with new words
+    gap-3  sudaf Adati bafobu guna Osloru …     a new language: words, endings, order
+    gap-4  Zoez / Ulqwtf / etha b 4 / Twt / …   gap-1 in a cipher, letter by letter
 
 Each step of the dial takes away something that a model of that world could have used.
 The new words and the cipher are fixed, like a dictionary; the seed draws the events.

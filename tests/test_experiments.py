@@ -8,8 +8,9 @@ import pytest
 import torch
 from architectures import build, byte_tokenizer
 from planting import assert_caught, planted
+from transformers import AutoModelForCausalLM
 
-from peft_from_scratch import lora, merge, runs, trainable
+from peft_from_scratch import lora, merge, remove, runs, tiny, trainable
 from peft_from_scratch.adapter import adapters
 from peft_from_scratch.budget import lora_parameters
 from peft_from_scratch.claim import Invalid
@@ -20,6 +21,7 @@ from peft_from_scratch.experiments import (
     finetune,
     intervals,
     rates,
+    separation,
     spectrum,
     standalone,
     starts,
@@ -600,15 +602,18 @@ def verdict_of_f4(found):
 @pytest.mark.parametrize(
     ("advantage", "verdict"),
     [
-        (lambda task, n: 0.3 if (task, n) == ("gap-3", 10_000) else -0.3, "confirmed"),
         (
-            lambda task, n: 0.01 if (task, n) == ("gap-3", 10_000) else -0.3,
+            lambda task, n: 0.3 if (task, n) == ("gap-3", data_size.MANY) else -0.3,
+            "confirmed",
+        ),
+        (
+            lambda task, n: 0.01 if (task, n) == ("gap-3", data_size.MANY) else -0.3,
             "confirmed with limits",
         ),
         (lambda task, n: 0.3, "refuted here"),  # full always wins: no advice is needed
         (lambda task, n: -0.3, "refuted here"),  # LoRA always wins
         (lambda task, n: 0.0, "undecided"),
-        (lambda task, n: 0.3 if n == 10_000 else 0.0, "undecided"),
+        (lambda task, n: 0.3 if n == data_size.MANY else 0.0, "undecided"),
     ],
 )
 def test_the_advice_must_beat_both_simple_policies(advantage, verdict):
@@ -650,3 +655,65 @@ def test_failed_checks_are_counted():
     assert measured.value == 1
     assert claim("F5").rule.verdict(1, 1, 1) == "refuted here"
     assert claim("F5").rule.verdict(0, 0, 0) == "confirmed"
+
+
+# ------------------------------------------------------------ Whether methods differ
+
+
+def separation_store(monkeypatch, losses, seeds=separation.SEEDS):
+    """Every run that the table asks for, with these losses by method."""
+
+    def stored(config):
+        if config["seed"] not in seeds:
+            return None
+        (name,) = (
+            name
+            for name, own in separation.METHODS.items()
+            if all(config.get(key) == value for key, value in own.items())
+            and ("targets" in own or config.get("targets") in (None, "all-linear"))
+        )
+        far = abs(np.log10(config["lr"] / 3e-3)) if config["method"] == "full" else 0
+        far += abs(np.log10(config["lr"] / 1e-2)) if config["method"] == "lora" else 0
+        noise = np.random.default_rng(config["seed"]).normal(scale=0.01, size=4)
+        found = finished(
+            name, losses[name] + far, items=(losses[name] + noise).tolist()
+        )
+        found.config.update(config)
+        found.result.update(trainable=7, seconds=1.0, test_loss=losses[name])
+        return found
+
+    monkeypatch.setattr(separation, "stored", stored)
+    monkeypatch.setattr(rates, "stored", stored)
+
+
+def test_a_table_tells_methods_apart_that_differ(monkeypatch):
+    monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
+    losses = dict.fromkeys(separation.METHODS, 1.0)
+    losses |= {"full": 1.5, "LoRA, MLP": 0.5}
+    separation_store(monkeypatch, losses)
+    found = {row.method: row for row in separation.rows() if row.task == "gap-1"}
+    assert list(found) == list(separation.METHODS)
+    apart = {name for name, row in found.items() if row.told_apart}
+    assert apart == {"full", "LoRA, MLP"}
+    assert found["full"].over[0] == pytest.approx(0.5)
+    assert found["full"].lr == 3e-3 and found["LoRA, rank 1"].lr == 1e-2
+    assert found["nothing trained"].lr is None
+    assert found[separation.REFERENCE].over is None
+
+
+def test_a_table_with_a_missing_seed_is_no_table(monkeypatch):
+    monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
+    losses = dict.fromkeys(separation.METHODS, 1.0)
+    separation_store(monkeypatch, losses, seeds=(0, 1, 2, 3))
+    with pytest.raises(Invalid, match="are missing"):
+        list(separation.rows())
+
+
+def test_methods_of_equal_size_have_equal_sizes():
+    model, counts = AutoModelForCausalLM.from_config(tiny.config()), []
+    for name in ("LoRA, attention", "LoRA, MLP"):
+        own = {k: v for k, v in separation.METHODS[name].items() if k != "method"}
+        lora.inject(model, **own)
+        counts.append(sum(p.numel() for p in trainable(model).values()))
+        remove(model)
+    assert counts[0] == counts[1]

@@ -69,7 +69,7 @@ def every_level_asks_the_same():
 def outputs_say_what_happened():
     for row in gap(0)["test"]:
         event = happened(row["prompt"])
-        told = dict(part.split(": ") for part in row["completion"].split("; "))
+        told = dict(part.split(" ") for part in row["completion"].split(", "))
         assert list(told.values()) == list(event.fields().values())
     for row in gap(1)["test"]:
         event = happened(row["prompt"])
@@ -170,6 +170,14 @@ def test_sizes_and_scorers():
         right = task.test[0]["completion"]
         assert task.score(f" {right}\n", right)
         assert not task.score(f"{right} Done.", right) and not task.score("", right)
+
+
+def test_the_page_shows_what_comes_out():
+    """The module's own examples, up to where they are cut."""
+    event = world.Event("Ada", "find", "lamp", 3, "Oslo", "Friday")
+    for name, write in task_gap.LEVELS.items():
+        (shown,) = re.findall(rf"^    {name}  (.*?) …", task_gap.__doc__, re.MULTILINE)
+        assert write(event).startswith(shown.rstrip(" ,/")), name
 
 
 def test_a_twin_of_nothing_is_no_task():
