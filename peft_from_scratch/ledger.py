@@ -209,6 +209,8 @@ def _line(row: dict, scale: str) -> tuple[str, ...]:
 
 
 def _lacking(missing: Sequence[dict]) -> str:
+    if not missing:
+        return "no runs are planned at this scale"
     kinds = ", ".join(sorted({config["experiment"] for config in missing}))
     return f"{len(missing)} runs are missing ({kinds}); make them with --run"
 

@@ -573,7 +573,7 @@ def invented(advantage, *, edge=False, control=3.0):
             found += [of_f4(task, n, method, best, seed, loss) for seed in (1, 2, 3, 4)]
     for method in data_size.RATES:
         found += [
-            of_f4("gap-1-random", 1000, method, 1e-2, seed, control)
+            of_f4("gap-1-random", data_size.SOME, method, 1e-2, seed, control)
             for seed in range(5)
         ]
     return found
