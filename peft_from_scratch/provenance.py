@@ -21,7 +21,7 @@ SHOWING = {
     *("plotting.py", "progress.py", "readme.py", "report.py"),
     *("__main__.py", "chat.py", "commands.py"),
     *("cards.py", "checks", "exercises.py", "ghost.py", "lesson.py"),
-    *("corpus.py", "pretrain.py"),
+    *("corpus.py", "pretrain.py", "tiny_card.py"),
     *("claim.py", "experiments", "ledger.py", "runs.py"),
 }
 
