@@ -5,12 +5,16 @@ The input is a sentence of tiny's world (world.py), the output says what happene
     "On Friday Ada found three lamps in Oslo."
 
     gap-0  who Ada, did find, what lamp, …      the format of its pretraining
-    gap-1  Oslo / Friday / lamp x 3 / Ada / …   a new format, of words that it knows
-    gap-2  Oslo / funek / bafo x 3 / Ada / …    the same, with new words
-    gap-3  sudaf Adati bafobu guna Osloru …     a new language: words, endings, order
-    gap-4  Zoez / Ulqwtf / etha b 4 / Twt / …   gap-1 in a cipher, letter by letter
+    gap-1  Oslo - Friday | lamp & 3 | Ada - …   a new format, of words that it knows
+    gap-2  Oslo - funek | bafo & 3 | Ada - …    the same, with new words
+    gap-3  sudaf Ada ti bafobu guna Oslo ru …   a new language: words, endings, order
+    gap-4  ibsi - rleguw | sumv & 4 | ugu - …   gap-1 in a cipher, letter by letter
 
 Each step of the dial takes away something that a model of that world could have used.
+Up to gap-3 all tokens are such as pretraining used: a head that never learned to tell a
+token from others is frozen in LoRA, which is a gap of another kind, and a larger one. (A
+first gap-1 with new marks showed it: no LoRA learned them. Of gap-4's tokens, one in
+eight is new.)
 The new words and the cipher are fixed, like a dictionary; the seed draws the events.
 The splits share all words and have no event in common.
 """
@@ -21,7 +25,17 @@ from functools import lru_cache
 from random import Random
 
 from .task_orders import AMOUNTS, DAYS
-from .world import DEEDS, THINGS, Event, event, invented, record, sentence
+from .world import (
+    CONSONANTS,
+    DEEDS,
+    THINGS,
+    VOWELS,
+    Event,
+    event,
+    invented,
+    record,
+    sentence,
+)
 
 INSTRUCTION = ""  # tiny follows none: the examples say what is asked
 SIZES = {"train": 10_000, "validation": 200, "test": 300}
@@ -53,33 +67,33 @@ def score(answer: str, completion: str) -> bool:
 
 def new_format(event: Event) -> str:
     return (
-        f"{event.place} / {event.day} / {event.thing} x {event.many} / {event.who} / "
-        f"{event.deed}"
+        f"{event.place} - {event.day} | {event.thing} & {event.many} | "
+        f"{event.who} - {event.deed}"
     )
 
 
 def new_words(event: Event) -> str:
     say = dictionary()
     return (
-        f"{event.place} / {say[event.day]} / {say[event.thing]} x {event.many} / "
-        f"{event.who} / {say[event.deed]}"
+        f"{event.place} - {say[event.day]} | {say[event.thing]} & {event.many} | "
+        f"{event.who} - {say[event.deed]}"
     )
 
 
 def new_language(event: Event) -> str:
-    """Verb, who with its ending, thing with that of number, place with its, day."""
+    """Verb, who and its particle, thing with its ending, number, place, day."""
     say = dictionary()
     subject, plural, place = (say[ending] for ending in ENDINGS)
     thing = say[event.thing] + (plural if event.many > 1 else "")
     return (
-        f"{say[event.deed]} {event.who}{subject} {thing} {say[str(event.many)]} "
-        f"{event.place}{place} {say[event.day]}"
+        f"{say[event.deed]} {event.who} {subject} {thing} {say[str(event.many)]} "
+        f"{event.place} {place} {say[event.day]}"
     )
 
 
 def cipher(event: Event) -> str:
-    """new_format with other letters and digits: each always for the same one."""
-    return new_format(event).translate(_alphabet())
+    """new_format in small letters, each of them and each digit for another one."""
+    return new_format(event).lower().translate(_alphabet())
 
 
 LEVELS: dict[str, Callable[[Event], str]] = {
@@ -107,9 +121,9 @@ def dictionary() -> dict[str, str]:
 
 @lru_cache
 def _alphabet() -> dict[int, int]:
+    """Vowels for vowels, and so on: what comes out can be cut into known tokens."""
     random, table = Random("cipher"), {}
-    for letters in (string.ascii_lowercase, string.digits):
-        shuffled = random.sample(letters, len(letters))
-        table |= str.maketrans(letters, "".join(shuffled))
-    upper = {chr(a).upper(): chr(b).upper() for a, b in table.items() if a > 96}
-    return table | str.maketrans(upper)
+    rare = "".join(sorted({*string.ascii_lowercase} - {*CONSONANTS, *VOWELS}))
+    for letters in (VOWELS, CONSONANTS, rare, string.digits):
+        table |= str.maketrans(letters, "".join(random.sample(letters, len(letters))))
+    return table

@@ -17,15 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import adapters, as_matrix, trainable
 from ..experiments import spectrum
 from ..methods import lora
-from . import Wrong, close, judged
+from . import Wrong, close, judged, unchanged
 
-# (kind of base, d_in, d_out, r, alpha, shape of x without d_in)
+# (kind of base, d_in, d_out, r, alpha, shape of x without d_in). In the first, every
+# wrong scale gives another number; and a square Conv1D comes before the oblong one,
+# with which a transpose too few stops before anything can be said about it.
 CASES = (
-    (nn.Linear, 6, 4, 2, 8.0, (2, 3)),
+    (nn.Linear, 6, 4, 3, 8.0, (2, 3)),
     (nn.Linear, 5, 5, 3, 1.5, (4,)),
     (nn.Linear, 8, 8, 8, 2.0, ()),
-    (Conv1D, 7, 12, 1, 3.0, (2, 2)),
     (Conv1D, 6, 6, 4, 16.0, (1, 5)),
+    (Conv1D, 7, 12, 1, 3.0, (2, 2)),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +78,20 @@ def cases() -> Iterator[Case]:
         yield Case(base, normal(r, d_in), normal(d_out, r), alpha, normal(*shape, d_in))
 
 
+def wrong_scales(alpha: float, r: int) -> dict[str, float]:
+    """What stands in the place of alpha / r, by the likely mistake."""
+    return {
+        "not divided by r: the scale is alpha / r": alpha,
+        "no scale: multiply B A by alpha / r": 1.0,
+        "alpha is missing: the scale is alpha / r, not 1 / r": 1 / r,
+        "alpha // r drops what is behind the point: alpha / r": alpha // r,
+        "the scale is there twice": (alpha / r) ** 2,
+        "r / alpha in the place of alpha / r": r / alpha,
+        "alpha / sqrt(r): that is rsLoRA's scale": alpha / math.sqrt(r),
+        "the wrong sign: the update is added": -alpha / r,
+    }
+
+
 # 4.1 ----------------------------------------------------------------------------------
 
 
@@ -86,49 +102,55 @@ def lora_forward(MyLoRA: type[nn.Module]) -> None:
         theirs = MyLoRA(
             copy.deepcopy(case.base), case.A.clone(), case.B.clone(), case.alpha
         )
-        ours, x = case.ours(), case.x.clone()
-        got = theirs(x)
-        expected = ours(case.x)
+        x = case.x.clone()
+        with unchanged(x=x):
+            got = theirs(x)
         close(
             got,
-            expected.detach(),
+            case.ours()(case.x).detach(),
             what=f"h, for x of shape {tuple(x.shape)} and a {case}",
             mistakes=_wrong_outputs(case),
         )
-        if not torch.equal(x, case.x):
-            raise Wrong("forward() has changed x itself; it belongs to the caller")
-        _same_gradients(theirs, got, ours, expected, case)
+        _same_gradients(theirs, case)
 
 
 def _wrong_outputs(case: Case) -> dict[str, Tensor]:
     base, x, A, B = case.base, case.x, case.A, case.B
-    before, r, alpha = base(x), case.r, case.alpha
+    before, r, scale = base(x), case.r, case.alpha / case.r
     right = x @ A.T @ B.T
+    scales = wrong_scales(case.alpha, r) | {
+        "divided by d_in: r is A.shape[0]": case.alpha / A.shape[1],
+        "divided by d_out: r is A.shape[0]": case.alpha / B.shape[0],
+    }
     wrong = {
-        "the update alone: W0 x is missing": alpha / r * right,
+        "the update alone: W0 x is missing": scale * right,
+        **{text: before + wrong * right for text, wrong in scales.items()},
         "W0 x alone: the update is missing": before,
-        "not divided by r: the scale is alpha / r": before + alpha * right,
-        "no scale: multiply B A x by alpha / r": before + right,
-        "alpha is missing: the scale is alpha / r, not 1 / r": before + right / r,
-        "the scale is there twice": before + (alpha / r) ** 2 * right,
-        "r / alpha in the place of alpha / r": before + r / alpha * right,
-        "alpha / sqrt(r): that is rsLoRA's scale": before + alpha / r**0.5 * right,
-        "the wrong sign: the update is added": before - alpha / r * right,
-        "the whole of h is scaled, W0 x included": alpha / r * (before + right),
+        "the whole of h is scaled, W0 x included": scale * (before + right),
+        "W0 x is scaled, in the place of B A x": scale * before + right,
+        "W0 x is there twice: self.base(x) is all of it": 2 * before + scale * right,
         "the bias of the base is lost: call self.base(x)": before
         - base.bias
-        + alpha / r * right,
-        "the bias of the base is there twice": before + base.bias + alpha / r * right,
+        + scale * right,
+        "the bias of the base is there twice": before + base.bias + scale * right,
     }
-    if A.shape == B.shape == (case.r, case.r):
-        swapped = alpha / r * (x @ B.T @ A.T)
+    if before.shape == x.shape:
+        wrong["x itself was added: h has no shortcut"] = x + before + scale * right
+        turned = x @ as_matrix(base) + base.bias + scale * right
+        wrong["base.weight was used as it is stored: call self.base(x)"] = turned
+        wrong["B A was not transposed: x holds rows"] = before + scale * (x @ B @ A)
+    if A.shape == B.shape == (r, r):
+        swapped = scale * (x @ B.T @ A.T)
         wrong["A and B are swapped: A reads x first"] = before + swapped
-        straight = alpha / r * (x @ A @ B)
+        straight = scale * (x @ A @ B)
         wrong["x A B without the transposes: x holds rows"] = before + straight
     return wrong
 
 
-def _same_gradients(theirs, got, ours, expected, case) -> None:
+def _same_gradients(theirs: nn.Module, case: Case) -> None:
+    ours = case.ours()
+    x, ours_x = (case.x.clone().requires_grad_() for _ in range(2))
+    got, expected = theirs(x), ours(ours_x)
     ways = torch.arange(1.0, expected.numel() + 1).view(expected.shape).cos()
     if not got.requires_grad:
         raise Wrong(
@@ -137,15 +159,24 @@ def _same_gradients(theirs, got, ours, expected, case) -> None:
         )
     (got * ways).sum().backward()
     (expected * ways).sum().backward()
-    for name in "AB":
-        gradient = getattr(theirs, name).grad
-        if gradient is None:
+    through_W0 = ways @ as_matrix(case.base)
+    for name, mine, wanted in (
+        ("A", theirs.A.grad, ours.A.grad),
+        ("B", theirs.B.grad, ours.B.grad),
+        ("x", x.grad, ours_x.grad),
+    ):
+        if mine is None:
             raise Wrong(
                 f"h has the right values, but no gradient reaches {name}. Likely "
-                f"mistake: a copy of {name}, or {name}.data, in forward()"
+                f"mistake: {name}.data, {name}.detach() or a copy in forward()"
             )
-        what = f"the gradient of {name}, for a {case}"
-        close(gradient, getattr(ours, name).grad, what=what, tolerance=1e-4)
+        close(
+            mine,
+            wanted,
+            what=f"h is right, but not the gradient of {name}, for a {case}",
+            mistakes={"x.detach(): the layers below learn through A too": through_W0},
+            tolerance=1e-4,
+        )
 
 
 # 4.2 ----------------------------------------------------------------------------------
@@ -167,6 +198,13 @@ def lora_start(my_start: Callable) -> None:
                 f"{type(found).__name__}. Likely mistake: `return A, B` is missing"
             )
         A, B = found
+        wanted = [(r, d_in), (d_out, r)]
+        shapes = [tuple(getattr(each, "shape", ())) for each in found]
+        if shapes == wanted[::-1] != wanted:
+            raise Wrong(
+                f"for {sizes}: A should come first and B second. Likely mistake: "
+                "`return B, A`"
+            )
         for name, got, shape in (("A", A, (r, d_in)), ("B", B, (d_out, r))):
             _demand_shape(name, got, shape, sizes)
         _demand_zero(A, B, sizes)
@@ -218,8 +256,9 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
         ** -0.5,
         "r in the place of d_in": (3 * r) ** -0.5,
         "sqrt(3 / d_in) in the place of sqrt(1 / (3 d_in))": (3 / d_in) ** 0.5,
-        "uniform between ±1 / sqrt(3 d_in): that is no standard deviation": expected
-        / 3**0.5,
+        "the 3 belongs under the root; or A is uniform between ±1 / sqrt(3 d_in), "
+        "which is no standard deviation": expected / 3**0.5,
+        "multiplied by sqrt(3 d_in): divide": 1 / expected,
     }
 
     def near(wanted: float) -> bool:
@@ -236,8 +275,9 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
         raise Wrong(
             f"for {sizes}: the mean of A should be near 0, and is {A.mean():.3g}"
         )
+    # Of a Gaussian 4.6 % are that far out; of a uniform draw none are.
     far = (A.abs() > 2 * expected).float().mean().item()
-    if not 0.035 < far < 0.056:  # of a Gaussian 4.6 %
+    if not 0.035 < far < 0.056:
         raise Wrong(
             f"for {sizes}: A has the right spread, but {far:.1%} of its entries lie "
             "beyond two standard deviations, where a Gaussian has 4.6 %. Likely "
@@ -268,9 +308,11 @@ def models() -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
         **shared,
     )
     gpt2 = GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=32, **shared)
-    plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
+        alike = {name: nn.Linear(4, 4) for name in ("kq", "q", "q_up")}
+        alike |= {"k": nn.ModuleDict({"out": nn.Linear(4, 4)}), "v": nn.Embedding(4, 4)}
+        plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
         return {
             "a Llama": (
                 AutoModelForCausalLM.from_config(llama).eval(),
@@ -281,6 +323,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
                 ("c_attn", "c_proj"),
             ),
             "a bare nn.Sequential": (plain, ("2",)),
+            "a model whose names look alike": (nn.ModuleDict(alike), ("q", "k", "v")),
         }
 
 
@@ -296,51 +339,115 @@ def lora_inject(my_inject: Callable) -> None:
         }
         expected = lora.inject(ours, r=3, alpha=5.0, targets=chosen)
         before = copy.deepcopy(model.state_dict())
+        modules = dict(model.named_modules())
         got = my_inject(model, targets, 3, 5.0)
         where = f"{name}, targets={targets}"
-        _demand_wrapped(model, expected, where)
-        if list(got or ()) != expected if isinstance(got, list | tuple) else True:
-            raise Wrong(
-                f"for {where}: expected the names {expected} to be returned, in the "
-                f"model's order; got {got!r}"
-            )
+        _demand_wrapped(model, modules, expected, got, where)
+        _demand_same_adapters(model, ours, modules, where)
+        _demand_names(got, expected, where)
         _demand_flags(model, ours, where)
         _demand_untouched(model, before, where)
 
 
-def _demand_wrapped(model, expected, where) -> None:
+def _demand_wrapped(model, modules, expected, got, where) -> None:
     found = adapters(model)
     inside = [n for n in found if ".base" in n]
     if inside:
         raise Wrong(
-            f"for {where}: {inside[0]} is a LoRA inside a LoRA. Likely mistake: the "
-            "model was changed while it was being walked; make a list of the modules "
-            "to wrap first"
+            f"for {where}: {inside[0]} is a LoRA inside a LoRA. Likely mistake: a "
+            "module was wrapped twice, or the LoRA was set as .base of the module; it "
+            "belongs into the module's parent"
         )
     missing = [n for n in expected if n not in found]
     extra = [n for n in found if n not in expected]
     if missing or extra:
-        likely = ""
-        if not found:
-            likely = "the LoRA was made but never put into its parent: setattr"
-        elif extra:
-            likely = "modules that no target names were wrapped"
-        elif all(".1." in n or n.startswith("1.") for n in missing):
-            likely = "only the first layer was walked"
+        likely = _wrong_places(model, modules, missing, extra, got)
         raise Wrong(
-            f"for {where}: expected a LoRA at {expected}; missing at {missing}, too "
-            f"many at {extra}." + (f" Likely mistake: {likely}" if likely else "")
+            f"for {where}: expected a LoRA at {_names(expected)}; missing at "
+            f"{_names(missing)}; too many at {_names(extra)}."
+            + (f" Likely mistake: {likely}" if likely else "")
         )
-    for n, adapter in found.items():
-        if not isinstance(adapter, lora.LoRA) or (
-            adapter.A.shape[0],
-            adapter.alpha,
-        ) != (3, 5.0):
+
+
+def _wrong_places(model, modules, missing, extra, got) -> str:
+    last = {n.rpartition(".")[2] for n in missing}
+    if extra:
+        if {n.rpartition(".")[2] for n in extra} == last:
+            return "the LoRA was put into the model; setattr is for the module's parent"
+        if not set(extra) <= set(modules):
+            return "the LoRA has a place of its own; it belongs into the module's"
+        return (
+            "modules that no target names were wrapped. The last part of a name is to "
+            "be one of the targets, and not to have one in it"
+        )
+    kinds = {type(modules[n]) for n in missing}
+    if kinds == {Conv1D}:
+        return "Conv1D was left out: GPT-2's projections are no nn.Linear"
+    if any(isinstance(_at(model, n), lora.LoRA) for n in missing):
+        return "one LoRA stands in several places: make a new one for each module"
+    if not adapters(model):
+        if got:
+            return "the LoRA was made, but not put into the model's tree: setattr"
+        return "no module was found: compare the last part of each name with targets"
+    if all(".1." in n for n in missing):
+        return "only the first layer was walked"
+    return ""
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules(remove_duplicate=False)).get(name)
+
+
+def _names(names) -> str:
+    """The first names, and how many there are."""
+    shown = ", ".join(names[:3]) or "none"
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 3 else shown
+
+
+def _demand_same_adapters(model, ours, modules, where) -> None:
+    for name, wanted in adapters(ours).items():
+        adapter = adapters(model)[name]
+        if adapter.base is not modules[name]:
             raise Wrong(
-                f"for {where}: expected LoRA(base, r=3, alpha=5.0) at {n}; got "
-                f"{type(adapter).__name__} with r={adapter.A.shape[0]}, "
-                f"alpha={adapter.alpha}"
+                f"for {where}: the LoRA at {name} has another base than the module "
+                "that was there. Likely mistake: a copy or a new layer; give the "
+                "module itself to LoRA(…)"
             )
+        seen, asked = (
+            {
+                "kind": type(each).__name__,
+                "r": each.A.shape[0],
+                "alpha": each.alpha,
+                "scale": each.scale,
+                "dropout": getattr(each.dropout, "p", 0.0),
+            }
+            for each in (adapter, wanted)
+        )
+        off = {key: value for key, value in seen.items() if value != asked[key]}
+        if off:
+            raise Wrong(
+                f"for {where}: expected LoRA(module, r=3, alpha=5.0) at {name}; got "
+                + ", ".join(f"{key}={value}" for key, value in off.items())
+                + ". Likely mistake: LoRA(module, r, alpha), in this order, and no more"
+            )
+
+
+def _demand_names(got, expected, where) -> None:
+    if isinstance(got, list | tuple) and list(got) == expected:
+        return
+    if not isinstance(got, list | tuple):
+        likely = f"a list of names is needed, not a {type(got).__name__}"
+        if got is None:
+            likely = "`return names` is missing"
+    elif sorted(map(str, got)) == sorted(expected):
+        likely = "another order than that of model.named_modules()"
+    else:
+        likely = "the names are those of named_modules(), from the model down, whole"
+    shown = _names(list(map(str, got))) if isinstance(got, list | tuple) else None
+    raise Wrong(
+        f"for {where}: expected the names {_names(expected)}, in the model's order; "
+        f"got {shown or type(got).__name__}. Likely mistake: {likely}"
+    )
 
 
 def _demand_flags(model, ours, where) -> None:
@@ -349,14 +456,16 @@ def _demand_flags(model, ours, where) -> None:
     if train == expected:
         return
     extra, missing = sorted(train - expected), sorted(expected - train)
-    if missing:
-        likely = "the model was frozen after the LoRAs were in it: freeze first"
+    if not train:
+        likely = "the model was frozen after the LoRAs were in it: freeze it first"
+    elif missing:
+        likely = "A or B was frozen: both train"
     else:
-        likely = "the base was left trainable: model.requires_grad_(False)"
+        likely = "the base was left trainable: model.requires_grad_(False), at first"
     raise Wrong(
         f"for {where}: expected that A and B train and nothing else, "
-        f"{len(expected)} tensors; got {len(train)} that do. Too many: {extra[:3]}; "
-        f"missing: {missing[:3]}. Likely mistake: {likely}"
+        f"{len(expected)} tensors; got {len(train)} that do. Too many: "
+        f"{_names(extra)}; missing: {_names(missing)}. Likely mistake: {likely}"
     )
 
 
@@ -367,7 +476,11 @@ def _demand_untouched(model, before, where) -> None:
             raise Wrong(f"for {where}: the pretrained {plain} was changed")
     for name, adapter in adapters(model).items():
         if adapter.B.any() or not adapter.A.any():
-            raise Wrong(f"for {where}: the LoRA at {name} does not start at B = 0")
+            off = "B is not zero" if adapter.B.any() else "A is zero"
+            raise Wrong(
+                f"for {where}: the LoRA at {name} does not start as LoRA does: {off}. "
+                "LoRA(…) has set both; leave them"
+            )
 
 
 # 4.4 ----------------------------------------------------------------------------------
@@ -383,11 +496,12 @@ def lora_merge(my_merge: Callable) -> None:
 
 def _judge_merge(my_merge, case: Case, dtype: torch.dtype) -> None:
     base = copy.deepcopy(case.base).to(dtype)
-    bias, shape = base.bias.clone(), base.weight.shape
+    held, bias, shape = base.weight, base.bias.clone(), base.weight.shape
     exact = _merged(base, case, torch.float64)
     A, B = case.A.clone(), case.B.clone()
     wrong = _wrong_merges(copy.deepcopy(base), case)
-    my_merge(base, A, B, case.alpha)
+    with unchanged(A=A, B=B):
+        my_merge(base, A, B, case.alpha)
     weight = base.weight.detach()
     what = f"base.weight after the merge, in {dtype}, for a {case}"
     if weight.dtype != dtype or weight.shape != shape:
@@ -395,26 +509,32 @@ def _judge_merge(my_merge, case: Case, dtype: torch.dtype) -> None:
             f"{what}: expected {tuple(shape)} in {dtype}; got {tuple(weight.shape)} in "
             f"{weight.dtype}. A merge leaves shape and dtype as they were: cast back"
         )
-    if not torch.equal(base.bias, bias):
+    if base.bias is None or not torch.equal(base.bias, bias):
         raise Wrong(f"{what}: the bias was changed; it has no part in a merge")
-    if not (torch.equal(A, case.A) and torch.equal(B, case.B)):
-        raise Wrong(f"{what}: A or B was changed; work on copies of them")
-    # Rounded once, an entry is off by half a step of its dtype at most.
+    # Rounded once, an entry is off by half a step of its dtype at most; what comes
+    # before is float32, whose sums depend a little on their order.
     step = torch.finfo(dtype).eps
     close(
         weight.float() if dtype != torch.float32 else weight,
         exact.float(),
         what=what,
         mistakes=wrong,
-        tolerance=3 * step,
+        tolerance=(8 if dtype == torch.float32 else 3) * step,
     )
-    rounded = exact.to(dtype)
-    off = (weight != rounded).double().mean().item()
-    if dtype != torch.float32 and off > 0.02:
+    off = (weight != exact.to(dtype)).double().mean().item()
+    if dtype != torch.float32 and off > 0.1:
         raise Wrong(
             f"{what}: nearly right, but {off:.0%} of the entries are not the exact sum "
             "rounded once. Likely mistake: the product or the sum was computed in "
             f"{dtype}; compute in float32 and cast back at the very end"
+        )
+    if base.weight.requires_grad and base.weight is held:
+        raise Wrong(f"{what}: the weight trains now; a merge leaves it frozen")
+    if base.weight is not held:
+        raise Wrong(
+            f"{what}: the right numbers, but in a new parameter; a module that shares "
+            "the weight would keep the old ones. Write into the weight that is there: "
+            "base.weight.copy_(…), within torch.no_grad()"
         )
 
 
@@ -428,17 +548,19 @@ def _merged(base: nn.Module, case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def _wrong_merges(base: nn.Module, case: Case) -> dict[str, Tensor]:
-    W0, r, alpha = as_matrix(base).float(), case.r, case.alpha
-    update = alpha / r * case.update
+    W0, update = as_matrix(base).float(), case.alpha / case.r * case.update
     wrong = {
         "nothing was written into base.weight": W0,
         "the update alone: W0 is lost": update,
-        "the wrong sign: the update is added": W0 - update,
-        "not divided by r: the scale is alpha / r": W0 + r * update,
-        "no scale: multiply B A by alpha / r": W0 + case.update,
-        "the scale is there twice": W0 + alpha / r * update,
-        "merged twice": W0 + 2 * update,
+        **{
+            text: W0 + scale * case.update
+            for text, scale in wrong_scales(case.alpha, case.r).items()
+        },
+        "the update was added twice": W0 + 2 * update,
     }
+    if case.A.shape == case.B.shape:
+        swapped = W0 + case.alpha / case.r * (case.A @ case.B)
+        wrong["A B in the place of B A"] = swapped
     turned = isinstance(base, Conv1D)
     wrong = {text: W.T if turned else W for text, W in wrong.items()}
     if update.shape[0] == update.shape[1]:
@@ -470,6 +592,7 @@ def lora_spectrum(my_spectrum: Callable) -> None:
         "random and a thousand times smaller": 1e-3
         * torch.randn(5, 30, generator=draw),
         "a column times a row": thin,
+        "the identity, four pieces of one size": torch.eye(4),
     }
     for name, dW in tried.items():
         for held in (0.9, 0.5, 0.99):
@@ -478,9 +601,8 @@ def lora_spectrum(my_spectrum: Callable) -> None:
 
 def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
     given = dW.clone()
-    found = my_spectrum(given, held)
-    if not torch.equal(given, dW):
-        raise Wrong("dW itself was changed; work on a copy of it")
+    with unchanged(dW=given):
+        found = my_spectrum(given, held)
     if not (isinstance(found, tuple | list) and len(found) == 2):
         raise Wrong(
             f"for dW {name}: expected two things, the energies and a rank; got "
@@ -490,6 +612,7 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
     s = torch.linalg.svdvals(dW)
     squares = s.square()
     expected = spectrum.energy(dW).float()
+    before = torch.cat([torch.zeros(1), expected[:-1]])
     close(
         energy.float() if isinstance(energy, Tensor) else energy,
         expected,
@@ -503,6 +626,10 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
             )
             / squares.sum(),
             "what is lost, not what is held": 1 - expected,
+            "index 0 is rank 1, not rank 0: it holds the first piece": before,
+            "the sum of the squares is the total, not the largest": squares.cumsum(0)
+            / squares[0],
+            "in percent; a share lies between 0 and 1": 100 * expected,
             "the root of it: squared norms are compared": expected.sqrt(),
         },
         tolerance=1e-4,
@@ -519,14 +646,18 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
 
 
 def _wrong_rank(k, wanted: int, energy: Tensor, held: float) -> str:
-    if k == wanted - 1:
-        return "one too few: index 0 of the energies is rank 1"
-    if k == wanted + 1:
-        return "one too many"
+    if k == wanted + 1 and energy[wanted - 1] == held:
+        return "at least `held`: a rank that holds exactly as much is enough"
     if k == len(energy):
         return "the full rank: count only as far as `held` is reached"
     if k == int((energy >= held).sum()):
         return "the ranks at or above `held` were counted, not those up to it"
+    if k == wanted - 1:
+        return "one too few: index 0 of the energies is rank 1"
+    if k == wanted + 1:
+        return "one too many: the first rank that holds enough counts"
+    if isinstance(k, float) and 0 < k < 1:
+        return "a share of the full rank; the rank itself is asked for"
     return "not the smallest rank whose energy is at least `held`"
 
 
