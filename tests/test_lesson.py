@@ -194,6 +194,13 @@ def test_a_live_verdict_may_be_undecided():
     lesson.start("90", model="tiny").live("S1", 6, 4, 8)
 
 
+def test_an_undecided_ledger_contradicts_no_live_verdict(monkeypatch):
+    begun = lesson.start("90", model="tiny")
+    row = {"scales": {"tiny": {"verdict": "undecided"}}}
+    monkeypatch.setattr(begun, "_shipped", lambda id: row)
+    begun.live("S1", 9, 8, 10)
+
+
 def test_no_live_verdict_hides_behind_one_that_was_not_run():
     begun = lesson.start("90", model="tiny")
     with pytest.raises(AssertionError, match="shipped is 'not run yet'"):
