@@ -140,6 +140,12 @@ MUTANTS = {
             "rows = zip(logits.float(), labels)",
             "return sum(F.cross_entropy(z[:-1], y[1:]) for z, y in rows) / len(labels)",
         ),
+        "joined, then shifted": loss(
+            "z, y = logits.float().flatten(0, 1)[:-1], labels.flatten()[1:]", SUM
+        ),
+        "a mean over nothing": loss(
+            SHIFT, "return F.cross_entropy(z, y) * (y != -100).sum() / tokens"
+        ),
         "-100 is read as a token": loss(
             SHIFT,
             "return F.cross_entropy(z, y.clamp(min=0), reduction='sum') / tokens",
@@ -185,13 +191,14 @@ MUTANTS = {
         ),
         "no eps": adamw(step=STEP.replace(" + eps", "")),
         "no root": adamw(step=STEP.replace("v_hat.sqrt()", "v_hat")),
+        "g, not m": adamw(step=STEP.replace("m_hat /", "g /")),
         "old moments": adamw(
             "m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)",
             M,
             V,
             STEP,
         ),
-        "v of g": adamw(second=V.replace("g * g", "g.abs()")),
+        "v of |g|": adamw(second=V.replace("g * g", "g.abs()")),
         "v of the new m": adamw(second=V.replace("g * g", "m * m")),
         "betas swapped": adamw(before="betas = betas[::-1]"),
         "uphill": adamw(step=STEP.replace("W - lr", "W + lr")),
@@ -223,9 +230,8 @@ MUTANTS = {
         "always mixed": bill((2, 2, 4, 8), (2, 2, 4, 8)),
         "rows missing": bill().replace("zip(kinds", "zip(kinds[:2]"),
         "the total": bill() + TOTAL,
-        "rounded": bill().replace(
-            "parameters * size / 1e9", "parameters * size // 1e9"
-        ),
+        "cut off": bill(unit="1e9").replace("size /", "size //"),
+        "rounded": bill(unit="1e9, 1)").replace("parameters *", "round(parameters *"),
     },
     "1.5": {
         "all zeros": storage("0", "0", "0"),
@@ -241,6 +247,9 @@ MUTANTS = {
         ),
         "always two": storage(level="2"),
         "never None": storage(level="model // max(1, model - adapter) + 1"),
+        "None if equal alone": storage(
+            level="None if adapter == model else model // (model - adapter) + 1"
+        ),
         "one for the base": storage(
             level="None if adapter >= model else model // (model - adapter)"
         ),
