@@ -57,6 +57,7 @@ def _be_quiet() -> None:
     """No noise of libraries in a lesson's outputs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft's use of others
     # At import it asks for a package that would fetch kernels from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
