@@ -13,9 +13,10 @@
 # %% [markdown]
 # # Full fine-tuning and its memory bill
 #
-# You will have shown that the textbook's bill for fine-tuning a large model has the
-# right total in the wrong rows, because you have counted every tensor of a real step,
-# while the split it prints belongs to another way of training.
+# You will have shown that the textbook's memory bill for fine-tuning a large model has
+# the right total in the wrong rows, because you have counted every tensor of a real
+# step, while the control, the same count in `float32`, finds exactly the rows that the
+# textbook prints.
 #
 # **You need** notebook 00, and a little PyTorch: tensors, `backward()`, an optimizer.
 #
@@ -24,8 +25,8 @@
 # - say which tokens of a row carry a loss, and write the loss so that a step may be cut
 #   into pieces;
 # - write AdamW, and say what each of its two memories is for;
-# - account for every byte of a training step, for any model and number format;
-# - say why LoRA sometimes needs nearly as much memory as full fine-tuning;
+# - account for the bytes of a training step, for any model, in three number formats;
+# - say which rows of the bill LoRA cuts, and why it can still run out of memory;
 # - say what it takes to serve many tasks, and when full fine-tuning pays.
 #
 # **Only ten minutes?** Run all cells. Read "The result first", do exercise 1.4, and
@@ -45,6 +46,7 @@ from transformers import LlamaConfig
 
 import peft_from_scratch as pfs
 from peft_from_scratch import curves, ghost, ledger, runs
+from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import full_fine_tuning as checks
 from peft_from_scratch.experiments import bill, data_size, finetune, standalone
 from peft_from_scratch.experiments.intervals import over_seeds, paired
@@ -53,16 +55,20 @@ from peft_from_scratch.experiments.intervals import over_seeds, paired
 # ## The result first
 #
 # **Full fine-tuning** is the plainest way to adapt a model: go on training it, all of
-# it, on your own rows. SmolLM2 is small. In `bfloat16`, two bytes a number, it is no
-# larger than a video clip. How much memory does *one* training step take? Guess in
-# multiples of the model itself. Put your own number in place of ours, here and below.
+# it, on your own rows. In the picture of one layer below, everything that has weights
+# has a colour.
+#
+# SmolLM2 is small. In `bfloat16`, two bytes a number, it is no larger than a few
+# minutes of video. How much memory does *one* training step take? Guess in multiples of
+# the model itself. Put your own number in place of ours, here and below.
 
 # %%
+lesson.show(block_picture(lit="full"), "Every matrix and every norm trains.")
 lesson.predict("1.1", guess=3, unit="times the model")
 
 # %% [markdown]
-# We counted: each tensor that a step of the usual recipe brings to life, on one row of
-# text.
+# We counted the bytes of each tensor that a step of the usual recipe brings to life, on
+# one row of text.
 
 # %%
 mixed = dict(experiment="bill", base="smollm2", recipe="mixed")
@@ -78,23 +84,25 @@ learning = {
 figure = curves.bars(
     {"the model": weights, "one training step": weights | learning},
     title="What one step of full fine-tuning holds",
-    subtitle=f"SmolLM2 in bfloat16, AdamW in mixed precision, one row of "
-    f"{512} tokens. Each part at its largest.",
+    subtitle="SmolLM2 in bfloat16, AdamW in mixed precision, one row of 512 tokens. "
+    "Each part at its own largest.",
 )
 times = held["peak"] / held["weights"]
 lesson.show(figure, f"At its peak the step holds {times:.1f} times the model's bytes.")
 lesson.measured("1.1", times)
 
 # %% [markdown]
-# Grey is the model. All else is what *learning* needs, and it is gone when the training
-# is over. By the end of this notebook you can predict each of these bars. First: what
-# does a step do?
+# The first part is the model. All else is what *learning* needs, and it is gone when
+# the training is over. (The parts add up to a little more than the peak: the
+# activations are largest when the gradients are not there yet.) By the end of this
+# notebook you can predict each of these parts. First: what does a step do?
 #
 # ## Idea one: which tokens teach
 #
-# A row of a task is a prompt and an answer. Both become tokens, and the model predicts
-# each token from those before it. But we do not want to teach it our *questions*. So
-# every token has a **label**: itself, where it should be learned; `-100`, where not.
+# A row of a task is a prompt and an answer. Both become **tokens**, pieces of text with
+# a number, and the model predicts each token from those before it. But we do not want
+# to teach it our *questions*. So every token has a **label**: itself, where it should
+# be learned; `-100`, where not.
 #
 # | part of the row | label | why |
 # |---|---|---|
@@ -103,7 +111,8 @@ lesson.measured("1.1", times)
 # | end token | the token itself | or the model never learns to stop |
 # | padding, to make rows equally long | `-100` | it is nothing |
 #
-# Here is a real row: the last tokens of its prompt, the answer, and the end.
+# Here is a real row: the end of its prompt, the start of its answer, and the end of
+# that.
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -114,20 +123,20 @@ rows = encode(
     tokenizer, task.instruction, task.train.select(range(64)), template=template
 )
 ids, labels = min(rows, key=lambda row: len(row[0]))
-first = labels.index(ids[-1]) - 12
-for token, label in list(zip(ids, labels, strict=True))[first:]:
-    print(f"{token:6} {tokenizer.decode(token)!r:16} label {label}")
+begins, ends = next(i for i, n in enumerate(labels) if n != -100), len(ids)
+for i in (*range(begins - 3, begins + 5), *range(ends - 3, ends)):
+    print(f"token {i:3}: {ids[i]:6} {tokenizer.decode(ids[i])!r:16} label {labels[i]}")
 
 # %% [markdown]
-# One trap has cost many people a week. Most models have no token for padding, so the
-# **end token** is used. Who then hides "all padding tokens" by comparing ids, hides the
-# end of every answer, too. The model trains well, answers well, and never stops.
+# Here is a trap. Many models have no token for padding, so the **end token** is used.
+# Who then hides "all padding tokens" by comparing ids, hides the end of every answer,
+# too. The loss looks fine, the answers are right, and the model never stops.
 #
 # ### Exercise 1.1: labels
 #
 # Difficulty two of five, importance five of five, about ten minutes. Make a batch: each
-# row is `prompt + answer + [end]`, padded on the right with `pad`. Return `input_ids`
-# and `labels` as tensors of whole numbers.
+# row is `prompt + answer + [end]`, padded on the right with `pad` to the length of the
+# longest. Return `input_ids` and `labels`, tensors of whole numbers.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -170,8 +179,8 @@ checks.labels(my_batch)
 # ## Idea two: one number for a step
 #
 # The model turns token $t-1$ and all before it into one score for each possible next
-# token: the **logits**. Their `softmax` is a probability. The loss is the surprise at
-# the right token, averaged over all tokens that have a label:
+# token: the **logits**. Their `softmax` is a probability for each. The loss is the
+# surprise at the right token, averaged over all tokens that have a label:
 #
 # $$L = -\frac{1}{N} \sum_{(i,\,t)\ \text{has a label}}
 # \log\ \mathrm{softmax}(z_{i,\,t-1})\,[\,y_{i,\,t}\,]$$
@@ -202,11 +211,11 @@ for i in range(2):
 # %% [markdown]
 # ### Break it on purpose
 #
-# A batch may not fit into memory. Then a step is cut: one row at a time, and the
-# gradients are added up. This is **accumulation**, and it should change nothing. Here
-# it is as widely used trainers had it for years: the mean of each part, divided by the
-# number of parts. What does it do to the loss of these two rows? Guess, in percent of
-# the right one.
+# A batch may not fit into memory. Then the step is cut into parts, here one row at a
+# time, and their gradients are added up. This is **accumulation**, and it should change
+# nothing. Here it is as widely used trainers had it for years: the mean of each part,
+# divided by the number of parts. What does it do to the loss of these two rows? Guess,
+# in percent of the right one.
 
 # %%
 lesson.predict("1.2", guess=0, unit="% off")
@@ -225,7 +234,8 @@ lesson.measured("1.2", 100 * abs(cut / whole - 1))
 
 # %% [markdown]
 # Same rows, same model, another loss: so other gradients, and another model at the end.
-# No error was raised, and the curve looks fine. Find the mistake before you open this.
+# No error was raised, and a loss curve would look fine. Find the mistake before you
+# open this.
 #
 # <details><summary>What is wrong</summary>
 #
@@ -239,9 +249,9 @@ lesson.measured("1.2", 100 * abs(cut / whole - 1))
 # ### Exercise 1.2: a loss whose parts add up
 #
 # Difficulty three of five, importance five of five, about ten minutes. Write the loss
-# of one part of a step, so that the parts sum to $L$. A part may be in `bfloat16`,
-# whose three digits are too few for a sum: compute in `float32`. And a part may have no
-# label at all.
+# of one part of a step, so that the parts sum to $L$. The logits may be in `bfloat16`,
+# whose two or three digits are too few for a sum: compute in `float32`. And a part may
+# have no label at all.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -291,10 +301,10 @@ print("one by one equals both at once, to four digits")
 # %% [markdown]
 # ## Idea three: AdamW, and its two memories
 #
-# `backward()` gives each weight a gradient $g$: which way the loss rises. Plain descent
-# would step against it. But gradients differ by factors of thousands from one matrix to
-# the next, and jump from batch to batch. **AdamW** keeps two running means for *every*
-# number of the model. At step $t = 1, 2, \dots$:
+# `backward()` gives each weight a gradient $g$: which way, and how fast, the loss
+# rises. Plain descent steps against it. But gradients jump from batch to batch, and
+# those of one matrix may be far larger than those of the next. So **AdamW** keeps two
+# running means for *every* number of the model. At step $t = 1, 2, \dots$:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g
 # \qquad
@@ -316,8 +326,8 @@ print("one by one equals both at once, to four digits")
 # | $\lambda$ | weight decay | a number |
 # | $\epsilon$ | keeps the quotient finite | a number |
 #
-# $m$ and $v$ start at zero, far too small at first. Dividing by $1 - \beta^t$ repairs
-# that exactly. See it on one weight, with a gradient that never changes:
+# $m$ and $v$ start at zero, so they are too small at first. Dividing by $1 - \beta^t$
+# repairs that. See it on one weight, with a gradient that never changes:
 
 # %%
 lr, beta1, beta2 = 0.01, 0.9, 0.999
@@ -335,8 +345,9 @@ for g in (1000.0, 0.001):
 # is huge or tiny: $g$ cancels. And without the correction the first steps are several
 # times too large.
 #
-# The W in AdamW: the decay shrinks $W$ *directly*. Older Adam added $\lambda W$ to the
-# gradient, where the division by $\sqrt{\hat v}$ takes most of it away again.
+# The W in AdamW: the decay shrinks $W$ *directly*. Adam with $\lambda W$ added to the
+# gradient is another thing: there the decay, too, is divided by $\sqrt{\hat v}$, and
+# weights with large gradients hardly decay.
 #
 # ### Exercise 1.3: AdamW
 #
@@ -380,9 +391,9 @@ checks.adamw(my_adamw)
 # ### All of it at once
 #
 # Labels, loss, gradients, AdamW: that is full fine-tuning, and nothing is missing. Here
-# it is for the whole model, written out. (If you skipped the exercises, stop: it gives
-# them away.) Guess first: after a few steps, how far has a matrix moved, in percent of
-# its size?
+# it is for the whole model, without decay, and in place: `x.addcmul_(g, g, value=c)`
+# adds $c\,g^2$ to $x$. (It gives the exercises away: do them first.) Then guess: after
+# a few steps, how far has a matrix moved, in percent of its size?
 
 
 # %%
@@ -395,62 +406,62 @@ def hand_step(model, state, batch, t, lr, betas=(0.9, 0.999), eps=1e-8):
     with torch.no_grad():
         for name, W in model.named_parameters():
             g, (m, v) = W.grad, state[name]
-            m.mul_(betas[0]).add_((1 - betas[0]) * g)
-            v.mul_(betas[1]).add_((1 - betas[1]) * g * g)
-            m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-            W -= lr * m_hat / (v_hat.sqrt() + eps)
+            m.lerp_(g, 1 - betas[0])
+            v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            root = (v / (1 - betas[1] ** t)).sqrt_().add_(eps)
+            W.addcdiv_(m, root, value=-lr / (1 - betas[0] ** t))
             W.grad = None
     return loss.item()
 
 
 # %%
 lesson.predict("1.3", guess=5, unit="% of its size")
-STEPS, ROWS = 6, 4
+STEPS, ROWS = 4, 2
 batches = [
     pfs.loss.batch_of(rows[ROWS * i : ROWS * (i + 1)], model.device)
     for i in range(STEPS)
 ]
-W0s = {name: W.detach().clone() for name, W in model.named_parameters()}
-state = {n: (torch.zeros_like(W), torch.zeros_like(W)) for n, W in W0s.items()}
+zeros = {n: torch.zeros_like(W) for n, W in model.named_parameters()}
+state = {name: (zero, zero.clone()) for name, zero in zeros.items()}
 by_hand = []
 for t, batch in enumerate(batches, 1):
     by_hand.append(hand_step(model, state, batch, t, lr=3e-5))
     print(f"step {t}: loss {by_hand[-1]:.3f} nats a token")
+del zeros, state
 
 # %%
-moved = {n: W.detach() - W0s[n] for n, W in model.named_parameters()}
-share = [100 * (moved[n].norm() / W0s[n].norm()).item() for n in moved]
-changed = sum(int((d != 0).sum()) for d in moved.values())
-total = sum(d.numel() for d in moved.values())
-print(f"{changed:,} of {total:,} numbers have moved: {changed / total:.1%}")
-lesson.measured("1.3", sorted(share)[len(share) // 2])
+twin, _ = lesson.load_model()  # as it was before
+shares, stayed = [], 0
+with torch.no_grad():
+    for W, W0 in zip(model.parameters(), twin.parameters(), strict=True):
+        shares.append(100 * ((W - W0).norm() / W0.norm()).item())
+        stayed += int((W == W0).sum())
+print(f"{stayed:,} of {model.num_parameters():,} numbers are as they were")
+lesson.measured("1.3", sorted(shares)[len(shares) // 2])
 
 # %% [markdown]
 # That is the paradox of full fine-tuning. *Nearly everything* moves, *hardly at all*,
-# and the loss falls steeply. (The numbers that stay: rows of the embedding for tokens
-# that no row had, where even the output side pulled too little to be felt.) Notebook 04
-# asks whether so little needs so many numbers.
+# and yet the loss falls steeply. (The numbers that stay are in rows of the embedding
+# whose tokens never came up: their gradients are so far below $\epsilon$ that the step
+# is rounded away.) Notebook 04 asks whether so little needs so many numbers.
 #
 # ### Now with the library
 #
-# The same two steps with torch's AdamW, and the loss that transformers computes itself
-# from the labels. From the same start, all weights should come out the same.
+# One step with torch's AdamW, and the loss that transformers computes itself from the
+# labels, from the same start. The loss of the *next* batch depends on what the step did
+# to all weights: if it agrees, so does the step.
 
 # %%
-del state, moved
-twin, _ = lesson.load_model()
 optimizer = torch.optim.AdamW(twin.parameters(), lr=3e-5, weight_decay=0.0)
-theirs = []
-for batch in batches[:2]:
-    loss = twin(**batch).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    theirs.append(loss.item())
-gaps = [abs(ours - other) for ours, other in zip(by_hand, theirs, strict=False)]
+theirs = [twin(**batches[0]).loss]
+theirs[0].backward()
+optimizer.step()
+with torch.no_grad():
+    theirs.append(twin(**batches[1]).loss)
+gaps = [abs(a - b.item()) for a, b in zip(by_hand, theirs, strict=False)]
 print(f"losses differ by {max(gaps):.1e} nats at most")
 assert max(gaps) < 1e-3
-del optimizer, twin
+del optimizer, theirs, twin
 
 # %% [markdown]
 # ## Idea four: the bill
@@ -461,14 +472,15 @@ del optimizer, twin
 # number takes four bytes.
 #
 # Large models are kept in two bytes, in `bfloat16`. Can all four numbers be halved? Try
-# what a step does to real weights, when its result is rounded to `bfloat16`. Every step
-# moves a number by about the learning rate. Guess: which share of the numbers changes
-# at all, at a rate of `1e-5`?
+# what a step does to real weights, those of one layer, when its result is rounded to
+# `bfloat16`. A step moves a number by about the learning rate, as you saw. Guess: which
+# share of the numbers changes at all, at a rate of `1e-5`?
 
 # %%
 lesson.predict("1.4", guess=90, unit="% of the numbers")
 with torch.no_grad():
-    W = torch.cat([W0.flatten() for n, W0 in W0s.items() if "proj" in n]).bfloat16()
+    layer = [W.flatten() for n, W in model.named_parameters() if ".0.mlp." in n]
+    W = torch.cat(layer).bfloat16()
     for rate in (1e-3, 1e-4, 1e-5):
         rounded = (W.float() - rate).bfloat16()
         share = 100 * (rounded != W).float().mean().item()
@@ -476,9 +488,9 @@ with torch.no_grad():
 lesson.measured("1.4", share)
 
 # %% [markdown]
-# Most updates are smaller than the gap to the next number that `bfloat16` has. They are
-# rounded away, step after step; a thousand such steps still change nothing. So the
-# usual recipe is **mixed precision**: compute with two bytes, but keep a `float32`
+# Most updates are smaller than half the gap to the next number that `bfloat16` has.
+# They are rounded away, step after step: a thousand of them still change nothing. So
+# the usual recipe is **mixed precision**: compute with two bytes, but keep a `float32`
 # **master copy** of the weights, where small steps add up. Three recipes, in bytes a
 # number:
 #
@@ -493,8 +505,8 @@ lesson.measured("1.4", share)
 #
 # ### Exercise 1.4: the bill
 #
-# Difficulty two of five, importance five of five, about ten minutes. The four rows of
-# the table in GB, for any number of parameters.
+# Difficulty two of five, importance five of five, about ten minutes. Give the four
+# columns of the table in GB, not rounded, for any number of parameters.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -533,21 +545,22 @@ checks.memory_bill(my_bill)
 # %% [markdown]
 # ## On trial: claim F1
 #
-# The textbook: *a 7B model in bf16 takes about `28` GB for parameters, `28` GB for
-# gradients and `56` GB for Adam's states, `112` GB in all.* The rule was written before
-# any run:
+# The textbook: *full fine-tuning of a 7B model in bf16 takes about `28` GB for
+# parameters, `28` GB for gradients and `56` GB for Adam's states, `112` GB in all.* The
+# rule was written before any run:
 
 # %%
 print(ledger.claim("F1").rule)
 lesson.predict("1.5", guess=0, unit="% off, in the worst row")
 
 # %% [markdown]
-# **Live**: one real step of the lesson's model in each two-byte recipe. Each storage
-# that torch allocates is followed from birth to death, and sorted by what it was for.
-# **Control**: the same count in `float32`, from the shipped runs.
+# **Live**: one real step of the lesson's model in each two-byte recipe. Each piece of
+# memory that torch allocates for a tensor is followed from birth to death, and sorted
+# by what it was for. **Control**: the same count in `float32`, from the shipped runs.
 
 # %%
-counts = {}
+counts, config = {}, model.config
+del model
 for recipe in ("bf16", "mixed"):
     half, _ = pfs.load_model(lesson.base, device="cpu", dtype="bfloat16")
     counts[recipe] = bill.counted(half, recipe, length=16)
@@ -556,27 +569,27 @@ control = dict(experiment="bill", base="smollm2", recipe="fp32")
 counts["fp32"] = runs.select(**control, length=64)[0].result
 gb = {"the claim": {row: 7 * size for row, size in bill.CLAIMED.items()}}
 for recipe, count in counts.items():
-    each = count["per_parameter"]
-    master = count["state"].get("master", 0) / count["parameters"]
-    split = each | {"master": master, "optimizer": each["optimizer"] - master}
+    each, master = count["per_parameter"], count["state"].get("master", 0)
+    split = each | {"master": master / count["parameters"]}
+    split["optimizer"] -= split["master"]
     gb[recipe] = {kind: 7 * split[kind] for kind in curves.HOLDERS if kind in split}
 for name, row in gb.items():
     print(f"{name:10}", ", ".join(f"{kind} {size:.0f}" for kind, size in row.items()))
 
 # %%
 order = {"the claim": "the claim", "fp32": "float32", "bf16": "all in bfloat16"}
-order["mixed"] = "mixed precision"
+order |= {"mixed": "mixed precision"}
 figure = curves.bars(
     {order[name]: {k: 1e9 * n for k, n in gb[name].items()} for name in order},
     title="The bill of 7 billion parameters, without activations",
     subtitle="Bytes a parameter as counted in real steps of SmolLM2, times 7 billion.",
 )
-sums = {order[name]: f"{sum(row.values()):.0f} GB" for name, row in gb.items()}
-lesson.show(figure, "; ".join(f"{name}: {said}" for name, said in sums.items()) + ".")
+sums = [f"{order[name]}: {sum(row.values()):.0f} GB" for name, row in gb.items()]
+lesson.show(figure, "; ".join(sums) + ".")
 
 # %%
-worst = {r: bill.row_error(counts[r]["per_parameter"]) for r in ("bf16", "mixed")}
-closest = min(worst.values())
+worst = [bill.row_error(counts[r]["per_parameter"]) for r in ("bf16", "mixed")]
+closest = min(worst)
 lesson.measured("1.5", closest)
 lesson.live("F1", closest, closest, closest)
 
@@ -585,80 +598,72 @@ lesson.live("F1", closest, closest, closest)
 lesson.verdict("F1")
 
 # %% [markdown]
-# So: the claim's rows are those of a model in `float32`. That is also what
-# `torch.autocast` trains: it computes in two bytes, but keeps weights, gradients and
-# moments in four. The *total* is right for mixed precision by coincidence: both make
-# sixteen bytes a parameter. And a model all in `bfloat16` takes half, at the price that
-# you saw.
+# So the claim's rows are those of a model in `float32`. (`torch.autocast` on such a
+# model computes in two bytes, and keeps these rows as they are.) The *total* is right
+# for mixed precision by coincidence: both make sixteen bytes a parameter. And a model
+# all in `bfloat16` takes half, at the price that you saw.
 #
 # ### The row that is missing
 #
-# No activations anywhere in the claim. They do not depend on the optimizer, but on how
+# There are no activations in the claim. They do not depend on the optimizer, but on how
 # many tokens a step reads. To count them at full size, we need a model of seven billion
-# numbers. On torch's device `meta` a tensor has a shape, and no memory. A model of such
-# tensors is a **ghost**: it takes a whole training step in a second, every tensor is
-# counted, and not one number is computed. Can it be trusted? Against the real SmolLM2:
+# numbers. On torch's device `meta`, a tensor has a shape and no memory. A model of such
+# tensors is a **ghost**: it takes a whole training step in seconds, every tensor is
+# counted, and not one number is computed. Can it be trusted? Against the step that was
+# just counted for real, and against the longer one at the top:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-small = ghost.ghost(model.config)
+small = ghost.ghost(config)
 pfs.full.inject(small)
-for length in (64, 512):
-    real = runs.select(**mixed, length=length)[0].result["bytes"]
+reals = {16: counts["mixed"]["bytes"]}
+reals |= {512: held} if lesson.base == "smollm2" else {}
+for length, real in reals.items():
     counted = ghost.bill(small, "mixed", length=length)
     off = max(abs(counted[row] / real[row] - 1) for row in real)
     print(f"{length:4} tokens: every row of the bill agrees to 1 %:", off < 0.01)
 
 # %% [markdown]
-# Now one of the shape of Llama 2 7B; and the question that fills the forums: *why does
-# LoRA run out of memory as well?* Guess: with `16,384` tokens in a step, which share of
-# full fine-tuning's peak does LoRA need?
+# Now a ghost with the shape of Llama 2 7B; and a question that users of LoRA often ask:
+# *why do I run out of memory all the same?* Guess: with `16,384` tokens in a step,
+# which share of full fine-tuning's peak does LoRA need?
 
 # %%
 lesson.predict("1.6", guess=10, unit="% of full fine-tuning's peak")
 shape = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008)
 layers = dict(num_hidden_layers=32, num_attention_heads=32)
-lengths = (1024, 4096, 16_384)
-peaks, acts = {}, []
-for method in (pfs.full, pfs.lora):
+bills = {}
+for method, name in ((pfs.full, "full"), (pfs.lora, "LoRA")):
     seven = ghost.ghost(LlamaConfig(**shape, **layers, tie_word_embeddings=False))
     method.inject(seven)
-    for length in lengths:
-        peaks[method, length] = ghost.bill(seven, "mixed", length=length)
-        acts.append(peaks[method, length]["activations"])
+    for length in (1024, 16_384):
+        bills[length, name] = ghost.bill(seven, "mixed", length=length)
 print(f"{seven.num_parameters():,} numbers, LoRA's included")
 
 # %%
-whole, thin = ([peaks[how, n] for n in lengths] for how in (pfs.full, pfs.lora))
-
-
-def gigabytes(bills, row):
-    return [(n, one[row] / 1e9) for n, one in zip(lengths, bills, strict=True)]
-
-
-figure = curves.lines(
-    {
-        "full, peak": gigabytes(whole, "peak"),
-        "LoRA, peak": gigabytes(thin, "peak"),
-        "activations alone": gigabytes(whole, "activations"),
-    },
-    x="Tokens in a step, count",
-    y="Peak, GB",
-    title="Memory of one step of a 7B model, against its tokens",
-    subtitle="Mixed precision; no checkpointing of activations; counted on a ghost.",
-    control=("activations alone",),
-    log="x",
+bars = {}
+for (length, name), made in sorted(bills.items()):
+    row = {kind: made[kind] for kind in ("weights", "gradients", "activations")}
+    row["master"] = made["optimizer"] / 3  # four of twelve bytes
+    row["optimizer"] = made["optimizer"] - row["master"]
+    bars[f"{name}, {length:,} tokens"] = row
+figure = curves.bars(
+    bars,
+    title="What one step of a 7B model holds",
+    subtitle="Mixed precision, counted on a ghost. Each part at its own largest.",
 )
-percent = [100 * b["peak"] / a["peak"] for a, b in zip(whole, thin, strict=True)]
-said = [f"{p:.0f} % at {n:,}" for p, n in zip(percent, lengths, strict=True)]
-lesson.show(figure, f"LoRA's peak in % of full's, by tokens: {', '.join(said)}.")
-lesson.measured("1.6", percent[-1])
+peak = {key: made["peak"] for key, made in bills.items()}
+percent = [100 * peak[n, "LoRA"] / peak[n, "full"] for n in (1024, 16_384)]
+said = "LoRA's peak is {:.0f} % of full's with 1,024 tokens, {:.0f} % with 16,384."
+lesson.show(figure, said.format(*percent))
+lesson.measured("1.6", percent[1])
 
 # %% [markdown]
-# LoRA cuts gradients, master copy and moments: what depends on *trained* numbers. It
+# LoRA cuts gradients, master copy and moments: what exists for *trained* numbers. It
 # cuts hardly any activations: each layer still runs forward, and the gradient travels
-# back through it. At short lengths LoRA saves nearly everything, at long ones far less.
-# What helps there, checkpointing, is the business of notebook 02.
+# back through it. With few tokens LoRA saves nearly everything that can be saved, with
+# many far less. What helps then is fewer tokens at once, with the loss of exercise 1.2;
+# or checkpointing, the business of notebook 02.
 #
 # ## Idea five: after training
 #
@@ -676,8 +681,8 @@ lesson.measured("1.6", percent[-1])
 # ### Exercise 1.5: a disk full of tasks
 #
 # Difficulty two of five, importance three of five, about ten minutes. How many tasks
-# fit on a disk, both ways? And from how many tasks on do adapters take *fewer* bytes?
-# (All in whole bytes.)
+# fit on a disk, both ways? And from how many tasks on do adapters take *fewer* bytes
+# than copies? All sizes are whole numbers of bytes, and an adapter may be large.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -725,8 +730,10 @@ lesson.predict("1.7", guess=10, unit="times the bytes, for a hundred tasks")
 
 # %% [markdown]
 # **Live**, with `tiny`, a model of about a million numbers that ships with this
-# project: write whole models and adapters, hide the base, and load both folders in a
-# fresh process with empty caches and no network.
+# project: write whole models and adapters, hide the base, and load a model's folder in
+# a fresh process with empty caches and no network. **Control**: an adapter's folder,
+# which must fail there. Then bytes, for SmolLM2, with all tasks on one disk, and with
+# all of them in memory at once.
 
 # %%
 alone = standalone.compute(standalone.config("tiny"))
@@ -770,36 +777,39 @@ lesson.predict("1.8", guess=0.1, unit="nats, full ahead of LoRA, far from home")
 # %% [markdown]
 # **The runs**: `tiny` learns a task near its pretraining (a new format for words that
 # it knows) and one far from it (a language that it never saw), by full fine-tuning and
-# by LoRA, with the best learning rate for each, five seeds, equal steps. **Control**:
-# the near task with answers that have nothing to do with their questions. They ship;
-# `python -m peft_from_scratch ledger F4 --run` makes those that are missing.
+# by LoRA. For each task and method the best learning rate was searched first, with the
+# same budget. Then five seeds, equal steps, early stopping. Ten thousand rows would
+# take six times as long: *many* are 1,600 here, each of them seen once. **Control**:
+# the near task with answers that have nothing to do with their questions. The runs
+# ship; `python -m peft_from_scratch ledger F4 --run` makes those that are missing.
 
 # %%
 found = [runs.stored(config) for config in data_size.configs("tiny")]
-near, far = data_size.NEAR, data_size.FAR
-print("rows    task   best rates: full, LoRA   LoRA's loss minus full's, nats a token")
-for task_name, where in ((near, "near"), (far, "far")):
+places = {data_size.NEAR: "near", data_size.FAR: "far"}
+ways = {"full": "full", "lora": "LoRA"}
+tuned, gains = {}, {}
+for task_name, where in places.items():
     for n in data_size.SIZES:
-        cell = (task_name, n)
-        tuned = [data_size.tuned(found, cell, how) for how in ("full", "lora")]
-        a, b = (each[0].config["lr"] for each in tuned)
-        gain, low, high = data_size.advantage(found, cell)
-        print(f"{n:6,}  {where:5} {a:14g}, {b:<8g}", end="")
-        print(f"{gain:+10.3f} [{low:+.3f}, {high:+.3f}]")
-lesson.measured("1.8", gain)
+        print(f"{where}, {n:,} rows; test loss of each seed, in nats a token:")
+        for how, name in ways.items():
+            each = data_size.tuned(found, (task_name, n), how)
+            tuned[task_name, how, n] = [run.result["test_loss"] for run in each]
+            seeds = " ".join(f"{loss:.2f}" for loss in tuned[task_name, how, n])
+            print(f"  {name:5} {seeds}   rate {each[0].config['lr']:g}")
+        gains[where, n] = data_size.advantage(found, (task_name, n))
+        print("  full ahead by {:+.3f} [{:+.3f}, {:+.3f}]".format(*gains[where, n]))
+apart = sum(low > 0 or high < 0 for _, low, high in gains.values())
+print(f"told apart: {apart} of {len(gains)}")
+lesson.measured("1.8", gains["far", data_size.MANY][0])
 
 # %%
 series = {}
-for task_name, where in ((near, "near"), (far, "far")):
-    for how, name in (("full", "full"), ("lora", "LoRA")):
-        curve = []
-        for n in data_size.SIZES:
-            each = data_size.tuned(found, (task_name, n), how)
-            curve.append((n, *over_seeds([run.result["test_loss"] for run in each])))
-        series[f"{name}, {where}"] = curve
-noise = runs.select(experiment="finetune", task=data_size.CONTROL, method="full")
-losses = [run.result["test_loss"] for run in noise]
-series["full, random answers"] = [(1000, *over_seeds(losses))]
+for (task_name, how, n), losses in tuned.items():
+    name = f"{ways[how]}, {places[task_name]}"
+    series.setdefault(name, []).append((n, *over_seeds(losses)))
+noise = [r for r in found if r.config["task"] == data_size.CONTROL]
+losses = [r.result["test_loss"] for r in noise if r.config["method"] == "full"]
+series["full, random answers"] = [(data_size.SOME, *over_seeds(losses))]
 figure = curves.lines(
     series,
     x="Training rows, count",
@@ -810,29 +820,38 @@ figure = curves.lines(
     log="x",
     names="foot",
 )
-ends = {name: f"{rows[0][1]:.2f} to {rows[-1][1]:.2f}" for name, rows in series.items()}
-lesson.show(figure, "; ".join(f"{k}: {v}" for k, v in list(ends.items())[:4]) + ".")
+ends = [
+    f"{name}: {rows[0][1]:.2f} to {rows[-1][1]:.2f}" for name, rows in series.items()
+]
+lesson.show(figure, "; ".join(ends[:4]) + ".")
 
 # %% [markdown]
-# **Live**, a small version: fewer rows, few steps, two seeds, at the shipped rates. Two
-# seeds decide little, and the interval says so.
+# Far from home, with many rows, full fine-tuning is ahead: one half of the advice
+# holds. Near home both methods leave next to nothing to learn. What differs there are
+# single seeds that end at a quarter of a nat. (We looked at such a run: it gets every
+# word right but the first, the name of a place, and guesses that.) Five seeds cannot
+# say which method gets stuck more often.
+#
+# **Live**, a small version: fewer steps, two seeds, the rates from above. Two seeds
+# decide little, and the interval says so.
 
 
 # %%
 def small_run(task_name, how, seed):
-    rate = data_size.tuned(found, (task_name, 1000), how)[0].config["lr"]
-    sizes = dict(n=480, steps=30, batch=16, test=100, validation=10)
+    rate = data_size.tuned(found, (task_name, data_size.SOME), how)[0].config["lr"]
     config = finetune.config(
-        base="tiny", task=task_name, method=how, lr=rate, seed=seed, **sizes
-    )
+        base="tiny", task=task_name, method=how, lr=rate, seed=seed,
+        n=data_size.SOME, steps=40, batch=16, test=100, validation=10,
+    )  # fmt: skip
     return runs.Run("live", config, finetune.compute(config), {})
 
 
 live = {
     (task_name, how): [small_run(task_name, how, seed) for seed in (0, 1)]
-    for task_name in (near, far)
-    for how in ("full", "lora")
+    for task_name in places
+    for how in ways
 }
+near, far = places
 halves = (
     paired(live[far, "lora"], live[far, "full"]),
     paired(live[near, "full"], live[near, "lora"]),
@@ -846,6 +865,11 @@ lesson.live("F4", *map(min, *halves), scale="tiny")
 lesson.verdict("F4")
 
 # %% [markdown]
+# *Undecided* does not mean "refuted", nor "no difference". The rule wants both halves,
+# and the second one hangs on which seeds get stuck. More seeds would tell, or a near
+# task that is learned less completely. What you may say today: of six comparisons, one
+# is told apart, and it is the one where the textbook expects full fine-tuning to win.
+#
 # ## Quiz
 #
 # Answer for yourself, then open the options. None needs the kernel.
@@ -985,9 +1009,9 @@ lesson.verdict("F4")
 #   activations grow with the square.
 # - **Recipes differ.** Some trainers keep gradients in `float32`, or add them up there:
 #   `18` or `20` bytes a parameter. Read what yours does, then write its row.
-# - **What `tiny` cannot tell.** Its verdict on F4 is about a million numbers and two
-#   made tasks. It shows that the advice can be tested, and how. It does not show what a
-#   large model does with ten thousand rows.
+# - **What `tiny` cannot tell.** Its verdict on F4 is about a million numbers, two made
+#   tasks, and a sixth of the rows that the textbook speaks of. It shows that the advice
+#   can be tested, and how. It does not show what a large model does with ten thousand.
 # - **The papers beside us** (their numbers, not ours). ZeRO's authors count the same
 #   `16` bytes, and at least `24` GB for the `1.5` billion parameters of GPT-2. Hugging
 #   Face's comparison on a 3B model found peaks of `36.2` GiB for full fine-tuning and
