@@ -518,11 +518,11 @@ lesson.show(figure, f"Between LoRA's interval and the others: {gap:.0f} points."
 print("LoRA's interval touches neither of the others:", gap > 0)
 
 # %% [markdown]
-# That is enough to tell "it works" from "it does not". Look at the JSON, too: the *form*
-# was learned from a handful of steps, and what is still wrong are values.
+# That is enough to tell "it works" from "it does not". Look at the JSON, too: the
+# *form* was learned from a handful of steps, and what is still wrong are values.
 #
-# But the interval is far too wide to rank two good methods. How many rows would it take, at the same share, for an interval of five
-# points up and down?
+# But the interval is far too wide to rank two good methods. How many rows would it
+# take, at the same share, for an interval of five points up and down?
 
 # %%
 lesson.predict("0.5", guess=50, unit="test rows")

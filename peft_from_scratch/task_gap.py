@@ -12,8 +12,8 @@ The input is a sentence of tiny's world (world.py), the output says what happene
 
 Each step of the dial takes away something that a model of that world could have used.
 Up to gap-3 all tokens are such as pretraining used: a head that never learned to tell a
-token from others is frozen in LoRA, which is a gap of another kind, and a larger one. (A
-first gap-1 with new marks showed it: no LoRA learned them. Of gap-4's tokens, one in
+token from others is frozen in LoRA, which is a gap of another kind, and a larger one.
+(A first gap-1 with new marks showed it: no LoRA learned them. Of gap-4's tokens, one in
 eight is new.)
 The new words and the cipher are fixed, like a dictionary; the seed draws the events.
 The splits share all words and have no event in common.
