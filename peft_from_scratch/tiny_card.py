@@ -44,25 +44,30 @@ def make_runs() -> None:
 def text() -> str:
     """The card, as the files in data/ have it to be."""
     made = json.loads(MEASURED.read_text("utf-8"))
-    kinds = "\n".join(f"| {name} | {weight} |" for name, weight in _mix())
-    return TEMPLATE.read_text("utf-8").format(
-        **made,
-        **_written(made),
-        kinds=kinds,
-        abilities_table="\n".join(_abilities(made)),
-        samples="\n\n".join(_samples(made)),
-        methods="\n\n".join(_methods()),
-        gates=", ".join(f"{name} {g:.0%}" for name, g in pretrain.GATES.items()),
-    )
+    words = made | _written(made)
+    words |= {
+        "kinds": "\n".join(f"| {name} | {weight} |" for name, weight in _mix()),
+        "abilities_table": "\n".join(_abilities(made)),
+        "samples": "\n\n".join(_samples(made)),
+        "methods": "\n\n".join(_methods()),
+        "gates": ", ".join(f"{name} {g:.0%}" for name, g in pretrain.GATES.items()),
+    }
+    return TEMPLATE.read_text("utf-8").format(**words)
 
 
 def _written(made: dict) -> dict[str, str]:
     return {
         "duration": costs.duration(made["seconds"]),
         "size": f"{(tiny.FOLDER / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
-        "recipe_words": ", ".join(f"{k} {v}" for k, v in made["recipe"].items()),
+        "recipe_words": _recipe(made),
         "torch": made["packages"]["torch"],
     }
+
+
+def _recipe(made: dict) -> str:
+    settings = [f"{name} {value}" for name, value in made["recipe"].items()]
+    parts = [f"{p['steps']:,} steps at {p['lr']:g}" for p in made["phases"]]
+    return ", ".join([*settings, f"highest rate: {', then '.join(parts)}"])
 
 
 def _mix() -> Iterator[tuple[str, int]]:
