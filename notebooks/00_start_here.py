@@ -666,7 +666,6 @@ print(f"the model's own numbers: {4 * total / 1e6:.0f} MB, at four bytes each")
 # (In a program of your own, write the model's name in line 5.)
 
 # %%
-# NBVAL_CHECK_OUTPUT
 import re
 
 from IPython import get_ipython
