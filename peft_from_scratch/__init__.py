@@ -1,24 +1,32 @@
 """Parameter-efficient fine-tuning, from scratch, to be read.
 
 Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
-methods/full.py (what it is measured against), exchange.py (the file format), train.py
-(one plain loop), evaluate.py, compare.py (the main job).
+methods/full.py (what it is measured against), the other methods (`ls methods` is the
+syllabus), trunk.py before prompt.py and prefix.py, exchange.py (the file format),
+train.py (one plain loop), evaluate.py, compare.py (the main job).
 """
 
 from .adapter import Adapter, CannotMerge, merge, remove, trainable
 from .exchange import load, save
-from .methods import full, lora
+from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .models import load_model
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "CannotMerge",
+    "bitfit",
+    "dora",
     "full",
+    "houlsby",
+    "ia3",
     "load",
     "load_model",
     "lora",
     "merge",
+    "pissa",
+    "prefix",
+    "prompt",
     "remove",
     "save",
     "trainable",

@@ -38,12 +38,15 @@ class Adapter(nn.Module):
     Args
         base  the module to wrap; frozen here
     A subclass registers its own parameters, computes `forward`, names its tensors in
-    saved files by `file_names`, and, where the mathematics allow, returns `merged`.
+    saved files by `file_names`, and, where the mathematics allow, returns `merged`. One
+    that must change the base while it stands before it does so in `attached`.
     """
 
     file_names: ClassVar[
         Mapping[str, str]
     ] = {}  # parameter -> its name in a saved file
+    fast: ClassVar[tuple[str, ...]] = ()  # those that LoRA+ gives a larger rate
+    cannot_merge = "it has no equivalent weight to merge into"
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -63,9 +66,20 @@ class Adapter(nn.Module):
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """{name: tensor of the base, the adapter folded in}, computed in `dtype`."""
-        raise CannotMerge(
-            f"{type(self).__name__} has no equivalent weight to merge into"
-        )
+        raise CannotMerge(f"{type(self).__name__}: {self.cannot_merge}")
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """{name in a saved file: value}; the parameters, unless a subclass converts."""
+        return {key: self.get_parameter(own) for own, key in self.file_names.items()}
+
+    def attached(self) -> None:
+        """Called when every adapter is in its place: change the base here, if need be.
+
+        What this changes, `removed` puts back, bit for bit, and `merged` knows of.
+        """
+
+    def removed(self) -> None:
+        """Called by remove(), before the adapter is taken off."""
 
 
 @dataclass
@@ -133,6 +147,12 @@ def inject(
         parameter.requires_grad_(True)
     _swap(model, adapters)
     model.pfs_injection = injection
+    try:
+        for adapter in adapters.values():
+            adapter.attached()
+    except BaseException:
+        remove(model)
+        raise
     return list(modules)
 
 
@@ -219,11 +239,16 @@ def remove(model: nn.Module) -> None:
         )
     for name, parameter in own_parameters(model).items():
         parameter.copy_(injected(model).own[name])
+    for adapter in adapters(model).values():
+        adapter.removed()
     detach(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Unwrap every adapter and put the flags back; the weights stay as they are."""
+    """Unwrap every adapter and put the flags back; the weights stay as they are.
+
+    For what has been merged, or has lost its originals; else remove() is meant.
+    """
     model = bare(model)
     _swap(model, {adapter: adapter.base for adapter in adapters(model).values()})
     _set_flags(model, injected(model).requires_grad)

@@ -3,6 +3,9 @@
     adapter_config.json          what was injected, in PEFT's field names
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight …, nothing else
 
+A method that PEFT lacks (bottleneck adapters, BitFit, full fine-tuning) is written in
+the same layout, with a type of our own.
+
 A file from a stranger is hostile until proven otherwise: no pickle, no code, every key,
 shape and value checked before the model changes. A config field that is not implemented
 and not at its default is refused by name, never ignored. Module names come from the
@@ -20,10 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapter, atomic, patterns
-from .methods import full, lora
+from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .targets import named_modules, shown
+from .trunk import Trunk
 
-METHODS: dict[str, ModuleType] = {"LORA": lora, "FULL": full}  # peft_type -> its module
+# What a file can say it is -> the method that reads it, and each method by its name.
+READERS = {m.PEFT_TYPE: m for m in (lora, full, houlsby, prefix, prompt, ia3, bitfit)}
+WRITERS = {m.__name__.rpartition(".")[2]: m for m in (*READERS.values(), dora, pissa)}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type"}
@@ -41,14 +47,17 @@ def save(model: nn.Module, directory: str | Path) -> None:
     model = adapter.bare(model)
     injection = adapter.injected(model)
     rows = _refuse_resized(model)
-    tensors = {
-        key: p.detach().cpu().contiguous() for key, p in _file_keys(model).items()
-    }
+    method = _writer(injection.method)
+    values = {
+        f"{_place(name, module)}{key}": value
+        for name, module in adapter.adapters(model).items()
+        for key, value in module.file_tensors().items()
+    } | _own_keys(model)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in values.items()}
     _refuse_not_finite(tensors, "this model")
-    peft_type, method = _method_named(injection.method)
     base = getattr(model, "config", None)
     config = {
-        "peft_type": peft_type,
+        "peft_type": method.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
         "inference_mode": True,
@@ -76,7 +85,7 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     adapter.refuse_second(model)
     directory = Path(directory)
     config = _read_config(directory / CONFIG)
-    method = METHODS[config["peft_type"]]
+    method = _reader(config)
     tensors, rows = _read_tensors(directory / WEIGHTS)
     _refuse_other_vocabulary(model, rows)
     names = _adapted(tensors, method)
@@ -114,21 +123,35 @@ def _fill(model, expected, tensors, before: Tensor | None) -> bool:
     return before is not None and torch.equal(before, _probe(model))
 
 
-def _method_named(name: str) -> tuple[str, ModuleType]:
-    for peft_type, method in METHODS.items():
-        if method.__name__.rpartition(".")[2] == name:
-            return peft_type, method
-    raise ValueError(f"adapters of the method {name!r} have no file format")
+def _writer(name: str) -> ModuleType:
+    if name not in WRITERS:
+        raise ValueError(f"adapters of the method {name!r} have no file format")
+    return WRITERS[name]
+
+
+def _reader(config: dict) -> ModuleType:
+    """The method of a file: PEFT writes DoRA as a LoRA with one field more."""
+    method = READERS[config["peft_type"]]
+    return dora if method is lora and config.get("use_dora") is True else method
 
 
 def _file_keys(model: nn.Module) -> dict[str, nn.Parameter]:
     """{key in the file: parameter} of everything that the injection trains."""
-    wrapped = adapter.adapters(model)
-    keys = {
-        f"{PREFIX}{name}.{key}": module.get_parameter(inner)
-        for name, module in wrapped.items()
+    return {
+        f"{_place(name, module)}{key}": module.get_parameter(inner)
+        for name, module in adapter.adapters(model).items()
         for inner, key in module.file_names.items()
-    }
+    } | _own_keys(model)
+
+
+def _place(name: str, module: adapter.Adapter) -> str:
+    """What stands before the name of an adapter's tensor in a file."""
+    return "" if isinstance(module, Trunk) else f"{PREFIX}{name}."
+
+
+def _own_keys(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same of the tensors that the model itself owns."""
+    wrapped, keys = adapter.adapters(model), {}
     for name, parameter in adapter.own_parameters(model).items():
         owner, _, last = name.rpartition(".")
         stored = f"{owner}.base_layer.{last}" if owner in wrapped else name
@@ -169,10 +192,10 @@ def _read_config(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in METHODS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(
             f"{path}: peft_type={shown(kind)} is not implemented; known are "
-            f"{', '.join(METHODS)}"
+            f"{', '.join(READERS)}"
         )
     return config
 
@@ -207,7 +230,7 @@ def _refuse_absent(model, config, names, tensors, path) -> None:
     """ValueError where the config selects, by PEFT's rule, a module without tensors."""
     every = [name for name, _ in named_modules(model)]
     wanted, unwanted = (
-        _selected(field, config.get(field), every)
+        patterns.selected(field, config.get(field), every)
         for field in ("target_modules", "exclude_modules")
     )
     for name in every:
@@ -218,16 +241,6 @@ def _refuse_absent(model, config, names, tensors, path) -> None:
             raise ValueError(
                 f"{path} lacks {name}, which {CONFIG} names as a target{but}"
             )
-
-
-def _selected(field, pattern, names) -> set[str]:
-    """The names that a field of the config selects: a list of ends, or a regex."""
-    if isinstance(pattern, list | None):
-        ends = tuple(f".{end}" for end in pattern or ())
-        return {name for name in names if f".{name}".endswith(ends)}
-    if not isinstance(pattern, str):
-        raise ValueError(f"{CONFIG}: {field}={shown(pattern)} is no list and no regex")
-    return patterns.select([pattern], names)[0]
 
 
 def _refuse_mismatch(model, expected, tensors, path) -> None:

@@ -55,6 +55,16 @@ def resolved(field: str, pattern: dict | None, names: Iterable[str]) -> dict:
     return values
 
 
+def selected(field: str, pattern, names: Iterable[str]) -> set[str]:
+    """The names that a field of a file's config selects: a list of ends, or a regex."""
+    if isinstance(pattern, list | None):
+        ends = tuple(f".{end}" for end in pattern or ())
+        return {name for name in names if f".{name}".endswith(ends)}
+    if not isinstance(pattern, str):
+        raise ValueError(f"{field}={shown(pattern)} is no list and no regex")
+    return select([pattern], names)[0]
+
+
 def alone(name: str, names: Iterable[str]) -> str:
     """The name; as a regex where it is also the end of another one's."""
     shared = any(other.endswith(f".{name}") for other in names)

@@ -39,6 +39,8 @@ class Recipe:
                           activation bytes; the gradient is the same. Divides batch
         lr                highest learning rate. 1e-3 suits LoRA; full fine-tuning wants
                           3e-5, soft prompts 1e-2
+        lr_ratio          rate of each LoRA's B over that of all else. 1 for the same;
+                          LoRA+ (arXiv:2402.12354) takes 16
         warmup            steps of linear rise before it; 0 for none
         schedule          after it: "linear" or "cosine" towards 0, or "constant"
         weight_decay      of AdamW, on every trainable tensor
@@ -59,6 +61,7 @@ class Recipe:
     batch: int = 8
     accumulate: int = 1
     lr: float = 1e-3
+    lr_ratio: float = 1.0
     warmup: int = 0
     schedule: str = "linear"
     weight_decay: float = 0.0
@@ -79,6 +82,8 @@ class Recipe:
             self._allow(name, fits, f"a whole number >= {least}")
         positive = is_finite(self.lr) and self.lr > 0
         self._allow("lr", positive, "a finite number above 0")
+        larger = is_finite(self.lr_ratio) and self.lr_ratio > 0
+        self._allow("lr_ratio", larger, "a finite number above 0")
         self._allow("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
         self._allow("schedule", self.schedule in SCHEDULES, ", ".join(SCHEDULES))
         self._allow("template", self.template in TEMPLATES, ", ".join(TEMPLATES))

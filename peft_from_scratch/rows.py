@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,16 +15,21 @@ from torch import nn
 
 from .budget import Memory
 from .evaluate import Answers, answer_rows
-from .methods import full, lora
+from .methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .models import load_model
 from .recipe import History, Recipe
 from .tasks import Task
 from .templates import TEMPLATES
 from .train import measured_step, train
 
+SOFT = 3  # times the steps: soft prompts learn slowly, which is one of their findings
 LEARNING_RATES = {  # half-decade steps; where the best is at an end, more are tried
     "full": (1e-5, 3e-5, 1e-4, 3e-4),
     "low-rank": (1e-3, 3e-3, 1e-2, 3e-2),
+    "bottleneck": (1e-3, 3e-3, 1e-2, 3e-2),
+    "prefix": (1e-3, 3e-3, 1e-2, 3e-2),
+    "prompt": (3e-3, 1e-2, 3e-2, 1e-1),
+    "vectors": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 
 
@@ -36,28 +42,64 @@ class Row:
     inject          makes a loaded model trainable; None where no parameter trains
     learning_rates  the grid that tuning tries
     few_shot        examples stand before the prompt
+    times           its optimizer steps, as a multiple of the plan's
+    from_text       it starts from the tokens of the task's instruction: inject(start=)
+    lr_ratio        of its recipe
+    family          a relative, for a comparison that asks for the whole family
     """
 
     key: str
     label: str
-    inject: Callable[[nn.Module], object] | None = None
+    inject: Callable[..., object] | None = None
     learning_rates: tuple[float, ...] = ()
     few_shot: bool = False
+    times: int = 1
+    from_text: bool = False
+    lr_ratio: float = 1.0
+    family: bool = False
 
 
-def lora_attention(model: nn.Module) -> list[str]:
-    return lora.inject(model, targets="attention")
+def _low_rank(key: str, label: str, inject: Callable, **options) -> Row:
+    return Row(key, label, inject, LEARNING_RATES["low-rank"], family=True, **options)
 
 
 ROWS = (
     Row("zero-shot", "Zero-shot"),
     Row("few-shot", "Few-shot", few_shot=True),
     Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
-    Row(
-        "lora-attention", "LoRA, attention", lora_attention, LEARNING_RATES["low-rank"]
-    ),
     Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["low-rank"]),
+    Row(
+        "houlsby",
+        "Bottleneck adapters",
+        partial(houlsby.inject, m=32),
+        LEARNING_RATES["bottleneck"],
+    ),
+    Row(
+        "prefix",
+        "Prefix tuning",
+        prefix.inject,
+        LEARNING_RATES["prefix"],
+        times=SOFT,
+        from_text=True,
+    ),
+    Row(
+        "prompt",
+        "Prompt tuning",
+        prompt.inject,
+        LEARNING_RATES["prompt"],
+        times=SOFT,
+        from_text=True,
+    ),
+    _low_rank(
+        "lora-attention", "LoRA, attention", partial(lora.inject, targets="attention")
+    ),
+    _low_rank("rslora", "rsLoRA", partial(lora.inject, rslora=True)),
+    _low_rank("lora-plus", "LoRA+", lora.inject, lr_ratio=16.0),
+    _low_rank("dora", "DoRA", dora.inject),
+    _low_rank("pissa", "PiSSA", pissa.inject),
+    Row("ia3", "(IA)³", ia3.inject, LEARNING_RATES["vectors"], family=True),
 )
+USUAL = tuple(row.key for row in ROWS if not row.family)
 
 
 @dataclass(frozen=True)
@@ -65,7 +107,8 @@ class Plan:
     """What is compared, and on what; every result holds it.
 
     rows      test rows answered by each method; all there are, where they are fewer
-    steps     optimizer steps of each trained method, of `batch` rows each
+    steps     optimizer steps of a trained method, of `batch` rows each; soft prompts
+              and prefixes take more (Row.times)
     template  "chat" or "raw" for every row; None: as the tuning found, or the one that
               the base has
     device    None picks CUDA, then MPS, then the CPU
@@ -73,7 +116,7 @@ class Plan:
 
     base: str = "smollm2"
     task: str = "orders"
-    methods: tuple[str, ...] = tuple(row.key for row in ROWS)
+    methods: tuple[str, ...] = USUAL
     seeds: tuple[int, ...] = (0,)
     rows: int = 100
     steps: int = 50
@@ -151,7 +194,7 @@ def adapt(
         search       for tuning: look at the validation rows at the end of training, and
                      do not count bytes
     """
-    start = time.perf_counter()
+    begun = time.perf_counter()
     model, tokenizer = load_model(plan.base, device=plan.device)
     template = setting["template"]
     if row.inject is None:
@@ -160,22 +203,25 @@ def adapt(
             if row.few_shot
             else ()
         )
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begun
         return Adapted(model, tokenizer, template, examples, seconds=seconds)
     torch.manual_seed(seed)
-    row.inject(model)
+    start = {"start": tokenizer(task.instruction).input_ids} if row.from_text else {}
+    row.inject(model, **start)
+    steps = plan.steps * row.times
     recipe = Recipe(
-        steps=plan.steps,
+        steps=steps,
         batch=plan.batch,
         lr=setting["lr"],
-        warmup=plan.steps // 10,
+        lr_ratio=row.lr_ratio,
+        warmup=steps // 10,
         template=template,
         seed=seed,
-        validate_every=plan.steps if search else 0,
+        validate_every=steps if search else 0,
         checkpoint_every=25,
     )
     memory = None if search else measured_step(model, tokenizer, task, recipe)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
     return Adapted(model, tokenizer, template, (), history, memory, seconds)
 

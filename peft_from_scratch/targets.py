@@ -59,6 +59,16 @@ def kinds(model: nn.Module) -> dict[str, str]:
     }
 
 
+def layer_of(model: nn.Module, name: str) -> str:
+    """The name of the decoder layer that holds the module of this name."""
+    return next(
+        layer
+        for layer, module in named_modules(model)
+        if isinstance(module, GradientCheckpointingLayer)
+        and name.startswith(f"{layer}.")
+    )
+
+
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that `pattern` is, is the end of after a dot, or a regex of either."""
     try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, scoped
-from .adapter import trainable
+from .adapter import adapters, trainable
 from .budget import Memory, measure_step
 from .checkpoint import Run
 from .loss import Row, accumulate_gradients, batch_of, mean_loss
@@ -138,15 +138,38 @@ def _new_run(model: nn.Module, recipe: Recipe) -> Run:
             f"what inject() declared, and so have {len(wrong) - 1} more; leave the "
             "flags to inject()"
         )
+    groups = _groups(model, parameters, recipe)
     optimizer = torch.optim.AdamW(
-        parameters.values(),
+        groups,
         lr=recipe.lr,
         betas=recipe.betas,
         weight_decay=recipe.weight_decay,
         fused=True,
     )
     optimizer.zero_grad(set_to_none=True)  # what a backward pass of the caller's left
-    return Run(parameters, optimizer, next(iter(parameters.values())).device)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [p for group in groups for p in group["params"]]  # as AdamW numbers them
+    trained = {names[id(parameter)]: parameter for parameter in ordered}
+    return Run(trained, optimizer, ordered[0].device)
+
+
+def _groups(model, parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict]:
+    """AdamW's groups, each with its rate over the recipe's: LoRA+ has two."""
+    if recipe.lr_ratio == 1:
+        return [{"params": list(parameters.values()), "ratio": 1.0}]
+    modules = adapters(model).values()
+    fast = {id(m.get_parameter(name)) for m in modules for name in m.fast}
+    if not fast:
+        raise ValueError(
+            f"lr_ratio={recipe.lr_ratio} is for the B of a LoRA, and this "
+            f"{type(model).__name__} has none: leave it at 1"
+        )
+    slow = [p for p in parameters.values() if id(p) not in fast]
+    quick = [p for p in parameters.values() if id(p) in fast]
+    return [
+        {"params": slow, "ratio": 1.0},
+        {"params": quick, "ratio": recipe.lr_ratio},
+    ]
 
 
 def _allocate_state(optimizer, parameters: dict[str, nn.Parameter]) -> None:
@@ -199,7 +222,7 @@ def _step(model, run: Run, micro_batches: list[list[Row]], recipe: Recipe) -> No
                 "float32"
             )
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         run.optimizer.step()
     finally:
         run.optimizer.zero_grad(set_to_none=True)

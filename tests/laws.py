@@ -12,7 +12,7 @@ from functools import cache
 from tempfile import TemporaryDirectory
 
 import torch
-from architectures import build
+from architectures import CONFIGS, build
 from observe import (
     assert_same,
     gradients,
@@ -41,9 +41,12 @@ class Method:
     count: Callable[[nn.Module], int]  # trainable parameters, of an untouched model
     mergeable: bool = True
     restores: bool = True  # False: remove() raises, since the originals are lost
-    saved: bool = True  # has a file format
+    start: float | None = 0.0  # logits' largest relative distance from the pretrained
+    #   model's: 0 bit for bit, None where the method makes no such promise
+    saved: bool = True  # has a file format that gives the same method back
     wraps: bool = True  # False: trains the model's own tensors only
     random: bool = False  # draws random numbers in training mode
+    architectures: tuple[str, ...] = tuple(CONFIGS)  # that it works on
 
 
 @cache
@@ -63,8 +66,14 @@ def fresh(method, architecture, *, steps=0, dtype=torch.float32):
 
 def starts_from_the_pretrained_model(method, architecture):
     model, untouched = fresh(method, architecture)
-    assert torch.equal(logits(model), logits(untouched))
-    assert torch.equal(logits(model.train()), logits(untouched.train()))
+    for training in (False, True):
+        ours, theirs = (logits(m.train(training)) for m in (model, untouched))
+        if method.start == 0:
+            assert torch.equal(ours, theirs)
+        elif method.start is not None:
+            assert 0 < largest(ours, theirs) < method.start
+        else:
+            assert ours.shape == theirs.shape
 
 
 def counts_equal_the_formula(method, architecture):
@@ -248,7 +257,7 @@ def two_adapters_in_turn_share_a_base(method, architecture):
     before, plain, trained = snapshot(model), logits(model), []
     for seed in (1, 2):
         method.inject(model)
-        assert torch.equal(logits(model), plain)
+        assert method.start != 0 or torch.equal(logits(model), plain)
         train(model, 2, seed=10 * seed)
         trained.append(logits(model))
         pfs.remove(model)
@@ -270,4 +279,4 @@ def autocast_trains_close_to_fp32(method, architecture):
     assert all(p.grad.dtype == p.dtype for p in parameters.values())
     assert (
         largest({n: p.grad for n, p in parameters.items()}, exact) < 0.2
-    )  # OPT's ReLU flips
+    )  # OPT's ReLU flips: the fewer tensors, the more it weighs

@@ -72,7 +72,9 @@ def snapshot(model):
         facts[f"flag of {name}"] = parameter.requires_grad
     facts |= {name: tensor.clone() for name, tensor in model.state_dict().items()}
     facts["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
-    facts["config"] = str(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    facts["config"] = str(config)
+    facts["attention"] = getattr(config, "_attn_implementation", None)
     return facts
 
 

@@ -49,6 +49,57 @@ def biases(model):
     return {n: p for n, p in model.named_parameters() if n.endswith(".bias")}
 
 
+def every_bias(model):
+    return sum(parameter.numel() for parameter in biases(model).values())
+
+
+def two_bottlenecks_a_layer(model, m=4, sublayers=2):
+    d, layers = model.config.hidden_size, model.config.num_hidden_layers
+    return layers * sublayers * (2 * m * d + d + m)
+
+
+def one_bottleneck_a_layer(model):
+    return two_bottlenecks_a_layer(model, sublayers=1)
+
+
+def lengths_too(model):
+    return low_rank(model) + one_vector_each(model)
+
+
+def keys_and_values(model, n=3):
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    d = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return n * config.num_hidden_layers * 2 * heads * d
+
+
+def made_by_an_mlp(model, n=3, hidden=8):
+    width, d = (
+        keys_and_values(model, n=1),
+        keys_and_values(model, n=1) // (2 * model.config.num_hidden_layers),
+    )
+    return n * d + (d + 1) * hidden + (hidden + 1) * width
+
+
+def three_embeddings(model):
+    return 3 * model.config.hidden_size
+
+
+def three_vectors_a_layer(model):
+    """Keys, values, and what the last projection of the MLP reads."""
+    found = 0
+    for name in projections(model):
+        d_out, d_in = adapter.sizes(model.get_submodule(name))
+        part = name.rpartition(".")[2]
+        if part in ("k_proj", "v_proj", "c_attn"):
+            found += d_out
+        elif part in ("down_proj", "fc2") or name.endswith("mlp.c_proj"):
+            found += d_in
+    return found
+
+
 def everything(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -96,6 +147,71 @@ METHODS = [
         lora(rank_pattern={r".*\.0\..*": 2}, alpha_pattern={r".*\.1\..*": 3.0}),
         first_layer_smaller,
     ),
+    Method("dora", partial(pfs.dora.inject, r=4, alpha=8), lengths_too),
+    Method(
+        "dora-dropout",
+        partial(pfs.dora.inject, r=4, alpha=8, dropout=0.3),
+        lengths_too,
+        random=True,
+    ),
+    Method(
+        "pissa",
+        partial(pfs.pissa.inject, r=4, alpha=8),
+        low_rank,
+        start=1e-5,
+        saved=False,  # load() makes a LoRA of twice the rank: test_pissa.py
+    ),
+    Method("ia3", pfs.ia3.inject, three_vectors_a_layer),
+    Method(
+        "bitfit",
+        pfs.bitfit.inject,
+        every_bias,
+        wraps=False,
+        architectures=("gpt2", "opt"),
+    ),
+    Method(
+        "houlsby",
+        partial(pfs.houlsby.inject, m=4),
+        two_bottlenecks_a_layer,
+        mergeable=False,
+        start=0.02,
+    ),
+    Method(
+        "pfeiffer",
+        partial(pfs.houlsby.inject, m=4, placement="pfeiffer", nonlinearity="relu"),
+        one_bottleneck_a_layer,
+        mergeable=False,
+        start=0.02,
+    ),
+    Method(
+        "prefix",
+        partial(pfs.prefix.inject, n=3),
+        keys_and_values,
+        mergeable=False,
+        start=None,
+    ),
+    Method(
+        "prefix-mlp",
+        partial(pfs.prefix.inject, n=3, hidden=8),
+        made_by_an_mlp,
+        mergeable=False,
+        start=None,
+        saved=False,  # the file holds what the MLP makes: test_prefix.py
+    ),
+    Method(
+        "prefix-tokens",
+        partial(pfs.prefix.inject, n=3, start=[5, 6]),
+        keys_and_values,
+        mergeable=False,
+        start=None,
+    ),
+    Method(
+        "prompt",
+        partial(pfs.prompt.inject, n=3),
+        three_embeddings,
+        mergeable=False,
+        start=None,
+    ),
     Method("shift", shift, one_vector_each, mergeable=False, saved=False),
 ]
 
@@ -123,7 +239,9 @@ LAWS = {
 def cases(chosen, architectures):
     for law, applies in chosen.items():
         for method in filter(applies, METHODS):
-            for architecture in architectures:
+            for architecture in filter(
+                method.architectures.__contains__, architectures
+            ):
                 label = f"{law.__name__}-{method.name}-{architecture}"
                 yield pytest.param(law, method, architecture, id=label)
 

@@ -24,6 +24,7 @@ def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
     return names
 
 
+PEFT_TYPE = "FULL"  # our own: PEFT has no such type
 FILE_SUFFIXES = ()  # no module is wrapped; the file holds the parameters themselves
 
 

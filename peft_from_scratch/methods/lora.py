@@ -21,7 +21,18 @@ from .. import targets as targeting
 from ..adapter import Adapter, as_matrix, is_finite, refuse_unimplemented, sizes
 from ..targets import Targets
 
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # -> where none matches
 BIASES = ("none", "lora_only", "all")
+DEFAULTS = dict(
+    r=8,
+    alpha=16,
+    rslora=False,
+    dropout=0.0,
+    bias="none",
+    rank_pattern=None,
+    alpha_pattern=None,
+)
+PEFT_TYPE = "LORA"
 FILE_SUFFIXES = ("lora_A.weight", "lora_B.weight")
 # inject's arguments -> the fields of PEFT's LoraConfig
 FIELDS = dict(
@@ -109,6 +120,7 @@ class LoRA(Adapter):
     """
 
     file_names: ClassVar = dict(zip("AB", FILE_SUFFIXES, strict=True))
+    fast: ClassVar = ("B",)  # LoRA+, arXiv:2402.12354: recipe.py
 
     def __init__(
         self,
@@ -177,6 +189,32 @@ def inject(
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, or no match; the model as it was
     """
+    arguments = dict(
+        r=r,
+        alpha=alpha,
+        rslora=rslora,
+        dropout=dropout,
+        bias=bias,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    return wrap_all(model, LoRA, "lora", targets, exclude, arguments)
+
+
+def wrap_all(
+    model: nn.Module,
+    layer: type[LoRA],
+    method: str,
+    targets: Targets,
+    exclude: Targets | None,
+    arguments: dict,
+) -> list[str]:
+    """Put a `layer`, LoRA or a descendant, beside every target; see inject.
+
+    Args
+        arguments  those of inject, but for the targets, by name
+    """
+    bias = arguments["bias"]
     if bias not in BIASES:
         raise ValueError(f"{bias=}: allowed are {', '.join(BIASES)}")
     adapter.refuse_second(model)
@@ -186,14 +224,17 @@ def inject(
         raise ValueError(
             "exclude and a ready {name: module}: leave it out of the latter"
         )
-    ranks = targeting.spread("rank_pattern", rank_pattern, targets, r)
-    alphas = targeting.spread("alpha_pattern", alpha_pattern, targets, alpha)
+    ranks, alphas = (
+        targeting.spread(pattern, arguments[pattern], targets, arguments[usual])
+        for pattern, usual in PATTERNS.items()
+    )
     names = {module: name for name, module in targets.items()}
+    options = {name: arguments[name] for name in ("rslora", "dropout")}
 
     def wrap(base: nn.Module) -> LoRA:
         r, alpha = ranks[names[base]], alphas[names[base]]
         try:
-            return LoRA(base, r, alpha, rslora=rslora, dropout=dropout)
+            return layer(base, r, alpha, **options)
         except ValueError as error:
             raise ValueError(f"{names[base]}: {error}") from None
 
@@ -201,16 +242,8 @@ def inject(
         model,
         wrap,
         targets,
-        method="lora",
-        config=dict(
-            r=r,
-            alpha=alpha,
-            rslora=rslora,
-            dropout=dropout,
-            bias=bias,
-            rank_pattern=dict(rank_pattern or {}),
-            alpha_pattern=dict(alpha_pattern or {}),
-        ),
+        method=method,
+        config=arguments | {name: dict(arguments[name] or {}) for name in PATTERNS},
         own=_biases(model, bias, targets),
     )
 

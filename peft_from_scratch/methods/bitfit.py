@@ -1,0 +1,51 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-
+models. Ben Zaken et al., arXiv:2106.10199v5.
+
+    h = W0 x + b        only b trains, in every layer, the norms included
+
+A declared exception of the contract: it trains the model's own tensors. Two things to
+know. Llama, Qwen 3, Gemma and most models of their time have no biases. And the bias of
+a key projection changes nothing where positions are added to embeddings: it adds
+q · b_K to every score of a query, and a softmax does not see what all its inputs share.
+Its gradient is rounding noise. Rotary models turn each key by its position, the sum
+differs between keys, and the bias counts.
+"""
+
+from torch import nn
+
+from .. import adapter
+from ..targets import uncompiled
+
+PEFT_TYPE = "BITFIT"  # our own: PEFT has no such type
+FILE_SUFFIXES = ()  # no module is wrapped; the file holds the biases themselves
+
+
+def inject(model: nn.Module) -> list[str]:
+    """Freeze the model but for its biases.
+
+    Returns  the names of the biases
+    Raises   ValueError   a model without biases, with what to use instead
+    Memory   a copy of the biases, so that remove() restores them
+    """
+    adapter.refuse_second(model)
+    names = [uncompiled(name) for name, _ in model.named_parameters()]
+    biases = [name for name in names if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise ValueError(
+            f"this {type(model).__name__} has no bias among its {len(names)} tensors: "
+            "Llama and most models since then leave them out, and BitFit has nothing "
+            "to train. IA3 is as small: ia3.inject(model)"
+        )
+    adapter.inject(model, None, {}, method="bitfit", own=biases)
+    return biases
+
+
+def to_peft(model: nn.Module) -> dict:
+    """PEFT has no such type: the file says BITFIT and holds the biases."""
+    return {}
+
+
+def from_peft(config: dict, names: list[str]) -> dict:
+    """The arguments of inject for a saved BitFit."""
+    adapter.refuse_unimplemented(config, set())
+    return {}

@@ -1,0 +1,156 @@
+"""Bottleneck adapters: Parameter-Efficient Transfer Learning for NLP. Houlsby et al.,
+arXiv:1902.00751v2.
+
+    h = y + U σ(D y + b_D) + b_U        y: what the sublayer's last projection returns
+
+Inside each layer, after attention and after the MLP, before the residual sum. D (m, d)
+goes down to m numbers, U (d, m) up again: 2md + d + m parameters, nearly the identity
+at the start.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter, targets
+from ..adapter import Adapter, sizes
+from ..targets import shown
+
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+PLACEMENTS = {"houlsby": ("attention", "mlp"), "pfeiffer": ("mlp",)}
+STD = 1e-2  # of the start, "near-identity": section 2.1 and figure 6 of the paper
+PEFT_TYPE = "HOULSBY"  # our own: PEFT has no bottleneck adapters
+FILE_SUFFIXES = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+class Bottleneck(Adapter):
+    """A frozen projection with a bottleneck behind it.
+
+        y = W0 x + b        h = y + U σ(D y + b_D) + b_U        [1] section 2.1, figure 2
+
+    Args
+        base          nn.Linear or Conv1D, frozen here.    W0 (d, d_in)
+        m             units of the bottleneck, 1 <= m <= d
+        nonlinearity  σ: "relu", "gelu", "silu" or "tanh"
+    Returns  (…, d), dtype of the base's output
+    Raises   ValueError   m or nonlinearity out of range
+    Memory   2md + d + m parameters, in float32 on a half-precision base
+    Source   [1] arXiv:1902.00751v2
+    """
+
+    file_names: ClassVar = {name: name for name in FILE_SUFFIXES}
+    cannot_merge = (
+        "its nonlinearity stands between the projection and what follows. No single "
+        "matrix does the same for every input, which is why it costs time when used"
+    )
+
+    def __init__(self, base: nn.Module, m: int = 64, nonlinearity: str = "gelu"):
+        d, _ = sizes(base)
+        _check(m, nonlinearity, d)
+        super().__init__(base)
+        weight = base.weight
+        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        like = dict(device=weight.device, dtype=dtype)
+        self.down = nn.Linear(d, m, **like)
+        self.up = nn.Linear(m, d, **like)
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=STD, a=-2 * STD, b=2 * STD)
+            nn.init.zeros_(linear.bias)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        narrow = NONLINEARITIES[self.nonlinearity](
+            self.down(y.to(self.down.weight.dtype))
+        )
+        return (y + self.up(narrow)).to(y.dtype)
+
+
+def inject(
+    model: nn.Module,
+    *,
+    m: int = 64,
+    nonlinearity: str = "gelu",
+    placement: str = "houlsby",
+    targets=None,
+) -> list[str]:
+    """Freeze the model and put a bottleneck behind the sublayers of every layer.
+
+    Args
+        m, nonlinearity   see Bottleneck
+        placement   "houlsby": behind attention and behind the MLP; "pfeiffer": behind
+                    the MLP alone, half of the parameters (arXiv:2005.00247)
+        targets     a ready {name: module} instead, for load()
+    Returns  the names of the wrapped projections, each the last of its sublayer
+    Raises   ValueError   an argument out of its range, no such module; the model as it
+             was
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"{placement=}: allowed are {', '.join(PLACEMENTS)}")
+    adapter.refuse_second(model)
+    if targets is None:
+        targets = last_projections(model, PLACEMENTS[placement])
+    return adapter.inject(
+        model,
+        lambda base: Bottleneck(base, m, nonlinearity),
+        targets,
+        method="houlsby",
+        config=dict(m=m, nonlinearity=nonlinearity),
+    )
+
+
+def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.Module]:
+    """{name: module}: of each layer and kind the last projection to the hidden size."""
+    hidden = model.config.hidden_size
+    found = targets.projections(model)
+    last: dict[tuple[str, str], str] = {}
+    for name, kind in targets.kinds(model).items():
+        if kind in kinds and sizes(found[name])[0] == hidden:
+            last[targets.layer_of(model, name), kind] = name
+    if not last:
+        raise ValueError(
+            f"no layer of this {type(model).__name__} has a projection that returns "
+            f"{hidden} numbers, the hidden size, behind its {' or '.join(kinds)}"
+        )
+    return {name: found[name] for name in found if name in set(last.values())}
+
+
+def to_peft(model: nn.Module) -> dict:
+    """The injected model's configuration; the layout is PEFT's, the type our own."""
+    ours = adapter.injected(model).config
+    return {
+        "bottleneck_size": ours["m"],
+        "non_linearity": ours["nonlinearity"],
+        "target_modules": sorted(adapter.adapters(model)),
+    }
+
+
+def from_peft(config: dict, names: list[str]) -> dict:
+    """The arguments of inject, but for the targets, for a saved config."""
+    adapter.refuse_unimplemented(
+        config, {"bottleneck_size", "non_linearity", "target_modules"}
+    )
+    return {
+        "m": config.get("bottleneck_size"),
+        "nonlinearity": config.get("non_linearity", "gelu"),
+    }
+
+
+def _check(m, nonlinearity, d) -> None:
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= d:
+        raise ValueError(
+            f"m={shown(m)}: the bottleneck needs a whole number of units from 1 to {d}, "
+            "the hidden size"
+        )
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
+        raise ValueError(
+            f"nonlinearity={shown(nonlinearity)}: allowed are "
+            f"{', '.join(NONLINEARITIES)}"
+        )

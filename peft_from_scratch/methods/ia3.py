@@ -1,0 +1,160 @@
+"""(IA)³: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+Learning. Liu et al., arXiv:2205.05638v2.
+
+    keys      l_k ⊙ (W_k x)
+    values    l_v ⊙ (W_v x)
+    MLP       W_2 (l_ff ⊙ σ(W_1 x))        one trained vector each, all ones at the start
+
+Infused Adapter by Inhibiting and Amplifying Inner Activations: nothing is added, what
+is there is scaled. Three vectors a layer, and they fold into the weights.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import adapter, patterns
+from .. import targets as targeting
+from ..adapter import Adapter, as_matrix, sizes
+from ..targets import Targets
+
+# Names of key and value projections, fused ones included: structure cannot tell a key
+# from a query.
+KEYS_AND_VALUES = (
+    r"(k_proj|v_proj|key|value|c_attn|qkv_proj|query_key_value|Wqkv|kv_proj)"
+)
+PEFT_TYPE = "IA3"
+FILE_SUFFIXES = ("ia3_l",)
+INERT = {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"}
+INERT |= {"init_ia3_weights"}
+
+
+class IA3(Adapter):
+    """A frozen projection whose output, or whose input, is scaled by a trained vector.
+
+        h = l ⊙ (W0 x + b)      keys and values      l (d_out, 1)        [1] section 3.3
+        h = W0 (l ⊙ x) + b      feedforward          l (1, d_in)
+
+    Args
+        base         nn.Linear or Conv1D, frozen here.     W0 (d_out, d_in)
+        feedforward  scale the input: the MLP's inner activations
+    Returns  (…, d_out), dtype of the base's output
+    Memory   d_out or d_in parameters, in float32 on a half-precision base
+    Departs  A fused projection of queries, keys and values is scaled as a whole, as in
+             PEFT.
+    Source   [1] arXiv:2205.05638v2
+    """
+
+    file_names: ClassVar = {"l": "ia3_l"}
+
+    def __init__(self, base: nn.Module, feedforward: bool = False):
+        d_out, d_in = sizes(base)
+        super().__init__(base)
+        weight = base.weight
+        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        shape = (1, d_in) if feedforward else (d_out, 1)
+        self.l = nn.Parameter(torch.ones(shape, device=weight.device, dtype=dtype))
+        self.feedforward = feedforward
+
+    def forward(self, x: Tensor) -> Tensor:
+        l = self.l.flatten()  # noqa: E741 (the paper's letter)
+        if self.feedforward:
+            return self.base((x * l).to(x.dtype))
+        y = self.base(x)
+        return (y * l).to(y.dtype)
+
+    def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """l ⊙ W0, by rows for an output (its bias too), by columns for an input."""
+        W = as_matrix(self.base).to(dtype) * self.l.to(dtype)
+        found = {"weight": W if as_matrix(self.base) is self.base.weight else W.T}
+        if not self.feedforward and self.base.bias is not None:
+            found["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
+        return found
+
+
+def inject(
+    model: nn.Module,
+    *,
+    targets: Targets | None = None,
+    feedforward: Targets | None = None,
+) -> list[str]:
+    """Freeze the model and scale keys, values, and what the MLP's last projection reads.
+
+    Args
+        targets      the modules to scale, feedforward ones included; None finds keys,
+                     values and the last projection of each MLP
+        feedforward  those whose input is scaled; None: those outside of attention
+    Returns  the names of the wrapped modules
+    Raises   ValueError   no match, no key or value projection of a known name; the model
+             as it was
+    """
+    adapter.refuse_second(model)
+    kinds = targeting.kinds(model)
+    if targets is None:
+        targets = _usual(model, kinds)
+    elif not isinstance(targets, dict):
+        targets = targeting.resolve(model, targets)
+    if feedforward is None:
+        inner = {name for name in targets if kinds.get(name) == "mlp"}
+    elif isinstance(feedforward, set):
+        inner = feedforward
+    else:
+        inner = set(targeting.resolve(model, feedforward))
+    _refuse_outside(inner, targets)
+    names = {module: name for name, module in targets.items()}
+    return adapter.inject(
+        model,
+        lambda base: IA3(base, names[base] in inner),
+        targets,
+        method="ia3",
+        config=dict(feedforward=sorted(inner)),
+    )
+
+
+def to_peft(model: nn.Module) -> dict:
+    """The injected model's configuration in PEFT's field names."""
+    wrapped = adapter.adapters(model)
+    return {
+        "target_modules": sorted(wrapped),
+        "feedforward_modules": sorted(n for n, m in wrapped.items() if m.feedforward),
+        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
+        "init_ia3_weights": True,
+    }
+
+
+def from_peft(config: dict, names: list[str]) -> dict:
+    """The arguments of inject, but for the targets, for PEFT's IA3 config."""
+    adapter.refuse_unimplemented(config, INERT)
+    selected = patterns.selected(
+        "feedforward_modules", config.get("feedforward_modules"), names
+    )
+    return {"feedforward": selected}
+
+
+def _usual(model, kinds) -> dict[str, nn.Module]:
+    """Keys and values, by name, and of each layer's MLP the last projection."""
+    found = targeting.projections(model)
+    attention = [name for name, kind in kinds.items() if kind == "attention"]
+    last = {
+        targeting.layer_of(model, name): name
+        for name, kind in kinds.items()
+        if kind == "mlp"
+    }
+    chosen = {*targeting.matching(KEYS_AND_VALUES, attention), *last.values()}
+    if not chosen & set(attention):
+        raise ValueError(
+            f"no projection of this {type(model).__name__}'s attention has a name that "
+            f"says key or value; it has {', '.join(attention[:6])}. Name them: targets="
+        )
+    return {name: found[name] for name in found if name in chosen}
+
+
+def _refuse_outside(inner, targets) -> None:
+    outside = sorted(set(inner) - set(targets))
+    if outside:
+        raise ValueError(
+            f"feedforward names {outside[0]}, which is none of the targets: "
+            f"{', '.join(list(targets)[:6])}"
+        )

@@ -1,0 +1,99 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation. Meng et al.,
+arXiv:2404.02948v4.
+
+    W0 = U S Vᵀ       scale · B A = U_r S_r V_rᵀ       W_res = W0 - scale · B A
+
+LoRA starts from noise and zero, and trains beside the whole weight. PiSSA starts A and B
+as the weight's own largest r singular directions, and freezes what is left of it. The
+model starts from the pretrained weights as well, up to rounding.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter
+from ..adapter import as_matrix
+from ..targets import Targets
+from . import lora
+from .lora import LoRA, wrap_all
+
+PEFT_TYPE = lora.PEFT_TYPE  # saved as a plain LoRA of twice the rank
+FILE_SUFFIXES = lora.FILE_SUFFIXES
+
+
+class PiSSA(LoRA):
+    """A projection whose principal part trains, while the rest of it is frozen.
+
+        h = W_res x + scale · B A x                                  [1] eqs. (2) to (4)
+        A = S_r^½ V_rᵀ / scale^½      B = U_r S_r^½ / scale^½
+
+    Args     r and alpha of LoRA
+    Returns  (…, d_out), dtype of the base's output
+    Memory   those of LoRA; the start of A and B, for saving; and the original weight, so
+             that remove() restores it bit for bit
+    Departs  In a file it is a LoRA of rank 2r on the original weight: the difference
+             scale (B A - B0 A0). W_res is then not needed, and any program reads it.
+    Source   [1] arXiv:2404.02948v4
+    """
+
+    file_names: ClassVar = {}  # load() makes a LoRA of such a file
+
+    def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
+        super().__init__(base, r, alpha, **options)
+        U, S, Vt = torch.linalg.svd(
+            as_matrix(base).detach().to(self.A.dtype), full_matrices=False
+        )
+        root = (S[:r] / self.scale).sqrt()
+        self.A.data = root[:, None] * Vt[:r]
+        self.B.data = U[:, :r] * root
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    @torch.no_grad()
+    def attached(self) -> None:
+        """Take the principal part out of the base, which keeps the residual."""
+        self.original = self.base.weight.detach().clone()
+        W = as_matrix(self.base)  # a view of the weight
+        W.copy_(W.to(self.A0.dtype) - self.scale * (self.B0 @ self.A0))
+
+    @torch.no_grad()
+    def removed(self) -> None:
+        self.base.weight.copy_(self.original)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """A and B of rank 2r, of the same scale: B A - B0 A0 = [B, -B0] [A; A0]."""
+        pair = torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+        return dict(zip(FILE_SUFFIXES, pair, strict=True))
+
+
+def inject(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+) -> list[str]:
+    """Split every target into a principal part, which trains, and a frozen residual.
+
+    Takes a singular value decomposition of each weight: seconds for a small model.
+
+    Args     r, alpha, targets, exclude: those of lora.inject
+    Returns  the names of the wrapped modules
+    Raises   ValueError   an argument out of its range, or no match; the model as it was
+    """
+    arguments = lora.DEFAULTS | dict(r=r, alpha=alpha)
+    return wrap_all(model, PiSSA, "pissa", targets, exclude, arguments)
+
+
+def to_peft(model: nn.Module) -> dict:
+    """A LoRA of twice the rank: alpha doubles too, and the scale stays."""
+    ours = adapter.injected(model).config
+    return lora.to_peft(model) | {
+        "r": 2 * ours["r"],
+        "lora_alpha": 2 * ours["alpha"],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
