@@ -6,6 +6,7 @@ CPU ?=
 TORCH_INDEX ?= $(if $(CPU),https://download.pytorch.org/whl/cpu)
 JOBS ?= 2
 TUNE ?=
+FAMILY ?=
 NB ?=
 ARGS ?=
 
@@ -37,12 +38,14 @@ help: ## this list
 	@echo '  CPU=1             set-up: the CPU build of torch; spares gigabytes on Linux'
 	@echo '  TORCH_INDEX=URL   set-up: the package index to take torch from'
 	@echo '  TUNE=1            compare: search the settings instead of using the shipped'
+	@echo '  FAMILY=1          compare: DoRA, PiSSA, LoRA+ and other relatives too'
 	@echo '  JOBS=2            test: how many processes share the work'
 	@echo '  NB=04             notebooks: only those whose names start so'
 	@echo '  ARGS=…            compare, bench: further arguments'
 
 compare: $(MODEL) ## the main job: every method on one task, as a table and a page
-	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) $(ARGS)
+	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) \
+	    $(if $(FAMILY),--family) $(ARGS)
 
 test: $(MODEL) ## all tests, then all notebooks
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

@@ -10,8 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-METHODS = ("lora", "full")  # what `train --method` knows
-ROW_KEYS = ("zero-shot", "few-shot", "full", "lora-attention", "lora")
+METHODS = (  # what `train --method` knows
+    *("lora", "full", "dora", "pissa", "houlsby", "prefix", "prompt", "ia3", "bitfit"),
+)
+ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "houlsby", "prefix", "prompt")
+FAMILY_KEYS = ("lora-attention", "rslora", "lora-plus", "dora", "pissa", "ia3")
 TEMPLATES = ("chat", "raw")
 RESUMABLE = ("compare", "train", "ledger")
 SCALES = ("tiny", "smollm2")  # the bases that claims are judged at
@@ -79,7 +82,14 @@ def _compare(commands) -> None:
         commands, "compare", "several methods, one table, picture and page"
     )
     command.add_argument("--task", help="orders, terms, a .jsonl file …")
-    command.add_argument("--methods", help=f"some of {','.join(ROW_KEYS)}")
+    command.add_argument(
+        "--methods", help=f"some of {','.join((*ROW_KEYS, *FAMILY_KEYS))}"
+    )
+    command.add_argument(
+        "--family",
+        action="store_true",
+        help="the methods' relatives too: the FAMILY=1 of make",
+    )
     command.add_argument("--seeds", help="seeds, such as 0,1,2")
     command.add_argument("--rows", type=int, help="test rows")
     command.add_argument("--steps", type=int, help="optimizer steps")
@@ -126,13 +136,11 @@ def _train(commands) -> None:
     )
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--r", type=int, default=8, help="rank (lora)")
-    command.add_argument(
-        "--alpha", type=float, default=16, help="scale is alpha / r (lora)"
-    )
-    command.add_argument(
-        "--targets", default="all-linear", help="preset or name (lora)"
-    )
+    command.add_argument("--r", type=int, help="rank (lora, dora, pissa)")
+    command.add_argument("--alpha", type=float, help="scale is alpha / r (the same)")
+    command.add_argument("--targets", help="preset or name (the same, and ia3)")
+    command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
+    command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
     _base(command)
     command.set_defaults(run=run_train)
 
@@ -216,10 +224,14 @@ def run_compare(options) -> None:
     from . import report
     from .commands import given
     from .compare import compare
-    from .rows import Plan
+    from .rows import ROWS, Plan
 
     names = ("base", "task", "rows", "steps", "batch", "template", "device", "out")
     chosen = given(options, *names)
+    if options.family and options.methods is not None:
+        raise ValueError("--family and --methods exclude each other: name them all")
+    if options.family:
+        chosen["methods"] = tuple(row.key for row in ROWS)
     if options.methods is not None:
         methods = options.methods.split(",")
         chosen["methods"] = tuple(method.strip() for method in methods)

@@ -138,6 +138,13 @@ COLUMNS = (
     ),
     Column(
         "Size and time",
+        "Steps",
+        "",
+        "Optimizer steps of the training; prompt tuning needs more of them.",
+        _fixed(",d", "steps"),
+    ),
+    Column(
+        "Size and time",
         "Train",
         "s",
         "Seconds that training took.",

@@ -21,7 +21,7 @@ from . import adapter, atomic, checkpoint, evaluate, exchange, figures, template
 from .budget import count
 from .chat import RECORD, read_object
 from .evaluate import Answers
-from .methods import full, lora
+from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .models import describe, load_model, positions
 from .pretrained import quiet_transformers
 from .recipe import Recipe
@@ -29,8 +29,24 @@ from .task_rows import refuse_bad
 from .tasks import Task, load_task
 from .train import train
 
-METHODS = {"lora": lora, "full": full}
-LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}  # near the searched optima of SmolLM2
+METHODS = {
+    "lora": lora,
+    "full": full,
+    "dora": dora,
+    "pissa": pissa,
+    "houlsby": houlsby,
+    "prefix": prefix,
+    "prompt": prompt,
+    "ia3": ia3,
+    "bitfit": bitfit,
+}
+OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
+LEARNING_RATES = {  # near the searched optima of SmolLM2, 1e-3 where none was searched
+    "full": 1e-4,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+    "ia3": 1e-2,
+}
 TEST_ROWS = 100  # answered before and after
 
 
@@ -47,8 +63,8 @@ def fine_tune(options) -> None:
     task = load_task(options.data, **given(options, "prompt", "completion", "config"))
     model, tokenizer = load_model(options.base, device=options.device)
     print(describe(model))
-    torch.manual_seed(options.seed)
-    METHODS[options.method].inject(model, **_method_options(options))
+    arguments = _arguments(options, tokenizer, task)
+    _inject(model, options, arguments)
     print(_counted(model))
     _check_rows(model, tokenizer, task, recipe, options)
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
@@ -58,10 +74,14 @@ def fine_tune(options) -> None:
             model, tokenizer, task, test, template=recipe.template, progress=True
         )
 
-    # These are the base's answers: B = 0 in a new LoRA, and full fine-tuning starts
-    # from the base's own weights.
+    # The base's own answers: a new soft prompt gives others. What trains the base's
+    # weights has changed nothing yet.
     checkpoints = out / "checkpoints"
+    if adapter.adapters(model):
+        adapter.remove(model)
     before = _answers_before(checkpoints, answer)
+    if not adapter.is_injected(model):
+        _inject(model, options, arguments)
     history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
     after = answer()
     exchange.save(model, out)
@@ -102,7 +122,8 @@ def given(options, *names: str) -> dict:
 
 
 def _recipe(options) -> Recipe:
-    lr = LEARNING_RATES[options.method] if options.lr is None else options.lr
+    usual = LEARNING_RATES.get(options.method, Recipe.lr)
+    lr = usual if options.lr is None else options.lr
     return Recipe(
         steps=options.steps,
         batch=options.batch,
@@ -160,10 +181,28 @@ def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
     refuse_bad(bad, task.name)
 
 
-def _method_options(options) -> dict:
-    """Those of the options that the method's inject takes."""
+def _inject(model, options, arguments: dict) -> None:
+    torch.manual_seed(options.seed)
+    METHODS[options.method].inject(model, **arguments)
+
+
+def _arguments(options, tokenizer, task: Task) -> dict:
+    """The options that were given, for the method's inject; where it can, from text.
+
+    Raises  ValueError  one that this method does not have
+    """
     taken = inspect.signature(METHODS[options.method].inject).parameters
-    return {n: getattr(options, n) for n in ("r", "alpha", "targets") if n in taken}
+    found = given(options, *OPTIONS)
+    for name in found:
+        if name not in taken:
+            has = [f"--{o}" for o in OPTIONS if o in taken]
+            raise ValueError(
+                f"--{name} is no option of --method {options.method}, which has "
+                f"{', '.join(has) or 'none'}"
+            )
+    if "start" in taken and task.instruction:
+        found["start"] = tokenizer(task.instruction).input_ids
+    return found
 
 
 def _counted(model) -> str:

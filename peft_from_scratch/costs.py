@@ -165,7 +165,8 @@ def _reading(rates: Rates, tokens: int) -> float:
 
 
 def _training(rates: Rates, row: Row, plan: Plan) -> float:
-    return plan.steps * step_seconds(rates, plan.batch, full=row.key == "full")
+    steps = plan.steps * row.times
+    return steps * step_seconds(rates, plan.batch, full=row.key == "full")
 
 
 def duration(seconds: float) -> str:

@@ -46,13 +46,14 @@ from .plotting import (
     stack,
     style,
 )
+from .rows import ROWS
 
 FOOT = 0.55  # inches under the axes for the ticks and the name of the x axis
 OTHERS = (BLUE, ORANGE, PURPLE, AMBER, RED, BROWN, SKY)  # no grey: that is control's
 DASHES = ("-", "--", "-.", ":")
 LEADER = 0.16  # inches from a line's end to its name
 KEYS = {method.label: key for key, method in METHODS.items()}
-KEYS |= {"LoRA, attention": "lora-attention", "LoRA, all linear": "lora"}
+KEYS |= {row.label: row.key for row in ROWS}
 Mark = tuple[str, str]  # colour, marker
 HOLDERS = {  # of bytes, in the order in which they are stacked
     "weights": GREY,

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from . import findings
+from . import curves, findings
 from .columns import megabytes
 from .plotting import (
     APART,
@@ -192,6 +192,25 @@ def _bar(axes: Axes, i: int, row: dict, theme: Theme) -> None:
         axes.vlines(memory["peak"] / 1e6, i - 0.19, i + 0.3, theme.ink, linewidth=2)
     said = f"{row['label']}, {memory['when']}: {megabytes(memory.get('peak'))} MB"
     axes.text(0, i - 0.26, said, size=SMALL)
+
+
+def loss_against_seconds(
+    result: dict, *, width: float = 7.4, theme: Theme = LIGHT
+) -> Figure:
+    """The training loss of every method, against the seconds that it had trained."""
+    series = findings.loss_by_second(result)
+    last = {label: points[-1][1] for label, points in series.items()}
+    lowest = min(last, key=last.get)
+    return curves.lines(
+        series,
+        x="Seconds of training, s",
+        y="Training loss, nats per label token",
+        title=f"{lowest} ends at the lowest training loss, {last[lowest]:.3f}",
+        subtitle=f"Mean of {findings.SMOOTHED} steps, on a logarithmic scale.",
+        log="y",
+        width=width,
+        theme=theme,
+    )
 
 
 def training_curve(

@@ -16,6 +16,8 @@ from .columns import (
 from .recipe import History
 
 REFERENCE = "few-shot"  # the row that the others' exact match is compared with
+SAME_SIZE = 0.15  # parameters that differ by less count as equally many
+SMOOTHED = 5  # steps whose mean loss is told
 NUMBERS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
 SETTINGS = {  # how a setting is said; any other is "name value"
     "lr": "learning rate {:g}",
@@ -24,6 +26,10 @@ SETTINGS = {  # how a setting is said; any other is "name value"
     "order": "drawn with seed {}",
     "r": "rank r = {}",
     "alpha": "alpha = {}",
+    "m": "bottleneck m = {}",
+    "n": "{} positions",
+    "start": "started from {}",
+    "lr_ratio": "B at {:g} times the rate",
 }
 
 
@@ -196,6 +202,60 @@ def _verdict(row: dict) -> str:
     )
 
 
+def views(result: dict) -> list[str]:
+    """The fair comparisons within the table: of equal size, and of equal time."""
+    return [said for said in (equal_parameters(result), equal_seconds(result)) if said]
+
+
+def equal_parameters(result: dict) -> str | None:
+    """The rows that train about as many parameters as LoRA, and their exact match."""
+    size = next((r["trainable"] for r in trained(result) if r["key"] == "lora"), 0)
+    rows = [
+        row
+        for row in measured(result)
+        if size and abs((row.get("trainable") or 0) - size) <= SAME_SIZE * size
+    ]
+    if len(rows) < 2:
+        return None
+    told = ", ".join(f"{row['label']} {exact_match(row)} %" for row in rows)
+    return (
+        f"At equal parameters, those within {100 * SAME_SIZE:.0f} % of LoRA's "
+        f"{size:,}: {told}."
+    )
+
+
+def equal_seconds(result: dict) -> str | None:
+    """Where each method's training loss was when the quickest of them was done."""
+    curves = loss_by_second(result)
+    if len(curves) < 2:
+        return None
+    until = min(points[-1][0] for points in curves.values())
+    there = {
+        label: [loss for second, loss in points if second <= until][-1]
+        for label, points in curves.items()
+    }
+    told = ", ".join(f"{label} {loss:.3f}" for label, loss in there.items())
+    return (
+        f"At equal seconds, {until:.0f} s of training, when the first of them is done: "
+        f"{told}. Nats per label token, mean of {SMOOTHED} steps, on rows that are "
+        "being seen for the first time."
+    )
+
+
+def loss_by_second(result: dict) -> dict[str, list[tuple[float, float]]]:
+    """{label: [(seconds, mean loss of the last SMOOTHED steps)]} of what trained."""
+    found = {}
+    for row in trained(result):
+        curve = row.get("curve") or {"loss": [], "seconds": []}
+        loss, seconds = curve["loss"], curve["seconds"]
+        if len(loss) >= SMOOTHED:
+            found[row["label"]] = [
+                (seconds[i], sum(loss[i + 1 - SMOOTHED : i + 1]) / SMOOTHED)
+                for i in range(SMOOTHED - 1, len(loss))
+            ]
+    return found
+
+
 def certainty(result: dict) -> list[str]:
     """What the brackets are, and what they do not cover."""
     seeds = result["seeds"]
@@ -292,6 +352,15 @@ def _merge_reasons(result: dict) -> dict[str, list[str]]:
 
 
 # The pictures, for those who cannot see them -----------------------------------------
+
+
+def loss_in_words(result: dict) -> str:
+    """The figure of loss against seconds as text."""
+    ends = (
+        f"{label}: {points[-1][1]:.3f} after {points[-1][0]:.0f} s"
+        for label, points in loss_by_second(result).items()
+    )
+    return f"Training loss in nats per label token, against seconds. {'. '.join(ends)}."
 
 
 def quality_in_words(result: dict) -> str:

@@ -6,12 +6,14 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from . import adapter, budget, evaluate, exchange, timing
 from .ground import Ground
 from .models import load_model
+from .recipe import History
 from .rows import Adapted, Row, adapt
 from .tasks import Task
 from .templates import encode_prompt, stop_token
@@ -42,8 +44,9 @@ def measure(
         "correct": answers.correct,
         "samples": _samples(test, answers),
         **_size(ready),
-        "injected": _injected(ready.model),
+        "injected": _injected(ready.model, row),
         "steps": history.steps if history else 0,
+        "curve": _curve(history),
         "batch": plan.batch if history else 0,
         "disk_bytes": _store(ready, adapter_folder),
     }
@@ -97,10 +100,26 @@ def _size(ready: Adapted) -> dict:
     }
 
 
-def _injected(model: nn.Module) -> dict:
+def _injected(model: nn.Module, row: Row) -> dict:
     """The arguments of the injection that a reader wants to see beside the figures."""
     config = adapter.injected(model).config if adapter.is_injected(model) else {}
-    return {name: config[name] for name in ("r", "alpha") if name in config}
+    shown = {name: config[name] for name in ("r", "alpha", "m", "n") if name in config}
+    if row.from_text:
+        shown["start"] = "the instruction's tokens"
+    if row.lr_ratio != 1:
+        shown["lr_ratio"] = row.lr_ratio
+    return shown
+
+
+def _curve(history: History | None) -> dict | None:
+    """Loss of each step before its update, and the seconds when it was known."""
+    if history is None:
+        return None
+    seconds = np.cumsum(history.step_seconds)
+    return {
+        "loss": [round(loss, 4) for loss in history.loss],
+        "seconds": [round(float(second), 2) for second in seconds],
+    }
 
 
 def _memory(ready: Adapted, task: Task, test) -> dict:

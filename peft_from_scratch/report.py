@@ -71,6 +71,7 @@ def _sections(result: dict) -> list[tuple[str, list[str]]]:
     wall = result.get("wall") or {}
     parts = (
         ("Against few-shot prompting", findings.verdicts(result)),
+        ("Of equal size, and in equal time", findings.views(result)),
         ("How sure this is", findings.certainty(result)),
         ("Settings", settings + findings.tuning(result)),
         ("Where the time went", [wall["sentence"]] if wall.get("sentence") else []),
@@ -234,6 +235,8 @@ def _pictures(result: dict) -> list[dict]:
         (figures.quality_against_parameters, findings.quality_in_words),
         (figures.memory_by_kind, findings.memory_in_words),
     )
+    if len(findings.loss_by_second(result)) > 1:
+        drawn += ((figures.loss_against_seconds, findings.loss_in_words),)
     themes = {"light": plotting.LIGHT, "dark": plotting.DARK}
     widths = {"wide": WIDE, "narrow": NARROW}
     return [

@@ -22,7 +22,6 @@ from .tasks import Task
 from .templates import TEMPLATES
 from .train import measured_step, train
 
-SOFT = 3  # times the steps: soft prompts learn slowly, which is one of their findings
 LEARNING_RATES = {  # half-decade steps; where the best is at an end, more are tried
     "full": (1e-5, 3e-5, 1e-4, 3e-4),
     "low-rank": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -45,6 +44,7 @@ class Row:
     times           its optimizer steps, as a multiple of the plan's
     from_text       it starts from the tokens of the task's instruction: inject(start=)
     lr_ratio        of its recipe
+    like            whose searched settings serve where it has none of its own
     family          a relative, for a comparison that asks for the whole family
     """
 
@@ -56,11 +56,13 @@ class Row:
     times: int = 1
     from_text: bool = False
     lr_ratio: float = 1.0
+    like: str | None = None
     family: bool = False
 
 
 def _low_rank(key: str, label: str, inject: Callable, **options) -> Row:
-    return Row(key, label, inject, LEARNING_RATES["low-rank"], family=True, **options)
+    rates = LEARNING_RATES["low-rank"]
+    return Row(key, label, inject, rates, like="lora", family=True, **options)
 
 
 ROWS = (
@@ -79,7 +81,6 @@ ROWS = (
         "Prefix tuning",
         prefix.inject,
         LEARNING_RATES["prefix"],
-        times=SOFT,
         from_text=True,
     ),
     Row(
@@ -87,7 +88,7 @@ ROWS = (
         "Prompt tuning",
         prompt.inject,
         LEARNING_RATES["prompt"],
-        times=SOFT,
+        times=2,  # it learns slowly
         from_text=True,
     ),
     _low_rank(
@@ -107,8 +108,8 @@ class Plan:
     """What is compared, and on what; every result holds it.
 
     rows      test rows answered by each method; all there are, where they are fewer
-    steps     optimizer steps of a trained method, of `batch` rows each; soft prompts
-              and prefixes take more (Row.times)
+    steps     optimizer steps of a trained method, of `batch` rows each; prompt tuning
+              takes twice as many (Row.times)
     template  "chat" or "raw" for every row; None: as the tuning found, or the one that
               the base has
     device    None picks CUDA, then MPS, then the CPU

@@ -1,9 +1,9 @@
 """The second wrap point: the trunk, the module that owns the list of layers.
 
-A projection sees one activation; a soft prompt and a prefix see the whole sequence. They
-wrap the trunk: `model` of a Llama, `transformer` of a GPT-2, `model.decoder` of an OPT.
-Inside it they may widen the mask and move the positions, and what leaves it has the
-caller's length again. So loss, logits and `generate` never learn of them.
+A projection sees one activation; a soft prompt and a prefix see the whole sequence.
+They wrap the trunk: `model` of a Llama, `transformer` of a GPT-2, `model.decoder` of an
+OPT. Inside it they may widen the mask and move the positions, and what leaves it has
+the caller's length again. So loss, logits and `generate` never learn of them.
 
 Both occupy the positions 0 … n-1, and the first real token is at n:
 
@@ -70,8 +70,8 @@ def trunk_of(model: nn.Module) -> tuple[str, nn.Module]:
     ]
     if len(found) != 1 or not found[0][0]:
         raise ValueError(
-            f"this {type(model).__name__} has {len(found)} lists of decoder layers "
-            f"({', '.join(name or 'the model itself' for name, _ in found) or 'none'}); "
+            f"this {type(model).__name__} has {len(found)} lists of decoder layers, in "
+            f"{', '.join(name or 'the model itself' for name, _ in found) or 'none'}; "
             "prompts and prefixes need a causal language model with one, inside a "
             "module of its own"
         )

@@ -51,20 +51,25 @@ def settings_for(
 ) -> Setting:
     """The row's searched setting: of this folder, else shipped, else the donor's.
 
+    Where none is its own, that of the row that it is like.
+
     Args
         templates  those that the base's tokenizer can write
     Raises  ValueError  nobody has searched for this row
     """
-    for searched_on in (f"{plan.base}/{plan.task}", DONOR):
-        for file in (Path(plan.out) / "tuning.json", SHIPPED):
-            search = read(file).get(f"{searched_on}/{row.key}")
-            if search:
-                shipped = file == SHIPPED
-                name = str(file.relative_to(ROOT)) if shipped else str(file)
-                runs, when = len(search["runs"]), search["when"]
-                found = Setting(search["chosen"], name, when, runs, shipped)
-                warning = _differs(plan, row, searched_on, search)
-                return _with_template(replace(found, warning=warning), plan, templates)
+    files = Path(plan.out) / "tuning.json", SHIPPED
+    places = f"{plan.base}/{plan.task}", DONOR
+    for key, place, file in itertools.product((row.key, row.like), places, files):
+        search = read(file).get(f"{place}/{key}")
+        if search:
+            shipped = file == SHIPPED
+            name = str(file.relative_to(ROOT)) if shipped else str(file)
+            runs, when = len(search["runs"]), search["when"]
+            found = Setting(search["chosen"], name, when, runs, shipped)
+            warning = _differs(plan, row, place, search)
+            if key != row.key:
+                warning = f"searched for {key}" + (f"; {warning}" if warning else "")
+            return _with_template(replace(found, warning=warning), plan, templates)
     raise ValueError(
         f"no setting was ever searched for {row.key} ({SHIPPED} has none): "
         "run with --tune"
@@ -73,10 +78,11 @@ def settings_for(
 
 def _differs(plan: Plan, row: Row, searched_on: str, search: dict) -> str | None:
     """What the search was of, where that is not what is measured now."""
+    now = {"steps": plan.steps * row.times, "batch": plan.batch}
     ours, theirs = [f"{plan.base}/{plan.task}"], [searched_on]
     for name in ("steps", "batch") if row.inject else ():
-        ours.append(f"{name} {getattr(plan, name)}")
-        theirs.append(f"{name} {search.get(name, getattr(plan, name))}")
+        ours.append(f"{name} {now[name]}")
+        theirs.append(f"{name} {search.get(name, now[name])}")
     pairs = [(t, o) for t, o in zip(theirs, ours, strict=True) if t != o]
     if not pairs:
         return None
@@ -136,7 +142,7 @@ def search(ground: Ground) -> Path:
                 "rule": RULE,
                 "when": f"{datetime.now(UTC):%Y-%m-%d}",
                 "validation_rows": VALIDATION_ROWS,
-                "steps": plan.steps if row.inject else 0,
+                "steps": plan.steps * row.times if row.inject else 0,
                 "batch": plan.batch if row.inject else 0,
                 "runs": runs,
             }

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def data(tmp_path_factory):
 def trained(base, data, tmp_path_factory):
     """The folder of an adapter that the command line trained."""
     out = str(tmp_path_factory.mktemp("adapter"))
-    assert main(training(base, data, out, "--lr", "1e-2", "--r", "4")) == 0
+    options = ("--lr", "1e-2", "--r", "4", "--targets", "attention")
+    assert main(training(base, data, out, *options)) == 0
     return out
 
 
@@ -60,7 +62,7 @@ def write_rows(file, rows):
 
 def training(base, data, out, *more):
     command = ["train", "--data", str(data), "--base", base, "--out", str(out)]
-    return [*command, "--targets", "attention", "--steps", "6", *more]
+    return [*command, "--steps", "6", *more]
 
 
 def record_of(out):
@@ -114,6 +116,22 @@ def test_train_writes_an_adapter_its_record_and_a_picture(base, trained):
     assert record["recipe"]["template"] == "chat" and record["instruction"] == ""
     with open(f"{trained}/training.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
+
+
+def test_an_option_of_another_method_is_named(refused, tmp_path):
+    told = refused(tmp_path, "--method", "prompt", "--r", "4")
+    assert "--r is no option of --method prompt, which has --n" in told
+    assert "has no bias" in refused(tmp_path, "--method", "bitfit")
+
+
+def test_a_prompt_starts_from_the_instruction(base, tmp_path):
+    _, tokenizer = pfs.load_model(base)
+    options = Namespace(method="prompt", **dict.fromkeys(commands.OPTIONS))
+    task = Namespace(instruction="Say it.")
+    found = commands._arguments(options, tokenizer, task)
+    assert found == {"start": tokenizer("Say it.").input_ids}
+    task.instruction = ""
+    assert commands._arguments(options, tokenizer, task) == {}
 
 
 def test_bad_rows_are_named_and_nothing_is_trained(refused, tmp_path):
@@ -213,7 +231,15 @@ def test_columns_and_configuration_of_a_data_set_are_chosen(
     assert answered[0][0]["completion"].startswith("two")
 
 
-@pytest.mark.parametrize("method", command_line.METHODS)
+# Every method with what it needs here: the model has no biases, and is 32 wide.
+OPTIONS = {
+    method: ("--method", method, *(("--m", "4") if method == "houlsby" else ()))
+    for method in command_line.METHODS
+    if method != "bitfit"
+}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
 def test_what_is_answered_before_training_is_what_the_base_answers(
     method, base, data, tmp_path, monkeypatch
 ):
@@ -222,7 +248,7 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     task = load_task(data)
     said = evaluate.answer_rows(model, tokenizer, task, task.test, template="chat")
     monkeypatch.setattr(commands, "train", raising(ValueError("not now")))
-    assert main(training(base, data, tmp_path, "--method", method)) == 1
+    assert main(training(base, data, tmp_path, *OPTIONS[method])) == 1
     kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())
     assert kept["answers"] == said.answers
 
@@ -258,11 +284,11 @@ def stopped(base, data, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("method", command_line.METHODS)
+@pytest.mark.parametrize("method", OPTIONS)
 def test_a_stopped_run_goes_on_and_leaves_no_checkpoints(
     method, base, data, tmp_path, stopped, answered, capsys
 ):
-    whole, options = tmp_path / "whole", ("--method", method)
+    whole, options = tmp_path / "whole", OPTIONS[method]
     assert main(training(base, data, whole, *options)) == 0
     assert sorted(os.listdir(whole)) == [
         "adapter_config.json",
@@ -544,7 +570,9 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 
 
 def test_names_written_out_for_the_parser_are_the_librarys():
-    assert tuple(row.key for row in ROWS) == command_line.ROW_KEYS
+    known = command_line.ROW_KEYS, command_line.FAMILY_KEYS
+    for keys, family in zip(known, (False, True), strict=True):
+        assert tuple(row.key for row in ROWS if row.family == family) == keys
     assert tuple(commands.METHODS) == command_line.METHODS
     assert command_line.TEMPLATES == templates.TEMPLATES
 

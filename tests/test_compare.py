@@ -15,6 +15,7 @@ from planting import planted
 
 from peft_from_scratch import compare as comparing
 from peft_from_scratch import evaluate, ground, rows, tuning
+from peft_from_scratch.adapter import adapters
 from peft_from_scratch.measure import KEEP_BELOW, PARTS
 from peft_from_scratch.provenance import SHOWING
 from peft_from_scratch.rows import ROWS, Plan
@@ -26,8 +27,11 @@ SETTINGS = {
     "zero-shot": {"template": "chat"},
     "few-shot": {"template": "raw", "k": 2, "order": 0},
     "full": {"template": "chat", "lr": 1e-3},
-    "lora-attention": {"template": "chat", "lr": 1e-2},
-    "lora": {"template": "chat", "lr": 1e-2},
+    **{
+        row.key: {"template": "chat", "lr": 1e-2}
+        for row in ROWS
+        if row.inject and row.key != "full"
+    },
 }
 
 
@@ -47,7 +51,7 @@ def plan(base, tmp_path):
 def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
-    plan = Plan(base=base, task="terms", rows=4, steps=4, batch=2, out=str(out))
+    plan = Plan(base, "terms", tuple(ROW), rows=4, steps=4, batch=2, out=str(out))
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -102,6 +106,9 @@ def test_merging_is_measured_where_it_is_possible(whole):
     assert row["lora"]["merge"]["possible"] is True
     assert 0 < row["lora"]["merge"]["logit_error"] < 1e-4
     assert row["lora"]["decode"]["merged"]["ratio"] > 0
+    for key in ("houlsby", "prefix", "prompt"):
+        assert row[key]["merge"]["possible"] is False
+        assert row[key]["decode"]["merged"] is None and row[key]["merge"]["reason"]
     for key in ("zero-shot", "few-shot", "full"):
         assert row[key]["merge"]["possible"] is None
         assert row[key]["decode"]["merged"] is None
@@ -394,9 +401,42 @@ def test_a_search_with_other_steps_is_told(tmp_path):
     assert tuning.settings_for(Plan(out=str(tmp_path)), ROW["lora"]).shipped
 
 
+def test_a_relative_without_a_search_takes_the_one_it_is_like_and_says_so(tmp_path):
+    relative = replace(ROW["dora"], key="nobody searched for this")
+    found = tuning.settings_for(Plan(out=str(tmp_path)), relative)
+    assert found.values == tuning.settings_for(Plan(), ROW["lora"]).values
+    assert found.warning == "searched for lora"
+    with pytest.raises(ValueError, match="no setting was ever searched"):
+        tuning.settings_for(Plan(), replace(relative, like=None))
+
+
+def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
+    row = replace(ROW["lora"], times=3)
+    ready = rows.adapt(row, plan, load_task("terms"), SETTINGS["lora"], 0)
+    assert ready.history.steps == 3 * plan.steps
+    search = {"steps": 3 * plan.steps, "batch": plan.batch}
+    place = f"{plan.base}/{plan.task}"
+    assert tuning._differs(plan, row, place, search) is None
+    told = tuning._differs(plan, ROW["lora"], place, search)
+    assert told == f"searched on steps {3 * plan.steps}, not on steps {plan.steps}"
+
+
+def test_soft_prompts_start_from_the_instruction(plan):
+    task = load_task("orders")
+    plan = replace(plan, steps=1)
+    setting = {"template": "chat", "lr": 1e-30}
+    ready = rows.adapt(ROW["prompt"], plan, task, setting, 0)
+    (prompt,) = adapters(ready.model).values()
+    ids = ready.tokenizer(task.instruction).input_ids
+    ids = torch.tensor((ids * 16)[:16])
+    rows_of_table = ready.model.get_input_embeddings()(ids)
+    assert torch.allclose(prompt.P, rows_of_table, atol=1e-6)
+
+
 def test_every_shipped_optimum_lies_inside_its_grid():
     searches = tuning.read(tuning.SHIPPED)
-    assert {key.rpartition("/")[2] for key in searches} == {row.key for row in ROWS}
+    own = {row.key for row in ROWS if not row.like}
+    assert own <= {key.rpartition("/")[2] for key in searches}
     for key, search in searches.items():
         row = ROW[key.rpartition("/")[2]]
         started = search["runs"][: len(tuning.grid(row))]

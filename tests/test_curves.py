@@ -196,7 +196,7 @@ def test_controls_are_grey_dashed_and_nothing_else_is():
 def test_no_two_looks_are_the_same_and_methods_keep_theirs(seed):
     dice = random.Random(seed)
     names = [*plotting.LOOKS, *curves.KEYS, *NAMES, *(f"r = {2**i}" for i in range(6))]
-    chosen = dice.sample(names, dice.randint(1, 7))
+    chosen = dice.sample(sorted(set(names)), dice.randint(1, 7))
     control = dice.sample(chosen, dice.randint(0, min(2, len(chosen))))
     found = curves.marks(chosen, control)
     assert list(found) == chosen and len(set(found.values())) == len(chosen)

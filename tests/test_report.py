@@ -31,6 +31,7 @@ def numbers(row: dict) -> list[float | str | None]:
         *(difference or [None]),
         row["forgetting"]["change"],
         100 * row["trainable"] / row["total"],
+        row["steps"],
         row["seconds"]["train"],
         row["seconds"]["answer"],
         row["disk_bytes"] / 1e6,
@@ -208,7 +209,7 @@ def test_a_missing_value_is_a_dash(field, without_pictures):
     result["rows"][3][field] = None
     table = report.table(result, 120)
     report.page(result)
-    shown = field not in ("total", "steps", "batch", "samples", "settings_from")
+    shown = field not in ("total", "batch", "samples", "settings_from")
     shown &= field not in ("settings", "trainable")
     assert (table.count("—") > whole.count("—")) == shown
     del result["rows"][3][field]

@@ -558,7 +558,7 @@ BUGS = {
     ),
     "the rate of the step never set": (
         train._step,
-        'group["lr"] = lr',
+        'group["lr"] = lr * group["ratio"]',
         "pass",
         training_equals_a_plain_loop,
     ),

@@ -23,15 +23,15 @@ FILE_SUFFIXES = (*lora.FILE_SUFFIXES, "lora_magnitude_vector")
 
 
 class DoRA(LoRA):
-    """A frozen projection whose rows' directions get a low-rank update, and lengths too.
+    """A frozen projection whose rows get a low-rank update of direction, and a length.
 
         h = m / ‖V‖ ⊙ (W0 x + scale · B A x) + b         [1] eq. (5), ‖·‖ of each row
 
     Args     those of LoRA
     Returns  (…, d_out), dtype of the base's output
     Memory   d_out parameters more than LoRA, and V itself for a moment in each forward
-    Departs  [1] writes W as (d_in, d_out) and takes norms of columns: these rows. ‖V‖ is
-             a constant of the backward pass, as section 4.3 suggests. With dropout, the
+    Departs  [1] writes W as (d_in, d_out) and takes norms of columns: these rows. As in
+             its section 4.3, ‖V‖ is a constant of the backward pass. With dropout, the
              part of W0 x that m changes sees the dropped input, as in PEFT.
     Source   [1] arXiv:2402.09353v6
     """
@@ -77,7 +77,7 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put a DoRA beside every target.
 
-    Args     those of lora.inject: also rslora, dropout, bias, rank_pattern, alpha_pattern
+    Args     those of lora.inject, rslora, dropout, bias and the patterns included
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, or no match; the model as it was
     """

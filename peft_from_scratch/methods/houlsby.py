@@ -33,7 +33,7 @@ FILE_SUFFIXES = ("down.weight", "down.bias", "up.weight", "up.bias")
 class Bottleneck(Adapter):
     """A frozen projection with a bottleneck behind it.
 
-        y = W0 x + b        h = y + U σ(D y + b_D) + b_U        [1] section 2.1, figure 2
+        y = W0 x + b      h = y + U σ(D y + b_D) + b_U      [1] section 2.1, figure 2
 
     Args
         base          nn.Linear or Conv1D, frozen here.    W0 (d, d_in)
@@ -146,8 +146,8 @@ def from_peft(config: dict, names: list[str]) -> dict:
 def _check(m, nonlinearity, d) -> None:
     if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= d:
         raise ValueError(
-            f"m={shown(m)}: the bottleneck needs a whole number of units from 1 to {d}, "
-            "the hidden size"
+            f"m={shown(m)}: the bottleneck needs a whole number of units from 1 to "
+            f"{d}, the hidden size"
         )
     if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ValueError(

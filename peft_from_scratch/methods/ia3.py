@@ -3,7 +3,7 @@ Learning. Liu et al., arXiv:2205.05638v2.
 
     keys      l_k ⊙ (W_k x)
     values    l_v ⊙ (W_v x)
-    MLP       W_2 (l_ff ⊙ σ(W_1 x))        one trained vector each, all ones at the start
+    MLP       W_2 (l_ff ⊙ σ(W_1 x))      one trained vector each, ones at the start
 
 Infused Adapter by Inhibiting and Amplifying Inner Activations: nothing is added, what
 is there is scaled. Three vectors a layer, and they fold into the weights.
@@ -80,15 +80,15 @@ def inject(
     targets: Targets | None = None,
     feedforward: Targets | None = None,
 ) -> list[str]:
-    """Freeze the model and scale keys, values, and what the MLP's last projection reads.
+    """Freeze the model; scale keys, values, and what the MLP's last projection reads.
 
     Args
         targets      the modules to scale, feedforward ones included; None finds keys,
                      values and the last projection of each MLP
         feedforward  those whose input is scaled; None: those outside of attention
     Returns  the names of the wrapped modules
-    Raises   ValueError   no match, no key or value projection of a known name; the model
-             as it was
+    Raises   ValueError   no match, no key or value projection of a known name; the
+             model as it was
     """
     adapter.refuse_second(model)
     kinds = targeting.kinds(model)

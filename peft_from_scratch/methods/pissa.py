@@ -3,8 +3,8 @@ arXiv:2404.02948v4.
 
     W0 = U S Vᵀ       scale · B A = U_r S_r V_rᵀ       W_res = W0 - scale · B A
 
-LoRA starts from noise and zero, and trains beside the whole weight. PiSSA starts A and B
-as the weight's own largest r singular directions, and freezes what is left of it. The
+LoRA starts from noise and zero, and trains beside the whole weight. PiSSA starts A and
+B as the weight's own largest r singular directions, and freezes what is left of it. The
 model starts from the pretrained weights as well, up to rounding.
 """
 
@@ -31,8 +31,8 @@ class PiSSA(LoRA):
 
     Args     r and alpha of LoRA
     Returns  (…, d_out), dtype of the base's output
-    Memory   those of LoRA; the start of A and B, for saving; and the original weight, so
-             that remove() restores it bit for bit
+    Memory   those of LoRA; the start of A and B, for saving; and the original weight,
+             so that remove() restores it bit for bit
     Departs  In a file it is a LoRA of rank 2r on the original weight: the difference
              scale (B A - B0 A0). W_res is then not needed, and any program reads it.
     Source   [1] arXiv:2404.02948v4
@@ -46,8 +46,9 @@ class PiSSA(LoRA):
             as_matrix(base).detach().to(self.A.dtype), full_matrices=False
         )
         root = (S[:r] / self.scale).sqrt()
-        self.A.data = root[:, None] * Vt[:r]
-        self.B.data = U[:, :r] * root
+        # LAPACK's columns: what is loaded beside them, moments for one, is by rows.
+        self.A.data = (root[:, None] * Vt[:r]).contiguous()
+        self.B.data = (U[:, :r] * root).contiguous()
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 

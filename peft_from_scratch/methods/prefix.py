@@ -38,7 +38,7 @@ FILE_SUFFIXES = ()  # the file's one tensor names no module
 class Reparametrized(nn.Module):
     """P = MLP(E): the paper's way to a stable training, dropped when it is over.
 
-    P = W2 tanh(W1 E + b1) + b2      E (n, d), W1 (hidden, d), W2 (2·layers·h_kv·d, hidden)
+    P = W2 tanh(W1 E + b1) + b2   E (n, d) W1 (hidden, d) W2 (2·layers·h_kv·d, hidden)
     """
 
     def __init__(self, n: int, d: int, hidden: int, width: int, **like):
@@ -72,8 +72,8 @@ class Prefix(Trunk):
 
     file_names: ClassVar = {"P": "prompt_embeddings"}
     cannot_merge = (
-        "a prefix is not a change of any weight. Its keys and values stand in a softmax "
-        "together with the tokens' own, which no weight matrix can imitate"
+        "a prefix is not a change of any weight. Its keys and values share a softmax "
+        "with the tokens' own, which no weight matrix can imitate"
     )
 
     def __init__(
@@ -194,7 +194,7 @@ def drop_mlp(model: nn.Module) -> None:
 
 @torch.no_grad()
 def reached(trunk: nn.Module) -> tuple[int, int, int]:
-    """(layers, key-value heads, head size), seen by a keyword that goes through a token.
+    """(layers, key-value heads, head size), as a keyword on one token's way sees them.
 
     Raises  ValueError  some layer does not get it, and would silently ignore a prefix
     """
@@ -233,7 +233,8 @@ def activations(trunk: nn.Module, ids: list[int]) -> Tensor:
     tokens = torch.as_tensor(ids)
     if tokens.is_floating_point() or not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(
-            f"start={shown(ids)}: allowed are whole token ids from 0 to {vocabulary - 1}"
+            f"start={shown(ids)}: allowed are whole token ids from 0 to "
+            f"{vocabulary - 1}"
         )
     cache = DynamicCache()  # without a config: no layer forgets behind its window
     with scoped.mode(trunk, training=False):

@@ -4,8 +4,8 @@ al., arXiv:2104.08691v2.
     h = f([P; E(x)])        P (n, d) trains, all of f is frozen
 
 A prompt is a row of tokens, and a token is a row of the embedding table. So why stay
-with rows that exist? P holds n rows that no token has, placed in front of the real ones,
-and gradient descent writes them.
+with rows that exist? P holds n rows that no token has, placed in front of the real
+ones, and gradient descent writes them.
 """
 
 from collections.abc import Sequence
@@ -167,7 +167,7 @@ def _rows(start, n: int, vocabulary: int) -> Tensor:
     if (
         ids.dim() != 1
         or ids.is_floating_point()
-        or not (0 <= ids.min() and ids.max() < vocabulary)
+        or not 0 <= ids.min() <= ids.max() < vocabulary
     ):
         raise ValueError(
             f"start={shown(start)}: allowed are whole token ids from 0 to "

@@ -60,7 +60,7 @@ CASES = {
     ),
 }
 ROWS = [
-    pytest.param(architecture, ours, theirs, id=f"{name}-{architecture}")
+    pytest.param(architecture, ours, theirs, id=f"lora_{name}-{architecture}")
     for name, (ours, theirs, architectures) in CASES.items()
     for architecture in architectures
 ]
@@ -142,10 +142,10 @@ def test_peft_reads_our_file(architecture, ours, theirs, tmp_path, measure):
     written, read = values(model), trained_by_peft(reference)
     assert set(adapters(model)) == selected
     assert all(torch.equal(read[name], written[name]) for name in written)
-    measure("logits", logits(model), logits(reference.eval()))
+    measure("file", logits(model), logits(reference.eval()))
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS, ids="lora-{}".format)
 def test_merged_weights_equal_pefts(architecture, tmp_path, measure):
     base = build(architecture)
     reference, model = of_peft(base, {}), copy.deepcopy(base)
