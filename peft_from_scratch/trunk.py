@@ -11,6 +11,8 @@ Both occupy the positions 0 … n-1, and the first real token is at n:
     positions   – – n n+1 n+2 n+3    n + the number of real tokens before
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,10 +31,13 @@ class Trunk(Adapter):
     """
 
     def __init__(self, base: nn.Module, n: int):
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_N:
+        config = getattr(base, "config", None)
+        positions = getattr(config, "max_position_embeddings", None) or LARGEST_N + 1
+        largest = min(LARGEST_N, positions - 1)  # one is left for a token
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= largest:
             raise ValueError(
                 f"n={shown(n)}: allowed is a whole number of positions from 1 to "
-                f"{LARGEST_N}"
+                f"{largest}"
             )
         super().__init__(base)
         self.n = n
@@ -105,8 +110,22 @@ def embedding_of(trunk: nn.Module) -> nn.Module:
     return trunk.get_input_embeddings()
 
 
-def repeated(ids: list[int], n: int) -> list[int]:
-    """The token ids, repeated or cut to n, as PEFT does with a text that starts."""
-    if not ids:
-        raise ValueError("start=[]: at least one token id is needed")
-    return (list(ids) * -(-n // len(ids)))[:n]
+def token_ids(start, n: int, vocabulary: int) -> Tensor:
+    """The ids of a start (n), repeated or cut, as PEFT does with a text that starts.
+
+    Raises  ValueError  no list of whole numbers below the vocabulary's
+    """
+    ids = start.tolist() if hasattr(start, "tolist") else start
+    if not (
+        isinstance(ids, Sequence) and ids and all(_is_id(i, vocabulary) for i in ids)
+    ):
+        raise ValueError(
+            f"start={shown(start)}: allowed are whole token ids from 0 to "
+            f"{vocabulary - 1}, at least one, in one list"
+        )
+    return torch.tensor((list(ids) * -(-n // len(ids)))[:n])
+
+
+def _is_id(i, vocabulary: int) -> bool:
+    whole = isinstance(i, int) and not isinstance(i, bool)
+    return whole and 0 <= i < vocabulary

@@ -4,6 +4,8 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,31 @@ def assert_caught(function, right, wrong, law, *, errors=AssertionError) -> None
     """With the bug planted, the law fails; a test of its own runs it on sound code."""
     with planted(function, right, wrong), pytest.raises(errors):
         law()
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A row of a table of bugs, and who must notice."""
+
+    function: Callable  # the function whose source is changed …
+    right: str  # … here …
+    wrong: str  # … to this
+    law: Callable  # must fail; called with what it asks for of folder and monkeypatch
+
+
+def assert_law_catches(bug: Bug, folder: Path, monkeypatch) -> None:
+    """The bug's law holds on sound code, and fails with the bug planted."""
+    for place in ("sound", "planted"):
+        (folder / place).mkdir()
+
+    def hold(place):
+        asked = inspect.signature(bug.law).parameters
+        offered = {"folder": folder / place, "monkeypatch": monkeypatch}
+        bug.law(**{key: value for key, value in offered.items() if key in asked})
+
+    hold("sound")
+    with planted(bug.function, bug.right, bug.wrong), pytest.raises(AssertionError):
+        hold("planted")
 
 
 def _compiled(function, source):

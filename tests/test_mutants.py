@@ -2,12 +2,10 @@
 
 A test that passes with the feature broken is worse than none. So every row below breaks
 one line of the library, names the law that must notice, and first runs that law on the
-sound code. The training loop's bugs are in test_train.py.
+sound code. The training loop's bugs are in test_train.py, those of the other methods in
+test_mutants_family.py.
 """
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import laws
@@ -18,7 +16,7 @@ import test_lora as lora_laws
 import test_refused_files as hostile
 import test_targets as targeting
 from laws import Method
-from planting import planted
+from planting import Bug, assert_law_catches
 from test_contract import METHODS, lora, low_rank
 
 from peft_from_scratch import adapter, atomic, exchange, patterns, targets
@@ -28,14 +26,6 @@ from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
 
 ROWS = {row.name: row for row in METHODS}
 SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
-
-
-@dataclass(frozen=True)
-class Bug:
-    function: Callable  # the function whose source is changed …
-    right: str  # … here …
-    wrong: str  # … to this
-    law: Callable  # must fail; called with what it asks for of folder and monkeypatch
 
 
 def contract(law, row="lora", architecture="llama"):
@@ -134,9 +124,9 @@ LORA = {
         lora_laws.both_derivatives_are_those_of_finite_differences,
     ),
     "dropout is not passed on": Bug(
-        method.inject,
-        "rslora=rslora, dropout=dropout)",
-        "rslora=rslora, dropout=0.0)",
+        method.wrap_all,
+        '("rslora", "dropout")',
+        '("rslora",)',
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
@@ -359,11 +349,11 @@ FILES = {
         "if False:",
         broken("beyond float32"),
     ),
-    "DoRA is loaded as LoRA": Bug(
+    "QA-LoRA is loaded as LoRA": Bug(
         adapter.refuse_unimplemented,
         "name not in implemented",
-        'name not in implemented | {"use_dora"}',
-        broken("use_dora=True"),
+        'name not in implemented | {"use_qalora"}',
+        broken("use_qalora=True"),
     ),
     "layer 0 is taken for False": Bug(
         adapter.refuse_unimplemented,
@@ -431,15 +421,4 @@ BUGS = LORA | CONTRACT | MERGING | FILES
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    bug = BUGS[name]
-    for place in ("sound", "planted"):
-        (tmp_path / place).mkdir()
-
-    def hold(place):
-        asked = inspect.signature(bug.law).parameters
-        offered = {"folder": tmp_path / place, "monkeypatch": monkeypatch}
-        bug.law(**{key: value for key, value in offered.items() if key in asked})
-
-    hold("sound")
-    with planted(bug.function, bug.right, bug.wrong), pytest.raises(AssertionError):
-        hold("planted")
+    assert_law_catches(BUGS[name], tmp_path, monkeypatch)

@@ -10,6 +10,7 @@ row by row.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from .. import budget, runs, scoped
 from ..adapter import adapters
 from ..evaluate import answer_rows
 from ..loss import Row, batch_of, can_choose_logits
-from ..methods import full, lora
+from ..methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from ..models import load_model
 from ..provenance import digest
 from ..recipe import History, Recipe
@@ -34,6 +35,13 @@ METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defau
     "base": (None, {}),  # nothing is added and nothing trains
     "full": (full.inject, {}),
     "lora": (lora.inject, LORA),
+    "rslora": (partial(lora.inject, rslora=True), LORA),
+    "dora": (dora.inject, LORA),
+    "pissa": (pissa.inject, LORA),
+    "ia3": (ia3.inject, {}),
+    "houlsby": (houlsby.inject, dict(m=8, placement="houlsby")),
+    "prefix": (prefix.inject, dict(n=16, start="random")),
+    "prompt": (prompt.inject, dict(n=16, start="vocabulary")),
     "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
 }
 UNTRAINED = ("base", "lora-frozen")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ..claim import Invalid
-from ..runs import stored
+from ..runs import Run, stored
 
 GROWTH = 3
 
@@ -55,6 +55,32 @@ def search(
             return configs, best_inside(losses)
         rates.append(beyond)
         growth -= 1
+
+
+def tuned(
+    config_of: Callable[[float, int], dict],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> tuple[list[dict], float | None]:
+    """The search on the first seed, then every seed at the rate that it chose.
+
+    Args
+        config_of  rate, seed -> configuration
+    Returns  as search
+    """
+    found, best = search(lambda lr: config_of(lr, seeds[0]), rates)
+    if best is None:
+        return found, None
+    return found + [config_of(best, seed) for seed in seeds[1:]], best
+
+
+def at_best(found: Sequence[Run]) -> list[Run]:
+    """Of the runs of one `tuned`, those at the chosen rate; Invalid at a grid's end."""
+    first = min(run.config["seed"] for run in found)
+    searched = [run for run in found if run.config["seed"] == first]
+    losses = {run.config["lr"]: run.result["validation_loss"] for run in searched}
+    best = best_inside(losses)
+    return [run for run in found if run.config["lr"] == best]
 
 
 def _best(losses: Mapping[float, float | None]) -> float:

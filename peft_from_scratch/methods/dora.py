@@ -29,6 +29,7 @@ class DoRA(LoRA):
 
     Args     those of LoRA
     Returns  (…, d_out), dtype of the base's output
+    Raises   ValueError   those of LoRA; a row of W0 that is zero
     Memory   d_out parameters more than LoRA, and V itself for a moment in each forward
     Departs  [1] writes W as (d_in, d_out) and takes norms of columns: these rows. As in
              its section 4.3, ‖V‖ is a constant of the backward pass. With dropout, the
@@ -41,6 +42,12 @@ class DoRA(LoRA):
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
         self.m = nn.Parameter(self.norm())
+        if not self.m.all():
+            raise ValueError(
+                f"row {self.m.argmin().item()} of the weight is zero and has no "
+                "direction: DoRA would divide by its length. Leave this module out of "
+                "the targets (exclude=…), or use LoRA"
+            )
 
     @torch.no_grad()
     def norm(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,14 +8,15 @@ B as the weight's own largest r singular directions, and freezes what is left of
 model starts from the pretrained weights as well, up to rounding.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import as_matrix
-from ..targets import Targets
+from ..adapter import as_matrix, sizes
+from ..targets import Targets, resolve
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -29,7 +30,7 @@ class PiSSA(LoRA):
         h = W_res x + scale · B A x                                  [1] eqs. (2) to (4)
         A = S_r^½ V_rᵀ / scale^½      B = U_r S_r^½ / scale^½
 
-    Args     r and alpha of LoRA
+    Args     r and alpha of LoRA, 1 <= r <= min(d_in, d_out) / 2
     Returns  (…, d_out), dtype of the base's output
     Memory   those of LoRA; the start of A and B, for saving; and the original weight,
              so that remove() restores it bit for bit
@@ -42,6 +43,12 @@ class PiSSA(LoRA):
 
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
+        if 2 * r > min(sizes(base)):
+            raise ValueError(
+                f"r={r}: a file holds a PiSSA as a LoRA of rank {2 * r}, and a weight "
+                f"of {' x '.join(map(str, sizes(base)))} allows {min(sizes(base))}; "
+                "allowed is half of that"
+            )
         U, S, Vt = torch.linalg.svd(
             as_matrix(base).detach().to(self.A.dtype), full_matrices=False
         )
@@ -61,7 +68,8 @@ class PiSSA(LoRA):
 
     @torch.no_grad()
     def removed(self) -> None:
-        self.base.weight.copy_(self.original)
+        if "original" in vars(self):  # not where an injection failed before this one
+            self.base.weight.copy_(self.original)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """A and B of rank 2r, of the same scale: B A - B0 A0 = [B, -B0] [A; A0]."""
@@ -83,9 +91,14 @@ def inject(
 
     Args     r, alpha, targets, exclude: those of lora.inject
     Returns  the names of the wrapped modules
-    Raises   ValueError   an argument out of its range, or no match; the model as it was
+    Raises   ValueError   an argument out of its range, no match, or a tied weight; the
+             model as it was
     """
     arguments = lora.DEFAULTS | dict(r=r, alpha=alpha)
+    adapter.refuse_second(model)
+    if not isinstance(targets, Mapping):
+        targets, exclude = resolve(model, targets, exclude), None
+    _refuse_tied(model, targets)
     return wrap_all(model, PiSSA, "pissa", targets, exclude, arguments)
 
 
@@ -98,3 +111,17 @@ def to_peft(model: nn.Module) -> dict:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def _refuse_tied(model, targets) -> None:
+    """ValueError where the residual in one module would change another one too."""
+    every = list(model.named_parameters(remove_duplicate=False))
+    for name, module in targets.items():
+        weight = getattr(module, "weight", None)
+        holders = [n for n, p in every if p is weight]
+        if len(holders) > 1:
+            raise ValueError(
+                f"{holders[-1]} is one tensor with {holders[0]}: taking the principal "
+                f"part out of {name} would change both. Leave it out of the targets, "
+                "or use LoRA"
+            )

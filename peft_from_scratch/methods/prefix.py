@@ -25,8 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import adapter, scoped
-from ..targets import shown
-from ..trunk import Trunk, refuse_4d, repeated, seen_before, trunk_of
+from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
 
 KEYWORD = "pfs_prefix"
 NAMES = {"sdpa": "pfs_prefix_sdpa", "eager": "pfs_prefix_eager"}
@@ -64,6 +63,8 @@ class Prefix(Trunk):
         start   "random", or token ids; see inject
         hidden  width of the reparametrizing MLP; None trains P itself
     Returns  what the trunk returns
+    Raises   ValueError   a mask that is not (b, t); an attention implementation that
+             was set after the injection, which would ignore P in silence
     Memory   n · 2 · layers · h_kv · d parameters; with the MLP, far more until drop_mlp
     Departs  [1] has P_K before the rotation of rotary models, which it does not know.
              Here P_K is not rotated, as in PEFT. A sliding window never hides P.
@@ -95,7 +96,8 @@ class Prefix(Trunk):
         elif isinstance(start, str):
             self.P = nn.Parameter(STD * torch.randn(n, width, **like))
         else:
-            self.P = nn.Parameter(activations(base, repeated(list(start), n)).to(dtype))
+            ids = token_ids(start, n, len(embedding_of(base).weight))
+            self.P = nn.Parameter(activations(base, ids).to(dtype))
         self.implementation = base.config._attn_implementation
 
     def states(self) -> Tensor:
@@ -113,6 +115,7 @@ class Prefix(Trunk):
         **others,
     ):
         refuse_4d(attention_mask)
+        _refuse_another(self.base.config._attn_implementation, self.implementation)
         t = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         past = seen_before(past_key_values)
         return self.base(
@@ -224,22 +227,15 @@ def reached(trunk: nn.Module) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def activations(trunk: nn.Module, ids: list[int]) -> Tensor:
+def activations(trunk: nn.Module, ids: Tensor) -> Tensor:
     """(n, 2 · layers · h_kv · d): the keys and values of these tokens, at 0 … n-1.
 
     Keys as attention reads them, so that rotary models' are rotated.
     """
-    vocabulary = trunk.get_input_embeddings().weight.shape[0]
-    tokens = torch.as_tensor(ids)
-    if tokens.is_floating_point() or not 0 <= tokens.min() <= tokens.max() < vocabulary:
-        raise ValueError(
-            f"start={shown(ids)}: allowed are whole token ids from 0 to "
-            f"{vocabulary - 1}"
-        )
     cache = DynamicCache()  # without a config: no layer forgets behind its window
     with scoped.mode(trunk, training=False):
         trunk(
-            input_ids=tokens[None].to(trunk.device),
+            input_ids=ids[None].to(trunk.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -284,6 +280,15 @@ def _widened(mask: Tensor | None, query: Tensor, key: Tensor, n: int) -> Tensor 
 def _eager(module):
     """The eager attention of the file in which this attention module is written."""
     return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _refuse_another(now: str, before: str) -> None:
+    if now != NAMES[before]:
+        raise ValueError(
+            f"attn_implementation={now!r} was set after the injection and knows "
+            "nothing of the prefix. Save the prefix, remove() it, set the "
+            "implementation, and load the prefix again"
+        )
 
 
 def _ignores(trunk, detail) -> str:

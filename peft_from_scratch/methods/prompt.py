@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..targets import shown
-from ..trunk import Trunk, embedding_of, refuse_4d, repeated, seen_before, trunk_of
+from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
 
 STARTS = ("random", "vocabulary")
 STD = 0.5  # the paper draws from the uniform distribution on [-0.5, 0.5]
@@ -34,7 +34,8 @@ class Prompt(Trunk):
         n      trained positions, 1 <= n <= 4096
         start  "random", "vocabulary", or token ids; see inject
     Returns  what the trunk returns, the n positions cut off again
-    Raises   ValueError   n or start out of range; a mask that is not (b, t)
+    Raises   ValueError   n or start out of range; a mask that is not (b, t); a row
+             of padding alone, with a cache
     Memory   n d parameters, and activations for n more tokens in every row
     Departs  [1] places P before everything. Here it stands behind the padding on the
              left, so that a row's answer does not depend on its neighbours' lengths.
@@ -77,11 +78,16 @@ class Prompt(Trunk):
             else inputs_embeds
         )
         b, t, _ = E.shape
-        past = max(seen_before(past_key_values) - self.n, 0)
         first = seen_before(past_key_values) == 0
         pads = _pads_on_the_left(attention_mask, b, E.device)  # (b,)
+        if (
+            first
+            and attention_mask is not None
+            and others.get("use_cache") is not False
+        ):
+            _refuse_padding_alone(pads, t)
         if position_ids is not None or attention_mask is not None:
-            position_ids = self.moved(position_ids, attention_mask, past, t)
+            position_ids = self.moved(position_ids, attention_mask, 0, t)
         if attention_mask is not None:
             ones = attention_mask.new_ones(b, self.n)
             attention_mask = _put_behind(pads, ones, attention_mask)
@@ -163,23 +169,23 @@ def _rows(start, n: int, vocabulary: int) -> Tensor:
                 f"{start=}: allowed are {', '.join(STARTS)}, or a list of token ids"
             )
         return torch.randint(vocabulary, (n,))
-    ids = torch.as_tensor(repeated(list(start), n))
-    if (
-        ids.dim() != 1
-        or ids.is_floating_point()
-        or not 0 <= ids.min() <= ids.max() < vocabulary
-    ):
-        raise ValueError(
-            f"start={shown(start)}: allowed are whole token ids from 0 to "
-            f"{vocabulary - 1}, in one list"
-        )
-    return ids
+    return token_ids(start, n, vocabulary)
 
 
 def _pads_on_the_left(attention_mask, b: int, device) -> Tensor:
     if attention_mask is None:
         return torch.zeros(b, dtype=torch.long, device=device)
     return (attention_mask.long().cumsum(-1) == 0).sum(-1)
+
+
+def _refuse_padding_alone(pads: Tensor, t: int) -> None:
+    """ValueError for a piece that ends within a row's padding: P belongs behind it."""
+    if (pads >= t).any():
+        raise ValueError(
+            f"row {pads.argmax().item()} has {t} tokens of padding and no other yet, "
+            "and no place for its prompt: let the first piece of a prefill "
+            "reach into every row (prefill_chunk_size), or sort rows by length"
+        )
 
 
 def _put_behind(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
