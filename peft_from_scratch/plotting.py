@@ -36,8 +36,6 @@ LOOKS = {  # a method that is not listed gets a look from its key's checksum
     "full": (RED, "D"),
     "lora-attention": (SKY, "^"),
     "lora": (BLUE, "o"),
-    "rslora": (BLUE, "^"),
-    "lora-plus": (SKY, "P"),
     "dora": (PURPLE, "v"),
     "pissa": (BROWN, "P"),
     "qlora": (ORANGE, "h"),
