@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-METHODS = (  # what `train --method` knows
-    *("lora", "full", "dora", "pissa", "houlsby", "prefix", "prompt", "ia3", "bitfit"),
-)
+# What `train --method` knows.
+METHODS = ("lora", "full", "houlsby", "prefix", "prompt", "ia3", "bitfit")
+METHODS += ("dora", "pissa")
 ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "houlsby", "prefix", "prompt")
 FAMILY_KEYS = ("lora-attention", "rslora", "lora-plus", "dora", "pissa", "ia3")
 TEMPLATES = ("chat", "raw")

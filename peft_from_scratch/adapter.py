@@ -332,6 +332,19 @@ def as_matrix(base: nn.Module) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
+def as_stored(base: nn.Module, W: Tensor) -> Tensor:
+    """A matrix (d_out, d_in) in the orientation in which the base stores its weight."""
+    return W.T if isinstance(base, Conv1D) else W
+
+
+def trained_dtype(weight: Tensor) -> torch.dtype:
+    """Of what trains beside a weight: its own, but float32 where that is a half one.
+
+    In half precision, updates of 1e-4 would be rounded away.
+    """
+    return weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+
+
 def sizes(base: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a projection; ValueError for any other module."""
     if not isinstance(base, nn.Linear | Conv1D):

@@ -21,7 +21,6 @@ from . import adapter, atomic, checkpoint, evaluate, exchange, figures, template
 from .budget import count
 from .chat import RECORD, read_object
 from .evaluate import Answers
-from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .models import describe, load_model, positions
 from .pretrained import quiet_transformers
 from .recipe import Recipe
@@ -29,17 +28,7 @@ from .task_rows import refuse_bad
 from .tasks import Task, load_task
 from .train import train
 
-METHODS = {
-    "lora": lora,
-    "full": full,
-    "dora": dora,
-    "pissa": pissa,
-    "houlsby": houlsby,
-    "prefix": prefix,
-    "prompt": prompt,
-    "ia3": ia3,
-    "bitfit": bitfit,
-}
+METHODS = exchange.WRITERS  # what can be saved can be trained
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
 LEARNING_RATES = {  # near the searched optima of SmolLM2, 1e-3 where none was searched
     "full": 1e-4,

@@ -64,7 +64,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
         "setting": setting.values,
         "seed": seed,
         "rows": plan.rows,
-        "steps": plan.steps * row.times if row.inject else 0,
+        "steps": plan.steps_of(row),
         "batch": plan.batch if row.inject else 0,
         "device": ground.device.type,
         "fingerprint": ground.fingerprint,

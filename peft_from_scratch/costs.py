@@ -165,8 +165,7 @@ def _reading(rates: Rates, tokens: int) -> float:
 
 
 def _training(rates: Rates, row: Row, plan: Plan) -> float:
-    steps = plan.steps * row.times
-    return steps * step_seconds(rates, plan.batch, full=row.key == "full")
+    return plan.steps_of(row) * step_seconds(rates, plan.batch, full=row.key == "full")
 
 
 def duration(seconds: float) -> str:

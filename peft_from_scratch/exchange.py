@@ -63,7 +63,18 @@ def save(model: nn.Module, directory: str | Path) -> None:
         "inference_mode": True,
         **method.to_peft(model),
     }
-    metadata = {"format": "pt", "vocab_size": str(rows)}
+    write(directory, config, tensors, str(rows))
+
+
+def write(
+    directory: str | Path, config: dict, tensors: dict[str, Tensor], rows: str | None
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Args
+        rows  of the vocabulary that the adapter is for; None where nobody knows
+    """
+    metadata = {"format": "pt"} | ({} if rows is None else {"vocab_size": rows})
     atomic.sweep(directory)  # what a killed save left
     with atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:
         save_file(tensors, new / WEIGHTS, metadata)
@@ -84,11 +95,11 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     model = adapter.bare(model)
     adapter.refuse_second(model)
     directory = Path(directory)
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory / CONFIG)
     method = _reader(config)
-    tensors, rows = _read_tensors(directory / WEIGHTS)
+    tensors, rows = read_tensors(directory / WEIGHTS)
     _refuse_other_vocabulary(model, rows)
-    names = _adapted(tensors, method)
+    names = adapted(tensors, method)
     arguments = method.from_peft(
         {key: value for key, value in config.items() if key not in METADATA}, names
     )
@@ -159,7 +170,7 @@ def _own_keys(model: nn.Module) -> dict[str, nn.Parameter]:
     return keys
 
 
-def _adapted(tensors, method) -> list[str]:
+def adapted(tensors: dict[str, Tensor], method: ModuleType) -> list[str]:
     """The modules that the file's keys name."""
     names = {}
     for key in tensors:
@@ -181,7 +192,8 @@ def _modules(model, names) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if name in names}
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """The config of a file, of a type that is known here."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist as a file: name the folder that holds {CONFIG} and "
@@ -200,7 +212,8 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """(tensors, rows of the vocabulary or None) of a file, each of finite numbers."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the adapter has no weights")
     try:

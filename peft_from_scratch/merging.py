@@ -27,17 +27,15 @@ No model is needed. Files are read as those of strangers, and what is written is
 LoRA for `pfs.load` and PEFT. A module that a file lacks counts as zero.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import atomic, exchange
+from . import exchange
 from .adapter import is_finite
 from .exchange import CONFIG, PREFIX, WEIGHTS
 from .methods import lora
@@ -308,8 +306,8 @@ def _refuse_ranks(name, parts, how, r) -> None:
 
 
 def _read(folder: Path) -> _File:
-    config = exchange._read_config(folder / CONFIG)
-    tensors, rows = exchange._read_tensors(folder / WEIGHTS)
+    config = exchange.read_config(folder / CONFIG)
+    tensors, rows = exchange.read_tensors(folder / WEIGHTS)
     try:
         return _File(folder, config, rows, _updates(config, tensors))
     except ValueError as error:
@@ -323,7 +321,7 @@ def _updates(config, tensors) -> dict[str, LowRank]:
             f"peft_type={kind!r} with use_dora={shown(config.get('use_dora', False))}: "
             "only plain LoRA is a sum of products; merge the others into a model"
         )
-    names = exchange._adapted(tensors, lora)
+    names = exchange.adapted(tensors, lora)
     given = {k: value for k, value in config.items() if k not in exchange.METADATA}
     given = lora.DEFAULTS | lora.from_peft(given, names)
     if given.pop("bias") != "none":
@@ -379,12 +377,7 @@ def _write(out: Path, files, written) -> None:
         for end, X in zip(lora.FILE_SUFFIXES, pair, strict=True)
     }
     rows = next((file.rows for file in files if file.rows is not None), None)
-    metadata = {"format": "pt"} | ({} if rows is None else {"vocab_size": rows})
-    config = json.dumps(_config(files, written), indent=2, sort_keys=True)
-    atomic.sweep(out)  # what a killed save left
-    with atomic.new_files(out, (CONFIG, WEIGHTS)) as new:
-        save_file(tensors, new / WEIGHTS, metadata)
-        (new / CONFIG).write_text(config + "\n", encoding="utf-8")
+    exchange.write(out, _config(files, written), tensors, rows)
 
 
 def _config(files, written) -> dict:

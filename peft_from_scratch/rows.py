@@ -24,10 +24,7 @@ from .train import measured_step, train
 
 LEARNING_RATES = {  # half-decade steps; where the best is at an end, more are tried
     "full": (1e-5, 3e-5, 1e-4, 3e-4),
-    "low-rank": (1e-3, 3e-3, 1e-2, 3e-2),
-    "bottleneck": (1e-3, 3e-3, 1e-2, 3e-2),
-    "prefix": (1e-3, 3e-3, 1e-2, 3e-2),
-    "prompt": (3e-3, 1e-2, 3e-2, 1e-1),
+    "added": (1e-3, 3e-3, 1e-2, 3e-2),
     "vectors": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 
@@ -61,7 +58,7 @@ class Row:
 
 
 def _low_rank(key: str, label: str, inject: Callable, **options) -> Row:
-    rates = LEARNING_RATES["low-rank"]
+    rates = LEARNING_RATES["added"]
     return Row(key, label, inject, rates, like="lora", family=True, **options)
 
 
@@ -69,25 +66,25 @@ ROWS = (
     Row("zero-shot", "Zero-shot"),
     Row("few-shot", "Few-shot", few_shot=True),
     Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
-    Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["low-rank"]),
+    Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["added"]),
     Row(
         "houlsby",
         "Bottleneck adapters",
         partial(houlsby.inject, m=32),
-        LEARNING_RATES["bottleneck"],
+        LEARNING_RATES["added"],
     ),
     Row(
         "prefix",
         "Prefix tuning",
         prefix.inject,
-        LEARNING_RATES["prefix"],
+        LEARNING_RATES["added"],
         from_text=True,
     ),
     Row(
         "prompt",
         "Prompt tuning",
         prompt.inject,
-        LEARNING_RATES["prompt"],
+        LEARNING_RATES["vectors"],
         times=2,  # it learns slowly
         from_text=True,
     ),
@@ -145,6 +142,10 @@ class Plan:
                 f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "
                 "None for the searched one"
             )
+
+    def steps_of(self, row: Row) -> int:
+        """Optimizer steps that the row takes; 0 where nothing trains."""
+        return self.steps * row.times if row.inject else 0
 
     def chosen(self) -> list[Row]:
         """The rows that the plan names, in the table's order."""
@@ -209,7 +210,7 @@ def adapt(
     torch.manual_seed(seed)
     start = {"start": tokenizer(task.instruction).input_ids} if row.from_text else {}
     row.inject(model, **start)
-    steps = plan.steps * row.times
+    steps = plan.steps_of(row)
     recipe = Recipe(
         steps=steps,
         batch=plan.batch,

@@ -50,8 +50,8 @@ class Trunk(Adapter):
                 raise
             return getattr(self.base, name)
 
-    def moved(self, position_ids, attention_mask, past: int, t: int) -> Tensor | None:
-        """Positions of the `t` newest tokens, n further on; None where none are known.
+    def moved(self, position_ids, attention_mask, past: int, t: int) -> Tensor:
+        """Positions of the `t` newest tokens, n further on.
 
         Args
             position_ids    (b, t) from the caller, or None

@@ -78,7 +78,7 @@ def settings_for(
 
 def _differs(plan: Plan, row: Row, searched_on: str, search: dict) -> str | None:
     """What the search was of, where that is not what is measured now."""
-    now = {"steps": plan.steps * row.times, "batch": plan.batch}
+    now = {"steps": plan.steps_of(row), "batch": plan.batch}
     ours, theirs = [f"{plan.base}/{plan.task}"], [searched_on]
     for name in ("steps", "batch") if row.inject else ():
         ours.append(f"{name} {now[name]}")
@@ -142,7 +142,7 @@ def search(ground: Ground) -> Path:
                 "rule": RULE,
                 "when": f"{datetime.now(UTC):%Y-%m-%d}",
                 "validation_rows": VALIDATION_ROWS,
-                "steps": plan.steps * row.times if row.inject else 0,
+                "steps": plan.steps_of(row),
                 "batch": plan.batch if row.inject else 0,
                 "runs": runs,
             }

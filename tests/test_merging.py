@@ -4,10 +4,7 @@ The references never call the module under test: they load each adapter into a m
 take its dense update from there, and do the paper's arithmetic on whole matrices.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -15,13 +12,13 @@ import torch
 from adapter_files import contents, parsed, saved, say, tampered
 from architectures import build
 from observe import assert_same, largest, logits
-from planting import planted
+from planting import Bug, assert_law_catches
 from safetensors.torch import save_file
 from test_refused_files import BROKEN
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, merging, patterns
+from peft_from_scratch import adapter, exchange, merging, patterns
 from peft_from_scratch.exchange import CONFIG, WEIGHTS
 from peft_from_scratch.merging import LowRank, combine, cross_terms, updates
 
@@ -590,7 +587,7 @@ def a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
         raise OSError("planted: no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(merging, "save_file", disk_full)
+        patched.setattr(exchange, "save_file", disk_full)
         refuses(folder, folders, "planted", error=OSError, out=folders[0])
 
 
@@ -607,14 +604,6 @@ def test_the_result_may_take_the_place_of_one_of_the_adapters(tmp_path):
 
 
 # ------------------------------------------------------------------- Planted bugs
-
-
-@dataclass(frozen=True)
-class Bug:
-    function: Callable  # the function whose source is changed …
-    right: str  # … here …
-    wrong: str  # … to this
-    law: Callable  # must fail; called with what it asks for of folder and monkeypatch
 
 
 def argument(name):
@@ -797,9 +786,10 @@ BUGS = {
         argument("beyond float32"),
     ),
     "the file is written in place": Bug(
-        merging._write,
-        "atomic.new_files(out, (CONFIG, WEIGHTS)) as new:",
-        "__import__('contextlib').nullcontext(out) as new:",
+        exchange.write,
+        "atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:",
+        "__import__('contextlib').nullcontext(Path(directory)) as new:\n"
+        "        new.mkdir(parents=True, exist_ok=True)",
         a_failed_write_leaves_the_folder_as_it_was,
     ),
 }
@@ -807,15 +797,4 @@ BUGS = {
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    bug = BUGS[name]
-    for place in ("sound", "planted"):
-        (tmp_path / place).mkdir()
-
-    def hold(place):
-        asked = inspect.signature(bug.law).parameters
-        offered = {"folder": tmp_path / place, "monkeypatch": monkeypatch}
-        bug.law(**{key: value for key, value in offered.items() if key in asked})
-
-    hold("sound")
-    with planted(bug.function, bug.right, bug.wrong), pytest.raises(AssertionError):
-        hold("planted")
+    assert_law_catches(BUGS[name], tmp_path, monkeypatch)

@@ -69,7 +69,7 @@ LORA = {
         lora_laws.starts_gaussian_of_variance_one_third_over_d_in,
     ),
     "adapter in half precision": Bug(
-        LoRA.__init__,
+        adapter.trained_dtype,
         "itemsize >= 4",
         "itemsize >= 2",
         lora_laws.half_precision_keeps_the_adapter_in_fp32,
@@ -251,8 +251,8 @@ MERGING = {
         contract(laws.merged_equals_unmerged),
     ),
     "Conv1D merged in the other orientation": Bug(
-        LoRA.merged,
-        "W if as_matrix(self.base) is self.base.weight else W.T",
+        adapter.as_stored,
+        "W.T if isinstance(base, Conv1D) else W",
         "W",
         contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
     ),

@@ -110,7 +110,7 @@ PROMPT = {
         test_prompt.a_piece_that_ends_in_a_rows_padding_is_refused,
     ),
     "P in half precision": Bug(
-        Prompt.__init__,
+        adapter.trained_dtype,
         "itemsize >= 4",
         "itemsize >= 2",
         partial(soft.half_precision_keeps_P_in_fp32, prompt),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from laws import original
 from observe import assert_same, refused, snapshot, train
 from safetensors.torch import save_file
+from test_refused_files import JUNK
 
 import peft_from_scratch as pfs
 from peft_from_scratch import exchange
@@ -254,23 +255,6 @@ def test_a_file_for_another_architecture_is_refused(method):
         pfs.load(model, sound(method))
 
 
-JUNK = [
-    None,
-    True,
-    0,
-    -1,
-    3,
-    2.5,
-    math.inf,
-    "",
-    "x",
-    "(",
-    [],
-    ["x"],
-    [[1]],
-    {},
-    {"x": 1},
-]
 FIELDS = {
     "prompt": {*prompt.INERT, "num_virtual_tokens", "num_transformer_submodules"},
     "prefix": {*prefix.INERT, "num_virtual_tokens"},

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import as_matrix
+from ..adapter import as_matrix, as_stored
 from ..targets import Targets
 from . import lora
 from .lora import LoRA, wrap_all
@@ -70,7 +70,7 @@ class DoRA(LoRA):
         """m / ‖V‖ ⊙ V, in the orientation in which the base stores its weight."""
         V = as_matrix(self.base).to(dtype) + self.delta(dtype)
         W = (self.m.to(dtype) / self.norm(dtype))[:, None] * V
-        return {"weight": W if as_matrix(self.base) is self.base.weight else W.T}
+        return {"weight": as_stored(self.base, W)}
 
 
 def inject(

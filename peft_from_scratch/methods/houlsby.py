@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter, targets
-from ..adapter import Adapter, sizes
+from ..adapter import Adapter, sizes, trained_dtype
 from ..targets import shown
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,8 +56,7 @@ class Bottleneck(Adapter):
         _check(m, nonlinearity, d)
         super().__init__(base)
         weight = base.weight
-        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
-        like = dict(device=weight.device, dtype=dtype)
+        like = dict(device=weight.device, dtype=trained_dtype(weight))
         self.down = nn.Linear(d, m, **like)
         self.up = nn.Linear(m, d, **like)
         for linear in (self.down, self.up):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import adapter, patterns
 from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, sizes
+from ..adapter import Adapter, as_matrix, as_stored, sizes, trained_dtype
 from ..targets import Targets
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
@@ -53,9 +53,9 @@ class IA3(Adapter):
         d_out, d_in = sizes(base)
         super().__init__(base)
         weight = base.weight
-        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        like = dict(device=weight.device, dtype=trained_dtype(weight))
         shape = (1, d_in) if feedforward else (d_out, 1)
-        self.l = nn.Parameter(torch.ones(shape, device=weight.device, dtype=dtype))
+        self.l = nn.Parameter(torch.ones(shape, **like))
         self.feedforward = feedforward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class IA3(Adapter):
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """l ⊙ W0, by rows for an output (its bias too), by columns for an input."""
         W = as_matrix(self.base).to(dtype) * self.l.to(dtype)
-        found = {"weight": W if as_matrix(self.base) is self.base.weight else W.T}
+        found = {"weight": as_stored(self.base, W)}
         if not self.feedforward and self.base.bias is not None:
             found["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
         return found

@@ -18,7 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import adapter, patterns
 from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, is_finite, refuse_unimplemented, sizes
+from ..adapter import (
+    Adapter,
+    as_matrix,
+    as_stored,
+    is_finite,
+    refuse_unimplemented,
+    sizes,
+    trained_dtype,
+)
 from ..targets import Targets
 
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # -> where none matches
@@ -135,8 +143,7 @@ class LoRA(Adapter):
         _check(r, alpha, rslora, dropout, d_out, d_in)
         super().__init__(base)
         weight = base.weight
-        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
-        like = dict(device=weight.device, dtype=dtype)
+        like = dict(device=weight.device, dtype=trained_dtype(weight))
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r, **like))
         self.alpha = alpha
@@ -159,7 +166,7 @@ class LoRA(Adapter):
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """W0 + scale · B A, in the orientation in which the base stores its weight."""
         W = as_matrix(self.base).to(dtype) + self.delta(dtype)
-        return {"weight": W if as_matrix(self.base) is self.base.weight else W.T}
+        return {"weight": as_stored(self.base, W)}
 
 
 def inject(

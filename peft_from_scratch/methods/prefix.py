@@ -89,7 +89,7 @@ class Prefix(Trunk):
         layers, heads, size = self.shape = shape
         width = layers * 2 * heads * size
         weight = next(base.parameters())
-        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        dtype = adapter.trained_dtype(weight)
         like = dict(device=weight.device, dtype=dtype)
         if hidden is not None:
             self.mlp = Reparametrized(n, heads * size, hidden, width, **like)

@@ -53,7 +53,7 @@ class Prompt(Trunk):
     ):
         super().__init__(base, n)
         table = embedding_of(base).weight  # (vocabulary, d)
-        dtype = table.dtype if table.dtype.itemsize >= 4 else torch.float32
+        dtype = adapter.trained_dtype(table)
         if isinstance(start, str) and start == "random":
             P = torch.rand(n, table.shape[1], device=table.device, dtype=dtype) - STD
         else:

@@ -15,6 +15,20 @@ def quietly(call, *arguments, **named):
         return call(*arguments, **named)
 
 
+def our_name(name):
+    """Ours of a parameter that PEFT keeps beside a projection."""
+    for theirs, own in (
+        ("base_model.model.", ""),
+        ("base_layer.", ""),
+        ("lora_magnitude_vector.default.weight", "m"),
+        ("ia3_l.default", "l"),
+        ("lora_", ""),
+        (".default.weight", ""),
+    ):
+        name = name.replace(theirs, own)
+    return name
+
+
 def answers(model):
     """(logits at the tokens (b, t, vocabulary), loss of all tokens but the first).
 

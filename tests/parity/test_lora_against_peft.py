@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from against import our_name, quietly
 from architectures import CONFIGS, build
 from observe import gradients, logits, loss, refused, tokens, train, values
 
@@ -71,18 +72,11 @@ def of_peft(base, arguments):
     config = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6} | arguments
     config = peft.LoraConfig(**config, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(7)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its remarks on fan_in_fan_out, tied heads …
-        model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    model = quietly(peft.get_peft_model, copy.deepcopy(base), config).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.endswith("bias"):
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
-
-
-def our_name(name):
-    name = name.removeprefix("base_model.model.").replace("base_layer.", "")
-    return name.replace("lora_", "").replace(".default.weight", "")
 
 
 def trained_by_peft(model):
@@ -177,9 +171,7 @@ def test_a_file_with_a_copy_of_the_head_loads_on_its_base_only(tmp_path, measure
     """PEFT adds the head's own weight where the head is a target; it is frozen."""
     base, other = build("llama"), build("llama", seed=1)
     reference = of_peft(base, {"target_modules": ["lm_head"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference.save_pretrained(tmp_path)
+    quietly(reference.save_pretrained, tmp_path)
     with refused(other, "lm_head.base_layer.weight"):
         pfs.load(other, tmp_path)
     pfs.load(base, tmp_path)

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from against import answers, gradients_of, ours, quietly
+from against import answers, gradients_of, our_name, ours, quietly
 from architectures import CONFIGS, build
 from observe import train
 
@@ -87,25 +87,10 @@ def trained_by_peft(model, base):
     """{our name: PEFT's parameter}."""
     trunk = trunk_of(base)[0]
     return {
-        our_name(name, trunk): parameter
+        f"{trunk}.P" if name.startswith("prompt_encoder") else our_name(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def our_name(name, trunk):
-    if name.startswith("prompt_encoder"):
-        return f"{trunk}.P"
-    for theirs, own in (
-        ("base_model.model.", ""),
-        ("base_layer.", ""),
-        ("lora_magnitude_vector.default.weight", "m"),
-        ("ia3_l.default", "l"),
-        ("lora_", ""),
-        (".default.weight", ""),
-    ):
-        name = name.replace(theirs, own)
-    return name
 
 
 @pytest.mark.parametrize("architecture, inject, config", ROWS)
