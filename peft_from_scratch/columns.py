@@ -61,11 +61,21 @@ def exact_match(row: dict) -> str:
     return _ranged(*ends, lambda share: percent(row, share))
 
 
-def against_few_shot(row: dict) -> str:
-    """Percentage points more than few-shot: difference [95 % interval]."""
-    names = ("difference", "low", "high")
-    ends = (found(row, "against_few_shot", name) for name in names)
-    return _ranged(*ends, lambda share: percent(row, share, "+"))
+def _over(reference: str) -> Column:
+    """Percentage points more than the reference: difference [95 % interval]."""
+
+    def cell(row: dict) -> str:
+        names = ("difference", "low", "high")
+        ends = (found(row, "against", reference, name) for name in names)
+        return _ranged(*ends, lambda share: percent(row, share, "+"))
+
+    return Column(
+        "Quality",
+        f"Over {reference}",
+        "points [95 %]",
+        f"Exact match minus that of {reference} prompting, on the same rows.",
+        cell,
+    )
 
 
 def decode_time(row: dict) -> str:
@@ -114,13 +124,8 @@ COLUMNS = (
         "Share of the test rows that the method answers exactly right.",
         exact_match,
     ),
-    Column(
-        "Quality",
-        "Over few-shot",
-        "points [95 %]",
-        "Exact match minus that of few-shot prompting, on the same rows.",
-        against_few_shot,
-    ),
+    _over("zero-shot"),
+    _over("few-shot"),
     Column(
         "Quality",
         "Forgetting",

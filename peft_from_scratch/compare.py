@@ -22,7 +22,8 @@ from .provenance import digest, provenance
 from .rows import Plan, Row
 from .tuning import RULE, Setting, search, settings_for
 
-REFERENCE = "few-shot"  # the row that the others' exact match is compared with
+# What needs no training: the others' exact match is compared with these rows'.
+REFERENCES = ("zero-shot", "few-shot")
 
 
 def compare(plan: Plan, *, tune: bool = False) -> dict:
@@ -95,7 +96,7 @@ def _result(ground: Ground, measured: dict[str, list[dict]]) -> dict:
     """What the table and the page show, from the figures of all rows and seeds."""
     plan = ground.plan
     first = next(iter(measured.values()))[0]
-    reference = measured.get(REFERENCE)
+    references = {key: measured[key] for key in REFERENCES if key in measured}
     settings = [settings_for(plan, row, ground.templates) for row in plan.chosen()]
     return {
         "base": plan.base,
@@ -110,7 +111,7 @@ def _result(ground: Ground, measured: dict[str, list[dict]]) -> dict:
         "command": command(plan, tuned=not all(s.shipped for s in settings)),
         "tuned": _tuned(settings),
         "provenance": first["provenance"],
-        "rows": [_row(seeds, reference) for seeds in measured.values()],
+        "rows": [_row(seeds, references) for seeds in measured.values()],
         "wall": _wall(measured),
     }
 
@@ -129,18 +130,23 @@ def command(plan: Plan, *, tuned: bool) -> str:
     return shlex.join([*start, *(["--tune"] if tuned else []), *asked])
 
 
-def _row(seeds: list[dict], reference: list[dict] | None) -> dict:
+def _row(seeds: list[dict], references: dict[str, list[dict]]) -> dict:
     """One row of the table: the first seed's figures, the quality over all seeds."""
     row = {name: value for name, value in seeds[0].items() if name != "correct"}
     row["exact"] = _exact(seeds)
     row["per_seed"] = [sum(figures["correct"]) for figures in seeds]
-    row["against_few_shot"] = None
-    if reference and reference is not seeds:
-        difference, low, high = evaluate.paired_bootstrap(
-            _per_item(seeds), _per_item(reference)
-        )
-        row["against_few_shot"] = {"difference": difference, "low": low, "high": high}
+    row["against"] = {
+        key: _difference(seeds, reference)
+        for key, reference in references.items()
+        if reference is not seeds
+    }
     return row
+
+
+def _difference(seeds: list[dict], reference: list[dict]) -> dict:
+    """Exact match minus that of the reference, paired by test row."""
+    ends = evaluate.paired_bootstrap(_per_item(seeds), _per_item(reference))
+    return dict(zip(("difference", "low", "high"), ends, strict=True))
 
 
 def _exact(seeds: list[dict]) -> dict:

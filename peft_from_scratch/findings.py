@@ -15,7 +15,7 @@ from .columns import (
 )
 from .recipe import History
 
-REFERENCE = "few-shot"  # the row that the others' exact match is compared with
+REFERENCE = "few-shot"  # the row that a fine-tuned one has to beat
 SAME_SIZE = 0.15  # parameters that differ by less count as equally many
 SMOOTHED = 5  # steps whose mean loss is told
 NUMBERS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
@@ -57,7 +57,7 @@ def reference(result: dict) -> dict | None:
 
 def verdict(row: dict) -> str | None:
     """What the paired interval says against few-shot: "beats", "trails" or "open"."""
-    low, high = (found(row, "against_few_shot", end) for end in ("low", "high"))
+    low, high = (found(row, "against", REFERENCE, end) for end in ("low", "high"))
     if low is None or high is None:
         return None
     if low > 0:
@@ -188,7 +188,7 @@ def _verdict(row: dict) -> str:
     kind = verdict(row)
     if kind is None:
         return f"{row['label']}: not compared with few-shot."
-    paired = row["against_few_shot"]
+    paired = row["against"][REFERENCE]
     low, high = (percent(row, paired[end], "+") for end in ("low", "high"))
     does = {
         "beats": "beats few-shot",
@@ -263,7 +263,7 @@ def certainty(result: dict) -> list[str]:
     said = [
         "Brackets after an exact match hold its 95 % Wilson interval: the true shares "
         "that so many test rows cannot rule out.",
-        "Brackets after a difference to few-shot hold a paired bootstrap 95 % "
+        "Brackets after a difference to another row hold a paired bootstrap 95 % "
         "interval: test rows are drawn again and again, with replacement, the same "
         "ones for both methods, and 95 % of the differences so found lie inside.",
         "Brackets after a decoding time hold the smallest and the largest ratio of "

@@ -78,9 +78,11 @@ def _row(key: str, dice: random.Random, n: int) -> dict:
             "low": max(0, right / n - dice.uniform(0.02, 0.1)),
             "high": min(1, right / n + dice.uniform(0.02, 0.1)),
         },
-        "against_few_shot": None
-        if key == "few-shot"
-        else {"difference": ahead, "low": ahead - 0.11, "high": ahead + 0.12},
+        "against": {
+            reference: {"difference": d, "low": d - 0.11, "high": d + 0.12}
+            for reference, d in {"zero-shot": right / n, "few-shot": ahead}.items()
+            if key != reference
+        },
         "forgetting": {"before": 3.4, "after": 3.5, "change": dice.uniform(-0.1, 0.9)},
         "seconds": {
             "train": dice.uniform(10, 200) if trainable else 0,

@@ -163,7 +163,7 @@ def figures(correct, key="lora"):
 
 def test_seeds_share_the_test_rows_and_do_not_multiply_them():
     one = figures([True] * 30 + [False] * 20)
-    row = comparing._row([one, one, one], None)
+    row = comparing._row([one, one, one], {})
     low, high = evaluate.wilson(30, 50)
     assert row["exact"] == {"k": 30, "n": 50, "rate": 0.6, "low": low, "high": high}
     assert row["per_seed"] == [30, 30, 30]
@@ -173,10 +173,10 @@ def test_the_difference_is_paired_by_row():
     """Two methods that are right on the same rows differ by 0, without any spread."""
     right = np.random.default_rng(0).random(60) < 0.5
     few, lora = figures(right.tolist(), "few-shot"), figures(right.tolist())
-    same = comparing._row([lora], [few])["against_few_shot"]
+    same = comparing._row([lora], {"few-shot": [few]})["against"]["few-shot"]
     assert same == {"difference": 0, "low": 0, "high": 0}
     better = figures((right | (np.arange(60) < 20)).tolist())
-    gain = comparing._row([better], [few])["against_few_shot"]
+    gain = comparing._row([better], {"few-shot": [few]})["against"]["few-shot"]
     assert gain["difference"] == pytest.approx(np.mean(~right[:20]) * 20 / 60)
     assert 0 < gain["low"] < gain["difference"] < gain["high"]
     law = "fmean(item) for item in"
@@ -184,7 +184,7 @@ def test_the_difference_is_paired_by_row():
         planted(comparing._per_item, law, "0.5 for item in"),
         pytest.raises(AssertionError),
     ):
-        row = comparing._row([better], [few])["against_few_shot"]
+        row = comparing._row([better], {"few-shot": [few]})["against"]["few-shot"]
         assert row["difference"] == pytest.approx(gain["difference"])
 
 

@@ -21,14 +21,16 @@ HOSTILE = (
 
 def numbers(row: dict) -> list[float | str | None]:
     """What the row's cells must say, in the table's order, by our own arithmetic."""
-    exact, paired = row["exact"], row["against_few_shot"]
+    exact, against = row["exact"], row["against"]
     memory, decode = row["memory"], row["decode"]
-    difference = (
-        [100 * paired[e] for e in ("difference", "low", "high")] if paired else []
-    )
+    over = []
+    for reference in ("zero-shot", "few-shot"):
+        paired = against.get(reference)
+        ends = ("difference", "low", "high")
+        over += [100 * paired[e] for e in ends] if paired else [None]
     return [
         *(100 * exact[end] for end in ("rate", "low", "high")),
-        *(difference or [None]),
+        *over,
         row["forgetting"]["change"],
         100 * row["trainable"] / row["total"],
         row["steps"],
@@ -276,7 +278,7 @@ def test_headline_says_what_the_intervals_say(intervals, sentence):
     result = comparison(["few-shot", *intervals])
     for row in result["rows"][1:]:
         ahead = intervals[row["key"]]
-        row["against_few_shot"] = dict(
+        row["against"]["few-shot"] = dict(
             difference=ahead, low=ahead - 0.1, high=ahead + 0.1
         )
     assert findings.headline(result) == sentence
@@ -294,7 +296,7 @@ def test_headline_says_what_the_intervals_say(intervals, sentence):
 def test_verdict_is_that_of_the_paired_interval(low, high, words):
     result = comparison(["few-shot", "lora"])
     paired = {"difference": (low + high) / 2, "low": low, "high": high}
-    result["rows"][1]["against_few_shot"] = paired
+    result["rows"][1]["against"]["few-shot"] = paired
     (verdict,) = findings.verdicts(result)
     assert all(word in verdict for word in words)
     assert f"{100 * low:+.0f} to {100 * high:+.0f}" in verdict
