@@ -67,7 +67,12 @@ def select(folder: Path | None = None, **fields) -> list[Run]:
     """Every stored run whose configuration has these values, sorted by key."""
     names = f"{fields.get('experiment', '*')}-*.json"
     found = map(_read, sorted((folder or FOLDER).glob(names)))
-    return [run for run in found if run and run.config.items() >= fields.items()]
+    return [run for run in found if run and matches(run, **fields)]
+
+
+def matches(run: Run, **fields) -> bool:
+    """Whether the run's configuration has these values."""
+    return fields.items() <= run.config.items()
 
 
 def key(config: dict) -> str:

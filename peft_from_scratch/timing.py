@@ -31,16 +31,33 @@ def against_first(
     """Time greedy decoding of each candidate, in turn, against the first one.
 
     Args
+        candidates, tokens, rounds  as step_seconds
+    """
+    seconds = step_seconds(candidates, tokens=tokens, rounds=rounds)
+    first = next(iter(seconds.values()))
+    return {name: _summary(times, first) for name, times in seconds.items()}
+
+
+def step_seconds(
+    candidates: dict[str, tuple[nn.Module, list[int]]],
+    *,
+    tokens: int = 12,
+    rounds: int = 7,
+    batch: int = 1,
+) -> dict[str, list[float]]:
+    """{name: seconds of a decoding step, in each round}; in a round each has its turn.
+
+    Args
         candidates  name -> (model, the tokens to start from)
         tokens      decoded in a round; the prompt's own pass is not in the time
         rounds      counted rounds, after one that warms up
+        batch       how many sequences a step decodes, all from the same tokens
     """
     seconds = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, (model, prompt) in candidates.items():
-            seconds[name].append(_seconds_a_step(model, prompt, tokens))
-    first = next(iter(seconds.values()))[1:]
-    return {name: _summary(times[1:], first) for name, times in seconds.items()}
+            seconds[name].append(_seconds_a_step(model, [prompt] * batch, tokens))
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,9 +79,9 @@ def _summary(times, first) -> Decoding:
 
 
 @torch.no_grad()
-def _seconds_a_step(model, prompt, tokens) -> float:
+def _seconds_a_step(model, prompts, tokens) -> float:
     device = next(model.parameters()).device
-    ids = torch.tensor([prompt], device=device)
+    ids = torch.tensor(prompts, device=device)
     out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
     synchronize(device)
     start = time.perf_counter()

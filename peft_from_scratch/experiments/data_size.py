@@ -11,7 +11,9 @@ from statistics import fmean
 
 from ..claim import Claim, Invalid, Measured, Rule
 from ..runs import Run
+from ..runs import matches as _is
 from . import finetune
+from .intervals import mean_of as _means
 from .intervals import paired
 from .rates import best_inside, search
 
@@ -78,10 +80,6 @@ def tuned(found: Sequence[Run], cell: Cell, method: str) -> list[Run]:
     return [run for run in own if _is(run, n=n, lr=best)]
 
 
-def _is(run: Run, **fields) -> bool:
-    return fields.items() <= run.config.items()
-
-
 def advantage(found: Sequence[Run], cell: Cell) -> tuple[float, float, float]:
     """Test loss of LoRA minus that of full fine-tuning, paired: above 0, full wins."""
     return paired(tuned(found, cell, "lora"), tuned(found, cell, "full"))
@@ -105,10 +103,6 @@ def measured(found: Sequence[Run]) -> Measured:
         "far_small": f"{advantage(found, (FAR, FEW))[0]:+.3f}",
     }
     return Measured(value, low, high, SEEDS, figures)
-
-
-def _means(triples) -> tuple[float, ...]:
-    return tuple(map(fmean, zip(*triples, strict=True)))
 
 
 def _refuse_learnable_control(found: Sequence[Run]) -> None:

@@ -30,6 +30,12 @@ from ..tasks import Task, load_task
 from ..templates import IGNORED, encode_rows
 from ..train import Diverged, train
 
+
+def _soft(inject: Callable) -> Callable:
+    """The injection with its n called positions: a run's n is its training rows."""
+    return lambda model, *, positions, start: inject(model, n=positions, start=start)
+
+
 LORA = dict(r=8, alpha=16, targets="all-linear")
 METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defaults)
     "base": (None, {}),  # nothing is added and nothing trains
@@ -40,8 +46,8 @@ METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defau
     "pissa": (pissa.inject, LORA),
     "ia3": (ia3.inject, {}),
     "houlsby": (houlsby.inject, dict(m=8, placement="houlsby")),
-    "prefix": (prefix.inject, dict(n=16, start="random")),
-    "prompt": (prompt.inject, dict(n=16, start="vocabulary")),
+    "prefix": (_soft(prefix.inject), dict(positions=16, start="random")),
+    "prompt": (_soft(prompt.inject), dict(positions=16, start="vocabulary")),
     "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
 }
 UNTRAINED = ("base", "lora-frozen")

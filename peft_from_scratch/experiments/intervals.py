@@ -1,7 +1,8 @@
 """Intervals of claims: over seeds, over items within seeds, and of paired runs."""
 
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from math import comb
+from statistics import fmean, median, stdev
 
 import numpy as np
 
@@ -87,6 +88,31 @@ def paired(a: Sequence[Run], b: Sequence[Run]) -> tuple[float, float, float]:
     mean, *seeds = over_seeds([float(d.mean()) for d in differences])
     _, *items = nested_bootstrap(differences)
     return mean, min(seeds[0], items[0]), max(seeds[1], items[1])
+
+
+def mean_of(
+    triples: Sequence[tuple[float, float, float]],
+) -> tuple[float, float, float]:
+    """The mean of several values, with the means of their ends: never too narrow."""
+    return tuple(map(fmean, zip(*triples, strict=True)))
+
+
+def of_median(values: Sequence[float]) -> tuple[float, float, float]:
+    """median, low, high: of sorted values those that hold the median at 95 %.
+
+    How many of n values lie below the true median is binomial with p = 1/2, whatever
+    they are: no bell curve is asked for, which times of a busy machine are not.
+
+    Raises  Invalid  fewer than six values: even their extremes hold it too rarely
+    """
+    n, values = len(values), sorted(values)
+    outside, k = 0.0, -1  # P(at most k of n values below the median), at both ends
+    while outside + 2 * comb(n, k + 1) / 2**n <= 1 - CONFIDENCE:
+        k += 1
+        outside += 2 * comb(n, k) / 2**n
+    if k < 0:
+        raise Invalid(f"{n} values do not hold their median at {CONFIDENCE:.0%}")
+    return median(values), values[k], values[n - 1 - k]
 
 
 def _refuse_unpaired(a: Sequence[Run], b: Sequence[Run]) -> None:
