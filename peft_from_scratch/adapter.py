@@ -359,15 +359,23 @@ def _wide(base: nn.Module) -> torch.dtype:
     return torch.float32 if on_mps else torch.float64
 
 
-def _refuse_tied(model, name, parameter) -> None:
-    holders = [
-        holder
-        for holder, module in model.named_modules()
+def holders(model: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """The modules that hold this tensor: several where it is tied between them.
+
+    A module that stands in the tree twice holds it once: it computes the same in both.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
         if any(p is parameter for p in module.parameters(recurse=False))
     ]
-    if len(holders) > 1:
+
+
+def _refuse_tied(model, name, parameter) -> None:
+    held = holders(model, parameter)
+    if len(held) > 1:
         raise CannotMerge(
-            f"{name} is one tensor with {holders[0]}.weight: merging would change "
+            f"{name} is one tensor with {held[0]}.weight: merging would change "
             "both. Untie them first, or leave this module out of the targets"
         )
 

@@ -197,7 +197,7 @@ def _verdict(row: dict) -> str:
     }
     zero = "includes" if kind == "open" else "excludes"
     return (
-        f"{row['label']} {does[kind]}: the 95 % interval of the difference, {low} to "
+        f"{row['label']}: {does[kind]}. The 95 % interval of the difference, {low} to "
         f"{high} points, {zero} zero."
     )
 

@@ -159,7 +159,7 @@ METHODS = [
         partial(pfs.pissa.inject, r=4, alpha=8),
         low_rank,
         start=1e-5,
-        saved=False,  # load() makes a LoRA of twice the rank: test_pissa.py
+        saved=False,  # load() makes a LoRA of twice the rank: test_lora_family.py
     ),
     Method("ia3", pfs.ia3.inject, three_vectors_a_layer),
     Method(

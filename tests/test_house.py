@@ -223,3 +223,14 @@ def test_no_file_is_large_or_names_a_private_path():
         assert len(data) <= LARGEST, f"{name}: {len(data)} bytes"
         found = private.search(data)
         assert not found, f"{name}: {data[found.start() :][:60]}"
+
+
+def test_every_test_that_the_gotchas_name_exists():
+    written = {
+        found
+        for path in (ROOT / "tests").rglob("*.py")
+        for found in re.findall(r"^def (\w+)\(", path.read_text("utf-8"), re.MULTILINE)
+    }
+    rows = re.findall(r"^\|.*\|$", text("tests/GOTCHAS.md"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-zA-Z]\w*_\w+)`", row)}
+    assert len(named) > 40 and not named - written

@@ -454,7 +454,7 @@ PISSA = {
     ),
     "a tied weight is split": Bug(
         pissa._refuse_tied,
-        "if len(holders) > 1:",
+        "if len(held) > 1:",
         "if False:",
         family.a_tied_weight_is_refused,
     ),

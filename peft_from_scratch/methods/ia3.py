@@ -19,6 +19,7 @@ from .. import adapter, patterns
 from .. import targets as targeting
 from ..adapter import Adapter, as_matrix, as_stored, sizes, trained_dtype
 from ..targets import Targets
+from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
 # from a query.
@@ -137,12 +138,8 @@ def _usual(model, kinds) -> dict[str, nn.Module]:
     """Keys and values, by name, and of each layer's MLP the last projection."""
     found = targeting.projections(model)
     attention = [name for name, kind in kinds.items() if kind == "attention"]
-    last = {
-        targeting.layer_of(model, name): name
-        for name, kind in kinds.items()
-        if kind == "mlp"
-    }
-    chosen = {*targeting.matching(KEYS_AND_VALUES, attention), *last.values()}
+    inner = last_projections(model, ("mlp",))
+    chosen = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
     if not chosen & set(attention):
         raise ValueError(
             f"no projection of this {type(model).__name__}'s attention has a name that "

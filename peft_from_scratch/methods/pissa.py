@@ -115,13 +115,11 @@ def to_peft(model: nn.Module) -> dict:
 
 def _refuse_tied(model, targets) -> None:
     """ValueError where the residual in one module would change another one too."""
-    every = list(model.named_parameters(remove_duplicate=False))
     for name, module in targets.items():
-        weight = getattr(module, "weight", None)
-        holders = [n for n, p in every if p is weight]
-        if len(holders) > 1:
+        held = adapter.holders(model, getattr(module, "weight", None))
+        if len(held) > 1:
             raise ValueError(
-                f"{holders[-1]} is one tensor with {holders[0]}: taking the principal "
-                f"part out of {name} would change both. Leave it out of the targets, "
-                "or use LoRA"
+                f"{held[-1]}.weight is one tensor with {held[0]}.weight: taking the "
+                f"principal part out of {name} would change both. Leave it out of the "
+                "targets, or use LoRA"
             )
