@@ -493,8 +493,8 @@ IA3S = {
     ),
     "all of the MLP": Bug(
         ia3._usual,
-        "targeting.layer_of(model, name): name",
-        "name: name",
+        'last_projections(model, ("mlp",))',
+        '{name for name, kind in kinds.items() if kind == "mlp"}',
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
     ),
     "starts at zero": Bug(
