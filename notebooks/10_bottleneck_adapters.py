@@ -135,9 +135,10 @@ print(f"y has {len(y)} numbers, the middle has {len(narrow)}, h has {len(h)}")
 print(f"trained: {numbers}; the formula 2md + d + m says {2 * m * d + d + m}")
 
 # %% [markdown]
-# Compare with LoRA, $h = W_0 x + \frac{\alpha}{r} B A\,x$. Two things differ. LoRA reads
-# $x$, the *input* of the projection, and a bottleneck reads $y$, its *output*: it has to
-# wait. And between LoRA's two matrices stands nothing, between these two a $\sigma$.
+# Compare with LoRA, $h = W_0 x + \frac{\alpha}{r} B A\,x$. Two things differ. LoRA
+# reads $x$, the *input* of the projection, and a bottleneck reads $y$, its *output*: it
+# has to wait. And between LoRA's two matrices stands nothing, between these two a
+# $\sigma$.
 #
 # ### Exercise 10.1: the forward pass
 #
@@ -249,9 +250,10 @@ lesson.measured("10.1", losses[1.0] - untouched)
 # step: this is our **control**, and it says that it is the *size* of the start that
 # keeps the model, not the shape of the adapter.
 #
-# With all weights zero the gradient is *nearly* nothing, but not nothing: one part still
-# learns. Which one? $U$ and $D$ block each other as in notebook 04, but $b_U$ stands at
-# the end of the line, and nothing multiplies it. It alone would train for ever.
+# With all weights zero the gradient is *nearly* nothing, but not nothing: one part
+# still learns. Which one? $U$ and $D$ block each other as in notebook 04, but $b_U$
+# stands at the end of the line, and nothing multiplies it. It alone would train for
+# ever.
 #
 # ### Break it on purpose
 #
@@ -287,10 +289,10 @@ repaired = "return (y := self.base(x)) + self.up(F.gelu(self.down(y)))"
 print("the repair:", repaired)
 
 # %% [markdown]
-# The residual is gone: $y$ itself is not added. With a small start the sublayer now says
-# almost nothing, so that all layers are as good as switched off. And it *would* train.
-# The loss would fall from up there, and a learner who never looks at step zero would
-# see a curve that goes down. Look at the loss before the first step, always: it
+# The residual is gone: $y$ itself is not added. With a small start the sublayer now
+# says almost nothing, so that all layers are as good as switched off. And it *would*
+# train. The loss would fall from up there, and a learner who never looks at step zero
+# would see a curve that goes down. Look at the loss before the first step, always: it
 # should be the base model's.
 #
 # ## Idea three: a fair size
@@ -318,8 +320,8 @@ print(f"LoRA of rank 8 in this layer: {budget:,} numbers")
 # ### Exercise 10.2: the same budget
 #
 # Difficulty two of five, importance three of five, about ten minutes. A layer may train
-# about `budget` numbers. Which $m$ comes closest, with two bottlenecks in the layer, and
-# how many numbers do these two have?
+# about `budget` numbers. Which $m$ comes closest, with two bottlenecks in the layer,
+# and how many numbers do these two have?
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -371,8 +373,8 @@ for base, sizes in latency.SIZES.items():
 #
 # In a Llama, the two projections are `o_proj` and `down_proj`. In other models they are
 # called something else. So do not go by names: go by structure. A layer has a sublayer
-# of attention and one of the MLP, and each ends in a projection back to the width of the
-# stream. The library can tell two things about every projection of a model:
+# of attention and one of the MLP, and each ends in a projection back to the width of
+# the stream. The library can tell two things about every projection of a model:
 
 # %%
 for name, kind in list(pfs.targets.kinds(tiny).items())[:7]:
@@ -386,13 +388,13 @@ for name, kind in list(pfs.targets.kinds(tiny).items())[:7]:
 # Difficulty three of five, importance four of five, about fifteen minutes. Return the
 # full names of the projections behind which Houlsby's bottlenecks go, in the model's
 # order: two in every layer, of any Llama, GPT-2 and OPT. `pfs.targets.kinds(model)` has
-# the projections of each layer in the order in which the model defines them, and that is
-# here the order in which data flows.
+# the projections of each layer in the order in which the model defines them, and that
+# is here the order in which data flows.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# For one layer and one kind there are several projections in that list. Which of them do
-# you want: and what does a dictionary do when you set the same key again?
+# For one layer and one kind there are several projections in that list. Which of them
+# do you want: and what does a dictionary do when you set the same key again?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
@@ -457,10 +459,10 @@ for said, entries in work.items():
 # several times that share. So arithmetic is not what costs.
 #
 # When one token is decoded, every matrix meets a single row. Such a product is over in
-# microseconds, and a good part of its time goes into *starting* it: Python, dispatch, on
-# a GPU the launch of a kernel. What counts then is **how many** products there are, not
-# how large they are. LoRA has two for each of seven projections, a bottleneck two for
-# each of two places. PyTorch lets us watch:
+# microseconds, and a good part of its time goes into *starting* it: Python, dispatch,
+# on a GPU the launch of a kernel. What counts then is **how many** products there are,
+# not how large they are. LoRA has two for each of seven projections, a bottleneck two
+# for each of two places. PyTorch lets us watch:
 
 
 # %%
@@ -526,7 +528,8 @@ lesson.measured("10.2", live[0])
 
 # %% [markdown]
 # **The full results** ship: both models, one sequence and eight at once, three repeats
-# of seven rounds. (`python -m peft_from_scratch ledger A1 --run` makes what is missing.)
+# of seven rounds. (`python -m peft_from_scratch ledger A1 --run` makes what is
+# missing.)
 
 # %%
 names = {
@@ -630,9 +633,10 @@ finally:
 
 # %% [markdown]
 # Look at that rank. Without its $\sigma$, a bottleneck changes the weight by
-# $U D\,W_0$: a change of rank $m$, with $U$ in the place of $B$ and $D\,W_0$ in the place
-# of $A$. It is a LoRA that reads the layer's output. So the two methods are closer
-# relatives than they look, and the nonlinearity is what one has to pay for in time.
+# $U D\,W_0$: a change of rank $m$, with $U$ in the place of $B$ and $D\,W_0$ in the
+# place of $A$. It is a LoRA that reads the layer's output. So the two methods are
+# closer relatives than they look, and the nonlinearity is what one has to pay for in
+# time.
 #
 # ## On trial: claim A2
 #
@@ -651,8 +655,8 @@ chosen = {}
 for job, said in jobs.items():
     for name in ("houlsby", "lora"):
         _, (_, chosen[name, job]) = challengers.cell(name, job)
-    rates = (chosen[name, job] for name in ("houlsby", "lora"))
-    print("{:13} bottlenecks learn at {:g}, LoRA at {:g}".format(said, *rates))
+    ours, theirs = (chosen[name, job] for name in ("houlsby", "lora"))
+    print(f"{said:13} bottlenecks learn at {ours:g}, LoRA at {theirs:g}")
 
 # %% [markdown]
 # **Live**: one seed of each method on each of the three jobs, at the rate that the
@@ -718,8 +722,8 @@ lesson.show(figure, "Bottlenecks minus LoRA, in nats: " + "; ".join(told) + ".")
 
 # %%
 shipped = ledger.judge(claim, "tiny")
-print("all three: {:+.3f} nats".format(shipped.measured), end=", ")
-print("interval [{:+.3f}, {:+.3f}]".format(*shipped.interval))
+low, high = shipped.interval
+print(f"all three jobs: {shipped.measured:+.3f} nats [{low:+.3f}, {high:+.3f}]")
 lesson.live("A2", mean_lag, mean_lag - half, mean_lag + half, scale="tiny")
 
 # %%
@@ -813,12 +817,14 @@ assert max(off, gap) < 1e-12
 # No. A linear one learns, as LoRA does.
 #
 # </details>
-# <details><summary>An adapter that merges, and changes the weight by a low rank</summary>
+# <details><summary>An adapter that merges, and changes the weight by a low
+# rank</summary>
 #
 # Right. It is $(I + U D)\,W_0$, and $U D\,W_0$ has rank $m$ at most.
 #
 # </details>
-# <details><summary>An adapter that still cannot be merged, because of its biases</summary>
+# <details><summary>An adapter that still cannot be merged, because of its
+# biases</summary>
 #
 # No. They go into the projection's bias, or become one.
 #
@@ -856,7 +862,8 @@ assert max(off, gap) < 1e-12
 # No. It tells you how small a difference it can see, which you need to know.
 #
 # </details>
-# <details><summary>Differences inside of that interval cannot be told from none</summary>
+# <details><summary>Differences inside of that interval cannot be told from
+# none</summary>
 #
 # Right. That is what a control is for.
 #
@@ -879,14 +886,15 @@ assert max(off, gap) < 1e-12
 # ### Transfer
 #
 # Somebody wants a bottleneck that merges *and* has a nonlinearity, and proposes to put
-# $\sigma$ behind the sum: $h = \sigma(y + U D\,y)$. What merges, what does not, and what
-# happens at the start?
+# $\sigma$ behind the sum: $h = \sigma(y + U D\,y)$. What merges, what does not, and
+# what happens at the start?
 #
 # <details><summary>A model answer</summary>
 #
-# $(I + U D)\,W_0$ merges, and $\sigma$ stays as an operation of its own. But at the start
-# $U D \approx 0$, so $h \approx \sigma(y)$, which is not $y$: the pretrained model is
-# spoiled before the first step. Whatever stands in line must be the identity at first.
+# $(I + U D)\,W_0$ merges, and $\sigma$ stays as an operation of its own. But at the
+# start $U D \approx 0$, so $h \approx \sigma(y)$, which is not $y$: the pretrained
+# model is spoiled before the first step. Whatever stands in line must be the identity
+# at first.
 #
 # </details>
 #
@@ -901,10 +909,10 @@ assert max(off, gap) < 1e-12
 #   counts and starting does not.
 # - **The scale.** Claim A2 was tried on `tiny`, with three jobs of its own. What large
 #   models do with either, it cannot say.
-# - **The paper beside us** (its numbers, not ours). Houlsby and others came within `0.4`
-#   points of full fine-tuning on GLUE, with `3.6 %` of the parameters a task, on BERT.
-#   LoRA's paper timed adapters in GPT-2 medium on one short sequence, and found steps
-#   `20` to `30 %` longer. It compared with LoRA *merged*.
+# - **The paper beside us** (its numbers, not ours). Houlsby and others came within
+#   `0.4` points of full fine-tuning on GLUE, with `3.6 %` of the parameters a task, on
+#   BERT. LoRA's paper timed adapters in GPT-2 medium on one short sequence, and found
+#   steps `20` to `30 %` longer. It compared with LoRA *merged*.
 #
 # ## Receipt
 

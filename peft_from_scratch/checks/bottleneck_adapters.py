@@ -90,7 +90,7 @@ def cases() -> Iterator[Case]:
 
 @judged
 def bottleneck_forward(MyBottleneck: type[nn.Module]) -> None:
-    """10.1: MyBottleneck(base, D, b_D, U, b_U, sigma)(x) is y + U σ(D y + b_D) + b_U."""
+    """10.1: MyBottleneck(base, D, b_D, U, b_U, sigma)(x) is the equation's h."""
     for case in cases():
         parts = {name: value.clone() for name, value in case.parts.items()}
         theirs = MyBottleneck(copy.deepcopy(case.base), **parts, sigma=case.sigma)
@@ -195,12 +195,27 @@ def bottleneck_units(my_units: Callable) -> None:
     """10.2: my_units(d, budget): the m closest to the budget of a layer, its count."""
     for d, budget in BUDGETS:
         m = min(range(1, d + 1), key=lambda m: abs(_formula(d, m) - budget))
-        close(
-            my_units(d, budget),
-            (m, 2 * counted(d, m)),
-            what=f"(m, count), for d={d} and a budget of {budget:,} a layer",
-            mistakes=_wrong_units(d, budget),
-        )
+        got, expected = my_units(d, budget), (m, 2 * counted(d, m))
+        wrong = _wrong_units(d, budget)
+        what = f"(m, count), for d={d} and a budget of {budget:,} a layer"
+        if not _two_numbers(got):
+            close(got, expected, what=what)
+        if tuple(got) != expected:
+            likely = [text for text, pair in wrong.items() if tuple(got) == pair]
+            likely += [text for text, pair in wrong.items() if got[0] == pair[0] != m]
+            raise Wrong(
+                f"{what}\n  expected  {m}, {expected[1]:,}\n"
+                f"  got       {got[0]:,}, {got[1]:,}"
+                + (f"\nLikely mistake: {likely[0]}" if likely else "")
+            )
+
+
+def _two_numbers(got) -> bool:
+    return (
+        isinstance(got, tuple | list)
+        and len(got) == 2
+        and all(isinstance(n, int | float) and not isinstance(n, bool) for n in got)
+    )
 
 
 def counted(d: int, m: int) -> int:
@@ -330,11 +345,11 @@ def _wrong_places(names: list[str], expected: list[str], model) -> str | None:
             sorted(names) == sorted(expected),
             "another order: the model's own, layer by layer",
         ),
-        (len(set(names)) < len(names), "some names are there twice"),
         (
             {n.rpartition(".")[2] for n in expected} == set(names),
             "the last parts alone: give each name in full",
         ),
+        (len(set(names)) < len(names), "some names are there twice"),
         (
             names == [n for n in expected if kinds[n] == "mlp"],
             "behind the MLP only: that is Pfeiffer's placement. Houlsby's has one "
