@@ -230,7 +230,7 @@ def loss_and_gradient():
 # %%
 with torch.no_grad():
     untouched = tiny(**batch).loss.item()
-print(f"the model as it was:    loss {untouched:.4f}")
+print(f"the model as it was:   loss {untouched:.4f}")
 losses = {}
 for std in (0.0, 0.01, 1.0):
     torch.manual_seed(0)
@@ -239,9 +239,7 @@ for std in (0.0, 0.01, 1.0):
         if name.endswith("weight"):
             nn.init.normal_(parameter, std=std)
     losses[std], gradient = loss_and_gradient()
-    print(
-        f"a start with std {std:<4}:  loss {losses[std]:.4f}, gradient {gradient:.2g}"
-    )
+    print(f"a start with std {std:4}: loss {losses[std]:.4f}, gradient {gradient:.2g}")
     pfs.remove(tiny)
 lesson.measured("10.1", losses[1.0] - untouched)
 
@@ -250,10 +248,9 @@ lesson.measured("10.1", losses[1.0] - untouched)
 # step: this is our **control**, and it says that it is the *size* of the start that
 # keeps the model, not the shape of the adapter.
 #
-# With all weights zero the gradient is *nearly* nothing, but not nothing: one part
-# still learns. Which one? $U$ and $D$ block each other as in notebook 04, but $b_U$
-# stands at the end of the line, and nothing multiplies it. It alone would train for
-# ever.
+# With all weights zero there is still a gradient, which may surprise you. Whose is it?
+# $U$ and $D$ block each other as in notebook 04, but $b_U$ stands at the end of the
+# line, and nothing multiplies it. It alone would train, for ever.
 #
 # ### Break it on purpose
 #
@@ -358,12 +355,12 @@ checks.bottleneck_units(my_units)
 # that comes closest. The library counts what it injects:
 
 # %%
-for base, sizes in latency.SIZES.items():
-    counts = {}
+for base, each in (("smollm2", model), ("tiny", tiny)):
+    sizes, counts = latency.SIZES[base], {}
     for method, how in (("lora", {"r": sizes["r"]}), ("houlsby", {"m": sizes["m"]})):
-        each, _ = pfs.load_model(base, device="cpu")
         getattr(pfs, method).inject(each, **how)
         counts[method] = sum(p.numel() for p in pfs.trainable(each).values())
+        pfs.remove(each)
     lora, ours = counts["lora"], counts["houlsby"]
     said = f"{base:8} LoRA r = {sizes['r']}: {lora:,}; bottlenecks m = {sizes['m']}: "
     print(f"{said}{ours:,}, {100 * (ours / lora - 1):+.1f} %")
@@ -513,7 +510,7 @@ lesson.predict("10.2", guess=1, unit="times LoRA's time")
 # %%
 tokens = list(range(3, 3 + config["prompt"]))
 prompts = {name: (model, tokens) for name, model in models.items()}
-seconds = step_seconds(prompts, tokens=12, rounds=9)
+seconds = step_seconds(prompts, tokens=6, rounds=25)
 
 
 def times(name, other):
@@ -574,6 +571,11 @@ lesson.verdict("A1")
 # not, as it is said. LoRA beside the projections adds *more*, because it starts more
 # products. It adds nothing only once it is **merged**, and then it is no longer beside
 # anything: it is gone. Being parallel is not what saves LoRA. Being a matrix is.
+#
+# One thing in the figure asks for care. Merged, with eight sequences, LoRA comes out a
+# little *faster* than the base, though you counted the same products in both. We have
+# not found out why; where the weights lie in memory is a candidate. A difference as
+# small as that one should not be believed here, whatever its interval says.
 #
 # ## Idea six: why this one cannot be merged
 #
@@ -660,12 +662,12 @@ for job, said in jobs.items():
 
 # %% [markdown]
 # **Live**: one seed of each method on each of the three jobs, at the rate that the
-# search chose. **Control**: a LoRA whose $A$ and $B$ are random and never trained. The
-# two methods meet the same rows in the same order, so their losses are paired row by
-# row.
+# search chose. **Control**, on the last of them: a LoRA whose $A$ and $B$ are random
+# and never trained. The two methods meet the same rows in the same order, so their
+# losses are paired.
 
 # %%
-less = {"test": 100, "validation": 10}
+less = {"test": 100, "validation": 5}
 
 
 def test_rows(name, job, **other):
@@ -673,13 +675,13 @@ def test_rows(name, job, **other):
     return finetune.compute(config | less | other)["test_items"]
 
 
-lag, control = {}, {}
+lag = {}
 for job, said in jobs.items():
     ours, theirs = (test_rows(name, job) for name in ("houlsby", "lora"))
-    control[job] = fmean(test_rows("lora", job, method="lora-frozen"))
     lag[job] = fmean(ours) - fmean(theirs)
-    print(f"{said:13} bottlenecks {fmean(ours):.3f}, LoRA {fmean(theirs):.3f}", end="")
-    print(f", random and frozen {control[job]:.3f}")
+    print(f"{said:13} bottlenecks {fmean(ours):.3f}, LoRA {fmean(theirs):.3f}")
+frozen = fmean(test_rows("lora", job, method="lora-frozen"))
+print(f"{said:13} a LoRA that is random and frozen {frozen:.3f}")
 mean_lag = fmean(lag.values())
 lesson.measured("10.3", mean_lag)
 
@@ -700,6 +702,7 @@ for job, said in jobs.items():
     points[said] = (level, *intervals.paired(ours, theirs))
     both = zip(ours, theirs, strict=True)
     per_seed.append([a.result["test_loss"] - b.result["test_loss"] for a, b in both])
+    print(f"{said:13} each seed", *(f"{value:+.3f}" for value in per_seed[-1]))
 spread = stdev(fmean(seeds) for seeds in zip(*per_seed, strict=True))
 half = intervals.t_quantile(0.975, len(challengers.SEEDS) - 1) * spread
 print(f"seeds lie {spread:.4f} apart; one seed: {mean_lag:.3f} ± {half:.3f}")
@@ -709,7 +712,7 @@ figure = curves.points(
     points,
     x="Test loss of LoRA, nats per token",
     y="Bottlenecks minus LoRA, nats",
-    title="Three jobs for tiny: what bottlenecks end behind LoRA",
+    title="How far bottlenecks end behind LoRA: three jobs for tiny",
     subtitle="Above zero LoRA is better. Five seeds, paired by row; 95 % intervals.",
     log="",
 )
@@ -731,12 +734,19 @@ lesson.live("A2", mean_lag, mean_lag - half, mean_lag + half, scale="tiny")
 lesson.verdict("A2")
 
 # %% [markdown]
-# RESULT-PROSE: two or three sentences on the three jobs, once the runs are there.
+# Read the seeds, and not the mean alone. On new words and on the new language every
+# seed says the same: after as many steps, the bottlenecks are behind. On the new format
+# most seeds see next to no difference, and the mean comes from a single one in which
+# LoRA got past a point where all others, of both methods, were still stuck. So the
+# interval holds zero there.
 #
-# Keep two questions apart. *Does it learn as well?* The picture answers that, for small
-# jobs and one small model. *Is it used?* There LoRA has won, and one reason stands
-# above: a merged LoRA costs nothing at inference, and a bottleneck costs something
-# for ever.
+# Why are they behind? We have tested no reason. Bottlenecks stand at two places in a
+# layer and LoRA at seven. And their two small matrices start by holding each other's
+# gradients down. More steps might close the gap; the rule fixes the steps.
+#
+# Keep two questions apart. *Does it learn as well?* Here it did not, on small jobs and
+# one small model. *Is it used?* There LoRA has won, and one reason stands above: a
+# merged LoRA costs nothing at inference, and a bottleneck costs something for ever.
 #
 # ## Now with the library
 #
@@ -902,7 +912,7 @@ assert max(off, gap) < 1e-12
 #
 # - **What the controls rule out.** The clock can tell one from the other: the base
 #   timed again stays near one. The large start shows that being small is what keeps the
-#   model. The frozen LoRA shows that noise of LoRA's size teaches nothing.
+#   model. The frozen LoRA shows that adding random numbers teaches nothing.
 # - **What they do not.** Time was measured on a CPU, in eager PyTorch. A GPU has other
 #   costs of starting, compiled graphs remove many of them, and fused kernels can do a
 #   LoRA and its projection in one go. With long prompts or large batches, arithmetic
