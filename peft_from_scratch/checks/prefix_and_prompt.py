@@ -167,9 +167,8 @@ def _wrong_prompts(batch: Batch) -> dict[str, Tensor]:
     n, (b, t) = len(P), mask.shape
     E = model.get_input_embeddings()(batch.input_ids)
     front = torch.cat([P.expand(b, -1, -1), E], 1)
-    behind = torch.cat([E, P.expand(b, -1, -1)], 1)
     ones, zeros = mask.new_ones(b, n), mask.new_zeros(b, n)
-    wide = torch.cat([ones, mask], 1)
+    wide, behind = torch.cat([ones, mask], 1), torch.cat([mask, ones], 1)
     right = (wide.cumsum(1) - 1).clamp(min=0)
     own = (mask.cumsum(1) - 1).clamp(min=0)
     start = torch.arange(n).expand(b, -1)
@@ -178,12 +177,11 @@ def _wrong_prompts(batch: Batch) -> dict[str, Tensor]:
         asked = dict(attention_mask=mask, position_ids=positions, use_cache=False)
         return model(inputs_embeds=x, **asked).logits[:, cut][batch.real]
 
-    def turned(mask) -> Tensor:
-        return torch.cat([mask, ones], 1)
-
     every = torch.arange(n + t).expand(b, -1)
     wrong = {
-        "P is missing: the plain model": logits(E, mask, own, slice(None)),
+        "P is missing, or stands behind the tokens, which then cannot see it": logits(
+            E, mask, own, slice(None)
+        ),
         "the positions count the padding too: count the real tokens, with a cumsum of "
         "the mask": logits(front, wide, every),
         "the tokens' positions start at 0 again: they start at n": logits(
@@ -198,11 +196,11 @@ def _wrong_prompts(batch: Batch) -> dict[str, Tensor]:
         "the mask was not used: padding is seen": logits(
             front, torch.ones_like(wide), right
         ),
-        "the ones stand behind the mask, and P in front": logits(
-            front, turned(mask), right
+        "the mask was not used, and padding is counted and seen": logits(
+            front, torch.ones_like(wide), every
         ),
-        "P stands behind the tokens, which then cannot see it": logits(
-            behind, turned(mask), (turned(mask).cumsum(1) - 1).clamp(min=0), slice(0, t)
+        "the ones stand behind the mask, and P in front": logits(
+            front, behind, (behind.cumsum(1) - 1).clamp(min=0)
         ),
         "the last n outputs were cut off, in the place of the first": logits(
             front, wide, right, slice(0, t)
@@ -335,10 +333,9 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
     own, front = scores[:, n:], scores[:, :n]
     plain = _softmax(own, _seen(t)) @ V
     alone = front.softmax(-1) @ P_V
-    after = torch.cat([own, front], 1)
     weights = _softmax(scores, seen)
     return {
-        "the prefix is missing": plain,
+        "the prefix is missing, or behind the tokens and so masked": plain,
         "the tokens are missing: the prefix alone": alone,
         "no scale: the scores are divided by sqrt(d)": _softmax(q @ keys.T, seen)
         @ values,
@@ -350,10 +347,6 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
             scores, torch.ones_like(seen).tril()
         )
         @ values,
-        "the prefix stands behind the tokens and so under the causal mask": _softmax(
-            after, torch.ones_like(seen).tril()
-        )
-        @ torch.cat([V, P_V]),
         "no causal mask: tokens see later tokens": _softmax(scores) @ values,
         "two softmaxes, added up: one softmax goes over prefix and tokens": plain
         + alone,
@@ -456,7 +449,7 @@ def _wrong_shares(head: Head) -> dict[str, Tensor]:
 # 11.4 ---------------------------------------------------------------------------------
 
 SHAPES = (  # layers, query heads, key-value heads, head size, hidden size, n
-    (3, 8, 2, 6, 40, 5),  # grouped queries, and heads that do not add up to the width
+    (3, 6, 2, 4, 42, 5),  # grouped queries, and heads that do not add up to the width
     (2, 4, 4, 8, 32, 16),
     (1, 6, 3, 4, 24, 1),
 )
@@ -505,7 +498,7 @@ def _wrong_counts(config, n: int, prefix: int, prompt: int) -> dict[str, tuple]:
             n * 2 * layers * heads * size,
             n * heads * size,
         ),
-        "the hidden size was taken for h_kv d": (n * 2 * layers * d, n * layers * d),
+        "the hidden size was taken for h_kv d": (n * 2 * layers * d, None),
         "the size of a head is config.head_dim, not hidden size / heads": (
             n * 2 * layers * kv_heads * narrow,
             n * heads * narrow,

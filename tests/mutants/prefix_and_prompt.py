@@ -113,6 +113,10 @@ MUTANTS = {
             mask="attention_mask.new_ones(b, n + t)",
             positions="torch.cat([torch.arange(n).expand(b, -1), n + " + OWN + "], 1)",
         ),
+        "all ones, padding counted": prompt(mask="attention_mask.new_ones(b, n + t)"),
+        "the ones behind the mask, counted": prompt(
+            mask=f"torch.cat([attention_mask, {ONES}], dim=1)"
+        ),
         "zeros in the mask for P": prompt(
             mask="torch.cat([0 * attention_mask.new_ones(b, n), attention_mask], 1)",
             positions="torch.cat([torch.arange(n).expand(b, -1), n + " + OWN + "], 1)",
