@@ -760,9 +760,10 @@ lesson.verdict("T2")
 # %% [markdown]
 # On each of the three tasks the prefix ended lower than the prompt: by little on the
 # new format, by far on the new words and the new language. Three times the steps did
-# not bring the prompt level. But look at the rates in the table. For the prefix, the search
-# had to go on far above the rates of LoRA, past the end of its first grid. Held to the
-# first grid, a prefix learns so slowly that one would have written down the opposite.
+# not bring the prompt level. But look at the rates in the table. For the prefix, the
+# search had to go on far above the rates of LoRA, past the end of its first grid. Held
+# to the first grid, a prefix learns so slowly that one would have written down the
+# opposite.
 #
 # Keep two sentences apart. A prefix *can express* more: that is proven above, and no
 # run can overturn it. Whether the richer method ends lower in a given number of steps
