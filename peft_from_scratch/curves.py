@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from .block_words import METHODS
 from .plotting import (
@@ -323,6 +324,8 @@ class _Page:
         )
         axes.set_xscale("log" if "x" in self.log else "linear")
         axes.set_yscale("log" if "y" in self.log else "linear")
+        if "y" in self.log:  # "2", where little more than a decade is shown
+            axes.yaxis.set_minor_formatter(LogFormatter())
         for side in "xy":
             if side not in self.log:  # "1e9" alone over the axis would be overlooked
                 axes.ticklabel_format(axis=side, style="plain", useOffset=False)
