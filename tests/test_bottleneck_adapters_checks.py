@@ -6,12 +6,12 @@ should say, and answers that differ from the notebook's and are as good.
 
 import build
 import pytest
+from check_tests import checked
 from mutant_run import lesson
 
 from peft_from_scratch.checks import bottleneck_adapters as checks
 
 LESSON = lesson(build.FOLDER / "10_bottleneck_adapters.py")
-EXERCISES = {exercise.id: exercise for exercise in LESSON.exercises}
 
 TOLD = {  # exercise: {mutant: what its learner must read}
     "10.1": {
@@ -151,23 +151,11 @@ RIGHT = {  # exercise: {name: another right answer}
 }
 
 
-def rows(table):
-    return [(id, name) for id, names in table.items() for name in names]
-
-
-@pytest.mark.parametrize("id, name", rows(TOLD))
-def test_a_common_mistake_is_named(id, name):
-    said = LESSON.judge(EXERCISES[id], LESSON.wrong[id][name])
-    assert TOLD[id][name] in str(said)
-
-
-@pytest.mark.parametrize("id, name", rows(RIGHT))
-def test_an_answer_that_is_right_in_another_way_passes(id, name):
-    assert LESSON.judge(EXERCISES[id], RIGHT[id][name]) is None
-
-
-def test_every_exercise_has_both():
-    assert set(TOLD) == set(RIGHT) == set(EXERCISES)
+(
+    test_a_common_mistake_is_named,
+    test_an_answer_that_is_right_in_another_way_passes,
+    test_every_exercise_has_both,
+) = checked(LESSON, TOLD, RIGHT)
 
 
 @pytest.mark.parametrize(("d", "budget"), checks.BUDGETS)

@@ -1,11 +1,10 @@
 """Notebook 11's checks: what the common mistakes are told, and what else is right."""
 
 import build
-import pytest
+from check_tests import checked
 from mutant_run import lesson
 
 LESSON = lesson(build.FOLDER / "11_prefix_and_prompt.py")
-EXERCISES = {exercise.id: exercise for exercise in LESSON.exercises}
 
 TOLD = {  # exercise: {mutant: what its learner must read}
     "11.1": {
@@ -167,20 +166,8 @@ RIGHT = {  # exercise: {name: another right answer}
 }
 
 
-def rows(table):
-    return [(id, name) for id, names in table.items() for name in names]
-
-
-@pytest.mark.parametrize("id, name", rows(TOLD))
-def test_a_common_mistake_is_named(id, name):
-    said = LESSON.judge(EXERCISES[id], LESSON.wrong[id][name])
-    assert TOLD[id][name] in str(said)
-
-
-@pytest.mark.parametrize("id, name", rows(RIGHT))
-def test_an_answer_that_is_right_in_another_way_passes(id, name):
-    assert LESSON.judge(EXERCISES[id], RIGHT[id][name]) is None
-
-
-def test_every_exercise_has_both():
-    assert set(TOLD) == set(RIGHT) == set(EXERCISES)
+(
+    test_a_common_mistake_is_named,
+    test_an_answer_that_is_right_in_another_way_passes,
+    test_every_exercise_has_both,
+) = checked(LESSON, TOLD, RIGHT)

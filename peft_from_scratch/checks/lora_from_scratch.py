@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import adapters, as_matrix, trainable
 from ..experiments import spectrum
 from ..methods import lora
-from . import Wrong, close, judged, unchanged
+from . import Wrong, close, judged, pulled, unchanged
 
 # (kind of base, d_in, d_out, r, alpha, shape of x without d_in). In the first, every
 # wrong scale gives another number; and a square Conv1D comes before the oblong one,
@@ -151,14 +151,12 @@ def _same_gradients(theirs: nn.Module, case: Case) -> None:
     ours = case.ours()
     x, ours_x = (case.x.clone().requires_grad_() for _ in range(2))
     got, expected = theirs(x), ours(ours_x)
-    ways = torch.arange(1.0, expected.numel() + 1).view(expected.shape).cos()
     if not got.requires_grad:
         raise Wrong(
             "h has the right values, but no gradient reaches A and B through it. "
             "Likely mistake: .data, .detach() or torch.no_grad() in forward()"
         )
-    (got * ways).sum().backward()
-    (expected * ways).sum().backward()
+    ways = pulled(got, expected)
     through_W0 = ways @ as_matrix(case.base)
     for name, mine, wanted in (
         ("A", theirs.A.grad, ours.A.grad),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from ..adapter import adapters
 from ..experiments import counting
 from ..methods import prefix, prompt
-from . import Wrong, close, judged, unchanged
+from . import Wrong, close, judged, pulled, unchanged
 
 VOCABULARY = 50
 TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -222,9 +222,7 @@ def _same_gradient_of_P(got, P, ours, ours_P, batch: Batch) -> None:
             "them. Likely mistake: P.data, P.detach() or torch.no_grad()"
         )
     real = batch.real
-    ways = torch.arange(1.0, ours[real].numel() + 1).view(ours[real].shape).cos()
-    (got[real] * ways).sum().backward()
-    (ours[real] * ways).sum().backward()
+    pulled(got[real], ours[real])
     if P.grad is None:
         raise Wrong(
             f"for {batch}: the logits are right, but no gradient reaches P. Likely "
@@ -300,9 +298,7 @@ def prefix_attention(my_attention: Callable) -> None:
                 "the values are right, but no gradient passes. Likely mistake: .data, "
                 ".detach() or torch.no_grad()"
             )
-        ways = torch.arange(1.0, expected.numel() + 1).view(expected.shape).cos()
-        (got * ways).sum().backward()
-        (expected * ways).sum().backward()
+        pulled(got, expected)
         for name in names:
             if mine[name].grad is None:
                 raise Wrong(f"the values are right, but no gradient reaches {name}")

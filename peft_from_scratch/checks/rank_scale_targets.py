@@ -18,7 +18,7 @@ from ..experiments import scaling
 from ..methods import dora, lora, pissa
 from ..recipe import Recipe
 from ..train import _groups
-from . import Wrong, close, judged, unchanged
+from . import Wrong, close, judged, pulled, unchanged
 
 # (d_in, d_out, r, alpha, shape of x without d_in). In the first, every wrong scale
 # gives another number; in the second, every wrong order of square matrices fits.
@@ -337,9 +337,7 @@ def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None
             "Likely mistake: the whole of h is detached, not ‖V‖ alone"
         )
     expected = ours(x)
-    ways = torch.arange(1.0, expected.numel() + 1).view(expected.shape).cos()
-    (got * ways).sum().backward()
-    (expected * ways).sum().backward()
+    ways = pulled(got, expected)
     V = {name: case.__dict__[name].clone().requires_grad_() for name in "AB"}
     W = W0 + scale * (V["B"] @ V["A"])
     ((case.x @ W.T * m / W.norm(dim=1)) * ways).sum().backward()

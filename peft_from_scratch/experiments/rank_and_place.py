@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ..claim import Claim, Measured, Rule
-from ..runs import Run
+from ..runs import Run, matches
 from . import finetune
 from .intervals import over_seeds, paired
 from .rates import at_best, best_inside, tuned
@@ -47,7 +47,7 @@ def _cell(task, targets, r):
 def _of(found: Sequence[Run], task: str, targets: str, r: int) -> list[Run]:
     """The cell's runs at its searched rate."""
     wanted = dict(task=task, targets=targets, r=r, n=N)
-    return at_best([run for run in found if wanted.items() <= run.config.items()])
+    return at_best([run for run in found if matches(run, **wanted)])
 
 
 # ------------------------------------------------------------------- L5: the place

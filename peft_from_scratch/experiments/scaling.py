@@ -200,9 +200,7 @@ def transfer_costs(found: Sequence[Run], method: str) -> dict[int, tuple]:
 
 
 def _searched_rate(found: Sequence[Run]) -> float:
-    searched = [run for run in found if matches(run, seed=SEEDS[0])]
-    losses = {run.config["lr"]: run.result["validation_loss"] for run in searched}
-    return best_inside(losses)
+    return at_best(found)[0].config["lr"]
 
 
 def transfer_measured(found: Sequence[Run]) -> Measured:
