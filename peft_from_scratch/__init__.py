@@ -2,13 +2,25 @@
 
 Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
 methods/full.py (what it is measured against), the other methods (`ls methods` is the
-syllabus), trunk.py before prompt.py and prefix.py, exchange.py (the file format),
-train.py (one plain loop), evaluate.py, compare.py (the main job).
+syllabus), nf4/ before qlora.py, trunk.py before prompt.py and prefix.py, exchange.py
+(the file format), train.py (one plain loop), evaluate.py, compare.py (the main job).
 """
 
+from . import nf4
 from .adapter import Adapter, CannotMerge, merge, remove, trainable
 from .exchange import load, save
-from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
+from .methods import (
+    bitfit,
+    dora,
+    full,
+    houlsby,
+    ia3,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+)
 from .models import load_model
 
 __version__ = "0.1.0"
@@ -24,9 +36,11 @@ __all__ = [
     "load_model",
     "lora",
     "merge",
+    "nf4",
     "pissa",
     "prefix",
     "prompt",
+    "qlora",
     "remove",
     "save",
     "trainable",

@@ -19,13 +19,22 @@ as `own`, with the original values where `remove` shall be able to bring them ba
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .targets import Targets, named_modules, resolve, shown, uncompiled
+from .targets import (
+    PROJECTIONS,
+    Packed,
+    Targets,
+    named_modules,
+    resolve,
+    shown,
+    uncompiled,
+)
 
 
 class CannotMerge(ValueError):
@@ -145,7 +154,7 @@ def inject(
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    _swap(model, adapters)
+    swap(model, adapters)
     model.pfs_injection = injection
     try:
         for adapter in adapters.values():
@@ -191,7 +200,8 @@ def merge(model: nn.Module) -> dict[str, float]:
 
     Computed in float64 (float32 on MPS, which has no float64) and rounded once to the
     weight's dtype. All or nothing: every merged weight is ready and checked before the
-    first one is written.
+    first one is written. A projection in four bits leaves them: a sum of codes and an
+    update is no code, and a plain one with the exact sum takes its place.
 
     Returns  {module name: rounding error}, dimensionless: the norm of what rounding to
              the weight's dtype lost, over the norm of the change. Keep a copy of the
@@ -201,11 +211,14 @@ def merge(model: nn.Module) -> dict[str, float]:
     """
     injected(model)
     model = bare(model)
-    ready, errors = [], {}
+    ready, errors, unpacked = [], {}, {}
     for name, adapter in adapters(model).items():
         lost = changed = 0.0
-        for inner, exact in adapter.merged(_wide(adapter.base)).items():
-            parameter = adapter.base.get_parameter(inner)
+        base = adapter.base
+        if isinstance(base, Packed):
+            base = unpacked[adapter] = base.plain()
+        for inner, exact in adapter.merged(_wide(base)).items():
+            parameter = base.get_parameter(inner)
             _refuse_tied(model, f"{name}.{inner}", parameter)
             rounded = exact.to(parameter.dtype)
             if not rounded.isfinite().all():
@@ -219,6 +232,8 @@ def merge(model: nn.Module) -> dict[str, float]:
         errors[name] = (lost / changed) ** 0.5 if changed else 0.0
     for parameter, rounded in ready:
         parameter.copy_(rounded)
+    for adapter, base in unpacked.items():
+        adapter.base = base
     detach(model)
     return errors
 
@@ -250,7 +265,7 @@ def detach(model: nn.Module) -> None:
     For what has been merged, or has lost its originals; else remove() is meant.
     """
     model = bare(model)
-    _swap(model, {adapter: adapter.base for adapter in adapters(model).values()})
+    swap(model, {adapter: adapter.base for adapter in adapters(model).values()})
     _set_flags(model, injected(model).requires_grad)
     del model.pfs_injection
 
@@ -328,16 +343,29 @@ def vocabulary(model: nn.Module) -> int | None:
 
 
 def as_matrix(base: nn.Module) -> Tensor:
-    """The base's weight as (d_out, d_in): Conv1D stores the transpose."""
-    return base.weight.T if isinstance(base, Conv1D) else base.weight
+    """The base's weight as (d_out, d_in): Conv1D stores the transpose.
+
+    Raises  CannotMerge  another library's packed weight, which holds no numbers
+    """
+    if not base.weight.is_floating_point():
+        raise CannotMerge(
+            f"the weight of a {type(base).__name__} is packed ({base.weight.dtype}), "
+            "in a form that only its library can read: dequantize it there"
+        )
+    return base.weight.T if is_transposed(base) else base.weight
 
 
 def as_stored(base: nn.Module, W: Tensor) -> Tensor:
     """A matrix (d_out, d_in) in the orientation in which the base stores its weight."""
-    return W.T if isinstance(base, Conv1D) else W
+    return W.T if is_transposed(base) else W
 
 
-def trained_dtype(weight: Tensor) -> torch.dtype:
+def is_transposed(base: nn.Module) -> bool:
+    """Whether the base stores its weight as (d_in, d_out)."""
+    return isinstance(base, Conv1D) or getattr(base, "transposed", False)
+
+
+def trained_dtype(weight: Tensor | Packed) -> torch.dtype:
     """Of what trains beside a weight: its own, but float32 where that is a half one.
 
     In half precision, updates of 1e-4 would be rounded away.
@@ -345,18 +373,29 @@ def trained_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
 
 
+def beside(base: nn.Module) -> dict:
+    """{"device": …, "dtype": …} of what trains beside a projection."""
+    weight = base if isinstance(base, Packed) else base.weight
+    return {"device": weight.device, "dtype": trained_dtype(weight)}
+
+
 def sizes(base: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a projection; ValueError for any other module."""
-    if not isinstance(base, nn.Linear | Conv1D):
+    """(d_out, d_in) of a projection; ValueError for any other module.
+
+    Not the shape of its weight: one in four bits has another.
+    """
+    if isinstance(base, Conv1D):
+        return tuple(base.weight.T.shape)
+    if not isinstance(base, PROJECTIONS):
         raise ValueError(
             f"a {type(base).__name__} cannot be adapted here: only Linear and Conv1D"
         )
-    return tuple(as_matrix(base).shape)
+    return base.out_features, base.in_features
 
 
 def _wide(base: nn.Module) -> torch.dtype:
-    on_mps = next(base.parameters()).device.type == "mps"
-    return torch.float32 if on_mps else torch.float64
+    first = next(chain(base.parameters(), base.buffers()))
+    return torch.float32 if first.device.type == "mps" else torch.float64
 
 
 def holders(model: nn.Module, parameter: nn.Parameter) -> list[str]:
@@ -380,7 +419,8 @@ def _refuse_tied(model, name, parameter) -> None:
         )
 
 
-def _swap(model, old_to_new) -> None:
+def swap(model: nn.Module, old_to_new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of the old one, wherever that stands."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in old_to_new:

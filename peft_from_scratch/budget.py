@@ -12,6 +12,7 @@ the first frozen parameter and at the second forward pass of a step, and the met
 here have both.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .adapter import trainable
+from .targets import Packed
 
 STEP_BYTES = 4  # torch's AdamW counts the steps of each tensor in a float32 scalar
 
@@ -59,11 +61,21 @@ class Memory:
 
 
 def count(model: nn.Module) -> Count:
-    """How many parameters train, and how many there are, adapters included."""
+    """How many parameters train, and how many there are, adapters included.
+
+    A weight in four bits counts all its values, not the bytes that hold them.
+    """
+    packed = (m.values for m in model.modules() if isinstance(m, Packed))
     return Count(
         trainable=sum(p.numel() for p in trainable(model).values()),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(map(_values, model.parameters())) + sum(packed),
     )
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for: bitsandbytes' have two of them in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:

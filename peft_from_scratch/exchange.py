@@ -23,18 +23,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapter, atomic, patterns
-from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
+from .methods import (
+    bitfit,
+    dora,
+    full,
+    houlsby,
+    ia3,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+)
 from .targets import named_modules, shown
 from .trunk import Trunk
 
 # What a file can say it is -> the method that reads it, and each method by its name.
 READERS = {m.PEFT_TYPE: m for m in (lora, full, houlsby, prefix, prompt, ia3, bitfit)}
-WRITERS = {m.__name__.rpartition(".")[2]: m for m in (*READERS.values(), dora, pissa)}
+OTHERS = (dora, pissa, qlora)  # written as one of those
+WRITERS = {m.__name__.rpartition(".")[2]: m for m in (*READERS.values(), *OTHERS)}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type"}
 METADATA |= {"peft_version", "revision", "task_type"}  # say nothing about the weights
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROWS, BITS = "vocab_size", "base_bits"  # what a file notes of its base, beside tensors
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -63,18 +76,20 @@ def save(model: nn.Module, directory: str | Path) -> None:
         "inference_mode": True,
         **method.to_peft(model),
     }
-    write(directory, config, tensors, str(rows))
+    write(directory, config, tensors, {ROWS: str(rows), BITS: qlora.base_bits(model)})
 
 
 def write(
-    directory: str | Path, config: dict, tensors: dict[str, Tensor], rows: str | None
+    directory: str | Path, config: dict, tensors: dict[str, Tensor], notes: dict
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
     Args
-        rows  of the vocabulary that the adapter is for; None where nobody knows
+        notes  what the file says of the base, as text: ROWS, BITS; None where nobody
+               knows, or there is nothing to say
     """
-    metadata = {"format": "pt"} | ({} if rows is None else {"vocab_size": rows})
+    known = {key: text for key, text in notes.items() if text is not None}
+    metadata = {"format": "pt"} | known
     atomic.sweep(directory)  # what a killed save left
     with atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:
         save_file(tensors, new / WEIGHTS, metadata)
@@ -86,7 +101,8 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     """Inject what the folder holds, ours or PEFT's, and fill it with the saved values.
 
     Returns  the names of the adapted modules
-    Warns    UserWarning   the loaded adapter changes no logit (an untrained one)
+    Warns    UserWarning   the loaded adapter changes no logit (an untrained one), or it
+             was trained beside weights in four bits, and this model has them in full
     Raises   ValueError   a broken, incomplete, superfluous, misshapen or non-finite
              file, a field that is not implemented, a model that does not fit; the model
              is then as it was
@@ -97,8 +113,9 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     directory = Path(directory)
     config = read_config(directory / CONFIG)
     method = _reader(config)
-    tensors, rows = read_tensors(directory / WEIGHTS)
-    _refuse_other_vocabulary(model, rows)
+    tensors, notes = read_tensors(directory / WEIGHTS)
+    bits = qlora.read_bits(notes.get(BITS))
+    _refuse_other_vocabulary(model, notes.get(ROWS))
     names = adapted(tensors, method)
     arguments = method.from_peft(
         {key: value for key, value in config.items() if key not in METADATA}, names
@@ -121,6 +138,15 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
         warnings.warn(
             f"the adapter from {directory} changes no logit of this model: it is "
             "untrained, or was made for another one",
+            stacklevel=2,
+        )
+    if bits and not qlora.base_bits(model):
+        error = qlora.base_error(model, **bits)
+        warnings.warn(
+            f"the adapter from {directory} was trained beside weights in four bits "
+            f"({notes[BITS]}), and this model has them in full: they differ by "
+            f"{error.weight:.1%} of their norm, which is {error.update:.2g} times that "
+            "of the update. For the model that was trained, nf4.quantize_model() first",
             stacklevel=2,
         )
     return injected
@@ -212,8 +238,8 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """(tensors, rows of the vocabulary or None) of a file, each of finite numbers."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, notes) of a file: finite numbers, and what was written with them."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the adapter has no weights")
     try:
@@ -223,7 +249,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     _refuse_not_finite(tensors, path)
-    return tensors, metadata.get("vocab_size")
+    return tensors, metadata
 
 
 def _refuse_not_finite(tensors, where) -> None:

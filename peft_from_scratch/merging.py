@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from . import exchange
 from .adapter import is_finite
-from .exchange import CONFIG, PREFIX, WEIGHTS
+from .exchange import BITS, CONFIG, PREFIX, ROWS, WEIGHTS
 from .methods import lora
 from .targets import exactly, shown, spread
 
@@ -67,7 +67,7 @@ class LowRank:
 class _File:
     folder: Path
     config: dict
-    rows: str | None  # of the vocabulary, where the file says so
+    notes: dict[str, str]  # what the file says of its base
     updates: dict[str, LowRank]
 
 
@@ -271,7 +271,8 @@ def _refuse_other_bases(files) -> None:
     seen = {}
     for file in files:
         facts = {n: (len(u.B), u.A.shape[1]) for n, u in file.updates.items()}
-        facts |= {"the vocabulary": file.rows} if file.rows is not None else {}
+        for note, what in ((ROWS, "the vocabulary"), (BITS, "the bits of the base")):
+            facts |= {what: file.notes[note]} if note in file.notes else {}
         for what, fact in facts.items():
             before, folder = seen.setdefault(what, (fact, file.folder))
             if before != fact:
@@ -307,9 +308,9 @@ def _refuse_ranks(name, parts, how, r) -> None:
 
 def _read(folder: Path) -> _File:
     config = exchange.read_config(folder / CONFIG)
-    tensors, rows = exchange.read_tensors(folder / WEIGHTS)
+    tensors, notes = exchange.read_tensors(folder / WEIGHTS)
     try:
-        return _File(folder, config, rows, _updates(config, tensors))
+        return _File(folder, config, notes, _updates(config, tensors))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -376,8 +377,11 @@ def _write(out: Path, files, written) -> None:
         for name, pair in pairs.items()
         for end, X in zip(lora.FILE_SUFFIXES, pair, strict=True)
     }
-    rows = next((file.rows for file in files if file.rows is not None), None)
-    exchange.write(out, _config(files, written), tensors, rows)
+    notes = {
+        note: next((f.notes[note] for f in files if note in f.notes), None)
+        for note in (ROWS, BITS)
+    }
+    exchange.write(out, _config(files, written), tensors, notes)
 
 
 def _config(files, written) -> dict:

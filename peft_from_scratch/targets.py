@@ -1,9 +1,10 @@
 """Which modules of a model an adapter goes on, found by structure, not from a table.
 
 A decoder layer is a `GradientCheckpointingLayer`: 167 of the 173 causal language models
-of transformers 5.23 build theirs on it. A *projection* is an `nn.Linear` or a GPT-2
-`Conv1D`. The presets look inside decoder layers only, so that heads and embeddings
-are left alone unless somebody names them:
+of transformers 5.23 build theirs on it. A *projection* is an `nn.Linear`, a GPT-2
+`Conv1D`, or a `Packed` one, whose weight is held in fewer bits. The presets look inside
+decoder layers only, so that heads and embeddings are left alone unless somebody names
+them:
 
     "attention"    every projection under a module whose class says Attention
     "mlp"          the layer's other projections
@@ -15,13 +16,48 @@ Experts of a mixture are 3-D parameters, not projections, and are not targeted.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 PRESETS = ("attention", "mlp", "all-linear")
 ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a dot
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
+
+
+class Packed(nn.Module):
+    """A frozen projection that holds its weight in another form than a parameter.
+
+    weight      the weight as numbers, made anew at each look; not a parameter
+    transposed  whether that is (d_in, d_out), as Conv1D has it
+    dtype       of those numbers
+    values      numbers that the weight stands for, whatever bytes it takes
+    """
+
+    in_features: int
+    out_features: int
+    transposed: bool
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def values(self) -> int:
+        return self.in_features * self.out_features
+
+    def plain(self) -> nn.Module:
+        """A Linear or Conv1D with the same weight, as a parameter."""
+        raise NotImplementedError
+
+
+PROJECTIONS = nn.Linear | Conv1D | Packed
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -36,11 +72,11 @@ def uncompiled(name: str) -> str:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and Conv1D of the model by its dotted name, heads included."""
+    """Every projection of the model by its dotted name, heads included."""
     return {
         name: module
         for name, module in named_modules(model)
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, PROJECTIONS)
     }
 
 

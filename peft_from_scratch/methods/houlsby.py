@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter, targets
-from ..adapter import Adapter, sizes, trained_dtype
+from ..adapter import Adapter, beside, sizes
 from ..targets import shown
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,8 +55,7 @@ class Bottleneck(Adapter):
         d, _ = sizes(base)
         _check(m, nonlinearity, d)
         super().__init__(base)
-        weight = base.weight
-        like = dict(device=weight.device, dtype=trained_dtype(weight))
+        like = beside(base)
         self.down = nn.Linear(d, m, **like)
         self.up = nn.Linear(m, d, **like)
         for linear in (self.down, self.up):

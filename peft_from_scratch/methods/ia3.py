@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import adapter, patterns
 from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, as_stored, sizes, trained_dtype
+from ..adapter import Adapter, as_matrix, as_stored, beside, sizes
 from ..targets import Targets
 from .houlsby import last_projections
 
@@ -53,8 +53,7 @@ class IA3(Adapter):
     def __init__(self, base: nn.Module, feedforward: bool = False):
         d_out, d_in = sizes(base)
         super().__init__(base)
-        weight = base.weight
-        like = dict(device=weight.device, dtype=trained_dtype(weight))
+        like = beside(base)
         shape = (1, d_in) if feedforward else (d_out, 1)
         self.l = nn.Parameter(torch.ones(shape, **like))
         self.feedforward = feedforward

@@ -22,10 +22,10 @@ from ..adapter import (
     Adapter,
     as_matrix,
     as_stored,
+    beside,
     is_finite,
     refuse_unimplemented,
     sizes,
-    trained_dtype,
 )
 from ..targets import Targets
 
@@ -142,8 +142,7 @@ class LoRA(Adapter):
         d_out, d_in = sizes(base)
         _check(r, alpha, rslora, dropout, d_out, d_in)
         super().__init__(base)
-        weight = base.weight
-        like = dict(device=weight.device, dtype=trained_dtype(weight))
+        like = beside(base)
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r, **like))
         self.alpha = alpha

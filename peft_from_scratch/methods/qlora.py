@@ -1,0 +1,267 @@
+"""QLoRA: Efficient Finetuning of Quantized LLMs. Dettmers et al., arXiv:2305.14314v1.
+
+    h = W' x + scale · B A x      W' = dequantize(NF4 of W0), for this product only
+
+LoRA on a base whose projections are in four bits (nf4/). The gradient of A and B passes
+through W', which is dequantized again for it; the codes never train. What is left after
+remove() is the quantized model: the weights of before are gone.
+
+Merging has no answer that keeps everything. The update was trained beside W', and a sum
+of sixteen values and an update is not one of sixteen values:
+
+    onto            result          in four bits    what it computes
+    "dequantized"   W' + ΔW         no              exactly the trained model
+    "original"      W0 + ΔW         no              off by what quantizing changed
+    "requantized"   NF4(W' + ΔW)    yes             off by rounding once more
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter
+from ..adapter import CannotMerge, as_matrix, swap
+from ..nf4 import NF4Linear, dequantize, quantize, quantize_model
+from ..scoped import rng_state, set_rng_state
+from ..targets import Packed, Targets, named_modules, projections, shown
+from . import lora
+from .lora import LoRA, wrap_all
+
+PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
+FILE_SUFFIXES = lora.FILE_SUFFIXES
+ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
+ONTO = ("dequantized", "original", "requantized")
+
+
+class MergeError(NamedTuple):
+    """How far a merged weight W is from the trained one, W' + ΔW. Dimensionless.
+
+    weight  ‖W - (W' + ΔW)‖ / ‖W' + ΔW‖
+    update  ‖W - (W' + ΔW)‖ / ‖ΔW‖: above 1, the error outweighs all that was learned
+    """
+
+    weight: float
+    update: float
+
+
+def inject(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    bias: str = "none",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    block: int | None = None,
+    double: bool | str | None = None,
+    skip: Targets | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Put every projection of the layers into four bits, and a LoRA beside the targets.
+
+        h = W' x + scale · B A x                                       [1] eqs. (5), (6)
+
+    A model that is in four bits already (nf4.quantize_model, nf4.load) keeps its codes.
+
+    Args
+        r … alpha_pattern  those of lora.inject
+        block, double      of the codes: None for 64 and True; see nf4.quantize
+        skip               projections that stay as they are. Heads, embeddings and
+                           norms do anyway
+        compute_dtype      of W' and its product: None for that of what comes in
+        dtype              of A and B: float32 (None) or bfloat16, as in [1]. In the
+                           latter, updates below 1/256 of a value are rounded away
+    Returns  the names of the wrapped modules
+    Raises   ValueError   an argument out of its range, no match; codes asked for where
+             the model has some already. The model is then as it was, not quantized
+    Memory   4.127 bits for each weight of a projection, and LoRA's parameters
+    Departs  the paper's models are in bfloat16; here A and B are float32 by default, as
+             all that trains
+    Source   [1] arXiv:2305.14314v1
+    """
+    arguments = dict(
+        r=r,
+        alpha=alpha,
+        rslora=rslora,
+        dropout=dropout,
+        bias=bias,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    if dtype not in (None, *ADAPTER_DTYPES):
+        raise ValueError(f"{dtype=}: allowed are None, {ADAPTER_DTYPES}")
+    bare = adapter.bare(model)
+    adapter.refuse_second(bare)
+    names = _rehearsed(bare, targets, exclude, arguments)
+    asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
+    if not any(isinstance(module, Packed) for module in bare.modules()):
+        quantize_model(
+            bare,
+            block=64 if block is None else block,
+            double=True if double is None else double,
+            exclude=skip,
+            compute_dtype=compute_dtype,
+        )
+    elif any(value is not None for value in asked.values()):
+        raise ValueError(
+            f"the model is in four bits already, so that {asked} cannot be had: leave "
+            "them out, or load the base again"
+        )
+    modules = {n: m for n, m in named_modules(bare) if n in names}
+    wrap_all(bare, LoRA, "qlora", modules, None, arguments)
+    for module in adapter.adapters(bare).values():
+        for parameter in (module.A, module.B):
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return names
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    onto: str = "dequantized",
+    original: nn.Module | Mapping[str, Tensor] | None = None,
+) -> dict[str, MergeError]:
+    """Fold the adapters into one of three weights, and say what that costs.
+
+    Args
+        onto      see the head of this file; "dequantized" is what merge(model) does
+        original  for "original": the base model before it was quantized, or its
+                  {module name: weight (d_out, d_in)}
+    Returns  {module name: MergeError}: 0 for "dequantized", up to rounding
+    Raises   ValueError   another `onto`, no original
+             CannotMerge  an adapter that is no LoRA beside four bits; the original has
+             not the weight. The model is then as it was
+    Memory   the merged weights, beside the model, while it runs
+    """
+    if onto not in ONTO:
+        raise ValueError(f"{onto=}: allowed are {', '.join(ONTO)}")
+    adapter.injected(model)
+    model = adapter.bare(model)
+    wrapped = adapter.adapters(model)
+    for name, module in wrapped.items():
+        if not (isinstance(module, LoRA) and isinstance(module.base, NF4Linear)):
+            raise CannotMerge(
+                f"{name} is a {type(module).__name__} on a "
+                f"{type(module.base).__name__}: only a LoRA beside four bits has the "
+                "three merges; peft_from_scratch.merge() knows the others"
+            )
+    weights = _weights(original, wrapped) if onto == "original" else {}
+    ready, errors = {}, {}
+    for name, module in wrapped.items():
+        base, update = module.base, module.delta(torch.float64)
+        trained = dequantize(base.quantized).double() + update
+        if onto == "requantized":
+            merged = _requantized(base, trained)
+        else:
+            merged = base.plain()
+            W = weights[name].double() + update if onto == "original" else trained
+            merged.weight.copy_(W.T if base.transposed else W)
+        lost = (as_matrix(merged).double() - trained).norm()
+        ready[module] = merged
+        errors[name] = MergeError(
+            _ratio(lost.item(), trained.norm().item()),
+            _ratio(lost.item(), update.norm().item()),
+        )
+    swap(model, ready)
+    adapter.detach(model)
+    return errors
+
+
+def base_bits(model: nn.Module) -> str | None:
+    """What a file notes of the base: how its weights are quantized; None where not."""
+    for module in adapter.adapters(model).values():
+        if isinstance(module.base, NF4Linear):
+            q, double = module.base, module.base.recipe or False
+            return json.dumps({"code": q.code, "block": q.block, "double": double})
+    return None
+
+
+def read_bits(note: str | None) -> dict | None:
+    """The arguments of quantize that a file notes; None where it notes none.
+
+    Raises  ValueError  the note is none of ours
+    """
+    if note is None:
+        return None
+    try:
+        bits = json.loads(note)
+        quantize(torch.empty(0), **bits)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"the file notes base_bits={shown(note)}, which is not implemented: {error}"
+        ) from None
+    return bits
+
+
+@torch.no_grad()
+def base_error(model: nn.Module, **bits) -> MergeError:
+    """How far the wrapped weights are from what quantizing would make of them.
+
+    That is the error of an update W0 + ΔW that was trained as W' + ΔW, over all wrapped
+    modules together.
+    """
+    lost = trained = changed = 0.0
+    for module in adapter.adapters(model).values():
+        W0 = as_matrix(module.base).float()
+        kept = dequantize(quantize(W0, **bits))
+        update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0
+        lost += (W0 - kept).square().sum().item()
+        trained += (kept + update).square().sum().item()
+        changed += update.square().sum().item()
+    return MergeError(_ratio(lost, trained) ** 0.5, _ratio(lost, changed) ** 0.5)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return lost / whole if whole else math.inf if lost else 0.0
+
+
+def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
+    """The same projection with the codes of another weight."""
+    q = quantize(W.to(base.dtype), base.block, base.recipe or False, base.code)
+    return NF4Linear(
+        q,
+        base.bias,
+        compute_dtype=base.compute_dtype,
+        transposed=base.transposed,
+        scratch=base.scratch,
+    ).train(base.training)
+
+
+def _weights(original, wrapped) -> dict[str, Tensor]:
+    """{name: W0 (d_out, d_in)} of every wrapped module, of the original base."""
+    if original is None:
+        raise ValueError("onto='original' needs the base as it was: original=…")
+    if isinstance(original, nn.Module):
+        found = projections(original)
+        original = {name: as_matrix(module).detach() for name, module in found.items()}
+    for name, module in wrapped.items():
+        W = original.get(name)
+        if W is None or tuple(W.shape) != adapter.sizes(module.base):
+            raise CannotMerge(
+                f"the original has no weight of {adapter.sizes(module.base)} for {name}"
+            )
+    return original
+
+
+def _rehearsed(model, targets, exclude, arguments) -> list[str]:
+    """The names that the injection will wrap, after it was tried and taken off again.
+
+    Quantizing cannot be undone, so that whatever can be refused is refused before it.
+    """
+    device = next(model.parameters()).device
+    before = rng_state(device)
+    try:
+        return wrap_all(model, LoRA, "qlora", targets, exclude, arguments)
+    finally:
+        set_rng_state(before, device)
+        if adapter.is_injected(model):
+            adapter.remove(model)
