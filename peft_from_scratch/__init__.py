@@ -3,18 +3,21 @@
 Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
 methods/full.py (what it is measured against), the other methods (`ls methods` is the
 syllabus), trunk.py before prompt.py and prefix.py, exchange.py (the file format),
-train.py (one plain loop), evaluate.py, compare.py (the main job).
+train.py (one plain loop), evaluate.py, compare.py (the main job). Beside them: pages.py
+and paged.py (AdamW with its states in a file).
 """
 
 from .adapter import Adapter, CannotMerge, merge, remove, trainable
 from .exchange import load, save
 from .methods import bitfit, dora, full, houlsby, ia3, lora, pissa, prefix, prompt
 from .models import load_model
+from .paged import PagedAdamW
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "CannotMerge",
+    "PagedAdamW",
     "bitfit",
     "dora",
     "full",

@@ -1,0 +1,335 @@
+"""Pages: a budget of fast memory, a store for the rest, and who must leave.
+
+Virtual memory in small. What does not fit is cut into pages. A page that is in use has
+a slot in the *arena*, one tensor on the device that never exceeds the budget; every
+page has a place in the *store*, which is large and slow.
+
+    fault       a page is needed that has no slot: it is copied in
+    hit         it has one already
+    eviction    no slot is free: the page that was used longest ago leaves (LRU)
+    dirty       its slot holds what the store does not. Only a dirty page is written
+                back when it leaves; a clean one is dropped
+    zeros       a page that was never written is known to be zero: nothing is read
+    prefetch    the pages of the next run are asked for before they are needed
+
+The policy is in `Pager` and knows nothing of devices. Copying is in the stores:
+
+    CPU     `FileStore`, a file in shared mapping. The system keeps as much of it in
+            memory as it can spare and takes it back when it cannot, so what is stored
+            may be larger than memory
+    CUDA    `PinnedStore`, page-locked host memory. Copies run on a stream of their
+            own, beside the kernels; an event says when a page has arrived
+
+A page has no state but its slot and three flags, and each step of the bookkeeping sets
+them in such an order that an interrupted one loses nothing: `Pager.mend` works out the
+rest from them.
+"""
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WORD = 8  # bytes; pages are copied as int64, and start where every dtype may start
+CHUNK = bytes(1 << 20)
+NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # cannot reserve blocks
+
+
+@dataclass
+class Counters:
+    """What happened so far; counts of pages, and bytes of their contents.
+
+    A use of a page is a fault or a hit. A prefetched page is a fault as well, of which
+    the use did not have to wait where copies run beside the kernels.
+    """
+
+    faults: int = 0
+    hits: int = 0
+    prefetches: int = 0
+    evictions: int = 0
+    write_backs: int = 0
+    bytes_in: int = 0  # from the store to the arena
+    bytes_out: int = 0  # from the arena to the store
+    peak_resident_bytes: int = 0  # slots in use at one moment, in bytes of whole slots
+
+
+class FileStore:
+    """A file without a name, mapped into the address space; copies are immediate.
+
+    The file is deleted before it is used, so that no end of the process leaves it
+    behind. Its blocks are reserved now: a disk that fills up later would end the
+    process with SIGBUS in the middle of a copy.
+
+    Args
+        words      size, in words of 8 bytes
+        directory  where; None for tempfile.gettempdir()
+    Raises   OSError   no room, with the bytes wanted and the bytes free
+    """
+
+    def __init__(self, words: int, directory: str | os.PathLike | None = None):
+        size = WORD * max(words, 1)
+        directory = tempfile.gettempdir() if directory is None else directory
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                _reserve(file, size)
+                self.words = torch.frombuffer(
+                    mmap.mmap(file.fileno(), size), dtype=torch.int64
+                )
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the states need a file of {size} bytes in "
+                f"{os.fspath(directory)!r}{_free(directory)}; name another folder with "
+                "directory=…",
+            ) from error
+
+    def read(self, page: "Page", slot: Tensor) -> None:
+        """Copy a page into its slot; zeros where it was never written."""
+        if page.stored:
+            slot.copy_(self.words[page.place : page.place + page.words])
+        else:
+            slot.zero_()
+
+    def write(self, page: "Page", slot: Tensor) -> None:
+        self.words[page.place : page.place + page.words].copy_(slot)
+
+    def arrive(self, page: "Page") -> None:
+        """What is asked of the device after this finds the page in its slot."""
+
+    def settle(self) -> None:
+        """Wait until every copy is made."""
+
+
+class PinnedStore:
+    """Page-locked host memory; copies run on a side stream.
+
+    A copy starts when the kernels asked for so far are done, for they may still use the
+    slot. Copies keep their order among themselves, so a page that leaves a slot is out
+    before the next one comes in. Kernels asked for after `arrive` wait for that page.
+    """
+
+    def __init__(self, words: int, device: torch.device):
+        self.words = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def read(self, page: "Page", slot: Tensor) -> None:
+        self._beside(page, lambda: FileStore.read(self, page, slot))
+
+    def write(self, page: "Page", slot: Tensor) -> None:
+        place = self.words[page.place : page.place + page.words]
+        self._beside(page, lambda: place.copy_(slot, non_blocking=True))
+
+    def arrive(self, page: "Page") -> None:
+        torch.cuda.current_stream(self.device).wait_event(page.copied)
+
+    def settle(self) -> None:
+        self.stream.synchronize()
+
+    def _beside(self, page: "Page", copy) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            copy()
+            page.copied = self.stream.record_event()
+
+
+@dataclass(eq=False, slots=True)
+class Page:
+    """All the states of one slice of one parameter."""
+
+    number: int  # within its parameter
+    start: int  # the slice, in values
+    stop: int
+    store: FileStore | PinnedStore
+    place: int  # its first word there
+    bytes: int  # of its states
+    slot: int | None = None  # in the arena
+    dirty: bool = False  # the slot holds what the store does not
+    stored: bool = False  # written to the store at least once; else it is zero
+    ahead: bool = False  # prefetched, and not used since
+    used: int = 0  # when it was last used or asked for, counted in such events
+    copied: object = None  # the event of its last copy on a side stream
+
+    @property
+    def words(self) -> int:
+        return -(-self.bytes // WORD)
+
+
+@dataclass
+class Pager:
+    """Who is resident, and who leaves.
+
+    Args
+        page_bytes    of a slot
+        budget_bytes  of the arena, at most
+        device        of the arena
+    """
+
+    page_bytes: int
+    budget_bytes: int
+    device: torch.device | None = None
+    pages: list[Page] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+    arena: Tensor | None = None  # (slots · words of a slot), int64
+    slots: int = 0
+    free: list[int] = field(default_factory=list)
+    resident: OrderedDict = field(default_factory=OrderedDict)  # oldest use first
+    clock: int = 0
+
+    def use(self, page: Page) -> None:
+        """The page is in its slot now, and stays until `slots` others were used."""
+        if page.slot is None:
+            self._bring(page)
+        elif not page.ahead:
+            self.counters.hits += 1
+        page.ahead = False
+        self._touch(page)
+        page.store.arrive(page)
+
+    def prefetch(self, page: Page) -> None:
+        """Ask for a page that will be used soon; it counts as used from now on."""
+        if page.slot is None:
+            self._bring(page)
+            page.ahead = True
+            self.counters.prefetches += 1
+        self._touch(page)
+
+    def fit(self) -> None:
+        """As many slots as the budget allows and the pages need; a moved arena.
+
+        Where there are fewer than before, the least recently used leave. The others
+        move through the store: two arenas at once would exceed the budget.
+        """
+        slots = min(self.budget_bytes // self.page_bytes, len(self.pages))
+        if slots == self.slots:
+            return
+        with self.mending():
+            while len(self.resident) > slots:
+                self._evict(next(iter(self.resident)))
+            staying = list(self.resident)
+            for page in staying:
+                self._write_back(page)
+            self._settle()
+            for page in staying:
+                page.slot = None
+            self.resident.clear()
+            self.arena, self.slots, self.free = None, 0, []
+            words = slots * (self.page_bytes // WORD)
+            self.arena = torch.empty(words, dtype=torch.int64, device=self.device)
+            self.slots, self.free = slots, list(reversed(range(slots)))
+            for page in staying:
+                self._place(page)
+
+    def forget(self, page: Page) -> None:
+        """The page is zero again, as if it had never been used."""
+        page.stored = page.dirty = page.ahead = False
+        if page.slot is not None:
+            self._evict(page)
+
+    def replace(self, pages: list[Page]) -> None:
+        """Other pages, none of them resident; the old ones are dropped."""
+        self._settle()
+        self.pages, self.arena, self.slots, self.free = pages, None, 0, []
+        self.resident.clear()
+
+    def look(self, page: Page) -> Tensor:
+        """The words of a page where it is now; nobody moves."""
+        if page.slot is not None:
+            return self._slot(page.slot, page)
+        self._settle()
+        return page.store.words[page.place : page.place + page.words]
+
+    def rows(self, run: list[Page], dtype: torch.dtype, states: int) -> list[Tensor]:
+        """Each state of resident pages in neighbouring slots: (pages, values)."""
+        size = self.page_bytes // dtype.itemsize  # from slot to slot
+        n, first = run[0].stop - run[0].start, run[0].slot * size
+        flat = self.arena.view(dtype)
+        shape, stride = (len(run), n), (size, 1)
+        return [flat.as_strided(shape, stride, first + j * n) for j in range(states)]
+
+    @contextmanager
+    def mending(self) -> Iterator[None]:
+        """Where the block ends in an error, an interrupt too, the lists are mended."""
+        try:
+            yield
+        except BaseException:
+            self.mend()
+            raise
+
+    def mend(self) -> None:
+        """Lists that agree with the pages' own slots."""
+        held = [page for page in self.pages if page.slot is not None]
+        self.resident = OrderedDict.fromkeys(sorted(held, key=lambda page: page.used))
+        taken = {page.slot for page in held}
+        self.free = [slot for slot in reversed(range(self.slots)) if slot not in taken]
+
+    def _bring(self, page: Page) -> None:
+        self.counters.faults += 1
+        if not self.free:
+            self._evict(next(iter(self.resident)))
+        self._place(page)
+
+    def _place(self, page: Page) -> None:
+        slot = self.free.pop()
+        page.store.read(page, self._slot(slot, page))
+        page.slot = slot
+        self.resident[page] = None
+        self.counters.bytes_in += page.bytes if page.stored else 0
+        self.counters.peak_resident_bytes = max(
+            self.counters.peak_resident_bytes, len(self.resident) * self.page_bytes
+        )
+
+    def _evict(self, page: Page) -> None:
+        self._write_back(page)
+        slot, page.slot = page.slot, None
+        del self.resident[page]
+        self.free.append(slot)
+        self.counters.evictions += 1
+
+    def _write_back(self, page: Page) -> None:
+        if page.dirty:
+            page.store.write(page, self._slot(page.slot, page))
+            page.stored = True
+            page.dirty = False
+            self.counters.bytes_out += page.bytes
+            self.counters.write_backs += 1
+
+    def _touch(self, page: Page) -> None:
+        self.resident.move_to_end(page)
+        self.clock += 1
+        page.used = self.clock
+
+    def _slot(self, slot: int, page: Page) -> Tensor:
+        first = slot * (self.page_bytes // WORD)
+        return self.arena[first : first + page.words]
+
+    def _settle(self) -> None:
+        for store in {id(page.store): page.store for page in self.pages}.values():
+            store.settle()
+
+
+def _reserve(file, size: int) -> None:
+    """Blocks on the disk for `size` bytes of zeros, or an OSError."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                raise
+    for start in range(0, size, len(CHUNK)):  # macOS, Windows, some file systems
+        file.write(CHUNK[: size - start])
+    file.flush()
+
+
+def _free(directory) -> str:
+    try:
+        return f", which has {shutil.disk_usage(directory).free} bytes free"
+    except OSError:
+        return ""
