@@ -12,24 +12,13 @@ page has a place in the *store*, which is large and slow.
     zeros       a page that was never written is known to be zero: nothing is read
     prefetch    the pages of the next run are asked for before they are needed
 
-The policy is in `Pager` and knows nothing of devices. Copying is in the stores:
+The policy is in `Pager` and knows nothing of devices: copying is in page_stores.py.
 
-    CPU     `FileStore`, a file in shared mapping. The system keeps as much of it in
-            memory as it can spare and takes it back when it cannot, so what is stored
-            may be larger than memory
-    CUDA    `PinnedStore`, page-locked host memory. Copies run on a stream of their
-            own, beside the kernels; an event says when a page has arrived
-
-A page has no state but its slot and three flags, and each step of the bookkeeping sets
+A page has no state but its slot and a few flags, and each step of the bookkeeping sets
 them in such an order that an interrupted one loses nothing: `Pager.mend` works out the
 rest from them.
 """
 
-import errno
-import mmap
-import os
-import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-WORD = 8  # bytes; pages are copied as int64, and start where every dtype may start
-CHUNK = bytes(1 << 20)
-NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # cannot reserve blocks
+from .page_stores import WORD, FileStore
 
 
 @dataclass
@@ -61,85 +48,6 @@ class Counters:
     peak_resident_bytes: int = 0  # slots in use at one moment, in bytes of whole slots
 
 
-class FileStore:
-    """A file without a name, mapped into the address space; copies are immediate.
-
-    The file is deleted before it is used, so that no end of the process leaves it
-    behind. Its blocks are reserved now: a disk that fills up later would end the
-    process with SIGBUS in the middle of a copy.
-
-    Args
-        words      size, in words of 8 bytes
-        directory  where; None for tempfile.gettempdir()
-    Raises   OSError   no room, with the bytes wanted and the bytes free
-    """
-
-    def __init__(self, words: int, directory: str | os.PathLike | None = None):
-        size = WORD * max(words, 1)
-        directory = tempfile.gettempdir() if directory is None else directory
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                _reserve(file, size)
-                self.words = torch.frombuffer(
-                    mmap.mmap(file.fileno(), size), dtype=torch.int64
-                )
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: the states need a file of {size} bytes in "
-                f"{os.fspath(directory)!r}{_free(directory)}; name another folder with "
-                "directory=…",
-            ) from error
-
-    def read(self, page: "Page", slot: Tensor) -> None:
-        """Copy a page into its slot; zeros where it was never written."""
-        if page.stored:
-            slot.copy_(self.words[page.place : page.place + page.words])
-        else:
-            slot.zero_()
-
-    def write(self, page: "Page", slot: Tensor) -> None:
-        self.words[page.place : page.place + page.words].copy_(slot)
-
-    def arrive(self, page: "Page") -> None:
-        """What is asked of the device after this finds the page in its slot."""
-
-    def settle(self) -> None:
-        """Wait until every copy is made."""
-
-
-class PinnedStore:
-    """Page-locked host memory; copies run on a side stream.
-
-    A copy starts when the kernels asked for so far are done, for they may still use the
-    slot. Copies keep their order among themselves, so a page that leaves a slot is out
-    before the next one comes in. Kernels asked for after `arrive` wait for that page.
-    """
-
-    def __init__(self, words: int, device: torch.device):
-        self.words = torch.empty(words, dtype=torch.int64, pin_memory=True)
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def read(self, page: "Page", slot: Tensor) -> None:
-        self._beside(page, lambda: FileStore.read(self, page, slot))
-
-    def write(self, page: "Page", slot: Tensor) -> None:
-        place = self.words[page.place : page.place + page.words]
-        self._beside(page, lambda: place.copy_(slot, non_blocking=True))
-
-    def arrive(self, page: "Page") -> None:
-        torch.cuda.current_stream(self.device).wait_event(page.copied)
-
-    def settle(self) -> None:
-        self.stream.synchronize()
-
-    def _beside(self, page: "Page", copy) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            copy()
-            page.copied = self.stream.record_event()
-
-
 @dataclass(eq=False, slots=True)
 class Page:
     """All the states of one slice of one parameter."""
@@ -147,9 +55,9 @@ class Page:
     number: int  # within its parameter
     start: int  # the slice, in values
     stop: int
-    store: FileStore | PinnedStore
-    place: int  # its first word there
     bytes: int  # of its states
+    store: FileStore | None = None
+    place: int = 0  # its first word there
     slot: int | None = None  # in the arena
     dirty: bool = False  # the slot holds what the store does not
     stored: bool = False  # written to the store at least once; else it is zero
@@ -241,10 +149,10 @@ class Pager:
 
     def look(self, page: Page) -> Tensor:
         """The words of a page where it is now; nobody moves."""
+        page.store.settle()
         if page.slot is not None:
             return self._slot(page.slot, page)
-        self._settle()
-        return page.store.words[page.place : page.place + page.words]
+        return page.store.place(page)
 
     def rows(self, run: list[Page], dtype: torch.dtype, states: int) -> list[Tensor]:
         """Each state of resident pages in neighbouring slots: (pages, values)."""
@@ -313,23 +221,3 @@ class Pager:
     def _settle(self) -> None:
         for store in {id(page.store): page.store for page in self.pages}.values():
             store.settle()
-
-
-def _reserve(file, size: int) -> None:
-    """Blocks on the disk for `size` bytes of zeros, or an OSError."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            return os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in NOT_HERE:
-                raise
-    for start in range(0, size, len(CHUNK)):  # macOS, Windows, some file systems
-        file.write(CHUNK[: size - start])
-    file.flush()
-
-
-def _free(directory) -> str:
-    try:
-        return f", which has {shutil.disk_usage(directory).free} bytes free"
-    except OSError:
-        return ""
