@@ -116,7 +116,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def parsed(made: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """The arguments, checked; the number of threads is set."""
     asked = made.parse_args(arguments)
-    if asked.rounds < FEWEST or (asked.threads or 1) < 1:
+    if asked.rounds < FEWEST or (asked.threads is not None and asked.threads < 1):
         made.error(f"--rounds: at least {FEWEST}; --threads: at least 1")
     if asked.threads:
         torch.set_num_threads(asked.threads)

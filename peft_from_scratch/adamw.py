@@ -25,10 +25,10 @@ class SlicedAdamW:
         p        the parameter, with its gradient
         group    its settings
         t        1 in the first step
-        largest  values of the largest slice
+        scratch  int64, as many bytes as the largest slice has at least
     """
 
-    def __init__(self, p: Tensor, group: dict, t: float, largest: int):
+    def __init__(self, p: Tensor, group: dict, t: float, scratch: Tensor):
         lr, (self.beta1, self.beta2) = group["lr"], group["betas"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze()
@@ -39,8 +39,7 @@ class SlicedAdamW:
         self.eps = group["eps"]
         self.whole, self.p = p.detach(), in_order(p.detach(), p)
         self.g = in_order(p.grad.detach(), p)
-        self.scratch = torch.empty_like(self.p[:largest])
-        self.negative = torch.empty_like(self.scratch) if group["maximize"] else None
+        self.scratch, self.maximize = scratch.view(p.dtype), group["maximize"]
 
     def __call__(
         self, start: int, stop: int, m: Tensor, v: Tensor, top: Tensor | None = None
@@ -48,16 +47,16 @@ class SlicedAdamW:
         """Update the values start … stop of the parameter, and their states.
 
         Args
-            m, v, top  (pages, values of a page); top is the largest v, with amsgrad
+            m, v, top  (pages, values of a page), or () for a scalar, which has another
+                       type than one value beside a learning rate that is a tensor;
+                       top is the largest v, with amsgrad
         """
-        # A scalar stays one: torch.promote_types asks how many dimensions there are.
-        shape = m.shape if self.whole.dim() else ()
-        m, v = m.view(shape), v.view(shape)
+        shape = m.shape
         p, g = self.p[start:stop].view(shape), self.g[start:stop].view(shape)
         h = self.scratch[: stop - start].view(shape)
-        # g ← −g, where the objective is maximized
-        if self.negative is not None:
-            g = torch.neg(g, out=self.negative[: stop - start].view(shape))
+        # g ← −g, where the objective is maximized; h is not needed before g is used up
+        if self.maximize:
+            g = torch.neg(g, out=h)
         # θ ← θ − γ λ θ                                             [1] line 12, its end
         if self.decay is not None:
             p.mul_(self.decay)
@@ -67,7 +66,6 @@ class SlicedAdamW:
         v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
         # top ← max(top, v), in the place of v from here on         [2] Algorithm 2
         if top is not None:
-            top = top.view(shape)
             v = torch.maximum(top, v, out=top)
         # h = √v / √(1 − β2^t) + ε                                  [1] lines 10 and 12
         torch.sqrt(v, out=h).div_(self.root).add_(self.eps)

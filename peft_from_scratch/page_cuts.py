@@ -19,7 +19,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .page_stores import FileStore
+from .page_stores import WORD, FileStore
 from .pages import Page
 
 
@@ -60,9 +60,10 @@ class Cut:
         """Pages that follow each other, `length` at a time."""
         return [self.pages[i : i + length] for i in range(0, len(self.pages), length)]
 
-    def values(self, pages: int) -> int:
-        """How many values so many pages hold, at most."""
-        return sum(page.stop - page.start for page in self.pages[:pages])
+    def words(self, length: int) -> int:
+        """Of one state of the longest run."""
+        size = sum(page.bytes for page in self.pages[:length]) // self.states
+        return -(-size // WORD)
 
 
 def place(cuts: list[Cut], store) -> FileStore:

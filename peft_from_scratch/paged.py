@@ -93,10 +93,11 @@ class PagedAdamW(torch.optim.Optimizer):
     Raises   ValueError   an argument out of its range, a parameter that is complex or
              on another device; OSError: no room for the states. In a new group, the
              optimizer is as it was before
-    Memory   device: the arena, at most budget_bytes; beside it, during a step, one or
-             two values for each one of a run (at most RUN_BYTES / 2 each), a copy of a
-             gradient whose strides are not its parameter's, of a parameter with gaps.
-             Store: the states, 2 · parameters · itemsize bytes (3 with amsgrad)
+    Memory   device: the arena, at most budget_bytes, a slot a page, however short; and
+             during a step half of the bytes of a run (so at most 512 KiB, or half a
+             page), a copy of a gradient whose strides are not its parameter's, and of a
+             parameter with gaps. Store: 2 · parameters · itemsize bytes (3 with
+             amsgrad), for frozen ones too: pass what trains
     Departs  `state` holds the step count alone; state_dict() has the moments, in
              torch's format, in a new file on CPU. Interrupted in the middle of a step,
              some slices of the weights have made it and others have not, and the slice
@@ -234,18 +235,22 @@ class PagedAdamW(torch.optim.Optimizer):
                 for page in self._cuts[p].pages:
                     pager.forget(page)
         runs = {p: self._cuts[p].runs(length)[::order] for p, _ in work}
+        words = max((self._cuts[p].words(length) for p, _ in work), default=0)
+        scratch = torch.empty(words, dtype=torch.int64, device=pager.device)
         coming = chain(chain.from_iterable(runs.values()), [[]])
         next(coming)
         self._walks += 1
         for p, group in work:
             cut, state = self._cuts[p], self.state[p]
-            step = state.get("step", torch.tensor(0.0, dtype=step_dtype()))
-            update = SlicedAdamW(p, group, step.item() + 1, cut.values(length))
+            step = state["step"] if state else torch.tensor(0.0, dtype=step_dtype())
+            update = SlicedAdamW(p, group, step.item() + 1, scratch)
             try:
                 for run in runs[p]:
                     self._bring(run[::order], next(coming)[::order])
                     for part in neighbours(run):
                         rows = pager.rows(part, p.dtype, cut.states)
+                        if not p.dim():
+                            rows = [row.view(()) for row in rows]
                         update(part[0].start, part[-1].stop, *rows)
             finally:
                 update.finish()

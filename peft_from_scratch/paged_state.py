@@ -79,6 +79,8 @@ def check_parameter(p: Tensor, name: str, states: int, page_bytes: int) -> None:
         )
     if p.device.type not in DEVICES:
         raise ValueError(f"{name} is on {p.device}; allowed are {', '.join(DEVICES)}")
+    if any(s == 0 and n > 1 for s, n in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} is expanded: its values share memory; clone it first")
     if states * p.itemsize > page_bytes:
         raise ValueError(
             f"{page_bytes=}: {name} needs at least {states * p.itemsize}, one value of "

@@ -172,7 +172,8 @@ class Pager:
             raise
 
     def mend(self) -> None:
-        """Lists that agree with the pages' own slots."""
+        """Lists that agree with the pages' own slots; no copy is under way."""
+        self._settle()
         held = [page for page in self.pages if page.slot is not None]
         self.resident = OrderedDict.fromkeys(sorted(held, key=lambda page: page.used))
         taken = {page.slot for page in held}

@@ -346,6 +346,7 @@ def test_an_unknown_argument_is_a_type_error():
         (torch.ones(2, dtype=torch.complex64), "parameter 6 is .* torch.complex64"),
         (torch.ones(2, device="meta"), "parameter 6 is on meta; allowed are cpu, cuda"),
         (torch.eye(2).to_sparse(), "parameter 6 is torch.sparse_coo"),
+        (torch.ones(1).expand(4), "parameter 6 is expanded: its values share memory"),
     ],
 )
 def test_a_parameter_that_cannot_be_paged_leaves_the_optimizer_as_it_was(p, message):

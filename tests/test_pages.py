@@ -696,7 +696,7 @@ BUGS = {
     ),
     "the wrong way up": Bug(
         adamw.SlicedAdamW.__call__,
-        "if self.negative is not None:",
+        "if self.maximize:",
         "if False:",
         maximize,
     ),
