@@ -1,9 +1,12 @@
 """AdamW on slices of a parameter, in the order of operations of torch's plain loop.
 
 Loshchilov and Hutter, "Decoupled weight decay regularization" [1], Algorithm 2; with
-amsgrad, Reddi, Kale and Kumar [2]. The letters are [1]'s, but γ is lr, whose schedule
-[1] calls η, and λ is weight_decay. All of it is elementwise: a slice of the parameter
+amsgrad, Reddi, Kale and Kumar [2]. All of it is elementwise: a slice of the parameter
 needs the same slice of g, m and v, and nothing else.
+
+The letters are [1]'s, but for γ, which is torch's lr: [1]'s schedule times its α. Torch
+decays by γ λ where [1] decays by the schedule times λ, and corrects the bias of the
+largest v as it does that of v, where [2] corrects none.
 
 Equal mathematics are not equal bits. torch.optim.AdamW(foreach=False) rounds after each
 of the operations below, in this order, and so do we. Fewer temporaries are allowed: a

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .adamw import SlicedAdamW
-from .page_cuts import Cut, in_order, neighbours, place, shaped
+from .page_cuts import Cut, in_order, neighbours, place
 from .page_stores import WORD, FileStore, PinnedStore
 from .paged_state import (
     OTHERS,
@@ -51,6 +51,7 @@ from .paged_state import (
     check_parameter,
     check_settings,
     checked_states,
+    full_states,
     merged_groups,
     refuse_others,
     state_count,
@@ -284,7 +285,11 @@ class PagedAdamW(torch.optim.Optimizer):
 
         Not references, as torch's: the tensors stay as they are when steps go on.
         """
-        paged, self.state = self.state, self._gathered()
+        held = {p: self._cuts[p] for p, state in self.state.items() if state}
+        full = full_states(held, self._pager.look, self._directory)
+        for p, state in full.items():
+            state["step"] = self.state[p]["step"].clone()
+        paged, self.state = self.state, full
         try:
             return super().state_dict()
         finally:
@@ -349,25 +354,6 @@ class PagedAdamW(torch.optim.Optimizer):
                 group.pop(name, None)
         self._pager.device = device
         return cuts
-
-    @torch.no_grad()
-    def _gathered(self) -> dict[Tensor, dict]:
-        """The full states of every parameter that has any, in a file."""
-        held = {p: self._cuts[p] for p, state in self.state.items() if state}
-        sizes = {p: -(-p.nbytes // WORD) for p in held}  # words of one state
-        total = sum(cut.states * sizes[p] for p, cut in held.items())
-        room, gathered = FileStore(total, self._directory).words, {}
-        for p, cut in held.items():
-            mine, room = room.split(
-                (cut.states * sizes[p], len(room) - cut.states * sizes[p])
-            )
-            full = mine.view(cut.states, sizes[p]).view(p.dtype)[:, : p.numel()]
-            for page in cut.pages:
-                rows = cut.rows(page, self._pager.look(page))
-                full[:, page.start : page.stop] = rows
-            moments = {n: shaped(x, p) for n, x in zip(STATES, full, strict=False)}
-            gathered[p] = {"step": self.state[p]["step"].clone(), **moments}
-        return gathered
 
 
 def _pages(cuts: dict[Tensor, Cut]) -> list[Page]:

@@ -1,4 +1,4 @@
-"""What a paged AdamW accepts: its settings, its parameters, a state dict to load.
+"""What a paged AdamW accepts, and what it gives: settings, parameters, state dicts.
 
 Every check is made before anything changes, and names what was wrong, its value, what
 is allowed and what to do.
@@ -6,12 +6,14 @@ is allowed and what to do.
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .page_cuts import Cut, likeness
+from .page_cuts import Cut, likeness, shaped
+from .page_stores import WORD, FileStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
@@ -114,6 +116,26 @@ def check_gradient(p: Tensor, cut: Cut, group: dict) -> None:
 
 
 # ------------------------------------------------------------------------- a state dict
+
+
+@torch.no_grad()
+def full_states(cuts: dict[Tensor, Cut], look: Callable, directory) -> dict:
+    """{parameter: {"exp_avg": …, …}}, each moment whole, all in one new file.
+
+    Args
+        cuts  parameter -> its pages
+        look  page -> its words, wherever it is
+    """
+    sizes = [cut.states * -(-p.nbytes // WORD) for p, cut in cuts.items()]
+    rooms = FileStore(sum(sizes), directory).words[: sum(sizes)].split(sizes)
+    full = {}
+    for (p, cut), room in zip(cuts.items(), rooms, strict=True):
+        moments = room.view(cut.states, -1).view(p.dtype)[:, : p.numel()]
+        for page in cut.pages:
+            moments[:, page.start : page.stop] = cut.rows(page, look(page))
+        named = zip(STATES[: cut.states], moments, strict=True)
+        full[p] = {name: shaped(moment, p) for name, moment in named}
+    return full
 
 
 def merged_groups(ours: list[dict], saved: list[dict]) -> list[dict]:

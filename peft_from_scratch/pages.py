@@ -10,7 +10,8 @@ page has a place in the *store*, which is large and slow.
     dirty       its slot holds what the store does not. Only a dirty page is written
                 back when it leaves; a clean one is dropped
     zeros       a page that was never written is known to be zero: nothing is read
-    prefetch    the pages of the next run are asked for before they are needed
+    prefetch    the pages of the next run are asked for before they are needed: on CUDA
+                they come while kernels run, on a CPU at once
 
 The policy is in `Pager` and knows nothing of devices: copying is in page_stores.py.
 
@@ -34,8 +35,8 @@ from .page_stores import WORD, FileStore
 class Counters:
     """What happened so far; counts of pages, and bytes of their contents.
 
-    A use of a page is a fault or a hit. A prefetched page is a fault as well, of which
-    the use did not have to wait where copies run beside the kernels.
+    Each use of a page is a fault or a hit; a prefetched page that was not there is a
+    fault as well, and counts in both.
     """
 
     faults: int = 0
@@ -128,7 +129,7 @@ class Pager:
             for page in staying:
                 page.slot = None
             self.resident.clear()
-            self.arena, self.slots, self.free = None, 0, []
+            self.slots, self.free, self.arena = 0, [], None
             words = slots * (self.page_bytes // WORD)
             self.arena = torch.empty(words, dtype=torch.int64, device=self.device)
             self.slots, self.free = slots, list(reversed(range(slots)))
@@ -144,8 +145,9 @@ class Pager:
     def replace(self, pages: list[Page]) -> None:
         """Other pages, none of them resident; the old ones are dropped."""
         self._settle()
-        self.pages, self.arena, self.slots, self.free = pages, None, 0, []
+        self.pages, self.slots, self.free = pages, 0, []
         self.resident.clear()
+        self.arena = None
 
     def look(self, page: Page) -> Tensor:
         """The words of a page where it is now; nobody moves."""

@@ -8,6 +8,7 @@ from itertools import product
 import hypothesis
 import pytest
 import torch
+from architectures import build
 from hypothesis import strategies as st
 from torch import nn
 from twins import (
@@ -22,6 +23,7 @@ from twins import (
     torchs,
 )
 
+import peft_from_scratch as pfs
 from peft_from_scratch import PagedAdamW
 from peft_from_scratch.paged_state import DTYPES
 
@@ -204,6 +206,32 @@ def test_a_cleared_state_starts_again_as_torchs():
     assert_equal_bits(sides[1], sides[0])
 
 
+def test_a_lora_trains_with_the_bits_of_torch():
+    """The library's own parameters, from a backward pass; counted in the page table."""
+    models = [build("llama"), build("llama")]
+    for model in models:
+        torch.manual_seed(0)
+        pfs.lora.inject(model, r=4)
+    sides = [[*pfs.trainable(model).values()] for model in models]
+    optimizers = torchs(sides[0], dict(lr=1e-2)), paged(sides[1], 9, lr=1e-2)
+    ids = torch.arange(24).view(2, 12)
+    losses = []
+    for model, optimizer in zip(models, optimizers, strict=True):
+        losses.append([])
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    assert_equal_bits(sides[1], sides[0])
+    table = optimizers[1].page_table()
+    assert len(table) == pages_of(sides[1])
+    assert sum(row.bytes for row in table) == 8 * sum(p.numel() for p in sides[1])
+    assert sum(row.resident for row in table) == 9
+
+
 def test_names_are_in_the_table():
     module = nn.Linear(4, 3)
     optimizer = PagedAdamW(module.named_parameters(), budget_bytes=65536)
@@ -248,6 +276,15 @@ def test_a_state_dict_goes_on_with_the_same_bits(giver, taker, options, tmp_path
     assert_equal_bits(others, ps)
     if taker is ours:
         assert_sound(other)
+
+
+def test_loading_keeps_the_counters_and_goes_on_counting():
+    _, optimizer = trained(ours, {})
+    faults = optimizer.counters.faults
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not any(row.resident for row in optimizer.page_table())
+    optimizer.step()
+    assert optimizer.counters.faults > faults
 
 
 def test_a_state_dict_stays_when_steps_go_on():

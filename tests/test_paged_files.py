@@ -167,6 +167,7 @@ def test_states_are_in_the_file_and_not_in_memory(monkeypatch):
             super().__init__(words, directory)
 
     monkeypatch.setattr("peft_from_scratch.paged.FileStore", Watched)
+    monkeypatch.setattr("peft_from_scratch.paged_state.FileStore", Watched)
     ps = [nn.Parameter(torch.zeros(1000)), nn.Parameter(torch.zeros(7))]
     optimizer = paged(ps, 2)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(100))]})
