@@ -40,8 +40,7 @@ class SlicedAdamW:
         self.size = lr / (1 - self.beta1**t)
         self.root = (1 - self.beta2**t) ** 0.5
         self.eps = group["eps"]
-        self.whole, self.p = p.detach(), in_order(p.detach(), p)
-        self.g = in_order(p.grad.detach(), p)
+        self.whole, self.p, self.g = p, in_order(p, p), in_order(p.grad, p)
         self.scratch, self.maximize = scratch.view(p.dtype), group["maximize"]
 
     def __call__(
@@ -55,7 +54,7 @@ class SlicedAdamW:
                        top is the largest v, with amsgrad
         """
         shape = m.shape
-        p, g = self.p[start:stop].view(shape), self.g[start:stop].view(shape)
+        p, g = (t[start:stop].view(shape) for t in (self.p, self.g))
         h = self.scratch[: stop - start].view(shape)
         # g ← −g, where the objective is maximized; h is not needed before g is used up
         if self.maximize:

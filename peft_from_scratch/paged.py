@@ -213,8 +213,8 @@ class PagedAdamW(torch.optim.Optimizer):
             self._walk(work)
         return loss
 
-    def _work(self) -> list[tuple[Tensor, dict]]:
-        """The parameters with a gradient, each with its group, in the walk's order."""
+    def _work(self) -> list[tuple[Tensor, dict, Cut]]:
+        """Every parameter with a gradient, its group and its pages, as they come."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this optimizer belongs to the process that made it: after a fork both "
@@ -224,29 +224,31 @@ class PagedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    check_gradient(p, self._cuts[p], group)
-                    work.append((p, group))
+                    cut = self._cuts[p]
+                    check_gradient(p, cut, group)
+                    work.append((p, group, cut))
         return work[::-1] if self._walks % 2 else work
 
-    def _walk(self, work: list[tuple[Tensor, dict]]) -> None:
+    def _walk(self, work: list[tuple[Tensor, dict, Cut]]) -> None:
+        """Update all of them, in this order; every second time, each from its end."""
         pager, order = self._pager, -1 if self._walks % 2 else 1
         length = max(1, min(RUN_BYTES // self.page_bytes, pager.slots // 2))
-        for p, _ in work:
+        for p, _, cut in work:
             if not self.state[p]:  # the first step, or somebody cleared the state
-                for page in self._cuts[p].pages:
+                for page in cut.pages:
                     pager.forget(page)
-        runs = {p: self._cuts[p].runs(length)[::order] for p, _ in work}
-        words = max((self._cuts[p].words(length) for p, _ in work), default=0)
+        runs = [cut.runs(length)[::order] for _, _, cut in work]
+        words = max((cut.words(length) for _, _, cut in work), default=0)
         scratch = torch.empty(words, dtype=torch.int64, device=pager.device)
-        coming = chain(chain.from_iterable(runs.values()), [[]])
+        coming = chain(*runs, [[]])
         next(coming)
         self._walks += 1
-        for p, group in work:
-            cut, state = self._cuts[p], self.state[p]
+        for (p, group, cut), own in zip(work, runs, strict=True):
+            state = self.state[p]
             step = state["step"] if state else torch.tensor(0.0, dtype=step_dtype())
             update = SlicedAdamW(p, group, step.item() + 1, scratch)
             try:
-                for run in runs[p]:
+                for run in own:
                     self._bring(run[::order], next(coming)[::order])
                     for part in neighbours(run):
                         rows = pager.rows(part, p.dtype, cut.states)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_no_end_leaves_a_file_behind(end, tmp_path):
     assert done.stdout == "alive\n", done.stderr
     assert done.returncode == codes[end]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_the_mapping_goes_with_the_optimizer_and_with_the_state_dict(tmp_path):
+    def mapped():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line.endswith("(deleted)") for line in lines if str(tmp_path) in line]
+
+    _, optimizer = trained(directory=tmp_path)
+    arena = weakref.ref(optimizer._pager.arena.untyped_storage())
+    saved = optimizer.state_dict()
+    assert mapped() == [True, True]
+    del optimizer
+    assert mapped() == [True] and arena() is None
+    del saved
+    assert mapped() == []
 
 
 def blocks(file):
