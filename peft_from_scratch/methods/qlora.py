@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import CannotMerge, as_matrix, swap
+from ..adapter import CannotMerge, as_matrix, as_stored, swap
 from ..nf4 import NF4Linear, dequantize, quantize, quantize_model
 from ..scoped import rng_state, set_rng_state
 from ..targets import Packed, Targets, named_modules, projections, shown
@@ -35,6 +35,8 @@ PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
 FILE_SUFFIXES = lora.FILE_SUFFIXES
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 ONTO = ("dequantized", "original", "requantized")
+BITS = {"code", "block", "double"}  # what a file notes of its base
+LARGEST_BLOCK = 2**31  # of a file: no weight has as many values
 
 
 class MergeError(NamedTuple):
@@ -139,7 +141,7 @@ def merge(
     Returns  {module name: MergeError}: 0 for "dequantized", up to rounding
     Raises   ValueError   another `onto`, no original
              CannotMerge  an adapter that is no LoRA beside four bits; the original has
-             not the weight. The model is then as it was
+             not the weight; values that its dtype cannot hold. The model is as it was
     Memory   the merged weights, beside the model, while it runs
     """
     if onto not in ONTO:
@@ -159,12 +161,17 @@ def merge(
     for name, module in wrapped.items():
         base, update = module.base, module.delta(torch.float64)
         trained = dequantize(base.quantized).double() + update
+        W = weights[name].double() + update if onto == "original" else trained
+        if not W.to(base.dtype).isfinite().all():
+            raise CannotMerge(
+                f"{name}.weight would hold values that {base.dtype} cannot; look for "
+                "NaN in the adapter or in the original"
+            )
         if onto == "requantized":
-            merged = _requantized(base, trained)
+            merged = _requantized(base, W)
         else:
             merged = base.plain()
-            W = weights[name].double() + update if onto == "original" else trained
-            merged.weight.copy_(W.T if base.transposed else W)
+            merged.weight.copy_(as_stored(base, W))
         lost = (as_matrix(merged).double() - trained).norm()
         ready[module] = merged
         errors[name] = MergeError(
@@ -194,6 +201,8 @@ def read_bits(note: str | None) -> dict | None:
         return None
     try:
         bits = json.loads(note)
+        if set(bits) != BITS or bits["block"] > LARGEST_BLOCK:
+            raise ValueError(f"needed are {', '.join(sorted(BITS))}")
         quantize(torch.empty(0), **bits)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(

@@ -159,7 +159,7 @@ class NF4Linear(Packed):
                 first, second = second, first
             module = like(first, second)
         weight = self.weight.contiguous()
-        module.weight = nn.Parameter(weight, requires_grad=False)
+        module.weight = nn.Parameter(weight)
         module.bias = self.bias
         return module.train(self.training)
 
