@@ -83,6 +83,7 @@ def a_model_computes_what_its_dense_twin_computes(architecture="gpt2"):
     model = in_four_bits(architecture)
     twin, original = made_plain(model), build(architecture)
     assert laws.types(twin) == laws.types(original)
+    assert str(twin) == str(original)
     for name, parameter in original.named_parameters():
         found = twin.get_parameter(name)
         assert found.shape == parameter.shape and found.is_contiguous()
@@ -366,6 +367,7 @@ def heads_and_embeddings_stay_and_every_projection_goes(architecture="llama"):
         expected = nf4.quantize(W.detach())
         assert torch.equal(module.packed, expected.packed), name
         assert torch.equal(nf4.dequantize(module.quantized), nf4.dequantize(expected))
+        assert not module.training
         assert (module.bias is None) == (getattr(before, "bias", None) is None)
     assert count(model).total == count(original).total
 

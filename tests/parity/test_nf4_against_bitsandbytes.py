@@ -8,18 +8,22 @@ one shows. Its gemm for machines with AVX512-BF16, which rounds to 8 bits, is le
 import copy
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
+from against import answers, gradients_of, our_name, ours, quietly
 from architectures import SHARED
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from observe import assert_same, largest, logits, loss
+from observe import assert_same, largest, logits, loss, train
+from planting import assert_caught
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
+from peft_from_scratch.adapter import adapters
 from peft_from_scratch.budget import count
 from peft_from_scratch.nf4 import files
 from peft_from_scratch.nf4.codes import dynamic
@@ -28,8 +32,12 @@ from peft_from_scratch.pretrained import quiet_transformers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks at import
 bitsandbytes = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
 functional = bitsandbytes.functional
-pytestmark = pytest.mark.filterwarnings("ignore:.*_check_is_size:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*_check_is_size:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:torch.jit.script:DeprecationWarning"),
+]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,9 +52,9 @@ def theirs(w, block, code, double=False):
     return packed.flatten(), state, functional.dequantize_4bit(packed, state).flatten()
 
 
-def same(ours, reference):
-    assert ours.dtype == reference.dtype
-    return torch.equal(ours, reference)
+def same(found, reference):
+    assert found.dtype == reference.dtype
+    return torch.equal(found, reference)
 
 
 @st.composite
@@ -117,6 +125,11 @@ def test_eight_bit_codes_of_many_constants(blocks, spread):
         assert doubled.units == 0 and same(doubled.restored(), absmax)
 
 
+def test_without_the_steps_some_codes_would_differ():
+    law = partial(test_eight_bit_codes_of_many_constants, 12_345, 1.0)
+    assert_caught(double_quantize, 'if code == "dynamic":', "if False:", law)
+
+
 def test_zero_blocks():
     w = torch.randn(64 * 6)
     w[64:192] = 0
@@ -155,8 +168,8 @@ def test_its_cpu_kernel_is_wrong_where_a_block_crosses_rows():
     q = nf4.quantize(w, 64, False)
     assert same(q.packed, packed.flatten()) and same(q.absmax, state.absmax)
     read = functional.dequantize_4bit(packed, state)
-    wrong, ours = (error(w, each) for each in (read, nf4.dequantize(q)))
-    assert wrong > 2 * ours
+    wrong, right = (error(w, each) for each in (read, nf4.dequantize(q)))
+    assert wrong > 2 * right
     state.shape = torch.Size([w.numel()])
     flat = functional.dequantize_4bit(packed, state).view(w.shape)
     assert same(flat, nf4.dequantize(q))
@@ -285,13 +298,13 @@ def as_bitsandbytes_writes(model, folder, double):
             w = nf4.dequantize(module.quantized)
             options = dict(blocksize=64, quant_type="nf4", compress_statistics=double)
             packed, state = functional.quantize_4bit(w, **options)
-            ours = {key for key in tensors if key.startswith(f"{name}.weight.")}
-            theirs = {
+            held = {key for key in tensors if key.startswith(f"{name}.weight.")}
+            written = {
                 f"{name}.weight.{key}": value
                 for key, value in state.as_dict(packed=True).items()
             }
-            assert ours == set(theirs)
-            tensors |= theirs | {f"{name}.weight": packed}
+            assert held == set(written)
+            tensors |= written | {f"{name}.weight": packed}
     save_file(tensors, folder / files.WEIGHTS, {"format": "pt"})
 
 
@@ -326,22 +339,46 @@ def test_our_states_are_written_as_theirs(tmp_path):
     nf4.save(model, tmp_path)
     tensors = load_file(tmp_path / files.WEIGHTS)
     start = "model.layers.0.mlp.up_proj.weight"
-    ours = {k.removeprefix(f"{start}."): v for k, v in tensors.items() if start in k}
+    held = {k.removeprefix(f"{start}."): v for k, v in tensors.items() if start in k}
     w = nf4.dequantize(model.model.layers[0].mlp.up_proj.quantized)
     packed, state = functional.quantize_4bit(
         w, blocksize=64, quant_type="nf4", compress_statistics=True
     )
     reference = state.as_dict(packed=True)
-    assert ours.pop(start).shape == packed.shape
-    assert set(ours) == set(reference)
+    assert held.pop(start).shape == packed.shape
+    assert set(held) == set(reference)
     for key, value in reference.items():
         if "quant_state" in key:
-            states = [json.loads(bytes(t.tolist())) for t in (ours[key], value)]
+            states = [json.loads(bytes(t.tolist())) for t in (held[key], value)]
             offsets = [state.pop("nested_offset") for state in states]
             assert offsets[0] == pytest.approx(offsets[1], 0.1)
             assert states[0] == states[1]
         else:
-            assert ours[key].dtype == value.dtype and ours[key].shape == value.shape
+            assert held[key].dtype == value.dtype and held[key].shape == value.shape
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2"])
+def test_peft_reads_a_qlora_file_beside_bitsandbytes_codes(name, tmp_path):
+    """Logits, and the gradients of A and B, on one base and one adapter file."""
+    model = model_of(name)
+    pfs.qlora.inject(model, r=4, alpha=6)
+    train(model, 2)
+    pfs.save(model, tmp_path / "adapter")
+    bare = copy.deepcopy(model)
+    pfs.remove(bare)
+    nf4.save(bare, tmp_path / "base")
+    reference = quietly(
+        peft.PeftModel.from_pretrained,
+        read_by_transformers(tmp_path / "base"),
+        tmp_path / "adapter",
+        is_trainable=True,
+    ).eval()
+    assert len(linears(reference)) == len(adapters(model))
+    assert largest(answers(model)[0], answers(reference)[0]) < 1e-5
+    theirs = {
+        our_name(n): p for n, p in reference.named_parameters() if p.requires_grad
+    }
+    assert largest(ours(model), gradients_of(reference, theirs)) < 1e-5
 
 
 def test_a_step_beside_linear4bit_is_a_step_beside_ours(tmp_path):
