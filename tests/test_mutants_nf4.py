@@ -212,9 +212,9 @@ PRODUCTS = {
         products.a_copy_has_a_buffer_of_its_own,
     ),
     "each layer has a buffer": Bug(
-        linear.quantize_model,
-        "scratch=scratch,",
-        "",
+        linear.share_scratch,
+        "module.last = scratch,",
+        "module.last = Scratch(),",
         products.the_buffer_is_as_large_as_the_largest_weight_and_one_for_all,
     ),
     "constants are cast to half precision": Bug(
@@ -243,14 +243,14 @@ PRODUCTS = {
     ),
     "full weights survive": Bug(
         linear.quantize_model,
-        "names, scratch = list(modules), Scratch()",
-        "names, scratch, kept = list(modules), Scratch(), dict(modules)",
+        "names = list(modules)",
+        "names, kept = list(modules), dict(modules)",
         products.no_full_copy_survives,
     ),
     "all weights are copied before the first goes": Bug(
         linear.quantize_model,
-        "names, scratch = list(modules), Scratch()",
-        "names, scratch = list(modules), Scratch()\n"
+        "names = list(modules)",
+        "names = list(modules)\n"
         "    every = [m.weight.detach().clone() for m in modules.values()]",
         products.quantizing_takes_one_projection_more,
     ),
@@ -413,6 +413,18 @@ QLORA = {
         "BITS: None",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
+    "an adapter's own matrices are taken for the base's": Bug(
+        qlora._kept_in_full,
+        "- set(packed) - of_adapters",
+        "- set(packed)",
+        beside.an_adapter_brings_its_bits_along,
+    ),
+    "what was left in full is forgotten": Bug(
+        exchange.load_as_trained,
+        "exclude=kept or None",
+        "exclude=None",
+        partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
+    ),
     "the warning is given to a base in four bits, too": Bug(
         exchange.load,
         "if bits and not qlora.base_bits(model):",
@@ -433,7 +445,7 @@ QLORA = {
     ),
     "half a note is enough": Bug(
         qlora.read_bits,
-        "set(bits) != BITS",
+        'set(bits) - {"exclude"} != BITS',
         "not set(bits) <= BITS",
         partial(beside.a_hostile_note_is_refused, note='{"code": "nf4", "block": 64}'),
     ),

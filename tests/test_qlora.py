@@ -14,13 +14,14 @@ from observe import assert_same, largest, logits, refused, train, values
 from safetensors.torch import save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch import merging, nf4
+from peft_from_scratch import exchange, merging, nf4
 from peft_from_scratch.adapter import adapters, as_matrix
 from peft_from_scratch.budget import count
 from peft_from_scratch.exchange import BITS, CONFIG, WEIGHTS
 from peft_from_scratch.methods import qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear
+from peft_from_scratch.targets import resolve
 
 ARGUMENTS = dict(r=4, alpha=8)
 
@@ -297,10 +298,9 @@ def rounded(W, block):
 def merged_and_requantized_is_off_by_rounding_once_more(architecture="gpt2", block=32):
     model = trained(architecture, block=block, double=False)
     parts, expected = pieces(model), logits(model)
-    scratch = {id(m.scratch) for m in packed(model).values()}
     errors = qlora.merge(model, "requantized")
     assert list(packed(model)) == list(parts) and not adapters(model)
-    assert {id(m.scratch) for m in packed(model).values()} == scratch
+    assert len({id(m.scratch) for m in packed(model).values()}) == 1
     for name, (kept, update) in parts.items():
         module = model.get_submodule(name)
         assert (module.block, module.recipe, module.code) == (block, None, "nf4")
@@ -556,6 +556,10 @@ HOSTILE = [
     '{"code": "nf4", "block": 64, "double": "x"}',
     '{"code": "nf4", "block": 64, "double": 2}',
     '{"code": "nf4", "block": 64, "double": {"a": 1}}',
+    '{"code": "nf4", "block": 64, "double": true, "exclude": "mlp"}',
+    '{"code": "nf4", "block": 64, "double": true, "exclude": [1]}',
+    '{"code": "nf4", "block": 64, "double": true, "exclude": {"a": 1}}',
+    '{"code": "nf4", "block": 64, "double": true, "exclude": null}',
     "[" * 100_000,
 ]
 
@@ -625,6 +629,53 @@ def adapters_of_other_bits_have_no_sum(folder):
 
 def test_adapters_of_other_bits_have_no_sum(tmp_path):
     adapters_of_other_bits_have_no_sum(tmp_path)
+
+
+METHODS = {
+    "qlora": lambda model: pfs.qlora.inject(model, r=4),
+    "lora on one": lambda model: pfs.lora.inject(model, r=4, targets="up_proj|fc1"),
+    "dora": lambda model: pfs.dora.inject(model, r=4),
+    "ia3": pfs.ia3.inject,
+    "houlsby": lambda model: pfs.houlsby.inject(model, m=4),
+    "prompt": lambda model: pfs.prompt.inject(model, n=3),
+    "prefix": lambda model: pfs.prefix.inject(model, n=3),
+}
+
+
+def an_adapter_brings_its_bits_along(folder, method="houlsby", architecture="llama"):
+    """What was left in full, too, by its name before adapters stood there."""
+    model = build(architecture)
+    nf4.quantize_model(model, block=32, double=False, exclude="mlp")
+    names = list(packed(model))
+    METHODS[method](model)
+    train(model, 2)
+    whole = list(resolve(build(architecture), "mlp"))
+    assert qlora.read_bits(qlora.base_bits(model))["exclude"] == whole
+    pfs.save(model, folder)
+    found = build(architecture)
+    exchange.load_as_trained(found, folder)
+    assert torch.equal(logits(found), logits(model))
+    again = build(architecture)
+    nf4.quantize_model(again, block=32, double=False, exclude="mlp")
+    exchange.load_as_trained(again, folder)
+    assert torch.equal(logits(again), logits(model))
+    pfs.remove(found)
+    assert list(packed(found)) == names
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_brings_its_bits_along(method, architecture, tmp_path):
+    an_adapter_brings_its_bits_along(tmp_path, method, architecture)
+
+
+def test_a_file_without_bits_leaves_the_base_in_full(tmp_path):
+    model, other = build("llama"), build("llama")
+    pfs.lora.inject(model, r=4)
+    train(model, 1)
+    pfs.save(model, tmp_path)
+    exchange.load_as_trained(other, tmp_path)
+    assert not packed(other) and torch.equal(logits(other), logits(model))
 
 
 def test_base_bits_are_those_of_the_base():

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import CannotMerge, as_matrix, as_stored, swap
-from ..nf4 import NF4Linear, dequantize, quantize, quantize_model
+from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
 from ..scoped import rng_state, set_rng_state
-from ..targets import Packed, Targets, named_modules, projections, shown
+from ..targets import Packed, Targets, kinds, named_modules, projections, shown
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -180,20 +180,41 @@ def merge(
         )
     swap(model, ready)
     adapter.detach(model)
+    share_scratch(model)
     return errors
 
 
 def base_bits(model: nn.Module) -> str | None:
     """What a file notes of the base: how its weights are quantized; None where not."""
-    for module in adapter.adapters(model).values():
-        if isinstance(module.base, NF4Linear):
-            q, double = module.base, module.base.recipe or False
-            return json.dumps({"code": q.code, "block": q.block, "double": double})
-    return None
+    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    if not packed:
+        return None
+    q = packed[0]
+    bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
+    kept = _kept_in_full(model, packed)
+    return json.dumps(bits | ({"exclude": kept} if kept else {}))
+
+
+def _kept_in_full(model: nn.Module, packed: list[NF4Linear]) -> list[str]:
+    """The layers' other projections, by their names before adapters stood there."""
+    found = projections(model)
+    of_adapters = {
+        module
+        for wrapped in adapter.adapters(model).values()
+        for name, module in wrapped.named_modules()
+        if name.partition(".")[0] != "base"
+    }
+    whole = {found[name] for name in kinds(model)} - set(packed) - of_adapters
+    before = adapter.plain_names(model)
+    return [
+        before[f"{name}.weight"].removesuffix(".weight")
+        for name, module in model.named_modules()
+        if module in whole
+    ]
 
 
 def read_bits(note: str | None) -> dict | None:
-    """The arguments of quantize that a file notes; None where it notes none.
+    """The arguments of quantize_model that a file notes; None where it notes none.
 
     Raises  ValueError  the note is none of ours
     """
@@ -201,10 +222,13 @@ def read_bits(note: str | None) -> dict | None:
         return None
     try:
         bits = json.loads(note)
-        if set(bits) != BITS or bits["block"] > LARGEST_BLOCK:
+        kept = bits.get("exclude", [])
+        if not isinstance(kept, list) or not all(isinstance(n, str) for n in kept):
+            raise ValueError("exclude is no list of names")
+        if set(bits) - {"exclude"} != BITS or bits["block"] > LARGEST_BLOCK:
             raise ValueError(f"needed are {', '.join(sorted(BITS))}")
-        quantize(torch.empty(0), **bits)
-    except (ValueError, TypeError, RecursionError) as error:
+        quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"the file notes base_bits={shown(note)}, which is not implemented: {error}"
         ) from None
@@ -219,7 +243,9 @@ def base_error(model: nn.Module, **bits) -> MergeError:
     modules together.
     """
     lost = trained = changed = 0.0
-    for module in adapter.adapters(model).values():
+    whole = bits.pop("exclude", [])
+    wrapped = adapter.adapters(model)
+    for module in [m for name, m in wrapped.items() if name not in whole]:
         W0 = as_matrix(module.base).float()
         kept = dequantize(quantize(W0, **bits))
         update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0
@@ -241,7 +267,6 @@ def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
         base.bias,
         compute_dtype=base.compute_dtype,
         transposed=base.transposed,
-        scratch=base.scratch,
     ).train(base.training)
 
 
