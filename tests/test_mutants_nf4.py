@@ -425,9 +425,15 @@ QLORA = {
         "exclude=None",
         partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
     ),
+    "other bits are not noticed": Bug(
+        exchange._warn_of_bits,
+        "elif bits and bits != qlora.read_bits(here):",
+        "elif False:",
+        beside.a_file_of_other_bits_warns,
+    ),
     "the warning is given to a base in four bits, too": Bug(
-        exchange.load,
-        "if bits and not qlora.base_bits(model):",
+        exchange._warn_of_bits,
+        "if bits and not here:",
         "if bits:",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),

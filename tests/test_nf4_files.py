@@ -128,12 +128,15 @@ def test_parts_are_read_as_one(tmp_path):
     parts_are_read_as_one(tmp_path)
 
 
-def test_what_is_not_quantized_takes_the_dtype_that_is_asked_for(tmp_path):
-    saved(tmp_path, of=torch.bfloat16)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_what_is_not_quantized_takes_the_dtype_that_is_asked_for(
+    architecture, tmp_path
+):
+    saved(tmp_path, architecture, of=torch.bfloat16)
     for asked, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
         loaded = nf4.load(tmp_path, dtype=asked)
         assert {p.dtype for p in loaded.parameters()} == {expected}
-        packed = loaded.get_submodule(UP)
+        packed = [m for m in loaded.modules() if isinstance(m, nf4.NF4Linear)][-1]
         assert packed.dtype == torch.bfloat16 and packed.packed.dtype == torch.uint8
         assert packed.absmax_units.dtype == torch.float32
         assert logits(loaded).dtype == expected
@@ -386,10 +389,10 @@ def sound(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("sound"))
 
 
-def a_broken_file_is_refused(folder, name, source=None):
+def a_broken_file_is_refused(folder, name, source=None, table=BROKEN):
     if source is None:
         source = saved(folder / "sound")
-    change, words = BROKEN[name]
+    change, words = table[name]
     tensors, config = load_file(source / WEIGHTS), config_of(source)
     change(tensors, config)
     (folder / "broken").mkdir()
@@ -409,6 +412,25 @@ def a_broken_file_is_refused(folder, name, source=None):
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused(name, tmp_path, sound):
     a_broken_file_is_refused(tmp_path, name, sound)
+
+
+BIAS = "transformer.h.1.mlp.c_fc.bias"
+BROKEN_BIAS = {  # Conv1D's, which stand beside codes
+    "no bias": (drop(BIAS), [f"lack {BIAS}"]),
+    "a NaN": (put(BIAS, one(math.nan)), [BIAS, "not finite"]),
+    "whole numbers": (put(BIAS, lambda t: t.int()), [BIAS, "int32"]),
+    "misshapen": (put(BIAS, lambda t: t[:-1]), [BIAS, "(127,)", "(128,)"]),
+    "codes by our own names": (
+        add("transformer.h.1.mlp.c_fc.packed", torch.zeros(2, dtype=torch.uint8)),
+        ["c_fc.packed", "the model has not"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BIAS)
+def test_a_broken_bias_is_refused(name, tmp_path):
+    sound = saved(tmp_path / "sound", "gpt2")
+    a_broken_file_is_refused(tmp_path, name, sound, BROKEN_BIAS)
 
 
 def test_every_field_of_a_state_is_among_the_broken_ones(sound):

@@ -490,6 +490,22 @@ def a_file_of_four_bits_warns_on_a_base_in_full(folder, architecture="gpt2"):
     assert torch.equal(logits(again), logits(model))
 
 
+def a_file_of_other_bits_warns(folder):
+    """The codes of another block are other weights, and nobody sees it in a shape."""
+    pfs.save(trained(block=32), folder)
+    for arguments in (dict(), dict(block=32, double=False), dict(exclude="mlp")):
+        model = build("llama")
+        nf4.quantize_model(model, **{"block": 32} | arguments)
+        said = caught(model, folder)
+        assert bool(said) == bool(arguments)
+        for text in said:
+            assert "other bits" in text and '"block": 32' in text
+
+
+def test_a_file_of_other_bits_warns(tmp_path):
+    a_file_of_other_bits_warns(tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_file_of_four_bits_warns_on_a_base_in_full(architecture, tmp_path):
     a_file_of_four_bits_warns_on_a_base_in_full(tmp_path, architecture)

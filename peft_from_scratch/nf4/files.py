@@ -124,9 +124,14 @@ def _packed(model: nn.Module) -> dict[str, NF4Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
 
 
+def _of_codes(packed: dict[str, NF4Linear]) -> set[str]:
+    """The names of the tensors that hold codes and constants."""
+    return {f"{name}.{key}" for name, m in packed.items() for key in m._buffers}
+
+
 def _plain_tensors(model, packed) -> dict[str, Tensor]:
     """What is not in four bits, each tied tensor once."""
-    inside = tuple(f"{name}.{key}" for name, m in packed.items() for key in m._buffers)
+    inside = _of_codes(packed)
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if name not in inside and tensor.data_ptr() not in seen:
@@ -268,13 +273,8 @@ def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"this model has no {shown(name)}, which {shown(key)} names"
             ) from None
-        q = _from_file(name, module, tensors)
-        bias = module.bias
-        if bias is not None:
-            bias = nn.Parameter(_taken(tensors, f"{name}.bias"))
-            if bias.shape != module.bias.shape:
-                raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}")
-        packed = NF4Linear(q, bias, transposed=is_transposed(module))
+        q = _from_file(name, module, tensors)  # its bias has no memory yet
+        packed = NF4Linear(q, module.bias, transposed=is_transposed(module))
         swap(model, {module: packed})
     share_scratch(model)
 
@@ -356,18 +356,18 @@ def _taken(tensors, key: str) -> Tensor:
 
 
 def _put_plain(model: nn.Module, tensors: dict[str, Tensor], dtype) -> None:
-    """Fill in what is left: embeddings, norms, heads."""
-    packed = _packed(model)
+    """Fill in what is left: embeddings, norms, heads, biases."""
+    filled = _of_codes(_packed(model))
     expected = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if tensor.is_meta or name in tensors
+        if name not in filled
     }
     given = {
         name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()
     }
     for name, tensor in given.items():
-        if name not in expected or name.rpartition(".")[0] in packed:
+        if name not in expected:
             raise ValueError(f"the files hold {shown(name)}, which the model has not")
         if tensor.shape != expected[name].shape:
             raise ValueError(
