@@ -153,7 +153,7 @@ def _warn_of_bits(model: nn.Module, directory: Path, note: str | None) -> None:
     if bits and not here:
         error = qlora.base_error(model, **bits)
         warnings.warn(
-            f"{trained} four bits ({note}), and this model has them in full: they "
+            f"{trained} four bits ({shown(note)}), and this model has them in full: they "
             f"differ by {error.weight:.1%} of their norm, which is {error.update:.2g} "
             "times that of the update. For the model that was trained, "
             "nf4.quantize_model() first",
@@ -161,8 +161,9 @@ def _warn_of_bits(model: nn.Module, directory: Path, note: str | None) -> None:
         )
     elif bits and bits != qlora.read_bits(here):
         warnings.warn(
-            f"{trained} other bits ({note}) than this model's ({here}): load its base "
-            "in full, and nf4.quantize_model() it as the file says",
+            f"{trained} other bits ({shown(note)}) than this "
+            f"model's ({shown(here)}): load its base in full, and "
+            "nf4.quantize_model() it as the file says",
             stacklevel=3,
         )
 
