@@ -153,8 +153,8 @@ def _warn_of_bits(model: nn.Module, directory: Path, note: str | None) -> None:
     if bits and not here:
         error = qlora.base_error(model, **bits)
         warnings.warn(
-            f"{trained} four bits ({shown(note)}), and this model has them in full: they "
-            f"differ by {error.weight:.1%} of their norm, which is {error.update:.2g} "
+            f"{trained} four bits ({shown(note)}), and this model has them in full: "
+            f"they differ by {error.weight:.1%} of their norm, which is {error.update:.2g} "
             "times that of the update. For the model that was trained, "
             "nf4.quantize_model() first",
             stacklevel=3,

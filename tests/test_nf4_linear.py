@@ -163,9 +163,10 @@ class Slow(NF4Linear):
 
 def threads_do_not_write_into_each_others_buffer():
     barrier = threading.Barrier(2)
+    x, found = drawn(4, 24), {}
     modules = [Slow(layer(16, 24).quantized) for _ in range(2)]
     nf4.share_scratch(nn.Sequential(*modules))
-    x, found = drawn(4, 24), {}
+    modules[0].scratch.of((16, 24), x.dtype, x.device)  # this thread's own
     for module in modules:
         module.barrier = barrier
 
