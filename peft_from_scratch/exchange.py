@@ -154,9 +154,9 @@ def _warn_of_bits(model: nn.Module, directory: Path, note: str | None) -> None:
         error = qlora.base_error(model, **bits)
         warnings.warn(
             f"{trained} four bits ({shown(note)}), and this model has them in full: "
-            f"they differ by {error.weight:.1%} of their norm, which is {error.update:.2g} "
-            "times that of the update. For the model that was trained, "
-            "nf4.quantize_model() first",
+            f"they differ by {error.weight:.1%} of their norm, which is "
+            f"{error.update:.2g} times that of the update. For the model that was "
+            "trained, nf4.quantize_model() first",
             stacklevel=3,
         )
     elif bits and bits != qlora.read_bits(here):
