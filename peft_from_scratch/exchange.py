@@ -103,7 +103,8 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
 
     Returns  the names of the adapted modules
     Warns    UserWarning   the loaded adapter changes no logit (an untrained one), or it
-             was trained beside weights in four bits, and this model has them in full
+             was trained beside weights in four bits, and this model has them in full,
+             or in other bits
     Raises   ValueError   a broken, incomplete, superfluous, misshapen or non-finite
              file, a field that is not implemented, a model that does not fit; the model
              is then as it was
@@ -115,7 +116,7 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
     config = read_config(directory / CONFIG)
     method = _reader(config)
     tensors, notes = read_tensors(directory / WEIGHTS)
-    bits = qlora.read_bits(notes.get(BITS))
+    qlora.read_bits(notes.get(BITS))  # refused, if need be, before the model changes
     _refuse_other_vocabulary(model, notes.get(ROWS))
     names = adapted(tensors, method)
     arguments = method.from_peft(
@@ -141,16 +142,30 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
             "untrained, or was made for another one",
             stacklevel=2,
         )
-    if bits and not qlora.base_bits(model):
+    _warn_of_bits(model, directory, notes.get(BITS))
+    return injected
+
+
+def _warn_of_bits(model: nn.Module, directory: Path, note: str | None) -> None:
+    """UserWarning where the wrapped weights are not those that were trained beside."""
+    bits, here = qlora.read_bits(note), qlora.base_bits(model)
+    trained = f"the adapter from {directory} was trained beside weights in"
+    if bits and not here:
         error = qlora.base_error(model, **bits)
         warnings.warn(
-            f"the adapter from {directory} was trained beside weights in four bits "
-            f"({notes[BITS]}), and this model has them in full: they differ by "
-            f"{error.weight:.1%} of their norm, which is {error.update:.2g} times that "
-            "of the update. For the model that was trained, nf4.quantize_model() first",
-            stacklevel=2,
+            f"{trained} four bits ({shown(note)}), and this model has them in full: "
+            f"they differ by {error.weight:.1%} of their norm, which is "
+            f"{error.update:.2g} times that of the update. For the model that was "
+            "trained, nf4.quantize_model() first",
+            stacklevel=3,
         )
-    return injected
+    elif bits and bits != qlora.read_bits(here):
+        warnings.warn(
+            f"{trained} other bits ({shown(note)}) than this "
+            f"model's ({shown(here)}): load its base in full, and "
+            "nf4.quantize_model() it as the file says",
+            stacklevel=3,
+        )
 
 
 def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import minilm, smollm2, tiny
 from .adapter import vocabulary
+from .nf4 import files as nf4
 from .pretrained import quiet_transformers, whole_model
 
 DTYPES = {
@@ -55,7 +56,9 @@ def load_model(
     """A causal language model and its tokenizer, in eval mode, on its device.
 
     Args
-        name    "smollm2" or "tiny"; a hub id, owner/name; or the path of a folder
+        name    "smollm2" or "tiny"; a hub id, owner/name; or the path of a folder. One
+                with a model in four bits, nf4.save's or bitsandbytes', gives NF4Linear
+                projections
         device  "cpu", "cuda", "cuda:1", "mps"; None: see pick_device
         dtype   of the weights: a torch.dtype or its name, float32, bfloat16, float16
                 or float64. None: float32 on every device, so that results compare
@@ -64,7 +67,8 @@ def load_model(
     Raises   ValueError       no such name, device or dtype; an adapter's folder; a
                               checkpoint that leaves tensors random
              ConnectionError  it is not on this machine and cannot be fetched
-             OSError          the cache cannot be written, or the folder not read
+             OSError          the cache cannot be written, or the folder not read; it
+                              holds no tokenizer
     Memory   parameters x itemsize bytes
     Note     tokenizer.pad_token may be the end token (for smollm2 it is): mask padding
              by the attention mask, never by comparing token ids
@@ -73,15 +77,7 @@ def load_model(
     source, local = _locate(name)
     options = {"local_files_only": local, "trust_remote_code": False}
     with quiet_transformers(), _clear_about_hub(source, local):
-        model = whole_model(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            adapter_kwargs={
-                "local_files_only": local
-            },  # transformers looks for one too
-            **options,
-        )
+        model = _model(source, dtype, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if name in NAMED:
         model.name_or_path = model.config._name_or_path = NAMED[name].published_as
@@ -89,6 +85,18 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     model.pfs_vocab_size = vocabulary(model)
     return model.to(device).eval(), tokenizer
+
+
+def _model(source: str, dtype: torch.dtype, options: dict) -> nn.Module:
+    folder = Path(source)
+    if (folder / nf4.CONFIG).is_file() and nf4.is_four_bit(folder):
+        _refuse_no_tokenizer(folder)
+        return nf4.load(folder, dtype=dtype)
+    # transformers looks for an adapter too
+    of_adapter = {"local_files_only": options["local_files_only"]}
+    return whole_model(
+        source, dtype=dtype, use_safetensors=True, adapter_kwargs=of_adapter, **options
+    )
 
 
 def prepare() -> None:
@@ -174,6 +182,15 @@ def _refuse_adapter(folder) -> None:
         raise ValueError(
             f"{folder} holds an adapter, not a model: load its base ({base}), then the "
             f"adapter onto that with load(model, {str(folder)!r})"
+        )
+
+
+def _refuse_no_tokenizer(folder) -> None:
+    """transformers would make an empty one for some models, and say nothing."""
+    if not any(re.search("token|vocab", file.name) for file in folder.iterdir()):
+        raise OSError(
+            f"{folder} holds a model and no tokenizer: save it with nf4.save(model, "
+            "folder, tokenizer), or take the model alone with nf4.load(folder)"
         )
 
 

@@ -10,8 +10,10 @@ from laws import Method
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter
+from peft_from_scratch import adapter, nf4
 
+# In the attention of every architecture, and no MLP's.
+SKIPPED = r"c_attn|(k|v)_proj"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
@@ -29,6 +31,19 @@ class Shift(pfs.Adapter):
 
 def lora(**arguments):
     return partial(pfs.lora.inject, **{"r": 4, "alpha": 8} | arguments)
+
+
+def qlora(**arguments):
+    return partial(pfs.qlora.inject, **{"r": 4, "alpha": 8} | arguments)
+
+
+def four_bits(model):
+    nf4.quantize_model(model)
+
+
+def some_in_four_bits(model):
+    """Keys and values stay in full, and get a LoRA all the same."""
+    nf4.quantize_model(model, block=32, double=False, exclude=SKIPPED)
 
 
 def shift(model):
@@ -213,6 +228,72 @@ METHODS = [
         start=None,
     ),
     Method("shift", shift, one_vector_each, mergeable=False, saved=False),
+    Method("qlora", qlora(), low_rank, prepare=four_bits),
+    Method(
+        "qlora-skip",
+        qlora(),
+        low_rank,
+        prepare=some_in_four_bits,
+    ),
+    Method(
+        "qlora-dropout", qlora(dropout=0.3), low_rank, prepare=four_bits, random=True
+    ),
+    Method("qlora-biases", qlora(bias="all"), with_every_bias, prepare=four_bits),
+    Method(
+        "qlora-patterns",
+        qlora(rank_pattern={r".*\.0\..*": 2}, alpha_pattern={r".*\.1\..*": 3.0}),
+        first_layer_smaller,
+        prepare=four_bits,
+    ),
+    Method(
+        "qlora-bf16",
+        qlora(dtype=torch.bfloat16),
+        low_rank,
+        prepare=four_bits,
+        merges_within=0.02,  # x is rounded to 8 bits before A
+        saved=False,  # load() gives float32: test_qlora.py
+    ),
+    Method(
+        "dora-on-four-bits",
+        partial(pfs.dora.inject, r=4, alpha=8),
+        lengths_too,
+        prepare=four_bits,
+    ),
+    Method(
+        "ia3-on-four-bits", pfs.ia3.inject, three_vectors_a_layer, prepare=four_bits
+    ),
+    Method(
+        "bitfit-on-four-bits",
+        pfs.bitfit.inject,
+        every_bias,
+        wraps=False,
+        architectures=("gpt2", "opt"),
+        prepare=four_bits,
+    ),
+    Method(
+        "houlsby-on-four-bits",
+        partial(pfs.houlsby.inject, m=4),
+        two_bottlenecks_a_layer,
+        mergeable=False,
+        start=0.02,
+        prepare=four_bits,
+    ),
+    Method(
+        "prefix-on-four-bits",
+        partial(pfs.prefix.inject, n=3),
+        keys_and_values,
+        mergeable=False,
+        start=None,
+        prepare=four_bits,
+    ),
+    Method(
+        "prompt-on-four-bits",
+        partial(pfs.prompt.inject, n=3),
+        three_embeddings,
+        mergeable=False,
+        start=None,
+        prepare=four_bits,
+    ),
 ]
 
 # law -> the methods that it speaks of
@@ -255,7 +336,9 @@ def test_law(law, method, architecture):
 # Random Llama, Qwen and Gemma models are not fp64 inside: their norms compute in fp32.
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.mergeable], ids=lambda m: m.name
+    "method",
+    [m for m in METHODS if m.mergeable and not m.prepare],
+    ids=lambda m: m.name,
 )
 def test_merged_equals_unmerged_in_fp64(method, architecture):
     laws.merged_equals_unmerged_in_fp64(method, architecture)

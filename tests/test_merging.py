@@ -763,8 +763,8 @@ BUGS = {
     ),
     "different vocabularies are let through": Bug(
         merging._refuse_other_bases,
-        "if file.rows is not None",
-        "if False",
+        '(ROWS, "the vocabulary"), ',
+        "",
         different_vocabularies_are_refused,
     ),
     "the error shows one shape twice": Bug(

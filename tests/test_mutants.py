@@ -190,7 +190,7 @@ CONTRACT = {
         adapter.inject,
         "adapters = {m: wrap(m).train(m.training) for m in modules.values()}",
         "adapters = {}\n        for m in modules.values():\n"
-        "            adapters[m] = wrap(m)\n            _swap(model, adapters)",
+        "            adapters[m] = wrap(m)\n            swap(model, adapters)",
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(
@@ -252,7 +252,7 @@ MERGING = {
     ),
     "Conv1D merged in the other orientation": Bug(
         adapter.as_stored,
-        "W.T if isinstance(base, Conv1D) else W",
+        "W.T if is_transposed(base) else W",
         "W",
         contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
     ),
@@ -387,7 +387,7 @@ FILES = {
     ),
     "another vocabulary is not noticed": Bug(
         exchange.load,
-        "_refuse_other_vocabulary(model, rows)",
+        "_refuse_other_vocabulary(model, notes.get(ROWS))",
         "pass",
         files.loading_onto_another_vocabulary_is_refused,
     ),

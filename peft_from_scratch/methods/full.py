@@ -9,6 +9,7 @@ the contract: it trains the model's own tensors, so that `remove` needs the orig
 from torch import nn
 
 from .. import adapter
+from ..targets import Packed
 
 
 def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
@@ -17,8 +18,16 @@ def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
     Args
         keep_original  keep a copy of all weights, so that remove() can restore them
     Returns  the names of the trained parameters; tied weights count once
+    Raises   ValueError   weights in four bits, which cannot train
     Memory   with keep_original, the model's bytes once more
     """
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: full fine-tuning moves every "
+                "weight, and codes cannot be moved. Load the base in full, or put "
+                "adapters beside it"
+            )
     names = [name for name, _ in model.named_parameters()]
     adapter.inject(model, None, {}, method="full", own=names, keep_own=keep_original)
     return names

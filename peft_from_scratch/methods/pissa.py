@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import as_matrix, sizes
-from ..targets import Targets, resolve
+from ..targets import Packed, Targets, resolve
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -91,13 +91,14 @@ def inject(
 
     Args     r, alpha, targets, exclude: those of lora.inject
     Returns  the names of the wrapped modules
-    Raises   ValueError   an argument out of its range, no match, or a tied weight; the
-             model as it was
+    Raises   ValueError   an argument out of its range, no match, a tied weight, or one
+             in four bits; the model as it was
     """
     arguments = lora.DEFAULTS | dict(r=r, alpha=alpha)
     adapter.refuse_second(model)
     if not isinstance(targets, Mapping):
         targets, exclude = resolve(model, targets, exclude), None
+    _refuse_packed(targets)
     _refuse_tied(model, targets)
     return wrap_all(model, PiSSA, "pissa", targets, exclude, arguments)
 
@@ -111,6 +112,17 @@ def to_peft(model: nn.Module) -> dict:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def _refuse_packed(targets) -> None:
+    """ValueError where a weight is held as codes: the residual is none of those."""
+    for name, module in targets.items():
+        if isinstance(module, Packed):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: PiSSA changes the weight that "
+                "it stands beside, and codes cannot be changed. Leave it out of the "
+                "targets, or use LoRA"
+            )
 
 
 def _refuse_tied(model, targets) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import CannotMerge, as_matrix, swap
+from ..adapter import CannotMerge, as_matrix, as_stored, swap
 from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
 from ..scoped import rng_state, set_rng_state
 from ..targets import Packed, Targets, kinds, named_modules, projections, shown
@@ -35,6 +35,8 @@ PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
 FILE_SUFFIXES = lora.FILE_SUFFIXES
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 ONTO = ("dequantized", "original", "requantized")
+BITS = {"code", "block", "double"}  # what a file notes of its base
+LARGEST_BLOCK = 2**31  # of a file: no weight has as many values
 
 
 class MergeError(NamedTuple):
@@ -139,7 +141,7 @@ def merge(
     Returns  {module name: MergeError}: 0 for "dequantized", up to rounding
     Raises   ValueError   another `onto`, no original
              CannotMerge  an adapter that is no LoRA beside four bits; the original has
-             not the weight. The model is then as it was
+             not the weight; values that its dtype cannot hold. The model is as it was
     Memory   the merged weights, beside the model, while it runs
     """
     if onto not in ONTO:
@@ -159,12 +161,17 @@ def merge(
     for name, module in wrapped.items():
         base, update = module.base, module.delta(torch.float64)
         trained = dequantize(base.quantized).double() + update
+        W = weights[name].double() + update if onto == "original" else trained
+        if not W.to(base.dtype).isfinite().all():
+            raise CannotMerge(
+                f"{name}.weight would hold values that {base.dtype} cannot; look for "
+                "NaN in the adapter or in the original"
+            )
         if onto == "requantized":
-            merged = _requantized(base, trained)
+            merged = _requantized(base, W)
         else:
             merged = base.plain()
-            W = weights[name].double() + update if onto == "original" else trained
-            merged.weight.copy_(W.T if base.transposed else W)
+            merged.weight.copy_(as_stored(base, W))
         lost = (as_matrix(merged).double() - trained).norm()
         ready[module] = merged
         errors[name] = MergeError(
@@ -184,9 +191,26 @@ def base_bits(model: nn.Module) -> str | None:
         return None
     q = packed[0]
     bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
-    found = projections(model)
-    kept = [n.removesuffix(".base") for n in kinds(model) if found[n] not in packed]
+    kept = _kept_in_full(model, packed)
     return json.dumps(bits | ({"exclude": kept} if kept else {}))
+
+
+def _kept_in_full(model: nn.Module, packed: list[NF4Linear]) -> list[str]:
+    """The layers' other projections, by their names before adapters stood there."""
+    found = projections(model)
+    of_adapters = {
+        module
+        for wrapped in adapter.adapters(model).values()
+        for name, module in wrapped.named_modules()
+        if name.partition(".")[0] != "base"
+    }
+    whole = {found[name] for name in kinds(model)} - set(packed) - of_adapters
+    before = adapter.plain_names(model)
+    return [
+        before[f"{name}.weight"].removesuffix(".weight")
+        for name, module in model.named_modules()
+        if module in whole
+    ]
 
 
 def read_bits(note: str | None) -> dict | None:
@@ -201,6 +225,8 @@ def read_bits(note: str | None) -> dict | None:
         kept = bits.get("exclude", [])
         if not isinstance(kept, list) or not all(isinstance(n, str) for n in kept):
             raise ValueError("exclude is no list of names")
+        if set(bits) - {"exclude"} != BITS or bits["block"] > LARGEST_BLOCK:
+            raise ValueError(f"needed are {', '.join(sorted(BITS))}")
         quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -217,9 +243,9 @@ def base_error(model: nn.Module, **bits) -> MergeError:
     modules together.
     """
     lost = trained = changed = 0.0
-    kept = bits.pop("exclude", [])
+    whole = bits.pop("exclude", [])
     wrapped = adapter.adapters(model)
-    for module in [m for name, m in wrapped.items() if name not in kept]:
+    for module in [m for name, m in wrapped.items() if name not in whole]:
         W0 = as_matrix(module.base).float()
         kept = dequantize(quantize(W0, **bits))
         update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0

@@ -1,6 +1,7 @@
 """A quantized model on disk, in the layout that transformers and bitsandbytes read.
 
-    config.json          the model's own, with what bitsandbytes needs to know
+    config.json          the model's own, with what bitsandbytes needs to know;
+                         generation_config.json and, if given, a tokenizer beside it
     model.safetensors    <module>.weight                   (n / 2, 1) uint8, packed
                          <module>.weight.absmax            constants, in 32 or 8 bits
                          <module>.weight.quant_map         (16,) the code book
@@ -14,15 +15,23 @@ otherwise: every shape, size and number is checked before a module is made of it
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .. import adapter, atomic
 from ..adapter import is_finite, is_transposed, sizes, swap
@@ -36,13 +45,20 @@ from .linear import NF4Linear, share_scratch
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STATE = "quant_state.bitsandbytes__"
 CPU = torch.device("cpu")
+LARGEST_BLOCK = 2**31  # no weight has as many values
 IN_FILES = ("nf4", "fp4")  # the code books that bitsandbytes has
 DTYPE = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write a quantized model of transformers to a folder, whole or not at all.
 
+    Args
+        tokenizer  written beside it; then load_model(directory) gives both
     Raises  ValueError  adapters on the model, nothing quantized in it, or something
             that the layout has no place for: another code book or another recipe
     """
@@ -63,10 +79,16 @@ def save(model: nn.Module, directory: str | Path) -> None:
         tensors |= {f"{name}.{key}": t for key, t in _in_file(name, module).items()}
     config = model.config.to_dict() | {"quantization_config": _described(model, packed)}
     atomic.sweep(directory)
-    with atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:
-        save_file(tensors, new / WEIGHTS, {"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True, default=str)
-        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+    with TemporaryDirectory() as others:
+        for part in (model.generation_config, tokenizer):
+            if part is not None:
+                part.save_pretrained(others)
+        beside = sorted(path.name for path in Path(others).iterdir())
+        with atomic.new_files(directory, (CONFIG, WEIGHTS, *beside)) as new:
+            shutil.copytree(others, new, dirs_exist_ok=True)
+            save_file(tensors, new / WEIGHTS, {"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True, default=str)
+            (new / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def load(
@@ -83,15 +105,15 @@ def load(
     """
     directory = Path(directory)
     tensors = _read(directory)
-    with quiet_transformers():
+    _check_config(directory)
+    with quiet_transformers(), _no_weights():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        settings = getattr(config, "quantization_config", None)
-        _check_config(directory, settings)
         del config.quantization_config
-        with _no_weights():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32
-            )
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32
+        )
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)
     _put_packed(model, tensors)
     _put_plain(model, tensors, dtype)
@@ -102,9 +124,14 @@ def _packed(model: nn.Module) -> dict[str, NF4Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
 
 
+def _of_codes(packed: dict[str, NF4Linear]) -> set[str]:
+    """The names of the tensors that hold codes and constants."""
+    return {f"{name}.{key}" for name, m in packed.items() for key in m._buffers}
+
+
 def _plain_tensors(model, packed) -> dict[str, Tensor]:
     """What is not in four bits, each tied tensor once."""
-    inside = tuple(f"{name}.{key}" for name, m in packed.items() for key in m._buffers)
+    inside = _of_codes(packed)
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if name not in inside and tensor.data_ptr() not in seen:
@@ -185,9 +212,31 @@ def _read(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_config(directory: Path, settings) -> None:
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method != "bitsandbytes" or settings.get("load_in_4bit") is not True:
+def is_four_bit(directory: Path) -> bool:
+    """Whether the config of a folder describes a model in four bits of bitsandbytes."""
+    settings = _settings(directory)
+    method = settings.get("quant_method")
+    return method == "bitsandbytes" and settings.get("load_in_4bit") is True
+
+
+def _settings(directory: Path) -> dict:
+    """The quantization_config of a folder's config; empty where there is none.
+
+    Raises  ValueError  a config that is no JSON object
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{directory / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / CONFIG} holds {shown(config)}, and no config")
+    settings = config.get("quantization_config")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _check_config(directory: Path) -> None:
+    if not is_four_bit(directory):
+        method = _settings(directory).get("quant_method")
         raise ValueError(
             f"{directory / CONFIG} describes no model in four bits of bitsandbytes "
             f"(quant_method={shown(method)}); load_model() reads plain ones"
@@ -224,13 +273,8 @@ def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"this model has no {shown(name)}, which {shown(key)} names"
             ) from None
-        q = _from_file(name, module, tensors)
-        bias = module.bias
-        if bias is not None:
-            bias = nn.Parameter(_taken(tensors, f"{name}.bias"))
-            if bias.shape != module.bias.shape:
-                raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}")
-        packed = NF4Linear(q, bias, transposed=is_transposed(module))
+        q = _from_file(name, module, tensors)  # its bias has no memory yet
+        packed = NF4Linear(q, module.bias, transposed=is_transposed(module))
         swap(model, {module: packed})
     share_scratch(model)
 
@@ -243,11 +287,12 @@ def _from_file(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Quan
     shape, block, dtype = (state.get(k) for k in ("shape", "blocksize", "dtype"))
     if not isinstance(module, PROJECTIONS) or shape != list(sizes(module)):
         raise ValueError(f"{key}: shape={shown(shape)} does not fit {name}: {module}")
-    whole = isinstance(block, int) and not isinstance(block, bool) and block >= 1
-    known = state.get("quant_type") == code in IN_FILES and dtype in DTYPE
-    if not whole or not known:
+    whole = isinstance(block, int) and not isinstance(block, bool)
+    known = state.get("quant_type") == code in IN_FILES and dtype in list(DTYPE)
+    if not (whole and 1 <= block <= LARGEST_BLOCK and known):
         raise ValueError(f"{key}: {shown(state)} is not implemented")
-    n, start = math.prod(shape), f"{name}.weight"
+    shape, start = sizes(module), f"{name}.weight"  # whole numbers, and not 32.0
+    n = math.prod(shape)
     packed = _sized(tensors, start, torch.uint8, -(-n // 2))
     _same_book(tensors, f"{start}.quant_map", code)
     blocks = -(-n // block)
@@ -268,7 +313,11 @@ def _doubled(tensors, start: str, state: dict, blocks: int) -> Doubled:
     units = _sized(
         tensors, f"{start}.nested_absmax", torch.float32, -(-blocks // BLOCK)
     )
-    return Doubled(codes, units, torch.tensor(offset, dtype=torch.float32), "dynamic")
+    offset = torch.tensor(offset, dtype=torch.float32)
+    doubled = Doubled(codes, units, offset, "dynamic")
+    if not doubled.restored().isfinite().all():
+        raise ValueError(f"{start}: its constants are not finite numbers")
+    return doubled
 
 
 def _json(key: str, text: Tensor) -> dict:
@@ -307,26 +356,28 @@ def _taken(tensors, key: str) -> Tensor:
 
 
 def _put_plain(model: nn.Module, tensors: dict[str, Tensor], dtype) -> None:
-    """Fill in what is left: embeddings, norms, heads."""
-    packed = _packed(model)
+    """Fill in what is left: embeddings, norms, heads, biases."""
+    filled = _of_codes(_packed(model))
     expected = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if tensor.is_meta or name in tensors
+        if name not in filled
     }
     given = {
         name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()
     }
     for name, tensor in given.items():
-        if name not in expected or name.rpartition(".")[0] in packed:
+        if name not in expected:
             raise ValueError(f"the files hold {shown(name)}, which the model has not")
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, the model needs "
                 f"{tuple(expected[name].shape)}"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite numbers")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} ({tensor.dtype}) holds values that are not finite numbers"
+            )
     model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]

@@ -1,0 +1,557 @@
+"""Bugs planted in NF4 and QLoRA: a law catches each.
+
+As in test_mutants.py, each breaks one line and names the law that must notice.
+"""
+
+from functools import partial
+
+import laws
+import pytest
+import test_nf4 as numbers
+import test_nf4_files as on_disk
+import test_nf4_linear as products
+import test_qlora as beside
+import torch
+from planting import Bug, assert_law_catches
+from test_mutants import contract
+
+from peft_from_scratch import adapter, budget, exchange, merging, models
+from peft_from_scratch.methods import full, pissa, qlora
+from peft_from_scratch.nf4 import (
+    NF4Linear,
+    affine,
+    blocks,
+    codes,
+    double,
+    files,
+    linear,
+)
+from peft_from_scratch.nf4.linear import Product, Scratch
+
+
+def nearest(code="nf4"):
+    return partial(numbers.every_code_is_the_nearest, code)
+
+
+def broken(name):
+    return partial(on_disk.a_broken_file_is_refused, name=name)
+
+
+def left(name):
+    return partial(products.a_refusal_leaves_the_model_as_it_was, name)
+
+
+def behind(name):
+    return partial(beside.a_refusal_leaves_nothing_behind, name)
+
+
+def cannot(name):
+    return partial(beside.what_cannot_be_merged_is_left_alone, name)
+
+
+NUMBERS = {
+    "eight steps below zero": Bug(
+        codes.normal_float,
+        "k / 7) / last for k in range(7)",
+        "k / 8) / last for k in range(7)",
+        numbers.the_published_table_is_its_derivation,
+    ),
+    "quantiles up to infinity's neighbour": Bug(
+        codes.normal_float,
+        "step = offset - 0.5",
+        "offset = 0.97; step = offset - 0.5",
+        numbers.the_offset_is_the_one_that_the_table_was_made_with,
+    ),
+    "absmax without abs": Bug(
+        blocks._ratios,
+        "torch.amax(rows.abs(), ",
+        "torch.amax(rows, ",
+        numbers.blocks_are_runs_of_values_in_memory_order,
+    ),
+    "absmax of the short block without abs": Bug(
+        blocks._ratios,
+        "values[whole:].abs().amax()",
+        "values[whole:].amax()",
+        numbers.blocks_are_runs_of_values_in_memory_order,
+    ),
+    "nibbles in the other order": Bug(
+        blocks.pack,
+        "(codes[::2] << 4) | codes[1::2]",
+        "(codes[1::2] << 4) | codes[::2]",
+        numbers.the_first_of_a_pair_is_in_the_high_nibble,
+    ),
+    "a code too low": Bug(
+        blocks.nearest,
+        "for midpoint in midpoints:",
+        "for midpoint in midpoints[1:]:",
+        nearest(),
+    ),
+    "the lower value in the place of the nearest": Bug(
+        blocks.nearest,
+        "_, midpoints, order = book(code, ratios.device)",
+        "midpoints, _, order = book(code, ratios.device); midpoints = midpoints[1:]",
+        nearest(),
+    ),
+    "the rank is taken for FP4's code": Bug(
+        blocks.nearest,
+        "order[rank.int()].to(torch.uint8)",
+        "rank",
+        nearest("fp4"),
+    ),
+    "blocks along the columns": Bug(
+        blocks.quantize,
+        "w.detach().reshape(-1)",
+        "w.detach().mT.reshape(-1)",
+        numbers.blocks_are_runs_of_values_in_memory_order,
+    ),
+    "tiny blocks are multiplied with an inverse that overflows": Bug(
+        blocks._ratios,
+        "if (absmax[: len(rows)] < TINY).any():",
+        "if False:",
+        numbers.scales_below_1e_37_lose_nothing,
+    ),
+    "pieces that end within a byte": Bug(
+        blocks._chunks,
+        "2 * block * max(1, CHUNK // (2 * block))",
+        "block * max(1, CHUNK // block)",
+        numbers.pieces_on_the_way_are_not_seen,
+    ),
+    "every piece has the first one's constants": Bug(
+        blocks.dequantize,
+        "constants = absmax[start // q.block :",
+        "constants = absmax[0 :",
+        numbers.pieces_on_the_way_are_not_seen,
+    ),
+    "the short block has another's constant": Bug(
+        blocks._scale,
+        "torch.mul(values[whole:], absmax[-1]",
+        "torch.mul(values[whole:], absmax[0]",
+        numbers.blocks_are_runs_of_values_in_memory_order,
+    ),
+    "NaN is quantized": Bug(
+        blocks.quantize,
+        "if not absmax.isfinite().all():",
+        "if False:",
+        left("a NaN in the last weight"),
+    ),
+    "the second absmax is forgotten": Bug(
+        double.Doubled.restored,
+        "values * units + self.offset",
+        "values + self.offset",
+        numbers.doubled_constants_are_close_to_their_own,
+    ),
+    "the offset is forgotten": Bug(
+        double.Doubled.restored,
+        "values * units + self.offset",
+        "values * units",
+        numbers.doubled_constants_are_close_to_their_own,
+    ),
+    "the mean is not taken off": Bug(
+        double.double_quantize,
+        "F.pad(absmax - offset, ",
+        "F.pad(absmax, ",
+        numbers.doubled_constants_are_close_to_their_own,
+    ),
+    "one unit for all constants": Bug(
+        double.double_quantize,
+        "rows.abs().amax(dim=1) if",
+        "rows.abs().amax().expand(len(rows)).contiguous() if",
+        numbers.doubled_constants_are_close_to_their_own,
+    ),
+    "sixteen steps of affine int4": Bug(
+        affine.Affine.of.__func__,
+        "- low) / 15",
+        "- low) / 16",
+        numbers.affine_is_fifteen_steps_from_the_lowest_to_the_highest,
+    ),
+    "affine int4 without its lowest value": Bug(
+        affine.Affine.dequantize,
+        "self.low[:, None] + rows",
+        "rows",
+        numbers.affine_is_fifteen_steps_from_the_lowest_to_the_highest,
+    ),
+    "out is not written to": Bug(
+        blocks.dequantize,
+        "flat, absmax = out.view(-1)",
+        "flat, absmax = out.clone().view(-1)",
+        numbers.out_is_written_to_and_its_dtype_counts,
+    ),
+}
+
+PRODUCTS = {
+    "Conv1D is not transposed": Bug(
+        linear.quantize_model,
+        "as_matrix(module)",
+        "module.weight",
+        partial(products.heads_and_embeddings_stay_and_every_projection_goes, "gpt2"),
+    ),
+    "backward does not transpose": Bug(
+        Product.backward,
+        "not ctx.across",
+        "ctx.across",
+        partial(products.product_and_gradient_are_those_of_the_dense_weight, "llama"),
+    ),
+    "backward trusts what lies in the buffer": Bug(
+        Product.backward,
+        "dx = Product.apply(dy, ctx.layer, ctx.dtype, not ctx.across)",
+        "shape = (ctx.layer.out_features, ctx.layer.in_features)\n"
+        "    W = ctx.layer.scratch.of(shape, ctx.dtype, dy.device)\n"
+        "    dx = F.linear(dy, W.T)",
+        products.each_layer_has_the_buffer_for_itself_while_it_needs_it,
+    ),
+    "threads share the buffer": Bug(
+        Scratch.__init__,
+        "threading.local()",
+        "type('Shared', (), {})()",
+        products.threads_do_not_write_into_each_others_buffer,
+    ),
+    "a copy shares the buffer": Bug(
+        Scratch.__deepcopy__,
+        "return Scratch()",
+        "return self",
+        products.a_copy_has_a_buffer_of_its_own,
+    ),
+    "each layer has a buffer": Bug(
+        linear.share_scratch,
+        "module.last = scratch,",
+        "module.last = Scratch(),",
+        products.the_buffer_is_as_large_as_the_largest_weight_and_one_for_all,
+    ),
+    "constants are cast to half precision": Bug(
+        NF4Linear._apply,
+        "if moved.dtype != tensor.dtype:",
+        "if False:",
+        products.half_precision_keeps_the_constants,
+    ),
+    "the bias is forgotten": Bug(
+        NF4Linear.forward,
+        "return y if self.bias is None else",
+        "return y if True else",
+        products.product_and_gradient_are_those_of_the_dense_weight,
+    ),
+    "full weights are kept for the backward pass": Bug(
+        Product.forward,
+        "return F.linear(",
+        "ctx.kept = W.clone()\n    return F.linear(",
+        products.a_step_holds_one_dequantized_weight_at_a_time,
+    ),
+    "one dequantization too many": Bug(
+        Product.backward,
+        "dx = Product.apply(",
+        "ctx.layer.dequantized(ctx.dtype); dx = Product.apply(",
+        products.a_step_dequantizes_each_weight_twice,
+    ),
+    "full weights survive": Bug(
+        linear.quantize_model,
+        "names = list(modules)",
+        "names, kept = list(modules), dict(modules)",
+        products.no_full_copy_survives,
+    ),
+    "all weights are copied before the first goes": Bug(
+        linear.quantize_model,
+        "names = list(modules)",
+        "names = list(modules)\n"
+        "    every = [m.weight.detach().clone() for m in modules.values()]",
+        products.quantizing_takes_no_copy_of_the_model,
+    ),
+    "looking for NaN takes a copy": Bug(
+        linear._check,
+        "torch.stack(W.aminmax()).isfinite().all()",
+        "W.isfinite().all()",
+        products.quantizing_takes_no_copy_of_the_model,
+    ),
+    "a tied weight is quantized": Bug(
+        linear._check,
+        "if len(held) > 1:",
+        "if False:",
+        left("a weight that two modules share"),
+    ),
+    "codes are quantized a second time": Bug(
+        linear._check,
+        "if isinstance(module, Packed):",
+        "if False:",
+        left("quantized before"),
+    ),
+    "adapters are quantized under": Bug(
+        linear.quantize_model,
+        "adapter.refuse_second(model)",
+        "pass",
+        left("adapters on it"),
+    ),
+    "the compute dtype is forgotten": Bug(
+        linear.quantize_model,
+        "compute_dtype=compute_dtype,",
+        "",
+        products.arguments_reach_every_projection,
+    ),
+    "what is excluded is quantized": Bug(
+        linear.quantize_model,
+        "resolve(model, targets, exclude)",
+        "resolve(model, targets)",
+        products.arguments_reach_every_projection,
+    ),
+    "quantized modules are in training mode": Bug(
+        linear.quantize_model,
+        "packed.train(module.training)",
+        "packed",
+        products.heads_and_embeddings_stay_and_every_projection_goes,
+    ),
+    "a plain projection with its sizes exchanged": Bug(
+        NF4Linear.plain,
+        "first, second = second, first",
+        "pass",
+        partial(products.a_model_computes_what_its_dense_twin_computes, "llama"),
+    ),
+    "a plain Conv1D without its bias": Bug(
+        NF4Linear.plain,
+        "module.bias = self.bias",
+        "module.bias = None if self.bias is None else nn.Parameter(0 * self.bias)",
+        products.a_model_computes_what_its_dense_twin_computes,
+    ),
+    "PiSSA on codes": Bug(
+        pissa._refuse_packed,
+        "isinstance(module, Packed)",
+        "False",
+        products.what_changes_weights_is_refused_on_four_bits,
+    ),
+    "full fine-tuning beside codes": Bug(
+        full.inject,
+        "isinstance(module, Packed)",
+        "False",
+        products.what_changes_weights_is_refused_on_four_bits,
+    ),
+}
+
+QLORA = {
+    "skip is ignored": Bug(
+        qlora.inject, "exclude=skip,", "", beside.every_argument_arrives
+    ),
+    "the block is ignored": Bug(
+        qlora.inject,
+        "64 if block is None else block",
+        "64",
+        beside.every_argument_arrives,
+    ),
+    "adapters in float32 whatever was asked": Bug(
+        qlora.inject,
+        "parameter.data.to(dtype or parameter.dtype)",
+        "parameter.data",
+        beside.every_argument_arrives,
+    ),
+    "quantized before the arguments are tried": Bug(
+        qlora.inject,
+        "names = _rehearsed(bare, targets, exclude, arguments)",
+        "names = ['model.layers.0.self_attn.q_proj']",
+        behind("r=0"),
+    ),
+    "trying takes random numbers": Bug(
+        qlora._rehearsed,
+        "set_rng_state(before, device)",
+        "pass",
+        beside.it_is_lora_on_the_quantized_model,
+    ),
+    "other codes are asked for in vain": Bug(
+        qlora.inject,
+        "elif any(value is not None for value in asked.values()):",
+        "elif False:",
+        beside.codes_are_not_quantized_a_second_time,
+    ),
+    "shares are of bytes": Bug(
+        budget.count,
+        "m.values for m in",
+        "m.packed.numel() for m in",
+        beside.shares_count_values_and_not_bytes,
+    ),
+    "merged onto the wrong base": Bug(
+        qlora.merge,
+        'weights[name].double() + update if onto == "original" else trained',
+        "trained",
+        beside.merged_onto_the_original_is_off_by_what_quantizing_changed,
+    ),
+    "Conv1D merged in the other orientation": Bug(
+        qlora.merge,
+        "copy_(as_stored(base, W))",
+        "copy_(W)",
+        partial(
+            beside.merged_onto_the_original_is_off_by_what_quantizing_changed,
+            targets="attn.c_proj",
+        ),
+    ),
+    "requantized without the update": Bug(
+        qlora.merge,
+        "_requantized(base, W)",
+        "_requantized(base, W - update)",
+        beside.merged_and_requantized_is_off_by_rounding_once_more,
+    ),
+    "requantized in other blocks": Bug(
+        qlora._requantized,
+        "base.block, base.recipe or False, base.code",
+        "64, base.recipe or False, base.code",
+        beside.merged_and_requantized_is_off_by_rounding_once_more,
+    ),
+    "the error is told in units of the update": Bug(
+        qlora.merge,
+        "_ratio(lost.item(), trained.norm().item())",
+        "_ratio(lost.item(), update.norm().item())",
+        beside.merged_onto_the_original_is_off_by_what_quantizing_changed,
+    ),
+    "NaN is merged": Bug(
+        qlora.merge,
+        "if not W.to(base.dtype).isfinite().all():",
+        "if False:",
+        cannot("a NaN in the original"),
+    ),
+    "merged weights stay frozen": Bug(
+        NF4Linear.plain,
+        "nn.Parameter(weight)",
+        "nn.Parameter(weight, requires_grad=False)",
+        contract(laws.merged_equals_unmerged, "qlora"),
+    ),
+    "merging leaves the codes": Bug(
+        adapter.merge,
+        "adapter.base = base",
+        "pass",
+        contract(laws.merged_equals_unmerged, "qlora"),
+    ),
+    "the file does not say that the base has four bits": Bug(
+        exchange.save,
+        "BITS: qlora.base_bits(model)",
+        "BITS: None",
+        beside.a_file_of_four_bits_warns_on_a_base_in_full,
+    ),
+    "an adapter's own matrices are taken for the base's": Bug(
+        qlora._kept_in_full,
+        "- set(packed) - of_adapters",
+        "- set(packed)",
+        beside.an_adapter_brings_its_bits_along,
+    ),
+    "what was left in full is forgotten": Bug(
+        exchange.load_as_trained,
+        "exclude=kept or None",
+        "exclude=None",
+        partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
+    ),
+    "other bits are not noticed": Bug(
+        exchange._warn_of_bits,
+        "elif bits and bits != qlora.read_bits(here):",
+        "elif False:",
+        beside.a_file_of_other_bits_warns,
+    ),
+    "the warning is given to a base in four bits, too": Bug(
+        exchange._warn_of_bits,
+        "if bits and not here:",
+        "if bits:",
+        beside.a_file_of_four_bits_warns_on_a_base_in_full,
+    ),
+    "the warning measures other blocks": Bug(
+        qlora.base_error,
+        "quantize(W0, **bits)",
+        "quantize(W0)",
+        beside.a_file_of_four_bits_warns_on_a_base_in_full,
+    ),
+    "the warning forgets the update": Bug(
+        qlora.base_error,
+        "changed += update.square()",
+        "changed += W0.square()",
+        beside.a_file_of_four_bits_warns_on_a_base_in_full,
+    ),
+    "half a note is enough": Bug(
+        qlora.read_bits,
+        'set(bits) - {"exclude"} != BITS',
+        "not set(bits) <= BITS",
+        partial(beside.a_hostile_note_is_refused, note='{"code": "nf4", "block": 64}'),
+    ),
+    "adapters of other bits are combined": Bug(
+        merging._refuse_other_bases,
+        ', (BITS, "the bits of the base")',
+        ",",
+        beside.adapters_of_other_bits_have_no_sum,
+    ),
+}
+
+FILES = {
+    "another code book is let through": Bug(
+        files._same_book,
+        "if not torch.equal(",
+        "if None is torch.equal(",
+        broken("another code book"),
+    ),
+    "short codes are let through": Bug(
+        files._sized, "tensor.numel() != count", "False", broken("short codes")
+    ),
+    "codes of another dtype are let through": Bug(
+        files._sized,
+        "tensor.dtype != dtype or",
+        "",
+        broken("codes of another dtype"),
+    ),
+    "constants may overflow": Bug(
+        files._doubled,
+        "if not doubled.restored().isfinite().all():",
+        "if False:",
+        broken("units that overflow"),
+    ),
+    "what is not quantized is not checked": Bug(
+        files._put_plain,
+        "for name, tensor in given.items():",
+        "for name, tensor in list(given.items())[:0]:",
+        broken("infinite norm"),
+    ),
+    "the dtype of before is forgotten": Bug(
+        files._from_file,
+        "DTYPE[dtype], block",
+        "torch.float32, block",
+        partial(on_disk.a_round_trip_is_bit_equal, of=torch.bfloat16),
+    ),
+    "transposed projections come back as they are not": Bug(
+        files._put_packed,
+        "transposed=is_transposed(module)",
+        "transposed=False",
+        on_disk.a_round_trip_is_bit_equal,
+    ),
+    "eight bits are taken for four": Bug(
+        files.is_four_bit,
+        ' and settings.get("load_in_4bit") is True',
+        "",
+        broken("eight bits"),
+    ),
+    "the old file is overwritten in place": Bug(
+        files.save,
+        "atomic.new_files(directory, (CONFIG, WEIGHTS, *beside)) as new:",
+        "__import__('contextlib').nullcontext(Path(directory)) as new:",
+        on_disk.a_failed_save_leaves_the_folder_as_it_was,
+    ),
+    "the generation config is lost": Bug(
+        files.save,
+        "(model.generation_config, tokenizer)",
+        "(tokenizer,)",
+        on_disk.a_changed_generation_config_is_kept,
+    ),
+    "the dtype is forgotten": Bug(
+        files._put_plain,
+        "tensor.to(dtype) if dtype else tensor",
+        "tensor",
+        on_disk.load_model_reads_such_a_folder,
+    ),
+    "load_model leaves four bits to bitsandbytes": Bug(
+        models._model,
+        "and nf4.is_four_bit(folder)",
+        "and False",
+        on_disk.load_model_reads_such_a_folder,
+    ),
+}
+BUGS = {
+    f"{part}: {bug}": row
+    for part, table in {
+        "numbers": NUMBERS,
+        "products": PRODUCTS,
+        "qlora": QLORA,
+        "files": FILES,
+    }.items()
+    for bug, row in table.items()
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
+    assert_law_catches(BUGS[name], tmp_path, monkeypatch)

@@ -1,0 +1,558 @@
+"""Code books and blocks: against their derivations, and by brute force in float64."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_from_scratch import nf4
+from peft_from_scratch.nf4 import blocks, codes
+from peft_from_scratch.nf4.double import BLOCK, Doubled, double_quantize
+
+CPU = torch.device("cpu")
+EPS = 2**-23
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def values(code):
+    return torch.tensor(nf4.CODES[code], dtype=torch.float64)
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def per_value(q, constants):
+    """Each value's constant: (n,)."""
+    return constants.repeat_interleave(q.block)[: q.numel]
+
+
+# ---------------------------------------------------------------------- Code books
+
+
+def the_published_table_is_its_derivation():
+    """Quantiles by torch's own inverse: another program than the library's."""
+    quantile = torch.special.ndtri
+    tail = 1 - codes.OFFSET
+    negative = quantile(torch.linspace(tail, 0.5, 8, dtype=torch.float64))[:-1]
+    positive = quantile(torch.linspace(0.5, 1 - tail, 9, dtype=torch.float64))[1:]
+    zero = torch.zeros(1, dtype=torch.float64)
+    derived = torch.cat([negative, zero, positive])
+    derived = derived / derived.max()
+    assert (derived - values("nf4")).abs().max() < 2e-7
+    assert (nf4.normal_float() - values("nf4")).abs().max() < 2e-7
+    assert (derived - nf4.normal_float()).abs().max() < 1e-14
+
+
+def test_the_published_table_is_its_derivation():
+    the_published_table_is_its_derivation()
+
+
+def the_offset_is_the_one_that_the_table_was_made_with():
+    """0.9677083 is nowhere in the paper: of all offsets it alone gives its table.
+
+    It is the mean of two: 1 - 1/30, beyond which lies half of a fifteenth, and
+    1 - 1/32, beyond which lies half of a sixteenth. Neither gives the table by itself.
+    """
+    mean = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
+    assert abs(codes.OFFSET - mean) < 1e-15
+    assert round(codes.OFFSET, 7) == 0.9677083
+
+    def off(offset):
+        return (nf4.normal_float(offset) - values("nf4")).abs().max().item()
+
+    assert min(off(1 - 1 / 30), off(1 - 1 / 32)) > 1e-4
+    grid = [codes.OFFSET + k * 1e-6 for k in range(-300, 301)]
+    assert min(grid, key=off) == pytest.approx(codes.OFFSET, abs=1.5e-6)
+
+
+def test_the_offset_is_the_one_that_the_table_was_made_with():
+    the_offset_is_the_one_that_the_table_was_made_with()
+
+
+def test_nf4_holds_zero_and_both_ends_and_leans_to_the_positive_side():
+    table = values("nf4")
+    assert table[0] == -1 and table[7] == 0 and table[15] == 1
+    assert (table.diff() > 0).all()
+    assert (table > 0).sum() == 8 and (table < 0).sum() == 7
+
+
+def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa():
+    """(1 + m/2) 2^(4 - e) twelfths; where e is 0, the subnormal 0.0625 m."""
+    for bits, value in enumerate(nf4.CODES["fp4"]):
+        sign, e, m = -1 if bits & 8 else 1, bits >> 1 & 3, bits & 1
+        twelfths = (1 + m / 2) * 2 ** (4 - e) if e else 0.0625 * m
+        assert value == sign * twelfths / 12
+    assert sorted(abs(v) for v in nf4.CODES["fp4"])[-1] == 1
+
+
+def int4_rounds_to_sevenths_of_the_largest():
+    w = drawn(640)
+    q = nf4.quantize(w, 64, False, "int4")
+    unit = per_value(q, w.view(-1, 64).abs().amax(1)).double() / 7
+    k = (w.double() / unit).round()
+    assert torch.equal(q.codes().double() - 8, k)
+    assert k.min() == -7 and k.max() == 7
+    assert (nf4.dequantize(q) - k * unit).abs().max() < 4 * EPS
+
+
+def test_int4_rounds_to_sevenths_of_the_largest():
+    int4_rounds_to_sevenths_of_the_largest()
+
+
+def affine_is_fifteen_steps_from_the_lowest_to_the_highest(block=32):
+    for n in (block * 8, block * 8 + 5, block - 1):
+        w = drawn(n) + 0.7
+        affine = nf4.Affine.of(w, block)
+        exact = torch.empty(n, dtype=torch.float64)
+        for start in range(0, n, block):
+            part = w[start : start + block].double()
+            step = (part.max() - part.min()) / 15
+            code = ((part - part.min()) / step).round()
+            exact[start : start + block] = part.min() + code * step
+        assert (affine.dequantize() - exact).abs().max() < 8 * EPS
+        count = -(-n // block)
+        assert affine.bits_per_value == 8 * (-(-n // 2) + 8 * count) / n
+    assert nf4.Affine.of(drawn(block * 8), block).bits_per_value == 4 + 64 / block
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_affine_is_fifteen_steps_from_the_lowest_to_the_highest(block):
+    affine_is_fifteen_steps_from_the_lowest_to_the_highest(block)
+
+
+def test_affine_keeps_a_constant_block_and_a_shape():
+    w = torch.full((3, 32), -1.25)
+    w[1] = torch.linspace(0, 15, 32).round()
+    affine = nf4.Affine.of(w, 32)
+    assert torch.equal(affine.dequantize(), w)
+
+
+# -------------------------------------------------------------------------- Blocks
+
+
+def every_code_is_the_nearest(code="nf4", n=3000, block=64, dtype=torch.float32):
+    w = drawn(n, dtype=dtype)
+    q = nf4.quantize(w, block, False, code)
+    absmax = per_value(q, q.absmax.double())
+    distance = (w.double()[:, None] - values(code) * absmax[:, None]).abs()
+    chosen = distance.gather(1, q.codes().long()[:, None])[:, 0]
+    assert (chosen <= distance.amin(1) + 4 * EPS * absmax).all()
+    restored = values(code)[q.codes().long()] * absmax
+    found = nf4.dequantize(q, torch.float32)
+    assert (found - restored).abs().max() <= EPS * restored.abs().max()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("block", [1, 3, 64, 4096])
+@pytest.mark.parametrize("code", nf4.CODES)
+def test_every_code_is_the_nearest(code, block, dtype):
+    every_code_is_the_nearest(code, 2001, block, dtype)
+
+
+def blocks_are_runs_of_values_in_memory_order():
+    """absmax of each, by a loop; each block's largest and every zero are exact."""
+    w = drawn(5, 7, 11)
+    w[w.abs() < 0.3] = 0
+    for block in (3, 16, 64, 1000):
+        q = nf4.quantize(w, block, False)
+        flat, restored = w.flatten(), nf4.dequantize(q).flatten()
+        largest = [max(map(abs, part.tolist())) for part in flat.split(block)]
+        assert q.absmax.tolist() == largest
+        at_end = flat.abs() == per_value(q, q.absmax)
+        assert at_end.sum() >= len(largest)
+        assert torch.equal(restored[at_end], flat[at_end])
+        assert (restored[flat == 0] == 0).all()
+        assert q.absmax.min() > 0 or block == 3
+
+
+def test_blocks_are_runs_of_values_in_memory_order():
+    blocks_are_runs_of_values_in_memory_order()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 400),
+    block=st.integers(1, 130),
+    seed=st.integers(0, 2**32),
+    code=st.sampled_from(list(nf4.CODES)),
+)
+def test_the_error_is_at_most_half_a_gap_of_the_block(n, block, seed, code):
+    w = drawn(n, seed=seed)
+    q = nf4.quantize(w, block, False, code)
+    table = values(code).sort().values
+    inside = table[(table >= -1) & (table <= 1)]
+    bound = per_value(q, q.absmax.double()) * inside.diff().max() / 2
+    assert ((nf4.dequantize(q) - w).abs() <= bound * (1 + 4 * EPS)).all()
+
+
+def test_an_outlier_makes_its_own_block_coarse_and_no_other():
+    w = drawn(64 * 4)
+    before = nf4.dequantize(nf4.quantize(w, 64, False))
+    w[70] = 100.0
+    after = nf4.dequantize(nf4.quantize(w, 64, False))
+    same = (before == after).view(4, 64).all(1)
+    assert same.tolist() == [True, False, True, True]
+    others = [i for i in range(64, 128) if i != 70]
+    assert (after[others] == 0).all()
+
+
+def the_first_of_a_pair_is_in_the_high_nibble():
+    w = torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0])
+    q = nf4.quantize(w, 64, False)
+    assert q.packed.tolist() == [0x0F, 0x70, 0xF7]  # the odd one out with a zero
+    assert q.codes().tolist() == [0, 15, 7, 0, 15]
+    assert torch.equal(nf4.dequantize(q), w)
+
+
+def test_the_first_of_a_pair_is_in_the_high_nibble():
+    the_first_of_a_pair_is_in_the_high_nibble()
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (0, 4), (4, 0), (1,), (7,), (3, 5), (2, 3, 4), (1, 1, 1)]
+)
+def test_shapes(shape, double):
+    w = drawn(*shape)
+    q = nf4.quantize(w, 4, double)
+    assert q.shape == w.shape and q.numel == w.numel()
+    assert q.packed.shape == (-(-w.numel() // 2),)
+    assert len(q.constants()) == -(-w.numel() // 4)
+    restored = nf4.dequantize(q)
+    assert restored.shape == w.shape and restored.dtype == w.dtype
+    assert len(q.codes()) == w.numel()
+    assert w.numel() == 0 or (restored - w).abs().max() < w.abs().max() / 2
+
+
+def test_a_tensor_without_values_has_no_bits_a_value():
+    with pytest.raises(ValueError, match=r"\(0, 4\) holds no value"):
+        _ = nf4.quantize(torch.empty(0, 4)).bits_per_value
+
+
+def views_are_taken_as_they_read(block=8):
+    w = drawn(6, 10)
+    for view in (w.T, w[:, ::2], w[1:, 3:], w.expand(2, 6, 10), w.flip(0)):
+        ours = nf4.quantize(view, block, False)
+        of_copy = nf4.quantize(view.clone(memory_format=torch.contiguous_format), block)
+        assert torch.equal(ours.packed, of_copy.packed) and ours.shape == view.shape
+        restored = nf4.dequantize(ours)
+        assert restored.is_contiguous() and (restored - view).abs().max() < 0.5
+    parameter = torch.nn.Parameter(w.clone())
+    assert not nf4.dequantize(nf4.quantize(parameter)).requires_grad
+    assert torch.equal(parameter, w)
+
+
+def test_views_are_taken_as_they_read():
+    views_are_taken_as_they_read()
+
+
+def what_is_not_finite_is_refused_with_its_place():
+    for dtype in HALF:
+        for value in (math.nan, math.inf, -math.inf):
+            for at in ((0, 0), (2, 5), (4, 6)):  # the last is in the short block
+                w = drawn(5, 7, dtype=dtype)
+                w[at] = value
+                w[4, 6] = value
+                with pytest.raises(ValueError) as caught:
+                    nf4.quantize(w, 16)
+                assert f"w[{at[0]}, {at[1]}] is {value}" in str(caught.value)
+    with pytest.raises(ValueError, match=r"w\[\] is nan"):
+        nf4.quantize(torch.tensor(math.nan))
+
+
+def test_what_is_not_finite_is_refused_with_its_place():
+    what_is_not_finite_is_refused_with_its_place()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.int8, torch.uint8, torch.bool, torch.complex64],
+)
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=f"{dtype} cannot be quantized: use float32"):
+        nf4.quantize(torch.zeros(4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "argument, value, allowed",
+    [
+        ("block", 0, "a whole number from 1 on"),
+        ("block", -64, "a whole number from 1 on"),
+        ("block", 64.0, "a whole number from 1 on"),
+        ("block", True, "a whole number from 1 on"),
+        ("block", "64", "a whole number from 1 on"),
+        ("code", "nf5", "nf4, fp4, int4"),
+        ("double", "nf4", "False, True, 'dynamic', 'fp8', 'int8'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(argument, value, allowed):
+    with pytest.raises(ValueError, match=f"^{argument}=.*: allowed (is|are) {allowed}"):
+        nf4.quantize(torch.zeros(4), **{argument: value})
+
+
+def scales_below_1e_37_lose_nothing():
+    """Whole multiples of the smallest float32: the codes are those of the multiples.
+
+    1 / absmax is beyond float32 there, so that these blocks are divided.
+    """
+    k = torch.randint(-127, 128, (640,), generator=torch.Generator().manual_seed(0))
+    k[::64] = 127
+    for exponent in (-149, -142, -131, -125):
+        tiny = torch.ldexp(k.double(), torch.tensor(exponent)).float()
+        assert 0 < tiny.abs().max() < 1e-35
+        for n in (640, 639, 40):  # a short block too, and it alone
+            q, expected = (nf4.quantize(w[:n], 64, False) for w in (tiny, k.float()))
+            assert torch.equal(q.packed, expected.packed)
+            assert torch.equal(q.absmax[:1], tiny[:1].abs())
+
+
+def test_scales_below_1e_37_lose_nothing():
+    scales_below_1e_37_lose_nothing()
+
+
+def test_large_scales_lose_nothing():
+    """Up to the largest number that there is; the scale is a power of two."""
+    w = drawn(640).clamp(-1, 1)
+    w[::64] = 1.0
+    for dtype, exponent in ((torch.float32, 127), (torch.bfloat16, 127)):
+        large = w.to(dtype) * 2.0**exponent
+        q, expected = (nf4.quantize(t, 64, False) for t in (large, w.to(dtype)))
+        assert torch.equal(q.packed, expected.packed)
+        assert torch.equal(nf4.dequantize(q), nf4.dequantize(expected) * 2.0**exponent)
+    q = nf4.quantize(torch.tensor([65504.0, -1.0], dtype=torch.float16))
+    assert nf4.dequantize(q)[0] == 65504
+
+
+def pieces_on_the_way_are_not_seen(chunk=256):
+    """Lengths around a chunk's end: the same bits as in one piece."""
+    held = blocks.CHUNK
+    try:
+        for block in (1, 3, 64, 100, 512):
+            for n in (chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 3 * chunk + 5):
+                w = drawn(n)
+                blocks.CHUNK = 1 << 30
+                whole = nf4.quantize(w, block, False)
+                expected = nf4.dequantize(whole)
+                blocks.CHUNK = chunk
+                q = nf4.quantize(w, block, False)
+                assert torch.equal(q.packed, whole.packed)
+                assert torch.equal(q.absmax, whole.absmax)
+                assert torch.equal(nf4.dequantize(q), expected)
+    finally:
+        blocks.CHUNK = held
+
+
+def test_pieces_on_the_way_are_not_seen():
+    pieces_on_the_way_are_not_seen()
+    every_code_is_the_nearest(n=blocks.CHUNK + 65)
+
+
+def out_is_written_to_and_its_dtype_counts():
+    q = nf4.quantize(drawn(6, 50), 64)
+    exact = nf4.dequantize(q)
+    for dtype in (*HALF, torch.float64):
+        for shape in ((300,), (50, 6), (6, 50)):
+            out = torch.full(shape, 7.0, dtype=dtype)
+            found = nf4.dequantize(q, out=out)
+            assert found.data_ptr() == out.data_ptr() and found.shape == q.shape
+            assert torch.equal(found, exact.to(dtype))
+        assert torch.equal(nf4.dequantize(q, dtype), exact.to(dtype))
+    for out in (torch.empty(299), torch.empty(50, 6).T, torch.empty(600)[::2]):
+        with pytest.raises(ValueError, match="a contiguous one of 300 values"):
+            nf4.dequantize(q, out=out)
+
+
+def test_out_is_written_to_and_its_dtype_counts():
+    out_is_written_to_and_its_dtype_counts()
+
+
+@pytest.mark.parametrize("double", [False, True, "fp8", "int8"])
+def test_to_moves_every_tensor(double):
+    q = nf4.quantize(drawn(130), 64, double)
+    for device in ("cpu", "meta"):
+        moved = q.to(device)
+        assert {t.device.type for t in tensors_of(moved)} == {device}
+        assert [t.shape for t in tensors_of(moved)] == [t.shape for t in tensors_of(q)]
+        for name in ("shape", "dtype", "block", "code"):
+            assert getattr(moved, name) == getattr(q, name)
+    assert torch.equal(nf4.dequantize(q.to("cpu")), nf4.dequantize(q))
+
+
+def tensors_of(q):
+    found = [getattr(q, f.name) for f in fields(q)]
+    found += (
+        [getattr(q.absmax, f.name) for f in fields(q.absmax)] if q_is_double(q) else []
+    )
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+def q_is_double(q):
+    return isinstance(q.absmax, Doubled)
+
+
+# --------------------------------------------------------------------------- Bits
+
+
+def bits_a_value_are_counted_from_the_tensors():
+    """4.5, and 4.127 with the constants in eight bits: here of 2¹⁸ values."""
+    w = drawn(2**18)
+    for double, block in (
+        (False, 64),
+        (False, 32),
+        (True, 64),
+        (True, 32),
+        ("fp8", 64),
+    ):
+        q = nf4.quantize(w, block, double)
+        held = sum(t.numel() * t.element_size() for t in tensors_of(q))
+        assert q.bits_per_value == 8 * held / w.numel() and q.nbytes == held
+        extra = 8 / block + 32 / (block * BLOCK) + 32 / w.numel()
+        assert q.bits_per_value == 4 + (extra if double else 32 / block)
+    assert nf4.quantize(w, double=False).bits_per_value == 4.5
+    # The offset, one number a tensor, is what is left to the limit.
+    at_4096 = nf4.quantize(w).bits_per_value - 32 / 2**18 + 32 / 4096**2
+    assert round(at_4096, 3) == 4.127
+
+
+def test_bits_a_value_are_counted_from_the_tensors():
+    bits_a_value_are_counted_from_the_tensors()
+
+
+@pytest.mark.parametrize(
+    "n, double, held",
+    [
+        (1, False, 1 + 4),
+        (1, True, 1 + 1 + 4 + 4),
+        (65, False, 33 + 8),
+        (65, True, 33 + 2 + 4 + 4),
+        (64 * 256, True, 8192 + 256 + 4 + 4),
+        (64 * 256 + 1, True, 8193 + 257 + 8 + 4),
+    ],
+)
+def test_short_blocks_take_whole_bytes_and_constants(n, double, held):
+    assert nf4.quantize(drawn(n), double=double).bits_per_value == 8 * held / n
+
+
+# ---------------------------------------------------------------- Double quantization
+
+
+def constants(blocks_, seed=0, block=64):
+    """Those of normal weights."""
+    return drawn(blocks_, block, seed=seed).abs().amax(1)
+
+
+def torchao(absmax):
+    """Its NF4Tensor: the mean off, whole steps of the block's largest over 128."""
+    mean = absmax.double().mean()
+    rows = torch.nn.functional.pad(absmax - mean, (0, -len(absmax) % 256))
+    rows = rows.view(-1, 256).double()
+    factor = 128 / rows.abs().amax(1, keepdim=True)
+    steps = (rows * factor).round().clamp(-128, 127)
+    return (steps / factor).flatten()[: len(absmax)] + mean
+
+
+def in_fp8(absmax):
+    """The paper's: torch's own E4M3, of which 448 is the largest number."""
+    mean = absmax.double().mean()
+    rows = torch.nn.functional.pad(absmax - mean, (0, -len(absmax) % 256))
+    rows = rows.view(-1, 256).double()
+    unit = rows.abs().amax(1, keepdim=True)
+    eight = (rows / unit * 448).float().to(torch.float8_e4m3fn).double()
+    return (eight / 448 * unit).flatten()[: len(absmax)] + mean
+
+
+REFERENCES = {"int8": torchao, "fp8": in_fp8}
+
+
+def doubled_constants_are_those_of(code):
+    for count in (256 * 8, 256 * 3 + 17, 300):
+        absmax = constants(count)
+        doubled = double_quantize(absmax, code)
+        assert doubled.codes.dtype == torch.uint8 and len(doubled.units) == -(
+            -count // 256
+        )
+        expected = REFERENCES[code](absmax)
+        off = (doubled.restored() - expected).abs()
+        # Where a ratio lies in the middle of two, float32 may take the other one.
+        assert (off < 1e-6).double().mean() > 0.995
+        assert off.max() < 0.07 * doubled.units.max()
+
+
+@pytest.mark.parametrize("code", REFERENCES)
+def test_doubled_constants_are_those_of_an_independent_formula(code):
+    doubled_constants_are_those_of(code)
+
+
+def doubled_constants_are_close_to_their_own(code="dynamic"):
+    """Within half of the coarsest step of the code book, and the mean block exactly."""
+    absmax = constants(256 * 5 + 3)
+    doubled = double_quantize(absmax, code)
+    table = codes.book(code, CPU).values
+    gap = table.diff().max() / 2 + 1 / 65535
+    bound = gap * doubled.units.repeat_interleave(256)[: len(absmax)]
+    at_the_end = doubled.codes == (table.numel() - 1)
+    off = (doubled.restored() - absmax).abs()
+    assert (off <= bound * 1.001 + 1e-6)[~at_the_end].all()
+    assert doubled.offset == pytest.approx(absmax.mean().item(), rel=1e-6)
+    rows = torch.nn.functional.pad(absmax - absmax.mean(), (0, 253)).view(-1, 256)
+    assert torch.allclose(doubled.units, rows.abs().amax(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
+def test_doubled_constants_are_close_to_their_own(code):
+    doubled_constants_are_close_to_their_own(code)
+
+
+def whole_steps_restore_normal_constants_best():
+    """The three recipes on constants of normal weights, in each of five seeds."""
+    for seed in range(5):
+        absmax = constants(256 * 16, seed)
+
+        def off(code, absmax=absmax):
+            restored = double_quantize(absmax, code).restored()
+            return ((restored - absmax).norm() / absmax.norm()).item()
+
+        errors = {code: off(code) for code in ("dynamic", "fp8", "int8")}
+        assert errors["int8"] < errors["dynamic"] < errors["fp8"] < 0.01, errors
+
+
+def test_whole_steps_restore_normal_constants_best():
+    whole_steps_restore_normal_constants_best()
+
+
+def test_doubling_costs_little_beside_four_bits():
+    w = drawn(64 * 256 * 8)
+    once, twice = (
+        (nf4.dequantize(nf4.quantize(w, double=double)) - w).norm().item()
+        for double in (False, True)
+    )
+    assert once < twice < 1.01 * once
+
+
+@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
+def test_equal_constants_are_restored_exactly(code):
+    for count in (1, 256, 257):
+        absmax = torch.full((count,), 0.8125)
+        doubled = double_quantize(absmax, code)
+        assert torch.equal(doubled.restored(), absmax)
+        assert (doubled.units == 0).all()
+
+
+def test_dynamic_values_are_decades_cut_into_equal_parts():
+    """Seven powers of ten of 1 to 64 parts each, both signs, 0 and 1."""
+    table = codes.dynamic()
+    assert len(table) == 256 and (table.diff() > 0).all()
+    assert table[-1] == 1 and (table == 0).sum() == 1
+    assert (table < 0).sum() == 127
+    for zeros in range(7):
+        low, high = 10.0 ** (-zeros - 1), 10.0**-zeros
+        inside = table[(table > low) & (table < high)]
+        assert len(inside) == 2 ** (6 - zeros)
+        width = (high - low) / len(inside)
+        middles = low + width * (torch.arange(len(inside)) + 0.5)
+        assert torch.allclose(inside, middles, rtol=1e-5)
