@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import minilm, smollm2, tiny
 from .adapter import vocabulary
+from .budget import count
 from .nf4 import files as nf4
 from .pretrained import quiet_transformers, whole_model
 
@@ -113,7 +114,7 @@ def describe(model: nn.Module) -> str:
     """One line for the head of a run: which base, how large, where, in which dtype."""
     name = model.config._name_or_path or type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{name}, {model.num_parameters():,} parameters, {model.device}, {dtype}"
+    return f"{name}, {count(model).total:,} parameters, {model.device}, {dtype}"
 
 
 def positions(model: nn.Module) -> int | None:
