@@ -12,8 +12,9 @@ from pathlib import Path
 
 # What `train --method` knows.
 METHODS = ("lora", "full", "houlsby", "prefix", "prompt", "ia3", "bitfit")
-METHODS += ("dora", "pissa")
-ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "houlsby", "prefix", "prompt")
+METHODS += ("dora", "pissa", "qlora")
+ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "qlora", "qlora-bnb", "houlsby")
+ROW_KEYS += ("prefix", "prompt")
 FAMILY_KEYS = ("lora-attention", "rslora", "lora-plus", "dora", "pissa", "ia3")
 TEMPLATES = ("chat", "raw")
 RESUMABLE = ("compare", "train", "ledger")
@@ -94,6 +95,7 @@ def _compare(commands) -> None:
     command.add_argument("--rows", type=int, help="test rows")
     command.add_argument("--steps", type=int, help="optimizer steps")
     command.add_argument("--batch", type=int, help="rows of an optimizer step")
+    _paged(command)
     command.add_argument(
         "--template", choices=TEMPLATES, help="for every row; by default as searched"
     )
@@ -128,6 +130,7 @@ def _train(commands) -> None:
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--batch", type=int, default=8, help="rows of a step")
+    _paged(command)
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
     )
@@ -136,7 +139,7 @@ def _train(commands) -> None:
     )
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--r", type=int, help="rank (lora, dora, pissa)")
+    command.add_argument("--r", type=int, help="rank (lora and its kin)")
     command.add_argument("--alpha", type=float, help="scale is alpha / r (the same)")
     command.add_argument("--targets", help="preset or name (the same, and ia3)")
     command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
@@ -205,6 +208,16 @@ def _command(commands, name, text):
     return command
 
 
+def _paged(command) -> None:
+    command.add_argument(
+        "--paged",
+        type=float,
+        metavar="SHARE",
+        help="keep this share of AdamW's states in memory, 0.25 for a quarter, and the "
+        "others in a file",
+    )
+
+
 def _base(command) -> None:
     command.add_argument(
         "--base", default="smollm2", help="smollm2, a hub id (owner/name) or a folder"
@@ -226,7 +239,8 @@ def run_compare(options) -> None:
     from .compare import compare
     from .rows import ROWS, Plan
 
-    names = ("base", "task", "rows", "steps", "batch", "template", "device", "out")
+    names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
+    names += ("out",)
     chosen = given(options, *names)
     if options.family and options.methods is not None:
         raise ValueError("--family and --methods exclude each other: name them all")

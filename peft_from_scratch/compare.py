@@ -11,7 +11,8 @@ again.
 import json
 import shlex
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -35,7 +36,7 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     Args
         tune  search the settings first (tuning.py)
     """
-    ground = look_at(plan)
+    ground = look_at(_without_missing(plan))
     if tune:
         search(ground)
     plan, chosen, measured = ground.plan, ground.plan.chosen(), {}
@@ -54,6 +55,15 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     return result
 
 
+def _without_missing(plan: Plan) -> Plan:
+    """The plan without the rows whose library is not installed; it is said which."""
+    missing = [r for r in plan.chosen() if r.library and not find_spec(r.library)]
+    for row in missing:
+        print(f"left out: {row.label}, since {row.library} is not installed")
+    keys = {row.key for row in missing}
+    return replace(plan, methods=tuple(m for m in plan.methods if m not in keys))
+
+
 def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
     """The row's figures, from its file where the same configuration was measured."""
     plan = ground.plan
@@ -67,6 +77,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
         "rows": plan.rows,
         "steps": plan.steps_of(row),
         "batch": plan.batch if row.inject else 0,
+        "paged": plan.paged if row.inject else None,
         "device": ground.device.type,
         "fingerprint": ground.fingerprint,
     }
@@ -81,6 +92,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
     figures |= {
         "key": row.key,
         "label": row.label,
+        "library": row.library,
         "settings": setting.values | figures.pop("injected"),
         "settings_from": setting.warning,
         "configuration": configuration,

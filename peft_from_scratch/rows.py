@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import reference
 from .budget import Memory
 from .evaluate import Answers, answer_rows
-from .methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt
+from .methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt, qlora
 from .models import load_model
 from .recipe import History, Recipe
 from .tasks import Task
@@ -43,6 +44,8 @@ class Row:
     lr_ratio        of its recipe
     like            whose searched settings serve where it has none of its own
     family          a relative, for a comparison that asks for the whole family
+    library         it is that library's way, to stand beside ours; left out where it
+                    is not installed
     """
 
     key: str
@@ -55,6 +58,7 @@ class Row:
     lr_ratio: float = 1.0
     like: str | None = None
     family: bool = False
+    library: str | None = None
 
 
 def _low_rank(key: str, label: str, inject: Callable, **options) -> Row:
@@ -67,6 +71,15 @@ ROWS = (
     Row("few-shot", "Few-shot", few_shot=True),
     Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
     Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["added"]),
+    Row("qlora", "QLoRA", qlora.inject, LEARNING_RATES["added"], like="lora"),
+    Row(
+        "qlora-bnb",
+        "QLoRA on bitsandbytes",
+        reference.qlora,
+        LEARNING_RATES["added"],
+        like="qlora",
+        library=reference.LIBRARY,
+    ),
     Row(
         "houlsby",
         "Bottleneck adapters",
@@ -107,6 +120,7 @@ class Plan:
     rows      test rows answered by each method; all there are, where they are fewer
     steps     optimizer steps of a trained method, of `batch` rows each; prompt tuning
               takes twice as many (Row.times)
+    paged     share of AdamW's states that may be in memory at a time; None: all
     template  "chat" or "raw" for every row; None: as the tuning found, or the one that
               the base has
     device    None picks CUDA, then MPS, then the CPU
@@ -119,6 +133,7 @@ class Plan:
     rows: int = 100
     steps: int = 50
     batch: int = 8
+    paged: float | None = None
     template: str | None = None
     device: str | None = None
     out: str = "out"
@@ -131,6 +146,8 @@ class Plan:
         for name in ("rows", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.paged is not None:
+            Recipe(paged=self.paged)  # refuses a share that is none
         if not self.methods or not self.seeds:
             raise ValueError("name at least one method and one seed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -216,6 +233,7 @@ def adapt(
         batch=plan.batch,
         lr=setting["lr"],
         lr_ratio=row.lr_ratio,
+        paged=plan.paged,
         warmup=steps // 10,
         template=template,
         seed=seed,

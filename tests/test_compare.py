@@ -22,6 +22,8 @@ from peft_from_scratch.rows import ROWS, Plan
 from peft_from_scratch.tasks import load_task
 
 ROW = {row.key: row for row in ROWS}
+# bitsandbytes has none for so narrow a base: test_reference.py
+OURS = tuple(key for key in ROW if key != "qlora-bnb")
 SPENT = []  # seconds of the whole comparison, by a clock around it
 SETTINGS = {
     "zero-shot": {"template": "chat"},
@@ -51,7 +53,7 @@ def plan(base, tmp_path):
 def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
-    plan = Plan(base, "terms", tuple(ROW), rows=4, steps=4, batch=2, out=str(out))
+    plan = Plan(base, "terms", OURS, rows=4, steps=4, batch=2, out=str(out))
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -69,7 +71,7 @@ def by_key(result):
 
 def test_every_row_is_there_and_written(whole):
     plan, result = whole
-    assert list(by_key(result)) == [row.key for row in ROWS]
+    assert list(by_key(result)) == list(OURS)
     for name in ("compare.json", "compare.png", "compare.html"):
         assert (Path(plan.out) / name).stat().st_size > 1000
     written = json.loads((Path(plan.out) / "compare.json").read_text())
@@ -200,11 +202,21 @@ def test_the_difference_is_paired_by_row():
         {"seeds": (0, 0)},
         {"seeds": (-1,)},
         {"template": "chatty"},
+        {"paged": 1.5},
     ],
 )
 def test_a_wrong_plan_is_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))[:6]}|at least one"):
         Plan(**wrong)
+
+
+def test_paged_states_are_held_within_their_share(plan):
+    plan = replace(plan, methods=("full",), paged=0.5)
+    (row,) = comparing.compare(plan)["rows"]
+    assert row["configuration"]["paged"] == 0.5
+    held = row["memory"]["optimizer"]
+    assert 0 < held <= 4 * row["trainable"] + 200  # of 8 a parameter; a step count each
+    assert "--paged 0.5" in comparing.command(plan, tuned=False)
 
 
 def test_where_rows_are_few_all_are_answered(plan, capsys):
