@@ -268,8 +268,6 @@ def the_fixed_part_is_the_formulas():
 
 
 def a_paged_run_absorbs_the_spike():
-    paged = pytest.importorskip("peft_from_scratch.paged")
-    assert paged.PagedAdamW
     config = paging.config("tiny", "within the states", 0) | {"order": "sLs"}
     result = paging.compute(config)
     assert result["equal"] and not result["exceeded"]
