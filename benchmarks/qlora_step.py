@@ -46,7 +46,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def injected(base: str, name: str):
-    """(model, tokenizer, task of one batch) with adapters that have values."""
+    """(model, tokenizer, task, recipe) of one batch, with adapters that have values."""
     model, tokenizer = load_model(base, device="cpu")
     INJECT[name](model)
     torch.manual_seed(SEED)
@@ -55,13 +55,14 @@ def injected(base: str, name: str):
             parameter.normal_(std=0.01)
     task = load_task("orders", seed=SEED)
     task = replace(task, train=task.train.select(range(ROWS)))
-    return model.train(), tokenizer, task
+    template = "chat" if tokenizer.chat_template else "raw"
+    recipe = Recipe(steps=1, batch=ROWS, template=template)
+    return model.train(), tokenizer, task, recipe
 
 
 def one_step(base: str, name: str) -> None:
     """What a fresh process does, to see what the system says of it."""
-    model, tokenizer, task = injected(base, name)
-    measured_step(model, tokenizer, task, Recipe(steps=1, batch=ROWS))
+    measured_step(*injected(base, name))
 
 
 def step_of(model: nn.Module, batch):
@@ -123,11 +124,11 @@ def measure(base: str, rounds: int) -> dict:
     """All of the benchmark, as JSON can hold it."""
     load, models, memory = side_by_side.load(), {}, {}
     for name in INJECT:
-        models[name], tokenizer, task = injected(base, name)
-        recipe = Recipe(steps=1, batch=ROWS)
+        models[name], tokenizer, task, recipe = injected(base, name)
         counted = asdict(measured_step(models[name], tokenizer, task, recipe))
         memory[name] = counted | {"resident": resident(base, name)}
-    rows = encode_rows(tokenizer, task.instruction, task.train, template="chat")
+    template = recipe.template
+    rows = encode_rows(tokenizer, task.instruction, task.train, template=template)
     device = torch.device("cpu")
     batch = batch_of(rows, device)
     apart = check_equal_work(models, batch)

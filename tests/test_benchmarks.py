@@ -81,3 +81,34 @@ def test_unequal_work_is_not_timed():
     made["paged, a half"].param_groups[0]["lr"] = 2e-3
     with pytest.raises(RuntimeError, match="paged, a half: weights differ"):
         paged_adamw.check_equal_work(made)
+
+
+def test_the_nf4_benchmark_checks_the_bits_first(tmp_path, capsys, monkeypatch):
+    import nf4 as benchmark
+
+    benchmark.main(["--side", "128", "--rounds", "7"])
+    said = capsys.readouterr().out
+    assert "codes, constants and values have the same bits" in said
+    assert said.count("target, at most") == 2
+    result = json.loads((tmp_path / "out/nf4.json").read_text())
+    assert [row["name"] for row in result["quantize"]][:2] == ["bitsandbytes", "ours"]
+    right = benchmark.nf4.dequantize
+    monkeypatch.setattr(benchmark.nf4, "dequantize", lambda *a, **k: -right(*a, **k))
+    with pytest.raises(RuntimeError, match="dequantized values differ"):
+        benchmark.measure(128, 7)
+
+
+def test_the_qlora_benchmark_compares_equal_work(tmp_path, capsys, monkeypatch):
+    import qlora_step as benchmark
+
+    monkeypatch.setattr(benchmark, "resident", lambda base, name: None)
+    benchmark.main(["--model", "tiny", "--rounds", "7"])
+    assert "peak over LoRA's: ours -" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out/qlora_step.json").read_text())
+    held = result["memory"]
+    assert held["QLoRA"]["peak"] <= held["QLoRA on bitsandbytes"]["peak"]
+    assert held["QLoRA"]["weights"] < 0.5 * held["LoRA"]["weights"]
+    other = benchmark.lora.inject
+    monkeypatch.setitem(benchmark.INJECT, benchmark.OURS, other)
+    with pytest.raises(RuntimeError, match="cannot be compared"):
+        benchmark.measure("tiny", 7)
