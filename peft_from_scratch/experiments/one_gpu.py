@@ -9,7 +9,8 @@
 
 The longest sequence is the last one whose sum fits, found by counting steps. That the
 sum is right is checked where a real model can take the step: tiny and SmolLM2, in four
-bits, followed tensor by tensor.
+bits, followed tensor by tensor. (The sum has the buffer at every moment. NF4Linear lets
+go of it while the logits are there, so that a real step may take that much less.)
 """
 
 from collections.abc import Callable, Sequence
