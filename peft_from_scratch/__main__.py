@@ -12,8 +12,9 @@ from pathlib import Path
 
 # What `train --method` knows.
 METHODS = ("lora", "full", "houlsby", "prefix", "prompt", "ia3", "bitfit")
-METHODS += ("dora", "pissa")
-ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "houlsby", "prefix", "prompt")
+METHODS += ("dora", "pissa", "qlora")
+ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "qlora", "qlora-bnb", "houlsby")
+ROW_KEYS += ("prefix", "prompt")
 FAMILY_KEYS = ("lora-attention", "rslora", "lora-plus", "dora", "pissa", "ia3")
 TEMPLATES = ("chat", "raw")
 RESUMABLE = ("compare", "train", "ledger")
@@ -136,7 +137,7 @@ def _train(commands) -> None:
     )
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--r", type=int, help="rank (lora, dora, pissa)")
+    command.add_argument("--r", type=int, help="rank (lora and its kin)")
     command.add_argument("--alpha", type=float, help="scale is alpha / r (the same)")
     command.add_argument("--targets", help="preset or name (the same, and ia3)")
     command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")

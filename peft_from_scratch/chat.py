@@ -27,7 +27,7 @@ def chat(options) -> None:
     """
     model, tokenizer = load_model(options.base, device=options.device)
     if options.adapter:
-        exchange.load(model, options.adapter)
+        exchange.load_as_trained(model, options.adapter)
     template, instruction = _manner(options, tokenizer)
     stop_token(tokenizer, template)  # an impossible template is refused before a turn
     print(

@@ -22,6 +22,7 @@ from .budget import count
 from .chat import RECORD, read_object
 from .evaluate import Answers
 from .models import describe, load_model, positions
+from .nf4 import dequantize_model
 from .pretrained import quiet_transformers
 from .recipe import Recipe
 from .task_rows import refuse_bad
@@ -91,8 +92,9 @@ def merge_to_folder(options) -> None:
     if out.exists():
         raise FileExistsError(f"{out} is there already; name a new folder")
     model, tokenizer = load_model(options.base, device=options.device)
-    names = exchange.load(model, options.adapter)
+    names = exchange.load_as_trained(model, options.adapter)
     errors = adapter.merge(model)
+    dequantize_model(model)  # what was in four bits and had no adapter
     with atomic.new_folder(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

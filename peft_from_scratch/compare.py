@@ -11,7 +11,8 @@ again.
 import json
 import shlex
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -35,7 +36,7 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     Args
         tune  search the settings first (tuning.py)
     """
-    ground = look_at(plan)
+    ground = look_at(_without_missing(plan))
     if tune:
         search(ground)
     plan, chosen, measured = ground.plan, ground.plan.chosen(), {}
@@ -52,6 +53,15 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     result = _result(ground, measured)
     report.write(result, Path(plan.out))
     return result
+
+
+def _without_missing(plan: Plan) -> Plan:
+    """The plan without the rows whose library is not installed; it is said which."""
+    missing = [r for r in plan.chosen() if r.library and not find_spec(r.library)]
+    for row in missing:
+        print(f"left out: {row.label}, since {row.library} is not installed")
+    keys = {row.key for row in missing}
+    return replace(plan, methods=tuple(m for m in plan.methods if m not in keys))
 
 
 def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
@@ -81,6 +91,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
     figures |= {
         "key": row.key,
         "label": row.label,
+        "library": row.library,
         "settings": setting.values | figures.pop("injected"),
         "settings_from": setting.warning,
         "configuration": configuration,

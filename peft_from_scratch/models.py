@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from . import smollm2, tiny
+from . import minilm, smollm2, tiny
 from .adapter import vocabulary
 from .pretrained import quiet_transformers, whole_model
 
@@ -92,13 +92,13 @@ def load_model(
 
 
 def prepare() -> None:
-    """Have every named model on this machine, so that lessons need no network.
+    """Have every named model, and the weights that lessons look at, on this machine.
 
-    For set-up. What is there already is read to the last byte, and made anew where a
-    byte is wrong.
+    For set-up, so that lessons need no network. What is there already is read to the
+    last byte, and made anew where a byte is wrong.
     """
-    for named in NAMED.values():
-        named.folder(every_byte=True)
+    for folder in (*(named.folder for named in NAMED.values()), minilm.folder):
+        folder(every_byte=True)
 
 
 def describe(model: nn.Module) -> str:

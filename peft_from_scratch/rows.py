@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import reference
 from .budget import Memory
 from .evaluate import Answers, answer_rows
-from .methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt
+from .methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt, qlora
 from .models import load_model
 from .recipe import History, Recipe
 from .tasks import Task
@@ -43,6 +44,8 @@ class Row:
     lr_ratio        of its recipe
     like            whose searched settings serve where it has none of its own
     family          a relative, for a comparison that asks for the whole family
+    library         it is that library's way, to stand beside ours; left out where it
+                    is not installed
     """
 
     key: str
@@ -55,6 +58,7 @@ class Row:
     lr_ratio: float = 1.0
     like: str | None = None
     family: bool = False
+    library: str | None = None
 
 
 def _low_rank(key: str, label: str, inject: Callable, **options) -> Row:
@@ -67,6 +71,15 @@ ROWS = (
     Row("few-shot", "Few-shot", few_shot=True),
     Row("full", "Full fine-tuning", full.inject, LEARNING_RATES["full"]),
     Row("lora", "LoRA, all linear", lora.inject, LEARNING_RATES["added"]),
+    Row("qlora", "QLoRA", qlora.inject, LEARNING_RATES["added"], like="lora"),
+    Row(
+        "qlora-bnb",
+        "QLoRA on bitsandbytes",
+        reference.qlora,
+        LEARNING_RATES["added"],
+        like="qlora",
+        library=reference.LIBRARY,
+    ),
     Row(
         "houlsby",
         "Bottleneck adapters",

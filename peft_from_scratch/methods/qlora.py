@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import CannotMerge, as_matrix, swap
-from ..nf4 import NF4Linear, dequantize, quantize, quantize_model
+from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
 from ..scoped import rng_state, set_rng_state
-from ..targets import Packed, Targets, named_modules, projections, shown
+from ..targets import Packed, Targets, kinds, named_modules, projections, shown
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -173,20 +173,24 @@ def merge(
         )
     swap(model, ready)
     adapter.detach(model)
+    share_scratch(model)
     return errors
 
 
 def base_bits(model: nn.Module) -> str | None:
     """What a file notes of the base: how its weights are quantized; None where not."""
-    for module in adapter.adapters(model).values():
-        if isinstance(module.base, NF4Linear):
-            q, double = module.base, module.base.recipe or False
-            return json.dumps({"code": q.code, "block": q.block, "double": double})
-    return None
+    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    if not packed:
+        return None
+    q = packed[0]
+    bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
+    found = projections(model)
+    kept = [n.removesuffix(".base") for n in kinds(model) if found[n] not in packed]
+    return json.dumps(bits | ({"exclude": kept} if kept else {}))
 
 
 def read_bits(note: str | None) -> dict | None:
-    """The arguments of quantize that a file notes; None where it notes none.
+    """The arguments of quantize_model that a file notes; None where it notes none.
 
     Raises  ValueError  the note is none of ours
     """
@@ -194,8 +198,11 @@ def read_bits(note: str | None) -> dict | None:
         return None
     try:
         bits = json.loads(note)
-        quantize(torch.empty(0), **bits)
-    except (ValueError, TypeError, RecursionError) as error:
+        kept = bits.get("exclude", [])
+        if not isinstance(kept, list) or not all(isinstance(n, str) for n in kept):
+            raise ValueError("exclude is no list of names")
+        quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"the file notes base_bits={shown(note)}, which is not implemented: {error}"
         ) from None
@@ -210,7 +217,9 @@ def base_error(model: nn.Module, **bits) -> MergeError:
     modules together.
     """
     lost = trained = changed = 0.0
-    for module in adapter.adapters(model).values():
+    kept = bits.pop("exclude", [])
+    wrapped = adapter.adapters(model)
+    for module in [m for name, m in wrapped.items() if name not in kept]:
         W0 = as_matrix(module.base).float()
         kept = dequantize(quantize(W0, **bits))
         update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0
@@ -232,7 +241,6 @@ def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
         base.bias,
         compute_dtype=base.compute_dtype,
         transposed=base.transposed,
-        scratch=base.scratch,
     ).train(base.training)
 
 

@@ -23,7 +23,7 @@ from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
 from .files import load, save
-from .linear import NF4Linear, quantize_model
+from .linear import NF4Linear, dequantize_model, quantize_model, share_scratch
 
 __all__ = [
     "CODES",
@@ -31,9 +31,11 @@ __all__ = [
     "NF4Linear",
     "Quantized",
     "dequantize",
+    "dequantize_model",
     "load",
     "normal_float",
     "quantize",
     "quantize_model",
     "save",
+    "share_scratch",
 ]

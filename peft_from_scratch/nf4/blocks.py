@@ -28,7 +28,9 @@ from .codes import CODES, book, pairs
 from .double import RECIPES, Doubled, double_quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 1 << 17  # values worked on at a time on a CPU: what fits its cache
+# Values worked on at a time on a CPU: in its cache, and below the 32,768 from which on
+# torch shares an operation out, whose threads would then meet thirty times a chunk.
+CHUNK = (1 << 15) - 1
 TINY = 1e-37  # below it 1 / absmax overflows
 
 

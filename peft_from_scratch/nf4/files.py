@@ -31,7 +31,7 @@ from ..targets import PROJECTIONS, shown
 from .blocks import DTYPES, Quantized
 from .codes import book
 from .double import BLOCK, Doubled
-from .linear import NF4Linear, Scratch
+from .linear import NF4Linear, share_scratch
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STATE = "quant_state.bitsandbytes__"
@@ -213,7 +213,6 @@ def _no_weights() -> Iterator[None]:
 
 def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Exchange the projections that the files hold in four bits; take their tensors."""
-    scratch = Scratch()
     states = [k for k in tensors if f".weight.{STATE}" in k]
     if not states:
         raise ValueError("the files hold no projection in four bits")
@@ -231,8 +230,9 @@ def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             bias = nn.Parameter(_taken(tensors, f"{name}.bias"))
             if bias.shape != module.bias.shape:
                 raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}")
-        packed = NF4Linear(q, bias, transposed=is_transposed(module), scratch=scratch)
+        packed = NF4Linear(q, bias, transposed=is_transposed(module))
         swap(model, {module: packed})
+    share_scratch(model)
 
 
 def _from_file(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Quantized:

@@ -4,8 +4,9 @@
     dx = dy W'              dequantized a second time: nothing of it was kept
 
 So the model takes its four bits and, for all layers together, one buffer of the size of
-the largest weight. The price is time: two passes over each weight more in a training
-step. Gradients go through W' to x; the codes have none, and train never.
+the largest weight, and not even that while the logits are there. The price is time: two
+passes over each weight more in a training step. Gradients go through W' to x; the codes
+have none, and never train.
 """
 
 import threading
@@ -45,6 +46,10 @@ class Scratch:
             self._of_thread.bytes = held
         return held[:count].view(dtype).view(shape)
 
+    def release(self) -> None:
+        """Let go of this thread's buffer; the next layer makes it anew."""
+        self._of_thread.bytes = None
+
     def __deepcopy__(self, memo) -> "Scratch":
         return Scratch()
 
@@ -83,7 +88,6 @@ class NF4Linear(Packed):
         compute_dtype  of W' and of the product; None for that of x
         transposed     whether the projection came from a Conv1D, so that merging and
                        saving give one back
-        scratch        the buffer to share with the model's other layers
     Returns  (…, d_out), dtype of x; under autocast that of autocast
     Memory   q.nbytes and the bias; the buffer: d_out d_in bytes times compute itemsize
     Raises   ValueError   a compute dtype that is no floating-point one
@@ -97,7 +101,6 @@ class NF4Linear(Packed):
         *,
         compute_dtype: torch.dtype | None = None,
         transposed: bool = False,
-        scratch: Scratch | None = None,
     ):
         super().__init__()
         if compute_dtype not in (None, *COMPUTE):
@@ -105,7 +108,8 @@ class NF4Linear(Packed):
         self.out_features, self.in_features = q.shape
         self.block, self.code, self.dtype = q.block, q.code, q.dtype
         self.compute_dtype, self.transposed = compute_dtype, transposed
-        self.scratch = scratch or Scratch()
+        self.last = False  # of the model's: see share_scratch
+        self.scratch = Scratch()
         self.register_parameter("bias", bias)
         self.register_buffer("packed", q.packed)
         doubled = isinstance(q.absmax, Doubled)
@@ -148,6 +152,8 @@ class NF4Linear(Packed):
         else:
             dtype, result = self.compute_dtype or x.dtype, x.dtype
         y = Product.apply(x, self, dtype, False).to(result)
+        if self.last and torch.is_grad_enabled():
+            self.scratch.release()  # the logits come next, where a step's bytes peak
         return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
@@ -211,7 +217,7 @@ def quantize_model(
     modules = resolve(model, targets, exclude)
     for name, module in modules.items():
         _check(model, name, module, block, double, code)
-    names, scratch = list(modules), Scratch()
+    names = list(modules)
     while modules:
         module = modules.pop(next(iter(modules)))
         packed = NF4Linear(
@@ -219,10 +225,35 @@ def quantize_model(
             module.bias,
             compute_dtype=compute_dtype,
             transposed=is_transposed(module),
-            scratch=scratch,
         )
         swap(model, {module: packed.train(module.training)})
+    share_scratch(model)
     return names
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module) -> list[str]:
+    """Put a plain projection in the place of every one in four bits.
+
+    Not the way back: the weights are W', what the codes stand for.
+
+    Returns  names of the projections
+    Raises   ValueError  adapters on the model: merge() or remove() them first
+    """
+    model = adapter.bare(model)
+    adapter.refuse_second(model)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    for module in found.values():
+        swap(model, {module: module.plain()})
+    return list(found)
+
+
+def share_scratch(model: nn.Module) -> None:
+    """Give all projections in four bits one buffer, which the last one lets go of."""
+    scratch = Scratch()
+    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    for module in packed:
+        module.scratch, module.last = scratch, module is packed[-1]
 
 
 def _check(model, name, module, block, double, code) -> None:

@@ -1,0 +1,196 @@
+"""One QLoRA training step: its time and its bytes against LoRA's and bitsandbytes'.
+
+    python benchmarks/qlora_step.py [--rounds 9] [--threads N] [--record]
+
+Three models with equal adapters train on the same rows in float32:
+
+    LoRA                    on the whole weights
+    QLoRA on bitsandbytes   our LoRA beside its Linear4bit
+    QLoRA                   ours
+
+The latter two are checked first to compute the same loss and gradients. Bytes are
+counted, tensor by tensor (budget.py), not read from the system: the same in every run.
+The resident set that the system reports stands beside them, each in a process of its
+own. side_by_side.py has the clocks and the ratios.
+"""
+
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import side_by_side
+import torch
+from torch import nn
+
+from peft_from_scratch import load_model, lora, qlora, reference, trainable
+from peft_from_scratch.loss import accumulate_gradients, batch_of
+from peft_from_scratch.provenance import package_version, provenance
+from peft_from_scratch.recipe import Recipe
+from peft_from_scratch.tasks import load_task
+from peft_from_scratch.templates import encode_rows
+from peft_from_scratch.train import measured_step
+
+ROWS, SEED = 8, 0
+FULL, THEIRS, OURS = "LoRA", "QLoRA on bitsandbytes", "QLoRA"
+INJECT = {FULL: lora.inject, THEIRS: reference.qlora, OURS: qlora.inject}
+CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
+RESIDENT = """
+import resource, sys
+import torch
+sys.path[:0] = {path!r}
+torch.set_num_threads({threads})
+from qlora_step import one_step
+one_step({base!r}, {name!r})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def injected(base: str, name: str):
+    """(model, tokenizer, task of one batch) with adapters that have values."""
+    model, tokenizer = load_model(base, device="cpu")
+    INJECT[name](model)
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.01)
+    task = load_task("orders", seed=SEED)
+    task = replace(task, train=task.train.select(range(ROWS)))
+    return model.train(), tokenizer, task
+
+
+def one_step(base: str, name: str) -> None:
+    """What a fresh process does, to see what the system says of it."""
+    model, tokenizer, task = injected(base, name)
+    measured_step(model, tokenizer, task, Recipe(steps=1, batch=ROWS))
+
+
+def step_of(model: nn.Module, batch):
+    """A training step as train.py makes it: loss, gradients, clipping, AdamW."""
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+
+    def run() -> None:
+        accumulate_gradients(model, [batch])
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def check_equal_work(models: dict[str, nn.Module], batch) -> dict[str, float]:
+    """RuntimeError unless both four-bit sides compute the same loss and gradients.
+
+    Returns  how far apart they are: nats, and the largest relative norm over matrices
+    """
+    losses, gradients = [], []
+    for name in (THEIRS, OURS):
+        loss, _ = accumulate_gradients(models[name], [batch])
+        found = trainable(models[name])
+        losses.append(loss)
+        gradients.append({n: p.grad.clone() for n, p in found.items()})
+        models[name].zero_grad(set_to_none=True)
+    theirs, ours = gradients
+    apart = {
+        "loss": abs(losses[0] - losses[1]),
+        "gradients": max(
+            ((ours[n] - g).norm() / g.norm()).item() for n, g in theirs.items()
+        ),
+    }
+    for what, distance in apart.items():
+        if not distance <= CLOSE:  # a NaN as well
+            raise RuntimeError(
+                f"{what}: the two sides differ by {distance:.2g}, allowed is {CLOSE}; "
+                "they cannot be compared"
+            )
+    return apart
+
+
+def resident(base: str, name: str) -> int | None:
+    """Bytes of the resident set at its largest, in a process that makes one step."""
+    if not sys.platform.startswith("linux"):
+        return None
+    code = RESIDENT.format(
+        path=sys.path, threads=torch.get_num_threads(), base=base, name=name
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return 1024 * int(done.stdout.split()[-1])
+
+
+def measure(base: str, rounds: int) -> dict:
+    """All of the benchmark, as JSON can hold it."""
+    load, models, memory = side_by_side.load(), {}, {}
+    for name in INJECT:
+        models[name], tokenizer, task = injected(base, name)
+        recipe = Recipe(steps=1, batch=ROWS)
+        counted = asdict(measured_step(models[name], tokenizer, task, recipe))
+        memory[name] = counted | {"resident": resident(base, name)}
+    rows = encode_rows(tokenizer, task.instruction, task.train, template="chat")
+    device = torch.device("cpu")
+    batch = batch_of(rows, device)
+    apart = check_equal_work(models, batch)
+    steps = {name: step_of(model, batch) for name, model in models.items()}
+    return {
+        "benchmark": "qlora_step",
+        "base": base,
+        "tokens": max(len(ids) for ids, _ in rows),
+        "rounds": rounds,
+        "load": load,
+        "apart": apart,
+        "rows": side_by_side.table(
+            side_by_side.take_turns(steps, rounds, device), FULL
+        ),
+        "memory": memory,
+        "bitsandbytes": package_version("bitsandbytes"),
+        "provenance": provenance(seed=SEED, device=device),
+    }
+
+
+def over_lora(memory: dict, name: str, kind: str) -> int | None:
+    """Bytes of a kind, minus those of the LoRA step; negative where it takes fewer."""
+    ours, full = memory[name][kind], memory[FULL][kind]
+    return None if ours is None or full is None else ours - full
+
+
+def report(result: dict) -> str:
+    """The result as text, for a terminal."""
+    made, memory = result["provenance"], result["memory"]
+    said = [
+        f"{result['base']}: {ROWS} rows of {result['tokens']} tokens, r=8, "
+        f"{made['threads']} threads, {made['device']}, {made['machine']}",
+        f"load average before the run: {result['load']}",
+        f"equal work of the two QLoRAs: losses differ by {result['apart']['loss']:.1g} "
+        f"nats, gradients by {result['apart']['gradients']:.1g} of their norm",
+        *side_by_side.lines(result["rows"], result["rounds"]),
+        "",
+        f"{'MB':30}{'weights':>10}{'activations':>12}{'peak':>10}{'resident':>10}",
+    ]
+    for name, held in memory.items():
+        cells = [held[k] for k in ("weights", "activations", "peak", "resident")]
+        texts = ["—" if c is None else f"{c / 1e6:,.1f}" for c in cells]
+        said.append(
+            f"{name:30}{texts[0]:>10}{texts[1]:>12}{texts[2]:>10}{texts[3]:>10}"
+        )
+    ours, theirs = (over_lora(memory, name, "peak") for name in (OURS, THEIRS))
+    kept = "reached" if ours <= theirs else "missed"
+    return "\n".join(
+        [
+            *said,
+            f"peak over LoRA's: ours {ours / 1e6:+,.1f} MB, bitsandbytes' "
+            f"{theirs / 1e6:+,.1f} MB; target, no more: {kept}",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> None:
+    parser = side_by_side.parser(__doc__)
+    parser.add_argument("--model", default="smollm2", help="as load_model takes it")
+    asked = side_by_side.parsed(parser, arguments)
+    result = measure(asked.model, asked.rounds)
+    print(report(result), side_by_side.write(result, asked.record), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
