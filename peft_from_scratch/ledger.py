@@ -11,6 +11,7 @@ that has one. A computation has no scale: its run stands at all of them.
 import json
 import math
 import pkgutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -30,10 +31,16 @@ def discover() -> dict[str, Claim]:
     names = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
     modules = [import_module(f"{experiments.__name__}.{name}") for name in names]
     found = [claim for module in modules for claim in getattr(module, "CLAIMS", ())]
-    found.sort(key=lambda claim: (claim.notebook, claim.id[0], int(claim.id[1:])))
+    found.sort(key=lambda claim: (claim.notebook, *_place(claim.id)))
     if len({claim.id for claim in found}) < len(found):
         raise ValueError(f"two claims share an id: {[claim.id for claim in found]}")
     return {claim.id: claim for claim in found}
+
+
+def _place(id: str) -> tuple[str, int, str]:
+    """("Q", 4, "b") of "Q4b", the second half of a sentence that Q4 begins."""
+    letter, number, half = re.fullmatch(r"([A-Z])(\d+)([a-z]?)", id).groups()
+    return letter, int(number), half
 
 
 CLAIMS = discover()

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import budget, runs, scoped
-from ..adapter import adapters
+from ..adapter import adapters, remove
 from ..evaluate import answer_rows
 from ..loss import Row, batch_of, can_choose_logits
-from ..methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt
+from ..methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt, qlora
 from ..models import load_model
+from ..nf4 import quantize_model
 from ..provenance import digest
 from ..recipe import History, Recipe
 from ..tasks import Task, load_task
@@ -37,6 +38,7 @@ def _soft(inject: Callable) -> Callable:
 
 
 LORA = dict(r=8, alpha=16, targets="all-linear")
+BF16 = dict(dtype=torch.bfloat16)
 METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defaults)
     "base": (None, {}),  # nothing is added and nothing trains
     "full": (full.inject, {}),
@@ -49,8 +51,15 @@ METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defau
     "prefix": (_soft(prefix.inject), dict(positions=16, start="random")),
     "prompt": (_soft(prompt.inject), dict(positions=16, start="vocabulary")),
     "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
+    "qlora": (qlora.inject, LORA),
+    "qlora-bf16": (partial(qlora.inject, **BF16), LORA),
+    "qlora-frozen": (qlora.inject, LORA),  # control, as lora-frozen
+    "nf4-base": (quantize_model, {}),  # in four bits, and nothing trains
+    "lora-transplanted": (lora.inject, LORA),  # trained in full, tested in four bits
 }
-UNTRAINED = ("base", "lora-frozen")
+FROZEN = ("lora-frozen", "qlora-frozen")
+UNTRAINED = ("base", "nf4-base", *FROZEN)
+TRANSPLANTED = "lora-transplanted"
 RECIPE = ("warmup", "schedule", "weight_decay", "clip", "validate_every", "patience")
 TEST, VALIDATION = 200, 100  # rows
 LAST = 10  # steps whose mean is the training loss at the end
@@ -134,6 +143,7 @@ def compute(config: dict) -> dict:
         steps, best_step, stopped_early, seconds, step_seconds (median)
         trainable, total parameters
         rows_digest      of all rows of the task that were used
+        before           of a transplanted LoRA, the losses beside its own base
         diverged         the message, where the loss was no number; losses are then null
     """
     model, _, result = fine_tuned(config)
@@ -152,9 +162,14 @@ def fine_tuned(config: dict) -> tuple[nn.Module, object, dict]:
         **_curve(history),
         "rows_digest": digest(task.instruction, rows),
         "diverged": diverged,
-        **measured(model, tokenizer, task, rows, config, lost=diverged is not None),
     }
-    return model, tokenizer, result
+    tested = partial(
+        measured, model, tokenizer, task, rows, config, lost=bool(diverged)
+    )
+    if config["method"] == TRANSPLANTED:
+        result["before"] = tested()
+        transplant(model, config)
+    return model, tokenizer, result | tested()
 
 
 def chosen_rows(task: Task, config: dict) -> dict[str, list[dict]]:
@@ -183,7 +198,7 @@ def train_model(
     torch.manual_seed(config["seed"])
     if inject:
         inject(model, **{name: config[name] for name in hyper})
-    if config["method"] == "lora-frozen":
+    if config["method"] in FROZEN:
         randomize(model)
     if config["method"] in UNTRAINED:
         return History(), None
@@ -205,6 +220,17 @@ def randomize(model: nn.Module) -> None:
     """Give every LoRA a random B, as large as a random A of its shape would start."""
     for adapter in adapters(model).values():
         nn.init.normal_(adapter.B, std=(3 * adapter.B.shape[1]) ** -0.5)
+
+
+@torch.no_grad()
+def transplant(model: nn.Module, config: dict) -> None:
+    """Put the model's LoRA, as it is, beside the same base in four bits."""
+    trained = {n: (m.A.clone(), m.B.clone()) for n, m in adapters(model).items()}
+    remove(model)
+    qlora.inject(model, **{name: config[name] for name in LORA})
+    for name, module in adapters(model).items():
+        for parameter, value in zip((module.A, module.B), trained[name], strict=True):
+            parameter.copy_(value)
 
 
 def measured(model, tokenizer, task, rows, config, *, lost: bool) -> dict:

@@ -10,6 +10,7 @@ from ..claim import Invalid
 from ..runs import Run
 
 CONFIDENCE = 0.95
+UNBOUNDED = 1000.0  # %, of a share whose interval has no ends
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
@@ -95,6 +96,58 @@ def mean_of(
 ) -> tuple[float, float, float]:
     """The mean of several values, with the means of their ends: never too narrow."""
     return tuple(map(fmean, zip(*triples, strict=True)))
+
+
+def share_of(
+    parts: Sequence[Sequence[float]], wholes: Sequence[Sequence[float]]
+) -> tuple[float, float, float]:
+    """mean of parts / mean of wholes, in %, of paired values (seeds, items).
+
+    The interval is the wider one at each end of two: Fieller's over seeds, which holds
+    every c that a t-test of  part - c · whole  would not reject; and a bootstrap over
+    items within seeds. Where the wholes cannot be told from zero, a share of them can
+    be anything: the interval then has no ends, and is cut at ± UNBOUNDED.
+    """
+    parts, wholes = (np.asarray(v, dtype=float) for v in (parts, wholes))
+    ends = [_fieller(parts.mean(1), wholes.mean(1)), _drawn_shares(parts, wholes)]
+    share = parts.mean() / wholes.mean() if wholes.mean() > 0 else 0.0
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    cut = np.clip([100 * share, 100 * low, 100 * high], -UNBOUNDED, UNBOUNDED)
+    return tuple(map(float, cut))
+
+
+def _fieller(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]:
+    """The c with  (p - c w)² <= t² (s_pp - 2 c s_pw + c² s_ww) / n."""
+    n = len(parts)
+    if n < 2:
+        raise Invalid(f"{n} seed has no interval: at least two are needed")
+    t = t_quantile((1 + CONFIDENCE) / 2, n - 1)
+    p, w, s = parts.mean(), wholes.mean(), t**2 * np.cov(parts, wholes) / n
+    a, b, c = w**2 - s[1, 1], p * w - s[0, 1], p**2 - s[0, 0]
+    if a <= 0 or w <= 0:  # some c, or every c, of any size is among them
+        return -np.inf, np.inf
+    half = max(b**2 - a * c, 0.0) ** 0.5
+    return (b - half) / a, (b + half) / a
+
+
+def _drawn_shares(
+    parts: np.ndarray, wholes: np.ndarray, draws: int = 2000
+) -> tuple[float, float]:
+    """The percentiles of the share over drawn seeds and, within each, drawn items."""
+    generator = np.random.default_rng(0)
+    seeds, items = parts.shape
+    found = np.empty((draws, 2))
+    for i in range(draws):
+        at = (
+            generator.integers(seeds, size=(seeds, 1)),
+            generator.integers(items, size=(seeds, items)),
+        )
+        found[i] = parts[at].mean(), wholes[at].mean()
+    tail = (1 - CONFIDENCE) / 2
+    if np.quantile(found[:, 1], tail) <= 0:
+        return -np.inf, np.inf
+    shares = found[found[:, 1] > 0]
+    return tuple(np.quantile(shares[:, 0] / shares[:, 1], [tail, 1 - tail]))
 
 
 def of_median(values: Sequence[float]) -> tuple[float, float, float]:
