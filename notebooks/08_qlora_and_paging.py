@@ -41,7 +41,6 @@ lesson = start("08")
 # %%
 import copy
 import warnings
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import bitsandbytes as bnb
@@ -56,7 +55,6 @@ from peft_from_scratch import budget, curves, four_bits, ledger, page_picture, r
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import qlora_and_paging as checks
 from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum
-from peft_from_scratch.paged import PagedAdamW
 from peft_from_scratch.pretrained import quiet_transformers
 
 # %% [markdown]
@@ -391,7 +389,7 @@ W0s = [m.weight.detach() for m in pfs.targets.projections(base).values()]
 errors = [W - pfs.nf4.dequantize(pfs.nf4.quantize(W)) for W in W0s]
 noise = [spectrum.random_like(D, i) for i, D in enumerate(errors)]
 for name, matrices in {"W0": W0s, "W0 - W'": errors, "random": noise}.items():
-    at_8 = 100 * median(spectrum.energy(D)[7].item() for D in matrices)
+    at_8 = 100 * np.median([spectrum.energy(D)[7] for D in matrices])
     print(f"rank 8 holds {at_8:4.1f} % of {name}")
     if matrices is errors:
         lesson.measured("8.4", at_8)
@@ -430,7 +428,7 @@ for onto in pfs.qlora.ONTO:
     found = [pfs.qlora.merge(model, onto, original=base) for model in merged]
     after = [finetune.item_losses(model, rows) for model in merged]
     costs[onto] = np.array(after) - items["qlora"]
-    update = 100 * median(error.update for error in found[0].values())
+    update = 100 * np.median([error.update for error in found[0].values()])
     print(f"{onto:12} bytes {sum(four_bits.held(merged[0]).values()):9,},", end=" ")
     print(f"off by {update:4.1f} % of the update, loss {costs[onto].mean():+.4f}")
     if onto == "original":
@@ -577,17 +575,15 @@ for tokens in (32, 64, 128, 192):
 
 # %%
 p = nn.Parameter(torch.randn(64))
-small = PagedAdamW([p], lr=1e-2, budget_bytes=256, page_bytes=64)
+small = pfs.PagedAdamW([p], lr=1e-2, budget_bytes=256, page_bytes=64)
 with page_picture.watched(small) as moments:
     for step in range(3):
         p.grad = torch.randn(64)
         small.step()
         for row in small.page_table() if step == 0 else ():
-            state = "resident" if row.resident else "in the store"
-            state += ", dirty" if row.dirty else ""
+            state = "resident, dirty" if row.dirty else "in the store"
             print(f"page {row.page}: values {row.start:2} to {row.stop - 1:2}, {state}")
-title = "Eight pages, four slots, three steps"
-figure = page_picture.picture(moments, pages=8, title=title)
+figure = page_picture.picture(moments, pages=8, title="Eight pages, four slots")
 said = "{0.faults} faults, {0.hits} hits, {0.write_backs} pages written back"
 lesson.show(figure, said.format(small.counters))
 
@@ -678,7 +674,7 @@ dial = {"starting over": [], "back and forth": []}
 _, exact = run_paged(lambda p: torch.optim.AdamW(p, foreach=False))
 for slots in (1, 2, 4, 6, 8, 10, 12, 14, 16):
     bytes_ = dict(budget_bytes=64 * slots, page_bytes=64)
-    optimizer, weights = run_paged(lambda p, o=bytes_: PagedAdamW(p, **o))
+    optimizer, weights = run_paged(lambda p, o=bytes_: pfs.PagedAdamW(p, **o))
     assert torch.equal(weights, exact)  # every bit, at every budget
     found = page_picture.faults(slots, [*range(16)] * 20), optimizer.counters.faults
     for rows, count in zip(dial.values(), found, strict=True):

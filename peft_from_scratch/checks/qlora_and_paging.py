@@ -266,20 +266,22 @@ def merge_errors(my_errors: Callable) -> None:
         )
 
 
-def _errors(case: Case, *, truth=None, whole=None, again=None) -> tuple[float, float]:
-    """The two errors; or what another truth, norm or matrix to requantize makes."""
-    trained = case.W + case.update
+def _errors(
+    case: Case, *, update=None, truth=None, whole=None, again=None
+) -> tuple[float, float]:
+    """The two errors; or what another update, truth, norm or requantized one makes."""
+    update = case.update if update is None else update
+    trained = case.W + update
     truth = trained if truth is None else truth
-    whole = case.update.norm() if whole is None else whole
+    whole = update.norm() if whole is None else whole
     requantized = dequantize(quantize(trained if again is None else again))
-    merges = (case.W0 + case.update, requantized)
+    merges = (case.W0 + update, requantized)
     return tuple(((W - truth).norm() / whole).item() for W in merges)
 
 
 def _wrong_errors(case: Case) -> dict[str, tuple]:
     W0, W, update = case.W0, case.W, case.update
     right, trained = _errors(case), W + update
-    unscaled = case.B @ case.A
     return {
         "divided by the weight's norm: the update's is asked for": _errors(
             case, whole=trained.norm()
@@ -291,9 +293,7 @@ def _wrong_errors(case: Case) -> dict[str, tuple]:
         "compared with W0": _errors(case, truth=W0),
         "requantized W0 + ΔW, not W' + ΔW": _errors(case, again=W0 + update),
         "requantized without the update": _errors(case, again=W),
-        "the update is not scaled": _errors(
-            case, truth=W + unscaled, whole=unscaled.norm(), again=W + unscaled
-        ),
+        "the update is not scaled": _errors(case, update=case.B @ case.A),
         "squared: take the root of the sums of squares": tuple(e**2 for e in right),
         "sums of the absolute values: norms are asked for": tuple(
             ((m - trained).abs().sum() / update.abs().sum()).item()
@@ -461,7 +461,7 @@ def _same_weights(p: Tensor, grads: Tensor, told: str) -> None:
             ("weight decay is missing: p shrinks by lr · decay", "decay", 0.0),
             ("weight decay went into the gradient: that is Adam's L2", "l2", True),
             ("eps was added under the root", "under", True),
-            ("the second beta for both states, or the first", "beta2", 0.8),
+            ("v moves by beta1: it has a beta of its own, beta2", "pace", 0.8),
             ("t counts the updates of all pages: it is the step's number", "each", 1),
         )
     }
@@ -495,17 +495,17 @@ def _adamw(
     decay=SETTINGS["decay"],
     l2=False,
     under=False,
-    beta2=SETTINGS["beta2"],
+    pace=SETTINGS["beta2"],
     each=False,
 ) -> Tensor:
     """AdamW in its equations, with a mistake at choice."""
-    lr, beta1, eps = SETTINGS["lr"], SETTINGS["beta1"], SETTINGS["eps"]
+    lr, beta1, beta2, eps = (SETTINGS[n] for n in ("lr", "beta1", "beta2", "eps"))
     p = _start(grads)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(grads, 1):
         g = g + decay * p if l2 else g
         m = beta1 * (0 if forget_m else m) + (1 - beta1) * g
-        v = beta2 * (0 if forget_v else v) + (1 - beta2) * g**2
+        v = pace * (0 if forget_v else v) + (1 - pace) * g**2
         count = torch.tensor(float(t))
         if each:  # the pages take their turns
             count = (t - 1) * len(p) + torch.arange(1.0, len(p) + 1)[:, None]

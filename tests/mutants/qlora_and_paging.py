@@ -134,7 +134,7 @@ class MyPager:
         {first}
         m, v = {moments}
         m.mul_(beta1).add_((1 - beta1) * g)
-        v.mul_({beta2}).add_((1 - beta2) * g**2)
+        v.mul_({beta2}).add_((1 - {beta2}) * g**2)
         {decayed}
         p -= {step}
         self.dirty = {dirty}
