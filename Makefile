@@ -63,7 +63,7 @@ notebooks: $(MODEL) ## run the notebooks' text forms, store what comes out
 	$(BIN)/python tests/mutant_run.py --write
 
 bench: $(MODEL) ## the benchmarks: ratios, measured side by side
-	@set -e; for file in benchmarks/*.py; do \
+	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 	    echo "$$file"; \
 	    $(BIN)/python "$$file" $(ARGS); \
 	done

@@ -5,8 +5,7 @@
 A step is: collate the rows, forward, backward, clip, AdamW, drop the gradients. Both
 sides train the same matrices on the same rows in float32, with the same threads. That
 this is equal work is checked before any clock runs: the same losses, and, once A and B
-are copied, the same gradients. The candidates then take turns in one process, so that a
-machine which slows down slows all of them; a ratio compares two times of one round.
+are copied, the same gradients. side_by_side.py has the clocks and the ratios.
 
 Between the two ends stand two variants that show where the gain comes from:
 
@@ -16,38 +15,29 @@ Between the two ends stand two variants that show where the gain comes from:
     ours                         and LoRA as one autograd function (methods/lora.py)
 """
 
-import argparse
-import json
 import logging
-import os
-import re
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
 
+import side_by_side
 import torch
+from side_by_side import WARM_UP, Laps, Times
 from torch import Tensor, nn
 
 from peft_from_scratch import load_model, lora, trainable
-from peft_from_scratch.atomic import new_file
 from peft_from_scratch.loss import Row, accumulate_gradients, batch_of
 from peft_from_scratch.provenance import package_version, provenance
 from peft_from_scratch.recipe import Recipe
 from peft_from_scratch.tasks import Task, load_task
 from peft_from_scratch.templates import collate, encode_rows
-from peft_from_scratch.timing import synchronize
 from peft_from_scratch.train import train
 
 RANK, ALPHA, ROWS, SEED = 8, 16, 8, 0
-WARM_UP = 3  # rounds that are not counted
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
 TARGET = 0.70  # of PEFT's time, at most
 OURS, PLAIN = "ours", "peft"
-RESULTS, OUT = Path(__file__).parent / "results", Path("out")
 
 
 @dataclass(frozen=True)
@@ -158,50 +148,22 @@ def steps_of_peft(sides: Sides, recipe: Recipe) -> dict[str, Callable[[], None]]
     }
 
 
-def take_turns(
-    sides: Sides, tokenizer, task: Task, recipe: Recipe
-) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, seconds of processor time) of every counted round, by candidate.
+def take_turns(sides: Sides, tokenizer, task: Task, recipe: Recipe) -> Times:
+    """The times of every counted round, ours last.
 
     Our side is `train` as it ships: the others run between two of its steps.
     """
     steps = steps_of_peft(sides, recipe)
-    times = {name: [] for name in (OURS, *steps)}
-    before = _clocks(sides.device)
-
-    def lap(name: str) -> None:
-        nonlocal before
-        now = _clocks(sides.device)
-        times[name].append((now[0] - before[0], now[1] - before[1]))
-        before = now
+    laps = Laps((*steps, OURS), sides.device)
 
     def others(_) -> None:
-        lap(OURS)
+        laps.lap(OURS)
         for name, step in steps.items():
             step()
-            lap(name)
+            laps.lap(name)
 
     train(sides.ours, tokenizer, task, recipe, progress=False, on_step=others)
-    return {name: laps[WARM_UP:] for name, laps in times.items()}
-
-
-def table(times: dict[str, list[tuple[float, float]]]) -> list[dict]:
-    """A row a candidate: median seconds, and its ratio to PEFT's in the same round."""
-    rows = []
-    for name in sorted(times, key=lambda name: name == OURS):  # ours last
-        pairs = list(zip(times[name], times[PLAIN], strict=True))
-        ratios = [mine[0] / plain[0] for mine, plain in pairs]
-        rows.append(
-            {
-                "name": name,
-                "seconds": median(seconds for seconds, _ in times[name]),
-                "ratio": median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-                "processor_ratio": median(mine[1] / plain[1] for mine, plain in pairs),
-            }
-        )
-    return rows
+    return laps.counted()
 
 
 def report(result: dict) -> str:
@@ -213,22 +175,15 @@ def report(result: dict) -> str:
         f"load average before the run: {result['load']}",
         f"equal work: losses differ by {result['apart']['loss']:.1g} nats, gradients "
         f"by {result['apart']['gradients']:.1g} of their norm",
-        f"{'median of ' + str(result['rounds']) + ' rounds':30}"
-        f"{'seconds':>8}{'ratio':>8}{'lowest':>8}{'highest':>8}{'processor time':>16}",
+        *side_by_side.lines(result["rows"], result["rounds"]),
+        side_by_side.verdict(result["rows"][-1]["ratio"], TARGET),
     ]
-    for row in result["rows"]:
-        said.append(
-            f"{row['name']:30}{row['seconds']:8.3f}{row['ratio']:8.2f}{row['low']:8.2f}"
-            f"{row['high']:8.2f}{row['processor_ratio']:16.2f}"
-        )
-    ratio = result["rows"][-1]["ratio"]
-    verdict = "reached" if ratio <= TARGET else "missed"
-    return "\n".join([*said, f"target, at most {TARGET:.2f}: {verdict}"])
+    return "\n".join(said)
 
 
 def measure(base: str, rounds: int) -> dict:
     """All of the benchmark, as JSON can hold it."""
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    load = side_by_side.load()
     task = load_task("orders", seed=SEED)
     task = replace(task, train=task.train.select(range(ROWS)))  # each step's batch
     recipe = Recipe(steps=WARM_UP + rounds, batch=ROWS, seed=SEED, template="chat")
@@ -242,43 +197,23 @@ def measure(base: str, rounds: int) -> dict:
         "rounds": rounds,
         "load": load,
         "apart": apart,
-        "rows": table(times),
+        "rows": side_by_side.table(times, PLAIN),
         "peft": package_version("peft"),
         "provenance": provenance(seed=SEED, device=sides.device),
     }
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="counted; at least 7")
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--model", default="smollm2", help="as load_model takes it")
-    parser.add_argument(
-        "--record", action="store_true", help=f"write to {RESULTS.name}/, for git"
-    )
-    asked = parser.parse_args(arguments)
-    if asked.rounds < 7 or (asked.threads or 1) < 1:
-        parser.error("--rounds: at least 7; --threads: at least 1")
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+    asked = side_by_side.parsed(parser, arguments)
     result = measure(asked.model, asked.rounds)
-    machine = result["provenance"]["machine"].rpartition(",")[0]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    folder, name = (RESULTS, f"-{slug}") if asked.record else (OUT, "")
-    file = folder / f"lora_step{name}.json"
-    with new_file(file) as new:
-        new.write_text(json.dumps(result, indent=2) + "\n")
-    print(report(result), f"written to {os.path.relpath(file)}", sep="\n")
+    print(report(result), side_by_side.write(result, asked.record), sep="\n")
 
 
 def _our_name(name: str) -> str:
     name = name.removeprefix("base_model.model.")
     return name.replace("lora_", "").replace(".default.weight", "")
-
-
-def _clocks(device: torch.device) -> tuple[float, float]:
-    synchronize(device)
-    return time.perf_counter(), time.process_time()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
 methods/full.py (what it is measured against), the other methods (`ls methods` is the
 syllabus), nf4/ before qlora.py, trunk.py before prompt.py and prefix.py, exchange.py
-(the file format), train.py (one plain loop), evaluate.py, compare.py (the main job).
+(the file format), train.py (one plain loop), paged/ (its optimizer, within a budget of
+bytes), evaluate.py, compare.py (the main job).
 """
 
 from . import nf4
@@ -22,11 +23,13 @@ from .methods import (
     qlora,
 )
 from .models import load_model
+from .paged import PagedAdamW
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "CannotMerge",
+    "PagedAdamW",
     "bitfit",
     "dora",
     "full",

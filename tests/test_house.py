@@ -131,7 +131,8 @@ def needed_by(name, extras):
 def imported(folder):
     """{distribution: [file: where it is imported]}, our own modules left out."""
     providers = packages_distributions()
-    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.py")]
+    folders = ("tests/**", "notebooks", "benchmarks")
+    files = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
     ours = {path.stem for path in files} | {"peft_from_scratch"}
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,0 +1,198 @@
+"""What a paged AdamW accepts, and what it gives: settings, parameters, state dicts.
+
+Every check is made before anything changes, and names what was wrong, its value, what
+is allowed and what to do.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .cuts import Cut, likeness, shaped
+from .stores import WORD, FileStore
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda")
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # torch's names: m, v, largest v
+SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+OTHERS = ("foreach", "fused", "capturable", "differentiable")  # torch's, not ours
+
+
+def state_count(group: dict) -> int:
+    return 3 if group["amsgrad"] else 2
+
+
+def step_dtype() -> torch.dtype:
+    """Of torch's step counts: float32; float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+# -------------------------------------------------------------- settings, parameters
+
+
+def whole(name: str, value, least: int) -> None:
+    """ValueError unless `value` is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: allowed is a whole number from {least} on")
+
+
+def check_budget(budget_bytes: int, page_bytes: int) -> None:
+    whole("budget_bytes", budget_bytes, 0)
+    if budget_bytes < page_bytes:
+        raise ValueError(
+            f"budget_bytes={budget_bytes} is less than one page, page_bytes="
+            f"{page_bytes}; raise the one or lower the other"
+        )
+
+
+def check_settings(settings: dict) -> None:
+    """ValueError for a setting out of its range; the ranges are torch's."""
+    lr, betas = settings["lr"], settings["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr has {lr.numel()} values; a tensor must have 1")
+    for name in ("lr", "eps", "weight_decay"):
+        if not settings[name] >= 0:
+            raise ValueError(f"{name}={settings[name]}: allowed is a number from 0 on")
+    numbers = [b for b in betas if not isinstance(b, Tensor) and 0 <= b < 1]
+    if not len(numbers) == len(betas) == 2:
+        raise ValueError(f"{betas=}: allowed are two numbers in [0, 1)")
+
+
+def refuse_others(group: dict) -> None:
+    """ValueError where the group asks for one of torch's other loops."""
+    for name in OTHERS:
+        if group.get(name):
+            raise ValueError(
+                f"{name}={group[name]!r}: PagedAdamW computes page by page, in the "
+                "order of torch's foreach=False; leave it out"
+            )
+
+
+def check_parameter(p: Tensor, name: str, states: int, page_bytes: int) -> None:
+    """ValueError for a parameter whose states cannot be paged here."""
+    if p.layout != torch.strided or p.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is {p.layout} and {p.dtype}; allowed are dense tensors of "
+            f"{', '.join(map(str, DTYPES))}"
+        )
+    if p.device.type not in DEVICES:
+        raise ValueError(f"{name} is on {p.device}; allowed are {', '.join(DEVICES)}")
+    if any(s == 0 and n > 1 for s, n in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} is expanded: its values share memory; clone it first")
+    if states * p.itemsize > page_bytes:
+        raise ValueError(
+            f"{page_bytes=}: {name} needs at least {states * p.itemsize}, one value of "
+            f"each of {states} states"
+        )
+
+
+def check_gradient(p: Tensor, cut: Cut, group: dict) -> None:
+    """RuntimeError unless parameter, gradient and group fit the pages."""
+    if likeness(p) != cut.like:
+        raise RuntimeError(
+            f"{cut.name} was {cut.like} when its pages were made and is {likeness(p)} "
+            "now (dtype, device, shape, strides); make the optimizer afterwards"
+        )
+    if state_count(group) != cut.states:
+        raise RuntimeError(
+            f"amsgrad={group['amsgrad']} was set after the pages of {cut.name} were "
+            "made; make a new optimizer with it"
+        )
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {cut.name} is {p.grad.layout}; AdamW needs all of its "
+            "values. Use sparse=False where it comes from, or torch.optim.SparseAdam"
+        )
+    like = p.grad.dtype, p.grad.device, p.grad.shape
+    if like != cut.like[:3]:
+        raise RuntimeError(
+            f"the gradient of {cut.name} is {like}, the parameter {cut.like[:3]} "
+            "(dtype, device, shape); they must be the same"
+        )
+
+
+# ------------------------------------------------------------------------- a state dict
+
+
+@torch.no_grad()
+def full_states(cuts: dict[Tensor, Cut], look: Callable, directory) -> dict:
+    """{parameter: {"exp_avg": …, …}}, each moment whole, all in one new file.
+
+    Args
+        cuts  parameter -> its pages
+        look  page -> its words, wherever it is
+    """
+    sizes = [cut.states * -(-p.nbytes // WORD) for p, cut in cuts.items()]
+    rooms = FileStore(sum(sizes), directory).words[: sum(sizes)].split(sizes)
+    full = {}
+    for (p, cut), room in zip(cuts.items(), rooms, strict=True):
+        moments = room.view(cut.states, -1).view(p.dtype)[:, : p.numel()]
+        for page in cut.pages:
+            moments[:, page.start : page.stop] = cut.rows(page, look(page))
+        named = zip(STATES[: cut.states], moments, strict=True)
+        full[p] = {name: shaped(moment, p) for name, moment in named}
+    return full
+
+
+def merged_groups(ours: list[dict], saved: list[dict]) -> list[dict]:
+    """New groups with the saved settings and our parameters."""
+    sizes = [[len(group["params"]) for group in groups] for groups in (ours, saved)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the state dict has groups of {sizes[1]} parameters, this optimizer of "
+            f"{sizes[0]}; they must be the same"
+        )
+    merged = []
+    for number, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
+        missing = [name for name in SETTINGS if name not in theirs]
+        if missing:
+            raise ValueError(f"group {number} of the state dict has no {missing[0]!r}")
+        left = (*OTHERS, "params", "decoupled_weight_decay")
+        settings = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in left}
+        check_settings(settings)
+        names = {k: v for k, v in mine.items() if k == "param_names"}
+        merged.append({"params": mine["params"]} | names | settings)
+    return merged
+
+
+def checked_states(groups: list[dict], state_dict: dict) -> dict[Tensor, dict]:
+    """{parameter: {"step": …, "exp_avg": …, …}} of those that have made a step."""
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    ours = [(p, group) for group in groups for p in group["params"]]
+    places = dict(zip(keys, ours, strict=True))
+    states = {}
+    for key, saved in state_dict["state"].items():
+        if key not in places:
+            raise ValueError(
+                f"the state dict has a state of {key!r}, which is in none of its groups"
+            )
+        p, group = places[key]
+        if saved:
+            names = STATES[: state_count(group)]
+            moments = {name: _moment(key, name, saved.get(name), p) for name in names}
+            states[p] = {"step": _step(key, saved.get("step")), **moments}
+    return states
+
+
+def _step(key, step) -> Tensor:
+    value = math.nan if step is None else float(step)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"'step' of parameter {key!r} in the state dict is {step!r}; it must be a "
+            "number of steps"
+        )
+    return torch.tensor(value, dtype=step_dtype())
+
+
+def _moment(key, name: str, moment, p: Tensor) -> Tensor:
+    if not isinstance(moment, Tensor) or moment.shape != p.shape:
+        found = list(moment.shape) if isinstance(moment, Tensor) else repr(moment)
+        raise ValueError(
+            f"{name!r} of parameter {key!r} in the state dict is {found}; it must be a "
+            f"tensor of shape {list(p.shape)}"
+        )
+    return moment.detach()
