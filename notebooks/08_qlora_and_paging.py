@@ -14,9 +14,9 @@
 # # QLoRA and paged optimizers
 #
 # You will have shown that LoRA trains beside weights of four bits, because a gradient
-# needs a weight only while it is multiplied with it, and that an optimizer's states can
-# be away for most of a step, while a page that leaves without being written back spoils
-# the run.
+# needs a weight only while it is multiplied with it; and that an optimizer's states can
+# be away for most of a step without a trace in one bit, while the same adapter beside
+# the *full* weights is another model.
 #
 # **You need** notebooks 04 and 07: LoRA, and what NF4 does to a weight. Of notebook 01,
 # the four kinds of bytes in a training step.
@@ -318,11 +318,12 @@ lesson.live("Q4b", *intervals.share_of(mended, damaged), scale="tiny")
 lesson.verdict("Q4b")
 
 # %% [markdown]
-# Two seeds are far too few for a verdict, and the intervals say so. The stored runs
-# have more. (`python -m peft_from_scratch ledger Q4b --run` makes what is missing.)
-# Look at the damage itself: where the transplant is as good as the LoRA that it was
-# taken from, there is nothing that anybody could have mended. Then the share has no
-# meaning, however it comes out, and the loss is small because the *error* is small.
+# Read the intervals: two seeds may bound a difference, and hardly ever a share. The
+# stored runs have more of them. (`python -m peft_from_scratch ledger Q4b --run` makes
+# what is missing.) And look at the damage itself: where the transplant is as good as
+# the LoRA that it was taken from, there is nothing that anybody could have mended. Then
+# the share has no meaning, however it comes out, and the loss is small because the
+# *error* does little harm.
 #
 # The control is a QLoRA with random adapters that never train. Its loss says what an
 # adapter does that was not *trained*: harm.
@@ -388,11 +389,11 @@ base, _ = pfs.load_model("tiny", device="cpu")
 W0s = [m.weight.detach() for m in pfs.targets.projections(base).values()]
 errors = [W - pfs.nf4.dequantize(pfs.nf4.quantize(W)) for W in W0s]
 noise = [spectrum.random_like(D, i) for i, D in enumerate(errors)]
+at_8 = {}
 for name, matrices in {"W0": W0s, "W0 - W'": errors, "random": noise}.items():
-    at_8 = 100 * np.median([spectrum.energy(D)[7] for D in matrices])
-    print(f"rank 8 holds {at_8:4.1f} % of {name}")
-    if matrices is errors:
-        lesson.measured("8.4", at_8)
+    at_8[name] = 100 * np.median([spectrum.energy(D)[7] for D in matrices])
+    print(f"of {name:8} rank 8 holds {at_8[name]:4.1f} %")
+lesson.measured("8.4", at_8["W0 - W'"])
 
 # %% [markdown]
 # Rounding errors look like noise, and noise fills all directions. So a thin adapter can
@@ -422,17 +423,16 @@ rows = finetune.encode_rows(tiny_tokenizer, split.instruction, rows, template="r
 trained = tuned["qlora", 0]
 own = four_bits.held(trained)
 print(f"{'before':12} bytes {sum(own.values()) - own['adapters']:9,}")
-costs = {}
+costs, off = {}, {}
 for onto in pfs.qlora.ONTO:
     merged = [copy.deepcopy(tuned["qlora", seed]) for seed in (0, 1)]
     found = [pfs.qlora.merge(model, onto, original=base) for model in merged]
     after = [finetune.item_losses(model, rows) for model in merged]
     costs[onto] = np.array(after) - items["qlora"]
-    update = 100 * np.median([error.update for error in found[0].values()])
+    off[onto] = 100 * np.median([error.update for error in found[0].values()])
     print(f"{onto:12} bytes {sum(four_bits.held(merged[0]).values()):9,},", end=" ")
-    print(f"off by {update:4.1f} % of the update, loss {costs[onto].mean():+.4f}")
-    if onto == "original":
-        lesson.measured("8.5", update)
+    print(f"off by {off[onto]:4.1f} % of the update, loss {costs[onto].mean():+.4f}")
+lesson.measured("8.5", off["original"])
 
 # %% [markdown]
 # ### Exercise 8.3: what a merge loses
@@ -500,9 +500,9 @@ lesson.verdict("M4")
 
 # %% [markdown]
 # RESULT-PROSE: An error of a quarter of the update sounds fatal, and here the loss
-# hardly notices. The update points somewhere; the rounding error
-# points everywhere, a little. What the loss says and what the norm says are two things,
-# as with energy and use in notebook 04.
+# hardly notices. The update points somewhere; the rounding error points everywhere, a
+# little. What the loss says and what the norm says are two things, as with energy and
+# use in notebook 04.
 #
 # "Merging: yes" is true, and so is "four bits"; both at once, and exactly, is not. The
 # exact merge takes as many bytes as the model had before it was quantized.
