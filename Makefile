@@ -7,6 +7,7 @@ TORCH_INDEX ?= $(if $(CPU),https://download.pytorch.org/whl/cpu)
 JOBS ?= 2
 TUNE ?=
 FAMILY ?=
+PAGED ?=
 NB ?=
 ARGS ?=
 
@@ -39,13 +40,14 @@ help: ## this list
 	@echo '  TORCH_INDEX=URL   set-up: the package index to take torch from'
 	@echo '  TUNE=1            compare: search the settings instead of using the shipped'
 	@echo '  FAMILY=1          compare: DoRA, PiSSA, LoRA+ and other relatives too'
+	@echo '  PAGED=0.25        compare: this share of the optimizer states in memory'
 	@echo '  JOBS=2            test: how many processes share the work'
 	@echo '  NB=04             notebooks: only those whose names start so'
 	@echo '  ARGS=…            compare, bench: further arguments'
 
 compare: $(MODEL) ## the main job: every method on one task, as a table and a page
 	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) \
-	    $(if $(FAMILY),--family) $(ARGS)
+	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) $(ARGS)
 
 test: $(MODEL) ## all tests, then all notebooks
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

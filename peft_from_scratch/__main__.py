@@ -95,6 +95,7 @@ def _compare(commands) -> None:
     command.add_argument("--rows", type=int, help="test rows")
     command.add_argument("--steps", type=int, help="optimizer steps")
     command.add_argument("--batch", type=int, help="rows of an optimizer step")
+    _paged(command)
     command.add_argument(
         "--template", choices=TEMPLATES, help="for every row; by default as searched"
     )
@@ -129,6 +130,7 @@ def _train(commands) -> None:
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--batch", type=int, default=8, help="rows of a step")
+    _paged(command)
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
     )
@@ -206,6 +208,16 @@ def _command(commands, name, text):
     return command
 
 
+def _paged(command) -> None:
+    command.add_argument(
+        "--paged",
+        type=float,
+        metavar="SHARE",
+        help="keep this share of AdamW's states in memory, 0.25 for a quarter, and the "
+        "others in a file",
+    )
+
+
 def _base(command) -> None:
     command.add_argument(
         "--base", default="smollm2", help="smollm2, a hub id (owner/name) or a folder"
@@ -227,7 +239,8 @@ def run_compare(options) -> None:
     from .compare import compare
     from .rows import ROWS, Plan
 
-    names = ("base", "task", "rows", "steps", "batch", "template", "device", "out")
+    names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
+    names += ("out",)
     chosen = given(options, *names)
     if options.family and options.methods is not None:
         raise ValueError("--family and --methods exclude each other: name them all")

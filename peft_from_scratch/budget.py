@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .adapter import trainable
+from .paged import PagedAdamW
 from .targets import Packed
 
+ELSEWHERE = "elsewhere"  # a paged optimizer's file: no memory of ours
 STEP_BYTES = 4  # torch's AdamW counts the steps of each tensor in a float32 scalar
 
 
@@ -47,7 +49,8 @@ class Memory:
 
     weights      parameters and buffers, the frozen ones included
     gradients    what `.grad` of the trainable parameters holds
-    optimizer    the optimizer's state: two moments and a step count for AdamW
+    optimizer    the optimizer's state: two moments and a step count for AdamW; of a
+                 paged one what is resident, and not its file
     activations  all else: what autograd keeps for backward, and every temporary
     peak         the largest sum at one moment; less than the sum of the rows, since
                  activations are highest when the gradients are not there yet
@@ -158,15 +161,18 @@ class Meter(TorchDispatchMode):
 
     def memory(self) -> Memory:
         """Replay the diary: the largest bytes of each kind, and of their sum."""
-        now = dict.fromkeys(("weights", "gradients", "optimizer", "activations"), 0)
+        kinds = ("weights", "gradients", "optimizer", "activations", ELSEWHERE)
+        now = dict.fromkeys(kinds, 0)
         for storage in self.existing:
-            now[self.kind.get(storage, "activations")] += self.size[storage]
+            kind = self.kind.get(storage, "activations")
+            now[kind] += self.size[storage] if kind != ELSEWHERE else 0
         most, peak = dict(now), sum(now.values())
         for storage, change in self.diary:
             kind = self.kind.get(storage, "activations")
             now[kind] += change
             most[kind] = max(most[kind], now[kind])
             peak = max(peak, sum(now.values()))
+        del most[ELSEWHERE]
         return Memory(**most, peak=peak)
 
     def _meet(self, tensor, born: bool) -> int | None:
@@ -203,3 +209,7 @@ class Meter(TorchDispatchMode):
             for tensor in state.values():
                 if isinstance(tensor, Tensor):
                     self._label(tensor, "optimizer")
+        if isinstance(optimizer, PagedAdamW):
+            self._label(optimizer.arena, "optimizer")
+            for tensor in optimizer.stores:
+                self._label(tensor, ELSEWHERE)

@@ -126,6 +126,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(filter(_is_ours, Path(folder).glob("step-*")), key=_steps)
 
 
+def states(run: Run) -> dict[str, dict[str, Tensor]]:
+    """{parameter's name: AdamW's tensors of it}, of those that have some."""
+    names = list(run.trainable)  # as the optimizer numbers them
+    numbered = run.optimizer.state_dict()["state"]
+    return {names[number]: state for number, state in numbered.items()}
+
+
 @torch.no_grad()
 def load_weights(trainable: dict[str, nn.Parameter], weights: dict[str, Tensor]):
     """Copy `weights` into the parameters of the same names."""
@@ -189,8 +196,8 @@ def _files(run: Run) -> Files:
         "trainable": run.trainable,
         "optimizer": {
             f"{name}.{key}": value
-            for name, parameter in run.trainable.items()
-            for key, value in run.optimizer.state.get(parameter, {}).items()
+            for name, state in states(run).items()
+            for key, value in state.items()
         },
         "best": run.best,
         "rng": rng_state(run.device),

@@ -125,7 +125,7 @@ def _recipe(options) -> Recipe:
         seed=options.seed,
         template=options.template,
         validate_every=max(1, options.steps // 5),
-        **given(options, "max_tokens"),
+        **given(options, "max_tokens", "paged"),
     )
 
 

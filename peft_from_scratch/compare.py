@@ -77,6 +77,7 @@ def _measured_once(ground: Ground, row: Row, seed: int) -> dict:
         "rows": plan.rows,
         "steps": plan.steps_of(row),
         "batch": plan.batch if row.inject else 0,
+        "paged": plan.paged if row.inject else None,
         "device": ground.device.type,
         "fingerprint": ground.fingerprint,
     }

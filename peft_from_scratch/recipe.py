@@ -45,6 +45,9 @@ class Recipe:
         schedule          after it: "linear" or "cosine" towards 0, or "constant"
         weight_decay      of AdamW, on every trainable tensor
         betas             of AdamW
+        paged             share of the bytes of AdamW's states that may be in memory at
+                          a time, at least a page: PagedAdamW. None: all of them, and
+                          torch's AdamW, whose fused loop rounds a little differently
         clip              largest norm of the whole gradient; None for no clipping
         seed              of the order of the rows, and of dropout
         template          "chat" or "raw": how a row becomes tokens
@@ -66,6 +69,7 @@ class Recipe:
     schedule: str = "linear"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    paged: float | None = None
     clip: float | None = 1.0
     seed: int = 0
     template: str = "chat"
@@ -92,6 +96,8 @@ class Recipe:
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         betas = pair and all(is_finite(b) and 0 <= b < 1 for b in self.betas)
         self._allow("betas", betas, "two numbers in [0, 1)")
+        paged = self.paged is None or (is_finite(self.paged) and 0 < self.paged <= 1)
+        self._allow("paged", paged, "a share in (0, 1], or None for no paging")
         clip = self.clip is None or (is_finite(self.clip) and self.clip > 0)
         self._allow("clip", clip, "a finite number above 0, or None for no clipping")
         self._allow(

@@ -120,6 +120,7 @@ class Plan:
     rows      test rows answered by each method; all there are, where they are fewer
     steps     optimizer steps of a trained method, of `batch` rows each; prompt tuning
               takes twice as many (Row.times)
+    paged     share of AdamW's states that may be in memory at a time; None: all
     template  "chat" or "raw" for every row; None: as the tuning found, or the one that
               the base has
     device    None picks CUDA, then MPS, then the CPU
@@ -132,6 +133,7 @@ class Plan:
     rows: int = 100
     steps: int = 50
     batch: int = 8
+    paged: float | None = None
     template: str | None = None
     device: str | None = None
     out: str = "out"
@@ -144,6 +146,8 @@ class Plan:
         for name in ("rows", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.paged is not None:
+            Recipe(paged=self.paged)  # refuses a share that is none
         if not self.methods or not self.seeds:
             raise ValueError("name at least one method and one seed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -229,6 +233,7 @@ def adapt(
         batch=plan.batch,
         lr=setting["lr"],
         lr_ratio=row.lr_ratio,
+        paged=plan.paged,
         warmup=steps // 10,
         template=template,
         seed=seed,

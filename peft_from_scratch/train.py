@@ -24,6 +24,7 @@ from .adapter import adapters, trainable
 from .budget import Memory, measure_step
 from .checkpoint import Run
 from .loss import Row, accumulate_gradients, batch_of, mean_loss
+from .paged import PAGE_BYTES, PagedAdamW
 from .progress import bar
 from .recipe import History, Recipe, learning_rate, rows_of_step
 from .templates import encode_rows
@@ -139,18 +140,21 @@ def _new_run(model: nn.Module, recipe: Recipe) -> Run:
             "flags to inject()"
         )
     groups = _groups(model, parameters, recipe)
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=recipe.lr,
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizer = _optimizer(groups, recipe)
     optimizer.zero_grad(set_to_none=True)  # what a backward pass of the caller's left
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [p for group in groups for p in group["params"]]  # as AdamW numbers them
     trained = {names[id(parameter)]: parameter for parameter in ordered}
     return Run(trained, optimizer, ordered[0].device)
+
+
+def _optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
+    settings = dict(lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    if recipe.paged is None:
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    paged = PagedAdamW(groups, **settings, budget_bytes=PAGE_BYTES)
+    paged.budget_bytes = max(PAGE_BYTES, int(recipe.paged * paged.states_bytes))
+    return paged
 
 
 def _groups(model, parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict]:
@@ -279,9 +283,9 @@ def _refuse_unmoved(run: Run, before: dict[str, int]) -> None:
     Weight decay alone moves a tensor that learns nothing. So the optimizer's first
     moment counts as well: it is zero where every gradient was.
     """
-    now, reasons = _fingerprints(run), {}
+    now, reasons, states = _fingerprints(run), {}, checkpoint.states(run)
     for name, parameter in run.trainable.items():
-        moment = run.optimizer.state.get(parameter, {}).get("exp_avg")
+        moment = states.get(name, {}).get("exp_avg")
         if moment is None:
             reasons[name] = "no gradient reached it"
         elif not moment.any():

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from peft_from_scratch import adapter, budget, train
 from peft_from_scratch.budget import Meter, measure_step
+from peft_from_scratch.paged import PAGE_BYTES
 from peft_from_scratch.train import measured_step
 
 IDS = torch.arange(64, 64 + 6 * 40).view(6, 40)
@@ -227,6 +228,19 @@ def test_lora_saves_gradients_and_moments_but_not_activations():
     share = budget.count(lora).trainable / budget.count(full).total
     assert ours.gradients == theirs.gradients * share
     assert ours.activations > 0.8 * theirs.activations
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_of_paged_states_what_is_resident_is_counted_and_no_file(method):
+    model = adapted(method)
+    counts = 4 * len(adapter.trainable(model))
+    whole = measured_step(model, TOKENIZER, TASK, recipe())
+    one_page = measured_step(model, TOKENIZER, TASK, recipe(paged=1e-9))
+    assert one_page.optimizer == PAGE_BYTES + counts
+    for kind in ("weights", "gradients"):
+        assert getattr(one_page, kind) == getattr(whole, kind)
+    # The paged loop needs less room for what it computes, and no more.
+    assert one_page.activations <= whole.activations
 
 
 def test_measured_step_leaves_everything_as_it_was():

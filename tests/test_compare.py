@@ -202,11 +202,21 @@ def test_the_difference_is_paired_by_row():
         {"seeds": (0, 0)},
         {"seeds": (-1,)},
         {"template": "chatty"},
+        {"paged": 1.5},
     ],
 )
 def test_a_wrong_plan_is_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))[:6]}|at least one"):
         Plan(**wrong)
+
+
+def test_paged_states_are_held_within_their_share(plan):
+    plan = replace(plan, methods=("full",), paged=0.5)
+    (row,) = comparing.compare(plan)["rows"]
+    assert row["configuration"]["paged"] == 0.5
+    held = row["memory"]["optimizer"]
+    assert 0 < held <= 4 * row["trainable"] + 200  # of 8 a parameter; a step count each
+    assert "--paged 0.5" in comparing.command(plan, tuned=False)
 
 
 def test_where_rows_are_few_all_are_answered(plan, capsys):

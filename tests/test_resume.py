@@ -85,6 +85,19 @@ def test_resumed_run_is_the_straight_run(straight, tmp_path, method, stops):
     resumed_run_is_the_straight_run(straight, tmp_path, method, stops)
 
 
+@pytest.mark.parametrize("stop", [4, 7, 11])
+def test_a_paged_run_resumes_to_the_bit(tmp_path, stop):
+    settings = replace(SETTINGS, paged=0.4)
+    straight, model = adapted(), adapted()
+    run(straight, settings, checkpoints=tmp_path / "straight")
+    with pytest.raises(Stop):
+        run(model, settings, checkpoints=tmp_path / "cut", on_step=stop_after(stop))
+    resumed = adapted()
+    run(resumed, settings, checkpoints=tmp_path / "cut")
+    assert_same(values(resumed), values(straight))
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "straight"))
+
+
 def test_a_finished_run_is_not_run_again(straight, tmp_path):
     run(adapted(), SETTINGS, checkpoints=tmp_path)
     model = adapted()

@@ -186,6 +186,27 @@ def test_training_equals_a_plain_loop():
     training_equals_a_plain_loop()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_paging_changes_no_bit_whatever_the_share(method):
+    """Nor does it, in float64, leave the plain loop; lr_ratio makes two groups."""
+    ends = []
+    for share in (1.0, 0.3, 1e-9):
+        model = adapted(method, "gpt2", dropout=0, dtype=torch.float64)
+        run(model, recipe(clip=0.3, paged=share))
+        ends.append(values(model))
+    for end in ends[1:]:
+        assert_same(end, ends[0])
+    other = adapted(method, "gpt2", dropout=0, dtype=torch.float64)
+    assert largest(ends[0], plain_loop(other, recipe(clip=0.3))) < 1e-11
+
+
+def test_paged_groups_have_their_own_rates():
+    models = [adapted(), adapted()]
+    for model, share in zip(models, (None, 0.5), strict=True):
+        run(model, recipe(lr_ratio=4.0, paged=share))
+    assert largest(*map(values, models)) < 1e-4
+
+
 def test_the_base_keeps_its_bits():
     model = adapted()
     moving = adapter.trainable(model)
@@ -317,6 +338,9 @@ def test_every_epoch_is_another_permutation():
         ("schedule", "exponential"),
         ("weight_decay", -0.1),
         ("betas", (0.9, 1.0)),
+        ("paged", 0.0),
+        ("paged", 1.01),
+        ("paged", "0.5"),
         ("clip", 0),
         ("clip", math.inf),
         ("seed", -1),

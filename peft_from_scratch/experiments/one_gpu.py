@@ -14,7 +14,6 @@ bits, followed tensor by tensor.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from math import ceil
 
 import torch
 from torch import nn
@@ -38,7 +37,7 @@ SHAPE, RANK = "Llama-65B", 64  # [1] section 4: r = 64 on every projection
 GPU = 48_000_000_000
 TRAINED_AT = 512  # tokens, in the paper
 SHORT = 64  # tokens: an order and its answer
-LENGTHS = (256, 1024)  # that a slope is taken from
+LENGTHS = (1024, 2048)  # that a slope is taken from
 VARIANTS = {  # what the paper does, and three others
     "paper": {},
     "float32 adapters": dict(adapters="float32"),
@@ -142,22 +141,20 @@ def cast(model: nn.Module, dtype: str) -> None:
 def longest(moving: Callable[[int], int], room: int) -> int:
     """The largest length with moving(length) <= room; 0 where not one token fits.
 
-    Bytes grow with the length nearly along a line: so the first guess is close, and a
-    few steps along the slope end it.
+    Between a length that fits and one that does not, the next one to try is where a
+    line through both meets the room: bytes grow along a line, or nearly.
     """
-    if moving(1) > room:
-        return 0
-    short, long = LENGTHS
-    slope = (moving(long) - moving(short)) / (long - short)
-    length = max(1, int(short + (room - moving(short)) / slope))
-    while moving(length) > room:
-        length -= ceil((moving(length) - room) / slope)
-        length = max(1, length)
-    while moving(length + 1) <= room:
-        length += max(1, int((room - moving(length)) / slope))
-        while moving(length) > room:
-            length -= 1
-    return length
+    low, high = 0, 1  # fits, does not
+    while moving(high) <= room:
+        low, high = high, max(LENGTHS[0], 2 * high)
+    while low and high - low > 1:
+        share = (room - moving(low)) / (moving(high) - moving(low))
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        for length in (guess, guess + 1):
+            if low < length < high:
+                fits = moving(length) <= room
+                low, high = (length, high) if fits else (low, length)
+    return low
 
 
 def real_peak(model: nn.Module, config: dict) -> int:

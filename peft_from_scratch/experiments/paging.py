@@ -32,6 +32,7 @@ from ..claim import Claim, Invalid, Measured, Rule
 from ..loss import accumulate_gradients
 from ..methods import full
 from ..models import load_model
+from ..paged import PagedAdamW
 from ..runs import Run, matches
 
 SEEDS = (0, 1, 2)
@@ -157,9 +158,7 @@ def paged_steps(
     }
 
 
-def paged_adamw(model: nn.Module, budget_bytes: int, config: dict):
-    from ..paged import PagedAdamW
-
+def paged_adamw(model: nn.Module, budget_bytes: int, config: dict) -> PagedAdamW:
     return PagedAdamW(
         list(trainable(model).values()),
         lr=config["lr"],

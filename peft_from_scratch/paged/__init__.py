@@ -22,7 +22,7 @@ Nothing of this is paged *attention*, which keeps the keys and values of a servi
 engine in blocks (arXiv:2309.06180).
 """
 
-from .optimizer import PagedAdamW, PageRow
+from .optimizer import PAGE_BYTES, PagedAdamW, PageRow
 from .pages import Counters
 
-__all__ = ["Counters", "PageRow", "PagedAdamW"]
+__all__ = ["PAGE_BYTES", "Counters", "PageRow", "PagedAdamW"]

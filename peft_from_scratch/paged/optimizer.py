@@ -48,6 +48,7 @@ from .states import (
 )
 from .stores import WORD, FileStore, PinnedStore
 
+PAGE_BYTES = 1 << 16
 RUN_BYTES = 1 << 20  # of the pages that are updated together
 
 
@@ -106,7 +107,7 @@ class PagedAdamW(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         budget_bytes: int,
-        page_bytes: int = 65536,
+        page_bytes: int = PAGE_BYTES,
         directory: str | os.PathLike | None = None,
         **others,
     ):
@@ -170,6 +171,22 @@ class PagedAdamW(torch.optim.Optimizer):
         before, self._pager.budget_bytes = self.budget_bytes, budget_bytes
         if budget_bytes < before:
             self._pager.fit()
+
+    @property
+    def states_bytes(self) -> int:
+        """Of all states. A slot for every page takes more, where pages are short."""
+        return sum(page.bytes for page in self._pager.pages)
+
+    @property
+    def arena(self) -> Tensor | None:
+        """The slots, one tensor on the device; None before the first step."""
+        return self._pager.arena
+
+    @property
+    def stores(self) -> list[Tensor]:
+        """Where every page has its place: tensors over files, or in pinned memory."""
+        found = {id(page.store): page.store.words for page in self._pager.pages}
+        return list(found.values())
 
     @contextmanager
     def lent(self, bytes: int) -> Iterator[None]:
