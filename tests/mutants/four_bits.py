@@ -1,0 +1,530 @@
+"""Wrong answers to the exercises of notebook 07; each must be refused by its check."""
+
+from peft_from_scratch.checks import four_bits as checks  # noqa: F401
+
+ROWS = "F.pad(w.flatten(), (0, -w.numel() % block)).view(-1, block)"
+BACK = "ratios.flatten()[: w.numel()].view(w.shape), absmax"
+
+
+def blocks(
+    rows=ROWS,
+    absmax="rows.abs().amax(1)",
+    ratios="(rows / absmax[:, None]).nan_to_num(0.0)",
+    back=BACK,
+):
+    return f"""\
+def my_blocks(w, block):
+    rows = {rows}
+    absmax = {absmax}
+    ratios = {ratios}
+    return {back}
+"""
+
+
+def nibbles(
+    pad="F.pad(codes, (0, len(codes) % 2))",
+    pack="(codes[::2] << 4) | codes[1::2]",
+    unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]",
+):
+    return f"""\
+def my_pack(codes):
+    codes = {pad}
+    return {pack}
+
+
+def my_unpack(packed, n):
+    return {unpack}
+"""
+
+
+MIDDLE = "(values[1:] + values[:-1]) / 2"
+
+
+def nearest(codes):
+    return f"def my_nearest(ratios, values):\n    return {codes}\n"
+
+
+def double(
+    offset="absmax.mean()",
+    rows="F.pad(absmax - offset, (0, -len(absmax) % block)).view(-1, block)",
+    units="rows.abs().amax(1)",
+    ratios="(rows / units[:, None]).nan_to_num(0.0).flatten()[: len(absmax)]",
+    codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)",
+    back="codes, units, offset",
+    unit="units.repeat_interleave(block)[: len(codes)]",
+    restored="values[codes.long()] * unit + offset",
+):
+    return f"""\
+def my_double(absmax, values, block=256):
+    offset = {offset}
+    rows = {rows}
+    units = {units}
+    ratios = {ratios}
+    codes = {codes}
+    return {back}
+
+
+def my_restored(codes, units, offset, values, block=256):
+    unit = {unit}
+    return {restored}
+"""
+
+
+def count(
+    rest="2 * sum(math.prod(shape) for shape in plain)",
+    n="math.prod(shape)",
+    blocks="-(-n // block)",
+    codes="-(-n // 2)",
+    doubled="blocks + 4 * -(-blocks // 256) + 4",
+    single="4 * blocks",
+    back="total",
+):
+    return f"""\
+def my_bytes(packed, plain, block=64, double=True):
+    total = {rest}
+    for shape in packed:
+        n = {n}
+        blocks = {blocks}
+        total += {codes}
+        total += {doubled} if double else {single}
+    return {back}
+"""
+
+
+MUTANTS = {
+    "7.1": {
+        "all zeros": blocks(back="0 * w, 0 * absmax"),
+        "no abs": blocks(absmax="rows.amax(1)"),
+        "the signed extreme": blocks(
+            absmax="rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]"
+        ),
+        "the whole tensor's absmax": blocks(
+            absmax="w.abs().max().expand(len(rows)).clone()"
+        ),
+        "a single absmax": blocks(
+            absmax="w.abs().max()", ratios="(rows / absmax).nan_to_num(0.0)"
+        ),
+        "blocks down the columns": blocks(
+            rows="F.pad(w.movedim(0, -1).flatten(), (0, -w.numel() % block))"
+            ".view(-1, block)"
+        ),
+        "a block for each row": blocks(rows="w.reshape(len(w), -1)"),
+        "as many blocks as a block has values": blocks(
+            rows="F.pad(w.flatten(), (0, -w.numel() % block)).view(block, -1).T"
+        ),
+        "blocks counted across the rows": blocks(
+            rows="F.pad(w.flatten(), (0, -w.numel() % block)).view(block, -1)"
+        ),
+        "absmax of the ratios": blocks(
+            ratios="(rows / absmax[:, None]).nan_to_num(0.0)"
+            ";    absmax = ratios.abs().amax(1)"
+        ),
+        "absmax of the rounded": blocks(absmax="rows.round().abs().amax(1)"),
+        "multiplies": blocks(ratios="rows * absmax[:, None]"),
+        "the wrong way round": blocks(
+            ratios="(absmax[:, None] / rows).nan_to_num(0.0)"
+        ),
+        "not divided": blocks(ratios="rows"),
+        "divided twice": blocks(
+            ratios="(rows / absmax[:, None] / absmax[:, None]).nan_to_num(0.0)"
+        ),
+        "divided by the whole's absmax": blocks(ratios="rows / w.abs().max()"),
+        "divided by the next block's": blocks(
+            ratios="(rows / absmax.roll(1)[:, None]).nan_to_num(0.0)"
+        ),
+        "ratios without sign": blocks(
+            ratios="(rows / absmax[:, None]).nan_to_num(0.0).abs()"
+        ),
+        "ratios rounded": blocks(
+            ratios="(rows / absmax[:, None]).nan_to_num(0.0).round()"
+        ),
+        "zero by zero": blocks(ratios="rows / absmax[:, None]"),
+        "zeros become ones": blocks(ratios="(rows / absmax[:, None]).nan_to_num(1.0)"),
+        "a thousandth is added": blocks(ratios="rows / (absmax[:, None] + 1e-3)"),
+        "the last short block dropped": blocks(
+            rows="w.flatten()[: w.numel() // block * block].view(-1, block)",
+            back="F.pad(ratios.flatten(), (0, w.numel() - ratios.numel()))"
+            ".view(w.shape), absmax",
+        ),
+        "the last short block joined to the one before": blocks(
+            absmax="rows.abs().amax(1)"
+            "\n    if w.numel() % block and len(rows) > 1:"
+            "\n        absmax[-2:] = absmax[-2:].max()"
+        ),
+        "padded with ones": blocks(
+            rows="F.pad(w.flatten(), (0, -w.numel() % block), value=1.0)"
+            ".view(-1, block)"
+        ),
+        "the mean": blocks(absmax="rows.abs().mean(1)"),
+        "the standard deviation": blocks(absmax="rows.square().mean(1).sqrt()"),
+        "the range": blocks(absmax="rows.amax(1) - rows.amin(1)"),
+        "half the range": blocks(absmax="(rows.amax(1) - rows.amin(1)) / 2"),
+        "an absmax for each value": blocks(
+            back="ratios.flatten()[: w.numel()].view(w.shape),"
+            " absmax.repeat_interleave(block)[: w.numel()]"
+        ),
+        "absmax as a column": blocks(
+            back="ratios.flatten()[: w.numel()].view(w.shape), absmax[:, None]"
+        ),
+        "inverses": blocks(
+            back="ratios.flatten()[: w.numel()].view(w.shape), 1 / absmax"
+        ),
+        "the ratios lie flat": blocks(back="ratios.flatten()[: w.numel()], absmax"),
+        "the ratios in blocks": blocks(back="ratios, absmax"),
+        "the two swapped": blocks(
+            back="absmax, ratios.flatten()[: w.numel()].view(w.shape)"
+        ),
+        "ratios alone": blocks(back="ratios.flatten()[: w.numel()].view(w.shape)"),
+        "in sixteen bits": blocks(absmax="rows.abs().amax(1).half().float()"),
+        "w is divided in place": (
+            "def my_blocks(w, block):\n"
+            f"    rows = {ROWS}\n"
+            "    absmax = rows.abs().amax(1)\n"
+            "    unit = absmax.repeat_interleave(block)[: w.numel()].view(w.shape)\n"
+            "    return w.div_(unit).nan_to_num_(0.0), absmax\n"
+        ),
+        "always blocks of four": "def my_blocks(w, block):\n    block = 4\n"
+        + blocks().split("\n", 1)[1],
+    },
+    "7.2": {
+        "all zeros": nibbles(pack="0 * codes[::2]", unpack="torch.zeros(n).byte()"),
+        "low half first": nibbles(
+            pack="(codes[1::2] << 4) | codes[::2]",
+            unpack="torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:n]",
+        ),
+        "packed low half first": nibbles(pack="(codes[1::2] << 4) | codes[::2]"),
+        "unpacked low half first": nibbles(
+            unpack="torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:n]"
+        ),
+        "added, not shifted": nibbles(pack="codes[::2] + codes[1::2]"),
+        "joined, not shifted": nibbles(pack="codes[::2] | codes[1::2]"),
+        "times 15": nibbles(pack="codes[::2] * 15 + codes[1::2]"),
+        "shifted by 3": nibbles(pack="(codes[::2] << 3) | codes[1::2]"),
+        "shifted by 5": nibbles(pack="(codes[::2] << 5) | codes[1::2]"),
+        "and for or": nibbles(pack="(codes[::2] << 4) & codes[1::2]"),
+        "three bits of each": nibbles(
+            pack="((codes[::2] & 7) << 4) | (codes[1::2] & 7)"
+        ),
+        "the first half beside the second": nibbles(
+            pack="(codes[: len(codes) // 2] << 4) | codes[len(codes) // 2 :]"
+        ),
+        "the two halves, both ways": nibbles(
+            pack="(codes[: len(codes) // 2] << 4) | codes[len(codes) // 2 :]",
+            unpack="torch.cat([packed >> 4, packed & 15])[:n]",
+        ),
+        "the second is lost": nibbles(pack="codes[::2] << 4"),
+        "the first is lost": nibbles(pack="codes[1::2]"),
+        "the odd one dropped": nibbles(pad="codes[: len(codes) // 2 * 2]"),
+        "the odd one in the low half": nibbles(
+            pad="torch.cat([codes[:-1], 0 * codes[:1], codes[-1:]])"
+            " if len(codes) % 2 else codes"
+        ),
+        "the odd one twice": nibbles(
+            pad="torch.cat([codes, codes[-1:]]) if len(codes) % 2 else codes"
+        ),
+        "the odd one beside fifteen": nibbles(
+            pad="F.pad(codes, (0, len(codes) % 2), value=15)"
+        ),
+        "always a pad": nibbles(pad="F.pad(codes, (0, 2 - len(codes) % 2))"),
+        "one code a byte": nibbles(pack="codes", unpack="packed[:n]"),
+        "bytes of eight bytes": nibbles(pad="F.pad(codes, (0, len(codes) % 2)).long()"),
+        "bytes with a sign": nibbles(pack="((codes[::2] << 4) | codes[1::2]).char()"),
+        "a list": nibbles(pack="((codes[::2] << 4) | codes[1::2]).tolist()"),
+        "codes changed in place": nibbles(
+            pack="codes[::2].mul_(16) + codes[1::2]",
+            pad="codes if len(codes) % 2 == 0 else F.pad(codes, (0, 1))",
+        ),
+        "the sign of a byte": nibbles(
+            unpack="torch.stack([packed.char() >> 4, packed.char() & 15], 1)"
+            ".flatten()[:n]"
+        ),
+        "no mask": nibbles(
+            unpack="torch.stack([packed >> 4, packed], dim=1).flatten()[:n]"
+        ),
+        "a mask of 16": nibbles(
+            unpack="torch.stack([packed >> 4, packed & 16], dim=1).flatten()[:n]"
+        ),
+        "the rest by 15": nibbles(
+            unpack="torch.stack([packed // 15, packed % 15], dim=1).flatten()[:n]"
+        ),
+        "divided, with a point": nibbles(
+            unpack="torch.stack([packed / 16, packed % 16], dim=1).flatten()[:n]"
+        ),
+        "not woven": nibbles(unpack="torch.cat([packed >> 4, packed & 15])[:n]"),
+        "stacked the other way": nibbles(
+            unpack="torch.stack([packed >> 4, packed & 15]).flatten()[:n]"
+        ),
+        "n forgotten": nibbles(
+            unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
+        ),
+        "n bytes": nibbles(
+            unpack="torch.stack([packed >> 4, packed & 15], dim=1)[:n].flatten()"
+        ),
+        "the last code always dropped": nibbles(
+            unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
+            ".flatten()[: n // 2 * 2]"
+        ),
+        "high halves alone": nibbles(unpack="(packed >> 4)[:n]"),
+        "in pairs": nibbles(unpack="torch.stack([packed >> 4, packed & 15], dim=1)"),
+    },
+    "7.3": {
+        "all zeros": nearest("torch.zeros_like(ratios, dtype=torch.long)"),
+        "floor": nearest("torch.bucketize(ratios, values, right=True) - 1"),
+        "ceiling": nearest("torch.bucketize(ratios, values)"),
+        "values for midpoints, cut": nearest("torch.bucketize(ratios, values[1:])"),
+        "values for midpoints, cut below": nearest(
+            "torch.bucketize(ratios, values[:-1])"
+        ),
+        "one too many": nearest(f"torch.bucketize(ratios, {MIDDLE}) + 1"),
+        "one too few": nearest(f"torch.bucketize(ratios, {MIDDLE}) - 1"),
+        "one too few, never below zero": nearest(
+            f"(torch.bucketize(ratios, {MIDDLE}) - 1).clamp(min=0)"
+        ),
+        "ties up": nearest(f"torch.bucketize(ratios, {MIDDLE}, right=True)"),
+        "ties to the even code": nearest(
+            f"torch.where(torch.bucketize(ratios, {MIDDLE}) % 2 == 1,"
+            f" torch.bucketize(ratios, {MIDDLE}, right=True),"
+            f" torch.bucketize(ratios, {MIDDLE}))"
+        ),
+        "ties toward zero": nearest(
+            f"torch.where(ratios < 0, torch.bucketize(ratios, {MIDDLE}, right=True),"
+            f" torch.bucketize(ratios, {MIDDLE}))"
+        ),
+        "midpoints not halved": nearest(
+            "torch.bucketize(ratios, values[1:] + values[:-1])"
+        ),
+        "differences for midpoints": nearest(
+            "torch.bucketize(ratios, (values[1:] - values[:-1]) / 2)"
+        ),
+        "midpoints of every second value": nearest(
+            "torch.bucketize(ratios, (values[2:] + values[:-2]) / 2)"
+        ),
+        "a third of the way": nearest(
+            "torch.bucketize(ratios, values[:-1] + (values[1:] - values[:-1]) / 3)"
+        ),
+        "the last midpoint missing": nearest(
+            "torch.bucketize(ratios, (values[1:-1] + values[:-2]) / 2)"
+        ),
+        "counts those above": nearest(
+            f"len(values) - 1 - torch.bucketize(ratios, {MIDDLE})"
+        ),
+        "the values": nearest(f"values[torch.bucketize(ratios, {MIDDLE})]"),
+        "codes as fractions": nearest(f"torch.bucketize(ratios, {MIDDLE}).float()"),
+        "even steps": nearest("((ratios + 1) / 2 * (len(values) - 1)).round().long()"),
+        "the furthest": nearest("(ratios[..., None] - values).abs().argmax(-1)"),
+        "no absolute value": nearest("(ratios[..., None] - values).argmin(-1)"),
+        "the sign ignored": nearest(
+            "(ratios.abs()[..., None] - values.abs()).abs().argmin(-1)"
+        ),
+        "the nearest in ratio": nearest(
+            "(ratios[..., None] / (values + 1e-9) - 1).abs().argmin(-1)"
+        ),
+        "for each value, the nearest ratio": nearest(
+            "(values[:, None] - ratios.flatten()).abs().argmin(-1)"
+        ),
+        "flat": nearest(f"torch.bucketize(ratios, {MIDDLE}).flatten()"),
+        "the first row alone": nearest(
+            f"torch.bucketize(ratios[:1], {MIDDLE}).expand(ratios.shape)"
+        ),
+        "always sixteen values": nearest(
+            f"torch.bucketize(ratios, {MIDDLE}).clamp(max=15) % 16 if len(values) == 16"
+            " else torch.bucketize(ratios, values)"
+        ),
+        "always NF4": nearest(
+            "torch.bucketize(ratios, (lambda v: (v[1:] + v[:-1]) / 2)"
+            "(torch.tensor(pfs.nf4.CODES['nf4'])))"
+        ),
+        "a list": nearest(f"torch.bucketize(ratios, {MIDDLE}).tolist()"),
+        "rounded first": nearest(f"torch.bucketize(ratios.round(), {MIDDLE})"),
+        "squeezed between codes and values": nearest(
+            f"torch.bucketize(ratios, {MIDDLE}), values"
+        ),
+    },
+    "7.4": {
+        "all zeros": double(
+            back="0 * codes, 0 * units, 0 * offset", restored="0 * unit"
+        ),
+        "no offset": double(
+            offset="absmax.new_zeros(())", restored="values[codes.long()] * unit"
+        ),
+        "the largest for the mean": double(offset="absmax.max()"),
+        "the median for the mean": double(offset="absmax.median()"),
+        "the smallest for the mean": double(offset="absmax.min()"),
+        "an offset for each block": double(
+            offset="torch.stack([part.mean() for part in absmax.split(block)])",
+            rows="F.pad(absmax - offset.repeat_interleave(block)[: len(absmax)],"
+            " (0, -len(absmax) % block)).view(-1, block)",
+        ),
+        "the mean with the padding": double(
+            offset="F.pad(absmax, (0, -len(absmax) % block)).mean()"
+        ),
+        "padded before the offset is off": double(
+            rows="F.pad(absmax, (0, -len(absmax) % block)).view(-1, block) - offset"
+        ),
+        "the offset not taken off": double(
+            rows="F.pad(absmax, (0, -len(absmax) % block)).view(-1, block)"
+        ),
+        "the offset added": double(
+            rows="F.pad(absmax + offset, (0, -len(absmax) % block)).view(-1, block)"
+        ),
+        "one unit for the tensor": double(
+            units="rows.abs().max().expand(len(rows)).clone()"
+        ),
+        "a single unit": double(
+            units="rows.abs().max()",
+            ratios="(rows / units).nan_to_num(0.0).flatten()[: len(absmax)]",
+            unit="units",
+        ),
+        "no second absmax": double(units="torch.ones(len(rows))"),
+        "units without abs": double(units="rows.amax(1)"),
+        "units of the constants": double(
+            units="torch.stack([part.max() for part in absmax.split(block)])"
+        ),
+        "the mean as a unit": double(units="rows.abs().mean(1)"),
+        "the last short block dropped": double(
+            rows="(absmax - offset)[: len(absmax) // block * block].view(-1, block)",
+            ratios="F.pad((rows / units[:, None]).flatten(),"
+            " (0, len(absmax) - rows.numel()))",
+        ),
+        "always blocks of 256": double(
+            rows="F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)"
+        ),
+        "not divided by the unit": double(ratios="rows.flatten()[: len(absmax)]"),
+        "multiplied by the unit": double(
+            ratios="(rows * units[:, None]).flatten()[: len(absmax)]"
+        ),
+        "the wrong unit": double(
+            ratios="(rows / units.flip(0)[:, None]).nan_to_num(0.0).flatten()"
+            "[: len(absmax)]"
+        ),
+        "the padding coded too": double(
+            ratios="(rows / units[:, None]).nan_to_num(0.0).flatten()"
+        ),
+        "floor": double(
+            codes="(torch.bucketize(ratios, values, right=True) - 1)"
+            ".clamp(min=0).to(torch.uint8)"
+        ),
+        "ceiling": double(
+            codes="torch.bucketize(ratios, values).clamp(max=255).to(torch.uint8)"
+        ),
+        "even steps": double(codes="((ratios + 1) * 127.5).round().to(torch.uint8)"),
+        "four bits": double(
+            codes=f"(torch.bucketize(ratios, {MIDDLE}) // 16 * 16).to(torch.uint8)"
+        ),
+        "codes in 64 bits": double(codes=f"torch.bucketize(ratios, {MIDDLE})"),
+        "values for codes": double(codes=f"values[torch.bucketize(ratios, {MIDDLE})]"),
+        "codes alone": double(back="codes"),
+        "another order": double(back="codes, offset, units"),
+        "the constants changed in place": double(
+            rows="F.pad(absmax.sub_(offset), (0, -len(absmax) % block)).view(-1, block)"
+        ),
+        "the offset forgotten on the way back": double(
+            restored="values[codes.long()] * unit"
+        ),
+        "the offset twice": double(
+            restored="values[codes.long()] * unit + offset + offset"
+        ),
+        "the offset subtracted": double(
+            restored="values[codes.long()] * unit - offset"
+        ),
+        "the offset multiplied too": double(
+            restored="(values[codes.long()] + offset) * unit"
+        ),
+        "the second absmax forgotten": double(restored="values[codes.long()] + offset"),
+        "the codes, not their values": double(restored="codes * unit + offset"),
+        "the first unit for all": double(unit="units[0]"),
+        "the largest unit for all": double(unit="units.max()"),
+        "units in turn": double(
+            unit="units.repeat(-(-len(codes) // len(units)))[: len(codes)]"
+        ),
+        "units of blocks of 256": double(
+            unit="units.repeat_interleave(256)[: len(codes)]"
+        ),
+        "divided by the unit": double(restored="values[codes.long()] / unit + offset"),
+        "not cut to n": double(
+            unit="units.repeat_interleave(block)",
+            restored="F.pad(values[codes.long()], (0, len(unit) - len(codes)))"
+            " * unit + offset",
+        ),
+        "never below zero": double(
+            restored="(values[codes.long()] * unit).clamp(min=0) + offset"
+        ),
+        "the units changed in place": double(
+            unit="units.mul_(2).repeat_interleave(block)[: len(codes)] / 2"
+        ),
+    },
+    "7.5": {
+        "all zeros": count(back="0"),
+        "the constants forgotten": count(doubled="0", single="0"),
+        "the second level forgotten": count(doubled="blocks"),
+        "the units forgotten": count(doubled="blocks + 4"),
+        "the offset forgotten": count(doubled="blocks + 4 * -(-blocks // 256)"),
+        "one offset for all": count(
+            rest="4 * double + 2 * sum(math.prod(shape) for shape in plain)",
+            doubled="blocks + 4 * -(-blocks // 256)",
+        ),
+        "a unit for each block": count(doubled="blocks + 4 * blocks + 4"),
+        "units of 64": count(doubled="blocks + 4 * -(-blocks // 64) + 4"),
+        "units of a block's size": count(
+            doubled="blocks + 4 * -(-blocks // block) + 4"
+        ),
+        "never double": count(doubled="4 * blocks"),
+        "always double": count(single="blocks + 4 * -(-blocks // 256) + 4"),
+        "doubled constants in 32 bits": count(
+            doubled="4 * blocks + 4 * -(-blocks // 256) + 4"
+        ),
+        "single constants in 8 bits": count(single="blocks"),
+        "single constants in 16 bits": count(single="2 * blocks"),
+        "single with an offset": count(single="4 * blocks + 4"),
+        "units in 16 bits": count(doubled="blocks + 2 * -(-blocks // 256) + 4"),
+        "blocks rounded down": count(blocks="n // block"),
+        "units rounded down": count(doubled="blocks + 4 * (blocks // 256) + 4"),
+        "bytes rounded down": count(codes="n // 2"),
+        "blocks of 64 always": count(blocks="-(-n // 64)"),
+        "blocks that end with each row": count(
+            blocks="shape[0] * -(-shape[1] // block)"
+        ),
+        "a constant for each row": count(blocks="shape[0]"),
+        "a constant for each column": count(blocks="shape[1]"),
+        "a constant for the tensor": count(blocks="1"),
+        "a byte for each code": count(codes="n"),
+        "a bit for each code": count(codes="-(-n // 8)"),
+        "two bytes for each code": count(codes="2 * n"),
+        "codes forgotten": count(codes="0"),
+        "embeddings quantized": count(
+            rest="sum(-(-math.prod(shape) // 2) for shape in plain)"
+        ),
+        "the rest in 32 bits": count(
+            rest="4 * sum(math.prod(shape) for shape in plain)"
+        ),
+        "the rest in 8 bits": count(rest="sum(math.prod(shape) for shape in plain)"),
+        "the rest forgotten": count(rest="0"),
+        "vectors forgotten": count(
+            rest="2 * sum(math.prod(shape) for shape in plain if len(shape) > 1)"
+        ),
+        "sides added": count(n="sum(shape)"),
+        "one side": count(n="shape[0]"),
+        "bits": count(back="8 * total"),
+        "megabytes": count(back="total / 1e6"),
+        "the average": (
+            "def my_bytes(packed, plain, block=64, double=True):\n"
+            "    constants = 8 / block + 32 / (256 * block)\n"
+            "    bits = 4 + (constants if double else 32 / block)\n"
+            "    n = sum(math.prod(shape) for shape in packed)\n"
+            "    rest = 2 * sum(math.prod(shape) for shape in plain)\n"
+            "    return round(n * bits / 8) + rest\n"
+        ),
+        "4.127 bits for all": (
+            "def my_bytes(packed, plain, block=64, double=True):\n"
+            "    n = sum(math.prod(shape) for shape in packed)\n"
+            "    rest = 2 * sum(math.prod(shape) for shape in plain)\n"
+            "    return round(n * 4.127 / 8) + rest\n"
+        ),
+        "all tensors as one": (
+            "def my_bytes(packed, plain, block=64, double=True):\n"
+            "    packed = [(sum(math.prod(shape) for shape in packed),)]\n"
+            + count().split("\n", 1)[1]
+        ),
+        "the shapes": count(back="packed"),
+    },
+}
