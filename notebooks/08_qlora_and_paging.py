@@ -51,7 +51,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import budget, curves, bit_costs, ledger, page_picture, runs
+from peft_from_scratch import bit_costs, budget, curves, ledger, page_picture, runs
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import qlora_and_paging as checks
 from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum

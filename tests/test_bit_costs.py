@@ -7,7 +7,7 @@ from planting import Bug, assert_law_catches
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import budget, bit_costs
+from peft_from_scratch import bit_costs, budget
 from peft_from_scratch.experiments.intervals import nested_bootstrap, over_seeds
 
 
