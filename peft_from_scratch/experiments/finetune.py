@@ -22,7 +22,18 @@ from .. import budget, runs, scoped
 from ..adapter import adapters, remove
 from ..evaluate import answer_rows
 from ..loss import Row, batch_of, can_choose_logits
-from ..methods import dora, full, houlsby, ia3, lora, pissa, prefix, prompt, qlora
+from ..methods import (
+    dora,
+    full,
+    houlsby,
+    ia3,
+    loftq,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+)
 from ..models import load_model
 from ..nf4 import quantize_model
 from ..provenance import digest
@@ -52,6 +63,7 @@ METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defau
     "prompt": (_soft(prompt.inject), dict(positions=16, start="vocabulary")),
     "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
     "qlora": (qlora.inject, LORA),
+    "qlora-loftq": (loftq.inject, LORA),  # A and B start at what four bits lost
     "qlora-bf16": (partial(qlora.inject, **BF16), LORA),
     "qlora-frozen": (qlora.inject, LORA),  # control, as lora-frozen
     "nf4-base": (quantize_model, {}),  # in four bits, and nothing trains
