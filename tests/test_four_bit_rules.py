@@ -256,17 +256,6 @@ def test_q4_searches_the_rate_of_both():
     assert used == {3e-3}
 
 
-def test_a_start_at_what_four_bits_lost_is_told_and_decides_nothing():
-    by = dict(qlora=0.01, lora_transplanted=0.2)
-    told = judged("Q4", trained(shifted(qlora_loftq=-0.3, **by)))
-    assert told.verdict == "confirmed" and told.measured == pytest.approx(
-        0.01, abs=1e-3
-    )
-    assert "(LoftQ), QLoRA ends -0.3" in told.say_instead
-    real = judged("Q4", trained(shifted(**by)), "smollm2")
-    assert "LoftQ" not in real.say_instead
-
-
 def test_q4_at_an_edge_is_no_verdict():
     judgement = judged("Q4", trained(shifted(), best=lambda c: 1e9))
     assert "is an end of the grid" in judgement.reason

@@ -36,7 +36,7 @@ from ..tasks import load_task
 from ..templates import encode_rows
 from . import finetune
 from .intervals import mean_of, paired, share_of
-from .rates import at_best, search
+from .rates import search
 
 SEEDS = {"tiny": (0, 1, 2, 3, 4), "smollm2": (0, 1, 2)}
 TASKS = {"tiny": ("gap-1", "gap-2", "gap-3"), "smollm2": ("orders",)}
@@ -47,7 +47,6 @@ SETTINGS = {
 RATES = (3e-3, 1e-2, 3e-2)  # tiny, for each method and task; the search may grow
 RATE = 3e-3  # smollm2: LoRA's in data/results/tuning.json, for all
 UNTRAINED = ("base", "nf4-base", "qlora-frozen")
-LOFTQ = "qlora-loftq"
 
 
 def config(scale: str, method: str, task: str, lr: float, seed: int) -> dict:
@@ -128,19 +127,7 @@ def cell(scale: str, task: str) -> list[dict]:
     of_qlora, lr = rate(scale, "qlora", task)
     if lr is not None:
         known += [merged_config(scale, task, lr, seed) for seed in seeds]
-    return known + of_lora + of_qlora + started(scale, task)
-
-
-def started(scale: str, task: str) -> list[dict]:
-    """The configurations of a QLoRA that starts at what four bits lost, on tiny.
-
-    They are told beside the verdict, and decide nothing of it.
-    """
-    if scale != "tiny":
-        return []
-    found, lr = rate(scale, LOFTQ, task)
-    rest = SEEDS[scale][1:] if lr is not None else ()
-    return found + [config(scale, LOFTQ, task, lr, seed) for seed in rest]
+    return known + of_lora + of_qlora
 
 
 def configs(scale: str) -> list[dict]:
@@ -190,25 +177,6 @@ def compensation(found: Sequence[Run]) -> tuple[float, float, float]:
     return share_of(np.concatenate(mended, axis=1), np.concatenate(damaged, axis=1))
 
 
-def told_of_start(found: Sequence[Run]) -> str:
-    """A sentence on the QLoRA that starts at what four bits lost; "" without its runs.
-
-    Its loss is compared with LoRA's, as QLoRA's is.
-    """
-    triples = []
-    for task in tasks_of(found):
-        own = [run for run in found if matches(run, method=LOFTQ, task=task)]
-        if own:
-            triples.append(paired(at_best(own), trio(found, task)[0]))
-    if not triples:
-        return ""
-    mean, low, high = mean_of(triples)
-    return (
-        f". Started at what four bits lost (LoftQ), QLoRA ends {mean:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}] nats from LoRA"
-    )
-
-
 def loss_measured(found: Sequence[Run]) -> Measured:
     return Measured(*left(found), _seeds(found), figures(found))
 
@@ -237,7 +205,6 @@ def figures(found: Sequence[Run]) -> dict[str, str]:
             name: f"{v:+.4f} [{lo:+.4f}, {hi:+.4f}]"
             for name, (v, lo, hi) in spans.items()
         }
-        | {"started": told_of_start(found)}
         | {"compensation": "{:.0f} % [{:.0f}, {:.0f}]".format(*compensation(found))}
     )
 
@@ -247,8 +214,8 @@ INSTEAD = (
     "full weights and moved to the four-bit ones as it is loses {damage}, and training "
     "beside four bits mends {compensation} of that. Untrained, the base is at {base} "
     "and its four-bit form at {nf4_base}; random adapters beside it that never train, "
-    "at {qlora_frozen}{started}. (SmolLM2's weights had been in four bits before: on "
-    "it, NF4 rounds what was rounded already)"
+    "at {qlora_frozen}. (SmolLM2's weights had been in four bits before: on it, NF4 "
+    "rounds what was rounded already)"
 )
 SETTING = (
     "tiny: mean of three tasks, a new format, new words, a new language, 100 steps of "
