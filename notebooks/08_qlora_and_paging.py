@@ -318,11 +318,11 @@ lesson.live("Q4b", *intervals.share_of(mended, damaged), scale="tiny")
 lesson.verdict("Q4b")
 
 # %% [markdown]
-# Read the intervals: two seeds may bound a difference, and hardly ever a share. The
-# stored runs have more of them. (`python -m peft_from_scratch ledger Q4b --run` makes
-# what is missing.) And look at the damage itself: where the transplant is as good as
-# the LoRA that it was taken from, there is nothing that anybody could have mended. Then
-# the share has no meaning, however it comes out, and the loss is small because the
+# Do not trust the live intervals far: two seeds that happen to agree make a narrow one.
+# The stored runs have more of them. (`python -m peft_from_scratch ledger Q4b --run`
+# makes what is missing.) And look at the damage itself: where the transplant is as good
+# as the LoRA that it was taken from, there is nothing that anybody could have mended.
+# Then the share has no meaning, however it comes out, and the loss is small because the
 # *error* does little harm. In the stored runs of `tiny` the damage is some thousandths
 # of a nat, and two seeds of the *same* method lie much further apart than that.
 #
@@ -783,11 +783,11 @@ one_run = runs.Run("live", chosen, paging.compute(chosen), {})
 held, names = one_run.result["held"], {"adamw": "AdamW", "paged": "paged, lending"}
 held = {names[key]: [size / 1e6 for size in sizes] for key, sizes in held.items()}
 figure = curves.lines(
-    {name: list(enumerate(sizes, 1)) for name, sizes in held.items()},
+    {name: list(enumerate(sizes, 1))[1:] for name, sizes in held.items()},
     x="Step, count",
     y="Most bytes at one moment, MB",
     title="Full fine-tuning of tiny: long sequences among short ones",
-    subtitle="{order}: s of {short} tokens, L of {long}".format(**chosen),
+    subtitle="{order}, from step 2: s {short} tokens, L {long}".format(**chosen),
     control=("AdamW",),
     names="foot",
 )
