@@ -217,7 +217,9 @@ def test_q4_keeps_small_apart_from_because(scale, qlora, moved, small, because):
     judgement = judged("Q4", result_of, scale)
     assert judgement.verdict == small
     assert judgement.measured == pytest.approx(qlora, abs=1e-3)
-    assert judged("Q4b", result_of, scale).verdict == because
+    half = judged("Q4b", result_of, scale)
+    assert half.verdict == because
+    assert ("cannot be told" in half.say_instead) == (because == "undecided")
 
 
 def a_moved_lora_is_compared_with_itself():

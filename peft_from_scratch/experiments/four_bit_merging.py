@@ -72,7 +72,7 @@ def _merge_figures(found: Sequence[Run]) -> dict[str, str]:
         for onto in ("original", "requantized")
     }
     costs = {
-        onto: f"{cost(found, onto)[0]:+.4f}"
+        onto: f"{round(cost(found, onto)[0], 4) + 0.0:+.4f}"  # -0.0 is 0
         for onto in ("dequantized", "original", "requantized")
     }
     return {

@@ -35,7 +35,7 @@ from ..runs import Run, matches
 from ..tasks import load_task
 from ..templates import encode_rows
 from . import finetune
-from .intervals import mean_of, paired, share_of
+from .intervals import UNBOUNDED, mean_of, paired, share_of
 from .rates import search
 
 SEEDS = {"tiny": (0, 1, 2, 3, 4), "smollm2": (0, 1, 2)}
@@ -205,14 +205,26 @@ def figures(found: Sequence[Run]) -> dict[str, str]:
             name: f"{v:+.4f} [{lo:+.4f}, {hi:+.4f}]"
             for name, (v, lo, hi) in spans.items()
         }
-        | {"compensation": "{:.0f} % [{:.0f}, {:.0f}]".format(*compensation(found))}
+        | {"mended": told_of_share(*compensation(found))}
+    )
+
+
+def told_of_share(share: float, low: float, high: float) -> str:
+    """A sentence on the compensation; a share without ends is no number to tell."""
+    if high - low >= UNBOUNDED:
+        return (
+            "What training beside four bits mends of that cannot be told: seeds differ "
+            "by more than it"
+        )
+    return (
+        f"Training beside four bits mends {share:.0f} % [{low:.0f}, {high:.0f}] of it"
     )
 
 
 INSTEAD = (
     "QLoRA ends {left} nats from LoRA ({qlora} and {lora}). A LoRA trained beside the "
-    "full weights and moved to the four-bit ones as it is loses {damage}, and training "
-    "beside four bits mends {compensation} of that. Untrained, the base is at {base} "
+    "full weights and moved to the four-bit ones as it is loses {damage}. {mended}. "
+    "Untrained, the base is at {base} "
     "and its four-bit form at {nf4_base}; random adapters beside it that never train, "
     "at {qlora_frozen}. (SmolLM2's weights had been in four bits before: on it, NF4 "
     "rounds what was rounded already)"
