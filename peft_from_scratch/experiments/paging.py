@@ -135,7 +135,6 @@ def paged_steps(
     """The same steps, the arena smaller while a sequence is long."""
     page, usual = config["page"], min(learning)
     optimizer = paged_adamw(model, states, config)
-    store = sum(row.bytes for row in optimizer.page_table())
     held, lent, exceeded = [], [], False
     for row, needed in zip(ids, learning, strict=True):
         lent.append(min(needed - usual, optimizer.budget_bytes - page))
@@ -146,8 +145,7 @@ def paged_steps(
         with Meter(model) as meter:
             optimizer.step()
         exceeded |= arena_bytes(optimizer) > optimizer.budget_bytes
-        # The store is a tensor as well, and stands for memory that is elsewhere.
-        held.append(max(learned + arena, meter.memory().peak - store))
+        held.append(max(learned + arena, meter.memory().peak))
     counters = optimizer.counters
     return {
         "held": held,
