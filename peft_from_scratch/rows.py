@@ -77,7 +77,7 @@ ROWS = (
         "QLoRA on bitsandbytes",
         reference.qlora,
         LEARNING_RATES["added"],
-        like="qlora",
+        like="lora",
         library=reference.LIBRARY,
     ),
     Row(

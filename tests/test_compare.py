@@ -454,3 +454,10 @@ def test_every_shipped_optimum_lies_inside_its_grid():
         started = search["runs"][: len(tuning.grid(row))]
         assert [r["setting"] for r in started] == tuning.grid(row)
         assert tuning.choose(row, search["runs"])["setting"] == search["chosen"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
+def test_every_row_has_settings_that_ship(row, tmp_path):
+    """Else the comparison would end in the middle, after many minutes."""
+    setting = tuning.settings_for(Plan(out=str(tmp_path)), row)
+    assert setting.shipped and "template" in setting.values
