@@ -380,9 +380,6 @@ MUTANTS = {
         "first uses not counted": pages(
             fault="self.faults += len(self.resident) == self.slots"
         ),
-        "the leavers counted": pages(
-            fault="self.faults += len(self.resident) == self.slots"
-        ),
         "counts from one": pages(fault="self.faults = (self.faults or 1) + 1"),
         "the page that came": pages(back="page"),
         "the page that came, where one left": pages(
