@@ -14,6 +14,7 @@ The resident set that the system reports stands beside them, each in a process o
 own. side_by_side.py has the clocks and the ratios.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -34,14 +35,16 @@ ROWS, SEED = 8, 0
 FULL, THEIRS, OURS = "LoRA", "QLoRA on bitsandbytes", "QLoRA"
 INJECT = {FULL: lora.inject, THEIRS: reference.qlora, OURS: qlora.inject}
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
+# glibc's allocator keeps what was freed, unless it is told to give it back.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESIDENT = """
-import resource, sys
+import re, sys
 import torch
 sys.path[:0] = {path!r}
 torch.set_num_threads({threads})
 from qlora_step import one_step
 one_step({base!r}, {name!r})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
@@ -108,14 +111,22 @@ def check_equal_work(models: dict[str, nn.Module], batch) -> dict[str, float]:
 
 
 def resident(base: str, name: str) -> int | None:
-    """Bytes of the resident set at its largest, in a process that makes one step."""
+    """Bytes of the resident set at its largest, in a process that makes one step.
+
+    Not ru_maxrss, which starts from what the parent held when it forked. The pages of
+    the file that the weights came from are in it: the system may take them back.
+    """
     if not sys.platform.startswith("linux"):
         return None
     code = RESIDENT.format(
         path=sys.path, threads=torch.get_num_threads(), base=base, name=name
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | GIVE_BACK,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return 1024 * int(done.stdout.split()[-1])
 
