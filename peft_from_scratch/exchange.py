@@ -36,7 +36,7 @@ from .methods import (
     qlora,
 )
 from .nf4 import quantize_model
-from .targets import Packed, exactly, named_modules, shown
+from .targets import exactly, has_packed, named_modules, shown
 from .trunk import Trunk
 
 # What a file can say it is -> the method that reads it, and each method by its name.
@@ -176,7 +176,7 @@ def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
     model = adapter.bare(model)
     _, notes = read_tensors(Path(directory) / WEIGHTS)
     bits = qlora.read_bits(notes.get(BITS))
-    if bits and not any(isinstance(module, Packed) for module in model.modules()):
+    if bits and not has_packed(model):
         kept = [exactly(name) for name in bits.pop("exclude", [])]
         quantize_model(model, **bits, exclude=kept or None)
     return load(model, directory)

@@ -57,6 +57,11 @@ class Packed(nn.Module):
         raise NotImplementedError
 
 
+def has_packed(model: nn.Module) -> bool:
+    """Whether a projection of the model, or of a part of it, is packed."""
+    return any(isinstance(module, Packed) for module in model.modules())
+
+
 PROJECTIONS = nn.Linear | Conv1D | Packed
 
 

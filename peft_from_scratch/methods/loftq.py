@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import as_matrix
 from ..nf4 import dequantize
-from ..targets import Packed, projections
+from ..targets import Packed, has_packed, projections
 from . import qlora
 
 
@@ -34,7 +34,7 @@ def inject(model: nn.Module, **arguments) -> list[str]:
     Source   [1] arXiv:2310.08659
     """
     found = projections(adapter.bare(model))
-    if any(isinstance(module, Packed) for module in found.values()):
+    if has_packed(adapter.bare(model)):
         raise ValueError(
             "the model is in four bits already, and what that lost is gone: load the "
             "base again"

@@ -27,7 +27,7 @@ from .. import adapter
 from ..adapter import CannotMerge, as_matrix, as_stored, swap
 from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
 from ..scoped import rng_state, set_rng_state
-from ..targets import Packed, Targets, kinds, named_modules, projections, shown
+from ..targets import Targets, has_packed, kinds, named_modules, projections, shown
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -105,7 +105,7 @@ def inject(
     adapter.refuse_second(bare)
     names = _rehearsed(bare, targets, exclude, arguments)
     asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
-    if not any(isinstance(module, Packed) for module in bare.modules()):
+    if not has_packed(bare):
         quantize_model(
             bare,
             block=64 if block is None else block,

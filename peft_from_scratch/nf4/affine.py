@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import pack
+from .blocks import pack, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ class Affine:
 
     def dequantize(self) -> Tensor:
         """low + code · step: float32, of the tensor's shape."""
-        nibbles = torch.stack([self.packed >> 4, self.packed & 15], dim=1).flatten()
-        rows = _rows(nibbles[: self.shape.numel()].float(), self.block)
+        codes = unpack(self.packed)[: self.shape.numel()]
+        rows = _rows(codes.float(), self.block)
         values = self.low[:, None] + rows * self.step[:, None]
         return values.flatten()[: self.shape.numel()].view(self.shape)
 

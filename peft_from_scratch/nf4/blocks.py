@@ -80,8 +80,7 @@ class Quantized:
 
     def codes(self) -> Tensor:
         """The code of every value, unpacked: (n,) uint8, from 0 to 15."""
-        nibbles = torch.stack([self.packed >> 4, self.packed & 15], dim=1)
-        return nibbles.flatten()[: self.numel]
+        return unpack(self.packed)[: self.numel]
 
     def to(self, device: torch.device | str) -> "Quantized":
         """The same on another device."""
@@ -176,6 +175,11 @@ def nearest(ratios: Tensor, code: str) -> Tensor:
 def pack(codes: Tensor) -> Tensor:
     """Two codes a byte, the first in the high nibble: (n,) -> (n / 2,), n even."""
     return (codes[::2] << 4) | codes[1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The codes of each byte, that of the high nibble first: (n / 2,) -> (n,)."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
 
 
 def _ratios(values: Tensor, block: int, absmax: Tensor) -> Tensor:
