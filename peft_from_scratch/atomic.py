@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that appear, and disappear, whole or not at all.
 
-Each is made under a temporary name beside its final place and renamed: a reader, a full
-disk or a SIGKILL never leaves half a file under the real name.
+Each is made under a temporary name beside its final place and renamed, and goes the
+same way: a reader, a full disk or a SIGKILL never leaves half of one under its name.
 """
 
 import os
@@ -84,8 +84,14 @@ def new_folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a kill on the way leaves a temporary name for `sweep`."""
+    with new_folder_beside(path) as bin:
+        os.replace(path, bin / path.name)
+
+
 def sweep(folder: Path) -> None:
-    """Delete what killed writes left in `folder`."""
+    """Delete what killed writes and removals left in `folder`."""
     for leftover in Path(folder).glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -15,7 +15,6 @@ nothing in these files is ever executed.
 
 import json
 import re
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -90,7 +89,7 @@ def save(run: Run, folder: Path, settings: dict) -> Path:
         state["crc"] = _state_crc(state)
         (new / "state.json").write_text(json.dumps(state, indent=1))
     for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        atomic.remove_folder(old)
     return target
 
 
@@ -183,7 +182,7 @@ def _put_aside(path: Path) -> Path:
     """Rename what cannot be read, so that it neither counts nor is lost."""
     aside = path.with_name(f"unreadable-{path.name}")
     if aside.exists():
-        shutil.rmtree(aside)
+        atomic.remove_folder(aside)
     return path.rename(aside)
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -246,7 +245,7 @@ def _write_record(out: Path, options, task, recipe, history, before, after) -> N
 def _remove_checkpoints(folder: Path) -> None:
     """Delete what the run kept for going on, and nothing that others put there."""
     for path in checkpoint.checkpoints(folder):
-        shutil.rmtree(path)
+        atomic.remove_folder(path)
     (folder / "answers-before.json").unlink(missing_ok=True)
     with suppress(OSError):  # not empty: then it is not only ours
         folder.rmdir()

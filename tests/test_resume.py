@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import kill_and_resume
@@ -18,7 +19,7 @@ from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_from_scratch import checkpoint, train
+from peft_from_scratch import atomic, checkpoint, train
 from peft_from_scratch.checkpoint import checkpoints
 from peft_from_scratch.methods import lora
 
@@ -327,6 +328,45 @@ def test_a_crc_tells_bits_apart():
 
 
 # SIGKILL -----------------------------------------------------------------------------
+
+
+def killed_after(count, patch):
+    """As a kill would, end the removal of a folder after `count` of its files."""
+    remove = shutil.rmtree
+
+    def part(folder, *, ignore_errors=False):
+        files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        for file in files[:count]:
+            file.unlink()
+        if files:  # what has nothing to remove is not what the kill is for
+            raise KeyboardInterrupt
+        remove(folder, ignore_errors)
+
+    patch.setattr(atomic.shutil, "rmtree", part)
+
+
+def a_checkpoint_half_removed_is_no_strangers(folder, count, straight):
+    stopped(folder)  # two are there: the next one removes the first
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_after(count, patch)
+        run(adapted(), SETTINGS, checkpoints=folder)
+    model = adapted()
+    history = run(model, SETTINGS, checkpoints=folder)
+    assert_same(outcome(model, history, folder), straight["lora"])
+    assert not list(folder.glob(f"{atomic.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_a_checkpoint_half_removed_is_no_strangers(count, straight, tmp_path):
+    a_checkpoint_half_removed_is_no_strangers(tmp_path, count, straight)
+
+
+def test_a_removal_in_place_is_caught(straight, tmp_path):
+    bug = planted(
+        checkpoint.save, "atomic.remove_folder(old)", "atomic.shutil.rmtree(old)"
+    )
+    with bug, pytest.raises(ValueError, match="no checkpoint of a run of ours"):
+        a_checkpoint_half_removed_is_no_strangers(tmp_path, 5, straight)
 
 
 def test_killed_runs_end_in_the_same_bits(tmp_path):
