@@ -1,0 +1,186 @@
+"""Triton, where it is installed; and how one of our kernels is launched.
+
+Triton compiles a Python function into code for a GPU. Without a GPU two things are left,
+and this course lives on both: its **interpreter**, which runs a kernel block by block on
+NumPy arrays (`TRITON_INTERPRET=1`, read when this module is imported), and its
+**compiler**, which needs no GPU to say what it would make for one (targets.py).
+
+Kernels are launched through `launch` alone, so that what is compiled, counted and timed
+is what runs. Importing works without Triton (macOS, Windows); using a kernel then says so.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+MISSING = (
+    "Triton is not installed: it has wheels for Linux only. backend='torch' runs the "
+    "same product anywhere"
+)
+
+
+class MissingTriton(ImportError):
+    """A kernel was used where Triton cannot be imported."""
+
+
+class _Absent:
+    """Stands for all of Triton: a kernel can be defined with it, and not launched."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **options):
+        return self
+
+    def __getitem__(self, grid):
+        raise MissingTriton(MISSING)
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
+INSTALLED = not isinstance(triton, _Absent)
+INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
+UPCAST = tl.constexpr(INTERPRETED)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut; sizes in elements.
+
+    m, n, k   of a block: m rows of x, n rows of W, k columns of both at a time
+    sweep     blocks side by side that one program computes: A is read for the first
+    group     rows of blocks that are computed together, so that W is still in L2
+    warps     of 32 threads (64 on AMD), stages   of the load pipeline
+    """
+
+    m: int = 128
+    n: int = 128
+    k: int = 32
+    sweep: int = 1
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: everything but the GPU."""
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    arguments: dict = field(repr=False)  # tensors, numbers, tuples of both
+    constants: dict  # compiled in
+    warps: int
+    stages: int
+
+
+_recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
+
+
+def launch(kernel, grid, arguments: dict, constants: dict, warps=4, stages=1) -> None:
+    """Run a kernel, or within `recorded()` write down that it would be run."""
+    log = _recorder.get()
+    if log is not None:
+        log.append(Launch(kernel, grid, arguments, constants, warps, stages))
+        return
+    kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it kernels are written down instead of run; tensors may be on "meta"."""
+    token = _recorder.set([])
+    try:
+        yield _recorder.get()
+    finally:
+        _recorder.reset(token)
+
+
+def choose(device: torch.device | str, backend: str | None = None) -> str:
+    """The backend that a kernel takes for tensors on `device`: "torch" or "triton".
+
+    None is Triton on CUDA where it is installed, and the torch spec elsewhere.
+
+    Raises   MissingTriton   Triton asked for, and not installed
+             ValueError      another name, or Triton for a device that it cannot run on
+    """
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(
+            f"backend={backend!r} is not one of None, 'torch', 'triton'; None takes "
+            "Triton on CUDA and torch elsewhere"
+        )
+    kind = torch.device(device).type
+    if backend is None:
+        return "triton" if kind == "cuda" and INSTALLED else "torch"
+    if backend == "torch" or _recorder.get() is not None:
+        return backend
+    if not INSTALLED:
+        raise MissingTriton(MISSING)
+    if kind != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"backend='triton' cannot run on {kind}: Triton compiles for GPUs. Set the "
+            "environment variable TRITON_INTERPRET=1 before Python starts to run its "
+            "interpreter, slowly and on any device; or take backend='torch'"
+        )
+    return "triton"
+
+
+# Pieces that the kernels share ---------------------------------------------------------
+
+
+@triton.jit
+def load(M, rows, columns, keep):
+    """The elements of a matrix M = (pointer, row stride, column stride); else 0."""
+    pointer, down, along = M
+    at = pointer + rows.to(tl.int64)[:, None] * down + columns[None, :] * along
+    return tl.load(at, mask=keep, other=0.0)
+
+
+@triton.jit
+def store(M, rows, columns, values, keep):
+    """Write a block, rounded to the matrix's dtype."""
+    pointer, down, along = M
+    at = pointer + rows.to(tl.int64)[:, None] * down + columns[None, :] * along
+    tl.store(at, values.to(pointer.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def within(rows, columns, height, width):
+    """Which elements of a block lie inside a matrix of height x width."""
+    return (rows < height)[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b, summed in float32.
+
+    Interpreted, bf16 operands come out as garbage (triton#11584): there, and only there,
+    they are widened first, which changes no value.
+    """
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def grouped(program, down, along, GROUP: tl.constexpr):
+    """The block (row, column) of a program, so that neighbours share rows of W in L2.
+
+    Programs run roughly in order. GROUP rows of blocks are walked column by column.
+    """
+    first = program // (GROUP * along) * GROUP
+    height = min(down - first, GROUP)
+    within_group = program % (GROUP * along)
+    return first + within_group % height, within_group // height
+
+
+def matrix(tensor: torch.Tensor) -> tuple:
+    """A 2-D tensor as the kernels take it: (pointer, row stride, column stride)."""
+    return tensor, tensor.stride(0), tensor.stride(1)

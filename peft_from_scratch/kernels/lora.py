@@ -1,0 +1,393 @@
+"""The LoRA product as one kernel, and its gradients: x is read once for W and for A.
+
+    y  = x W^T + scale (x A^T) B^T + bias                        arXiv:2106.09685v2, eq. (3)
+
+    dx = dy W + scale (dy B) A         the same product, with W^T, B^T and A^T in their places
+    dA = scale (dy B)^T x              sums over the rows of x: split, then added up
+    dB = scale dy^T (x A^T)            likewise
+    bias: the sum of dy's rows
+
+With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh^T x and
+dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
+
+Three kernels. `_product` computes one block of y, or `sweep` of them side by side; beside
+x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
+larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
+over a share of the rows, `_add_up` adds the shares. No atomics: the same bits each time.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .language import (
+    Tiles,
+    choose,
+    dot,
+    grouped,
+    launch,
+    load,
+    matrix,
+    store,
+    tl,
+    triton,
+    within,
+)
+
+ONE_PASS = 64  # the largest rank whose x A^T is summed beside x W^T
+LARGEST = 256  # the largest rank
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PARTIALS_BYTES = 32 * 2**20  # at most, for the shares of a sum over rows
+PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 processors
+
+
+# The spec ------------------------------------------------------------------------------
+
+
+def spec(x, W, A, B, scale, bias=None) -> Tensor:
+    """What the kernels compute, in torch: for autograd, for any device."""
+    h = F.linear(x.to(A.dtype), A)
+    update = scale * F.linear(h, B)
+    return (F.linear(x, W, bias) + update).to(x.dtype)
+
+
+# The kernels ---------------------------------------------------------------------------
+
+
+@triton.jit
+def dense(W, n, k, keep):
+    """W[n, k] as it stands; nf4.py has a W that is unpacked on the way."""
+    return load(W, n, k, keep)
+
+
+@triton.jit
+def _product(
+    x,
+    W,
+    A,
+    B,
+    bias,
+    h,
+    y,
+    m_size,
+    n_size,
+    k_size,
+    r,
+    scale,
+    LOAD: tl.constexpr,  # dense, or another reader of W
+    UPDATE: tl.constexpr,  # "fused": h is computed here; "given": it is read; "none"
+    KEEP: tl.constexpr,  # write h, for the gradients
+    RANK: tl.constexpr,  # r, up to the next power of two, 16 at least
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SWEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """y = x W^T, + h B^T + bias where there are such; h = scale x A^T."""
+    dtype = x[0].dtype.element_ty
+    down, along = tl.cdiv(m_size, BM), tl.cdiv(n_size, BN * SWEEP)
+    row, column = grouped(tl.program_id(0), down, along, GROUP)
+    m = row * BM + tl.arange(0, BM)
+    rank = tl.arange(0, RANK)
+    low = tl.zeros((BM, RANK), tl.float32)
+    for step in tl.static_range(SWEEP):
+        n = (column * SWEEP + step) * BN + tl.arange(0, BN)
+        total = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, k_size, BK):
+            k = start + tl.arange(0, BK)
+            part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
+            wide = LOAD(W, n, k, within(n, k, n_size, k_size))  # (BN, BK)
+            total = dot(part, tl.trans(wide), total)
+            if UPDATE == "fused" and step == 0:
+                a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)
+                low = dot(part, tl.trans(a), low)
+        if UPDATE == "fused":
+            b = load(B, n, rank, within(n, rank, n_size, r)).to(dtype)  # (BN, RANK)
+            total = dot((low * scale).to(dtype), tl.trans(b), total)
+        elif UPDATE == "given":
+            for first in range(0, r, 64):
+                some = first + tl.arange(0, 64)
+                part = load(h, m, some, within(m, some, m_size, r))
+                b = load(B, n, some, within(n, some, n_size, r)).to(dtype)
+                total = dot(part, tl.trans(b), total)
+        else:
+            total *= scale
+        if bias is not None:
+            total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]
+        store(y, m, n, total, within(m, n, m_size, n_size))
+    if KEEP and column == 0:
+        store(h, m, rank, low * scale, within(m, rank, m_size, r))
+
+
+@triton.jit
+def _over_rows(
+    U,
+    V,
+    shares,
+    m_size,
+    r,
+    width,
+    rows,
+    BR: tl.constexpr,
+    BW: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """shares[s] = U[rows of s]^T V[rows of s]: (r, width) for each share s of the rows."""
+    rank = tl.program_id(0) * BR + tl.arange(0, BR)
+    at = tl.program_id(1) * BW + tl.arange(0, BW)
+    share = tl.program_id(2)
+    total = tl.zeros((BR, BW), tl.float32)
+    last = min((share + 1) * rows, m_size)
+    for start in range(share * rows, last, BM):
+        m = start + tl.arange(0, BM)
+        u = load(U, m, rank, within(m, rank, last, r))
+        v = load(V, m, at, within(m, at, last, width))
+        total = dot(tl.trans(u), v, total)
+    block = (shares + share.to(tl.int64) * r * width, width, 1)
+    store(block, rank, at, total, within(rank, at, r, width))
+
+
+@triton.jit
+def _add_up(shares, out, count, size, BLOCK: tl.constexpr):
+    """out = the sum of `count` shares of `size` elements, in their order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in range(count):
+        total += tl.load(shares + share * size + at, at < size, 0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), at < size)
+
+
+# How they are launched -----------------------------------------------------------------
+
+
+def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
+    """The blocks of a product with m rows and n columns."""
+    if dtype == torch.float32:  # no matrix unit keeps its 24 bits: smaller blocks
+        return Tiles(m=64, n=64, k=32, sweep=1, warps=4, stages=2)
+    if m <= 16:  # decoding: each block of W is read once whatever the rows
+        return Tiles(m=16, n=64, k=128, sweep=1, warps=4, stages=4)
+    if m <= 64:
+        return Tiles(m=64, n=64, k=64, sweep=1, warps=4, stages=4)
+    return Tiles(m=128, n=128, k=32, sweep=1 if r <= 16 else 2 if r <= 32 else 4)
+
+
+def product(
+    x: Tensor,
+    W: tuple,
+    n: int,
+    *,
+    reader=dense,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    h: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    keep: bool = False,
+    out: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x W^T scale, or x W^T + h B^T with h = scale x A^T computed on the way.
+
+    Args
+        x       (m, k), any strides
+        W       what `reader` reads, n rows of k
+        A, B    (r, k), (n, r); A is None: no update, or with h given (m, r) that update
+        keep    return h as well
+    Returns  (y (m, n) of x's dtype, h (m, r) of x's dtype or None)
+    """
+    m, k = x.shape
+    r = 0 if B is None else B.shape[1]
+    if A is not None and r > ONE_PASS:
+        h, A = product(x, matrix(A), r, scale=scale)[0], None
+    fused = A is not None
+    if fused and keep:
+        h = x.new_empty(m, r)
+    y = x.new_empty(m, n) if out is None else out
+    if not y.numel():
+        return y, h
+    tiles = tiles or tiles_for(m, n, r, x.dtype)
+    arguments = {
+        "x": matrix(x),
+        "W": W,
+        "A": matrix(A) if fused else None,
+        "B": None if B is None else matrix(B),
+        "bias": bias,
+        "h": None if h is None else matrix(h),
+        "y": matrix(y),
+        "m_size": m,
+        "n_size": n,
+        "k_size": k,
+        "r": r,
+        "scale": float(scale),
+    }
+    constants = {
+        "LOAD": reader,
+        "UPDATE": "fused" if fused else "none" if B is None else "given",
+        "KEEP": fused and keep,
+        "RANK": max(16, triton.next_power_of_2(r)) if fused else 16,
+        "BM": tiles.m,
+        "BN": tiles.n,
+        "BK": tiles.k,
+        "SWEEP": tiles.sweep,
+        "GROUP": tiles.group,
+    }
+    grid = (math.ceil(m / tiles.m) * math.ceil(n / (tiles.n * tiles.sweep)),)
+    launch(_product, grid, arguments, constants, tiles.warps, tiles.stages)
+    return y, h
+
+
+def shares_of(m: int, r: int, width: int) -> int:
+    """In how many shares a sum over m rows is split: enough programs, few enough bytes."""
+    busy = math.ceil(PROGRAMS / math.ceil(width / 64))
+    fit = PARTIALS_BYTES // (4 * r * width)
+    return max(1, min(busy, fit, math.ceil(m / 64)))
+
+
+def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
+    """U^T V (r, width) for U (m, r) and V (m, width), in float32, then rounded to dtype.
+
+    Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most
+             beyond one share
+    """
+    (m, r), width = U.shape, V.shape[1]
+    if not m:
+        return U.new_zeros(r, width, dtype=dtype)
+    count = shares_of(m, r, width)
+    rows = math.ceil(m / count / 64) * 64
+    count = math.ceil(m / rows)
+    out = U.new_empty(r, width, dtype=dtype)
+    shares = out if count == 1 else U.new_empty(count, r, width, dtype=torch.float32)
+    block = min(128, max(16, triton.next_power_of_2(r)))
+    arguments = {"U": matrix(U), "V": matrix(V), "shares": shares}
+    arguments |= {"m_size": m, "r": r, "width": width, "rows": rows}
+    grid = (math.ceil(r / block), math.ceil(width / 64), count)
+    launch(_over_rows, grid, arguments, {"BR": block, "BW": 64, "BM": 64}, 4, 3)
+    if count > 1:
+        arguments = {"shares": shares, "out": out, "count": count, "size": r * width}
+        grid = (math.ceil(r * width / 1024),)
+        launch(_add_up, grid, arguments, {"BLOCK": 1024}, 4, 1)
+    return out
+
+
+class LoRAProduct(torch.autograd.Function):
+    """The kernels under autograd; x and y are matrices here."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, scale, bias):
+        keep = any(ctx.needs_input_grad)
+        y, h = product(
+            x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=keep
+        )
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.scale = scale
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, W, A, B, h = ctx.saved_tensors
+        for_x, for_W, for_A, for_B, _, for_bias = ctx.needs_input_grad
+        dx = dh = dA = dB = dW = dbias = None
+        if for_x:
+            dx, dh = product(
+                dy,
+                matrix(W.T),
+                W.shape[1],
+                A=B.T,
+                B=A.T,
+                scale=ctx.scale,
+                keep=for_A,
+            )
+        elif for_A:
+            dh, _ = product(dy, matrix(B.T), B.shape[1], scale=ctx.scale)
+        if for_A:
+            dA = over_rows(dh, x, A.dtype)
+        if for_B:
+            dB = over_rows(h, dy, B.dtype).T
+        if for_W:
+            dW, _ = product(dy.T, matrix(x.T), x.shape[1])
+        if for_bias:
+            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dW, dA, dB, None, dbias
+
+
+# The checked wrapper -------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A projection with its low-rank update, in one pass over x.
+
+        y = x W^T + scale (x A^T) B^T + bias                                  [1] eq. (3)
+
+    Args
+        x        (…, d_in), float32, float16 or bfloat16; any strides
+        W        (d_out, d_in), x's dtype; any strides: a Conv1D's weight as weight.T
+        A, B     (r, d_in), (d_out, r), 1 <= r <= 256; x's dtype or float32
+        scale    a number, alpha / r in [1]
+        bias     (d_out,), x's dtype or float32
+        backend  None: Triton on CUDA, the torch spec elsewhere; or "torch", "triton"
+    Returns  (…, d_out), x's dtype; summed in float32, h = scale x A^T rounded to x's
+             dtype before its product with B. Differentiable once, by all five tensors
+    Raises   ValueError     a shape, dtype, device or backend that does not fit, named
+             MissingTriton  backend="triton" where Triton is not installed
+    Memory   h: (rows of x) r numbers, kept for the gradients
+    Source   [1] arXiv:2106.09685v2
+    """
+    _check(x, W, A, B, scale, bias)
+    if choose(x.device, backend) == "torch":
+        return spec(x, W, A, B, scale, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = LoRAProduct.apply(rows, W, A, B, float(scale), bias)
+    return y.view(*x.shape[:-1], len(W))
+
+
+def _check(x, W, A, B, scale, bias) -> None:
+    wanted = {"W": (W, 2), "A": (A, 2), "B": (B, 2)}
+    if bias is not None:
+        wanted["bias"] = (bias, 1)
+    for name, (tensor, dimensions) in wanted.items():
+        if tensor.dim() != dimensions:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions wanted"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    (d_out, d_in), r = W.shape, len(A)
+    shapes = {
+        "x": (x.shape[-1:], (d_in,)),
+        "A": (A.shape, (r, d_in)),
+        "B": (B.shape, (d_out, r)),
+        "bias": (None if bias is None else bias.shape, bias is not None and (d_out,)),
+    }
+    for name, (found, fits) in shapes.items():
+        if found is not None and tuple(found) != fits:
+            raise ValueError(
+                f"{name} ends in {tuple(found)}, and {fits} fits W {tuple(W.shape)} and "
+                f"A {tuple(A.shape)}"
+            )
+    if not 1 <= r <= LARGEST:
+        raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
+    if x.dtype not in DTYPES or W.dtype != x.dtype:
+        raise ValueError(
+            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, float16 "
+            "and bfloat16"
+        )
+    for name, tensor in {"A": A, "B": B, "bias": bias}.items():
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(
+                f"{name} is {tensor.dtype}: x's dtype, {x.dtype}, or float32 is allowed"
+            )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} is not a finite number")
