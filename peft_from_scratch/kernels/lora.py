@@ -1,19 +1,18 @@
 """The LoRA product as one kernel, and its gradients: x is read once for W and for A.
 
-    y  = x W^T + scale (x A^T) B^T + bias                        arXiv:2106.09685v2, eq. (3)
+    y  = x W^T + scale (x A^T) B^T + bias               arXiv:2106.09685v2, eq. (3)
 
-    dx = dy W + scale (dy B) A         the same product, with W^T, B^T and A^T in their places
-    dA = scale (dy B)^T x              sums over the rows of x: split, then added up
-    dB = scale dy^T (x A^T)            likewise
-    bias: the sum of dy's rows
+    dx = dy W + scale (dy B) A      the same product, of dy with W^T, B^T and A^T
+    dA = scale (dy B)^T x           a sum over the rows of x: in shares, then added up
+    dB = scale dy^T (x A^T)         likewise
 
 With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh^T x and
 dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
 
-Three kernels. `_product` computes one block of y, or `sweep` of them side by side; beside
+Three kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
 x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
 larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
-over a share of the rows, `_add_up` adds the shares. No atomics: the same bits each time.
+over a share of the rows, `_add_up` adds the shares. No atomics: equal bits each time.
 """
 
 import math
@@ -43,7 +42,7 @@ PARTIALS_BYTES = 32 * 2**20  # at most, for the shares of a sum over rows
 PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 processors
 
 
-# The spec ------------------------------------------------------------------------------
+# The spec -----------------------------------------------------------------------------
 
 
 def spec(x, W, A, B, scale, bias=None) -> Tensor:
@@ -53,7 +52,7 @@ def spec(x, W, A, B, scale, bias=None) -> Tensor:
     return (F.linear(x, W, bias) + update).to(x.dtype)
 
 
-# The kernels ---------------------------------------------------------------------------
+# The kernels --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def _over_rows(
     BW: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """shares[s] = U[rows of s]^T V[rows of s]: (r, width) for each share s of the rows."""
+    """shares[s] = U[rows of s]^T V[rows of s], (r, width) for each share s."""
     rank = tl.program_id(0) * BR + tl.arange(0, BR)
     at = tl.program_id(1) * BW + tl.arange(0, BW)
     share = tl.program_id(2)
@@ -160,7 +159,7 @@ def _add_up(shares, out, count, size, BLOCK: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), at < size)
 
 
-# How they are launched -----------------------------------------------------------------
+# How they are launched ----------------------------------------------------------------
 
 
 def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
@@ -240,14 +239,14 @@ def product(
 
 
 def shares_of(m: int, r: int, width: int) -> int:
-    """In how many shares a sum over m rows is split: enough programs, few enough bytes."""
+    """In how many shares a sum over m rows is split: busy, within PARTIALS_BYTES."""
     busy = math.ceil(PROGRAMS / math.ceil(width / 64))
     fit = PARTIALS_BYTES // (4 * r * width)
     return max(1, min(busy, fit, math.ceil(m / 64)))
 
 
 def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
-    """U^T V (r, width) for U (m, r) and V (m, width), in float32, then rounded to dtype.
+    """U^T V (r, width) for U (m, r), V (m, width): in float32, then rounded to dtype.
 
     Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most
              beyond one share
@@ -315,7 +314,7 @@ class LoRAProduct(torch.autograd.Function):
         return dx, dW, dA, dB, None, dbias
 
 
-# The checked wrapper -------------------------------------------------------------------
+# The checked wrapper ------------------------------------------------------------------
 
 
 def lora_linear(
@@ -329,7 +328,7 @@ def lora_linear(
 ) -> Tensor:
     """A projection with its low-rank update, in one pass over x.
 
-        y = x W^T + scale (x A^T) B^T + bias                                  [1] eq. (3)
+        y = x W^T + scale (x A^T) B^T + bias                             [1] eq. (3)
 
     Args
         x        (…, d_in), float32, float16 or bfloat16; any strides
@@ -360,7 +359,7 @@ def _check(x, W, A, B, scale, bias) -> None:
     for name, (tensor, dimensions) in wanted.items():
         if tensor.dim() != dimensions:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions wanted"
+                f"{name} has shape {tuple(tensor.shape)}: {dimensions} dimensions fit"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
@@ -374,15 +373,15 @@ def _check(x, W, A, B, scale, bias) -> None:
     for name, (found, fits) in shapes.items():
         if found is not None and tuple(found) != fits:
             raise ValueError(
-                f"{name} ends in {tuple(found)}, and {fits} fits W {tuple(W.shape)} and "
+                f"{name} ends in {tuple(found)}; {fits} fits W {tuple(W.shape)} and "
                 f"A {tuple(A.shape)}"
             )
     if not 1 <= r <= LARGEST:
         raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
     if x.dtype not in DTYPES or W.dtype != x.dtype:
         raise ValueError(
-            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, float16 "
-            "and bfloat16"
+            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, "
+            "float16 and bfloat16"
         )
     for name, tensor in {"A": A, "B": B, "bias": bias}.items():
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
