@@ -10,8 +10,8 @@ With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh
 dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
 
 Three kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
-x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
-larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
+x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r
+is larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
 over a share of the rows, `_add_up` adds the shares. No atomics: equal bits each time.
 """
 
@@ -35,9 +35,10 @@ from .language import (
     within,
 )
 
-ONE_PASS = 64  # the largest rank whose x A^T is summed beside x W^T
+# The largest rank whose x A^T is summed beside x W^T. In float32, which has no matrix
+# unit, larger ones spill registers: targets.py.
+ONE_PASS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 LARGEST = 256  # the largest rank
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTIALS_BYTES = 32 * 2**20  # at most, for the shares of a sum over rows
 PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 processors
 
@@ -163,14 +164,25 @@ def _add_up(shares, out, count, size, BLOCK: tl.constexpr):
 
 
 def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
-    """The blocks of a product with m rows and n columns."""
+    """The blocks of a product with m rows and n columns; r = 0: without an update.
+
+    The largest that spill no register on sm_80, sm_90 and sm_100, forward and for dx,
+    and issue at most 1.1 times the bytes of the same blocks without A and B: targets.py
+    compiles and counts them. No GPU has timed them.
+    """
     if dtype == torch.float32:  # no matrix unit keeps its 24 bits: smaller blocks
-        return Tiles(m=64, n=64, k=32, sweep=1, warps=4, stages=2)
-    if m <= 16:  # decoding: each block of W is read once whatever the rows
-        return Tiles(m=16, n=64, k=128, sweep=1, warps=4, stages=4)
+        if m <= 16:
+            return Tiles(m=16, n=64, k=32, warps=4, stages=3)
+        return Tiles(m=64, n=64, k=16, sweep=4, warps=8, stages=2)
+    if m <= 16:  # decoding: each block of W is read once, however few the rows
+        return Tiles(m=16, n=64, k=64, warps=4, stages=4)
     if m <= 64:
-        return Tiles(m=64, n=64, k=64, sweep=1, warps=4, stages=4)
-    return Tiles(m=128, n=128, k=32, sweep=1 if r <= 16 else 2 if r <= 32 else 4)
+        return Tiles(m=64, n=64, k=64, warps=8, stages=4)
+    if r <= 16:
+        return Tiles(m=128, n=128, k=32, warps=8, stages=3)
+    if r <= ONE_PASS[dtype]:  # A is read for one block in four
+        return Tiles(m=128, n=64, k=32, sweep=4, warps=8, stages=3)
+    return Tiles(m=128, n=128, k=32, warps=8, stages=3)
 
 
 def product(
@@ -199,7 +211,7 @@ def product(
     """
     m, k = x.shape
     r = 0 if B is None else B.shape[1]
-    if A is not None and r > ONE_PASS:
+    if A is not None and r > ONE_PASS[x.dtype]:
         h, A = product(x, matrix(A), r, scale=scale)[0], None
     fused = A is not None
     if fused and keep:
@@ -378,7 +390,7 @@ def _check(x, W, A, B, scale, bias) -> None:
             )
     if not 1 <= r <= LARGEST:
         raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
-    if x.dtype not in DTYPES or W.dtype != x.dtype:
+    if x.dtype not in ONE_PASS or W.dtype != x.dtype:
         raise ValueError(
             f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, "
             "float16 and bfloat16"
