@@ -175,7 +175,7 @@ def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
             return Tiles(m=16, n=64, k=32, warps=4, stages=3)
         return Tiles(m=64, n=64, k=16, sweep=4, warps=8, stages=2)
     if m <= 16:  # decoding: each block of W is read once, however few the rows
-        return Tiles(m=16, n=64, k=64, warps=4, stages=4)
+        return Tiles(m=16, n=64, k=64, warps=8, stages=4)
     if m <= 64:
         return Tiles(m=64, n=64, k=64, warps=8, stages=4)
     if r <= 16:
