@@ -10,8 +10,8 @@ With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh
 dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
 
 Three kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
-x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r
-is larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
+x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
+larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
 over a share of the rows, `_add_up` adds the shares. No atomics: equal bits each time.
 """
 
