@@ -100,7 +100,7 @@ def _product(
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
             wide = LOAD(W, n, k, within(n, k, n_size, k_size))  # (BN, BK)
-            total = dot(part, tl.trans(wide), total)
+            total = dot(part, tl.trans(wide.to(dtype)), total)  # W = A may be float32
             if UPDATE == "fused" and step == 0:
                 a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)
                 low = dot(part, tl.trans(a), low)
@@ -297,7 +297,7 @@ class LoRAProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, scale, bias):
-        keep = any(ctx.needs_input_grad)
+        keep = ctx.needs_input_grad[3]  # only dB takes h
         y, h = product(
             x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=keep
         )
@@ -362,7 +362,7 @@ def lora_linear(
              dtype before its product with B. Differentiable once, by all five tensors
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients
+    Memory   h: (rows of x) r numbers, kept for the gradient of B
     Source   [1] arXiv:2106.09685v2
     """
     _check(x, W, A, B, scale, bias)
