@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton: kernels run on CPU tensors
+
 # Before torch is imported. One thread: two test processes share two cores, and sums
 # come out the same on every machine. Offline: a test that asks a hub is a mistake.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,11 +1,14 @@
 """Planting bugs: a law is trusted after it has been seen to fail."""
 
 import inspect
+import itertools
+import linecache
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,6 +30,33 @@ def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
         yield
     finally:
         function.__code__ = sound
+
+
+@contextmanager
+def planted_kernel(
+    module: ModuleType, name: str, right: str, wrong: str
+) -> Iterator[None]:
+    """The same for a `triton.jit` function: `module.name` is made anew from its source.
+
+    Triton reads a kernel's source, so the changed one has to be found by `inspect`; and
+    callers find a kernel by its name in their own module, which is therefore the module
+    to be given.
+    """
+    sound = getattr(module, name)
+    source = inspect.getsource(sound.fn)
+    assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times"
+    source = source.replace(right, wrong)
+    path = f"<{name} with a bug {next(_numbers)}>"
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+        yield
+    finally:
+        setattr(module, name, sound)
+        del linecache.cache[path]
+
+
+_numbers = itertools.count()
 
 
 def assert_caught(function, right, wrong, law, *, errors=AssertionError) -> None:

@@ -1,23 +1,26 @@
 """The LoRA product on a weight in four bits: unpacked in registers, never written.
 
-    W' = values[code] · absmax of its block          nf4/blocks.py, arXiv:2305.14314v1
+    W' = values[code] · absmax of its block            nf4/blocks.py, arXiv:2305.14314v1
 
     y  = x W'^T + scale (x A^T) B^T + bias                                       eq. (5)
     dx = dy W' + scale (dy B) A                      W' is unpacked anew, transposed
     dA, dB as in lora.py; the codes have no gradient
 
 The kernel is lora.py's `_product` with another reader of W: `unpacked` gives a block of
-W', `unpacked_across` one of its transpose. For each weight it asks for half a byte and,
-once for each run of a block of 64, its constant: 4 bytes, or with double quantization
-one, beside 4 for every 256 blocks and two small tables that stay in the cache. So
+W', `unpacked_across` one of its transpose. A weight is half a byte, and 64 of them have
+a constant: four bytes, or one where it is in eight bits itself, with one float32 more
+for 256 constants. From memory that is
 
-    0.5 + 4 / 64 = 0.5625     or     0.5 + 1 / 64 + 4 / 16384 = 0.5159     bytes a weight
+    0.5 + 4 / 64 = 0.5625    or    0.5 + 1 / 64 + 4 / 16384 = 0.5159    bytes a weight
 
-where a weight in bf16 takes 2. Each row of blocks of y reads and unpacks W' anew, in some
-25 instructions a weight: with few rows of x, as in decoding, bytes are what a product
-waits for; with thousands, once unpacked and multiplied by a dense kernel may be faster.
+where bf16 takes 2. A tile narrower than a block asks for the constant again, and one in
+eight bits for its float32 and an entry of a table of 256: all of that is in the cache.
 
-Bits: W' is rounded to x's dtype exactly as nf4.dequantize does it, so that this is the
+Each row of blocks of y reads and unpacks W' anew, at fifteen selects a weight and more.
+With few rows of x, as in decoding, bytes are what a product waits for. With thousands
+it may be faster to dequantize once and multiply with the dense kernel: not measured.
+
+W' is rounded to x's dtype exactly as nf4.dequantize does it: the result is that of the
 dense product with that weight.
 """
 
@@ -39,7 +42,7 @@ UNIT = tl.constexpr(BLOCKS_OF_A_UNIT)
 CHUNK = 1024  # values that one program dequantizes
 
 
-# The spec ------------------------------------------------------------------------------
+# The spec -----------------------------------------------------------------------------
 
 
 def nf4_spec(x, q, A, B, scale, bias=None) -> Tensor:
@@ -48,7 +51,7 @@ def nf4_spec(x, q, A, B, scale, bias=None) -> Tensor:
     return F.linear(x, W, bias) if A is None else spec(x, W, A, B, scale, bias)
 
 
-# The readers ---------------------------------------------------------------------------
+# The readers --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -91,8 +94,9 @@ def codes_of(
     rows = n + tl.arange(0, BN)[:, None]
     if PAIRS:
         bytes_ = k // 2 + tl.arange(0, BK // 2)[None, :]
-        at = rows.to(tl.int64) * (k_size // 2) + bytes_
-        keep = (rows < n_size) & (2 * bytes_ < k_size)
+        width = k_size - k_size // 2  # bytes; of an only row the last may be half used
+        at = rows.to(tl.int64) * width + bytes_
+        keep = (rows < n_size) & (bytes_ < width)
         pair = tl.load(packed + at, mask=keep, other=0).to(tl.int32)
         code = tl.reshape(tl.join(pair >> 4, pair & 15), (BN, BK))
     else:
@@ -140,7 +144,7 @@ def _dequantize(W, out, size, CHUNK: tl.constexpr):
     tl.store(out + at, rounded(values, out.dtype.element_ty), mask=at < size)
 
 
-# How they are launched -----------------------------------------------------------------
+# How they are launched ----------------------------------------------------------------
 
 
 def operand(q: Quantized, width: int) -> tuple:
@@ -156,26 +160,31 @@ def operand(q: Quantized, width: int) -> tuple:
     return (q.packed, absmax, *map(tl.constexpr, constants))
 
 
-def tiles_for_packed(m: int, r: int, dtype: torch.dtype) -> Tiles:
-    """The blocks of a product with m rows: smaller than a dense one's, since unpacking
-    takes registers too."""
+def tiles_for_packed(m: int, dtype: torch.dtype) -> Tiles:
+    """The blocks of a product with m rows.
+
+    Unpacking takes registers too, so they are smaller than a dense product's: of those
+    that spill none on sm_80, sm_90 and sm_100 for any r <= ONE_PASS.
+    """
     if dtype == torch.float32:
-        return Tiles(m=64, n=64, k=32, warps=4, stages=2)
+        if m <= 16:
+            return Tiles(m=16, n=64, k=16, warps=4, stages=2)
+        return Tiles(m=32, n=64, k=16, warps=8, stages=2)
     if m <= 16:
-        return Tiles(m=16, n=64, k=128, warps=4, stages=4)
+        return Tiles(m=16, n=64, k=64, warps=4, stages=4)
     if m <= 64:
-        return Tiles(m=64, n=64, k=64, warps=4, stages=3)
+        return Tiles(m=64, n=32, k=64, warps=8, stages=3)
     return Tiles(m=128, n=128, k=32, warps=8, stages=3)
 
 
-def reading(q: Quantized, m: int, r: int, dtype: torch.dtype, across=False) -> dict:
+def reading(q: Quantized, m: int, dtype: torch.dtype, across=False) -> dict:
     """What `product` needs to multiply m rows with W', or with W'^T where `across`."""
     d_out, d_in = q.shape
     return {
         "W": operand(q, d_in),
         "n": d_in if across else d_out,
         "reader": unpacked_across if across else unpacked,
-        "tiles": tiles_for_packed(m, r, dtype),
+        "tiles": tiles_for_packed(m, dtype),
     }
 
 
@@ -184,7 +193,7 @@ class NF4Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, q, A, B, scale, bias):
-        ctx.read = partial(reading, q, len(x), 0 if A is None else len(A), x.dtype)
+        ctx.read = partial(reading, q, len(x), x.dtype)
         ctx.scale = scale
         keep = any(ctx.needs_input_grad)
         y, h = product(x, A=A, B=B, scale=scale, bias=bias, keep=keep, **ctx.read())
@@ -205,7 +214,7 @@ class NF4Product(torch.autograd.Function):
         return dx, None, dA, dB, None, dbias
 
 
-# The checked wrappers ------------------------------------------------------------------
+# The checked wrappers -----------------------------------------------------------------
 
 
 def nf4_dequantize(
@@ -262,8 +271,8 @@ def nf4_lora_linear(
              float32. Differentiable once, by x, A, B and bias
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients; W' is nowhere, not even for
-             a moment (the torch spec does make it)
+    Memory   h: (rows of x) r numbers, kept for the gradients; W' is never in memory (but
+             the torch spec makes it)
     Source   [1] arXiv:2305.14314v1
     """
     _check(x, q, A, B, scale, bias)
