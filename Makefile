@@ -24,7 +24,9 @@ PINS := import json, sys; \
     pin = "{0[name]}=={0[version]}".format; \
     print(*sorted(pin(p).lower().replace("_", "-").split("+")[0] for p in found), \
         sep="\n")
-NOT_PINNED := ^(cuda-|nvidia-|triton=|setuptools=|peft-from-scratch=)
+NOT_PINNED := ^(cuda-|nvidia-|setuptools=|peft-from-scratch=)
+# What the pinned torch wants in its builds for CUDA, and so what it is everywhere.
+TRITON := triton==3.7.1
 
 .PHONY: help compare test lab notebooks bench lint lock
 .DEFAULT_GOAL := help
@@ -78,7 +80,7 @@ lock: $(READY) ## newest versions within the ranges, into constraints.txt
 	@echo 'Resolving for the oldest Python that is supported …'
 	@$(INSTALL) --quiet --dry-run --ignore-installed --report .venv/lock.json \
 	    --python-version 3.11.0 --only-binary=:all: --target .venv/lock \
-	    '.[test,lab,reference]'
+	    '.[test,lab,reference,kernels]' '$(TRITON)'
 	@{  grep '^#' constraints.txt; \
 	    $(BIN)/python -c '$(PINS)' < .venv/lock.json | grep -Ev '$(NOT_PINNED)'; \
 	} > .venv/lock.txt
@@ -101,7 +103,7 @@ $(READY): pyproject.toml constraints.txt
 	$(INSTALL) --upgrade pip==$(PIP_VERSION)
 	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) \
 	    --constraint constraints.txt torch)
-	$(INSTALL) --constraint constraints.txt --editable '.[test,lab,reference]'
+	$(INSTALL) --constraint constraints.txt --editable '.[test,lab,reference,kernels]'
 	@touch $@
 
 $(MODEL): $(READY)

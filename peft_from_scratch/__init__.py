@@ -4,10 +4,10 @@ Reading order: adapter.py (the contract), methods/lora.py (the method everyone u
 methods/full.py (what it is measured against), the other methods (`ls methods` is the
 syllabus), nf4/ before qlora.py, trunk.py before prompt.py and prefix.py, exchange.py
 (the file format), train.py (one plain loop), paged/ (its optimizer, within a budget of
-bytes), evaluate.py, compare.py (the main job).
+bytes), evaluate.py, compare.py (the main job), kernels/ (LoRA's product on a GPU).
 """
 
-from . import nf4
+from . import kernels, nf4
 from .adapter import Adapter, CannotMerge, merge, remove, trainable
 from .exchange import load, save
 from .methods import (
@@ -35,6 +35,7 @@ __all__ = [
     "full",
     "houlsby",
     "ia3",
+    "kernels",
     "load",
     "load_model",
     "lora",

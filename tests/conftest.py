@@ -2,13 +2,12 @@
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton: kernels run on CPU tensors
-
 # Before torch is imported. One thread: two test processes share two cores, and sums
 # come out the same on every machine. Offline: a test that asks a hub is a mistake.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on CPU
 
 import copy
 import logging

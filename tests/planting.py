@@ -1,14 +1,12 @@
 """Planting bugs: a law is trusted after it has been seen to fail."""
 
 import inspect
-import itertools
 import linecache
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -33,30 +31,24 @@ def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
 
 
 @contextmanager
-def planted_kernel(
-    module: ModuleType, name: str, right: str, wrong: str
-) -> Iterator[None]:
-    """The same for a `triton.jit` function: `module.name` is made anew from its source.
+def planted_kernel(module, name: str, right: str, wrong: str) -> Iterator[None]:
+    """As `planted`, for a Triton kernel or a piece of one, as `module` knows it.
 
-    Triton reads a kernel's source, so the changed one has to be found by `inspect`; and
-    callers find a kernel by its name in their own module, which is therefore the module
-    to be given.
+    Triton reads a kernel's source again when it runs it: the changed source gets a file
+    of its own among the lines that Python remembers.
     """
     sound = getattr(module, name)
-    source = inspect.getsource(sound.fn)
+    source = textwrap.dedent(inspect.getsource(sound.fn))
     assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times"
-    source = source.replace(right, wrong)
-    path = f"<{name} with a bug {next(_numbers)}>"
-    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    source, file, made = source.replace(right, wrong), f"<planted {name}: {wrong}>", {}
+    linecache.cache[file] = len(source), None, source.splitlines(True), file
+    exec(compile(source, file, "exec"), module.__dict__, made)
+    setattr(module, name, made[name])
     try:
-        exec(compile(source, path, "exec"), vars(module))
         yield
     finally:
         setattr(module, name, sound)
-        del linecache.cache[path]
-
-
-_numbers = itertools.count()
+        del linecache.cache[file]
 
 
 def assert_caught(function, right, wrong, law, *, errors=AssertionError) -> None:

@@ -1,12 +1,13 @@
 """Triton, where it is installed; and how one of our kernels is launched.
 
-Triton compiles a Python function into code for a GPU. Without a GPU two things are left,
-and this course lives on both: its **interpreter**, which runs a kernel block by block on
-NumPy arrays (`TRITON_INTERPRET=1`, read when this module is imported), and its
+Triton compiles a Python function into code for a GPU. Without a GPU two things are
+left, and this course lives on both: its **interpreter**, which runs a kernel block by
+block on NumPy arrays (`TRITON_INTERPRET=1`, read when this module is imported), and its
 **compiler**, which needs no GPU to say what it would make for one (targets.py).
 
 Kernels are launched through `launch` alone, so that what is compiled, counted and timed
-is what runs. Importing works without Triton (macOS, Windows); using a kernel then says so.
+is what runs. Importing works without Triton (macOS, Windows); using a kernel there says
+so.
 """
 
 from collections.abc import Callable, Iterator
@@ -82,13 +83,16 @@ class Launch:
 
 
 _recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
+_observer: ContextVar[Callable | None] = ContextVar("observer", default=None)
 
 
 def launch(kernel, grid, arguments: dict, constants: dict, warps=4, stages=1) -> None:
     """Run a kernel, or within `recorded()` write down that it would be run."""
-    log = _recorder.get()
-    if log is not None:
-        log.append(Launch(kernel, grid, arguments, constants, warps, stages))
+    told = Launch(kernel, grid, arguments, constants, warps, stages)
+    if (observer := _observer.get()) is not None:
+        observer(told)
+    if (log := _recorder.get()) is not None:
+        log.append(told)
         return
     kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
 
@@ -101,6 +105,16 @@ def recorded() -> Iterator[list[Launch]]:
         yield _recorder.get()
     finally:
         _recorder.reset(token)
+
+
+@contextmanager
+def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
+    """Within it `observer` is told of each launch before it runs."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def choose(device: torch.device | str, backend: str | None = None) -> str:
@@ -132,7 +146,7 @@ def choose(device: torch.device | str, backend: str | None = None) -> str:
     return "triton"
 
 
-# Pieces that the kernels share ---------------------------------------------------------
+# Pieces that the kernels share --------------------------------------------------------
 
 
 @triton.jit
@@ -178,8 +192,8 @@ def within(rows, columns, height, width):
 def dot(a, b, total):
     """total + a b, summed in float32.
 
-    Interpreted, bf16 operands come out as garbage (triton#11584): there, and only there,
-    they are widened first, which changes no value.
+    Interpreted, bf16 operands come out as garbage (triton#11584): there, and only
+    there, they are widened first, which changes no value.
     """
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -199,5 +213,15 @@ def grouped(program, down, along, GROUP: tl.constexpr):
 
 
 def matrix(tensor: torch.Tensor) -> tuple:
-    """A 2-D tensor as the kernels take it: (pointer, row stride, column stride)."""
-    return tensor, tensor.stride(0), tensor.stride(1)
+    """A 2-D tensor as the kernels take it: (pointer, row stride, column stride).
+
+    Raises   ValueError   a row reaches over 2^31 elements, which the kernels count in
+             32 bits along a row (and in 64 from row to row)
+    """
+    (_, width), (down, along) = tensor.shape, tensor.stride()
+    if width * along >= 2**31:
+        raise ValueError(
+            f"a matrix of shape {tuple(tensor.shape)} has strides {(down, along)}: its "
+            "rows reach over 2^31 elements; pass it with .contiguous(), or fewer rows"
+        )
+    return tensor, down, along

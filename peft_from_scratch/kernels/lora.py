@@ -1,19 +1,18 @@
 """The LoRA product as one kernel, and its gradients: x is read once for W and for A.
 
-    y  = x W^T + scale (x A^T) B^T + bias                        arXiv:2106.09685v2, eq. (3)
+    y  = x W^T + scale (x A^T) B^T + bias               arXiv:2106.09685v2, eq. (3)
 
-    dx = dy W + scale (dy B) A         the same product, with W^T, B^T and A^T in their places
-    dA = scale (dy B)^T x              sums over the rows of x: split, then added up
-    dB = scale dy^T (x A^T)            likewise
-    bias: the sum of dy's rows
+    dx = dy W + scale (dy B) A      the same product, of dy with W^T, B^T and A^T
+    dA = scale (dy B)^T x           a sum over the rows of x: in shares, then added up
+    dB = scale dy^T (x A^T)         likewise
 
 With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh^T x and
 dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
 
-Three kernels. `_product` computes one block of y, or `sweep` of them side by side; beside
+Three kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
 x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
 larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
-over a share of the rows, `_add_up` adds the shares. No atomics: the same bits each time.
+over a share of the rows, `_add_up` adds the shares. No atomics: equal bits each time.
 """
 
 import math
@@ -37,14 +36,15 @@ from .language import (
     within,
 )
 
-ONE_PASS = 64  # the largest rank whose x A^T is summed beside x W^T
+# The largest rank whose x A^T is summed beside x W^T. In float32, which has no matrix
+# unit, larger ones spill registers: targets.py.
+ONE_PASS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 LARGEST = 256  # the largest rank
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTIALS_BYTES = 32 * 2**20  # at most, for the shares of a sum over rows
 PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 processors
 
 
-# The spec ------------------------------------------------------------------------------
+# The spec -----------------------------------------------------------------------------
 
 
 def spec(x, W, A, B, scale, bias=None) -> Tensor:
@@ -54,7 +54,7 @@ def spec(x, W, A, B, scale, bias=None) -> Tensor:
     return (F.linear(x, W, bias) + update).to(x.dtype)
 
 
-# The kernels ---------------------------------------------------------------------------
+# The kernels --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -103,6 +103,7 @@ def _product(
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
             wide = LOAD(W, first, start, n_size, k_size, BN, BK)  # (BN, BK)
+            # W = A may be float32, and a W in four bits is.
             total = dot(part, tl.trans(rounded(wide, dtype)), total)
             if UPDATE == "fused" and step == 0:
                 a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)
@@ -138,7 +139,7 @@ def _over_rows(
     BW: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """shares[s] = U[rows of s]^T V[rows of s]: (r, width) for each share s of the rows."""
+    """shares[s] = U[rows of s]^T V[rows of s], (r, width) for each share s."""
     rank = tl.program_id(0) * BR + tl.arange(0, BR)
     at = tl.program_id(1) * BW + tl.arange(0, BW)
     share = tl.program_id(2)
@@ -163,18 +164,29 @@ def _add_up(shares, out, count, size, BLOCK: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), at < size)
 
 
-# How they are launched -----------------------------------------------------------------
+# How they are launched ----------------------------------------------------------------
 
 
 def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
-    """The blocks of a product with m rows and n columns."""
+    """The blocks of a product with m rows and n columns; r = 0: without an update.
+
+    The largest that spill no register on sm_80, sm_90 and sm_100, forward and for dx,
+    and issue at most 1.1 times the bytes of the same blocks without A and B: targets.py
+    compiles and counts them. No GPU has timed them.
+    """
     if dtype == torch.float32:  # no matrix unit keeps its 24 bits: smaller blocks
-        return Tiles(m=64, n=64, k=32, sweep=1, warps=4, stages=2)
-    if m <= 16:  # decoding: each block of W is read once whatever the rows
-        return Tiles(m=16, n=64, k=128, sweep=1, warps=4, stages=4)
+        if m <= 16:
+            return Tiles(m=16, n=64, k=32, warps=4, stages=3)
+        return Tiles(m=64, n=64, k=16, sweep=4, warps=8, stages=2)
+    if m <= 16:  # decoding: each block of W is read once, however few the rows
+        return Tiles(m=16, n=64, k=64, warps=8, stages=4)
     if m <= 64:
-        return Tiles(m=64, n=64, k=64, sweep=1, warps=4, stages=4)
-    return Tiles(m=128, n=128, k=32, sweep=1 if r <= 16 else 2 if r <= 32 else 4)
+        return Tiles(m=64, n=64, k=64, warps=8, stages=4)
+    if r <= 16:
+        return Tiles(m=128, n=128, k=32, warps=8, stages=3)
+    if r <= ONE_PASS[dtype]:  # A is read for one block in four
+        return Tiles(m=128, n=64, k=32, sweep=4, warps=8, stages=3)
+    return Tiles(m=128, n=128, k=32, warps=8, stages=3)
 
 
 def product(
@@ -203,7 +215,7 @@ def product(
     """
     m, k = x.shape
     r = 0 if B is None else B.shape[1]
-    if A is not None and r > ONE_PASS:
+    if A is not None and r > ONE_PASS[x.dtype]:
         h, A = product(x, matrix(A), r, scale=scale)[0], None
     fused = A is not None
     if fused and keep:
@@ -242,32 +254,41 @@ def product(
     return y, h
 
 
+def blocks_over_rows(r: int, width: int) -> tuple[int, int]:
+    """The block of U^T V (r, width) of a program: up to 128 along the narrow side."""
+    most = (128, 64) if r <= width else (64, 128)
+    return tuple(
+        min(limit, max(16, triton.next_power_of_2(size)))
+        for size, limit in zip((r, width), most, strict=True)
+    )
+
+
 def shares_of(m: int, r: int, width: int) -> int:
-    """In how many shares a sum over m rows is split: enough programs, few enough bytes."""
-    busy = math.ceil(PROGRAMS / math.ceil(width / 64))
+    """In how many shares a sum over m rows is split: busy, within PARTIALS_BYTES."""
+    tall, wide = blocks_over_rows(r, width)
+    busy = math.ceil(PROGRAMS / (math.ceil(r / tall) * math.ceil(width / wide)))
     fit = PARTIALS_BYTES // (4 * r * width)
     return max(1, min(busy, fit, math.ceil(m / 64)))
 
 
 def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
-    """U^T V (r, width) for U (m, r) and V (m, width), in float32, then rounded to dtype.
+    """U^T V (r, width) for U (m, r), V (m, width): in float32, then rounded to dtype.
 
-    Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most
-             beyond one share
+    Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most;
+             none where one share is enough
     """
     (m, r), width = U.shape, V.shape[1]
     if not m:
         return U.new_zeros(r, width, dtype=dtype)
-    count = shares_of(m, r, width)
-    rows = math.ceil(m / count / 64) * 64
+    rows = math.ceil(m / shares_of(m, r, width) / 64) * 64
     count = math.ceil(m / rows)
     out = U.new_empty(r, width, dtype=dtype)
     shares = out if count == 1 else U.new_empty(count, r, width, dtype=torch.float32)
-    block = min(128, max(16, triton.next_power_of_2(r)))
+    tall, wide = blocks_over_rows(r, width)
     arguments = {"U": matrix(U), "V": matrix(V), "shares": shares}
     arguments |= {"m_size": m, "r": r, "width": width, "rows": rows}
-    grid = (math.ceil(r / block), math.ceil(width / 64), count)
-    launch(_over_rows, grid, arguments, {"BR": block, "BW": 64, "BM": 64}, 4, 3)
+    grid = (math.ceil(r / tall), math.ceil(width / wide), count)
+    launch(_over_rows, grid, arguments, {"BR": tall, "BW": wide, "BM": 64}, 4, 3)
     if count > 1:
         arguments = {"shares": shares, "out": out, "count": count, "size": r * width}
         grid = (math.ceil(r * width / 1024),)
@@ -292,7 +313,7 @@ def gradients(wanted, dy, x, A, B, h, bias, scale, across) -> tuple:
     if for_A:
         dA = over_rows(dh, x, A.dtype)
     if for_B:
-        dB = over_rows(h, dy, B.dtype).T
+        dB = over_rows(dy, h, B.dtype)
     if for_bias:
         dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, dA, dB, dbias
@@ -303,7 +324,7 @@ class LoRAProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, scale, bias):
-        keep = any(ctx.needs_input_grad)
+        keep = ctx.needs_input_grad[3]  # only dB takes h
         y, h = product(
             x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=keep
         )
@@ -323,7 +344,7 @@ class LoRAProduct(torch.autograd.Function):
         return dx, dW, dA, dB, None, dbias
 
 
-# The checked wrapper -------------------------------------------------------------------
+# The checked wrapper ------------------------------------------------------------------
 
 
 def lora_linear(
@@ -337,7 +358,7 @@ def lora_linear(
 ) -> Tensor:
     """A projection with its low-rank update, in one pass over x.
 
-        y = x W^T + scale (x A^T) B^T + bias                                  [1] eq. (3)
+        y = x W^T + scale (x A^T) B^T + bias                             [1] eq. (3)
 
     Args
         x        (…, d_in), float32, float16 or bfloat16; any strides
@@ -350,7 +371,7 @@ def lora_linear(
              dtype before its product with B. Differentiable once, by all five tensors
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients
+    Memory   h: (rows of x) r numbers, kept for the gradient of B
     Source   [1] arXiv:2106.09685v2
     """
     check(x, W, A, B, scale, bias)
@@ -369,7 +390,7 @@ def check(x, W, A, B, scale, bias) -> None:
     for name, (tensor, dimensions) in wanted.items():
         if tensor.dim() != dimensions:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions wanted"
+                f"{name} has shape {tuple(tensor.shape)}: {dimensions} dimensions fit"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
@@ -383,15 +404,15 @@ def check(x, W, A, B, scale, bias) -> None:
     for name, (found, fits) in shapes.items():
         if found is not None and tuple(found) != fits:
             raise ValueError(
-                f"{name} ends in {tuple(found)}, and {fits} fits W {tuple(W.shape)} and "
+                f"{name} ends in {tuple(found)}; {fits} fits W {tuple(W.shape)} and "
                 f"A {tuple(A.shape)}"
             )
     if not 1 <= r <= LARGEST:
         raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
-    if x.dtype not in DTYPES or W.dtype != x.dtype:
+    if x.dtype not in ONE_PASS or W.dtype != x.dtype:
         raise ValueError(
-            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, float16 "
-            "and bfloat16"
+            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, "
+            "float16 and bfloat16"
         )
     for name, tensor in {"A": A, "B": B, "bias": bias}.items():
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):

@@ -36,7 +36,7 @@ from ..nf4.codes import book
 from ..nf4.double import BLOCK as BLOCKS_OF_A_UNIT
 from ..nf4.double import Doubled
 from .language import Tiles, choose, launch, rounded, tl, triton
-from .lora import DTYPES, check, gradients, product, spec
+from .lora import ONE_PASS, check, gradients, product, spec
 
 UNIT = tl.constexpr(BLOCKS_OF_A_UNIT)
 CHUNK = 1024  # values that one program dequantizes
@@ -164,7 +164,7 @@ def tiles_for_packed(m: int, dtype: torch.dtype) -> Tiles:
     """The blocks of a product with m rows.
 
     Unpacking takes registers too, so they are smaller than a dense product's: of those
-    that spill none on sm_80, sm_90 and sm_100 for any r <= ONE_PASS.
+    that spill none on sm_80, sm_90 and sm_100 for any r in one pass.
     """
     if dtype == torch.float32:
         if m <= 16:
@@ -195,7 +195,7 @@ class NF4Product(torch.autograd.Function):
     def forward(ctx, x, q, A, B, scale, bias):
         ctx.read = partial(reading, q, len(x), x.dtype)
         ctx.scale = scale
-        keep = any(ctx.needs_input_grad)
+        keep = ctx.needs_input_grad[3]  # only dB takes h
         y, h = product(x, A=A, B=B, scale=scale, bias=bias, keep=keep, **ctx.read())
         ctx.save_for_backward(x, A, B, h, bias)
         return y
@@ -233,7 +233,7 @@ def nf4_dequantize(
     Memory   the result; nothing else is written
     """
     dtype = dtype or q.dtype
-    if dtype not in DTYPES:
+    if dtype not in ONE_PASS:
         raise ValueError(f"dtype={dtype}: allowed are float32, float16 and bfloat16")
     if choose(q.packed.device, backend) == "torch":
         return dequantize(q, dtype)
@@ -271,7 +271,7 @@ def nf4_lora_linear(
              float32. Differentiable once, by x, A, B and bias
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients; W' is never in memory
+    Memory   h: (rows of x) r numbers, kept for the gradient of B; W' is never in memory
              (but the torch spec makes it)
     Source   [1] arXiv:2305.14314v1
     """
