@@ -90,8 +90,8 @@ def close(found, exact, dtype, size, rounded, terms):
     """|error| <= u |exact|, and what sums of `terms` and a rounded factor may add.
 
     size     the sum of the terms' absolute values: each addition may lose 2^-24 of it
-    rounded  the same of those terms that h or dh is a factor of: it is rounded to dtype,
-             and so are A and B where they are float32
+    rounded  the same of those terms that h or dh is a factor of: it is rounded to
+             dtype, and so are A and B where they are float32
     """
     u = torch.finfo(dtype).eps
     bound = u * exact.abs() + 4 * u * rounded + terms * 2**-23 * size + 1e-30
@@ -169,7 +169,7 @@ def test_product_and_gradients_are_those_of_float64(**drawn_):
 
 @pytest.mark.parametrize("m", [16, 64, 65])
 def test_large_enough_to_fill_blocks(m):
-    """More rows, columns and terms than one block has; more blocks than share a unit."""
+    """More rows, columns and terms than one tile; more blocks than share a unit."""
     for dtype in (torch.float32, torch.bfloat16):
         product_and_gradients_are_those_of_float64(m, 130, 256, dtype=dtype)
 

@@ -104,6 +104,7 @@ def _product(
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
             wide = LOAD(W, first, start, n_size, k_size, BN, BK)  # (BN, BK)
+            # W = A may be float32, and a W in four bits is.
             total = dot(part, tl.trans(rounded(wide, dtype)), total)
             if UPDATE == "fused" and step == 0:
                 a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)

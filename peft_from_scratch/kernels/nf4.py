@@ -36,7 +36,7 @@ from ..nf4.codes import book
 from ..nf4.double import BLOCK as BLOCKS_OF_A_UNIT
 from ..nf4.double import Doubled
 from .language import Tiles, choose, launch, rounded, tl, triton
-from .lora import DTYPES, check, gradients, product, spec
+from .lora import ONE_PASS, check, gradients, product, spec
 
 UNIT = tl.constexpr(BLOCKS_OF_A_UNIT)
 CHUNK = 1024  # values that one program dequantizes
@@ -56,7 +56,7 @@ def nf4_spec(x, q, A, B, scale, bias=None) -> Tensor:
 
 @triton.jit
 def chosen(code, BITS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """BITS[FIRST + code] for code < COUNT: a tree of selects, and no load from memory."""
+    """BITS[FIRST + code] for code < COUNT: a tree of selects, no load from memory."""
     if COUNT == 1:
         return tl.full(code.shape, BITS[FIRST], tl.int32)
     else:
@@ -73,8 +73,8 @@ def constant(absmax, block, keep):
     if absmax[1] is not None:
         unit = tl.load(absmax[1] + block // UNIT, mask=keep, other=0.0)
         ratio = tl.load(absmax[3] + found.to(tl.int32), mask=keep, other=0.0)
-        # A GPU makes a b + c one fma, rounded once, and torch rounds twice. fma(a, b, 0)
-        # is a b, rounded: nothing is left to be joined with the sum.
+        # Compiled, a b + c becomes one fma, rounded once; torch rounds twice. And
+        # fma(a, b, 0) is a b, rounded: nothing is left to be joined with the sum.
         found = tl.where(keep, tl.fma(ratio, unit, 0.0) + tl.load(absmax[2]), 0.0)
     return found
 
@@ -112,8 +112,8 @@ def codes_of(
 def unpacked(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
     """W'[n:, k:] (BN, BK) in float32, of W = operand(q).
 
-    STEP is a power of two, and the most weights from a multiple of it on that surely lie
-    in one block: of d_in = 96 with blocks of 64 it is 32.
+    STEP, a power of two, is how many weights from a multiple of it on surely lie in one
+    block: of d_in = 96 with blocks of 64 it is 32.
     """
     BITS: tl.constexpr = W[2]
     BLOCK: tl.constexpr = W[3]
@@ -164,7 +164,7 @@ def tiles_for_packed(m: int, dtype: torch.dtype) -> Tiles:
     """The blocks of a product with m rows.
 
     Unpacking takes registers too, so they are smaller than a dense product's: of those
-    that spill none on sm_80, sm_90 and sm_100 for any r <= ONE_PASS.
+    that spill none on sm_80, sm_90 and sm_100 for any r in one pass.
     """
     if dtype == torch.float32:
         if m <= 16:
@@ -233,7 +233,7 @@ def nf4_dequantize(
     Memory   the result; nothing else is written
     """
     dtype = dtype or q.dtype
-    if dtype not in DTYPES:
+    if dtype not in ONE_PASS:
         raise ValueError(f"dtype={dtype}: allowed are float32, float16 and bfloat16")
     if choose(q.packed.device, backend) == "torch":
         return dequantize(q, dtype)
@@ -256,7 +256,7 @@ def nf4_lora_linear(
 ) -> Tensor:
     """A projection in four bits with its low-rank update, in one pass over x.
 
-        y = x W'^T + scale (x A^T) B^T + bias                                 [1] eq. (5)
+        y = x W'^T + scale (x A^T) B^T + bias                                [1] eq. (5)
 
     Args
         x        (…, d_in), float32, float16 or bfloat16; any strides
@@ -271,8 +271,8 @@ def nf4_lora_linear(
              float32. Differentiable once, by x, A, B and bias
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients; W' is never in memory (but
-             the torch spec makes it)
+    Memory   h: (rows of x) r numbers, kept for the gradient of B; W' is never in memory
+             (but the torch spec makes it)
     Source   [1] arXiv:2305.14314v1
     """
     _check(x, q, A, B, scale, bias)
