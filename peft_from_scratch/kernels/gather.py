@@ -371,10 +371,10 @@ def columns_for(rows: int, programs: int, d_in: int) -> int:
     Single rows take COLUMNS whatever the batch: a row's sum then has the same order,
     and the same bits, alone and in any company. Blocks take what leaves a GPU busy.
     """
-    wanted = math.ceil(d_in / COLUMNS)
-    if rows > 1:
-        wanted = max(1, min(wanted, PROGRAMS // programs))
-    return max(1, math.ceil(d_in / wanted / COLUMNS)) * COLUMNS
+    if rows == 1:
+        return COLUMNS
+    shares = max(1, PROGRAMS // programs)
+    return max(1, math.ceil(d_in / shares / COLUMNS)) * COLUMNS
 
 
 def gather(y: Tensor, x: Tensor, stack: Stack, plan: Plan) -> None:
