@@ -352,13 +352,17 @@ def tiles_for(rows: int, dtype: torch.dtype) -> Tiles:
     if rows == 1:
         return Tiles(m=1, n=256, k=COLUMNS, warps=4, stages=1)
     if dtype == torch.float32:  # no matrix unit keeps its 24 bits: smaller blocks
-        return Tiles(m=rows, n=64, k=32, warps=4, stages=2)
-    return Tiles(m=rows, n=128, k=64, warps=4, stages=3)
+        return Tiles(m=rows, n=64 if rows == 16 else 32, k=32, warps=4, stages=2)
+    return Tiles(m=rows, n=128 if rows == 16 else 64, k=64, warps=4, stages=3)
 
 
-def ranks_for(rows: int, largest: int) -> int:
+def ranks_for(rows: int, largest: int, dtype: torch.dtype) -> int:
     """How many ranks a program takes at a time: larger ones are walked in steps."""
-    return 16 if rows == 1 else min(64, max(16, triton.next_power_of_2(largest)))
+    if rows == 1:
+        return 16
+    if dtype == torch.float32:
+        return 32
+    return min(64, max(16, triton.next_power_of_2(largest)))
 
 
 def columns_for(rows: int, programs: int, d_in: int) -> int:
@@ -367,10 +371,10 @@ def columns_for(rows: int, programs: int, d_in: int) -> int:
     Single rows take COLUMNS whatever the batch: a row's sum then has the same order,
     and the same bits, alone and in any company. Blocks take what leaves a GPU busy.
     """
-    wanted = math.ceil(d_in / COLUMNS)
-    if rows > 1:
-        wanted = max(1, min(wanted, PROGRAMS // programs))
-    return max(1, math.ceil(d_in / wanted / COLUMNS)) * COLUMNS
+    if rows == 1:
+        return COLUMNS
+    shares = max(1, PROGRAMS // programs)
+    return max(1, math.ceil(d_in / shares / COLUMNS)) * COLUMNS
 
 
 def gather(y: Tensor, x: Tensor, stack: Stack, plan: Plan) -> None:
@@ -384,7 +388,7 @@ def gather(y: Tensor, x: Tensor, stack: Stack, plan: Plan) -> None:
         return
     d_in, d_out = x.shape[1], y.shape[1]
     tiles = tiles_for(plan.rows, x.dtype)
-    ranks = ranks_for(plan.rows, largest)
+    ranks = ranks_for(plan.rows, largest, x.dtype)
     steps = math.ceil(largest / ranks)
     columns = columns_for(plan.rows, blocks * steps, d_in)
     shares = max(1, math.ceil(d_in / columns))
@@ -415,7 +419,7 @@ def gather(y: Tensor, x: Tensor, stack: Stack, plan: Plan) -> None:
         | {"shares": shares, "d_out": d_out},
         block | {"BN": tiles.n},
         tiles.warps,
-        tiles.stages,
+        stages=1,  # a rank is walked in few steps: nothing to load ahead
     )
 
 
