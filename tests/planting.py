@@ -94,23 +94,3 @@ def _compiled(function, source):
     )
     lent = made["lend"](*function.__code__.co_freevars)
     return inspect.unwrap(lent).__code__
-
-
-@contextmanager
-def planted_kernel(module, name: str, right: str, wrong: str) -> Iterator[None]:
-    """`planted` for a Triton kernel of a module, as the interpreter runs it.
-
-    The interpreter rewrites a kernel from its source: the bug needs one of its own.
-    """
-    sound = getattr(module, name)
-    source = textwrap.dedent(inspect.getsource(sound.fn))
-    assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times"
-    broken = source.replace(right, wrong)
-    file = f"<{name} with {wrong!r}>"
-    linecache.cache[file] = (len(broken), None, broken.splitlines(True), file)
-    try:
-        exec(compile(broken, file, "exec"), vars(module))
-        yield
-    finally:
-        setattr(module, name, sound)
-        del linecache.cache[file]

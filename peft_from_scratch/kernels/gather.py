@@ -35,6 +35,7 @@ from .language import (
     launch,
     load,
     matrix,
+    rounded,
     store,
     tl,
     triton,
@@ -273,7 +274,7 @@ def multiply(a, b, total):
         wide = tl.trans(a).to(tl.float32) * b.to(tl.float32)
         return total + tl.sum(wide, axis=0)[None, :]
     else:
-        return dot(a.to(b.dtype), b, total)
+        return dot(rounded(a, b.dtype), b, total)
 
 
 @triton.jit

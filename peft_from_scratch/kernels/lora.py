@@ -107,16 +107,16 @@ def _product(
             # W = A may be float32, and a W in four bits is.
             total = dot(part, tl.trans(rounded(wide, dtype)), total)
             if UPDATE == "fused" and step == 0:
-                a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)
+                a = rounded(load(A, rank, k, within(rank, k, r, k_size)), dtype)
                 low = dot(part, tl.trans(a), low)
         if UPDATE == "fused":
-            b = load(B, n, rank, within(n, rank, n_size, r)).to(dtype)  # (BN, RANK)
-            total = dot((low * scale).to(dtype), tl.trans(b), total)
+            b = rounded(load(B, n, rank, within(n, rank, n_size, r)), dtype)
+            total = dot(rounded(low * scale, dtype), tl.trans(b), total)
         elif UPDATE == "given":
             for start in range(0, r, 64):
                 some = start + tl.arange(0, 64)
                 part = load(h, m, some, within(m, some, m_size, r))
-                b = load(B, n, some, within(n, some, n_size, r)).to(dtype)
+                b = rounded(load(B, n, some, within(n, some, n_size, r)), dtype)
                 total = dot(part, tl.trans(b), total)
         else:
             total *= scale
