@@ -100,7 +100,7 @@ def share(savings: Sequence[float]) -> float:
 
 BOUNDS = (
     "By arithmetic, and no GPU has timed it here: with 4,096 rows the bound on the "
-    "time changes by {many} % of that of four separate steps (it grows in {loses} % of "
+    "time is {many} % lower than that of four separate steps (higher in {loses} % of "
     "those cases, where the kernel computes x A^T again in every column of blocks), "
     "with 16 rows it falls by {sixteen} % at most, and with one row, where W is nearly "
     "all that is read, by {one} %. {share} % of all cases save 5 % or more, and "

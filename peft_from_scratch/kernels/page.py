@@ -17,7 +17,7 @@ from ..provenance import ROOT
 from .cases import RANKS, SHAPES, for_dx, forward
 from .count import count, fused, in_three, plain, total, unfused
 from .roofline import DEVICES, alt, bound, counts_of, figure
-from .targets import RESULT, TARGETS
+from .targets import LARGEST, RESULT, TARGETS
 
 PAGE = ROOT / "docs" / "kernels.md"
 FIGURE = PAGE.with_name("roofline.svg")
@@ -64,11 +64,20 @@ def summary(rows: Sequence[dict]) -> str:
                     *(dtype, target, len(on)),
                     max(one["registers"] for one in on),
                     f"{max(one['shared'] for one in on) / 1024:.0f}",
+                    sum(one["shared"] > LARGEST[target] * 1024 for one in on),
                     sum(one["spilled"] > 0 for one in on),
                     ", ".join(_kinds(on)) or "none: sums of float32 products",
                 ]
             )
-    heads = ("dtype", "target", "kernels", "registers", "shared, KiB", "spill")
+    heads = (
+        "dtype",
+        "target",
+        "kernels",
+        "registers",
+        "shared, KiB",
+        "too much",
+        "spill",
+    )
     return markdown((*heads, "matrix instructions"), lines)
 
 

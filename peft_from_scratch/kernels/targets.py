@@ -42,6 +42,10 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),  # B200
     "gfx942": ("hip", "gfx942", 64),  # MI300X
 }
+LARGEST = {  # KiB that a program can share: CUDA's programming guide; CDNA 3's manual
+    **{"sm_80": 163, "sm_90": 227, "sm_100": 227},
+    "gfx942": 64,
+}
 MATRIX = {  # by backend: the instructions that multiply matrices, in the assembly
     "cuda": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*?[^\s;]*",
     "hip": r"\bv_mfma_\w+",
