@@ -35,7 +35,7 @@ def live():
 def test_the_file_is_of_these_kernels(stored):
     assert stored["made_of"] == targets.fingerprint(), (
         "a kernel, a tile or a case changed: run python -m "
-        "peft_from_scratch.kernels.targets, then …kernels.page"
+        "peft_from_scratch.kernels.targets"
     )
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from . import lora
-from .cases import Case, empty, for_dx, forward
+from .cases import Case, empty, forward
 from .language import Launch, Tiles, matrix, recorded
 
 
@@ -64,7 +64,7 @@ def total(launches: Iterable[Launch]) -> Count:
 
 
 def _product(given: dict, constants: dict, grid: tuple) -> Count:
-    m, n, k, r = (given[f"{size}"] for size in ("m_size", "n_size", "k_size", "r"))
+    m, n, k, r = (given[size] for size in ("m_size", "n_size", "k_size", "r"))
     update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
     if (reader := constants["LOAD"].fn.__name__) != "dense":
         raise ValueError(f"no formula for W as {reader} reads it")
@@ -184,6 +184,3 @@ def _sum(elements: int, dtype: torch.dtype) -> Count:
     """y + scale u, read twice and written."""
     size = elements * dtype.itemsize
     return Count(2 * size, size, 3 * size, 2 * elements, 2 * elements)
-
-
-__all__ = ["Count", "count", "for_dx", "fused", "in_three", "plain", "total", "unfused"]

@@ -1,8 +1,8 @@
 """What the kernels are on GPUs that are not here: compiled ahead of time, and read.
 
-    python -m peft_from_scratch.kernels.targets     compiles all cases, a minute or two
+    python -m peft_from_scratch.kernels.targets     compiles all cases, three minutes
 
-writes data/results/kernels.json, of which page.py makes docs/kernels.md. Triton needs
+writes data/results/kernels.json, and of it page.py docs/kernels.md. Triton needs
 no GPU to compile for one: it is told the target. How a launch's arguments would be
 specialised is asked of its own binder. From what comes out are read
 
@@ -271,9 +271,14 @@ def main() -> None:
     if asked.into is not None:  # this is the process that compiles
         asked.into.write_text(json.dumps(result(cases)), "utf-8")
         return
-    made = elsewhere(*["--sample"] * asked.sample)
+    if asked.sample:
+        parser.error("--sample is no whole result: say with --into where it goes")
+    made = elsewhere()
     with atomic.new_file(RESULT) as partial:
         partial.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    from .page import write  # which reads what was just written
+
+    write()
 
 
 if __name__ == "__main__":
