@@ -177,18 +177,19 @@ def described(launch: Launch) -> dict:
     """A launch by its words and numbers, without what differs between its cases."""
     dtypes, views = [], []
     for name, value in launch.arguments.items():
-        tensor = value[0] if isinstance(value, tuple) else value
+        tensor, *strides = value if isinstance(value, tuple) else (value,)
         if isinstance(tensor, torch.Tensor):
             dtypes.append(NAMES[tensor.dtype])
-            if isinstance(value, tuple) and 1 not in value[-1:]:
+            if len(strides) == 2 and strides[1] != 1:
                 views.append(name)  # its rows do not lie in memory one by one
+    half = [dtype for dtype in dtypes if dtype in ("fp16", "bf16")]
     constants = {
         name: value.fn.__name__ if hasattr(value, "fn") else value
         for name, value in launch.constants.items()
     }
     return {
         "kernel": launch.kernel.fn.__name__,
-        "dtype": dtypes[0] if launch.kernel.fn.__name__ != "_add_up" else dtypes[-1],
+        "dtype": (*half, "fp32")[0],
         "dtypes": sorted(set(dtypes)),
         "transposed": views,
         "constants": constants,
@@ -259,7 +260,9 @@ def _numbers(value):
         return [NAMES[value.dtype], *value.shape]
     if isinstance(value, dict):
         return {name: _numbers(part) for name, part in value.items()}
-    return [_numbers(part) for part in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_numbers(part) for part in value]
+    return getattr(value, "value", value)  # of a tl.constexpr
 
 
 def main() -> None:
