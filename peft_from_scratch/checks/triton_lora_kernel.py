@@ -225,7 +225,7 @@ def _wrong_products(x: Tensor, W: Tensor, shape: Shape) -> dict[str, Tensor]:
         "only the first BK columns: the loop over k is missing, or its k stays": (
             parts[0]
         ),
-        "the same BK columns again and again: k does not use `start`": (
+        "the same BK columns again and again: k does not move with the loop": (
             parts[0] * len(parts)
         ),
         "only the last BK columns: the total is not added to": parts[-1],

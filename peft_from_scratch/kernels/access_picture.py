@@ -65,7 +65,7 @@ def positions(tensor: torch.Tensor) -> np.ndarray:
 
 
 def order(seen: Trace, y: torch.Tensor) -> np.ndarray:
-    """The number of the program that wrote each element of y, of y's shape."""
+    """The number of the program that wrote each element of y; of y's shape."""
     owner = np.full(positions(y).max() + 1, -1)
     for access in seen.of("store", "y"):
         owner[access.elements] = access.program[0]
@@ -190,6 +190,11 @@ def _name(axes: Axes, spot: tuple, name: str, count: np.ndarray) -> None:
     left, top = spot
     turned = "ᵀ" if PLACES[name][2] else ""
     axes.text(left, top - 1, f"{name}{turned}  {often(count)}", size=SMALL, va="bottom")
+
+
+def words(seen: Trace, tensors: Mapping[str, torch.Tensor]) -> str:
+    """What the picture shows, for those who do not see it: "x 6 x, W 3 x, y 1 x"."""
+    return ", ".join(f"{n} {often(counts(seen, n, t))}" for n, t in tensors.items())
 
 
 def often(count: np.ndarray) -> str:

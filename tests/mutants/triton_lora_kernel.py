@@ -26,8 +26,8 @@ def my_product(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, k_size, BK):
-        k = start + tl.arange(0, BK)
+    for first in range(0, k_size, BK):
+        k = first + tl.arange(0, BK)
         part = load(x, m, k, within(m, k, m_size, k_size))
         wide = load(W, n, k, within(n, k, n_size, k_size))
         total = dot(part, tl.trans(wide), total)
@@ -62,8 +62,8 @@ def my_lora(
     for step in tl.static_range(SWEEP):
         n = (tl.program_id(1) * SWEEP + step) * BN + tl.arange(0, BN)
         total = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, k_size, BK):
-            k = start + tl.arange(0, BK)
+        for first in range(0, k_size, BK):
+            k = first + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))
             wide = load(W, n, k, within(n, k, n_size, k_size))
             total = dot(part, tl.trans(wide), total)
@@ -127,7 +127,7 @@ MUTANTS = {
         {
             "all zeros": [("n, total,", "n, total * 0,")],
             "no loop": [("range(0, k_size, BK)", "range(0, BK, BK)")],
-            "k without start": [("k = start + ", "k = ")],
+            "k without the loop's first": [("k = first + ", "k = ")],
             "the last part left out": [("range(0, k_size,", "range(0, k_size - BK,")],
             "total not added to": [("trans(wide), total)", f"trans(wide), {ZEROS})")],
             "total begins at one": [(ZEROS, f"{ZEROS} + 1")],
@@ -240,8 +240,8 @@ MUTANTS = {
                 ),
                 (
                     "    for step in",
-                    "    for start in range(0, k_size, BK):\n"
-                    "        k = start + tl.arange(0, BK)\n"
+                    "    for first in range(0, k_size, BK):\n"
+                    "        k = first + tl.arange(0, BK)\n"
                     f"        part = load(x, m, k, {PART})\n"
                     "        a = load(A, rank, k, within(rank, k, r, k_size))\n"
                     "        low = dot(part, tl.trans(a), low)\n"
