@@ -196,5 +196,15 @@ def grouped(program, down, along, GROUP: tl.constexpr):
 
 
 def matrix(tensor: torch.Tensor) -> tuple:
-    """A 2-D tensor as the kernels take it: (pointer, row stride, column stride)."""
-    return tensor, tensor.stride(0), tensor.stride(1)
+    """A 2-D tensor as the kernels take it: (pointer, row stride, column stride).
+
+    Raises   ValueError   a row reaches over 2^31 elements, which the kernels count in
+             32 bits along a row (and in 64 from row to row)
+    """
+    (_, width), (down, along) = tensor.shape, tensor.stride()
+    if width * along >= 2**31:
+        raise ValueError(
+            f"a matrix of shape {tuple(tensor.shape)} has strides {(down, along)}: its "
+            "rows reach over 2^31 elements; pass it with .contiguous(), or fewer rows"
+        )
+    return tensor, down, along

@@ -250,9 +250,19 @@ def product(
     return y, h
 
 
+def blocks_over_rows(r: int, width: int) -> tuple[int, int]:
+    """The block of U^T V (r, width) of a program: up to 128 along the narrow side."""
+    most = (128, 64) if r <= width else (64, 128)
+    return tuple(
+        min(limit, max(16, triton.next_power_of_2(size)))
+        for size, limit in zip((r, width), most, strict=True)
+    )
+
+
 def shares_of(m: int, r: int, width: int) -> int:
     """In how many shares a sum over m rows is split: busy, within PARTIALS_BYTES."""
-    busy = math.ceil(PROGRAMS / math.ceil(width / 64))
+    tall, wide = blocks_over_rows(r, width)
+    busy = math.ceil(PROGRAMS / (math.ceil(r / tall) * math.ceil(width / wide)))
     fit = PARTIALS_BYTES // (4 * r * width)
     return max(1, min(busy, fit, math.ceil(m / 64)))
 
@@ -260,22 +270,21 @@ def shares_of(m: int, r: int, width: int) -> int:
 def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
     """U^T V (r, width) for U (m, r), V (m, width): in float32, then rounded to dtype.
 
-    Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most
-             beyond one share
+    Memory   shares_of(m, r, width) r width float32 numbers, PARTIALS_BYTES at most;
+             none where one share is enough
     """
     (m, r), width = U.shape, V.shape[1]
     if not m:
         return U.new_zeros(r, width, dtype=dtype)
-    count = shares_of(m, r, width)
-    rows = math.ceil(m / count / 64) * 64
+    rows = math.ceil(m / shares_of(m, r, width) / 64) * 64
     count = math.ceil(m / rows)
     out = U.new_empty(r, width, dtype=dtype)
     shares = out if count == 1 else U.new_empty(count, r, width, dtype=torch.float32)
-    block = min(128, max(16, triton.next_power_of_2(r)))
+    tall, wide = blocks_over_rows(r, width)
     arguments = {"U": matrix(U), "V": matrix(V), "shares": shares}
     arguments |= {"m_size": m, "r": r, "width": width, "rows": rows}
-    grid = (math.ceil(r / block), math.ceil(width / 64), count)
-    launch(_over_rows, grid, arguments, {"BR": block, "BW": 64, "BM": 64}, 4, 3)
+    grid = (math.ceil(r / tall), math.ceil(width / wide), count)
+    launch(_over_rows, grid, arguments, {"BR": tall, "BW": wide, "BM": 64}, 4, 3)
     if count > 1:
         arguments = {"shares": shares, "out": out, "count": count, "size": r * width}
         grid = (math.ceil(r * width / 1024),)
@@ -318,7 +327,7 @@ class LoRAProduct(torch.autograd.Function):
         if for_A:
             dA = over_rows(dh, x, A.dtype)
         if for_B:
-            dB = over_rows(h, dy, B.dtype).T
+            dB = over_rows(dy, h, B.dtype)
         if for_W:
             dW, _ = product(dy.T, matrix(x.T), x.shape[1])
         if for_bias:
