@@ -43,7 +43,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "k mask missing": "beside x",
         "m mask missing": "beside x",
         "n mask missing": "beside W",
-        "no mask in the store": "writes{{}}beside y",
+        "no mask in the store": "elements beside y",
         "W not transposed": "tl.trans of W's block is missing",
         "programs exchanged": UNWRITTEN,
         "the first rows always": UNWRITTEN,

@@ -235,9 +235,17 @@ def _wrong_products(x: Tensor, W: Tensor, shape: Shape) -> dict[str, Tensor]:
         wrong["the total was rounded to float16 at each step: sum in float32"] = (
             _rounded_sum(parts)
         )
-    if len(W) == W.shape[1]:
-        wrong["x W: tl.trans of W's block is missing"] = x.double() @ W.double()
+    if shape.BN == shape.BK and not len(W) % shape.BN and not W.shape[1] % shape.BK:
+        wrong["tl.trans of W's block is missing"] = x.double() @ _turned_blocks(
+            W, shape
+        )
     return {text: y for text, y in wrong.items() if not y.equal(sum(parts))}
+
+
+def _turned_blocks(W: Tensor, shape: Shape) -> Tensor:
+    """W^T whose blocks lie as they do in W."""
+    blocks = W.double().unflatten(1, (-1, shape.BK)).unflatten(0, (-1, shape.BN))
+    return blocks.permute(2, 1, 0, 3).flatten(2, 3).flatten(0, 1)
 
 
 def _rounded_sum(parts: list[Tensor]) -> Tensor:
