@@ -2,6 +2,9 @@
 
 import os
 
+# Read when Triton is imported: kernels run on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # Before torch is imported. One thread: two test processes share two cores, and sums
 # come out the same on every machine. Offline: a test that asks a hub is a mistake.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

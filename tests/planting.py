@@ -1,6 +1,7 @@
 """Planting bugs: a law is trusted after it has been seen to fail."""
 
 import inspect
+import linecache
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,27 @@ def planted(function: Callable, right: str, wrong: str) -> Iterator[None]:
         yield
     finally:
         function.__code__ = sound
+
+
+@contextmanager
+def planted_kernel(module, name: str, right: str, wrong: str) -> Iterator[None]:
+    """As `planted`, for a Triton kernel or a piece of one, as `module` knows it.
+
+    Triton reads a kernel's source again when it runs it: the changed source gets a file
+    of its own among the lines that Python remembers.
+    """
+    sound = getattr(module, name)
+    source = textwrap.dedent(inspect.getsource(sound.fn))
+    assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times"
+    source, file, made = source.replace(right, wrong), f"<planted {name}: {wrong}>", {}
+    linecache.cache[file] = len(source), None, source.splitlines(True), file
+    exec(compile(source, file, "exec"), module.__dict__, made)
+    setattr(module, name, made[name])
+    try:
+        yield
+    finally:
+        setattr(module, name, sound)
+        del linecache.cache[file]
 
 
 def assert_caught(function, right, wrong, law, *, errors=AssertionError) -> None:

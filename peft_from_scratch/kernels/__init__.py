@@ -1,10 +1,22 @@
 """Fused kernels in Triton, each beside its spec in torch.
 
 Reading order: language.py (Triton or its absence, the shared pieces), lora.py (the
-product and its gradients).
+product and its gradients), nf4.py (the same on a weight in four bits), gather.py (many
+adapters in one product, for serving); trace.py counts what they read and write.
 """
 
+from .gather import Plan, Stack, gather_lora
 from .language import MissingTriton, choose
 from .lora import lora_linear
+from .nf4 import nf4_dequantize, nf4_lora_linear
 
-__all__ = ["MissingTriton", "choose", "lora_linear"]
+__all__ = [
+    "MissingTriton",
+    "Plan",
+    "Stack",
+    "choose",
+    "gather_lora",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_lora_linear",
+]

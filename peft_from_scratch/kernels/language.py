@@ -158,11 +158,28 @@ def load(M, rows, columns, keep):
 
 
 @triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """The nearest values in `dtype`, of two the even one.
+
+    Interpreted, Triton cuts float32 off to bf16: there, and only there, the bits are
+    rounded by hand. NaN stays NaN.
+    """
+    if UPCAST and dtype == tl.bfloat16:
+        wide = values.to(tl.float32)
+        bits = wide.to(tl.int32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(wide == wide, nearest, bits)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(dtype)
+
+
+@triton.jit
 def store(M, rows, columns, values, keep):
     """Write a block, rounded to the matrix's dtype."""
     pointer, down, along = M
     at = pointer + rows.to(tl.int64)[:, None] * down + columns[None, :] * along
-    tl.store(at, values.to(pointer.dtype.element_ty), mask=keep)
+    tl.store(at, rounded(values, pointer.dtype.element_ty), mask=keep)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from .language import (
     launch,
     load,
     matrix,
+    rounded,
     store,
     tl,
     triton,
@@ -39,6 +40,7 @@ from .language import (
 # unit, larger ones spill registers: targets.py.
 ONE_PASS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 LARGEST = 256  # the largest rank
+DTYPES = tuple(ONE_PASS)
 PARTIALS_BYTES = 32 * 2**20  # at most, for the shares of a sum over rows
 PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 processors
 
@@ -57,9 +59,10 @@ def spec(x, W, A, B, scale, bias=None) -> Tensor:
 
 
 @triton.jit
-def dense(W, n, k, keep):
-    """W[n, k] as it stands; nf4.py has a W that is unpacked on the way."""
-    return load(W, n, k, keep)
+def dense(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
+    """W[n:, k:] (BN, BK) as it stands; nf4.py has a W that is unpacked on the way."""
+    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
+    return load(W, rows, columns, within(rows, columns, n_size, k_size))
 
 
 @triton.jit
@@ -94,24 +97,26 @@ def _product(
     rank = tl.arange(0, RANK)
     low = tl.zeros((BM, RANK), tl.float32)
     for step in tl.static_range(SWEEP):
-        n = (column * SWEEP + step) * BN + tl.arange(0, BN)
+        first = (column * SWEEP + step) * BN
+        n = first + tl.arange(0, BN)
         total = tl.zeros((BM, BN), tl.float32)
         for start in range(0, k_size, BK):
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
-            wide = LOAD(W, n, k, within(n, k, n_size, k_size))  # (BN, BK)
-            total = dot(part, tl.trans(wide), total)
+            wide = LOAD(W, first, start, n_size, k_size, BN, BK)  # (BN, BK)
+            # W = A may be float32, and a W in four bits is.
+            total = dot(part, tl.trans(rounded(wide, dtype)), total)
             if UPDATE == "fused" and step == 0:
-                a = load(A, rank, k, within(rank, k, r, k_size)).to(dtype)
+                a = rounded(load(A, rank, k, within(rank, k, r, k_size)), dtype)
                 low = dot(part, tl.trans(a), low)
         if UPDATE == "fused":
-            b = load(B, n, rank, within(n, rank, n_size, r)).to(dtype)  # (BN, RANK)
-            total = dot((low * scale).to(dtype), tl.trans(b), total)
+            b = rounded(load(B, n, rank, within(n, rank, n_size, r)), dtype)
+            total = dot(rounded(low * scale, dtype), tl.trans(b), total)
         elif UPDATE == "given":
-            for first in range(0, r, 64):
-                some = first + tl.arange(0, 64)
+            for start in range(0, r, 64):
+                some = start + tl.arange(0, 64)
                 part = load(h, m, some, within(m, some, m_size, r))
-                b = load(B, n, some, within(n, some, n_size, r)).to(dtype)
+                b = rounded(load(B, n, some, within(n, some, n_size, r)), dtype)
                 total = dot(part, tl.trans(b), total)
         else:
             total *= scale
@@ -292,46 +297,51 @@ def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def gradients(wanted, dy, x, A, B, h, bias, scale, across) -> tuple:
+    """(dx, dA, dB, dbias), those that are `wanted` and None for the others.
+
+    Args
+        wanted  four booleans
+        across  W^T as `product` takes it: its W and n, its reader and tiles
+    """
+    for_x, for_A, for_B, for_bias = wanted
+    dx = dh = dA = dB = dbias = None
+    if for_x:
+        update = {} if A is None else {"A": B.T, "B": A.T, "keep": for_A}
+        dx, dh = product(dy, scale=scale, **update, **across)
+    elif for_A:
+        dh, _ = product(dy, matrix(B.T), B.shape[1], scale=scale)
+    if for_A:
+        dA = over_rows(dh, x, A.dtype)
+    if for_B:
+        dB = over_rows(dy, h, B.dtype)
+    if for_bias:
+        dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
+    return dx, dA, dB, dbias
+
+
 class LoRAProduct(torch.autograd.Function):
     """The kernels under autograd; x and y are matrices here."""
 
     @staticmethod
     def forward(ctx, x, W, A, B, scale, bias):
-        keep = any(ctx.needs_input_grad)
+        keep = ctx.needs_input_grad[3]  # only dB takes h
         y, h = product(
             x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=keep
         )
-        ctx.save_for_backward(x, W, A, B, h)
+        ctx.save_for_backward(W, x, A, B, h, bias)
         ctx.scale = scale
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, W, A, B, h = ctx.saved_tensors
+        W, x, *others = ctx.saved_tensors
         for_x, for_W, for_A, for_B, _, for_bias = ctx.needs_input_grad
-        dx = dh = dA = dB = dW = dbias = None
-        if for_x:
-            dx, dh = product(
-                dy,
-                matrix(W.T),
-                W.shape[1],
-                A=B.T,
-                B=A.T,
-                scale=ctx.scale,
-                keep=for_A,
-            )
-        elif for_A:
-            dh, _ = product(dy, matrix(B.T), B.shape[1], scale=ctx.scale)
-        if for_A:
-            dA = over_rows(dh, x, A.dtype)
-        if for_B:
-            dB = over_rows(dy, h, B.dtype)
-        if for_W:
-            dW, _ = product(dy.T, matrix(x.T), x.shape[1])
-        if for_bias:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        wanted = for_x, for_A, for_B, for_bias
+        across = {"W": matrix(W.T), "n": W.shape[1]}
+        dx, dA, dB, dbias = gradients(wanted, dy, x, *others, ctx.scale, across)
+        dW = product(dy.T, matrix(x.T), x.shape[1])[0] if for_W else None
         return dx, dW, dA, dB, None, dbias
 
 
@@ -362,10 +372,10 @@ def lora_linear(
              dtype before its product with B. Differentiable once, by all five tensors
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
-    Memory   h: (rows of x) r numbers, kept for the gradients
+    Memory   h: (rows of x) r numbers, kept for the gradient of B
     Source   [1] arXiv:2106.09685v2
     """
-    _check(x, W, A, B, scale, bias)
+    check(x, W, A, B, scale, bias)
     if choose(x.device, backend) == "torch":
         return spec(x, W, A, B, scale, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -373,7 +383,8 @@ def lora_linear(
     return y.view(*x.shape[:-1], len(W))
 
 
-def _check(x, W, A, B, scale, bias) -> None:
+def check(x, W, A, B, scale, bias) -> None:
+    """Refuse what does not fit: a ValueError that names it, its value and what fits."""
     wanted = {"W": (W, 2), "A": (A, 2), "B": (B, 2)}
     if bias is not None:
         wanted["bias"] = (bias, 1)
@@ -399,7 +410,7 @@ def _check(x, W, A, B, scale, bias) -> None:
             )
     if not 1 <= r <= LARGEST:
         raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
-    if x.dtype not in ONE_PASS or W.dtype != x.dtype:
+    if x.dtype not in DTYPES or W.dtype != x.dtype:
         raise ValueError(
             f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, "
             "float16 and bfloat16"

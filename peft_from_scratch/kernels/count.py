@@ -1,0 +1,189 @@
+"""Bytes and FLOPs of a launch, by formula: what the grid and the tiles come to.
+
+    issued      bytes of all loads and stores that a mask lets through; caches serve
+                most of them
+    compulsory  bytes of every operand once: what no cache can save
+    flops       of whole blocks, padding included: what the matrix unit does
+    needed      2 m n k of each product, once
+
+A block of y = x W^T reads its rows of x and of W: with blocks of BM x BN
+
+    x   ⌈n / BN⌉ m k         W   ⌈m / BM⌉ n k         y   m n        elements
+
+and the update adds to it, fused: A once a program, which has `sweep` blocks; B once a
+block of rows. A sweep that ends beyond n still reads x.
+
+trace.py counts the same in the interpreter, element by element: the tests hold the two
+to each other.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from . import lora
+from .cases import Case, empty, for_dx, forward
+from .language import Launch, Tiles, matrix, recorded
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one launch, or the sum over several. Bytes, floating-point operations."""
+
+    loads: int = 0
+    stores: int = 0
+    compulsory: int = 0
+    flops: int = 0
+    needed: int = 0
+
+    @property
+    def issued(self) -> int:
+        return self.loads + self.stores
+
+    def __add__(self, other: "Count") -> "Count":
+        pairs = zip(_fields(self), _fields(other), strict=True)
+        return Count(*(a + b for a, b in pairs))
+
+
+def count(launch: Launch) -> Count:
+    """What a launch moves and computes.
+
+    Raises   ValueError   a kernel, or a reader of W, that has no formula here
+    """
+    name = launch.kernel.fn.__name__
+    if name not in FORMULAS:
+        raise ValueError(f"no formula for {name}; there are {', '.join(FORMULAS)}")
+    return FORMULAS[name](launch.arguments, launch.constants, launch.grid)
+
+
+def total(launches: Iterable[Launch]) -> Count:
+    """The sum, with nothing left in a cache from one launch to the next."""
+    return sum(map(count, launches), Count())
+
+
+def _product(given: dict, constants: dict, grid: tuple) -> Count:
+    m, n, k, r = (given[f"{size}"] for size in ("m_size", "n_size", "k_size", "r"))
+    update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
+    if (reader := constants["LOAD"].fn.__name__) != "dense":
+        raise ValueError(f"no formula for W as {reader} reads it")
+    down = math.ceil(m / BM)
+    programs = grid[0] // down  # side by side
+    blocks = programs * constants["SWEEP"]
+    fused, read = update == "fused", update == "given"
+    moved = {  # name: (elements of the operand, how often each is loaded)
+        "x": (m * k, blocks),
+        "W": (n * k, down),
+        "A": (r * k, fused and programs * down),
+        "B": (n * r, (fused or read) and down),
+        "h": (m * r, read and blocks),
+        "bias": (n, given["bias"] is not None and down),
+    }
+    stored = {"y": m * n} | ({"h": m * r} if constants["KEEP"] else {})
+    rank = constants["RANK"] if fused else math.ceil(r / 64) * 64 if read else 0
+    height, width, depth = down * BM, blocks * BN, math.ceil(k / BK) * BK
+    whole = height * width * depth + height * width * rank
+    whole += fused * programs * height * rank * depth
+    needed = m * n * k + fused * m * r * k + (fused or read) * m * n * r
+    return _moved(given, moved, stored, 2 * whole, 2 * needed)
+
+
+def _over_rows(given: dict, constants: dict, grid: tuple) -> Count:
+    m, r, width, rows = (given[name] for name in ("m_size", "r", "width", "rows"))
+    moved = {"U": (m * r, grid[1]), "V": (m * width, grid[0])}
+    stored = {"shares": grid[2] * r * width}
+    BM, whole = constants["BM"], 0
+    for share in range(grid[2]):
+        held = min(rows, m - share * rows)
+        whole += math.ceil(held / BM) * BM
+    whole *= grid[0] * constants["BR"] * grid[1] * constants["BW"]
+    return _moved(given, moved, stored, 2 * whole, 2 * m * r * width)
+
+
+def _add_up(given: dict, constants: dict, grid: tuple) -> Count:
+    size, adds = given["size"], given["count"] * given["size"]
+    return _moved(given, {"shares": (adds, 1)}, {"out": size}, adds, adds)
+
+
+FORMULAS = {"_product": _product, "_over_rows": _over_rows, "_add_up": _add_up}
+
+
+def _moved(given, moved: dict, stored: dict, flops: int, needed: int) -> Count:
+    def bytes_of(name: str, elements: int) -> int:
+        return elements * _itemsize(given[name])
+
+    loaded = {name: size for name, (size, times) in moved.items() if times}
+    return Count(
+        loads=sum(
+            bytes_of(name, size * moved[name][1]) for name, size in loaded.items()
+        ),
+        stores=sum(bytes_of(*item) for item in stored.items()),
+        compulsory=sum(bytes_of(*i) for i in (*loaded.items(), *stored.items())),
+        flops=flops,
+        needed=needed,
+    )
+
+
+def _itemsize(operand) -> int:
+    return (operand[0] if isinstance(operand, tuple) else operand).element_size()
+
+
+def _fields(counted: Count) -> tuple[int, ...]:
+    return tuple(vars(counted).values())
+
+
+# What the fused product is compared with ----------------------------------------------
+
+
+def fused(m, d_in, d_out, r, dtype, make=forward) -> list[Launch]:
+    """The launches of lora_linear, or with make=for_dx those of its dx."""
+    return Case("", lambda: make(m, d_in, d_out, r, dtype)).launches()
+
+
+def plain(launches: list[Launch]) -> Launch:
+    """x W^T alone in the same blocks: the last of these launches without an update."""
+    given, constants = launches[-1].arguments, launches[-1].constants
+    tiles = Tiles(
+        *(constants[name] for name in ("BM", "BN", "BK")),
+        group=constants["GROUP"],
+        warps=launches[-1].warps,
+        stages=launches[-1].stages,
+    )
+    with recorded() as log:
+        lora.product(given["x"][0], given["W"], given["n_size"], tiles=tiles)
+    return log[0]
+
+
+def unfused(m, d_in, d_out, r, dtype) -> list[Count]:
+    """x W^T, then h = x A^T, then h B^T, then their sum: each step on its own."""
+    x, h = empty(m, d_in, dtype=dtype), empty(m, r, dtype=dtype)
+    steps = []
+    for operand, sizes in ((x, (d_out, d_in)), (x, (r, d_in)), (h, (d_out, r))):
+        W = empty(*sizes, dtype=dtype)
+        with recorded() as log:
+            lora.product(operand, matrix(W), sizes[0])
+        steps.append(total(log))
+    return [*steps, _sum(m * d_out, dtype)]
+
+
+def in_three(m, d_in, d_out, r, dtype) -> list[Count]:
+    """The same, better: h B^T is added to x W^T where it is computed (addmm)."""
+    wide, low, back, add = unfused(m, d_in, d_out, r, dtype)
+    extra = m * d_out * dtype.itemsize  # x W^T, read again
+    more = {
+        "loads": extra,
+        "compulsory": extra,
+        "flops": add.flops,
+        "needed": add.needed,
+    }
+    return [wide, low, back + Count(**more)]
+
+
+def _sum(elements: int, dtype: torch.dtype) -> Count:
+    """y + scale u, read twice and written."""
+    size = elements * dtype.itemsize
+    return Count(2 * size, size, 3 * size, 2 * elements, 2 * elements)
+
+
+__all__ = ["Count", "count", "for_dx", "fused", "in_three", "plain", "total", "unfused"]
