@@ -43,6 +43,8 @@ from peft_from_scratch.lesson import start
 lesson = start("09")
 
 # %%
+import json
+
 import numpy as np
 import peft
 import torch
@@ -51,8 +53,10 @@ import triton.language as tl
 from torch import nn
 
 import peft_from_scratch as pfs
+from peft_from_scratch import ledger, runs
 from peft_from_scratch.checks import triton_lora_kernel as checks
-from peft_from_scratch.kernels import access_picture, lora_linear
+from peft_from_scratch.experiments import fusing
+from peft_from_scratch.kernels import access_picture, lora_linear, roofline, targets
 from peft_from_scratch.kernels.language import (
     Tiles,
     dot,
@@ -391,42 +395,44 @@ lesson.show(figure, "The first eight programs: a row of blocks, or a patch four 
 # Notebook 04 met GPT-2's `Conv1D`, whose weight is stored as $(d_{in}, d_{out})$: the
 # transpose of what `nn.Linear` has. Should we copy it? No: to a kernel, a transpose is
 # nothing but two strides that change places. The library's kernel takes a **reader**,
-# the function that fetches a block of $W$, so you need only write that.
+# the function that fetches a block of $W$, so that is all you need to write.
 #
 # ### Exercise 9.3: read a transposed weight
 #
-# Difficulty two of five, importance three of five, about ten minutes. The matrix `W` is
-# a `Conv1D` weight of $k$ rows and $n$ columns, in memory with any strides. Return the
-# block that the product needs: `BN` rows, one for each of `n`, and `BK` columns, one
-# for each of `k`. Where `keep`, of the same shape, is false, return zeros.
+# Difficulty two of five, importance three of five, about fifteen minutes. The matrix
+# `W` is a `Conv1D` weight of `k_size` rows and `n_size` columns, in memory with any
+# strides. Return the block that the product needs: `BN` rows, which are columns of `W`
+# from number `n` on, and `BK` columns, its rows from number `k` on; zeros where there
+# is nothing.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# One step in `k` goes to the next *row* of this matrix. Which of the two strides is
-# that?
+# One step to the right in the block goes to the next *row* of this matrix. Which of the
+# two strides is that?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# `n[:, None]` is `(BN, 1)`, `k[None, :]` is `(1, BK)`; what they make together is
-# `(BN, BK)`.
+# With `rows` for the block's rows and `columns` for its columns, `rows[:, None]` is
+# `(BN, 1)` and `columns[None, :]` is `(1, BK)`; together they make `(BN, BK)`.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
 #
-# `pointer, down, along = W`
+# `rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)`
 #
 # </details>
 
 
 # %% tags=["exercise-9.3"]
 @triton.jit
-def my_reader(W, n, k, keep):
-    """W[k, n]ᵀ: (BN, BK) from a weight W (k, n) = (pointer, down, along)."""
+def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
+    """W[k:, n:]ᵀ: (BN, BK), from a weight W (k_size, n_size)."""
     ### BEGIN SOLUTION
     pointer, down, along = W
-    at = pointer + k[None, :] * down + n[:, None] * along
-    return tl.load(at, mask=keep, other=0.0)
+    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
+    at = pointer + columns[None, :] * down + rows[:, None] * along
+    return tl.load(at, mask=within(rows, columns, n_size, k_size), other=0.0)
     ### END SOLUTION
 
 
@@ -678,6 +684,90 @@ assert again
 # kernel reads a few thousand numbers. That is a cheap price for equal bits.
 
 # %% [markdown]
+# ## What the compiler says, without a GPU
+#
+# Triton's compiler needs no GPU to make code for one. So the course compiled every
+# kernel it has for three generations of NVIDIA's and one of AMD's, and keeps what came
+# out: how many **registers** a thread takes; how many bytes had to be **spilled** to
+# memory, because the registers did not suffice; how much **shared** memory a program
+# takes; and whether the **matrix instructions** are there, without which a GPU does a
+# small part of what it could. Here is the fused product in `bf16`, at rank eight:
+
+# %%
+rows = json.loads(targets.RESULT.read_text("utf-8"))["rows"]
+case = "lora 4096 x 4096 -> 4096, r 8, bf16"
+fused = next(row for row in rows if case in row["cases"])
+for name, made in fused["targets"].items():
+    said = f"{made['registers']} registers, {made['spilled']} bytes spilled"
+    print(f"{name:7} {said}, {made['shared']:,} shared, {made['instructions'][0]}")
+for name in fused["targets"]:
+    spilled = [row for row in rows if row["targets"][name]["spilled"]]
+    print(f"{name:7} spills in {len(spilled)} of {len(rows)} kernels compiled")
+
+# %% [markdown]
+# A thread has `255` registers at most, and the threads of a program hold its total
+# together (`sm_100` has a memory of its own for that): this is what limits the size of a
+# block. Each target has matrix instructions of its own, made from the same source. What
+# the compiler can *not* say is how long anything takes.
+#
+# ## On trial: claim K1
+#
+# *Fusing the LoRA product into one kernel makes it faster.* It is our own claim, the
+# one that everybody makes who writes such a kernel. We have no GPU, so no clock. But
+# arithmetic goes a long way. A launch takes at least
+#
+# $$t \ge \max\left(\frac{\text{FLOPs}}{\text{FLOP/s}},\;
+# \frac{\text{bytes}}{\text{bytes/s}}\right)
+# \qquad
+# \text{intensity} = \frac{\text{FLOPs}}{\text{bytes}}$$
+#
+# and a sequence of launches takes the sum of such terms. Both speeds stand in the
+# datasheet, and their ratio is the intensity from which on arithmetic is the limit: the
+# corner of the **roofline**. Fewer bytes help below it, and not above it. The bytes
+# here are *distinct* ones, as if caches were perfect. A product with one row of $x$
+# reads all of $W$ for a single use; a product with thousands of rows uses each element
+# thousands of times.
+#
+# **Control:** the same steps, not fused, under the same bound. In how many percent of
+# the cases (shapes, ranks and devices) does fusing lower the bound by five percent or
+# more? Guess.
+
+# %%
+print(ledger.claim("K1").rule)
+lesson.predict("9.6", guess=100, unit="% of the cases")
+
+# %%
+lesson.show(roofline.figure(), roofline.alt())
+
+# %%
+config = fusing.config()
+run = runs.Run("live", config, fusing.compute(config), {})
+for m in (4096, 16, 1):
+    over = {how: fusing.values(run, how, m) for how in ("in_four", "in_three")}
+    worth = [f"{name}: {fusing.share(v):.0f} %" for name, v in over.items()]
+    least, most = min(over["in_four"]), max(over["in_four"])
+    print(
+        f"{m:5,} rows, worth it {', '.join(worth)}; saves {least:.0f} to {most:.0f} %"
+    )
+found = fusing.measured([run])
+lesson.measured("9.6", found.value)
+lesson.live("K1", found.value, found.low, found.high)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+lesson.verdict("K1")
+
+# %% [markdown]
+# Read it by rows. With thousands of rows, and matrices that are not large, the four
+# steps move so much for so little that fusing lowers the bound by a lot. With one row,
+# as when a model writes token by token, $W$ is nearly all that is read, and nobody can
+# save that. What fusing saves there are *launches*, some microseconds each, which the
+# bound leaves out. And against a good rival, three steps whose last product adds by
+# itself, the gain is smaller: a baseline can always be made slow.
+#
+# **A time: not measured.** No GPU was at hand. It would take one, a clock, and both
+# rivals, and its figures would be true of that GPU.
+#
 # ## Now with the library
 #
 # The same layer in PEFT, which runs LoRA's steps one by one: values and gradients of

@@ -99,6 +99,10 @@ def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
             SWEEP: tl.constexpr):
 """
+READER = """\
+@triton.jit
+def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
+"""
 RIGHT = {  # exercise: {name: source of an answer that is right in another way}
     "9.1": {
         "with zeros in the place of what is not there": (
@@ -136,14 +140,16 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
     },
     "9.3": {
         "the other block, turned": (
-            "@triton.jit\n"
-            "def my_reader(W, n, k, keep):\n"
-            "    return tl.trans(load(W, k, n, tl.trans(keep)))\n"
+            f"{READER}"
+            "    down, across = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
+            "    keep = within(down, across, k_size, n_size)\n"
+            "    return tl.trans(load(W, down, across, keep))\n"
         ),
         "the strides exchanged": (
-            "@triton.jit\n"
-            "def my_reader(W, n, k, keep):\n"
-            "    return load((W[0], W[2], W[1]), n, k, keep)\n"
+            f"{READER}"
+            "    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)\n"
+            "    keep = within(rows, columns, n_size, k_size)\n"
+            "    return load((W[0], W[2], W[1]), rows, columns, keep)\n"
         ),
     },
     "9.4": {

@@ -260,7 +260,7 @@ def _rounded_sum(parts: list[Tensor]) -> Tensor:
 
 @judged
 def conv1d_reader(my_reader) -> None:
-    """9.3: my_reader(W, n, k, keep): W^T's block (n, k) of a weight stored as W (k, n).
+    """9.3: my_reader(W, n, k, n_size, k_size, BN, BK): a block of W^T, for W (k, n).
 
     It stands in the library's own kernel, in the place of `dense`.
     """

@@ -36,10 +36,11 @@ def my_product(
 
 READER = """\
 @triton.jit
-def my_reader(W, n, k, keep):
+def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
     pointer, down, along = W
-    at = pointer + k[None, :] * down + n[:, None] * along
-    return tl.load(at, mask=keep, other=0.0)
+    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
+    at = pointer + columns[None, :] * down + rows[:, None] * along
+    return tl.load(at, mask=within(rows, columns, n_size, k_size), other=0.0)
 """
 
 UPDATE = """\
@@ -158,22 +159,25 @@ MUTANTS = {
         READER,
         {
             "all zeros": [("other=0.0)", "other=0.0) * 0")],
-            "W as it stands": [
-                ("k[None, :] * down", "k[None, :] * step"),
-                ("n[:, None] * along", "n[:, None] * down"),
-                ("k[None, :] * step", "k[None, :] * along"),
-            ],
-            "along taken for one": [("n[:, None] * along", "n[:, None]")],
-            "down forgotten": [("k[None, :] * down", "k[None, :]")],
-            "no mask": [("mask=keep, other=0.0", "")],
+            "W as it stands": [("down, along = W", "along, down = W")],
+            "along taken for one": [("rows[:, None] * along", "rows[:, None]")],
+            "down taken for n_size": [("* down", "* n_size")],
+            "down forgotten": [("columns[None, :] * down", "columns[None, :]")],
+            "no mask": [("mask=within(rows, columns, n_size, k_size), other=0.0", "")],
+            "the sizes exchanged": [("n_size, k_size), o", "k_size, n_size), o")],
+            "no n": [("n + tl.arange", "tl.arange")],
+            "no k": [("k + tl.arange", "tl.arange")],
             "the block turned": [
-                ("k[None, :]", "k[:, None]"),
-                ("n[:, None]", "n[None, :]"),
+                ("columns[None, :]", "columns[:, None]"),
+                ("rows[:, None]", "rows[None, :]"),
+                ("rows, columns, n_size, k_size)", "columns, rows, k_size, n_size)"),
             ],
             "twice": [("return tl", "return 2 * tl")],
             "the sign": [("return ", "return -")],
             "the stride in bytes": [("* down", "* down * 4")],
-            "the next column": [("n[:, None] * along", "(n[:, None] + 1) * along")],
+            "the next column": [
+                ("rows[:, None] * along", "(rows[:, None] + 1) * along")
+            ],
         },
     ),
     "9.4": table(
