@@ -14,7 +14,9 @@ exercise: the solution left out, and, of a function, its first argument back.
 
 import ast
 import importlib.util
+import linecache
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as in conftest.py
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "notebooks")] * (__name__ == "__main__")
 
@@ -59,9 +62,9 @@ class Lesson:
     def run(self, exercise: Exercise, source: str, check: str) -> None:
         """The source of an exercise's cell, then that of its check, on their own."""
         names = dict(NAMES, checks=self.checks, __name__="__main__")
-        exec(compile(self.preamble, "preamble", "exec"), names)
-        exec(compile(source, f"answer to {exercise.id}", "exec"), names)
-        exec(compile(check, f"check of {exercise.id}", "exec"), names)
+        exec(_compiled(self.preamble, "preamble"), names)
+        exec(_compiled(source, f"answer to {exercise.id}"), names)
+        exec(_compiled(check, f"check of {exercise.id}"), names)
 
     def judge(self, exercise: Exercise, source: str) -> Wrong | None:
         """What the check says of an answer, its hidden tests left out."""
@@ -78,6 +81,12 @@ class Lesson:
         except NotDone as reminder:
             return reminder
         return None
+
+
+def _compiled(source: str, name: str):
+    """Compiled as a cell is, whose source can be asked for: Triton reads a kernel's."""
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    return compile(source, name, "exec")
 
 
 @lru_cache
