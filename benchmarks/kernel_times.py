@@ -5,9 +5,10 @@
     python benchmarks/kernel_times.py --table                    the page's table
 
 All in bfloat16, with the same A and B. Each candidate's result is held to the spec in
-float64 before any clock runs; one that is wrong stops the benchmark. The clock is
-Triton's `do_bench`: events on the GPU around one call, the L2 cache swept before it.
-What Python needs to launch a kernel is in the time where the GPU waits for it.
+float64 (four bits alone and many adapters: in float32) before any clock runs; one that
+is wrong stops the benchmark. The clock is Triton's `do_bench`: events on the GPU around
+one call, the L2 cache swept before it. What Python needs to launch a kernel is in the
+time where the GPU waits for it.
 
 `--record` writes results/kernel_times-<GPU>.json and renews the table in README.md.
 Without a GPU nothing is measured, and the program says so. (A file kernels.py in this
@@ -367,25 +368,17 @@ def obstacle() -> str | None:
 
 
 def space(m: int) -> list[Tiles]:
-    """The blocks that a search tries for m rows: 36 of them for decoding, 64 else."""
+    """The blocks that a search tries for m rows: 36 of them for decoding, 48 else."""
     if m <= 16:
-        blocks, widths, sweeps, stages = (
-            ((16, 32), (16, 64), (16, 128)),
-            (64, 128),
-            (1,),
-            (3, 4, 5),
-        )
+        sizes = itertools.product((16,), (32, 64, 128), (4, 8))
+        others = (64, 128), (1,), (3, 4, 5)
     else:
-        blocks, widths, sweeps, stages = (
-            ((64, 128), (128, 64), (128, 128), (128, 256)),
-            (32, 64),
-            (1, 4),
-            (3, 4),
-        )
-    chosen = itertools.product(blocks, widths, sweeps, (4, 8), stages)
+        four_warps = (64, 128, 4), (128, 64, 4)  # that spill with larger blocks
+        sizes = *four_warps, (64, 128, 8), (128, 64, 8), (128, 128, 8), (128, 256, 8)
+        others = (32, 64), (1, 4), (3, 4)
     return [
         Tiles(m=tall, n=wide, k=k, sweep=sweep, warps=warps, stages=stages)
-        for (tall, wide), k, sweep, warps, stages in chosen
+        for (tall, wide, warps), k, sweep, stages in itertools.product(sizes, *others)
     ]
 
 
