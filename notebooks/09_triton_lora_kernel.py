@@ -706,9 +706,9 @@ for name in fused["targets"]:
 
 # %% [markdown]
 # A thread has `255` registers at most, and the threads of a program hold its total
-# together (`sm_100` has a memory of its own for that): this is what limits the size of a
-# block. Each target has matrix instructions of its own, made from the same source. What
-# the compiler can *not* say is how long anything takes.
+# together (`sm_100` has a memory of its own for that): this is what limits the size of
+# a block. Each target has matrix instructions of its own, made from the same source.
+# What the compiler can *not* say is how long anything takes.
 #
 # ## On trial: claim K1
 #
