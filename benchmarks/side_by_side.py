@@ -60,19 +60,27 @@ def take_turns(
 
 
 def table(times: Times, first: str) -> list[dict]:
+    """As `ratios`, with the ratio of the processor times."""
+    walls = {name: [seconds for seconds, _ in laps] for name, laps in times.items()}
+    rows = ratios(walls, first)
+    for row in rows:
+        pairs = zip(times[row["name"]], times[first], strict=True)
+        row["processor_ratio"] = median(mine[1] / other[1] for mine, other in pairs)
+    return rows
+
+
+def ratios(seconds: dict[str, list[float]], first: str) -> list[dict]:
     """A row a candidate: median seconds, and its ratio to the first's in its round."""
     rows = []
-    for name, laps in times.items():
-        pairs = list(zip(laps, times[first], strict=True))
-        ratios = [mine[0] / other[0] for mine, other in pairs]
+    for name, mine in seconds.items():
+        each = [a / b for a, b in zip(mine, seconds[first], strict=True)]
         rows.append(
             {
                 "name": name,
-                "seconds": median(seconds for seconds, _ in laps),
-                "ratio": median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-                "processor_ratio": median(mine[1] / other[1] for mine, other in pairs),
+                "seconds": median(mine),
+                "ratio": median(each),
+                "low": min(each),
+                "high": max(each),
             }
         )
     return rows
@@ -123,13 +131,15 @@ def parsed(made: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
     return asked
 
 
-def write(result: dict, record: bool) -> str:
-    """Write the result to out/, or to results/ with the machine in its name.
+def write(result: dict, record: bool, place: str | None = None) -> str:
+    """Write the result to out/, or to results/ with a place's name in its own.
+
+    The place is the machine, or what else was measured: a GPU.
 
     Returns  a line that says where
     """
-    machine = result["provenance"]["machine"].rpartition(",")[0]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    place = place or result["provenance"]["machine"].rpartition(",")[0]
+    slug = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
     folder, name = (RESULTS, f"-{slug}") if record else (OUT, "")
     file = folder / f"{result['benchmark']}{name}.json"
     with new_file(file) as new:

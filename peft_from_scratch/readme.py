@@ -41,7 +41,12 @@ def results(result: dict) -> str:
 
 def with_results(page: str, result: dict) -> str:
     """The page with the block between the marks made new."""
-    return BLOCK.sub(lambda marks: f"{marks[1]}\n{results(result)}\n{marks[2]}", page)
+    return between_marks(page, results(result))
+
+
+def between_marks(page: str, block: str) -> str:
+    """The page with this block, which ends in a new line, between the marks."""
+    return BLOCK.sub(lambda marks: f"{marks[1]}\n{block}\n{marks[2]}", page)
 
 
 if __name__ == "__main__":

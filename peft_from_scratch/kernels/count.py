@@ -11,7 +11,7 @@ A block of y = x W^T reads its rows of x and of W: with blocks of BM x BN
     x   ⌈n / BN⌉ m k         W   ⌈m / BM⌉ n k         y   m n        elements
 
 and the update adds to it, fused: A once a program, which has `sweep` blocks; B once a
-block of rows. A sweep that ends beyond n still reads x.
+block of rows. A sweep that ends beyond n reads nothing there.
 
 trace.py counts the same in the interpreter, element by element: the tests hold the two
 to each other.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from . import lora
-from .cases import Case, empty, for_dx, forward
+from .cases import Case, empty, forward
 from .language import Launch, Tiles, matrix, recorded
 
 
@@ -64,16 +64,17 @@ def total(launches: Iterable[Launch]) -> Count:
 
 
 def _product(given: dict, constants: dict, grid: tuple) -> Count:
-    m, n, k, r = (given[f"{size}"] for size in ("m_size", "n_size", "k_size", "r"))
+    m, n, k, r = (given[size] for size in ("m_size", "n_size", "k_size", "r"))
     update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
     if (reader := constants["LOAD"].fn.__name__) != "dense":
         raise ValueError(f"no formula for W as {reader} reads it")
     down = math.ceil(m / BM)
     programs = grid[0] // down  # side by side
     blocks = programs * constants["SWEEP"]
+    columns = math.ceil(n / BN)  # of blocks that are not wholly beyond n
     fused, read = update == "fused", update == "given"
     moved = {  # name: (elements of the operand, how often each is loaded)
-        "x": (m * k, blocks),
+        "x": (m * k, columns),
         "W": (n * k, down),
         "A": (r * k, fused and programs * down),
         "B": (n * r, (fused or read) and down),
@@ -82,8 +83,8 @@ def _product(given: dict, constants: dict, grid: tuple) -> Count:
     }
     stored = {"y": m * n} | ({"h": m * r} if constants["KEEP"] else {})
     rank = constants["RANK"] if fused else math.ceil(r / 64) * 64 if read else 0
-    height, width, depth = down * BM, blocks * BN, math.ceil(k / BK) * BK
-    whole = height * width * depth + height * width * rank
+    height, depth = down * BM, math.ceil(k / BK) * BK
+    whole = height * BN * (columns * depth + blocks * rank)
     whole += fused * programs * height * rank * depth
     needed = m * n * k + fused * m * r * k + (fused or read) * m * n * r
     return _moved(given, moved, stored, 2 * whole, 2 * needed)
@@ -184,6 +185,3 @@ def _sum(elements: int, dtype: torch.dtype) -> Count:
     """y + scale u, read twice and written."""
     size = elements * dtype.itemsize
     return Count(2 * size, size, 3 * size, 2 * elements, 2 * elements)
-
-
-__all__ = ["Count", "count", "for_dx", "fused", "in_three", "plain", "total", "unfused"]

@@ -100,7 +100,8 @@ def _product(
         first = (column * SWEEP + step) * BN
         n = first + tl.arange(0, BN)
         total = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, k_size, BK):
+        depth = tl.where(first < n_size, k_size, 0)  # a sweep may end beyond n
+        for start in range(0, depth, BK):
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
             wide = LOAD(W, first, start, n_size, k_size, BN, BK)  # (BN, BK)
@@ -178,7 +179,8 @@ def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:  # no matrix unit keeps its 24 bits: smaller blocks
         if m <= 16:
             return Tiles(m=16, n=64, k=32, warps=4, stages=3)
-        return Tiles(m=64, n=64, k=16, sweep=4, warps=8, stages=2)
+        sweep = 4 if r <= ONE_PASS[dtype] else 1
+        return Tiles(m=64, n=64, k=16, sweep=sweep, warps=8, stages=2)
     if m <= 16:  # decoding: each block of W is read once, however few the rows
         return Tiles(m=16, n=64, k=64, warps=8, stages=4)
     if m <= 64:
@@ -186,7 +188,7 @@ def tiles_for(m: int, n: int, r: int, dtype: torch.dtype) -> Tiles:
     if r <= 16:
         return Tiles(m=128, n=128, k=32, warps=8, stages=3)
     if r <= ONE_PASS[dtype]:  # A is read for one block in four
-        return Tiles(m=128, n=64, k=32, sweep=4, warps=8, stages=3)
+        return Tiles(m=128, n=64, k=32, sweep=4, warps=8, stages=4)
     return Tiles(m=128, n=128, k=32, warps=8, stages=3)
 
 

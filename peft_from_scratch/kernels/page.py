@@ -14,7 +14,7 @@ import torch
 from .. import atomic
 from ..plotting import svg
 from ..provenance import ROOT
-from .cases import RANKS, SHAPES, for_dx, forward
+from .cases import DTYPES, RANKS, SHAPES, for_dx, forward
 from .count import count, fused, in_three, plain, total, unfused
 from .roofline import DEVICES, alt, bound, counts_of, figure
 from .targets import LARGEST, RESULT, TARGETS
@@ -55,7 +55,7 @@ def tables(result: dict) -> str:
 def summary(rows: Sequence[dict]) -> str:
     """For each dtype and target: the most registers and bytes, and what multiplies."""
     lines = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+    for dtype in DTYPES:
         of = [row for row in rows if row["dtype"] == dtype]
         for target in TARGETS:
             on = [row["targets"][target] for row in of]
@@ -69,16 +69,9 @@ def summary(rows: Sequence[dict]) -> str:
                     ", ".join(_kinds(on)) or "none: sums of float32 products",
                 ]
             )
-    heads = (
-        "dtype",
-        "target",
-        "kernels",
-        "registers",
-        "shared, KiB",
-        "too much",
-        "spill",
-    )
-    return markdown((*heads, "matrix instructions"), lines)
+    heads = ("dtype", "target", "kernels", "registers", "shared, KiB")
+    heads = (*heads, "too much", "spill", "matrix instructions")
+    return markdown(heads, lines)
 
 
 def _kinds(compiled: Iterable[dict]) -> list[str]:

@@ -94,7 +94,7 @@ SHOWN = DEVICES[1]  # the device whose roof the figure's points are on
 
 
 def peak(device: Device, dtype: torch.dtype) -> float:
-    """FLOP/s: float32 products keep all 24 bits, which no matrix unit does for us."""
+    """FLOP/s. Products of float32 keep all 24 bits: TF32's matrix units do not."""
     return device.plain if dtype == torch.float32 else device.matrix
 
 
@@ -214,7 +214,8 @@ def alt(r: int = 16, dtype: torch.dtype = torch.bfloat16, device=SHOWN) -> str:
     for i, (m, d_in, d_out) in enumerate(PLACES):
         here = {kind: rows[i] for kind, rows in shown.items()}
         rates = [f"{kind} {rate / 1e12:,.3g}" for kind, (_, rate) in here.items()]
-        told.append(f"{m:,} rows, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
+        many = "1 row" if m == 1 else f"{m:,} rows"
+        told.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
     return (
         f"Roofline: reachable TFLOP/s against FLOPs per byte, both logarithmic, with "
         f"the roofs of {', '.join(d.name for d in DEVICES)}. The LoRA product of rank "

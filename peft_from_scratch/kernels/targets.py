@@ -1,8 +1,8 @@
 """What the kernels are on GPUs that are not here: compiled ahead of time, and read.
 
-    python -m peft_from_scratch.kernels.targets     compiles all cases, a minute or two
+    python -m peft_from_scratch.kernels.targets     compiles all cases, three minutes
 
-writes data/results/kernels.json, of which page.py makes docs/kernels.md. Triton needs
+writes data/results/kernels.json, and of it page.py docs/kernels.md. Triton needs
 no GPU to compile for one: it is told the target. How a launch's arguments would be
 specialised is asked of its own binder. From what comes out are read
 
@@ -177,18 +177,19 @@ def described(launch: Launch) -> dict:
     """A launch by its words and numbers, without what differs between its cases."""
     dtypes, views = [], []
     for name, value in launch.arguments.items():
-        tensor = value[0] if isinstance(value, tuple) else value
+        tensor, *strides = value if isinstance(value, tuple) else (value,)
         if isinstance(tensor, torch.Tensor):
             dtypes.append(NAMES[tensor.dtype])
-            if isinstance(value, tuple) and 1 not in value[-1:]:
+            if len(strides) == 2 and strides[1] != 1:
                 views.append(name)  # its rows do not lie in memory one by one
+    half = [dtype for dtype in dtypes if dtype in ("fp16", "bf16")]
     constants = {
         name: value.fn.__name__ if hasattr(value, "fn") else value
         for name, value in launch.constants.items()
     }
     return {
         "kernel": launch.kernel.fn.__name__,
-        "dtype": dtypes[0] if launch.kernel.fn.__name__ != "_add_up" else dtypes[-1],
+        "dtype": (*half, "fp32")[0],
         "dtypes": sorted(set(dtypes)),
         "transposed": views,
         "constants": constants,
@@ -259,7 +260,9 @@ def _numbers(value):
         return [NAMES[value.dtype], *value.shape]
     if isinstance(value, dict):
         return {name: _numbers(part) for name, part in value.items()}
-    return [_numbers(part) for part in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_numbers(part) for part in value]
+    return getattr(value, "value", value)  # of a tl.constexpr
 
 
 def main() -> None:
@@ -271,9 +274,14 @@ def main() -> None:
     if asked.into is not None:  # this is the process that compiles
         asked.into.write_text(json.dumps(result(cases)), "utf-8")
         return
-    made = elsewhere(*["--sample"] * asked.sample)
+    if asked.sample:
+        parser.error("--sample is no whole result: say with --into where it goes")
+    made = elsewhere()
     with atomic.new_file(RESULT) as partial:
         partial.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    from .page import write  # which reads what was just written
+
+    write()
 
 
 if __name__ == "__main__":
