@@ -744,7 +744,9 @@ config = fusing.config()
 run = runs.Run("live", config, fusing.compute(config), {})
 for m in (4096, 16, 1):
     four, three = (fusing.values(run, how, m) for how in ("in_four", "in_three"))
-    print(f"{m:5,} rows: saves {min(four):.0f} to {max(four):.0f} % of four steps' bound")
+    print(
+        f"{m:5,} rows: {min(four):.0f} to {max(four):.0f} % off the bound of four steps"
+    )
     shares = f"{fusing.share(four):.0f} % of the cases over four steps"
     print(f"            worth it in {shares}, {fusing.share(three):.0f} % over three")
 found = fusing.measured([run])
