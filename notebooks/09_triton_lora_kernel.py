@@ -706,9 +706,9 @@ for name in fused["targets"]:
 
 # %% [markdown]
 # A thread has `255` registers at most, and the threads of a program hold its total
-# together (`sm_100` has a memory of its own for that): this is what limits the size of a
-# block. Each target has matrix instructions of its own, made from the same source. What
-# the compiler can *not* say is how long anything takes.
+# together (`sm_100` has a memory of its own for that): this is what limits the size of
+# a block. Each target has matrix instructions of its own, made from the same source.
+# What the compiler can *not* say is how long anything takes.
 #
 # ## On trial: claim K1
 #
@@ -743,12 +743,12 @@ lesson.show(roofline.figure(), roofline.alt())
 config = fusing.config()
 run = runs.Run("live", config, fusing.compute(config), {})
 for m in (4096, 16, 1):
-    over = {how: fusing.values(run, how, m) for how in ("in_four", "in_three")}
-    worth = [f"{name}: {fusing.share(v):.0f} %" for name, v in over.items()]
-    least, most = min(over["in_four"]), max(over["in_four"])
+    four, three = (fusing.values(run, how, m) for how in ("in_four", "in_three"))
     print(
-        f"{m:5,} rows, worth it {', '.join(worth)}; saves {least:.0f} to {most:.0f} %"
+        f"{m:5,} rows: {min(four):.0f} to {max(four):.0f} % off the bound of four steps"
     )
+    shares = f"{fusing.share(four):.0f} % of the cases over four steps"
+    print(f"            worth it in {shares}, {fusing.share(three):.0f} % over three")
 found = fusing.measured([run])
 lesson.measured("9.6", found.value)
 lesson.live("K1", found.value, found.low, found.high)
