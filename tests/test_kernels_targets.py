@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import assert_caught
 
+from peft_from_scratch import nf4
 from peft_from_scratch.kernels import cases, count, lora, page, targets
+from peft_from_scratch.kernels import nf4 as on_codes
 from peft_from_scratch.kernels.language import INTERPRETED, Tiles, recorded
 from peft_from_scratch.kernels.lora import matrix
 from peft_from_scratch.kernels.trace import trace
@@ -241,7 +243,7 @@ def a_sum_over_rows_is_counted(m, r, width):
     agrees(lambda: lora.over_rows(U, V, torch.float16), needed=2 * m * r * width)
 
 
-def agrees(run, needed):
+def agrees(run, needed, all_is_read=True):
     from triton.runtime.interpreter import InterpreterBuilder
 
     with recorded() as launches:
@@ -257,7 +259,7 @@ def agrees(run, needed):
     counts = [count.count(launch) for launch in launches]
     assert sum(c.loads for c in counts) == seen.bytes("load")
     assert sum(c.stores for c in counts) == seen.bytes("store")
-    if len(launches) == 1:
+    if len(launches) == 1 and all_is_read:
         assert counts[0].compulsory == seen.bytes(distinct=True)
     products = [
         c
@@ -287,6 +289,44 @@ def test_a_large_rank_is_counted():
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 100))
 def test_a_sum_over_rows_is_counted(m, r, width):
     a_sum_over_rows_is_counted(m, r, width)
+
+
+def four_bits_are_counted(m, n, k, block, double, across):
+    """W as bytes and constants: n, k are those of the product, W^T's where across."""
+    shape = (k, n) if across else (n, k)
+    q = nf4.quantize(torch.randn(shape), block=block, double=double)
+    x, A, B = torch.randn(m, k), torch.randn(3, k), torch.randn(n, 3)
+    given = on_codes.reading(q, m, x.dtype, across)
+    given["tiles"] = Tiles(m=16, n=16, k=32, sweep=2, group=2, warps=1, stages=1)
+    agrees(
+        lambda: lora.product(x, A=A, B=B, **given),
+        needed=2 * (m * n * k + m * 3 * k + m * n * 3),
+        all_is_read=not double,  # of a table of 256 values not each
+    )
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("sizes", [(17, 40, 64), (5, 33, 96), (20, 64, 31)])
+def test_four_bits_are_counted(sizes, double, across):
+    four_bits_are_counted(*sizes, 64, double, across)
+
+
+FOUR_BITS = {
+    "a byte for each weight": ("math.ceil(width / 2) if run > 1 else width", "width"),
+    "a constant for each block": ("math.ceil(width / run)", "math.ceil(width / 64)"),
+    "W read once": ("loads=down * (codes", "loads=(codes"),
+    "no second constants": ("doubled[0] is not None", "False"),
+}
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_a_planted_miscount_of_four_bits_is_caught(name):
+    def law():
+        four_bits_are_counted(17, 40, 64, 64, True, False)
+
+    law()
+    assert_caught(count._weight, *FOUR_BITS[name], law)
 
 
 COUNTING = {

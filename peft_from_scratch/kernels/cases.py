@@ -74,23 +74,33 @@ def for_dx(m, d_in, d_out, r, dtype) -> None:
     product(dy, matrix(W.T), d_in, A=B.T, B=A.T, scale=0.5, keep=True)
 
 
-def four_bits(m, d_in, d_out, r, dtype, double=True) -> None:
-    """A step of QLoRA's product, and its weight dequantized."""
+def codes(d_in, d_out, dtype, double=True) -> Quantized:
+    """A weight in four bits, in blocks of 64."""
     blocks = d_in * d_out // 64
     constants = empty(blocks, dtype=torch.float32)
     if double:
         units = empty(-(-blocks // BLOCK), dtype=torch.float32)
         offset = empty(dtype=torch.float32)
-        codes = empty(blocks, dtype=torch.uint8)
-        constants = Doubled(codes, units, offset, "dynamic")
+        constants = Doubled(empty(blocks, dtype=torch.uint8), units, offset, "dynamic")
     packed = empty(d_in * d_out // 2, dtype=torch.uint8)
-    shape = torch.Size((d_out, d_in))
-    q = Quantized(packed, constants, shape, dtype, 64, "nf4")
+    return Quantized(packed, constants, torch.Size((d_out, d_in)), dtype, 64, "nf4")
+
+
+def four_bits(m, d_in, d_out, r, dtype, double=True) -> None:
+    """A step of QLoRA's product, and its weight dequantized."""
+    q = codes(d_in, d_out, dtype, double)
     x = empty(m, d_in, dtype=dtype, grad=True)
     A, B = (empty(*s, dtype=dtype, grad=True) for s in ((r, d_in), (d_out, r)))
     nf4_dequantize(q, backend="triton")
     y = nf4_lora_linear(x, q, A, B, 0.5, backend="triton")
     y.backward(torch.empty_like(y))
+
+
+def forward_in_four_bits(m, d_in, d_out, r, dtype) -> None:
+    """The product alone, h not kept."""
+    x, q = empty(m, d_in, dtype=dtype), codes(d_in, d_out, dtype)
+    A, B = empty(r, d_in, dtype=dtype), empty(d_out, r, dtype=dtype)
+    nf4_lora_linear(x, q, A, B, 0.5, backend="triton")
 
 
 def gathered(m, d_in, d_out, r, dtype, rows) -> None:

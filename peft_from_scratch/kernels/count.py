@@ -66,8 +66,6 @@ def total(launches: Iterable[Launch]) -> Count:
 def _product(given: dict, constants: dict, grid: tuple) -> Count:
     m, n, k, r = (given[size] for size in ("m_size", "n_size", "k_size", "r"))
     update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
-    if (reader := constants["LOAD"].fn.__name__) != "dense":
-        raise ValueError(f"no formula for W as {reader} reads it")
     down = math.ceil(m / BM)
     programs = grid[0] // down  # side by side
     blocks = programs * constants["SWEEP"]
@@ -75,7 +73,6 @@ def _product(given: dict, constants: dict, grid: tuple) -> Count:
     fused, read = update == "fused", update == "given"
     moved = {  # name: (elements of the operand, how often each is loaded)
         "x": (m * k, columns),
-        "W": (n * k, down),
         "A": (r * k, fused and programs * down),
         "B": (n * r, (fused or read) and down),
         "h": (m * r, read and blocks),
@@ -87,7 +84,35 @@ def _product(given: dict, constants: dict, grid: tuple) -> Count:
     whole = height * BN * (columns * depth + blocks * rank)
     whole += fused * programs * height * rank * depth
     needed = m * n * k + fused * m * r * k + (fused or read) * m * n * r
-    return _moved(given, moved, stored, 2 * whole, 2 * needed)
+    others = _moved(given, moved, stored, 2 * whole, 2 * needed)
+    return others + _weight(given["W"], constants, n, k, down)
+
+
+def _weight(W: tuple, constants: dict, n: int, k: int, down: int) -> Count:
+    """W's part: each row of blocks of y reads all of it, as its reader does."""
+    reader, BN, BK = constants["LOAD"].fn.__name__, constants["BN"], constants["BK"]
+    if reader == "dense":
+        once = n * k * _itemsize(W)
+        return Count(loads=down * once, compulsory=once)
+    if reader == "unpacked":
+        rows, width, most = n, k, BK
+    elif reader == "unpacked_across":  # the bytes run along n
+        rows, width, most = k, n, BN
+    else:
+        raise ValueError(f"no formula for W as {reader} reads it")
+    packed, (absmax, *doubled), _, _, step = W
+    run = min(step.value, most)  # weights that share a load of their constant
+    codes = rows * (math.ceil(width / 2) if run > 1 else width)
+    asked = rows * math.ceil(width / run)
+    held = [t for t in (packed, absmax, *doubled) if t is not None]
+    blocks = math.ceil(n / BN) * math.ceil(k / BK)
+    each = absmax.element_size() * asked
+    if doubled[0] is not None:  # its unit and its value, and the offset for a block
+        each += 4 * (2 * asked + blocks)
+    return Count(
+        loads=down * (codes + each),
+        compulsory=sum(t.numel() * t.element_size() for t in held),
+    )
 
 
 def _over_rows(given: dict, constants: dict, grid: tuple) -> Count:

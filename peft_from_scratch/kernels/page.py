@@ -14,7 +14,14 @@ import torch
 from .. import atomic
 from ..plotting import svg
 from ..provenance import ROOT
-from .cases import DTYPES, RANKS, SHAPES, for_dx, forward
+from .cases import (
+    DTYPES,
+    RANKS,
+    SHAPES,
+    for_dx,
+    forward,
+    forward_in_four_bits,
+)
 from .count import count, fused, in_three, plain, total, unfused
 from .roofline import DEVICES, alt, bound, counts_of, figure
 from .targets import LARGEST, RESULT, TARGETS
@@ -48,6 +55,11 @@ def tables(result: dict) -> str:
         "What fusing takes off the bound on the time, % of the bound of four steps (of "
         "three), bf16:",
         bounds(),
+        "A weight in four bits, with its constants in eight: bytes (issued, compulsory) "
+        "and the bound on the time, over those of the product with W in bf16, r 16. Each "
+        "has its own blocks. Unpacking, fifteen selects a weight and row of blocks, is "
+        "not in the bound:",
+        in_four_bits(),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -189,6 +201,19 @@ def bounds() -> str:
         for r in (16, 64, 256)
     ]
     return markdown(("shape", "r", *(d.name for d in DEVICES)), lines)
+
+
+def in_four_bits() -> str:
+    """Bytes and bounds of QLoRA's product over LoRA's."""
+    lines = []
+    for shape in SHAPES:
+        packed = total(fused(*shape, 16, BF16, forward_in_four_bits))
+        dense = total(fused(*shape, 16, BF16))
+        bytes_ = packed.issued / dense.issued, packed.compulsory / dense.compulsory
+        bounds = [bound([packed], d, BF16) / bound([dense], d, BF16) for d in DEVICES]
+        cells = ", ".join(f"{share:.2f}" for share in bytes_)
+        lines.append([_shape(shape), cells, *(f"{share:.2f}" for share in bounds)])
+    return markdown(("shape", "bytes", *(d.name for d in DEVICES)), lines)
 
 
 def _by_rank(shapes: Iterable[tuple], cell: Callable) -> str:
