@@ -122,7 +122,7 @@ for name, tensor in {"x": x, "W": W, "A": A, "B": B, "y": y}.items():
 # |---|---|
 # | kernel | the function, marked `@triton.jit` |
 # | program | one run of it; `tl.program_id(0)` is its number |
-# | grid | how many programs there are: `kernel[grid](…)` |
+# | grid | how many programs there are: `kernel[grid]` is called with the arguments |
 # | block | what one program works on; its sizes are powers of two |
 # | `tl.constexpr` | a number that is known when the kernel is compiled |
 # | pointer | where a tensor begins in memory; a kernel gets no shape |

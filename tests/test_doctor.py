@@ -71,7 +71,11 @@ def test_every_declared_package_is_looked_at_once():
 def test_an_installed_copy_declares_what_the_checkout_does(monkeypatch, tmp_path):
     python, needed, optional = doctor.declared()
     extras = PROJECT["optional-dependencies"].items()
-    lines = [f'{r}; extra == "{name}"' for name, rs in extras for r in rs]
+    lines = [
+        f'{r}{" and" if ";" in r else ";"} extra == "{name}"'
+        for name, rs in extras
+        for r in rs
+    ]
     head = Message()
     head["Requires-Python"] = PROJECT["requires-python"]
     monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "none")

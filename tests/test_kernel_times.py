@@ -107,7 +107,7 @@ WRONG_KERNELS = {
     ),
     "the spec itself": (
         *(DENSE, planted, lora.spec),
-        *("scale * F.linear(h, B)", "-scale * F.linear(h, B)"),
+        *("+ scale * F.linear", "- scale * F.linear"),
     ),
 }
 

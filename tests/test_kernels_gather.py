@@ -326,7 +326,7 @@ def test_a_bug_in_a_kernel_is_caught(name, right, wrong, rows):
 
 
 def test_sums_in_half_precision_are_caught():
-    right = "dot(a.to(b.dtype), b, total)"
+    right = "dot(rounded(a, b.dtype), b, total)"
     bug = ("multiply", right, f"{right}.to(b.dtype).to(tl.float32)")
     with planted_kernel(gather, *bug), pytest.raises(AssertionError):
         each_row_gets_its_own(*MIXED, 16, torch.bfloat16)

@@ -118,6 +118,27 @@ def test_every_rank_is_that_of_float64(r, dtypes):
     close(20, 40, 33, r, *dtypes)
 
 
+@pytest.mark.parametrize("adapters", [(BRAIN, FLOAT), (FLOAT, BRAIN), (FLOAT, FLOAT)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_A_and_B_may_each_be_float32(adapters, backend):
+    tensors = numbers(9, 24, 17, 3, BRAIN)
+    for name, dtype in zip("AB", adapters, strict=True):
+        tensors[name] = tensors[name].detach().to(dtype).requires_grad_()
+    dy = torch.randn(9, 17).to(BRAIN)
+    found = run(tensors, 0.5, dy, backend)
+    exact_ones = exact(**tensors, scale=0.5, dy=dy)
+    for name, (value, *_) in exact_ones.items():
+        assert (found[name].double() - value).norm() < 0.02 * value.norm(), name
+
+
+def test_the_spec_is_differentiable_in_float64():
+    x, W, A, B, bias = (t.double().detach() for t in numbers(3, 8, 6, 2).values())
+    leaves = [t.requires_grad_() for t in (x, W, A, B)]
+    torch.autograd.gradcheck(lambda *t: lora_linear(*t, 0.7, bias), leaves)
+    with pytest.raises(ValueError, match="float64"):
+        lora_linear(*leaves, 0.7, backend="triton")
+
+
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0, 24), (2, 3, 4, 24)])
 def test_any_leading_shape(shape):
     tensors = numbers(1, 24, 17, 3) | {"x": torch.randn(shape, requires_grad=True)}

@@ -371,7 +371,7 @@ KERNEL_BUGS = {
     ),
 }
 IN_THE_PRODUCT = {
-    "the scale is forgotten": ("(low * scale).to(dtype)", "low.to(dtype)"),
+    "the scale is forgotten": ("rounded(low * scale, dtype)", "rounded(low, dtype)"),
     "the weight is not rounded": ("tl.trans(rounded(wide, dtype))", "tl.trans(wide)"),
 }
 ON_THE_WAY = {

@@ -51,8 +51,8 @@ PROGRAMS = 264  # that keep a large GPU busy: two for each of an H100's 132 proc
 def spec(x, W, A, B, scale, bias=None) -> Tensor:
     """What the kernels compute, in torch: for autograd, for any device."""
     h = F.linear(x.to(A.dtype), A)
-    update = scale * F.linear(h, B)
-    return (F.linear(x, W, bias) + update).to(x.dtype)
+    y = F.linear(x, W) + scale * F.linear(h.to(B.dtype), B)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 # The kernels --------------------------------------------------------------------------
@@ -364,7 +364,8 @@ def lora_linear(
         y = x W^T + scale (x A^T) B^T + bias                             [1] eq. (3)
 
     Args
-        x        (…, d_in), float32, float16 or bfloat16; any strides
+        x        (…, d_in), float32, float16 or bfloat16, in torch float64 too; any
+                 strides
         W        (d_out, d_in), x's dtype; any strides: a Conv1D's weight as weight.T
         A, B     (r, d_in), (d_out, r), 1 <= r <= 256; x's dtype or float32
         scale    a number, alpha / r in [1]
@@ -377,15 +378,17 @@ def lora_linear(
     Memory   h: (rows of x) r numbers, kept for the gradient of B
     Source   [1] arXiv:2106.09685v2
     """
-    check(x, W, A, B, scale, bias)
-    if choose(x.device, backend) == "torch":
+    backend = choose(x.device, backend)
+    more = () if backend == "triton" else (torch.float64,)
+    check(x, W, A, B, scale, bias, (*DTYPES, *more))
+    if backend == "torch":
         return spec(x, W, A, B, scale, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = LoRAProduct.apply(rows, W, A, B, float(scale), bias)
     return y.view(*x.shape[:-1], len(W))
 
 
-def check(x, W, A, B, scale, bias) -> None:
+def check(x, W, A, B, scale, bias, dtypes=DTYPES) -> None:
     """Refuse what does not fit: a ValueError that names it, its value and what fits."""
     wanted = {"W": (W, 2), "A": (A, 2), "B": (B, 2)}
     if bias is not None:
@@ -412,10 +415,10 @@ def check(x, W, A, B, scale, bias) -> None:
             )
     if not 1 <= r <= LARGEST:
         raise ValueError(f"A has r = {r} rows; 1 to {LARGEST} are allowed")
-    if x.dtype not in DTYPES or W.dtype != x.dtype:
+    if x.dtype not in dtypes or W.dtype != x.dtype:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"x is {x.dtype}, W {W.dtype}: both must be the same one of float32, "
-            "float16 and bfloat16"
+            f"x is {x.dtype}, W {W.dtype}: both must be the same one of {allowed}"
         )
     for name, tensor in {"A": A, "B": B, "bias": bias}.items():
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):

@@ -55,10 +55,10 @@ def tables(result: dict) -> str:
         "What fusing takes off the bound on the time, % of the bound of four steps (of "
         "three), bf16:",
         bounds(),
-        "A weight in four bits, with its constants in eight: bytes (issued, compulsory) "
-        "and the bound on the time, over those of the product with W in bf16, r 16. Each "
-        "has its own blocks. Unpacking, fifteen selects a weight and row of blocks, is "
-        "not in the bound:",
+        "A weight in four bits, with its constants in eight: bytes (issued, "
+        "compulsory) and the bound on the time, over those of the product with W in "
+        "bf16, r 16. Each has its own blocks. Unpacking, fifteen selects a weight and "
+        "row of blocks, is not in the bound:",
         in_four_bits(),
     )
     return "\n\n".join(parts) + "\n"
