@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import assert_caught
 
-from peft_from_scratch import nf4
+from peft_from_scratch import nf4, readme
 from peft_from_scratch.kernels import cases, count, lora, page, targets
 from peft_from_scratch.kernels import nf4 as on_codes
 from peft_from_scratch.kernels.language import INTERPRETED, Tiles, recorded
@@ -120,7 +120,7 @@ def test_every_case_is_in_the_file(stored):
 
 def test_the_page_is_that_of_the_file(stored):
     text = page.PAGE.read_text("utf-8")
-    assert page.BLOCK.search(text)
+    assert readme.BLOCK.search(text)
     assert page.with_tables(text, stored) == text
     share = 256 * (576 + 576) / 576**2  # of r (d_in + d_out) in d_in d_out
     assert f"is {share:.0%} of".replace("%", " %") in text.replace("\n", " ")

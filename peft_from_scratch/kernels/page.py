@@ -14,6 +14,7 @@ import torch
 from .. import atomic
 from ..plotting import svg
 from ..provenance import ROOT
+from ..readme import between_marks
 from .cases import (
     DTYPES,
     RANKS,
@@ -28,7 +29,6 @@ from .targets import LARGEST, RESULT, TARGETS
 
 PAGE = ROOT / "docs" / "kernels.md"
 FIGURE = PAGE.with_name("roofline.svg")
-BLOCK = re.compile(r"(<!-- tables: .*? -->\n).*?(<!-- end of tables -->)", re.DOTALL)
 KIND = r"v_mfma|[a-z0-9]+"  # at the start of an instruction's name
 LIMIT = 1.1  # times the bytes of x W^T alone, that the fused product should issue
 BF16 = torch.bfloat16
@@ -233,7 +233,7 @@ def markdown(heads: Sequence, lines: Iterable[Sequence]) -> str:
 
 def with_tables(page: str, result: dict) -> str:
     """The page with what is between the marks made new."""
-    return BLOCK.sub(lambda marks: f"{marks[1]}\n{tables(result)}\n{marks[2]}", page)
+    return between_marks(page, tables(result))
 
 
 def write() -> None:
