@@ -37,7 +37,8 @@ SOLUTION, HIDDEN = (
     for name in ("SOLUTION", "HIDDEN TESTS")
 )
 MARK = re.compile(r"^\s*### (?:BEGIN|END) (?:SOLUTION|HIDDEN TESTS)", re.MULTILINE)
-LOCAL_LINK = re.compile(r"\]\((?![a-z]+:|[#/]|\.\./)([^)\s]+)\)")
+# A link within the folder; or code, in which `kernel[grid](x)` only looks like one.
+LOCAL_LINK = re.compile(r"(`[^`\n]*`)|\]\((?![a-z]+:|[#/]|\.\./)([^)\s]+)\)")
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,17 @@ def blank(notebook: NotebookNode) -> NotebookNode:
     made = copy.deepcopy(notebook)
     for cell in made.cells:
         if cell.cell_type == "markdown":
-            cell.source = LOCAL_LINK.sub(rf"](../{NOTEBOOKS.name}/\1)", cell.source)
+            cell.source = LOCAL_LINK.sub(_from_work, cell.source)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = blanked(cell.source, numbered(cell, "exercise"))
     made.metadata[RECORD] = {"blank": _digest(made)}
     return made
+
+
+def _from_work(found: re.Match) -> str:
+    code, target = found.groups()
+    return code or f"](../{NOTEBOOKS.name}/{target})"
 
 
 def blanked(source: str, id: str | None) -> str:

@@ -134,12 +134,12 @@ def test_links_are_those_of_the_work_folder():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("")])
     notebook.cells[0].source = (
         "[a](04_lora.ipynb), [b\nc](a.png#x), [d](../README.md), [e](https://f.g/h), "
-        "[i](#j), [k](mailto:l), ![m](n/o.svg)"
+        "[i](#j), [k](mailto:l), ![m](n/o.svg), [`p`](q.py), `r[s](t)`"
     )
     assert blank(notebook).cells[0].source == (
         "[a](../notebooks/04_lora.ipynb), [b\nc](../notebooks/a.png#x), "
         "[d](../README.md), [e](https://f.g/h), [i](#j), [k](mailto:l), "
-        "![m](../notebooks/n/o.svg)"
+        "![m](../notebooks/n/o.svg), [`p`](../notebooks/q.py), `r[s](t)`"
     )
 
 
