@@ -108,6 +108,6 @@ $(READY): pyproject.toml constraints.txt
 
 $(MODEL): $(READY)
 	@echo 'Set-up, once: the base model, SmolLM2-135M-Instruct.'
-	@$(BIN)/python -c 'from peft_from_scratch import models; models.prepare()'
+	@$(BIN)/python -c 'from peft_from_scratch.models import load; load.prepare()'
 	@echo 'Set-up is done.'
 	@touch $@

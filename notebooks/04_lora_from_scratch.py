@@ -33,7 +33,7 @@
 # read the verdict on claim L1.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("04")
 
@@ -45,10 +45,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import lora_from_scratch as checks
-from peft_from_scratch.experiments import counting, finetune, spectrum, starts
+from peft_from_scratch.course import (
+    block_picture,
+    counting,
+    curves,
+    finetune,
+    ledger,
+    runs,
+    spectrum,
+    starts,
+)
+from peft_from_scratch.course.checks import lora_from_scratch as checks
 
 # %% [markdown]
 # ## The result first

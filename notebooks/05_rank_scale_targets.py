@@ -32,7 +32,7 @@
 # read the verdict on claim L3.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("05")
 
@@ -47,11 +47,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.checks import rank_scale_targets as checks
-from peft_from_scratch.experiments import finetune, rank_and_place, scaling, starts
-from peft_from_scratch.experiments.intervals import over_seeds, paired
+from peft_from_scratch.course import (
+    adapters,
+    curves,
+    finetune,
+    ledger,
+    over_seeds,
+    paired,
+    rank_and_place,
+    runs,
+    scaling,
+    starts,
+)
+from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]
 # ## The result first

@@ -32,7 +32,7 @@
 # read the verdict on claim Q3.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("07")
 
@@ -46,11 +46,19 @@ import torch
 import torch.nn.functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch import code_books, curves, ledger, minilm, nf4, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import four_bits as checks
-from peft_from_scratch.experiments import constants, formats
-from peft_from_scratch.experiments.intervals import over_seeds
+from peft_from_scratch import nf4
+from peft_from_scratch.course import (
+    block_picture,
+    code_books,
+    constants,
+    curves,
+    formats,
+    ledger,
+    minilm,
+    over_seeds,
+    runs,
+)
+from peft_from_scratch.course.checks import four_bits as checks
 
 # %% [markdown]
 # ## The result first

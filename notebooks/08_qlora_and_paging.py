@@ -34,7 +34,7 @@
 # read the verdict on claim Q4b.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("08")
 
@@ -51,11 +51,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import bit_costs, budget, curves, ledger, page_picture, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import qlora_and_paging as checks
-from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum
-from peft_from_scratch.pretrained import quiet_transformers
+from peft_from_scratch.course import (
+    bit_costs,
+    block_picture,
+    curves,
+    finetune,
+    intervals,
+    ledger,
+    meter,
+    one_gpu,
+    page_picture,
+    paging,
+    quiet_transformers,
+    runs,
+    spectrum,
+)
+from peft_from_scratch.course.checks import qlora_and_paging as checks
 
 # %% [markdown]
 # ## The result first
@@ -224,7 +235,7 @@ for kind, size in bit_costs.held(qlora.model).items():
 layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
 print(f"bitsandbytes: 1536 x 576 = {1536 * 576:,}; numel() is {layer.weight.numel():,}")
 plain = sum(p.numel() for p in qlora.model.parameters())
-true = budget.count(qlora.model)
+true = meter.count(qlora.model)
 print(
     f"{true.trainable:,} train, of {plain:,} by the plain sum, of {true.total:,} truly"
 )
@@ -550,7 +561,7 @@ with torch.no_grad():
 # %%
 model, _ = pfs.load_model("tiny", device="cpu")
 pfs.full.inject(model)
-states = budget.adamw_bytes(model.num_parameters(), 0)
+states = meter.adamw_bytes(model.num_parameters(), 0)
 print("tokens   forward and backward   with the states of AdamW")
 for tokens in (32, 64, 128, 192):
     held = paging.learn_bytes(model, torch.randint(5, 1000, (1, tokens)))

@@ -29,9 +29,9 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from rules import RULES, START, TEXT_RULES, WIDGET, agrees, broken, cells
 
-from peft_from_scratch import cards, exercises
-from peft_from_scratch.atomic import new_file
-from peft_from_scratch.provenance import digest
+from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.common.provenance import digest
+from peft_from_scratch.course import cards, exercises
 
 FOLDER = Path(__file__).parent
 TEXTS = "[0-9][0-9]_*.py"

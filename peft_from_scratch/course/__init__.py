@@ -1,0 +1,59 @@
+"""What a lesson imports, by name: `from peft_from_scratch.course import curves, start`.
+
+A lesson takes the library from `peft_from_scratch` and all else from here: the figures,
+the experiments, the stored runs and their verdicts, and the functions of the main job
+that it looks into. So a module can move between rooms, and a learner's copy of a
+lesson, in work/, runs as before. Nothing is imported before it is asked for.
+
+Reading order: lesson.py (start, predictions, verdicts, the receipt), cards.py (what a
+lesson takes), exercises.py (a learner's copies), checks/ (what judges an answer),
+pictures/ (pictures of ideas).
+"""
+
+from importlib import import_module
+
+MODULES = {  # room -> modules of it that lessons use
+    "common": ("provenance",),
+    "comparison": ("figures", "findings"),
+    "course": ("bit_costs",),
+    "course.pictures": ("access_picture", "code_books", "page_picture"),
+    "ledger": ("intervals", "runs"),
+    "ledger.experiments": (
+        *("bill", "challengers", "constants", "counting", "data_size", "finetune"),
+        *("formats", "fusing", "latency", "one_gpu", "paging", "rank_and_place"),
+        *("scaling", "spectrum", "standalone", "starts"),
+    ),
+    "memory": ("meta_model", "meter"),
+    "models": ("minilm",),
+    "plotting": ("curves",),
+}
+NAMES = {  # module -> names in it that lessons use
+    "comparison.timing": ("step_seconds",),
+    "core.adapter": ("adapters",),
+    "course.lesson": ("start",),
+    "course.pictures.block": ("block_picture",),
+    "files.pretrained": ("quiet_transformers",),
+    "ledger.claim": ("Claim", "Rule"),
+    "ledger.intervals": ("mean_of", "nested_bootstrap", "over_seeds", "paired"),
+    "tasks.task": ("load_task",),
+    "tasks.templates": ("encode_prompt",),
+    "training.config": ("Recipe",),
+    "training.evaluation": ("answer_rows", "wilson"),
+    "training.generation": ("left_pad",),
+    "training.loop": ("train",),
+}
+MODULE_OF = {
+    name: f"{room}.{name}" for room, names in MODULES.items() for name in names
+}
+MODULE_OF["ledger"] = "ledger.verdicts"
+HOME_OF = {name: module for module, names in NAMES.items() for name in names}
+
+__all__ = sorted(MODULE_OF | HOME_OF)
+
+
+def __getattr__(name: str):
+    if name in MODULE_OF:
+        return import_module(f"peft_from_scratch.{MODULE_OF[name]}")
+    if name in HOME_OF:
+        return getattr(import_module(f"peft_from_scratch.{HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
