@@ -10,7 +10,7 @@ lesson takes), exercises.py (a learner's copies), checks/ (what judges an answer
 pictures/ (pictures of ideas).
 """
 
-from importlib import import_module
+from ..common import lazy
 
 MODULES = {  # room -> modules of it that lessons use
     "common": ("provenance",),
@@ -42,18 +42,7 @@ NAMES = {  # module -> names in it that lessons use
     "training.generation": ("left_pad",),
     "training.loop": ("train",),
 }
-MODULE_OF = {
-    name: f"{room}.{name}" for room, names in MODULES.items() for name in names
-}
+MODULE_OF = {name: f"{room}.{name}" for room, names in MODULES.items() for name in names}
 MODULE_OF["ledger"] = "ledger.verdicts"
-HOME_OF = {name: module for module, names in NAMES.items() for name in names}
 
-__all__ = sorted(MODULE_OF | HOME_OF)
-
-
-def __getattr__(name: str):
-    if name in MODULE_OF:
-        return import_module(f"peft_from_scratch.{MODULE_OF[name]}")
-    if name in HOME_OF:
-        return getattr(import_module(f"peft_from_scratch.{HOME_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy.names(MODULE_OF, lazy.homes(NAMES))
