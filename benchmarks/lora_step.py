@@ -27,12 +27,16 @@ from side_by_side import WARM_UP, Laps, Times
 from torch import Tensor, nn
 
 from peft_from_scratch import load_model, lora, trainable
-from peft_from_scratch.loss import Row, accumulate_gradients, batch_of
-from peft_from_scratch.provenance import package_version, provenance
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.tasks import Task, load_task
-from peft_from_scratch.templates import collate, encode_rows
-from peft_from_scratch.train import train
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.tasks.task import Task, load_task
+from peft_from_scratch.tasks.templates import collate, encode_rows
+from peft_from_scratch.training.config import Recipe
+from peft_from_scratch.training.loop import train
+from peft_from_scratch.training.loss import (
+    EncodedExample,
+    accumulate_gradients,
+    batch_of,
+)
 
 RANK, ALPHA, ROWS, SEED = 8, 16, 8, 0
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
@@ -46,7 +50,7 @@ class Sides:
 
     ours: nn.Module
     theirs: nn.Module
-    rows: list[Row]
+    rows: list[EncodedExample]
     pad_id: int
 
     @property

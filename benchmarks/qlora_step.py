@@ -23,13 +23,14 @@ import side_by_side
 import torch
 from torch import nn
 
-from peft_from_scratch import load_model, lora, qlora, reference, trainable
-from peft_from_scratch.loss import accumulate_gradients, batch_of
-from peft_from_scratch.provenance import package_version, provenance
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.templates import encode_rows
-from peft_from_scratch.train import measured_step
+from peft_from_scratch import load_model, lora, qlora, trainable
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.comparison import reference
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.tasks.templates import encode_rows
+from peft_from_scratch.training.config import Recipe
+from peft_from_scratch.training.loop import measured_step
+from peft_from_scratch.training.loss import accumulate_gradients, batch_of
 
 ROWS, SEED = 8, 0
 FULL, THEIRS, OURS = "LoRA", "QLoRA on bitsandbytes", "QLoRA"

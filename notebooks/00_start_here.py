@@ -67,14 +67,14 @@ import math
 from pathlib import Path
 
 import torch
-
-from peft_from_scratch import curves, figures, findings, merge, provenance, trainable
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import start_here as checks
 from peft_from_scratch.evaluate import answer_rows, wilson
 from peft_from_scratch.generation import left_pad
 from peft_from_scratch.pretrained import quiet_transformers
 from peft_from_scratch.templates import encode_prompt
+
+from peft_from_scratch import curves, figures, findings, merge, provenance, trainable
 
 shipped = provenance.ROOT / "data" / "results" / "compare.json"
 compared = json.loads(shipped.read_text("utf-8"))
@@ -107,10 +107,11 @@ print("LoRA:     ", tuned["answer"])
 # at what they did. The first four fetch the tools.
 
 # %%
-from peft_from_scratch import load_model, lora, save  # line 1
 from peft_from_scratch.recipe import Recipe  # line 2
-from peft_from_scratch.tasks import load_task  # line 3
 from peft_from_scratch.train import train  # line 4
+
+from peft_from_scratch import load_model, lora, save  # line 1
+from peft_from_scratch.tasks import load_task  # line 3
 
 # %% [markdown]
 # Line 5 loads the model: SmolLM2-135M-Instruct, unless you asked for another one. A

@@ -42,14 +42,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
-
-import peft_from_scratch as pfs
-from peft_from_scratch import curves, ghost, ledger, runs
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import full_fine_tuning as checks
 from peft_from_scratch.experiments import bill, data_size, finetune, standalone
 from peft_from_scratch.experiments.intervals import over_seeds, paired
+from transformers import LlamaConfig
+
+import peft_from_scratch as pfs
+from peft_from_scratch import curves, ghost, ledger, runs
 
 # %% [markdown]
 # ## The result first

@@ -41,14 +41,14 @@ lesson = start("04")
 import math
 
 import torch
+from peft_from_scratch.block import block_picture
+from peft_from_scratch.checks import lora_from_scratch as checks
+from peft_from_scratch.experiments import counting, finetune, spectrum, starts
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
 from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import lora_from_scratch as checks
-from peft_from_scratch.experiments import counting, finetune, spectrum, starts
 
 # %% [markdown]
 # ## The result first

@@ -43,15 +43,15 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from peft_from_scratch.adapter import adapters
+from peft_from_scratch.checks import rank_scale_targets as checks
+from peft_from_scratch.experiments import finetune, rank_and_place, scaling, starts
+from peft_from_scratch.experiments.intervals import over_seeds, paired
 from torch import nn
 from torch.nn import functional as F
 
 import peft_from_scratch as pfs
 from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.checks import rank_scale_targets as checks
-from peft_from_scratch.experiments import finetune, rank_and_place, scaling, starts
-from peft_from_scratch.experiments.intervals import over_seeds, paired
 
 # %% [markdown]
 # ## The result first

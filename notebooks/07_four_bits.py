@@ -44,13 +44,13 @@ import bitsandbytes.functional as bnb
 import ipywidgets
 import torch
 import torch.nn.functional as F
-
-import peft_from_scratch as pfs
-from peft_from_scratch import code_books, curves, ledger, minilm, nf4, runs
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import four_bits as checks
 from peft_from_scratch.experiments import constants, formats
 from peft_from_scratch.experiments.intervals import over_seeds
+
+import peft_from_scratch as pfs
+from peft_from_scratch import code_books, curves, ledger, minilm, nf4, runs
 
 # %% [markdown]
 # ## The result first

@@ -47,15 +47,15 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
+from peft_from_scratch.block import block_picture
+from peft_from_scratch.checks import qlora_and_paging as checks
+from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum
+from peft_from_scratch.pretrained import quiet_transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
 from peft_from_scratch import bit_costs, budget, curves, ledger, page_picture, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import qlora_and_paging as checks
-from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum
-from peft_from_scratch.pretrained import quiet_transformers
 
 # %% [markdown]
 # ## The result first

@@ -50,12 +50,12 @@ import peft
 import torch
 import triton
 import triton.language as tl
+from peft_from_scratch.checks import triton_lora_kernel as checks
+from peft_from_scratch.experiments import fusing
 from torch import nn
 
 import peft_from_scratch as pfs
 from peft_from_scratch import ledger, runs
-from peft_from_scratch.checks import triton_lora_kernel as checks
-from peft_from_scratch.experiments import fusing
 from peft_from_scratch.kernels import access_picture, lora_linear, roofline, targets
 from peft_from_scratch.kernels.language import (
     Tiles,

@@ -43,15 +43,15 @@ from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
+from peft_from_scratch.block import block_picture
+from peft_from_scratch.checks import bottleneck_adapters as checks
+from peft_from_scratch.experiments import challengers, finetune, intervals, latency
+from peft_from_scratch.timing import step_seconds
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_from_scratch as pfs
 from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import bottleneck_adapters as checks
-from peft_from_scratch.experiments import challengers, finetune, intervals, latency
-from peft_from_scratch.timing import step_seconds
 
 # %% [markdown]
 # ## The result first

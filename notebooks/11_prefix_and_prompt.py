@@ -46,13 +46,13 @@ import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
-
-import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, provenance, runs
 from peft_from_scratch.block import block_picture
 from peft_from_scratch.checks import prefix_and_prompt as checks
 from peft_from_scratch.experiments import challengers, counting, finetune
 from peft_from_scratch.experiments.intervals import mean_of, nested_bootstrap, paired
+
+import peft_from_scratch as pfs
+from peft_from_scratch import curves, ledger, provenance, runs
 
 # %% [markdown]
 # ## The result first

@@ -12,9 +12,9 @@ import re
 from itertools import pairwise
 
 import nbformat
+from peft_from_scratch.exercises import SOLUTION, blanked, exercises, tags
 
 from peft_from_scratch import ledger
-from peft_from_scratch.exercises import SOLUTION, blanked, exercises, tags
 
 LARGEST = 500_000  # bytes
 LONGEST_LINE, LONGEST_CELL, MOST_CODE = 88, 25, 350  # characters, lines, lines

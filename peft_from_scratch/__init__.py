@@ -8,8 +8,8 @@ bytes), evaluate.py, compare.py (the main job), kernels/ (LoRA's product on a GP
 """
 
 from . import kernels, nf4
-from .adapter import Adapter, CannotMerge, merge, remove, trainable
-from .exchange import load, save
+from .core.adapter import Adapter, CannotMerge, merge, remove, trainable
+from .files.exchange import load, save
 from .methods import (
     bitfit,
     dora,
@@ -22,7 +22,7 @@ from .methods import (
     prompt,
     qlora,
 )
-from .models import load_model
+from .models.load import load_model
 from .paged import PagedAdamW
 
 __version__ = "0.1.0"

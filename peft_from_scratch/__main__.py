@@ -228,16 +228,16 @@ def _base(command) -> None:
 
 
 def run_doctor(options) -> int:
-    from .doctor import run
+    from .cli.doctor import run
 
     return run()
 
 
 def run_compare(options) -> None:
-    from . import report
-    from .commands import given
-    from .compare import compare
-    from .rows import ROWS, Plan
+    from .cli.commands import given
+    from .comparison import report
+    from .comparison.candidates import ROWS, Plan
+    from .comparison.compare import compare
 
     names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
     names += ("out",)
@@ -267,44 +267,44 @@ def seeds_in(text: str) -> tuple[int, ...]:
 
 
 def run_train(options) -> None:
-    from .commands import fine_tune
+    from .cli.commands import fine_tune
 
     fine_tune(options)
 
 
 def run_chat(options) -> None:
-    from .chat import chat
+    from .cli.chat import chat
 
     chat(options)
 
 
 def run_merge(options) -> None:
-    from .commands import merge_to_folder
+    from .cli.commands import merge_to_folder
 
     merge_to_folder(options)
 
 
 def run_ledger(options) -> None:
-    from . import ledger
+    from .ledger import verdicts
 
-    ids = options.ids or list(ledger.CLAIMS)
-    claims = [ledger.claim(id) for id in ids]  # an unknown one is said before any run
+    ids = options.ids or list(verdicts.CLAIMS)
+    claims = [verdicts.claim(id) for id in ids]  # an unknown one is said before any run
     scales = (options.base,) if options.base else SCALES
     if options.make_runs:
-        ledger.make_runs(ids, scales)
-    rows = ledger.rows()
-    print(ledger.table([row for row in rows if row["id"] in ids], scales))
+        verdicts.make_runs(ids, scales)
+    rows = verdicts.rows()
+    print(verdicts.table([row for row in rows if row["id"] in ids], scales))
     for claim in claims:
-        for reason in ledger.reasons(claim, scales):
+        for reason in verdicts.reasons(claim, scales):
             print(f"  {reason}")
-    if ledger.write(rows):
+    if verdicts.write(rows):
         print(
-            f"\n{ledger.FILE} is written anew: the runs say something else than it did"
+            f"\n{verdicts.FILE} is written anew: the runs say something else than it did"
         )
 
 
 def run_work(options) -> None:
-    from .exercises import work
+    from .course.exercises import work
 
     work(options.number, restore=options.restore)
 

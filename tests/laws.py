@@ -29,7 +29,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from architectures import build, byte_tokenizer
 
 from peft_from_scratch.methods import full, lora
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.train import train
+from peft_from_scratch.training.config import Recipe
+from peft_from_scratch.training.loop import train
 
 TOKENIZER = byte_tokenizer()
 # Prompts and answers of very different lengths; 8 rows, so that steps span two epochs.

@@ -18,8 +18,8 @@ from observe import (
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.adapter import adapters
 
 TIED = [name for name in CONFIGS if name != "llama"]
 HALF = [torch.bfloat16, torch.float16]

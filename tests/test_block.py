@@ -12,7 +12,8 @@ from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 from planting import assert_caught
 
-from peft_from_scratch import block, plotting
+from peft_from_scratch.course.pictures import block
+from peft_from_scratch.plotting import theme as plotting
 
 ALL = (None, *block.METHODS)
 PINS = Path(__file__).parents[1] / "constraints.txt"
@@ -176,7 +177,7 @@ def test_the_shipped_file_is_what_the_code_draws():
     if version("matplotlib") != pinned:
         pytest.skip("another matplotlib draws other paths")
     assert text == plotting.svg(block.block_picture()), (
-        "python -m peft_from_scratch.block"
+        "python -m peft_from_scratch.course.pictures.block"
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import rules
 from planting import assert_caught
 
-from peft_from_scratch import cards
+from peft_from_scratch.course import cards
 
 SAMPLE = Path(__file__).parent / "sample" / "90_sample.py"
 PLAIN = """\

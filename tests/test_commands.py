@@ -18,20 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
 from peft_from_scratch import __main__ as command_line
-from peft_from_scratch import (
-    chat,
-    commands,
-    compare,
-    doctor,
-    evaluate,
-    report,
-    templates,
-)
 from peft_from_scratch.__main__ import main
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.rows import ROWS, Plan
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.train import train
+from peft_from_scratch.cli import chat, commands, doctor
+from peft_from_scratch.comparison import compare, report
+from peft_from_scratch.comparison.candidates import ROWS, Plan
+from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.training import evaluation
+from peft_from_scratch.training.config import Recipe
+from peft_from_scratch.training.loop import train
 
 IDS = torch.arange(64, 80)[None]
 
@@ -75,13 +70,13 @@ def record_of(out):
 @pytest.fixture
 def answered(monkeypatch):
     """What answer_rows was asked so far: the rows of each call."""
-    calls, answer_rows = [], evaluate.answer_rows
+    calls, answer_rows = [], evaluation.answer_rows
 
     def noting(model, tokenizer, task, rows, **options):
         calls.append(rows)
         return answer_rows(model, tokenizer, task, rows, **options)
 
-    monkeypatch.setattr(evaluate, "answer_rows", noting)
+    monkeypatch.setattr(evaluation, "answer_rows", noting)
     return calls
 
 
@@ -248,7 +243,7 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     if method == "qlora":
         pfs.nf4.quantize_model(model)
     task = load_task(data)
-    said = evaluate.answer_rows(model, tokenizer, task, task.test, template="chat")
+    said = evaluation.answer_rows(model, tokenizer, task, task.test, template="chat")
     monkeypatch.setattr(commands, "train", raising(ValueError("not now")))
     assert main(training(base, data, tmp_path, *OPTIONS[method])) == 1
     kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())

@@ -13,13 +13,15 @@ import pytest
 import torch
 from planting import planted
 
-from peft_from_scratch import compare as comparing
-from peft_from_scratch import evaluate, ground, rows, tuning
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.measure import KEEP_BELOW, PARTS
-from peft_from_scratch.provenance import SHOWING
-from peft_from_scratch.rows import ROWS, Plan
-from peft_from_scratch.tasks import load_task
+from peft_from_scratch.common.provenance import SHOWING
+from peft_from_scratch.comparison import candidates, tuning
+from peft_from_scratch.comparison import compare as comparing
+from peft_from_scratch.comparison import setup as ground
+from peft_from_scratch.comparison.candidates import ROWS, Plan
+from peft_from_scratch.comparison.measure import KEEP_BELOW, PARTS
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.training import evaluation
 
 ROW = {row.key: row for row in ROWS}
 # bitsandbytes has none for so narrow a base: test_reference.py
@@ -166,7 +168,7 @@ def figures(correct, key="lora"):
 def test_seeds_share_the_test_rows_and_do_not_multiply_them():
     one = figures([True] * 30 + [False] * 20)
     row = comparing._row([one, one, one], {})
-    low, high = evaluate.wilson(30, 50)
+    low, high = evaluation.wilson(30, 50)
     assert row["exact"] == {"k": 30, "n": 50, "rate": 0.6, "low": low, "high": high}
     assert row["per_seed"] == [30, 30, 30]
 
@@ -298,10 +300,10 @@ def test_the_template_that_is_asked_for_is_used(plan):
 def test_few_shot_examples_are_training_rows_of_one_order():
     task = load_task("orders")
     pairs = {(row["prompt"], row["completion"]) for row in task.train}
-    chosen = rows.few_shot_examples(task, 8, 1)
+    chosen = candidates.few_shot_examples(task, 8, 1)
     assert len(set(chosen)) == 8 and set(chosen) <= pairs
-    assert chosen == rows.few_shot_examples(task, 8, 1)
-    assert chosen != rows.few_shot_examples(task, 8, 2)
+    assert chosen == candidates.few_shot_examples(task, 8, 1)
+    assert chosen != candidates.few_shot_examples(task, 8, 2)
 
 
 def test_seed_and_rate_reach_the_training(plan):
@@ -310,7 +312,7 @@ def test_seed_and_rate_reach_the_training(plan):
 
     def weights(seed=0, lr=1e-2):
         setting = {"template": "chat", "lr": lr}
-        ready = rows.adapt(ROW["lora"], plan, task, setting, seed)
+        ready = candidates.adapt(ROW["lora"], plan, task, setting, seed)
         return torch.cat([p.flatten() for p in ready.model.parameters()])
 
     first = weights()
@@ -424,7 +426,7 @@ def test_a_relative_without_a_search_takes_the_one_it_is_like_and_says_so(tmp_pa
 
 def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
     row = replace(ROW["lora"], times=3)
-    ready = rows.adapt(row, plan, load_task("terms"), SETTINGS["lora"], 0)
+    ready = candidates.adapt(row, plan, load_task("terms"), SETTINGS["lora"], 0)
     assert ready.history.steps == 3 * plan.steps
     search = {"steps": 3 * plan.steps, "batch": plan.batch}
     place = f"{plan.base}/{plan.task}"
@@ -437,7 +439,7 @@ def test_soft_prompts_start_from_the_instruction(plan):
     task = load_task("orders")
     plan = replace(plan, steps=1)
     setting = {"template": "chat", "lr": 1e-30}
-    ready = rows.adapt(ROW["prompt"], plan, task, setting, 0)
+    ready = candidates.adapt(ROW["prompt"], plan, task, setting, 0)
     (prompt,) = adapters(ready.model).values()
     ids = ready.tokenizer(task.instruction).input_ids
     ids = torch.tensor((ids * 16)[:16])

@@ -10,7 +10,8 @@ from laws import Method
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, nf4
+from peft_from_scratch import nf4
+from peft_from_scratch.core import adapter
 
 # In the attention of every architecture, and no MLP's.
 SKIPPED = r"c_attn|(k|v)_proj"

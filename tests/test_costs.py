@@ -10,21 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_from_scratch as pfs
-from peft_from_scratch import (
-    budget,
-    checkpoint,
-    costs,
-    evaluate,
-    loss,
-    timing,
-    tuning,
-)
-from peft_from_scratch.rows import Plan, few_shot_examples
-from peft_from_scratch.targets import kinds, projections
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.templates import encode_prompt, encode_row
+from peft_from_scratch.comparison import estimate, timing, tuning
+from peft_from_scratch.comparison.candidates import Plan, few_shot_examples
+from peft_from_scratch.core.targets import kinds, projections
+from peft_from_scratch.memory import meter
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.tasks.templates import encode_prompt, encode_row
+from peft_from_scratch.training import checkpoint, evaluation, loss
 
-RATES = costs.Rates(many=80e9, some=50e9, one=8e9)
+RATES = estimate.Rates(many=80e9, some=50e9, one=8e9)
 INJECT = {False: pfs.lora.inject, True: pfs.full.inject}
 
 
@@ -45,10 +39,10 @@ def test_the_parameters_are_those_of_the_model(fresh_smollm2):
     model, _ = fresh_smollm2()
     found = projections(model)
     layers = sum(found[name].weight.numel() for name in kinds(model))
-    assert layers == costs.LAYERS
-    assert model.lm_head.weight.numel() == costs.HEAD
+    assert layers == estimate.LAYERS
+    assert model.lm_head.weight.numel() == estimate.HEAD
     pfs.lora.inject(model)
-    assert budget.count(model).trainable == costs.LORA
+    assert meter.count(model).trainable == estimate.LORA
 
 
 @pytest.mark.parametrize(("tokens", "labels"), [(64, 16), (32, 31)])
@@ -56,17 +50,17 @@ def test_reading_costs_what_torch_counts(smollm2, tokens, labels):
     model, _ = smollm2
     with torch.no_grad():
         counted = flops(lambda: loss.summed_loss(model, batch_of(tokens, labels)))
-    assert counted == pytest.approx(costs.reading_flops(tokens, labels), rel=0.03)
+    assert counted == pytest.approx(estimate.reading_flops(tokens, labels), rel=0.03)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_step_costs_what_torch_counts(fresh_smollm2, monkeypatch, full):
     model, _ = fresh_smollm2()
     INJECT[full](model)
-    monkeypatch.setattr(costs, "ROW_TOKENS", 48)
-    monkeypatch.setattr(costs, "ROW_LABELS", 12)
+    monkeypatch.setattr(estimate, "ROW_TOKENS", 48)
+    monkeypatch.setattr(estimate, "ROW_LABELS", 12)
     counted = flops(lambda: loss.summed_loss(model, batch_of(48, 12)).backward())
-    assert counted == pytest.approx(costs.step_flops(1, full=full), rel=0.06)
+    assert counted == pytest.approx(estimate.step_flops(1, full=full), rel=0.06)
 
 
 def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
@@ -80,14 +74,14 @@ def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
         optimizer.zero_grad()
 
     step()  # makes the moments, which every later step holds from the start
-    monkeypatch.setattr(costs, "ROW_TOKENS", 40)
-    monkeypatch.setattr(costs, "ROW_LABELS", 10)
-    measured = budget.measure_step(model, step)
-    assert measured.peak == pytest.approx(costs.step_bytes(1, full=False), rel=0.02)
+    monkeypatch.setattr(estimate, "ROW_TOKENS", 40)
+    monkeypatch.setattr(estimate, "ROW_LABELS", 10)
+    measured = meter.measure_step(model, step)
+    assert measured.peak == pytest.approx(estimate.step_bytes(1, full=False), rel=0.02)
 
 
 def test_a_full_step_of_few_rows_holds_sixteen_bytes_a_parameter():
-    assert costs.step_bytes(1, full=True) == 16 * (costs.LAYERS + costs.HEAD)
+    assert estimate.step_bytes(1, full=True) == 16 * (estimate.LAYERS + estimate.HEAD)
 
 
 def test_the_sizes_of_a_row_are_those_of_the_task(smollm2):
@@ -107,58 +101,58 @@ def test_the_sizes_of_a_row_are_those_of_the_task(smollm2):
         template="chat",
         examples=examples,
     )
-    assert tokens == pytest.approx(costs.ROW_TOKENS, rel=0.05)
-    assert labels == pytest.approx(costs.ROW_LABELS, rel=0.05)
-    assert len(prompt) == pytest.approx(costs.FEW_SHOT_TOKENS, rel=0.1)
+    assert tokens == pytest.approx(estimate.ROW_TOKENS, rel=0.05)
+    assert labels == pytest.approx(estimate.ROW_LABELS, rel=0.05)
+    assert len(prompt) == pytest.approx(estimate.FEW_SHOT_TOKENS, rel=0.1)
 
 
 def test_the_sizes_of_a_comparison_are_those_of_its_parts():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 
-    general = evaluate.general_loss
+    general = evaluation.general_loss
     read = default(general, "windows") * default(general, "length")
     timed = timing.against_first
     steps = default(timed, "tokens") * (default(timed, "rounds") + 1)
-    assert read == costs.GENERAL_TOKENS
-    assert 2 * steps <= costs.TIMED_STEPS <= 3 * steps  # adapted, base, some merged
+    assert read == estimate.GENERAL_TOKENS
+    assert 2 * steps <= estimate.TIMED_STEPS <= 3 * steps  # adapted, base, some merged
 
 
 def test_the_rate_is_products_per_second_at_the_fastest(monkeypatch):
     """A clock that runs 1 ms a product, and 5 ms in the first pass."""
     ticks = count()
-    slow = 2 * costs.DEPTH + 2  # the first readings: a start, a check, a pass
+    slow = 2 * estimate.DEPTH + 2  # the first readings: a start, a check, a pass
 
     def clock():
         tick = next(ticks)
         return tick * 5e-3 if tick < slow else slow * 5e-3 + (tick - slow) * 1e-3
 
     monkeypatch.setattr("time.perf_counter", clock)
-    rate = costs.measured_rate(torch.device("cpu"), 4, 1.0)
+    rate = estimate.measured_rate(torch.device("cpu"), 4, 1.0)
     assert rate == pytest.approx(2 * 4 * 576 * 1536 / 1e-3)
 
 
 def test_a_comparison_costs_the_sum_of_its_rows_and_seeds():
-    tokens = costs.GENERAL_TOKENS
-    read = costs.reading_flops(tokens, tokens) / (costs.EFFICIENCY * RATES.many)
-    whole = costs.compare_seconds(RATES, Plan())
+    tokens = estimate.GENERAL_TOKENS
+    read = estimate.reading_flops(tokens, tokens) / (estimate.EFFICIENCY * RATES.many)
+    whole = estimate.compare_seconds(RATES, Plan())
     alone = {
-        row.key: costs.compare_seconds(RATES, Plan(methods=(row.key,))) - read
+        row.key: estimate.compare_seconds(RATES, Plan(methods=(row.key,))) - read
         for row in Plan().chosen()
     }
     assert whole == pytest.approx(read + sum(alone.values()))
     trained = sum(alone[row.key] for row in Plan().chosen() if row.inject)
-    twice = costs.compare_seconds(RATES, Plan(seeds=(0, 1)))
+    twice = estimate.compare_seconds(RATES, Plan(seeds=(0, 1)))
     assert twice == pytest.approx(whole + trained)
     assert alone["zero-shot"] < alone["few-shot"] < alone["lora"] < alone["full"]
 
 
 def test_a_search_costs_the_sum_of_its_runs():
     one = Plan(methods=("lora",), steps=10)
-    more = costs.tuning_seconds(RATES, replace(one, steps=30))
+    more = estimate.tuning_seconds(RATES, replace(one, steps=30))
     steps = 20 * len(tuning.grid(one.chosen()[0]))
-    step = costs.step_seconds(RATES, one.batch, full=False)
-    assert more - costs.tuning_seconds(RATES, one) == pytest.approx(steps * step)
+    step = estimate.step_seconds(RATES, one.batch, full=False)
+    assert more - estimate.tuning_seconds(RATES, one) == pytest.approx(steps * step)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -173,23 +167,23 @@ def test_checkpoints_take_the_room_of_their_files(full, fresh_smollm2, tmp_path)
     run = checkpoint.Run(parameters, optimizer, torch.device("cpu"))
     made = checkpoint.save(run, tmp_path, {})
     size = sum(file.stat().st_size for file in made.iterdir())
-    assert 3 * size == pytest.approx(costs.checkpoint_bytes(full=full), rel=0.01)
+    assert 3 * size == pytest.approx(estimate.checkpoint_bytes(full=full), rel=0.01)
 
 
 def test_training_costs_its_steps():
-    ten = costs.train_seconds(RATES, 10, 8, full=False)
-    thirty = costs.train_seconds(RATES, 30, 8, full=False)
-    step = costs.step_flops(8, full=False) / (costs.EFFICIENCY * RATES.many)
+    ten = estimate.train_seconds(RATES, 10, 8, full=False)
+    thirty = estimate.train_seconds(RATES, 30, 8, full=False)
+    step = estimate.step_flops(8, full=False) / (estimate.EFFICIENCY * RATES.many)
     assert thirty - ten == pytest.approx(20 * step)
 
 
 def test_a_machine_twice_as_fast_takes_half_as_long():
-    double = costs.Rates(2 * RATES.many, 2 * RATES.some, 2 * RATES.one)
+    double = estimate.Rates(2 * RATES.many, 2 * RATES.some, 2 * RATES.one)
     for cost in (
-        lambda rates: costs.compare_seconds(rates, Plan()),
-        lambda rates: costs.tuning_seconds(rates, Plan()),
-        lambda rates: costs.train_seconds(rates, 50, 8, full=True),
-        lambda rates: costs.answer_seconds(rates, 100, 46),
-        lambda rates: 1 / costs.chat_tokens_a_second(rates),
+        lambda rates: estimate.compare_seconds(rates, Plan()),
+        lambda rates: estimate.tuning_seconds(rates, Plan()),
+        lambda rates: estimate.train_seconds(rates, 50, 8, full=True),
+        lambda rates: estimate.answer_seconds(rates, 100, 46),
+        lambda rates: 1 / estimate.chat_tokens_a_second(rates),
     ):
         assert cost(double) == pytest.approx(cost(RATES) / 2)

@@ -12,15 +12,15 @@ from architectures import build, byte_tokenizer
 from observe import assert_same, snapshot
 from planting import assert_caught
 
-from peft_from_scratch import evaluate
-from peft_from_scratch.evaluate import (
+from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
+from peft_from_scratch.training import evaluation
+from peft_from_scratch.training.evaluation import (
     answer_rows,
     general_loss,
     paired_bootstrap,
     wilson,
 )
-from peft_from_scratch.generation import generate
-from peft_from_scratch.templates import TEMPLATES, encode_prompt, stop_token
+from peft_from_scratch.training.generation import generate
 
 TOKENIZER = byte_tokenizer()
 ROWS = [{"prompt": "ab" * i, "completion": "c" * i} for i in (2, 1, 4)]
@@ -249,46 +249,46 @@ def test_the_general_text_is_long_enough_and_prose():
     assert "the" in TOKENIZER.decode(ids[1000:2000]).split()
 
 
-BOOTSTRAP, GENERAL = evaluate.paired_bootstrap, evaluate.general_loss
+BOOTSTRAP, GENERAL = evaluation.paired_bootstrap, evaluation.general_loss
 BUGS = {
     "the shared beginning is longer than shared": (
-        evaluate.shared_tokens,
+        evaluation.shared_tokens,
         "len(commonprefix(prompts))",
         "len(commonprefix(prompts)) + 1",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "the shared beginning is dropped": (
-        evaluate.answer_rows,
+        evaluation.answer_rows,
         "prefix=prompts[0][:shared]",
         "prefix=()",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "examples are dropped": (
-        evaluate.answer_rows,
+        evaluation.answer_rows,
         "examples=examples",
         "examples=()",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "answers are cut at the longest completion": (
-        evaluate.answer_rows,
+        evaluation.answer_rows,
         "longest + longest // 4 + 8",
         "longest",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "score(completion, answer)": (
-        evaluate.answer_rows,
+        evaluation.answer_rows,
         'task.score(answer, row["completion"])',
         'task.score(row["completion"], answer)',
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "Wald's interval": (
-        evaluate.wilson,
+        evaluation.wilson,
         "p + z * z / (2 * n)",
         "p * (1 + z * z / n)",
         wilson_solves_the_score_equation,
     ),
     "z of one side": (
-        evaluate.wilson,
+        evaluation.wilson,
         "(1 + confidence) / 2",
         "confidence",
         wilson_solves_the_score_equation,

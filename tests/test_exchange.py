@@ -13,9 +13,11 @@ from observe import assert_same, logits, refused, snapshot, train, values
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, atomic, exchange
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.common import atomic
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files import exchange
+from peft_from_scratch.files.exchange import CONFIG, WEIGHTS
 
 VARIANTS = {
     "rslora": dict(rslora=True, alpha=3.5),

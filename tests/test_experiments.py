@@ -9,27 +9,25 @@ import torch
 from architectures import build, byte_tokenizer
 from planting import assert_caught, planted
 
-from peft_from_scratch import lora, merge, runs, trainable
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.budget import lora_parameters
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch import lora, merge, trainable
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.ledger import claim, intervals, rates, runs
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     bill,
     counting,
     data_size,
     finetune,
-    intervals,
-    rates,
     separation,
     spectrum,
     standalone,
     starts,
 )
-from peft_from_scratch.ledger import claim
-from peft_from_scratch.loss import batch_of, summed_loss
-from peft_from_scratch.runs import Run
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.templates import encode_rows
+from peft_from_scratch.ledger.runs import Run
+from peft_from_scratch.memory.meter import lora_parameters
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.tasks.templates import encode_rows
+from peft_from_scratch.training.loss import batch_of, summed_loss
 
 SMALL = dict(
     task="orders",

@@ -11,9 +11,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from peft_from_scratch import lora
-from peft_from_scratch.adapter import adapters, merge
-from peft_from_scratch.budget import lora_parameters
-from peft_from_scratch.experiments import (
+from peft_from_scratch.core.adapter import adapters, merge
+from peft_from_scratch.ledger.experiments import (
     constants,
     finetune,
     formats,
@@ -21,7 +20,8 @@ from peft_from_scratch.experiments import (
     one_gpu,
     paging,
 )
-from peft_from_scratch.experiments.counting import SHAPES
+from peft_from_scratch.ledger.experiments.counting import SHAPES
+from peft_from_scratch.memory.meter import lora_parameters
 from peft_from_scratch.methods import qlora
 from peft_from_scratch.nf4 import CODES, NF4Linear, linear, quantize_model
 

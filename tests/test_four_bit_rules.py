@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from planting import planted
 
-from peft_from_scratch import ledger, runs
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch.ledger import claim, intervals, runs, verdicts
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     constants,
     formats,
     four_bit_merging,
     four_bit_training,
-    intervals,
     one_gpu,
     paging,
 )
-from peft_from_scratch.ledger import claim, judge
+from peft_from_scratch.ledger.verdicts import judge
 from peft_from_scratch.nf4 import CODES
 
 
@@ -40,8 +39,8 @@ def judged(id: str, result_of, scale: str = "tiny") -> object:
 
 
 def test_the_second_half_of_a_sentence_stands_after_the_first():
-    assert ledger._place("Q4") < ledger._place("Q4b") < ledger._place("Q5")
-    ids = list(ledger.CLAIMS)
+    assert verdicts._place("Q4") < verdicts._place("Q4b") < verdicts._place("Q5")
+    ids = list(verdicts.CLAIMS)
     assert ids.index("Q4b") == ids.index("Q4") + 1
 
 

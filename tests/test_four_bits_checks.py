@@ -6,7 +6,7 @@ from check_tests import checked
 from mutant_run import lesson
 
 from peft_from_scratch import nf4
-from peft_from_scratch.checks import four_bits as checks
+from peft_from_scratch.course.checks import four_bits as checks
 from peft_from_scratch.nf4.codes import book
 from peft_from_scratch.nf4.double import double_quantize
 

@@ -10,9 +10,9 @@ from planting import assert_caught
 from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, logging
 
-from peft_from_scratch import generation
-from peft_from_scratch.generation import generate, left_pad
 from peft_from_scratch.methods import lora
+from peft_from_scratch.training import generation
+from peft_from_scratch.training.generation import generate, left_pad
 
 END = 2  # a token that these random models next to never write
 NEW = 8

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_from_scratch as pfs
-from peft_from_scratch.tasks import GENERATED, load_task
+from peft_from_scratch.tasks.task import GENERATED, load_task
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

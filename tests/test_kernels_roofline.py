@@ -4,12 +4,12 @@ import pytest
 import torch
 from planting import assert_caught
 
-from peft_from_scratch import ledger
-from peft_from_scratch.experiments import fusing
 from peft_from_scratch.kernels import roofline
 from peft_from_scratch.kernels.count import Count
 from peft_from_scratch.kernels.roofline import DEVICES, FUSED, UNFUSED
-from peft_from_scratch.runs import Run
+from peft_from_scratch.ledger import verdicts
+from peft_from_scratch.ledger.experiments import fusing
+from peft_from_scratch.ledger.runs import Run
 
 BF16 = torch.bfloat16
 H100 = roofline.SHOWN
@@ -115,7 +115,7 @@ def test_k1_is_the_share_of_worthwhile_cases(saving, value, verdict):
     measured = fusing.measured([a_run(saving)])
     assert measured.value == pytest.approx(value)
     ends = measured.value, measured.low, measured.high
-    assert ledger.verdict_of("K1", *ends) == verdict
+    assert verdicts.verdict_of("K1", *ends) == verdict
     fusing.BOUNDS.format(**measured.figures)
 
 

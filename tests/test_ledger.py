@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from planting import assert_caught
 
 from peft_from_scratch import __main__ as command_line
-from peft_from_scratch import experiments, ledger, runs
-from peft_from_scratch.claim import OF_BANDS, VERDICTS, Claim, Invalid, Measured, Rule
+from peft_from_scratch.ledger import experiments, runs
+from peft_from_scratch.ledger import verdicts as ledger
+from peft_from_scratch.ledger.claim import (
+    OF_BANDS,
+    VERDICTS,
+    Claim,
+    Invalid,
+    Measured,
+    Rule,
+)
 
 FIELDS = (
     "id notebook statement rule rule_hash scale measured interval seeds verdict "
@@ -247,7 +255,7 @@ def test_missing_runs_are_made_once_and_a_search_may_ask_for_more(store, monkeyp
 
 def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "brand_new.py").write_text(
-        "from peft_from_scratch.claim import Claim, Measured, Rule\n"
+        "from peft_from_scratch.ledger.claim import Claim, Measured, Rule\n"
         "def measured(found): return Measured(1, 1, 1, ())\n"
         "CLAIMS = (Claim(id='Z9', notebook='98', statement='s', measured=measured,\n"
         "  rule=Rule('w', '%', ('confirmed', 'refuted here'), (2,)),\n"
@@ -257,7 +265,7 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
     monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
     found = ledger.discover()
-    monkeypatch.delitem(sys.modules, "peft_from_scratch.experiments.brand_new")
+    monkeypatch.delitem(sys.modules, "peft_from_scratch.ledger.experiments.brand_new")
     assert list(found) == [*ledger.CLAIMS, "Z9"]
 
 
@@ -352,6 +360,6 @@ def test_the_command_makes_missing_runs(capsys, tmp_path, monkeypatch):
 
 
 def test_the_command_line_names_the_scales_of_the_library():
-    from peft_from_scratch.claim import SCALES
+    from peft_from_scratch.ledger.claim import SCALES
 
     assert command_line.SCALES == SCALES

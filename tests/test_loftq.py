@@ -6,10 +6,10 @@ from architectures import build
 from planting import Bug, assert_law_catches
 
 from peft_from_scratch import load, save
-from peft_from_scratch.adapter import adapters, as_matrix, injected
+from peft_from_scratch.core.adapter import adapters, as_matrix, injected
+from peft_from_scratch.core.targets import projections
 from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.nf4 import dequantize, quantize_model
-from peft_from_scratch.targets import projections
 
 
 def it_starts_at_the_best_of_its_rank():

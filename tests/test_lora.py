@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
 
 DOUBLE = dict(dtype=torch.float64)

@@ -19,8 +19,10 @@ from laws import Method
 from planting import Bug, assert_law_catches
 from test_contract import METHODS, lora, low_rank
 
-from peft_from_scratch import adapter, atomic, exchange, patterns, targets
-from peft_from_scratch.adapter import Adapter
+from peft_from_scratch.common import atomic
+from peft_from_scratch.core import adapter, targets
+from peft_from_scratch.core.adapter import Adapter
+from peft_from_scratch.files import exchange, patterns
 from peft_from_scratch.methods import lora as method
 from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
 
@@ -130,7 +132,7 @@ LORA = {
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
-        targets.spread,
+        targets.per_module,
         "dict.fromkeys(chosen, value) | values",
         "values | dict.fromkeys(chosen, value)",
         lora_laws.every_argument_reaches_every_module,
@@ -194,19 +196,19 @@ CONTRACT = {
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "_set_flags(model, injected(model).requires_grad)",
         "pass",
         contract(laws.remove_is_exact),
     ),
     "remove thaws what was frozen before": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "_set_flags(model, injected(model).requires_grad)",
         "model.requires_grad_(True)",
         contract(laws.remove_is_exact),
     ),
     "remove leaves its record": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "del model.pfs_injection",
         "model.pfs_injection = None",
         contract(laws.remove_is_exact),

@@ -17,7 +17,8 @@ from planting import Bug, assert_law_catches
 from test_mutants import contract
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_from_scratch import adapter, train, trunk
+from peft_from_scratch.core import adapter, decoder
+from peft_from_scratch.core.decoder import DecoderAdapter
 from peft_from_scratch.methods import bitfit, houlsby, ia3, pissa, prefix, prompt
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.houlsby import Bottleneck
@@ -25,7 +26,7 @@ from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.pissa import PiSSA
 from peft_from_scratch.methods.prefix import Prefix, Reparametrized
 from peft_from_scratch.methods.prompt import Prompt
-from peft_from_scratch.trunk import Trunk
+from peft_from_scratch.training import loop
 
 attend = ALL_ATTENTION_FUNCTIONS[prefix.NAMES["sdpa"]]
 
@@ -50,13 +51,13 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "tokens stand where P stands": Bug(
-        Trunk.moved,
+        DecoderAdapter.moved,
         "return position_ids + self.n",
         "return position_ids",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "positions one too low": Bug(
-        Trunk.moved,
+        DecoderAdapter.moved,
         "return position_ids + self.n",
         "return position_ids + self.n - 1",
         of_prompt(soft.positions_from_the_caller_are_moved, "llama"),
@@ -68,7 +69,7 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "padding counts as a position": Bug(
-        Trunk.moved,
+        DecoderAdapter.moved,
         "attention_mask.long().cumsum(-1)",
         "attention_mask.new_ones(attention_mask.shape).long().cumsum(-1)",
         of_prompt(soft.padding_changes_no_logit),
@@ -128,13 +129,13 @@ PROMPT = {
         test_prompt.starts_from_rows_of_the_table,
     ),
     "a start is cut from its front": Bug(
-        trunk.token_ids,
+        decoder.token_ids,
         "[:n]",
         "[-n:]",
         partial(soft.ids_are_repeated_or_cut_to_n, prompt),
     ),
     "more positions than the model has": Bug(
-        Trunk.__init__,
+        DecoderAdapter.__init__,
         "largest = min(LARGEST_N, positions - 1)",
         "largest = LARGEST_N",
         broken("prompt", "n beyond the positions"),
@@ -228,13 +229,13 @@ PREFIX = {
         contract(laws.state_dict_is_the_whole_state, "prefix"),
     ),
     "the attention is left behind": Bug(
-        Prefix.removed,
+        Prefix.on_remove,
         "self.base.config._attn_implementation = self.implementation",
         "pass",
         partial(test_prefix.remove_restores_the_attention, "eager"),
     ),
     "sdpa whatever the model had": Bug(
-        Prefix.removed,
+        Prefix.on_remove,
         "self.implementation",
         "'sdpa'",
         partial(test_prefix.remove_restores_the_attention, "eager"),
@@ -393,31 +394,31 @@ DORA = {
 
 PISSA = {
     "the residual is the whole weight": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "- self.scale * (self.B0 @ self.A0)",
         "",
         contract(laws.starts_from_the_pretrained_model, "pissa"),
     ),
     "subtracted twice": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "- self.scale *",
         "- 2 * self.scale *",
         contract(laws.starts_from_the_pretrained_model, "pissa"),
     ),
     "the residual is left behind": Bug(
-        PiSSA.removed,
+        PiSSA.on_remove,
         "self.base.weight.copy_(self.original)",
         "pass",
         family.removed_after_training_to_the_last_bit,
     ),
     "restored by adding what was subtracted": Bug(
-        PiSSA.removed,
+        PiSSA.on_remove,
         "self.base.weight.copy_(self.original)",
         "as_matrix(self.base).add_(self.scale * (self.B0 @ self.A0))",
         family.removed_after_training_to_the_last_bit,
     ),
     "the original is kept by reference": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "self.base.weight.detach().clone()",
         "self.base.weight.detach()",
         family.removed_after_training_to_the_last_bit,
@@ -513,31 +514,31 @@ BITFIT_AND_LORA_PLUS = {
         family.biases_and_nothing_else_train,
     ),
     "the ratio is that of A": Bug(
-        train._groups,
+        loop._groups,
         "m.get_parameter(name)) for m in modules for name in m.fast",
         "m.A) for m in modules if m.fast",
         family.B_moves_lr_ratio_times_as_far,
     ),
     "the ratio is forgotten": Bug(
-        train._step,
+        loop._step,
         'lr * group["ratio"]',
         "lr",
         family.a_B_of_zero_ends_its_first_step_at_the_rate,
     ),
     "all tensors are fast": Bug(
-        train._groups,
+        loop._groups,
         '"ratio": 1.0},\n        {"params": quick',
         '"ratio": recipe.lr_ratio},\n        {"params": quick',
         family.B_moves_lr_ratio_times_as_far,
     ),
     "rates grow from step to step": Bug(
-        train._step,
+        loop._step,
         '= lr * group["ratio"]',
         '= group["lr"] * group["ratio"] ** 0.1',
         family.resumed_is_bit_equal,
     ),
     "a ratio without a LoRA does nothing": Bug(
-        train._groups,
+        loop._groups,
         "if not fast:",
         "if False:",
         family.a_ratio_without_a_lora_is_refused,

@@ -15,17 +15,12 @@ import torch
 from planting import Bug, assert_law_catches
 from test_mutants import contract
 
-from peft_from_scratch import adapter, budget, exchange, merging, models
+from peft_from_scratch.core import adapter
+from peft_from_scratch.files import combine, exchange, quantized
+from peft_from_scratch.memory import meter
 from peft_from_scratch.methods import full, pissa, qlora
-from peft_from_scratch.nf4 import (
-    NF4Linear,
-    affine,
-    blocks,
-    codes,
-    double,
-    files,
-    linear,
-)
+from peft_from_scratch.models import load
+from peft_from_scratch.nf4 import NF4Linear, affine, blocks, codes, double, linear
 from peft_from_scratch.nf4.linear import Product, Scratch
 
 
@@ -357,7 +352,7 @@ QLORA = {
         beside.codes_are_not_quantized_a_second_time,
     ),
     "shares are of bytes": Bug(
-        budget.count,
+        meter.count,
         "m.values for m in",
         "m.packed.numel() for m in",
         beside.shares_count_values_and_not_bytes,
@@ -462,7 +457,7 @@ QLORA = {
         partial(beside.a_hostile_note_is_refused, note='{"code": "nf4", "block": 64}'),
     ),
     "adapters of other bits are combined": Bug(
-        merging._refuse_other_bases,
+        combine._refuse_other_bases,
         ', (BITS, "the bits of the base")',
         ",",
         beside.adapters_of_other_bits_have_no_sum,
@@ -471,70 +466,70 @@ QLORA = {
 
 FILES = {
     "another code book is let through": Bug(
-        files._same_book,
+        quantized._same_book,
         "if not torch.equal(",
         "if None is torch.equal(",
         broken("another code book"),
     ),
     "short codes are let through": Bug(
-        files._sized, "tensor.numel() != count", "False", broken("short codes")
+        quantized._sized, "tensor.numel() != count", "False", broken("short codes")
     ),
     "codes of another dtype are let through": Bug(
-        files._sized,
+        quantized._sized,
         "tensor.dtype != dtype or",
         "",
         broken("codes of another dtype"),
     ),
     "constants may overflow": Bug(
-        files._doubled,
+        quantized._doubled,
         "if not doubled.restored().isfinite().all():",
         "if False:",
         broken("units that overflow"),
     ),
     "what is not quantized is not checked": Bug(
-        files._put_plain,
+        quantized._put_plain,
         "for name, tensor in given.items():",
         "for name, tensor in list(given.items())[:0]:",
         broken("infinite norm"),
     ),
     "the dtype of before is forgotten": Bug(
-        files._from_file,
+        quantized._from_file,
         "DTYPE[dtype], block",
         "torch.float32, block",
         partial(on_disk.a_round_trip_is_bit_equal, of=torch.bfloat16),
     ),
     "transposed projections come back as they are not": Bug(
-        files._put_packed,
+        quantized._put_packed,
         "transposed=is_transposed(module)",
         "transposed=False",
         on_disk.a_round_trip_is_bit_equal,
     ),
     "eight bits are taken for four": Bug(
-        files.is_four_bit,
+        quantized.is_four_bit,
         ' and settings.get("load_in_4bit") is True',
         "",
         broken("eight bits"),
     ),
     "the old file is overwritten in place": Bug(
-        files.save,
+        quantized.save,
         "atomic.new_files(directory, (CONFIG, WEIGHTS, *beside)) as new:",
         "__import__('contextlib').nullcontext(Path(directory)) as new:",
         on_disk.a_failed_save_leaves_the_folder_as_it_was,
     ),
     "the generation config is lost": Bug(
-        files.save,
+        quantized.save,
         "(model.generation_config, tokenizer)",
         "(tokenizer,)",
         on_disk.a_changed_generation_config_is_kept,
     ),
     "the dtype is forgotten": Bug(
-        files._put_plain,
+        quantized._put_plain,
         "tensor.to(dtype) if dtype else tensor",
         "tensor",
         on_disk.load_model_reads_such_a_folder,
     ),
     "load_model leaves four bits to bitsandbytes": Bug(
-        models._model,
+        load._model,
         "and nf4.is_four_bit(folder)",
         "and False",
         on_disk.load_model_reads_such_a_folder,

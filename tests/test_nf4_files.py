@@ -13,9 +13,10 @@ from observe import assert_same, largest, logits, refused, train
 from safetensors.torch import load_file, save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch import atomic, nf4
-from peft_from_scratch.nf4 import files
-from peft_from_scratch.nf4.files import CONFIG, STATE, WEIGHTS
+from peft_from_scratch import nf4
+from peft_from_scratch.common import atomic
+from peft_from_scratch.files import quantized as files
+from peft_from_scratch.files.quantized import CONFIG, STATE, WEIGHTS
 
 UP = "model.layers.1.mlp.up_proj"
 KEY = f"{UP}.weight"

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, nf4
-from peft_from_scratch.budget import Meter, count, measure_step
+from peft_from_scratch import nf4
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.targets import resolve
+from peft_from_scratch.memory.meter import Meter, count, measure_step
 from peft_from_scratch.nf4 import NF4Linear, linear
-from peft_from_scratch.targets import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 HALF = (torch.bfloat16, torch.float16)
@@ -76,7 +77,7 @@ def made_plain(model):
     """A copy with the dequantized weights as parameters."""
     model = copy.deepcopy(model)
     for module in packed(model).values():
-        adapter.swap(model, {module: module.plain()})
+        adapter.replace_modules(model, {module: module.plain()})
     return model
 
 
@@ -409,7 +410,7 @@ def no_full_copy_survives():
     alive = []
 
     def swapped(model, exchanged):
-        adapter.swap(model, exchanged)
+        adapter.replace_modules(model, exchanged)
         alive.append(sum(weight() is not None for weight in weights))
 
     held, linear.swap = linear.swap, swapped

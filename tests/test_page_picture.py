@@ -10,8 +10,15 @@ from matplotlib.transforms import Bbox
 from planting import Bug, assert_law_catches
 from torch import nn
 
-from peft_from_scratch import page_picture
-from peft_from_scratch.page_picture import AHEAD, FAULT, HIT, Moment, picture, watched
+from peft_from_scratch.course.pictures import page_picture
+from peft_from_scratch.course.pictures.page_picture import (
+    AHEAD,
+    FAULT,
+    HIT,
+    Moment,
+    picture,
+    watched,
+)
 from peft_from_scratch.paged import PagedAdamW
 
 

@@ -14,14 +14,15 @@ from observe import assert_same, largest, logits, refused, train, values
 from safetensors.torch import save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange, merging, nf4
-from peft_from_scratch.adapter import adapters, as_matrix
-from peft_from_scratch.budget import count
-from peft_from_scratch.exchange import BITS, CONFIG, WEIGHTS
+from peft_from_scratch import nf4
+from peft_from_scratch.core.adapter import adapters, as_matrix
+from peft_from_scratch.core.targets import resolve
+from peft_from_scratch.files import combine, exchange
+from peft_from_scratch.files.exchange import BITS, CONFIG, WEIGHTS
+from peft_from_scratch.memory.meter import count
 from peft_from_scratch.methods import qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear
-from peft_from_scratch.targets import resolve
 
 ARGUMENTS = dict(r=4, alpha=8)
 
@@ -632,14 +633,14 @@ def adapters_of_other_bits_have_no_sum(folder):
     pfs.save(lora, folder / "full")
     for other in ("32", "float32"):
         with refused(torch.nn.Module(), "the bits of the base is of"):
-            merging.combine(
+            combine.combine(
                 [folder / "64", folder / other], folder / "out", how="linear"
             )
         assert not (folder / "out").exists()
-    merging.combine([folder / "64", folder / "64 again"], folder / "out", how="linear")
+    combine.combine([folder / "64", folder / "64 again"], folder / "out", how="linear")
     assert parsed(folder / "out")[1][BITS] == parsed(folder / "64")[1][BITS]
     # A file without the note may be PEFT's, which never says.
-    merging.combine([folder / "full", folder / "64"], folder / "both", how="linear")
+    combine.combine([folder / "full", folder / "64"], folder / "both", how="linear")
     assert parsed(folder / "both")[1][BITS] == parsed(folder / "64")[1][BITS]
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from peft_from_scratch import readme
+from tools import readme
 
 
 def test_the_table_is_that_of_the_shipped_run():

@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from observe import assert_same, refused, snapshot
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files import exchange
+from peft_from_scratch.files.exchange import CONFIG, WEIGHTS
 
 HEAD = "base_model.model.lm_head."
 # A regex that tries every way to cut a name in pieces before it fails.

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from test_refused_files import JUNK
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange
-from peft_from_scratch.exchange import WEIGHTS
+from peft_from_scratch.files import exchange
+from peft_from_scratch.files.exchange import WEIGHTS
 from peft_from_scratch.methods import bitfit, dora, houlsby, ia3, prefix, prompt
 
 KEPT = TemporaryDirectory()  # until the process ends

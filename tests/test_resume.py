@@ -19,9 +19,10 @@ from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_from_scratch import atomic, checkpoint, train
-from peft_from_scratch.checkpoint import checkpoints
+from peft_from_scratch.common import atomic
 from peft_from_scratch.methods import lora
+from peft_from_scratch.training import checkpoint, loop
+from peft_from_scratch.training.checkpoint import checkpoints
 
 # Rates at which the loss on the validation rows falls first and rises later, so that
 # the best weights are neither the last nor those of the newest checkpoint.
@@ -109,7 +110,7 @@ def test_a_finished_run_is_not_run_again(straight, tmp_path):
 
 def test_an_early_stop_stays_stopped(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 1.5, 1.5])
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     settings = recipe(validate_every=2, patience=2)
     model, again = adapted(), adapted()
     first = run(model, settings, checkpoints=tmp_path)
@@ -291,7 +292,7 @@ def test_another_configuration_is_refused(tmp_path, make, changes, words):
 def test_other_rows_are_refused(tmp_path):
     task = SimpleNamespace(**(vars(TASK) | {"train": ROWS[1:]}))
     with refused(adapted(), "rows is"):
-        train.train(adapted(), TOKENIZER, task, SETTINGS, checkpoints=stopped(tmp_path))
+        loop.train(adapted(), TOKENIZER, task, SETTINGS, checkpoints=stopped(tmp_path))
 
 
 def test_the_pace_of_checkpoints_may_change(straight, tmp_path):
@@ -398,12 +399,12 @@ BUGS = {
         '{"cpu": torch.Generator().get_state()}',
     ),
     "the schedule restarted": (
-        train._step,
+        loop._step,
         "learning_rate(recipe, history.steps)",
         "learning_rate(recipe, history.steps - (history.resumed_from or 0))",
     ),
     "the position in the data restarted": (
-        train.train,
+        loop.train,
         "_micro_batches(rows, recipe, history.steps)",
         "_micro_batches(rows, recipe, history.steps - (history.resumed_from or 0))",
     ),

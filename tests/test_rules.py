@@ -14,21 +14,21 @@ import torch
 from architectures import build
 from planting import planted
 
-from peft_from_scratch import lora, runs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch import lora
+from peft_from_scratch.comparison.timing import step_seconds
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.ledger import claim, intervals, runs
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     challengers,
     counting,
     finetune,
-    intervals,
     latency,
     rank_and_place,
     scaling,
 )
-from peft_from_scratch.ledger import claim, judge
+from peft_from_scratch.ledger.verdicts import judge
 from peft_from_scratch.methods import prefix, prompt
-from peft_from_scratch.timing import step_seconds
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from architectures import build, byte_tokenizer
 from planting import assert_caught
 from tokenizers import processors
 
-from peft_from_scratch import templates
-from peft_from_scratch.templates import (
+from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks.templates import (
     IGNORED,
     TEMPLATES,
     bad_rows,

@@ -22,10 +22,17 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from peft_from_scratch import adapter, loss, scoped, train
+from peft_from_scratch.common import scoped
+from peft_from_scratch.core import adapter
 from peft_from_scratch.methods import lora
-from peft_from_scratch.recipe import History, Recipe, learning_rate, rows_of_step
-from peft_from_scratch.templates import collate, encode_rows
+from peft_from_scratch.tasks.templates import collate, encode_rows
+from peft_from_scratch.training import loop, loss
+from peft_from_scratch.training.config import (
+    History,
+    Recipe,
+    learning_rate,
+    rows_of_step,
+)
 
 ENCODED = encode_rows(TOKENIZER, TASK.instruction, ROWS, template="chat")
 CPU = torch.device("cpu")
@@ -260,7 +267,7 @@ def test_looking_at_the_validation_rows_changes_nothing():
 
 def early_stopping_brings_back_the_best_weights(monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 1.0])  # an equal loss is no improvement
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     model, seen = adapted(), {}
 
     def remember(history):
@@ -279,7 +286,7 @@ def test_early_stopping_brings_back_the_best_weights(monkeypatch):
 
 def test_without_patience_the_last_weights_stay(monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     model, last = adapted(), adapted()
     history = run(model, recipe(validate_every=4))
     run(last, recipe())
@@ -364,7 +371,7 @@ def a_nan_stops_the_run_before_the_step():
             model.model.norm.weight.fill_(math.nan)
 
     settings = recipe()
-    with pytest.raises(train.Diverged) as caught:
+    with pytest.raises(loop.Diverged) as caught:
         run(model, settings, on_step=poison)
     assert_same(values(model), last)
     assert "step 5 of 12" in str(caught.value) and "nan" in str(caught.value)
@@ -379,14 +386,14 @@ def test_an_infinite_gradient_stops_the_run_before_the_step():
     model = adapted()
     before = values(model)
     next(iter(adapter.trainable(model).values())).register_hook(lambda g: g * math.inf)
-    with pytest.raises(train.Diverged, match="step 1 of 12"):
+    with pytest.raises(loop.Diverged, match="step 1 of 12"):
         run(model, recipe())
     assert_same(values(model), before)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(monkeypatch):
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: math.nan)
-    with pytest.raises(train.Diverged, match=r"step 2 of 12.*validation loss"):
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: math.nan)
+    with pytest.raises(loop.Diverged, match=r"step 2 of 12.*validation loss"):
         run(adapted(), recipe(validate_every=2, patience=1))
 
 
@@ -472,7 +479,7 @@ def test_biases_train_beside_the_adapters(compiled):
 def test_an_empty_split_is_refused(empty):
     task = SimpleNamespace(**(vars(TASK) | {empty: []}))
     with pytest.raises(ValueError, match=f"no {empty}"):
-        train.train(adapted(), TOKENIZER, task, recipe(validate_every=2))
+        loop.train(adapted(), TOKENIZER, task, recipe(validate_every=2))
 
 
 # Ctrl-C and the bar ------------------------------------------------------------------
@@ -514,11 +521,11 @@ def test_the_bar_shows_loss_rate_and_time_left(monkeypatch):
 
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        train.train(adapted(), TOKENIZER, TASK, recipe(validate_every=4))
+        loop.train(adapted(), TOKENIZER, TASK, recipe(validate_every=4))
         text = stream.getvalue()
         assert bool(text) == shown == ("loss" in text and "12/12" in text)
         assert "\n" not in text.strip()
-    last = train._figures(History(loss=[1.25], lr=[1e-3], validation=[(1, 2.5)]))
+    last = loop._figures(History(loss=[1.25], lr=[1e-3], validation=[(1, 2.5)]))
     assert last == "loss 1.250, lr 1.0e-03, validation 2.500"
 
 
@@ -562,56 +569,56 @@ BUGS = {
         looking_at_the_validation_rows_changes_nothing,
     ),
     "clipping after the step": (
-        train._step,
+        loop._step,
         "norm = _clip(run, recipe)",
         "norm = 1.0",
         training_equals_a_plain_loop,
     ),
     "each tensor clipped by itself": (
-        train._clip,
+        loop._clip,
         "nn.utils.clip_grad_norm_(list(run.trainable.values()), limit).item()",
         "max(nn.utils.clip_grad_norm_([p], limit).item() "
         "for p in run.trainable.values())",
         training_equals_a_plain_loop,
     ),
     "gradients never cleared": (
-        train._step,
+        loop._step,
         "run.optimizer.zero_grad(set_to_none=True)",
         "pass",
         training_equals_a_plain_loop,
     ),
     "the rate of the step never set": (
-        train._step,
+        loop._step,
         'group["lr"] = lr * group["ratio"]',
         "pass",
         training_equals_a_plain_loop,
     ),
     "one micro-batch left out": (
-        train._micro_batches,
+        loop._micro_batches,
         "range(0, recipe.batch, size)",
         "range(0, recipe.batch - size, size)",
         training_equals_a_plain_loop,
     ),
     "NaN ignored": (
-        train._step,
+        loop._step,
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
         a_nan_stops_the_run_before_the_step,
     ),
     "a tensor without gradient not noticed": (
-        train._refuse_unmoved,
+        loop._refuse_unmoved,
         "if moment is None:",
         "if moment is None and (moment := torch.ones(1)) is None:",
         an_adapter_that_is_not_used_is_noticed,
     ),
     "a zero gradient not noticed": (
-        train._refuse_unmoved,
+        loop._refuse_unmoved,
         "elif not moment.any():",
         "elif False:",
         an_adapter_behind_a_zero_is_noticed,
     ),
     "vanishing updates not noticed": (
-        train._refuse_unmoved,
+        loop._refuse_unmoved,
         "elif now[name] == before[name]:",
         "elif False:",
         updates_that_vanish_are_noticed,
@@ -627,6 +634,6 @@ def test_planted_bug_is_caught(bug):
 
 
 def test_the_last_weights_in_place_of_the_best_are_caught(monkeypatch):
-    bug = planted(train.train, "if recipe.patience:", "if False:")
+    bug = planted(loop.train, "if recipe.patience:", "if False:")
     with bug, pytest.raises(AssertionError):
         early_stopping_brings_back_the_best_weights(monkeypatch)

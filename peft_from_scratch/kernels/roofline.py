@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from ..plotting import (
+from ..plotting.theme import (
     BLUE,
     LIGHT,
     ORANGE,

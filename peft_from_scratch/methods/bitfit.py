@@ -13,8 +13,8 @@ differs between keys, and the bias counts.
 
 from torch import nn
 
-from .. import adapter
-from ..targets import uncompiled
+from ..core import adapter
+from ..core.targets import uncompiled
 
 PEFT_TYPE = "BITFIT"  # our own: PEFT has no such type
 FILE_SUFFIXES = ()  # no module is wrapped; the file holds the biases themselves

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import as_matrix, as_stored
-from ..targets import Targets
+from ..core.adapter import as_matrix, as_stored
+from ..core.targets import Targets
 from . import lora
 from .lora import LoRA, wrap_all
 

@@ -8,8 +8,8 @@ the contract: it trains the model's own tensors, so that `remove` needs the orig
 
 from torch import nn
 
-from .. import adapter
-from ..targets import Packed
+from ..core import adapter
+from ..core.targets import QuantizedLinear
 
 
 def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
@@ -22,7 +22,7 @@ def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
     Memory   with keep_original, the model's bytes once more
     """
     for name, module in model.named_modules():
-        if isinstance(module, Packed):
+        if isinstance(module, QuantizedLinear):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: full fine-tuning moves every "
                 "weight, and codes cannot be moved. Load the base in full, or put "

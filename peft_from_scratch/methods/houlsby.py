@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import adapter, targets
-from ..adapter import Adapter, beside, sizes
-from ..targets import shown
+from ..core import adapter, targets
+from ..core.adapter import Adapter, factory_kwargs, sizes
+from ..core.targets import shortened
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -55,7 +55,7 @@ class Bottleneck(Adapter):
         d, _ = sizes(base)
         _check(m, nonlinearity, d)
         super().__init__(base)
-        like = beside(base)
+        like = factory_kwargs(base)
         self.down = nn.Linear(d, m, **like)
         self.up = nn.Linear(m, d, **like)
         for linear in (self.down, self.up):
@@ -144,11 +144,11 @@ def from_peft(config: dict, names: list[str]) -> dict:
 def _check(m, nonlinearity, d) -> None:
     if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= d:
         raise ValueError(
-            f"m={shown(m)}: the bottleneck needs a whole number of units from 1 to "
+            f"m={shortened(m)}: the bottleneck needs a whole number of units from 1 to "
             f"{d}, the hidden size"
         )
     if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ValueError(
-            f"nonlinearity={shown(nonlinearity)}: allowed are "
+            f"nonlinearity={shortened(nonlinearity)}: allowed are "
             f"{', '.join(NONLINEARITIES)}"
         )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import adapter, patterns
-from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, as_stored, beside, sizes
-from ..targets import Targets
+from ..core import adapter
+from ..core import targets as targeting
+from ..core.adapter import Adapter, as_matrix, as_stored, factory_kwargs, sizes
+from ..core.targets import Targets
+from ..files import patterns
 from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
@@ -53,7 +54,7 @@ class IA3(Adapter):
     def __init__(self, base: nn.Module, feedforward: bool = False):
         d_out, d_in = sizes(base)
         super().__init__(base)
-        like = beside(base)
+        like = factory_kwargs(base)
         shape = (1, d_in) if feedforward else (d_out, 1)
         self.l = nn.Parameter(torch.ones(shape, **like))
         self.feedforward = feedforward

@@ -11,10 +11,10 @@ is merged is a QLoRA.
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..adapter import as_matrix
+from ..core import adapter
+from ..core.adapter import as_matrix
+from ..core.targets import QuantizedLinear, is_quantized, projections
 from ..nf4 import dequantize
-from ..targets import Packed, has_packed, projections
 from . import qlora
 
 
@@ -33,8 +33,8 @@ def inject(model: nn.Module, **arguments) -> list[str]:
              the codes are those of any QLoRA on this base, and a file of it is too
     Source   [1] arXiv:2310.08659
     """
-    found = projections(adapter.bare(model))
-    if has_packed(adapter.bare(model)):
+    found = projections(adapter.unwrap_compiled(model))
+    if is_quantized(adapter.unwrap_compiled(model)):
         raise ValueError(
             "the model is in four bits already, and what that lost is gone: load the "
             "base again"
@@ -55,7 +55,7 @@ def start(model: nn.Module, original: dict[str, Tensor]) -> None:
         original  {module name: W0 (d_out, d_in)}
     """
     for name, module in adapter.adapters(model).items():
-        if not isinstance(module.base, Packed):  # skip=…: it lost nothing
+        if not isinstance(module.base, QuantizedLinear):  # skip=…: it lost nothing
             continue
         lost = original[name].float() - dequantize(module.base.quantized).float()
         U, S, Vt = torch.linalg.svd(lost, full_matrices=False)

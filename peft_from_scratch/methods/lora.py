@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import adapter, patterns
-from .. import targets as targeting
-from ..adapter import (
+from ..core import adapter
+from ..core import targets as targeting
+from ..core.adapter import (
     Adapter,
     as_matrix,
     as_stored,
-    beside,
+    factory_kwargs,
     is_finite,
     refuse_unimplemented,
     sizes,
 )
-from ..targets import Targets
+from ..core.targets import Targets
+from ..files import patterns
 
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # -> where none matches
 BIASES = ("none", "lora_only", "all")
@@ -128,7 +129,7 @@ class LoRA(Adapter):
     """
 
     file_names: ClassVar = dict(zip("AB", FILE_SUFFIXES, strict=True))
-    fast: ClassVar = ("B",)  # LoRA+, arXiv:2402.12354: recipe.py
+    loraplus_parameters: ClassVar = ("B",)  # LoRA+, arXiv:2402.12354: recipe.py
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class LoRA(Adapter):
         d_out, d_in = sizes(base)
         _check(r, alpha, rslora, dropout, d_out, d_in)
         super().__init__(base)
-        like = beside(base)
+        like = factory_kwargs(base)
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r, **like))
         self.alpha = alpha
@@ -231,7 +232,7 @@ def wrap_all(
             "exclude and a ready {name: module}: leave it out of the latter"
         )
     ranks, alphas = (
-        targeting.spread(pattern, arguments[pattern], targets, arguments[usual])
+        targeting.per_module(pattern, arguments[pattern], targets, arguments[usual])
         for pattern, usual in PATTERNS.items()
     )
     names = {module: name for name, module in targets.items()}
@@ -287,7 +288,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise ValueError(
-            f"init_lora_weights={targeting.shown(start)} changed the base model, which "
+            f"init_lora_weights={targeting.shortened(start)} changed the base model, which "
             "this file does not hold; convert it to a plain LoRA with PEFT first"
         )
     refuse_unimplemented(config, INERT | set(FIELDS.values()))
@@ -303,17 +304,17 @@ def _check(r, alpha, rslora, dropout, d_out, d_in) -> None:
     bound = min(d_out, d_in)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
         raise ValueError(
-            f"r={targeting.shown(r)}: the rank must be a whole number from 1 to "
+            f"r={targeting.shortened(r)}: the rank must be a whole number from 1 to "
             f"{bound}, the smaller side of a weight of {d_out} x {d_in}"
         )
     if not (is_finite(alpha) and TINIEST < alpha < LARGEST):
         raise ValueError(
-            f"alpha={targeting.shown(alpha)}: allowed is a number above 0 that float32 "
+            f"alpha={targeting.shortened(alpha)}: allowed is a number above 0 that float32 "
             "can hold"
         )
     if not (is_finite(dropout) and 0 <= dropout < 1):
         raise ValueError(
-            f"dropout={targeting.shown(dropout)}: allowed is a probability in [0, 1)"
+            f"dropout={targeting.shortened(dropout)}: allowed is a probability in [0, 1)"
         )
     if not isinstance(rslora, bool):
         raise ValueError(f"{rslora=}: allowed are True and False")

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..adapter import as_matrix, sizes
-from ..targets import Packed, Targets, resolve
+from ..core import adapter
+from ..core.adapter import as_matrix, sizes
+from ..core.targets import QuantizedLinear, Targets, resolve
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -60,14 +60,14 @@ class PiSSA(LoRA):
         self.register_buffer("B0", self.B.detach().clone())
 
     @torch.no_grad()
-    def attached(self) -> None:
+    def on_attach(self) -> None:
         """Take the principal part out of the base, which keeps the residual."""
         self.original = self.base.weight.detach().clone()
         W = as_matrix(self.base)  # a view of the weight
         W.copy_(W.to(self.A0.dtype) - self.scale * (self.B0 @ self.A0))
 
     @torch.no_grad()
-    def removed(self) -> None:
+    def on_remove(self) -> None:
         if "original" in vars(self):  # not where an injection failed before this one
             self.base.weight.copy_(self.original)
 
@@ -117,7 +117,7 @@ def to_peft(model: nn.Module) -> dict:
 def _refuse_packed(targets) -> None:
     """ValueError where a weight is held as codes: the residual is none of those."""
     for name, module in targets.items():
-        if isinstance(module, Packed):
+        if isinstance(module, QuantizedLinear):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: PiSSA changes the weight that "
                 "it stands beside, and codes cannot be changed. Leave it out of the "
@@ -128,7 +128,7 @@ def _refuse_packed(targets) -> None:
 def _refuse_tied(model, targets) -> None:
     """ValueError where the residual in one module would change another one too."""
     for name, module in targets.items():
-        held = adapter.holders(model, getattr(module, "weight", None))
+        held = adapter.modules_sharing(model, getattr(module, "weight", None))
         if len(held) > 1:
             raise ValueError(
                 f"{held[-1]}.weight is one tensor with {held[0]}.weight: taking the "

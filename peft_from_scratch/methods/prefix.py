@@ -24,8 +24,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import adapter, scoped
-from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
+from ..common import scoped
+from ..core import adapter
+from ..core.decoder import (
+    DecoderAdapter,
+    embedding_of,
+    find_decoder,
+    refuse_4d,
+    seen_before,
+    token_ids,
+)
 
 KEYWORD = "pfs_prefix"
 NAMES = {"sdpa": "pfs_prefix_sdpa", "eager": "pfs_prefix_eager"}
@@ -51,7 +59,7 @@ class Reparametrized(nn.Module):
         return self.mlp(self.E)  # (n, width)
 
 
-class Prefix(Trunk):
+class Prefix(DecoderAdapter):
     """The trunk with n trained keys and values before those of every layer.
 
         o = softmax(q [P_K; K]ᵀ / sqrt(d) + mask) [P_V; V]      [1] eq. (3), section 4.2
@@ -128,10 +136,10 @@ class Prefix(Trunk):
             **others,
         )
 
-    def attached(self) -> None:
+    def on_attach(self) -> None:
         self.base.config._attn_implementation = NAMES[self.implementation]
 
-    def removed(self) -> None:
+    def on_remove(self) -> None:
         self.base.config._attn_implementation = self.implementation
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -169,7 +177,7 @@ def inject(
              drops keywords); the model as it was
     """
     adapter.refuse_second(model)
-    name, trunk = trunk_of(adapter.bare(model))
+    name, trunk = find_decoder(adapter.unwrap_compiled(model))
     _check(n, start, hidden)
     shape = reached(trunk)
     return adapter.inject(

@@ -14,9 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..targets import shown
-from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
+from ..core import adapter
+from ..core.decoder import (
+    DecoderAdapter,
+    embedding_of,
+    find_decoder,
+    refuse_4d,
+    seen_before,
+    token_ids,
+)
+from ..core.targets import shortened
 
 STARTS = ("random", "vocabulary")
 STD = 0.5  # the paper draws from the uniform distribution on [-0.5, 0.5]
@@ -24,7 +31,7 @@ PEFT_TYPE = "PROMPT_TUNING"
 FILE_SUFFIXES = ()  # the file's one tensor names no module
 
 
-class Prompt(Trunk):
+class Prompt(DecoderAdapter):
     """The trunk with n trained embeddings before the tokens' own.
 
         h = f([P; E(x)])[n:]                             [1] section 2
@@ -120,7 +127,7 @@ def inject(
     Raises   ValueError   an argument out of its range, no trunk; the model as it was
     """
     adapter.refuse_second(model)
-    name, trunk = trunk_of(adapter.bare(model))
+    name, trunk = find_decoder(adapter.unwrap_compiled(model))
     return adapter.inject(
         model,
         lambda base: Prompt(base, n, start),
@@ -154,7 +161,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
     submodules = config.pop("num_transformer_submodules", 1)
     if submodules not in (None, 1):
         raise ValueError(
-            f"num_transformer_submodules={shown(submodules)} is not implemented: a "
+            f"num_transformer_submodules={shortened(submodules)} is not implemented: a "
             "causal language model has one"
         )
     adapter.refuse_unimplemented(config, INERT | {"num_virtual_tokens"})

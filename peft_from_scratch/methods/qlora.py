@@ -23,11 +23,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..adapter import CannotMerge, as_matrix, as_stored, swap
-from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
-from ..scoped import rng_state, set_rng_state
-from ..targets import Targets, has_packed, kinds, named_modules, projections, shown
+from ..common.scoped import rng_state, set_rng_state
+from ..core import adapter
+from ..core.adapter import CannotMerge, as_matrix, as_stored, replace_modules
+from ..core.targets import (
+    Targets,
+    is_quantized,
+    kinds,
+    named_modules,
+    projections,
+    shortened,
+)
+from ..nf4 import (
+    NF4Linear,
+    dequantize,
+    quantize,
+    quantize_model,
+    share_scratch,
+)
 from . import lora
 from .lora import LoRA, wrap_all
 
@@ -101,11 +114,11 @@ def inject(
     )
     if dtype not in (None, *ADAPTER_DTYPES):
         raise ValueError(f"{dtype=}: allowed are None, {ADAPTER_DTYPES}")
-    bare = adapter.bare(model)
+    bare = adapter.unwrap_compiled(model)
     adapter.refuse_second(bare)
     names = _rehearsed(bare, targets, exclude, arguments)
     asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
-    if not has_packed(bare):
+    if not is_quantized(bare):
         quantize_model(
             bare,
             block=64 if block is None else block,
@@ -147,7 +160,7 @@ def merge(
     if onto not in ONTO:
         raise ValueError(f"{onto=}: allowed are {', '.join(ONTO)}")
     adapter.injected(model)
-    model = adapter.bare(model)
+    model = adapter.unwrap_compiled(model)
     wrapped = adapter.adapters(model)
     for name, module in wrapped.items():
         if not (isinstance(module, LoRA) and isinstance(module.base, NF4Linear)):
@@ -178,8 +191,8 @@ def merge(
             _ratio(lost.item(), trained.norm().item()),
             _ratio(lost.item(), update.norm().item()),
         )
-    swap(model, ready)
-    adapter.detach(model)
+    replace_modules(model, ready)
+    adapter.unwrap_adapters(model)
     share_scratch(model)
     return errors
 
@@ -205,7 +218,7 @@ def _kept_in_full(model: nn.Module, packed: list[NF4Linear]) -> list[str]:
         if name.partition(".")[0] != "base"
     }
     whole = {found[name] for name in kinds(model)} - set(packed) - of_adapters
-    before = adapter.plain_names(model)
+    before = adapter.original_names(model)
     return [
         before[f"{name}.weight"].removesuffix(".weight")
         for name, module in model.named_modules()
@@ -230,7 +243,7 @@ def read_bits(note: str | None) -> dict | None:
         quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"the file notes base_bits={shown(note)}, which is not implemented: {error}"
+            f"the file notes base_bits={shortened(note)}, which is not implemented: {error}"
         ) from None
     return bits
 

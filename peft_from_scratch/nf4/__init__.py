@@ -19,10 +19,10 @@ with the dequantized weight, and the codes never train.
 Source  Dettmers et al., arXiv:2305.14314v1, sections 2 and 3
 """
 
+from ..files.quantized import load, save
 from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
-from .files import load, save
 from .linear import NF4Linear, dequantize_model, quantize_model, share_scratch
 
 __all__ = [

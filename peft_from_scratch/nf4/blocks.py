@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..targets import shown
+from ..core.targets import shortened
 from .codes import CODES, book, pairs
 from .double import RECIPES, Doubled, double_quantize
 
@@ -220,12 +220,14 @@ def _check(w: Tensor, block: int, double: bool | str, code: str) -> None:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"a tensor of {w.dtype} cannot be quantized: use {allowed}")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block={shown(block)}: allowed is a whole number from 1 on")
+        raise ValueError(
+            f"block={shortened(block)}: allowed is a whole number from 1 on"
+        )
     if code not in CODES:
-        raise ValueError(f"code={shown(code)}: allowed are {', '.join(CODES)}")
+        raise ValueError(f"code={shortened(code)}: allowed are {', '.join(CODES)}")
     if double and double not in RECIPES:
         names = ", ".join(repr(name) for name in RECIPES)
-        raise ValueError(f"double={shown(double)}: allowed are False, {names}")
+        raise ValueError(f"double={shortened(double)}: allowed are False, {names}")
 
 
 def _refuse_not_finite(w: Tensor) -> None:

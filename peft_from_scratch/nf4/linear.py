@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import adapter
-from ..adapter import as_matrix, holders, is_transposed, swap
-from ..targets import Packed, Targets, resolve
+from ..core import adapter
+from ..core.adapter import as_matrix, is_transposed, modules_sharing, replace_modules
+from ..core.targets import QuantizedLinear, Targets, resolve
 from .blocks import DTYPES, Quantized, dequantize, quantize
 from .double import Doubled
 
@@ -77,7 +77,7 @@ class Product(torch.autograd.Function):
         return dx.to(ctx.of_x), None, None, None
 
 
-class NF4Linear(Packed):
+class NF4Linear(QuantizedLinear):
     """A frozen projection whose weight is held in four bits.
 
         y = x W'ᵀ + bias                        [1] eq. (5), without its adapter
@@ -213,7 +213,7 @@ def quantize_model(
              Conv1D one and a quarter: its transpose); each one's own weight goes as
              soon as its codes are there
     """
-    model = adapter.bare(model)
+    model = adapter.unwrap_compiled(model)
     adapter.refuse_second(model)
     modules = resolve(model, targets, exclude)
     for name, module in modules.items():
@@ -227,7 +227,7 @@ def quantize_model(
             compute_dtype=compute_dtype,
             transposed=is_transposed(module),
         )
-        swap(model, {module: packed.train(module.training)})
+        replace_modules(model, {module: packed.train(module.training)})
     share_scratch(model)
     return names
 
@@ -241,11 +241,11 @@ def dequantize_model(model: nn.Module) -> list[str]:
     Returns  names of the projections
     Raises   ValueError  adapters on the model: merge() or remove() them first
     """
-    model = adapter.bare(model)
+    model = adapter.unwrap_compiled(model)
     adapter.refuse_second(model)
     found = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     for module in found.values():
-        swap(model, {module: module.plain()})
+        replace_modules(model, {module: module.plain()})
     return list(found)
 
 
@@ -259,9 +259,9 @@ def share_scratch(model: nn.Module) -> None:
 
 def _check(model, name, module, block, double, code) -> None:
     """ValueError where this module could not be quantized."""
-    if isinstance(module, Packed):
+    if isinstance(module, QuantizedLinear):
         raise ValueError(f"{name} is in four bits already: {module}")
-    held = holders(model, module.weight)
+    held = modules_sharing(model, module.weight)
     if len(held) > 1:
         raise ValueError(
             f"{name}.weight is one tensor with {held[0]}.weight: a copy of it in four "

@@ -29,12 +29,12 @@ from transformers import (
 
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.budget import count
-from peft_from_scratch.nf4 import files
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files import quantized
+from peft_from_scratch.files.pretrained import quiet_transformers
+from peft_from_scratch.memory.meter import count
 from peft_from_scratch.nf4.codes import dynamic
 from peft_from_scratch.nf4.double import double_quantize
-from peft_from_scratch.pretrained import quiet_transformers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks at import
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -298,7 +298,7 @@ def test_transformers_and_bitsandbytes_read_our_file(name, double, tmp_path):
 def as_bitsandbytes_writes(model, folder, double):
     """Exchange every projection's tensors for those of bitsandbytes' own state."""
     nf4.save(model, folder)
-    tensors = load_file(folder / files.WEIGHTS)
+    tensors = load_file(folder / quantized.WEIGHTS)
     for name, module in model.named_modules():
         if isinstance(module, nf4.NF4Linear):
             w = nf4.dequantize(module.quantized)
@@ -311,7 +311,7 @@ def as_bitsandbytes_writes(model, folder, double):
             }
             assert held == set(written)
             tensors |= written | {f"{name}.weight": packed}
-    save_file(tensors, folder / files.WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / quantized.WEIGHTS, {"format": "pt"})
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -366,7 +366,7 @@ def test_our_states_are_written_as_theirs(tmp_path):
     model = wide("llama")
     nf4.quantize_model(model)
     nf4.save(model, tmp_path)
-    tensors = load_file(tmp_path / files.WEIGHTS)
+    tensors = load_file(tmp_path / quantized.WEIGHTS)
     start = "model.layers.0.mlp.up_proj.weight"
     held = {k.removeprefix(f"{start}."): v for k, v in tensors.items() if start in k}
     w = nf4.dequantize(model.model.layers[0].mlp.up_proj.quantized)

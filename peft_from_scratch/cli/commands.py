@@ -1,0 +1,256 @@
+"""What `train` and `merge` do on the command line.
+
+`train` leaves in its folder the adapter and training.json, which says how the model was
+spoken to (template, instruction); chat.py reads it and speaks to the adapter likewise.
+"""
+
+import inspect
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..common import atomic
+from ..comparison import figures
+from ..core import adapter
+from ..files import exchange
+from ..files.pretrained import quiet_transformers
+from ..memory.meter import count
+from ..models.load import describe, load_model, positions
+from ..nf4 import dequantize_model
+from ..tasks import templates
+from ..tasks.jsonl import refuse_bad
+from ..tasks.task import Task, load_task
+from ..training import checkpoint, evaluation
+from ..training.config import Recipe
+from ..training.evaluation import Answers
+from ..training.loop import train
+from .chat import RECORD, read_object
+
+METHODS = exchange.WRITERS  # what can be saved can be trained
+OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
+# Within half a decade of the optima that the search on SmolLM2 found; others: 1e-3.
+LEARNING_RATES = {
+    "full": 1e-4,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+    "ia3": 1e-2,
+}
+TEST_ROWS = 100  # answered before and after
+
+
+def fine_tune(options) -> None:
+    """Fine-tune on the rows of `options.data`; adapter and record go to a folder.
+
+    Writes the adapter in PEFT's layout, training.png and training.json (recipe,
+    instruction, losses, scores), then deletes its checkpoints. Stopped and called
+    again, it goes on from the newest of them. All that can be wrong with the arguments
+    and the rows is found before the first answer and the first step.
+    """
+    recipe, out = _recipe(options), Path(options.out)
+    _check_out(out)
+    task = load_task(options.data, **given(options, "prompt", "completion", "config"))
+    model, tokenizer = load_model(options.base, device=options.device)
+    print(describe(model))
+    arguments = _arguments(options, tokenizer, task)
+    _inject(model, options, arguments)
+    print(_counted(model))
+    _check_rows(model, tokenizer, task, recipe, options)
+    test = task.test.select(range(min(TEST_ROWS, len(task.test))))
+
+    def answer() -> Answers:
+        return evaluation.answer_rows(
+            model, tokenizer, task, test, template=recipe.template, progress=True
+        )
+
+    # The base's own answers: a new soft prompt gives others. What trains the base's
+    # weights has changed nothing yet.
+    checkpoints = out / "checkpoints"
+    if adapter.adapters(model):
+        adapter.remove(model)
+    before = _answers_before(checkpoints, answer)
+    if not adapter.is_injected(model):
+        _inject(model, options, arguments)
+    history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
+    after = answer()
+    exchange.save(model, out)
+    _write_record(out, options, task, recipe, history, before, after)
+    _remove_checkpoints(checkpoints)
+    print(
+        f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}"
+    )
+    print(f"adapter, {RECORD} and training.png are in {out}")
+    adapted = shlex.join(["--base", options.base, "--adapter", str(out)])
+    print(f"talk to it:  python -m peft_from_scratch chat {adapted}")
+
+
+def merge_to_folder(options) -> None:
+    """Fold an adapter into its base and write a model that needs no adapter code."""
+    out = Path(options.out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name a new folder")
+    model, tokenizer = load_model(options.base, device=options.device)
+    names = exchange.load_as_trained(model, options.adapter)
+    errors = adapter.merge(model)
+    dequantize_model(model)  # what was in four bits and had no adapter
+    with atomic.new_folder(out) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    worst = max(errors.values(), default=0.0)
+    print(
+        f"merged {len(names)} modules; rounding lost {worst:.1e} of the change at most"
+    )
+    print(f"{out} is a whole model: load it with transformers, or --base {out}")
+
+
+def given(options, *names: str) -> dict:
+    """Those of the options that were written; the others keep the library's default."""
+    return {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+
+
+# ------------------------------------------------------------------------- train
+
+
+def _recipe(options) -> Recipe:
+    usual = LEARNING_RATES.get(options.method, Recipe.lr)
+    lr = usual if options.lr is None else options.lr
+    return Recipe(
+        steps=options.steps,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        lr=lr,
+        warmup=options.steps // 10,
+        seed=options.seed,
+        template=options.template,
+        validate_every=max(1, options.steps // 5),
+        **given(options, "max_tokens", "paged"),
+    )
+
+
+def _check_out(out: Path) -> None:
+    """An OSError unless `out` is, or can become, a folder without a finished run."""
+    if (out / RECORD).exists():
+        raise FileExistsError(
+            f"--out {out} holds a finished run ({RECORD}): name another folder, or "
+            "delete this one"
+        )
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out {out}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: nothing can be written to {there}")
+
+
+def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
+    """ValueError for an empty split, and one that lists the bad rows of all three."""
+    limit, most = recipe.max_tokens, positions(model)
+    if most is not None and limit > most:
+        if options.max_tokens is not None:
+            raise ValueError(
+                f"--max-tokens {limit}: the model has {most} positions; allowed is "
+                "that many at most"
+            )
+        limit = most
+    bad = []
+    for split in ("train", "validation", "test"):
+        rows = getattr(task, split)
+        if not len(rows):
+            raise ValueError(f"{task.name} has no rows left for its {split} split")
+        found = templates.bad_rows(
+            tokenizer,
+            task.instruction,
+            rows,
+            template=recipe.template,
+            max_tokens=limit,
+        )
+        # A generated row has no place in a file, only one in its split.
+        of_split = "" if "place" in rows.column_names else f" of {split}"
+        bad += [(place + of_split, reason) for place, reason in found]
+    # The splits are shuffled; this is the order of the file again.
+    bad.sort(key=lambda each: int(re.search(r"\d+", each[0])[0]))
+    refuse_bad(bad, task.name)
+
+
+def _inject(model, options, arguments: dict) -> None:
+    torch.manual_seed(options.seed)
+    METHODS[options.method].inject(model, **arguments)
+
+
+def _arguments(options, tokenizer, task: Task) -> dict:
+    """The options that were given, for the method's inject; where it can, from text.
+
+    Raises  ValueError  one that this method does not have
+    """
+    taken = inspect.signature(METHODS[options.method].inject).parameters
+    found = given(options, *OPTIONS)
+    for name in found:
+        if name not in taken:
+            has = [f"--{o}" for o in OPTIONS if o in taken]
+            raise ValueError(
+                f"--{name} is no option of --method {options.method}, which has "
+                f"{', '.join(has) or 'none'}"
+            )
+    if "start" in taken and task.instruction:
+        found["start"] = tokenizer(task.instruction).input_ids
+    return found
+
+
+def _counted(model) -> str:
+    counted = count(model)
+    return f"{counted.trainable:,} of {counted.total:,} parameters train"
+
+
+def _answers_before(checkpoints: Path, answer: Callable[[], Answers]) -> Answers:
+    """The answers before training; of a run that was stopped, those it had then.
+
+    So a resumed run asks nothing twice, and where the checkpoints are another run's,
+    train() refuses them at once and not after minutes of answering.
+    """
+    file = checkpoints / "answers-before.json"
+    kept = read_object(file) if checkpoint.checkpoints(checkpoints) else {}
+    if kept:
+        return Answers(**kept)
+    before = answer()
+    with atomic.new_file(file) as new:
+        new.write_text(json.dumps(asdict(before)))
+    return before
+
+
+def _scored(answers) -> str:
+    k, n = sum(answers.correct), len(answers.correct)
+    low, high = evaluation.wilson(k, n)
+    return f"{k}/{n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def _write_record(out: Path, options, task, recipe, history, before, after) -> None:
+    """The picture, and last the record, whose presence says that the run is over."""
+    with atomic.new_file(out / "training.png") as file:
+        figures.training_curve(history).savefig(file, dpi=150)
+    record = {
+        "base": options.base,
+        "data": options.data,
+        "method": options.method,
+        "instruction": task.instruction,
+        "recipe": vars(recipe),
+        "loss": history.loss,
+        "validation": history.validation,
+        "correct_before": before.correct,
+        "correct_after": after.correct,
+    }
+    with atomic.new_file(out / RECORD) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Delete what the run kept for going on, and nothing that others put there."""
+    for path in checkpoint.checkpoints(folder):
+        atomic.remove_folder(path)
+    (folder / "answers-before.json").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: then it is not only ours
+        folder.rmdir()

@@ -1,0 +1,131 @@
+"""The second wrap point: the trunk, the module that owns the list of layers.
+
+A projection sees one activation; a soft prompt and a prefix see the whole sequence.
+They wrap the trunk: `model` of a Llama, `transformer` of a GPT-2, `model.decoder` of an
+OPT. Inside it they may widen the mask and move the positions, and what leaves it has
+the caller's length again. So loss, logits and `generate` never learn of them.
+
+Both occupy the positions 0 … n-1, and the first real token is at n:
+
+    mask        . . x x x x          (. padding on the left, x real)
+    positions   – – n n+1 n+2 n+3    n + the number of real tokens before
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .adapter import Adapter
+from .targets import named_modules, shortened
+
+LARGEST_N = 4096  # positions that a prompt or a prefix may occupy
+
+
+class DecoderAdapter(Adapter):
+    """An adapter of the whole stack of layers; there is one in a model.
+
+    Its tensors have no module's name before them in a saved file. What it lacks itself
+    it takes from the trunk, since transformers asks a trunk for much.
+    """
+
+    def __init__(self, base: nn.Module, n: int):
+        config = getattr(base, "config", None)
+        positions = getattr(config, "max_position_embeddings", None) or LARGEST_N + 1
+        largest = min(LARGEST_N, positions - 1)  # one is left for a token
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= largest:
+            raise ValueError(
+                f"n={shortened(n)}: allowed is a whole number of positions from 1 to "
+                f"{largest}"
+            )
+        super().__init__(base)
+        self.n = n
+
+    def __getattr__(self, name: str):
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+    def moved(self, position_ids, attention_mask, past: int, t: int) -> Tensor:
+        """Positions of the `t` newest tokens, n further on.
+
+        Args
+            position_ids    (b, t) from the caller, or None
+            attention_mask  (b, past + t), 1 at real tokens, or None
+        """
+        if position_ids is None and attention_mask is not None:
+            count = attention_mask.long().cumsum(-1)  # real tokens up to here
+            position_ids = (count - 1).clamp(min=0)[:, -t:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + t, device=self.device)[None]
+        return position_ids + self.n
+
+
+def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, module) of the trunk; ValueError where there is none, or more than one."""
+    found = [
+        (name.rpartition(".")[0], layers)
+        for name, layers in named_modules(model)
+        if isinstance(layers, nn.ModuleList)
+        and any(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+    ]
+    if len(found) != 1 or not found[0][0]:
+        raise ValueError(
+            f"this {type(model).__name__} has {len(found)} lists of decoder layers, in "
+            f"{', '.join(name or 'the model itself' for name, _ in found) or 'none'}; "
+            "prompts and prefixes need a causal language model with one, inside a "
+            "module of its own"
+        )
+    name = found[0][0]
+    return name, dict(named_modules(model))[name]
+
+
+def refuse_4d(attention_mask) -> None:
+    """ValueError for a mask that is not (b, t): there is no telling what is padding."""
+    if attention_mask is not None and not (
+        isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    ):
+        kind = (
+            f"of {attention_mask.dim()} dimensions"
+            if isinstance(attention_mask, Tensor)
+            else f"a {type(attention_mask).__name__}"
+        )
+        raise ValueError(
+            f"attention_mask is {kind}: with a soft prompt or a prefix it must be "
+            "(batch, tokens), 1 at real tokens (static caches make others)"
+        )
+
+
+def seen_before(past_key_values) -> int:
+    """Tokens that the cache holds; 0 without one."""
+    return 0 if past_key_values is None else past_key_values.get_seq_length()
+
+
+def embedding_of(trunk: nn.Module) -> nn.Module:
+    """The module that turns token ids into vectors."""
+    return trunk.get_input_embeddings()
+
+
+def token_ids(start, n: int, vocabulary: int) -> Tensor:
+    """The ids of a start (n), repeated or cut, as PEFT does with a text that starts.
+
+    Raises  ValueError  no list of whole numbers below the vocabulary's
+    """
+    ids = start.tolist() if hasattr(start, "tolist") else start
+    if not (
+        isinstance(ids, Sequence) and ids and all(_is_id(i, vocabulary) for i in ids)
+    ):
+        raise ValueError(
+            f"start={shortened(start)}: allowed are whole token ids from 0 to "
+            f"{vocabulary - 1}, at least one, in one list"
+        )
+    return torch.tensor((list(ids) * -(-n // len(ids)))[:n])
+
+
+def _is_id(i, vocabulary: int) -> bool:
+    whole = isinstance(i, int) and not isinstance(i, bool)
+    return whole and 0 <= i < vocabulary

@@ -1,0 +1,323 @@
+"""The general kind of run: fine-tune a base on a task by one method, and measure it.
+
+    result = finetune.run(base="tiny", task="gap-2", method="lora", lr=1e-2, seed=0,
+                          n=1000, steps=100, batch=16, r=8, alpha=16)
+
+`run` keeps the result in the run store; `compute(config(…))` does not, which is what a
+lesson wants that runs it live. Two methods with the same seed see the same training
+rows in the same order and are tested on the same rows: their results can be paired,
+row by row.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...common import scoped
+from ...common.provenance import digest
+from ...core.adapter import adapters, remove
+from ...memory import meter
+from ...methods import (
+    dora,
+    full,
+    houlsby,
+    ia3,
+    loftq,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+)
+from ...models.load import load_model
+from ...nf4 import quantize_model
+from ...tasks.task import Task, load_task
+from ...tasks.templates import IGNORED, encode_rows
+from ...training.config import History, Recipe
+from ...training.evaluation import answer_rows
+from ...training.loop import Diverged, train
+from ...training.loss import EncodedExample, batch_of, can_choose_logits
+from .. import runs
+
+
+def _soft(inject: Callable) -> Callable:
+    """The injection with its n called positions: a run's n is its training rows."""
+    return lambda model, *, positions, start: inject(model, n=positions, start=start)
+
+
+LORA = dict(r=8, alpha=16, targets="all-linear")
+BF16 = dict(dtype=torch.bfloat16)
+METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defaults)
+    "base": (None, {}),  # nothing is added and nothing trains
+    "full": (full.inject, {}),
+    "lora": (lora.inject, LORA),
+    "rslora": (partial(lora.inject, rslora=True), LORA),
+    "dora": (dora.inject, LORA),
+    "pissa": (pissa.inject, LORA),
+    "ia3": (ia3.inject, {}),
+    "houlsby": (houlsby.inject, dict(m=8, placement="houlsby")),
+    "prefix": (_soft(prefix.inject), dict(positions=16, start="random")),
+    "prompt": (_soft(prompt.inject), dict(positions=16, start="vocabulary")),
+    "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
+    "qlora": (qlora.inject, LORA),
+    "qlora-loftq": (loftq.inject, LORA),  # A and B start at what four bits lost
+    "qlora-bf16": (partial(qlora.inject, **BF16), LORA),
+    "qlora-frozen": (qlora.inject, LORA),  # control, as lora-frozen
+    "nf4-base": (quantize_model, {}),  # in four bits, and nothing trains
+    "lora-transplanted": (lora.inject, LORA),  # trained in full, tested in four bits
+}
+FROZEN = ("lora-frozen", "qlora-frozen")
+UNTRAINED = ("base", "nf4-base", *FROZEN)
+TRANSPLANTED = "lora-transplanted"
+RECIPE = ("warmup", "schedule", "weight_decay", "clip", "validate_every", "patience")
+TEST, VALIDATION = 200, 100  # rows
+LAST = 10  # steps whose mean is the training loss at the end
+
+
+def run(**arguments) -> dict:
+    """The result of config(**arguments), kept in the run store."""
+    chosen = config(**arguments)
+    return runs.result(chosen, lambda: compute(chosen))
+
+
+def config(
+    *,
+    base: str,
+    task: str,
+    method: str,
+    lr: float,
+    seed: int = 0,
+    n: int = 1000,
+    steps: int = 100,
+    batch: int = 16,
+    test: int = TEST,
+    validation: int = VALIDATION,
+    exact: bool = False,
+    template: str | None = None,
+    **hyper,
+) -> dict:
+    """The whole configuration of a run, defaults filled in.
+
+    Args
+        method      one of METHODS
+        seed        draws the rows, their order and the adapter's start
+        n           training rows; a smaller n has a part of the rows of a larger one
+        test        test rows, the first ones; and `validation` rows likewise
+        exact       also let the model answer the test rows, and score the answers
+        template    None: "raw" for tiny, which knows no other, else "chat"
+        hyper       of the method (lora: r, alpha, targets), and of the recipe: warmup
+                    (a tenth of the steps by default), schedule, weight_decay, clip,
+                    validate_every, patience
+    Raises   ValueError   an unknown method, or a hyperparameter that neither has
+    """
+    if method not in METHODS:
+        raise ValueError(f"{method=}: allowed are {', '.join(METHODS)}")
+    defaults = METHODS[method][1]
+    allowed = (*defaults, *RECIPE)
+    if unknown := [name for name in hyper if name not in allowed]:
+        raise ValueError(
+            f"{unknown[0]}={hyper[unknown[0]]!r} is no argument of method={method!r} "
+            f"nor of the recipe; allowed are {', '.join(allowed)}"
+        )
+    recipe = {"warmup": steps // 10} | {k: v for k, v in hyper.items() if k in RECIPE}
+    return {
+        "experiment": "finetune",
+        "base": base,
+        "base_digest": runs.base_digest(base),
+        "task": task,
+        "method": method,
+        **{name: hyper.get(name, value) for name, value in defaults.items()},
+        "lr": float(lr),
+        "seed": seed,
+        "n": n,
+        "steps": steps,
+        "batch": batch,
+        **recipe,
+        "template": template or ("raw" if base == "tiny" else "chat"),
+        "test": test,
+        "validation": validation,
+        "exact": exact,
+    }
+
+
+def compute(config: dict) -> dict:
+    """Run one configuration.
+
+    Returns  losses are means over rows of nats per label token, the end token included
+        test_items       loss of each test row, in their order; test_loss: their mean
+        validation_loss  of the weights that the run ends with
+        validation       [steps done, loss] of each look on the way, token by token
+        train_loss       mean of the last ten steps' losses, before their updates
+        correct          1 or 0 for each test row, where `exact` is asked for
+        steps, best_step, stopped_early, seconds, step_seconds (median)
+        trainable, total parameters
+        rows_digest      of all rows of the task that were used
+        before           of a transplanted LoRA, the losses beside its own base
+        diverged         the message, where the loss was no number; losses are then null
+    """
+    model, _, result = fine_tuned(config)
+    del model
+    return result
+
+
+def fine_tuned(config: dict) -> tuple[nn.Module, object, dict]:
+    """(model, tokenizer, result) of one configuration: for what needs the weights."""
+    model, tokenizer = load_model(config["base"], device=config.get("device", "cpu"))
+    task = load_task(config["task"])
+    rows = chosen_rows(task, config)
+    history, diverged = train_model(model, tokenizer, task.instruction, rows, config)
+    result = {
+        **_sizes(model),
+        **_curve(history),
+        "rows_digest": digest(task.instruction, rows),
+        "diverged": diverged,
+    }
+    tested = partial(
+        measured, model, tokenizer, task, rows, config, lost=bool(diverged)
+    )
+    if config["method"] == TRANSPLANTED:
+        result["before"] = tested()
+        transplant(model, config)
+    return model, tokenizer, result | tested()
+
+
+def chosen_rows(task: Task, config: dict) -> dict[str, list[dict]]:
+    """{split: rows}: n training rows drawn by the seed, the first of the others.
+
+    Raises  ValueError  the task has fewer rows than asked for
+    """
+    asked = {"train": config["n"]} | {s: config[s] for s in ("validation", "test")}
+    for split, rows in asked.items():
+        if rows > len(getattr(task, split)):
+            raise ValueError(
+                f"{split}: {rows} rows asked for; {task.name} has "
+                f"{len(getattr(task, split))}"
+            )
+    order = np.random.default_rng(config["seed"]).permutation(len(task.train))
+    train_rows = task.train.select(order[: config["n"]])
+    others = {s: getattr(task, s).select(range(asked[s])) for s in list(asked)[1:]}
+    return {s: list(part) for s, part in {"train": train_rows, **others}.items()}
+
+
+def train_model(
+    model: nn.Module, tokenizer, instruction: str, rows: dict, config: dict
+) -> tuple[History, str | None]:
+    """Inject the method and train; (history, why it diverged, or None)."""
+    inject, hyper = METHODS[config["method"]]
+    torch.manual_seed(config["seed"])
+    if inject:
+        inject(model, **{name: config[name] for name in hyper})
+    if config["method"] in FROZEN:
+        randomize(model)
+    if config["method"] in UNTRAINED:
+        return History(), None
+    split = SimpleNamespace(instruction=instruction, **rows)
+    try:
+        return train(model, tokenizer, split, recipe(config), progress=False), None
+    except Diverged as error:
+        return History(), str(error)
+
+
+def recipe(config: dict) -> Recipe:
+    """The recipe of a configuration."""
+    names = ("steps", "batch", "lr", "seed", "template", *RECIPE)
+    return Recipe(**{name: config[name] for name in names if name in config})
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Give every LoRA a random B, as large as a random A of its shape would start."""
+    for adapter in adapters(model).values():
+        nn.init.normal_(adapter.B, std=(3 * adapter.B.shape[1]) ** -0.5)
+
+
+@torch.no_grad()
+def transplant(model: nn.Module, config: dict) -> None:
+    """Put the model's LoRA, as it is, beside the same base in four bits."""
+    trained = {n: (m.A.clone(), m.B.clone()) for n, m in adapters(model).items()}
+    remove(model)
+    qlora.inject(model, **{name: config[name] for name in LORA})
+    for name, module in adapters(model).items():
+        for parameter, value in zip((module.A, module.B), trained[name], strict=True):
+            parameter.copy_(value)
+
+
+def measured(model, tokenizer, task, rows, config, *, lost: bool) -> dict:
+    """Losses on validation and test rows; exact answers where they are asked for."""
+    if lost:
+        return {"validation_loss": None, "test_loss": None, "test_items": None}
+    template, instruction = config["template"], task.instruction
+    encoded = {
+        split: encode_rows(tokenizer, instruction, rows[split], template=template)
+        for split in ("validation", "test")
+    }
+    losses = {split: item_losses(model, encoded[split]) for split in encoded}
+    found = {
+        "validation_loss": _mean(losses["validation"]),
+        "test_loss": _mean(losses["test"]),
+        "test_items": [round(loss, 5) for loss in losses["test"]],
+    }
+    if config["exact"]:
+        answers = answer_rows(model, tokenizer, task, rows["test"], template=template)
+        found["correct"] = [int(right) for right in answers.correct]
+    return found
+
+
+@torch.no_grad()
+def item_losses(
+    model: nn.Module, rows: list[EncodedExample], *, batch: int = 32
+) -> list[float]:
+    """Nats per label token of each row, in their order, with dropout off.
+
+    Args
+        rows  as templates.encode_rows makes them
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
+    losses = [0.0] * len(rows)
+    with scoped.mode(model, training=False):
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            found = _row_losses(model, batch_of([rows[i] for i in part], device))
+            for i, loss in zip(part, found, strict=True):
+                losses[i] = loss
+    return losses
+
+
+def _row_losses(model, batch) -> list[float]:
+    labels = batch["labels"][:, 1:]
+    labelled = labels != IGNORED  # (b, t - 1)
+    keep = F.pad(labelled, (0, 1))
+    chosen = {"logits_to_keep": keep} if can_choose_logits(model) else {}
+    logits = model(input_ids=batch["input_ids"], use_cache=False, **chosen).logits
+    logits = logits[keep] if logits.dim() == 3 else logits  # (labelled, vocabulary)
+    each = torch.zeros(labels.shape, device=labels.device)
+    each[labelled] = F.cross_entropy(logits.float(), labels[labelled], reduction="none")
+    return (each.sum(1) / labelled.sum(1)).tolist()
+
+
+def _sizes(model) -> dict:
+    count = meter.count(model)
+    return {"trainable": count.trainable, "total": count.total}
+
+
+def _curve(history: History) -> dict:
+    last = history.loss[-LAST:]
+    return {
+        "train_loss": _mean(last) if last else None,
+        "validation": [[step, round(loss, 5)] for step, loss in history.validation],
+        "steps": history.steps,
+        "best_step": history.best_step,
+        "stopped_early": history.stopped_early,
+        "seconds": round(history.seconds, 2),
+        "step_seconds": round(history.median_step_seconds, 4) if last else None,
+    }
+
+
+def _mean(values) -> float:
+    return round(float(np.mean(values)), 6)

@@ -1,0 +1,171 @@
+"""What a model answers, how many of the answers are right, and how sure that is.
+
+Three questions, in this order:
+
+    answer_rows                 what does it answer, and which answers are right?
+    wilson, paired_bootstrap    is 84 of 100 better than 76 of 100? That depends on the
+                                rows: ask for the interval of the paired difference
+    general_loss                what did it forget meanwhile?
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pydoc_data.topics import topics
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..common import scoped
+from ..tasks.task import Task
+from ..tasks.templates import Pair, encode_prompt, stop_token
+from .generation import generate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to some rows, in their order."""
+
+    answers: list[str]
+    correct: list[bool]
+    seconds: float  # wall clock, for all rows together
+
+
+def answer_rows(
+    model,
+    tokenizer,
+    task: Task,
+    rows,
+    *,
+    template: str,
+    examples: Sequence[Pair] = (),
+    batch: int = 32,
+    progress: bool = False,
+) -> Answers:
+    """Answer every row and score it by the task's own scorer.
+
+    Args
+        rows      a split of the task, or a part of one, not empty
+        template  "chat" or "raw", as in training
+        examples  (prompt, completion) pairs shown before each row: few-shot
+        batch     rows answered at once
+        progress  show a bar
+    An answer that does not end is cut: a quarter and eight tokens past the longest
+    completion of `rows`. What all prompts begin with is computed once (generation.py).
+
+    Raises    ValueError   no rows, or prompts too long for the model
+    """
+    if not len(rows):
+        raise ValueError("there are no rows to answer; give at least one")
+    prompts = [
+        encode_prompt(
+            tokenizer,
+            task.instruction,
+            row["prompt"],
+            template=template,
+            examples=examples,
+        )
+        for row in rows
+    ]
+    shared = shared_tokens(prompts)
+    longest = max(len(tokenizer(row["completion"]).input_ids) for row in rows)
+    start = time.perf_counter()
+    answers = generate(
+        model,
+        tokenizer,
+        [prompt[shared:] for prompt in prompts],
+        stop_id=stop_token(tokenizer, template),
+        max_new_tokens=longest + longest // 4 + 8,
+        batch=batch,
+        prefix=prompts[0][:shared],
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    answers = [answer.strip() for answer in answers]
+    pairs = zip(answers, rows, strict=True)
+    correct = [task.score(answer, row["completion"]) for answer, row in pairs]
+    return Answers(answers, correct, seconds)
+
+
+def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for k successes in n trials.
+
+        (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n),      p = k/n    [1]
+
+    Unlike p ± z sqrt(p (1 - p)/n) it stays within [0, 1], and has a width at 0 and n.
+
+    Returns  (low, high), shares between 0 and 1
+    Raises   ValueError   not 0 <= k <= n, n >= 1
+    Source   [1] Wilson, JASA 22 (1927) 209-212
+    """
+    if not 0 <= k <= n or n < 1:
+        raise ValueError(f"{k} of {n}: 0 <= k <= n and n >= 1 are needed")
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
+    middle = p + z * z / (2 * n)
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """mean(a) - mean(b) of two methods on the same items, with a percentile interval.
+
+    Items are drawn with replacement, both methods' results together: what is hard for
+    both cancels, and the interval is narrower than that of two separate samples.
+
+    Args
+        a, b   one number per item, in the same order: 0 or 1, or any score
+        draws  resamples, each as large as the sample
+    Returns  (difference, low, high)
+    Raises   ValueError   no items, or not equally many
+    Memory   9 draws len(a) bytes
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(
+            f"{len(a)} and {len(b)} items cannot be paired; give both the same"
+        )
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(difference), size=(draws, len(difference)))
+    means = difference[drawn].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return difference.mean().item(), low.item(), high.item()
+
+
+@torch.no_grad()
+def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> float:
+    """Mean next-token loss on general prose, in nats per token: it measures forgetting.
+
+    The prose is the language reference inside Python's own help(): it is on every
+    learner's disk, no task of ours trains on it, and it is not redistributed here. It
+    changes from one Python version to the next, so compare within one run only.
+
+    Args
+        windows  stretches of the text, evenly spaced, always the same ones
+        length   tokens in each
+    """
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    starts = np.linspace(0, len(ids) - length, windows).astype(int)
+    total = 0.0
+    with scoped.mode(model, training=False):
+        for start in starts:
+            window = torch.tensor([ids[start : start + length]], device=model.device)
+            logits = model(window).logits[0, :-1].float()
+            total += F.cross_entropy(logits, window[0, 1:]).item()
+    return total / windows
+
+
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
