@@ -15,6 +15,7 @@ from observe import (
     snapshot,
     train,
 )
+from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -46,6 +47,9 @@ def exact_weights(model):
     return exact
 
 
+@law
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def merging_rounds_once_and_says_how_much(architecture="llama", dtype=torch.bfloat16):
     model = injected(architecture, dtype=dtype, size=0.02)
     exact, before = exact_weights(model), copy.deepcopy(model)
@@ -60,12 +64,6 @@ def merging_rounds_once_and_says_how_much(architecture="llama", dtype=torch.bflo
         expected = (merged.double() - W).norm() / (W - W0.double()).norm()
         assert abs(errors[name] - expected) < 1e-9
         assert errors[name] > torch.finfo(dtype).eps / 4
-
-
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_merging_rounds_once_and_says_how_much(architecture, dtype):
-    merging_rounds_once_and_says_how_much(architecture, dtype)
 
 
 def test_an_update_below_the_resolution_of_the_weights_is_reported_as_lost():
@@ -92,6 +90,7 @@ def test_values_that_are_not_finite_are_not_merged(value):
         pfs.merge(model)
 
 
+@law
 def overflow_in_half_precision_is_not_merged():
     model = injected(dtype=torch.float16)
     last = list(adapters(model).values())[-1]
@@ -100,10 +99,8 @@ def overflow_in_half_precision_is_not_merged():
         pfs.merge(model)
 
 
-def test_overflow():
-    overflow_in_half_precision_is_not_merged()
-
-
+@law
+@pytest.mark.parametrize("architecture", TIED)
 def a_tied_head_is_not_merged(architecture="gpt2"):
     model = injected(architecture, targets=["all-linear", "lm_head"])
     embedding = next(n for n, m in model.named_modules() if isinstance(m, nn.Embedding))
@@ -111,11 +108,6 @@ def a_tied_head_is_not_merged(architecture="gpt2"):
         pfs.merge(model)
     pfs.remove(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-
-
-@pytest.mark.parametrize("architecture", TIED)
-def test_a_tied_head_is_not_merged(architecture):
-    a_tied_head_is_not_merged(architecture)
 
 
 def test_an_untied_head_is_merged():
@@ -159,15 +151,12 @@ def test_the_verbs_refuse_a_plain_model(tmp_path):
             verb(model)
 
 
+@law
 def adapters_in_a_part_are_refused():
     model = build("llama")
     pfs.lora.inject(model.model)
     with refused(model, "layers.0", "LoRA", "a part"):
         pfs.lora.inject(model)
-
-
-def test_adapters_in_a_part_are_refused():
-    adapters_in_a_part_are_refused()
 
 
 def test_adapters_of_peft_are_refused():
@@ -177,6 +166,7 @@ def test_adapters_of_peft_are_refused():
         pfs.lora.inject(model)
 
 
+@law
 def what_reads_the_weight_itself_is_told():
     """State-space mixers do: the adapter would be there and never run."""
     model = injected()
@@ -189,10 +179,7 @@ def what_reads_the_weight_itself_is_told():
     assert not hasattr(wrapped, "no_such_thing")
 
 
-def test_what_reads_the_weight_itself_is_told():
-    what_reads_the_weight_itself_is_told()
-
-
+@law
 def compiled_models_have_the_same_names():
     plain = injected()
     for where in ("whole", "layer"):
@@ -206,10 +193,6 @@ def compiled_models_have_the_same_names():
         pfs.merge(compiled)
         assert all(p.requires_grad for p in model.parameters())
         assert not adapters(model)
-
-
-def test_compiled_models_have_the_same_names():
-    compiled_models_have_the_same_names()
 
 
 @pytest.mark.parametrize("method", [pfs.lora, pfs.full])
@@ -241,6 +224,7 @@ def test_an_injection_in_inference_mode_is_refused():
         pfs.lora.inject(model)
 
 
+@law
 def an_injection_that_fails_late_leaves_no_trace():
     model = build("llama")
 
@@ -252,10 +236,6 @@ def an_injection_that_fails_late_leaves_no_trace():
     wrapped = []
     with refused(model, "planted", error=RuntimeError):
         adapter.inject(model, wrap, "all-linear")
-
-
-def test_an_injection_that_fails_late():
-    an_injection_that_fails_late_leaves_no_trace()
 
 
 def test_an_unknown_own_parameter_leaves_no_trace():

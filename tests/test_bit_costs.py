@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -82,6 +82,7 @@ def test_a_span_is_that_of_the_items_where_the_seeds_agree():
     assert low < 5 < high and high - low > 1
 
 
+@law
 def a_tied_tensor_counts_once():
     model = nn.Module()
     model.embed_tokens = nn.Embedding(5, 3)
@@ -90,10 +91,6 @@ def a_tied_tensor_counts_once():
     model.norm = nn.LayerNorm(3)
     held = bit_costs.held(model)
     assert held["embedding"] == 60 and held["weights"] == 0 and held["others"] == 24
-
-
-def test_a_tied_tensor_counts_once():
-    a_tied_tensor_counts_once()
 
 
 BUGS = {
@@ -133,6 +130,7 @@ BUGS = {
 }
 
 
+@law
 def second_batch_is_used():
     run = steps()
     used = []
@@ -145,10 +143,4 @@ def second_batch_is_used():
     assert used[0] != used[1]
 
 
-def test_the_next_step_has_the_next_batch():
-    second_batch_is_used()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -9,14 +9,13 @@ test_mutants_family.py.
 from functools import partial
 
 import laws
-import pytest
 import test_adapter as verbs
 import test_exchange as files
 import test_lora as lora_laws
 import test_refused_files as hostile
 import test_targets as targeting
 from laws import Method
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught
 from test_contract import METHODS, lora, low_rank
 
 from peft_from_scratch.common import atomic
@@ -421,6 +420,4 @@ FILES = {
 BUGS = LORA | CONTRACT | MERGING | FILES
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -7,13 +7,12 @@ from functools import partial
 
 import in_front as soft
 import laws
-import pytest
 import test_houlsby as behind
 import test_lora_family as family
 import test_prefix
 import test_prompt
 import test_refused_files_family as hostile
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught
 from test_mutants import contract
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -559,6 +558,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

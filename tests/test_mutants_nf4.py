@@ -6,13 +6,12 @@ As in test_mutants.py, each breaks one line and names the law that must notice.
 from functools import partial
 
 import laws
-import pytest
 import test_nf4 as numbers
 import test_nf4_files as on_disk
 import test_nf4_linear as products
 import test_qlora as beside
 import torch
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught
 from test_mutants import contract
 
 from peft_from_scratch.core import adapter
@@ -547,6 +546,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planting import law
 
 from peft_from_scratch import nf4
 from peft_from_scratch.nf4 import blocks, codes
@@ -34,6 +35,7 @@ def per_value(q, constants):
 # ---------------------------------------------------------------------- Code books
 
 
+@law
 def the_published_table_is_its_derivation():
     """Quantiles by torch's own inverse: another program than the library's."""
     quantile = torch.special.ndtri
@@ -48,10 +50,7 @@ def the_published_table_is_its_derivation():
     assert (derived - nf4.normal_float()).abs().max() < 1e-14
 
 
-def test_the_published_table_is_its_derivation():
-    the_published_table_is_its_derivation()
-
-
+@law
 def the_offset_is_the_one_that_the_table_was_made_with():
     """0.9677083 is nowhere in the paper: of all offsets it alone gives its table.
 
@@ -70,10 +69,6 @@ def the_offset_is_the_one_that_the_table_was_made_with():
     assert min(grid, key=off) == pytest.approx(codes.OFFSET, abs=1.5e-6)
 
 
-def test_the_offset_is_the_one_that_the_table_was_made_with():
-    the_offset_is_the_one_that_the_table_was_made_with()
-
-
 def test_nf4_holds_zero_and_both_ends_and_leans_to_the_positive_side():
     table = values("nf4")
     assert table[0] == -1 and table[7] == 0 and table[15] == 1
@@ -90,6 +85,7 @@ def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa():
     assert sorted(abs(v) for v in nf4.CODES["fp4"])[-1] == 1
 
 
+@law
 def int4_rounds_to_sevenths_of_the_largest():
     w = drawn(640)
     q = nf4.quantize(w, 64, False, "int4")
@@ -100,10 +96,8 @@ def int4_rounds_to_sevenths_of_the_largest():
     assert (nf4.dequantize(q) - k * unit).abs().max() < 4 * EPS
 
 
-def test_int4_rounds_to_sevenths_of_the_largest():
-    int4_rounds_to_sevenths_of_the_largest()
-
-
+@law
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 def affine_is_fifteen_steps_from_the_lowest_to_the_highest(block=32):
     for n in (block * 8, block * 8 + 5, block - 1):
         w = drawn(n) + 0.7
@@ -118,11 +112,6 @@ def affine_is_fifteen_steps_from_the_lowest_to_the_highest(block=32):
         count = -(-n // block)
         assert affine.bits_per_value == 8 * (-(-n // 2) + 8 * count) / n
     assert nf4.Affine.of(drawn(block * 8), block).bits_per_value == 4 + 64 / block
-
-
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-def test_affine_is_fifteen_steps_from_the_lowest_to_the_highest(block):
-    affine_is_fifteen_steps_from_the_lowest_to_the_highest(block)
 
 
 def test_affine_keeps_a_constant_block_and_a_shape():
@@ -154,6 +143,7 @@ def test_every_code_is_the_nearest(code, block, dtype):
     every_code_is_the_nearest(code, 2001, block, dtype)
 
 
+@law
 def blocks_are_runs_of_values_in_memory_order():
     """absmax of each, by a loop; each block's largest and every zero are exact."""
     w = drawn(5, 7, 11)
@@ -168,10 +158,6 @@ def blocks_are_runs_of_values_in_memory_order():
         assert torch.equal(restored[at_end], flat[at_end])
         assert (restored[flat == 0] == 0).all()
         assert q.absmax.min() > 0 or block == 3
-
-
-def test_blocks_are_runs_of_values_in_memory_order():
-    blocks_are_runs_of_values_in_memory_order()
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,16 +187,13 @@ def test_an_outlier_makes_its_own_block_coarse_and_no_other():
     assert (after[others] == 0).all()
 
 
+@law
 def the_first_of_a_pair_is_in_the_high_nibble():
     w = torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0])
     q = nf4.quantize(w, 64, False)
     assert q.packed.tolist() == [0x0F, 0x70, 0xF7]  # the odd one out with a zero
     assert q.codes().tolist() == [0, 15, 7, 0, 15]
     assert torch.equal(nf4.dequantize(q), w)
-
-
-def test_the_first_of_a_pair_is_in_the_high_nibble():
-    the_first_of_a_pair_is_in_the_high_nibble()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -234,6 +217,7 @@ def test_a_tensor_without_values_has_no_bits_a_value():
         _ = nf4.quantize(torch.empty(0, 4)).bits_per_value
 
 
+@law
 def views_are_taken_as_they_read(block=8):
     w = drawn(6, 10)
     for view in (w.T, w[:, ::2], w[1:, 3:], w.expand(2, 6, 10), w.flip(0)):
@@ -247,10 +231,7 @@ def views_are_taken_as_they_read(block=8):
     assert torch.equal(parameter, w)
 
 
-def test_views_are_taken_as_they_read():
-    views_are_taken_as_they_read()
-
-
+@law
 def what_is_not_finite_is_refused_with_its_place():
     for dtype in HALF:
         for value in (math.nan, math.inf, -math.inf):
@@ -263,10 +244,6 @@ def what_is_not_finite_is_refused_with_its_place():
                 assert f"w[{at[0]}, {at[1]}] is {value}" in str(caught.value)
     with pytest.raises(ValueError, match=r"w\[\] is nan"):
         nf4.quantize(torch.tensor(math.nan))
-
-
-def test_what_is_not_finite_is_refused_with_its_place():
-    what_is_not_finite_is_refused_with_its_place()
 
 
 @pytest.mark.parametrize(
@@ -295,6 +272,7 @@ def test_arguments_out_of_range_are_refused(argument, value, allowed):
         nf4.quantize(torch.zeros(4), **{argument: value})
 
 
+@law
 def scales_below_1e_37_lose_nothing():
     """Whole multiples of the smallest float32: the codes are those of the multiples.
 
@@ -309,10 +287,6 @@ def scales_below_1e_37_lose_nothing():
             q, expected = (nf4.quantize(w[:n], 64, False) for w in (tiny, k.float()))
             assert torch.equal(q.packed, expected.packed)
             assert torch.equal(q.absmax[:1], tiny[:1].abs())
-
-
-def test_scales_below_1e_37_lose_nothing():
-    scales_below_1e_37_lose_nothing()
 
 
 def test_large_scales_lose_nothing():
@@ -352,6 +326,7 @@ def test_pieces_on_the_way_are_not_seen():
     every_code_is_the_nearest(n=blocks.CHUNK + 65)
 
 
+@law
 def out_is_written_to_and_its_dtype_counts():
     q = nf4.quantize(drawn(6, 50), 64)
     exact = nf4.dequantize(q)
@@ -365,10 +340,6 @@ def out_is_written_to_and_its_dtype_counts():
     for out in (torch.empty(299), torch.empty(50, 6).T, torch.empty(600)[::2]):
         with pytest.raises(ValueError, match="a contiguous one of 300 values"):
             nf4.dequantize(q, out=out)
-
-
-def test_out_is_written_to_and_its_dtype_counts():
-    out_is_written_to_and_its_dtype_counts()
 
 
 @pytest.mark.parametrize("double", [False, True, "fp8", "int8"])
@@ -398,6 +369,7 @@ def q_is_double(q):
 # --------------------------------------------------------------------------- Bits
 
 
+@law
 def bits_a_value_are_counted_from_the_tensors():
     """4.5, and 4.127 with the constants in eight bits: here of 2¹⁸ values."""
     w = drawn(2**18)
@@ -417,10 +389,6 @@ def bits_a_value_are_counted_from_the_tensors():
     # The offset, one number a tensor, is what is left to the limit.
     at_4096 = nf4.quantize(w).bits_per_value - 32 / 2**18 + 32 / 4096**2
     assert round(at_4096, 3) == 4.127
-
-
-def test_bits_a_value_are_counted_from_the_tensors():
-    bits_a_value_are_counted_from_the_tensors()
 
 
 @pytest.mark.parametrize(
@@ -469,6 +437,8 @@ def in_fp8(absmax):
 REFERENCES = {"int8": torchao, "fp8": in_fp8}
 
 
+@law
+@pytest.mark.parametrize("code", REFERENCES)
 def doubled_constants_are_those_of(code):
     for count in (256 * 8, 256 * 3 + 17, 300):
         absmax = constants(count)
@@ -483,11 +453,8 @@ def doubled_constants_are_those_of(code):
         assert off.max() < 0.07 * doubled.units.max()
 
 
-@pytest.mark.parametrize("code", REFERENCES)
-def test_doubled_constants_are_those_of_an_independent_formula(code):
-    doubled_constants_are_those_of(code)
-
-
+@law
+@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
 def doubled_constants_are_close_to_their_own(code="dynamic"):
     """Within half of the coarsest step of the code book, and the mean block exactly."""
     absmax = constants(256 * 5 + 3)
@@ -503,11 +470,7 @@ def doubled_constants_are_close_to_their_own(code="dynamic"):
     assert torch.allclose(doubled.units, rows.abs().amax(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
-def test_doubled_constants_are_close_to_their_own(code):
-    doubled_constants_are_close_to_their_own(code)
-
-
+@law
 def whole_steps_restore_normal_constants_best():
     """The three recipes on constants of normal weights, in each of five seeds."""
     for seed in range(5):
@@ -519,10 +482,6 @@ def whole_steps_restore_normal_constants_best():
 
         errors = {code: off(code) for code in ("dynamic", "fp8", "int8")}
         assert errors["int8"] < errors["dynamic"] < errors["fp8"] < 0.01, errors
-
-
-def test_whole_steps_restore_normal_constants_best():
-    whole_steps_restore_normal_constants_best()
 
 
 def test_doubling_costs_little_beside_four_bits():

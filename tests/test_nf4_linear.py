@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, SHARED, build
 from observe import assert_same, gradients, largest, logits, loss, refused, train
+from planting import law
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -55,6 +56,8 @@ def dense(module, dtype=torch.float64):
 # ------------------------------------------------------------------------ Products
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def product_and_gradient_are_those_of_the_dense_weight(architecture="gpt2"):
     for name, module in packed(in_four_bits(architecture)).items():
         x = drawn(2, 5, module.in_features).requires_grad_()
@@ -68,11 +71,6 @@ def product_and_gradient_are_those_of_the_dense_weight(architecture="gpt2"):
         assert largest(x.grad, exact.grad) < 2e-6, name
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_product_and_gradient_are_those_of_the_dense_weight(architecture):
-    product_and_gradient_are_those_of_the_dense_weight(architecture)
-
-
 def made_plain(model):
     """A copy with the dequantized weights as parameters."""
     model = copy.deepcopy(model)
@@ -81,6 +79,8 @@ def made_plain(model):
     return model
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def a_model_computes_what_its_dense_twin_computes(architecture="gpt2"):
     model = in_four_bits(architecture)
     twin, original = made_plain(model), build(architecture)
@@ -106,11 +106,7 @@ def shared(model):
     return {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_model_computes_what_its_dense_twin_computes(architecture):
-    a_model_computes_what_its_dense_twin_computes(architecture)
-
-
+@law
 def both_derivatives_are_those_of_the_dense_weight():
     """A function of the gradient, differentiated again; and finite differences."""
     module = layer(7, 5)
@@ -128,10 +124,7 @@ def both_derivatives_are_those_of_the_dense_weight():
     assert torch.autograd.gradgradcheck(module, x)
 
 
-def test_both_derivatives_are_those_of_the_dense_weight():
-    both_derivatives_are_those_of_the_dense_weight()
-
-
+@law
 def each_layer_has_the_buffer_for_itself_while_it_needs_it():
     """Two layers, one after the other, and back: neither sees the other's weight."""
     first, second = layer(48, 40), layer(40, 48)
@@ -147,10 +140,6 @@ def each_layer_has_the_buffer_for_itself_while_it_needs_it():
     assert largest(x.grad, exact.grad) < 2e-6
 
 
-def test_each_layer_has_the_buffer_for_itself_while_it_needs_it():
-    each_layer_has_the_buffer_for_itself_while_it_needs_it()
-
-
 class Slow(NF4Linear):
     """Waits, after dequantizing, for the other thread to have done the same."""
 
@@ -162,6 +151,7 @@ class Slow(NF4Linear):
         return W
 
 
+@law
 def threads_do_not_write_into_each_others_buffer():
     barrier = threading.Barrier(2)
     x, found = drawn(4, 24), {}
@@ -182,10 +172,6 @@ def threads_do_not_write_into_each_others_buffer():
         assert largest(found[i], F.linear(x.double(), dense(module)[0])) < 2e-6
 
 
-def test_threads_do_not_write_into_each_others_buffer():
-    threads_do_not_write_into_each_others_buffer()
-
-
 def test_two_threads_at_once_on_one_model():
     model = in_four_bits()
     ids = [torch.randint(3, 320, (2, 8)) for _ in range(2)]
@@ -202,6 +188,7 @@ def test_two_threads_at_once_on_one_model():
     assert not wrong
 
 
+@law
 def the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
     model = in_four_bits()
     logits(model)
@@ -215,10 +202,7 @@ def the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
     assert [m.last for m in packed(model).values()] == [False] * 13 + [True]
 
 
-def test_the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
-    the_buffer_is_as_large_as_the_largest_weight_and_one_for_all()
-
-
+@law
 def inference_first_and_training_afterwards():
     model = in_four_bits()
     with torch.inference_mode():
@@ -230,13 +214,10 @@ def inference_first_and_training_afterwards():
     assert torch.equal(logits(model, torch.arange(3, 9)[None]), expected)
 
 
-def test_inference_first_and_training_afterwards():
-    inference_first_and_training_afterwards()
-
-
 # -------------------------------------------------------------------------- Dtypes
 
 
+@law
 def half_precision_keeps_the_constants():
     """.half() and the like convert what trains; the constants' digits stay."""
     for double in (False, True):
@@ -251,10 +232,6 @@ def half_precision_keeps_the_constants():
             exact = F.linear(x.double(), *dense(module))
             assert module(x).dtype == dtype
             assert largest(module(x), exact) < (1e-6 if dtype == torch.double else 0.02)
-
-
-def test_half_precision_keeps_the_constants():
-    half_precision_keeps_the_constants()
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -300,6 +277,7 @@ def test_a_compute_dtype_that_is_none_is_refused():
 # -------------------------------------------------------------------------- Copies
 
 
+@law
 def a_copy_has_a_buffer_of_its_own():
     model = in_four_bits()
     expected = logits(model)
@@ -313,10 +291,6 @@ def a_copy_has_a_buffer_of_its_own():
             module.packed.zero_()
         assert not torch.equal(logits(other), expected)
         assert torch.equal(logits(model), expected)
-
-
-def test_a_copy_has_a_buffer_of_its_own():
-    a_copy_has_a_buffer_of_its_own()
 
 
 @pytest.mark.parametrize("double", [False, True, "int8"])
@@ -341,6 +315,7 @@ def test_state_dict_holds_the_codes_and_brings_them_back(double):
     )
 
 
+@law
 def compiled_equals_eager():
     """The products are no graph of the compiler's; all else is, and gradients pass."""
     model = in_four_bits(targets="mlp", exclude=".*up_proj")
@@ -348,10 +323,6 @@ def compiled_equals_eager():
     train(model, 1)
     exact = gradients(model.train())
     assert largest(gradients(torch.compile(model, backend="eager")), exact) < 1e-5
-
-
-def test_compiled_equals_eager():
-    compiled_equals_eager()
 
 
 def test_what_it_shows():
@@ -363,6 +334,8 @@ def test_what_it_shows():
 # -------------------------------------------------------------------------- Models
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def heads_and_embeddings_stay_and_every_projection_goes(architecture="llama"):
     model, original = in_four_bits(architecture), build(architecture)
     names = list(resolve(original, "all-linear"))
@@ -381,11 +354,7 @@ def heads_and_embeddings_stay_and_every_projection_goes(architecture="llama"):
     assert count(model).total == count(original).total
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_heads_and_embeddings_stay_and_every_projection_goes(architecture):
-    heads_and_embeddings_stay_and_every_projection_goes(architecture)
-
-
+@law
 def arguments_reach_every_projection():
     model = build("gpt2").train()
     asked = dict(block=32, double=False, code="fp4", compute_dtype=torch.bfloat16)
@@ -398,10 +367,7 @@ def arguments_reach_every_projection():
         assert module.training and module.transposed
 
 
-def test_arguments_reach_every_projection():
-    arguments_reach_every_projection()
-
-
+@law
 def no_full_copy_survives():
     """Each weight is gone before the next one is quantized."""
     model = build("llama")
@@ -423,10 +389,6 @@ def no_full_copy_survives():
     assert alive == [len(names) - i for i in range(len(names))]  # the one in work, too
 
 
-def test_no_full_copy_survives():
-    no_full_copy_survives()
-
-
 LARGE = {  # weights beside which the pieces that are worked on are small
     "llama": LlamaConfig(
         hidden_size=256,
@@ -440,6 +402,8 @@ LARGE = {  # weights beside which the pieces that are worked on are small
 }
 
 
+@law
+@pytest.mark.parametrize("architecture", LARGE)
 def quantizing_takes_no_copy_of_the_model(architecture="llama"):
     """Counted: the most bytes at a time, in units of the largest projection."""
     model = AutoModelForCausalLM.from_config(LARGE[architecture], dtype=torch.float32)
@@ -451,11 +415,7 @@ def quantizing_takes_no_copy_of_the_model(architecture="llama"):
     assert more < (1.25 if architecture == "gpt2" else 0.5)
 
 
-@pytest.mark.parametrize("architecture", LARGE)
-def test_quantizing_takes_no_copy_of_the_model(architecture):
-    quantizing_takes_no_copy_of_the_model(architecture)
-
-
+@law
 def a_step_holds_one_dequantized_weight_at_a_time():
     """QLoRA's against LoRA's on the dense twin: four bits less, one weight more."""
     found = {}
@@ -484,10 +444,6 @@ def a_step_holds_one_dequantized_weight_at_a_time():
     assert more < 4 * max(values) * 3 < 4 * sum(values) / 2
 
 
-def test_a_step_holds_one_dequantized_weight_at_a_time():
-    a_step_holds_one_dequantized_weight_at_a_time()
-
-
 def dequantized_per_step(model, **options):
     """{name: how often its weight was dequantized in a forward and a backward pass}."""
     wanted = {id(m.packed): n for n, m in packed(model).items()}
@@ -506,6 +462,8 @@ def dequantized_per_step(model, **options):
     return calls
 
 
+@law
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def a_step_dequantizes_each_weight_twice(architecture="llama"):
     """That is why QLoRA is slower: once for y = x W'ᵀ and once for dx = dy W'.
 
@@ -524,11 +482,8 @@ def a_step_dequantizes_each_weight_twice(architecture="llama"):
     assert set(dequantized_per_step(model).values()) == {3}
 
 
+@law
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_step_dequantizes_each_weight_twice(architecture):
-    a_step_dequantizes_each_weight_twice(architecture)
-
-
 def dequantized_it_is_the_dense_twin(architecture="gpt2"):
     model = in_four_bits(architecture)
     expected, twin = logits(model), made_plain(model)
@@ -541,11 +496,6 @@ def dequantized_it_is_the_dense_twin(architecture="gpt2"):
     assert_same(model.state_dict(), twin.state_dict())
     assert largest(logits(model), expected) < 1e-5
     assert nf4.dequantize_model(model) == []
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_dequantized_it_is_the_dense_twin(architecture):
-    dequantized_it_is_the_dense_twin(architecture)
 
 
 # ------------------------------------------------------------------------ Refusals
@@ -609,6 +559,8 @@ REFUSED = {  # what is wrong with a model -> (how, arguments, words of the error
 }
 
 
+@law
+@pytest.mark.parametrize("name", REFUSED)
 def a_refusal_leaves_the_model_as_it_was(name="a NaN in the last weight"):
     how, arguments, words = REFUSED[name]
     model = build("llama")
@@ -617,11 +569,7 @@ def a_refusal_leaves_the_model_as_it_was(name="a NaN in the last weight"):
         nf4.quantize_model(model, **arguments)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_leaves_the_model_as_it_was(name):
-    a_refusal_leaves_the_model_as_it_was(name)
-
-
+@law
 def what_changes_weights_is_refused_on_four_bits():
     """PiSSA takes a part out of the weight; full fine-tuning moves all of it."""
     model = in_four_bits()
@@ -632,10 +580,6 @@ def what_changes_weights_is_refused_on_four_bits():
     some = build("llama")
     nf4.quantize_model(some, targets="mlp")
     pfs.pissa.inject(some, r=2, targets="attention")
-
-
-def test_what_changes_weights_is_refused_on_four_bits():
-    what_changes_weights_is_refused_on_four_bits()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
