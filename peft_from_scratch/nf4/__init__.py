@@ -19,7 +19,7 @@ with the dequantized weight, and the codes never train.
 Source  Dettmers et al., arXiv:2305.14314v1, sections 2 and 3
 """
 
-from ..files.quantized import load, save
+from ..common import lazy
 from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
@@ -39,3 +39,6 @@ __all__ = [
     "save",
     "share_scratch",
 ]
+
+# The room above knows whole models on disk; nf4.load and nf4.save are its functions.
+__getattr__, _, _ = lazy.names({}, lazy.homes({"files.quantized": ("load", "save")}))
