@@ -53,9 +53,9 @@ import triton.language as tl
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import access_picture, fusing, ledger, runs
+from peft_from_scratch.course import access_picture, fusing, ledger, roofline, runs
 from peft_from_scratch.course.checks import triton_lora_kernel as checks
-from peft_from_scratch.kernels import gpu_targets, lora_linear, roofline
+from peft_from_scratch.kernels import gpu_targets, lora_linear
 from peft_from_scratch.kernels.language import (
     Tiles,
     dot,

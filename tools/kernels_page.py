@@ -30,7 +30,8 @@ from peft_from_scratch.kernels.count import (
     unfused,
 )
 from peft_from_scratch.kernels.gpu_targets import LARGEST, RESULT, TARGETS
-from peft_from_scratch.kernels.roofline import DEVICES, alt, bound, counts_of, figure
+from peft_from_scratch.kernels.roofline import DEVICES, bound, counts_of
+from peft_from_scratch.plotting.roofline import alt, figure
 from peft_from_scratch.plotting.theme import svg
 from tools.readme import between_marks
 

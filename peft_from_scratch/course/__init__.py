@@ -25,7 +25,7 @@ MODULES = {  # room -> modules of it that lessons use
     ),
     "memory": ("meta_model", "meter"),
     "models": ("minilm",),
-    "plotting": ("curves",),
+    "plotting": ("curves", "roofline"),
 }
 NAMES = {  # module -> names in it that lessons use
     "comparison.timing": ("step_seconds",),
@@ -42,7 +42,9 @@ NAMES = {  # module -> names in it that lessons use
     "training.generation": ("left_pad",),
     "training.loop": ("train",),
 }
-MODULE_OF = {name: f"{room}.{name}" for room, names in MODULES.items() for name in names}
+MODULE_OF = {
+    name: f"{room}.{name}" for room, names in MODULES.items() for name in names
+}
 MODULE_OF["ledger"] = "ledger.verdicts"
 
 __getattr__, __dir__, __all__ = lazy.names(MODULE_OF, lazy.homes(NAMES))

@@ -1,10 +1,10 @@
 """What the kernels are on GPUs that are not here: compiled ahead of time, and read.
 
-    python -m peft_from_scratch.kernels.gpu_targets     compiles all cases, three minutes
+    python -m peft_from_scratch.kernels.gpu_targets    compiles all cases, 3 minutes
 
-writes data/results/kernels.json, and of it page.py docs/kernels.md. Triton needs
-no GPU to compile for one: it is told the target. How a launch's arguments would be
-specialised is asked of its own binder. From what comes out are read
+writes data/results/kernels.json, of which tools/kernels_page.py makes docs/kernels.md.
+Triton needs no GPU to compile for one: it is told the target. How a launch's arguments
+would be specialised is asked of its own binder. From what comes out are read
 
     registers     of a thread; 255 is NVIDIA's limit, 512 AMD's
     shared        bytes that the threads of a program share
@@ -279,9 +279,7 @@ def main() -> None:
     made = elsewhere()
     with atomic.new_file(RESULT) as partial:
         partial.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
-    from tools.kernels_page import write  # which reads what was just written
-
-    write()
+    print("compiled; now the page made of it: python -m tools.kernels_page")
 
 
 if __name__ == "__main__":
