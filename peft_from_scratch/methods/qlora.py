@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import CannotMerge, as_matrix, as_stored, swap
-from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
+from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_buffer
 from ..scoped import rng_state, set_rng_state
 from ..targets import Targets, has_packed, kinds, named_modules, projections, shown
 from . import lora
@@ -180,7 +180,7 @@ def merge(
         )
     swap(model, ready)
     adapter.detach(model)
-    share_scratch(model)
+    share_buffer(model)
     return errors
 
 
@@ -190,7 +190,11 @@ def base_bits(model: nn.Module) -> str | None:
     if not packed:
         return None
     q = packed[0]
-    bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
+    bits = {
+        "code": q.codebook,
+        "block": q.block,
+        "double": q.constant_codebook or False,
+    }
     kept = _kept_in_full(model, packed)
     return json.dumps(bits | ({"exclude": kept} if kept else {}))
 
@@ -261,7 +265,9 @@ def _ratio(lost: float, whole: float) -> float:
 
 def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
     """The same projection with the codes of another weight."""
-    q = quantize(W.to(base.dtype), base.block, base.recipe or False, base.code)
+    q = quantize(
+        W.to(base.dtype), base.block, base.constant_codebook or False, base.codebook
+    )
     return NF4Linear(
         q,
         base.bias,

@@ -23,7 +23,7 @@ from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
 from .files import load, save
-from .linear import NF4Linear, dequantize_model, quantize_model, share_scratch
+from .linear import NF4Linear, dequantize_model, quantize_model, share_buffer
 
 __all__ = [
     "CODES",
@@ -37,5 +37,5 @@ __all__ = [
     "quantize",
     "quantize_model",
     "save",
-    "share_scratch",
+    "share_buffer",
 ]
