@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
+from ..common import check
 from ..targets import shown
 from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
 
@@ -164,10 +165,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
 def _rows(start, n: int, vocabulary: int) -> Tensor:
     """n token ids: drawn at random, or the given ones."""
     if isinstance(start, str):
-        if start not in STARTS:
-            raise ValueError(
-                f"{start=}: allowed are {', '.join(STARTS)}, or a list of token ids"
-            )
+        check.one_of("start", start, STARTS, ", or a list of token ids")
         return torch.randint(vocabulary, (n,))
     return token_ids(start, n, vocabulary)
 

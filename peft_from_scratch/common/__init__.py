@@ -1,0 +1,1 @@
+"""What every other room uses and no room owns: digests, silence, checks, small files."""
