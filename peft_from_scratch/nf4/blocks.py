@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..targets import shown
+from ..common.check import one_of, require, whole
 from .codes import CODES, book, pairs
 from .double import CODEBOOKS, DoubleQuantized, double_quantize
 from .spec import TINY, pack, unpack
@@ -223,13 +223,11 @@ def check_dtype(w: Tensor) -> None:
 
 def check_options(block: int, double: bool | str, code: str) -> None:
     """ValueError for options that `quantize` does not allow."""
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block={shown(block)}: allowed is a whole number from 1 on")
-    if code not in CODES:
-        raise ValueError(f"code={shown(code)}: allowed are {', '.join(CODES)}")
-    if double and double not in CODEBOOKS:
-        names = ", ".join(repr(name) for name in CODEBOOKS)
-        raise ValueError(f"double={shown(double)}: allowed are False, {names}")
+    whole("block", block, 1)
+    one_of("code", code, CODES)
+    names = ", ".join(map(repr, CODEBOOKS))
+    known = not double or double in CODEBOOKS
+    require(known, "double", double, f"allowed are False, {names}")
 
 
 def refuse_not_finite(w: Tensor) -> None:
