@@ -328,9 +328,9 @@ BUGS = {
         formats.rounded, "/ math.log(2)", "", equal_use_is_four_bits_of_entropy
     ),
     "a gradient through the codes of another layer": Bug(
-        linear.Product.backward,
-        "dx.to(ctx.of_x)",
-        "0.9 * dx.to(ctx.of_x)",
+        linear.DequantMatmul.backward,
+        "dx.to(ctx.x_dtype)",
+        "0.9 * dx.to(ctx.x_dtype)",
         gradients_in_four_bits_are_those_of_plain_weights,
     ),
     "only A moves": Bug(

@@ -52,7 +52,13 @@ def a_round_trip_is_bit_equal(folder, architecture="gpt2", **arguments):
         found = loaded.get_submodule(name)
         assert type(found) is type(module)
         if isinstance(module, nf4.NF4Linear):
-            for key in ("block", "code", "recipe", "dtype", "transposed"):
+            for key in (
+                "block",
+                "codebook",
+                "constant_codebook",
+                "dtype",
+                "transposed",
+            ):
                 assert getattr(found, key) == getattr(module, key)
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     assert str(loaded.generation_config) == str(model.generation_config)

@@ -88,7 +88,7 @@ def every_argument_arrives():
         assert isinstance(module.base, NF4Linear) == ("mlp" not in name)
     assert len(packed(model)) == 2 * 4  # the values' too, though without an adapter
     for module in packed(model).values():
-        assert (module.block, module.recipe) == (32, "int8")
+        assert (module.block, module.constant_codebook) == (32, "int8")
         assert module.compute_dtype == torch.bfloat16 and module.training
 
 
@@ -281,10 +281,14 @@ def merged_and_requantized_is_off_by_rounding_once_more(architecture="gpt2", blo
     parts, expected = pieces(model), logits(model)
     errors = qlora.merge(model, "requantized")
     assert list(packed(model)) == list(parts) and not adapters(model)
-    assert len({id(m.scratch) for m in packed(model).values()}) == 1
+    assert len({id(m.buffer) for m in packed(model).values()}) == 1
     for name, (kept, update) in parts.items():
         module = model.get_submodule(name)
-        assert (module.block, module.recipe, module.code) == (block, None, "nf4")
+        assert (module.block, module.constant_codebook, module.codebook) == (
+            block,
+            None,
+            "nf4",
+        )
         W = nf4.dequantize(module.quantized).double()
         brute = rounded((kept + update).float().double(), block)
         assert (W - brute).abs().max() < 1e-6
@@ -304,7 +308,9 @@ def test_requantized_keeps_double_compute_dtype_and_mode():
     model = trained("opt", double="fp8", compute_dtype=torch.bfloat16).train()
     qlora.merge(model, "requantized")
     for module in packed(model).values():
-        assert module.recipe == "fp8" and module.compute_dtype == torch.bfloat16
+        assert (
+            module.constant_codebook == "fp8" and module.compute_dtype == torch.bfloat16
+        )
         assert module.training and module.bias is not None
 
 

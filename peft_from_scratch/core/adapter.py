@@ -16,7 +16,6 @@ the biases that `lora.inject(..., bias=...)` asks for. The injection lists them 
 as `own`, with the original values where `remove` shall be able to bring them back.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.check import is_finite, shortened  # noqa: F401 (is_finite: for others)
 from .targets import (
     PROJECTIONS,
     QuantizedLinear,
     Targets,
     named_modules,
     resolve,
-    shortened,
     uncompiled,
 )
 
@@ -317,15 +316,6 @@ def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
                 f"adapter_config.json sets {name[:99]}={shortened(value)}, which is not "
                 "implemented here; loading without it would give another model"
             )
-
-
-def is_finite(value) -> bool:
-    """Whether this is a number (no text, no bool) that a float can hold."""
-    try:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def original_names(model: nn.Module) -> dict[str, str]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..common import check
 from .adapter import Adapter
-from .targets import named_modules, shortened
+from .targets import named_modules
 
 LARGEST_N = 4096  # positions that a prompt or a prefix may occupy
 
@@ -34,11 +35,7 @@ class DecoderAdapter(Adapter):
         config = getattr(base, "config", None)
         positions = getattr(config, "max_position_embeddings", None) or LARGEST_N + 1
         largest = min(LARGEST_N, positions - 1)  # one is left for a token
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= largest:
-            raise ValueError(
-                f"n={shortened(n)}: allowed is a whole number of positions from 1 to "
-                f"{largest}"
-            )
+        check.whole("n", n, 1, largest, of="positions")
         super().__init__(base)
         self.n = n
 
@@ -116,16 +113,13 @@ def token_ids(start, n: int, vocabulary: int) -> Tensor:
     Raises  ValueError  no list of whole numbers below the vocabulary's
     """
     ids = start.tolist() if hasattr(start, "tolist") else start
-    if not (
-        isinstance(ids, Sequence) and ids and all(_is_id(i, vocabulary) for i in ids)
-    ):
-        raise ValueError(
-            f"start={shortened(start)}: allowed are whole token ids from 0 to "
-            f"{vocabulary - 1}, at least one, in one list"
-        )
+    most = vocabulary - 1
+    check.require(
+        isinstance(ids, Sequence)
+        and len(ids) > 0
+        and all(check.is_whole(i, 0, most) for i in ids),
+        "start",
+        start,
+        f"allowed are whole token ids from 0 to {most}, at least one, in one list",
+    )
     return torch.tensor((list(ids) * -(-n // len(ids)))[:n])
-
-
-def _is_id(i, vocabulary: int) -> bool:
-    whole = isinstance(i, int) and not isinstance(i, bool)
-    return whole and 0 <= i < vocabulary

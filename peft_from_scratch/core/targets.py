@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..common.check import shortened
+
 PRESETS = ("attention", "mlp", "all-linear")
 ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a dot
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
@@ -117,15 +119,6 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regex: {error}") from None
     return [name for name in names if name == pattern or regex.fullmatch(name)]
-
-
-def shortened(value) -> str:
-    """The value as an error shows it, cut where a hostile file made it long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not spell out a number of thousands of digits
-        text = "a number too long to print"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def exact_regex(name: str) -> str:

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..common import check
 from ..core import adapter, targets
 from ..core.adapter import Adapter, factory_kwargs, sizes
-from ..core.targets import shortened
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -53,7 +53,10 @@ class Bottleneck(Adapter):
 
     def __init__(self, base: nn.Module, m: int = 64, nonlinearity: str = "gelu"):
         d, _ = sizes(base)
-        _check(m, nonlinearity, d)
+        check.whole(
+            "m", m, 1, d, must="the bottleneck needs", of="units", why="the hidden size"
+        )
+        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
         super().__init__(base)
         like = factory_kwargs(base)
         self.down = nn.Linear(d, m, **like)
@@ -90,8 +93,7 @@ def inject(
     Raises   ValueError   an argument out of its range, no such module; the model as it
              was
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(f"{placement=}: allowed are {', '.join(PLACEMENTS)}")
+    check.one_of("placement", placement, PLACEMENTS)
     adapter.refuse_second(model)
     if targets is None:
         targets = last_projections(model, PLACEMENTS[placement])
@@ -139,16 +141,3 @@ def from_peft(config: dict, names: list[str]) -> dict:
         "m": config.get("bottleneck_size"),
         "nonlinearity": config.get("non_linearity", "gelu"),
     }
-
-
-def _check(m, nonlinearity, d) -> None:
-    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= d:
-        raise ValueError(
-            f"m={shortened(m)}: the bottleneck needs a whole number of units from 1 to "
-            f"{d}, the hidden size"
-        )
-    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
-        raise ValueError(
-            f"nonlinearity={shortened(nonlinearity)}: allowed are "
-            f"{', '.join(NONLINEARITIES)}"
-        )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common import check
 from ..core import adapter
 from ..core import targets as targeting
 from ..core.adapter import (
@@ -23,7 +24,6 @@ from ..core.adapter import (
     as_matrix,
     as_stored,
     factory_kwargs,
-    is_finite,
     refuse_unimplemented,
     sizes,
 )
@@ -222,8 +222,7 @@ def wrap_all(
         arguments  those of inject, but for the targets, by name
     """
     bias = arguments["bias"]
-    if bias not in BIASES:
-        raise ValueError(f"{bias=}: allowed are {', '.join(BIASES)}")
+    check.one_of("bias", bias, BIASES)
     adapter.refuse_second(model)
     if not isinstance(targets, Mapping):
         targets = targeting.resolve(model, targets, exclude)
@@ -301,23 +300,18 @@ def from_peft(config: dict, names: list[str]) -> dict:
 
 
 def _check(r, alpha, rslora, dropout, d_out, d_in) -> None:
-    bound = min(d_out, d_in)
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= bound:
-        raise ValueError(
-            f"r={targeting.shortened(r)}: the rank must be a whole number from 1 to "
-            f"{bound}, the smaller side of a weight of {d_out} x {d_in}"
-        )
-    if not (is_finite(alpha) and TINIEST < alpha < LARGEST):
-        raise ValueError(
-            f"alpha={targeting.shortened(alpha)}: allowed is a number above 0 that float32 "
-            "can hold"
-        )
-    if not (is_finite(dropout) and 0 <= dropout < 1):
-        raise ValueError(
-            f"dropout={targeting.shortened(dropout)}: allowed is a probability in [0, 1)"
-        )
-    if not isinstance(rslora, bool):
-        raise ValueError(f"{rslora=}: allowed are True and False")
+    check.whole(
+        "r",
+        r,
+        1,
+        min(d_out, d_in),
+        must="the rank must be",
+        why=f"the smaller side of a weight of {d_out} x {d_in}",
+    )
+    number = "a number above 0 that float32 can hold"
+    check.number("alpha", alpha, number, above=TINIEST, below=LARGEST)
+    check.number("dropout", dropout, "a probability in [0, 1)", least=0, below=1)
+    check.flag("rslora", rslora)
 
 
 def _biases(model, bias, targets) -> list[str]:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..common import scoped
+from ..common import check, scoped
 from ..core import adapter
 from ..core.decoder import (
     DecoderAdapter,
@@ -178,7 +178,7 @@ def inject(
     """
     adapter.refuse_second(model)
     name, trunk = find_decoder(adapter.unwrap_compiled(model))
-    _check(n, start, hidden)
+    _check(start, hidden)
     shape = reached(trunk)
     return adapter.inject(
         model,
@@ -338,14 +338,18 @@ def from_peft(config: dict, names: list[str]) -> dict:
     return {"n": config.get("num_virtual_tokens")}
 
 
-def _check(n, start, hidden) -> None:
-    if isinstance(start, str) and start != "random":
-        raise ValueError(f"{start=}: allowed are random, or a list of token ids")
-    if hidden is not None and (
-        isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1
-    ):
-        raise ValueError(f"{hidden=}: allowed is a whole number of units, or None")
-    if hidden is not None and not isinstance(start, str):
+def _check(start, hidden) -> None:
+    if isinstance(start, str):
+        check.one_of("start", start, ("random",), ", or a list of token ids")
+    if hidden is None:
+        return
+    check.require(
+        check.is_whole(hidden, 1),
+        "hidden",
+        hidden,
+        "allowed is a whole number of units, or None",
+    )
+    if not isinstance(start, str):
         raise ValueError(
             "start and hidden exclude each other: the keys and values of given tokens "
             "are no output of an untrained MLP"

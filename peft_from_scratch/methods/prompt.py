@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..common import check
 from ..core import adapter
 from ..core.decoder import (
     DecoderAdapter,
@@ -171,10 +172,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
 def _rows(start, n: int, vocabulary: int) -> Tensor:
     """n token ids: drawn at random, or the given ones."""
     if isinstance(start, str):
-        if start not in STARTS:
-            raise ValueError(
-                f"{start=}: allowed are {', '.join(STARTS)}, or a list of token ids"
-            )
+        check.one_of("start", start, STARTS, ", or a list of token ids")
         return torch.randint(vocabulary, (n,))
     return token_ids(start, n, vocabulary)
 

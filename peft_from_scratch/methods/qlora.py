@@ -39,7 +39,7 @@ from ..nf4 import (
     dequantize,
     quantize,
     quantize_model,
-    share_scratch,
+    share_buffer,
 )
 from . import lora
 from .lora import LoRA, wrap_all
@@ -193,7 +193,7 @@ def merge(
         )
     replace_modules(model, ready)
     adapter.unwrap_adapters(model)
-    share_scratch(model)
+    share_buffer(model)
     return errors
 
 
@@ -203,7 +203,11 @@ def base_bits(model: nn.Module) -> str | None:
     if not packed:
         return None
     q = packed[0]
-    bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
+    bits = {
+        "code": q.codebook,
+        "block": q.block,
+        "double": q.constant_codebook or False,
+    }
     kept = _kept_in_full(model, packed)
     return json.dumps(bits | ({"exclude": kept} if kept else {}))
 
@@ -274,7 +278,9 @@ def _ratio(lost: float, whole: float) -> float:
 
 def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
     """The same projection with the codes of another weight."""
-    q = quantize(W.to(base.dtype), base.block, base.recipe or False, base.code)
+    q = quantize(
+        W.to(base.dtype), base.block, base.constant_codebook or False, base.codebook
+    )
     return NF4Linear(
         q,
         base.bias,
