@@ -735,8 +735,8 @@ BUGS = {
     ),
     "the error shows one shape twice": Bug(
         combining._refuse_other_bases,
-        "of {shown(fact)} in",
-        "of {shown(before)} in",
+        "of {shortened(fact)} in",
+        "of {shortened(before)} in",
         different_bases_are_refused,
     ),
     "a rank that is too large is cut in silence": Bug(

@@ -191,7 +191,7 @@ CONTRACT = {
         adapter.inject,
         "adapters = {m: wrap(m).train(m.training) for m in modules.values()}",
         "adapters = {}\n        for m in modules.values():\n"
-        "            adapters[m] = wrap(m)\n            swap(model, adapters)",
+        "            adapters[m] = wrap(m)\n            replace_modules(model, adapters)",
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(
@@ -227,7 +227,7 @@ CONTRACT = {
     "remove without originals keeps the trained weights": Bug(
         adapter.remove,
         "if lost:",
-        "if lost:\n        return detach(model)\n    if lost:",
+        "if lost:\n        return unwrap_adapters(model)\n    if lost:",
         contract(laws.remove_is_exact, "full-lost"),
     ),
     "the head counts as a projection of the layers": Bug(
@@ -258,7 +258,10 @@ MERGING = {
         contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
     ),
     "merged and left on": Bug(
-        adapter.merge, "detach(model)", "pass", contract(laws.merged_equals_unmerged)
+        adapter.merge,
+        "unwrap_adapters(model)",
+        "pass",
+        contract(laws.merged_equals_unmerged),
     ),
     "merged one by one": Bug(
         adapter.merge,
@@ -412,7 +415,7 @@ FILES = {
     ),
     "a name is taken for the end of a longer one": Bug(
         patterns.alone,
-        "exactly(name) if shared else name",
+        "exact_regex(name) if shared else name",
         "name",
         files.names_that_end_alike_are_told_apart,
     ),

@@ -514,8 +514,8 @@ BITFIT_AND_LORA_PLUS = {
     ),
     "the ratio is that of A": Bug(
         loop._groups,
-        "m.get_parameter(name)) for m in modules for name in m.fast",
-        "m.A) for m in modules if m.fast",
+        "m.get_parameter(name)) for m in modules for name in m.loraplus_parameters",
+        "m.A) for m in modules if m.loraplus_parameters",
         family.B_moves_lr_ratio_times_as_far,
     ),
     "the ratio is forgotten": Bug(

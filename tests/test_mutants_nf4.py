@@ -359,7 +359,7 @@ PRODUCTS = {
     ),
     "codes are quantized a second time": Bug(
         linear._check,
-        "if isinstance(module, Packed):",
+        "if isinstance(module, QuantizedLinear):",
         "if False:",
         left("quantized before"),
     ),
@@ -401,13 +401,13 @@ PRODUCTS = {
     ),
     "PiSSA on codes": Bug(
         pissa._refuse_packed,
-        "isinstance(module, Packed)",
+        "isinstance(module, QuantizedLinear)",
         "False",
         products.what_changes_weights_is_refused_on_four_bits,
     ),
     "full fine-tuning beside codes": Bug(
         full.inject,
-        "isinstance(module, Packed)",
+        "isinstance(module, QuantizedLinear)",
         "False",
         products.what_changes_weights_is_refused_on_four_bits,
     ),

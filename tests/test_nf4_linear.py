@@ -383,11 +383,11 @@ def no_full_copy_survives():
         adapter.replace_modules(model, exchanged)
         alive.append(sum(weight() is not None for weight in weights))
 
-    held, linear.swap = linear.swap, swapped
+    original, linear.replace_modules = linear.replace_modules, swapped
     try:
         nf4.quantize_model(model)
     finally:
-        linear.swap = held
+        linear.replace_modules = original
     gc.collect()
     assert not any(weight() is not None for weight in weights)
     assert alive == [len(names) - i for i in range(len(names))]  # the one in work, too
