@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from peft_from_scratch import load_model
+from peft_from_scratch.ledger import runs
 
 # At import it asks for a package that would fetch kernels from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -33,6 +34,18 @@ def seeded():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder; the name under which laws ask for one."""
+    return tmp_path
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """The ledger keeps its runs in a folder of the test's own."""
+    monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,9 @@
-"""Planting bugs: a law is trusted after it has been seen to fail."""
+"""Laws, and the planting of bugs: a law is trusted after it has been seen to fail.
+
+A law is a function that raises AssertionError where it is broken. With `@law` pytest
+runs it as a test, under the law's own name; a `Bug` names the law that must notice it,
+and `each_is_caught` makes a test of a table of bugs.
+"""
 
 import inspect
 import linecache
@@ -9,6 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+
+def law(function: Callable) -> Callable:
+    """The function as a test, which stays a function that others may call.
+
+    It stands above any `parametrize`. An argument that pytest sets may have a default,
+    for those who call the law by hand: pytest, which refuses this, is not shown it.
+    """
+    function.__test__ = True
+    marks = getattr(function, "pytestmark", [])
+    filled = {name for mark in marks for name in _argument_names(mark)}
+    signature = inspect.signature(function)
+    function.__signature__ = signature.replace(
+        parameters=[
+            p.replace(default=p.empty) if p.name in filled else p
+            for p in signature.parameters.values()
+        ]
+    )
+    return function
+
+
+def _argument_names(mark) -> list[str]:
+    """The arguments that a `parametrize` sets; none for another mark."""
+    if mark.name != "parametrize":
+        return []
+    names = mark.args[0]
+    return names.replace(",", " ").split() if isinstance(names, str) else list(names)
 
 
 @contextmanager
@@ -67,7 +99,9 @@ class Bug:
     law: Callable  # must fail; called with what it asks for of folder and monkeypatch
 
 
-def assert_law_catches(bug: Bug, folder: Path, monkeypatch) -> None:
+def assert_law_catches(
+    bug: Bug, folder: Path, monkeypatch, *, errors=AssertionError
+) -> None:
     """The bug's law holds on sound code, and fails with the bug planted."""
     for place in ("sound", "planted"):
         (folder / place).mkdir()
@@ -78,8 +112,19 @@ def assert_law_catches(bug: Bug, folder: Path, monkeypatch) -> None:
         bug.law(**{key: value for key, value in offered.items() if key in asked})
 
     hold("sound")
-    with planted(bug.function, bug.right, bug.wrong), pytest.raises(AssertionError):
+    with planted(bug.function, bug.right, bug.wrong), pytest.raises(errors):
         hold("planted")
+
+
+def each_is_caught(bugs: dict[str, Bug | tuple], errors=AssertionError) -> Callable:
+    """A test with one case per row of a table of bugs: {what is wrong: its Bug}."""
+
+    @pytest.mark.parametrize("bug", bugs.values(), ids=bugs)
+    def test_a_planted_bug_is_caught(bug, tmp_path, monkeypatch):
+        row = bug if isinstance(bug, Bug) else Bug(*bug)
+        assert_law_catches(row, tmp_path, monkeypatch, errors=errors)
+
+    return test_a_planted_bug_is_caught
 
 
 def _compiled(function, source):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 
 from peft_from_scratch.course.pictures import access_picture as pictures
 from peft_from_scratch.kernels.language import Tiles, matrix
@@ -30,6 +30,7 @@ def traced(sweep=2, group=1, turn=False):
     return seen, tensors
 
 
+@law
 def each_element_is_counted_as_often_as_its_blocks():
     for sweep, turn in ((1, False), (2, True)):
         seen, tensors = traced(sweep, turn=turn)
@@ -49,6 +50,7 @@ def each_element_is_counted_as_often_as_its_blocks():
         assert said == f"x {across} x, y 1 x"
 
 
+@law
 def a_footprint_is_what_the_program_needs():
     seen, tensors = traced(sweep=2)
     one = {n: pictures.counts(seen, n, t, program=1) for n, t in tensors.items()}
@@ -58,6 +60,7 @@ def a_footprint_is_what_the_program_needs():
     assert (one["A"] == 1).all()
 
 
+@law
 def programs_go_in_the_order_of_their_group():
     for group in (1, 2):
         seen, tensors = traced(sweep=1, group=group)
@@ -67,6 +70,7 @@ def programs_go_in_the_order_of_their_group():
         assert sorted(found.flat) == list(range(18))
 
 
+@law
 def a_window_counts_what_it_shares_once():
     seen, tensors = traced(sweep=1)
     whole = 4 * sum(tensors[name].numel() for name in "xWAB")
@@ -86,6 +90,7 @@ def lies_in(box, extent):
     return left <= x and x + across <= right and top <= y and y + down <= bottom
 
 
+@law
 def the_picture_outlines_the_footprint():
     seen, tensors = traced()
     figure = pictures.picture(seen, tensors, program=1, **TEXTS)
@@ -100,47 +105,62 @@ def the_picture_outlines_the_footprint():
     assert len(pictures.picture(seen, plain, program=0, **TEXTS).axes[0].images) == 3
 
 
-LAWS = (
-    each_element_is_counted_as_often_as_its_blocks,
-    a_footprint_is_what_the_program_needs,
-    programs_go_in_the_order_of_their_group,
-    a_window_counts_what_it_shares_once,
-    the_picture_outlines_the_footprint,
-)
 BUGS = {
     "an element twice in a block counts once": Bug(
         pictures._counted,
         "np.add.at(total, access.elements, 1)",
         "total[:] = 1",
-        LAWS[0],
+        each_element_is_counted_as_often_as_its_blocks,
     ),
     "rows for columns": Bug(
-        pictures.positions, "tensor.stride(0)", "tensor.shape[1]", LAWS[0]
+        pictures.positions,
+        "tensor.stride(0)",
+        "tensor.shape[1]",
+        each_element_is_counted_as_often_as_its_blocks,
     ),
-    "every program's": Bug(pictures.counts, "a.program[0]", "program", LAWS[1]),
-    "stores for loads": Bug(pictures.counts, 'seen.of("load", name) or ', "", LAWS[0]),
-    "the other axis": Bug(pictures.order, "program[0]", "program[1]", LAWS[2]),
+    "every program's": Bug(
+        pictures.counts,
+        "a.program[0]",
+        "program",
+        a_footprint_is_what_the_program_needs,
+    ),
+    "stores for loads": Bug(
+        pictures.counts,
+        'seen.of("load", name) or ',
+        "",
+        each_element_is_counted_as_often_as_its_blocks,
+    ),
+    "the other axis": Bug(
+        pictures.order,
+        "program[0]",
+        "program[1]",
+        programs_go_in_the_order_of_their_group,
+    ),
     "a window one too long": Bug(
-        pictures.window_bytes, "< first + window", "<= first + window", LAWS[3]
+        pictures.window_bytes,
+        "< first + window",
+        "<= first + window",
+        a_window_counts_what_it_shares_once,
     ),
-    "each read counted": Bug(pictures.window_bytes, "distinct=True", "", LAWS[3]),
+    "each read counted": Bug(
+        pictures.window_bytes, "distinct=True", "", a_window_counts_what_it_shares_once
+    ),
     "the last row left out": Bug(
-        pictures._outline, "np.ptp(rows) + 1", "np.ptp(rows)", LAWS[4]
+        pictures._outline,
+        "np.ptp(rows) + 1",
+        "np.ptp(rows)",
+        the_picture_outlines_the_footprint,
     ),
     "outside its tensor": Bug(
-        pictures._outline, "spot[0] + columns[0]", "columns[0]", LAWS[4]
+        pictures._outline,
+        "spot[0] + columns[0]",
+        "columns[0]",
+        the_picture_outlines_the_footprint,
     ),
 }
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
-
-
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
-def test_a_bug_is_caught(bug, tmp_path, monkeypatch):
-    assert_law_catches(bug, tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)
 
 
 def test_orders_stand_side_by_side():

@@ -1,6 +1,7 @@
 """The verbs at their edges: merging in every precision, tied heads, half-done work."""
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -15,9 +16,11 @@ from observe import (
     snapshot,
     train,
 )
+from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
+from peft_from_scratch import nf4
 from peft_from_scratch.core import adapter
 from peft_from_scratch.core.adapter import adapters
 
@@ -46,6 +49,9 @@ def exact_weights(model):
     return exact
 
 
+@law
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def merging_rounds_once_and_says_how_much(architecture="llama", dtype=torch.bfloat16):
     model = injected(architecture, dtype=dtype, size=0.02)
     exact, before = exact_weights(model), copy.deepcopy(model)
@@ -60,12 +66,6 @@ def merging_rounds_once_and_says_how_much(architecture="llama", dtype=torch.bflo
         expected = (merged.double() - W).norm() / (W - W0.double()).norm()
         assert abs(errors[name] - expected) < 1e-9
         assert errors[name] > torch.finfo(dtype).eps / 4
-
-
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_merging_rounds_once_and_says_how_much(architecture, dtype):
-    merging_rounds_once_and_says_how_much(architecture, dtype)
 
 
 def test_an_update_below_the_resolution_of_the_weights_is_reported_as_lost():
@@ -92,6 +92,7 @@ def test_values_that_are_not_finite_are_not_merged(value):
         pfs.merge(model)
 
 
+@law
 def overflow_in_half_precision_is_not_merged():
     model = injected(dtype=torch.float16)
     last = list(adapters(model).values())[-1]
@@ -100,10 +101,8 @@ def overflow_in_half_precision_is_not_merged():
         pfs.merge(model)
 
 
-def test_overflow():
-    overflow_in_half_precision_is_not_merged()
-
-
+@law
+@pytest.mark.parametrize("architecture", TIED)
 def a_tied_head_is_not_merged(architecture="gpt2"):
     model = injected(architecture, targets=["all-linear", "lm_head"])
     embedding = next(n for n, m in model.named_modules() if isinstance(m, nn.Embedding))
@@ -111,11 +110,6 @@ def a_tied_head_is_not_merged(architecture="gpt2"):
         pfs.merge(model)
     pfs.remove(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-
-
-@pytest.mark.parametrize("architecture", TIED)
-def test_a_tied_head_is_not_merged(architecture):
-    a_tied_head_is_not_merged(architecture)
 
 
 def test_an_untied_head_is_merged():
@@ -159,15 +153,12 @@ def test_the_verbs_refuse_a_plain_model(tmp_path):
             verb(model)
 
 
+@law
 def adapters_in_a_part_are_refused():
     model = build("llama")
     pfs.lora.inject(model.model)
     with refused(model, "layers.0", "LoRA", "a part"):
         pfs.lora.inject(model)
-
-
-def test_adapters_in_a_part_are_refused():
-    adapters_in_a_part_are_refused()
 
 
 def test_adapters_of_peft_are_refused():
@@ -177,6 +168,7 @@ def test_adapters_of_peft_are_refused():
         pfs.lora.inject(model)
 
 
+@law
 def what_reads_the_weight_itself_is_told():
     """State-space mixers do: the adapter would be there and never run."""
     model = injected()
@@ -189,10 +181,42 @@ def what_reads_the_weight_itself_is_told():
     assert not hasattr(wrapped, "no_such_thing")
 
 
-def test_what_reads_the_weight_itself_is_told():
-    what_reads_the_weight_itself_is_told()
+@law
+def a_read_in_a_forward_enters_one_function():
+    """Reading A or B of an adapter costs what it costs of any module of torch."""
+    model, entered = injected(), []
+
+    def note(frame, event, argument):
+        owner = frame.f_locals.get("self")
+        read = frame.f_code.co_name == "__getattr__"
+        if event == "call" and read and isinstance(owner, adapter.Adapter):
+            entered.append((id(owner), frame.f_back.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        logits(model)
+    finally:
+        sys.setprofile(None)
+    assert len(entered) > 4 * len(adapters(model))  # base, dropout, A and B of each
+    assert "__getattr__" not in {caller for _, caller in entered}
 
 
+@law
+def a_plan_is_for_its_model_as_it_was():
+    model, other = build("llama"), build("llama")
+    plan = pfs.lora.plan(model, r=4)
+    with refused(other, "q_proj", "not the module that was planned"):
+        adapter.apply(other, plan)
+    nf4.quantize_model(model, targets="down_proj")
+    with refused(model, "down_proj", "plan() again"):
+        adapter.apply(model, plan)
+    plan = pfs.lora.plan(model, r=4)
+    pfs.ia3.inject(model)
+    with refused(model, "carries ia3 adapters already"):
+        adapter.apply(model, plan)
+
+
+@law
 def compiled_models_have_the_same_names():
     plain = injected()
     for where in ("whole", "layer"):
@@ -206,10 +230,6 @@ def compiled_models_have_the_same_names():
         pfs.merge(compiled)
         assert all(p.requires_grad for p in model.parameters())
         assert not adapters(model)
-
-
-def test_compiled_models_have_the_same_names():
-    compiled_models_have_the_same_names()
 
 
 @pytest.mark.parametrize("method", [pfs.lora, pfs.full])
@@ -241,6 +261,7 @@ def test_an_injection_in_inference_mode_is_refused():
         pfs.lora.inject(model)
 
 
+@law
 def an_injection_that_fails_late_leaves_no_trace():
     model = build("llama")
 
@@ -254,14 +275,12 @@ def an_injection_that_fails_late_leaves_no_trace():
         adapter.inject(model, wrap, "all-linear")
 
 
-def test_an_injection_that_fails_late():
-    an_injection_that_fails_late_leaves_no_trace()
-
-
 def test_an_unknown_own_parameter_leaves_no_trace():
     model = build("llama")
     with refused(model, error=AttributeError):
-        adapter.inject(model, adapter.Adapter, "all-linear", own=["no.such.bias"])
+        adapter.inject(
+            model, adapter.Adapter, "all-linear", base_params=["no.such.bias"]
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

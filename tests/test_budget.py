@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import CONFIGS
 from observe import assert_same, snapshot, values
-from planting import assert_caught
+from planting import each_is_caught, law
 from runs import TASK, TOKENIZER, adapted, recipe
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -72,6 +72,9 @@ def test_a_tied_weight_counts_once():
 # Bytes against closed forms ----------------------------------------------------------
 
 
+@law
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def weights_gradients_and_moments_are_exact(method="lora", architecture="llama"):
     model = adapted(method, architecture)
     step, optimizer = optimizer_step(model)
@@ -87,12 +90,7 @@ def weights_gradients_and_moments_are_exact(method="lora", architecture="llama")
         assert memory.optimizer == meter.adamw_bytes(parameters, len(moving))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_weights_gradients_and_moments_are_exact(method, architecture):
-    weights_gradients_and_moments_are_exact(method, architecture)
-
-
+@law
 def activations_of_a_chain_are_exact():
     """n tanh in a row keep n outputs for backward, each of the input's size.
 
@@ -126,10 +124,6 @@ def activations_of_a_chain_are_exact():
     )
 
 
-def test_activations_of_a_chain_are_exact():
-    activations_of_a_chain_are_exact()
-
-
 def test_peak_is_the_largest_sum_at_one_moment():
     memory = measure_step(adapted(), optimizer_step(adapted())[0])
     rows = memory.weights, memory.gradients, memory.optimizer, memory.activations
@@ -152,6 +146,9 @@ def allocated(step):
     return peak
 
 
+@law
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def count_agrees_with_the_allocator(method="lora", architecture="llama", parts=2):
     model = adapted(method, architecture)
     step, optimizer = optimizer_step(model, parts)
@@ -163,12 +160,6 @@ def count_agrees_with_the_allocator(method="lora", architecture="llama", parts=2
     counted = measure_step(model, step).peak
     optimizer.zero_grad()
     assert abs(counted / (before + allocated(step)) - 1) < 0.01
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_count_agrees_with_the_allocator(method, architecture):
-    count_agrees_with_the_allocator(method, architecture)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -259,6 +250,7 @@ def test_measured_step_leaves_everything_as_it_was():
     assert whole.activations > memory.activations
 
 
+@law
 def measured_step_is_the_largest_of_the_run():
     """Of steps of one row each: as large as the step of the longest row."""
     one_row = recipe(batch=1, accumulate=1, steps=8)
@@ -266,10 +258,6 @@ def measured_step_is_the_largest_of_the_run():
     longest = max(TASK.train, key=lambda row: len(row["prompt"] + row["completion"]))
     alone = SimpleNamespace(**(vars(TASK) | {"train": [longest]}))
     assert measured_step(adapted(), TOKENIZER, alone, one_row) == most
-
-
-def test_measured_step_is_the_largest_of_the_run():
-    measured_step_is_the_largest_of_the_run()
 
 
 # Planted bugs ------------------------------------------------------------------------
@@ -314,6 +302,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

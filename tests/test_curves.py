@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
-from planting import assert_caught
+from planting import each_is_caught
 
 from peft_from_scratch.plotting import curves, theme
 
@@ -280,6 +280,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

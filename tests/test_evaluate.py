@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import build, byte_tokenizer
 from observe import assert_same, snapshot
-from planting import assert_caught
+from planting import each_is_caught, law
 
 from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
 from peft_from_scratch.training import evaluation
@@ -38,6 +38,7 @@ def counts(k, n):
 # Laws. Each is run by a test below and, with a bug planted, by the last test.
 
 
+@law
 def answers_are_those_to_whole_prompts_one_by_one():
     model = build("llama")
     for template in TEMPLATES:
@@ -74,6 +75,7 @@ def answers_are_those_to_whole_prompts_one_by_one():
             assert scored.correct == list(zip(alone, completions, strict=True))
 
 
+@law
 def wilson_solves_the_score_equation():
     """|p - k/n| = z sqrt(p (1 - p)/n), by bisection on either side of k/n."""
     for n in (1, 2, 7, 100, 300):
@@ -97,6 +99,7 @@ def solve(inside, outside, n, z):
     return inside
 
 
+@law
 def the_interval_holds_the_truth_95_times_of_100():
     """On correlated methods whose true difference is known."""
     generator = np.random.default_rng(0)
@@ -114,6 +117,7 @@ def the_interval_holds_the_truth_95_times_of_100():
     assert narrower > 390
 
 
+@law
 def the_interval_of_many_items_is_the_normal_one():
     a, b = counts(1500, 2000), counts(1200, 2000)[::-1]
     for confidence in (0.8, 0.95):
@@ -126,6 +130,7 @@ def the_interval_of_many_items_is_the_normal_one():
         assert (low + high) / 2 == pytest.approx(difference, abs=0.2 * error)
 
 
+@law
 def a_difference_turns_with_its_methods():
     a, b = counts(80, 100), counts(40, 100)[::-1]
     difference, low, high = paired_bootstrap(a, b)
@@ -137,6 +142,7 @@ def a_difference_turns_with_its_methods():
     assert paired_bootstrap(a, b, seed=1) != (difference, low, high)
 
 
+@law
 def the_general_loss_is_the_models_own_over_the_whole_text():
     model, ids = build("llama"), every_topic()
     spread = np.linspace(0, len(ids) - 32, 5).astype(int)
@@ -149,6 +155,7 @@ def the_general_loss_is_the_models_own_over_the_whole_text():
     assert loss == pytest.approx(statistics.mean(expected), rel=1e-6)
 
 
+@law
 def the_general_loss_leaves_the_model_alone():
     model = build("gpt2")
     expected = general_loss(model, TOKENIZER, windows=2, length=32)
@@ -163,22 +170,6 @@ def the_general_loss_leaves_the_model_alone():
 def every_topic():
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return TOKENIZER(text, add_special_tokens=False, verbose=False).input_ids
-
-
-LAWS = (
-    answers_are_those_to_whole_prompts_one_by_one,
-    wilson_solves_the_score_equation,
-    the_interval_holds_the_truth_95_times_of_100,
-    the_interval_of_many_items_is_the_normal_one,
-    a_difference_turns_with_its_methods,
-    the_general_loss_is_the_models_own_over_the_whole_text,
-    the_general_loss_leaves_the_model_alone,
-)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 def test_what_all_prompts_begin_with_is_computed_once():
@@ -339,6 +330,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -10,6 +10,7 @@ import torch
 from adapter_files import FIRST, LAST, A, B, contents, parsed, saved, tampered, trained
 from architectures import CONFIGS, build
 from observe import assert_same, logits, refused, snapshot, train, values
+from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -34,6 +35,9 @@ VARIANTS = {
 }
 
 
+@law
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("architecture", CONFIGS)
 def a_round_trip_is_bit_equal(folder, variant, architecture="llama"):
     model = trained(architecture, **VARIANTS[variant])
     pfs.save(model, folder)
@@ -45,12 +49,6 @@ def a_round_trip_is_bit_equal(folder, variant, architecture="llama"):
     tensors_again, *said_again = parsed(folder)
     assert_same(tensors_again, tensors)
     assert said_again == said
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_round_trip_is_bit_equal(architecture, variant, tmp_path):
-    a_round_trip_is_bit_equal(tmp_path, variant, architecture)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -127,16 +125,13 @@ def test_loading_keeps_the_mode_of_every_module(tmp_path):
 # --------------------------------------------------------------------- Vocabulary
 
 
+@law
 def saving_a_resized_vocabulary_is_refused(folder):
     model = trained()
     model.resize_token_embeddings(323)
     with refused(model, "320", "323", "resize"):
         pfs.save(model, folder)
     assert contents(folder) == {}
-
-
-def test_saving_a_vocabulary_resized_after_injection_is_refused(tmp_path):
-    saving_a_resized_vocabulary_is_refused(tmp_path)
 
 
 def test_saving_a_vocabulary_resized_before_injection_is_refused(tmp_path):
@@ -149,6 +144,8 @@ def test_saving_a_vocabulary_resized_before_injection_is_refused(tmp_path):
     assert contents(tmp_path) == {}
 
 
+@law
+@pytest.mark.parametrize("rows", [319, 330])
 def loading_onto_another_vocabulary_is_refused(folder, rows=330):
     model = build("llama")
     model.resize_token_embeddings(rows)
@@ -156,14 +153,10 @@ def loading_onto_another_vocabulary_is_refused(folder, rows=330):
         pfs.load(model, saved(folder))
 
 
-@pytest.mark.parametrize("rows", [319, 330])
-def test_loading_onto_another_vocabulary_is_refused(rows, tmp_path):
-    loading_onto_another_vocabulary_is_refused(tmp_path, rows)
-
-
 # ------------------------------------------------------------------------- Saving
 
 
+@law
 def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
     before, model = contents(saved(folder)), trained(r=2)
 
@@ -177,10 +170,6 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
     assert contents(folder) == before
 
 
-def test_a_failed_save_leaves_the_folder_as_it_was(monkeypatch, tmp_path):
-    a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
-
-
 def test_what_a_killed_save_left_is_swept(tmp_path):
     leftover = tmp_path / f"{atomic.TEMPORARY}x1"
     leftover.mkdir()
@@ -188,6 +177,7 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
     assert sorted(contents(saved(tmp_path))) == [CONFIG, WEIGHTS]
 
 
+@law
 def a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(folder, monkeypatch):
     """As on Windows, where a file that somebody has mapped stays where it is."""
     before, model = contents(saved(folder)), trained(r=2)
@@ -205,10 +195,7 @@ def a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(folder, monkeypat
     assert contents(folder) == before
 
 
-def test_a_file_that_cannot_be_replaced_leaves_the_folder(monkeypatch, tmp_path):
-    a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
-
-
+@law
 def names_that_end_alike_are_told_apart(folder):
     """ "0" is a module, and the end of the name of another, "2.0"."""
 
@@ -227,10 +214,6 @@ def names_that_end_alike_are_told_apart(folder):
     assert torch.equal(loaded(x), model(x))
 
 
-def test_names_that_end_alike_are_told_apart(tmp_path):
-    names_that_end_alike_are_told_apart(tmp_path)
-
-
 def test_a_target_that_other_names_end_with_is_the_only_one(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
     pfs.lora.inject(model, r=2, targets={"0": model[0]})
@@ -247,16 +230,13 @@ def test_a_config_that_cannot_be_written_leaves_the_weights(monkeypatch, tmp_pat
     assert contents(tmp_path) == before
 
 
+@law
 def an_adapter_with_nan_is_not_saved(folder):
     model = trained()
     list(adapters(model).values())[3].B.data[0, 0] = torch.nan
     with refused(model, "o_proj", "not finite"):
         pfs.save(model, folder)
     assert contents(folder) == {}
-
-
-def test_an_adapter_with_nan_is_not_saved(tmp_path):
-    an_adapter_with_nan_is_not_saved(tmp_path)
 
 
 def test_saving_leaves_the_model_alone_and_replaces_the_file_of_before(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build, byte_tokenizer
-from planting import assert_caught, planted
+from planting import assert_caught, law, planted
 
 from peft_from_scratch import lora, merge, trainable
 from peft_from_scratch.core.adapter import adapters
@@ -38,11 +38,6 @@ SMALL = dict(
     validation=6,
     template="raw",
 )
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
 
 
 def small(base, method="lora", lr=1e-2, **changes):
@@ -87,6 +82,7 @@ def test_methods_of_one_seed_see_the_same_rows_and_seeds_do_not(base):
         rows("full", 0, n=9_999_999)
 
 
+@law
 def item_losses_are_those_of_rows_alone():
     model, tokenizer = build("llama"), byte_tokenizer()
     task = load_task("orders")
@@ -97,10 +93,6 @@ def item_losses_are_those_of_rows_alone():
         with torch.no_grad():
             alone = summed_loss(model, batch_of([row], model.device)).item() / labels
         assert loss == pytest.approx(alone, rel=1e-4)
-
-
-def test_item_losses_are_those_of_rows_alone():
-    item_losses_are_those_of_rows_alone()
 
 
 @pytest.mark.parametrize(
@@ -186,15 +178,12 @@ def finished(key, loss, *, seed=0, items=None, diverged=None, **config):
     return Run(key, settings, result, {})
 
 
+@law
 def paired_runs_are_compared_row_by_row():
     a = [finished("a", 0, seed=s, items=[1, 2, 3, 4.0 + s]) for s in range(3)]
     b = [finished("b", 0, seed=s, items=[0, 1, 2, 3.0 + s]) for s in range(3)]
     assert intervals.paired(a, b[::-1]) == (1, 1, 1)
     assert intervals.paired(b, a) == (-1, -1, -1)
-
-
-def test_paired_runs_are_compared_row_by_row():
-    paired_runs_are_compared_row_by_row()
 
 
 def test_the_planted_pairing_of_other_seeds_is_caught():
@@ -234,6 +223,7 @@ def test_runs_that_do_not_pair_are_invalid(other, reason):
 # ------------------------------------------------------------------------- Rates
 
 
+@law
 def an_optimum_at_an_edge_is_invalid():
     assert rates.best_inside({1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5}) == 3e-3
     assert rates.best_inside({3e-3: 1.0, 1e-2: None, 1e-3: 2.0}) == 3e-3
@@ -242,10 +232,6 @@ def an_optimum_at_an_edge_is_invalid():
             rates.best_inside(dict(zip((1e-3, 3e-3, 1e-2), losses, strict=True)))
     with pytest.raises(Invalid, match="diverged"):
         rates.best_inside({1e-3: None, 1e-2: None})
-
-
-def test_an_optimum_at_an_edge_is_invalid():
-    an_optimum_at_an_edge_is_invalid()
 
 
 @pytest.mark.parametrize(
@@ -297,6 +283,7 @@ def test_a_search_grows_past_its_ends_and_then_gives_up(store, monkeypatch, tmp_
 # ------------------------------------------------------------------------- L1
 
 
+@law
 def spectra_follow_eckart_and_young():
     """The best rank-k error is the energy that rank k does not hold."""
     torch.manual_seed(0)
@@ -311,10 +298,6 @@ def spectra_follow_eckart_and_young():
     assert spectrum.energy(torch.diag(torch.tensor([3.0, 1, 0])))[0] == pytest.approx(
         0.9
     )
-
-
-def test_spectra_follow_eckart_and_young():
-    spectra_follow_eckart_and_young()
 
 
 def test_singular_values_that_are_not_squared_are_caught():
@@ -507,6 +490,7 @@ def test_the_worst_row_counts():
     assert bill.gigabytes(16) == 112
 
 
+@law
 def mixed_adamw_is_adamw_on_a_master_copy():
     torch.manual_seed(0)
     weight = torch.randn(9, 5).bfloat16().requires_grad_()
@@ -521,10 +505,6 @@ def mixed_adamw_is_adamw_on_a_master_copy():
         kept = ours.state[weight]["master"]
         torch.testing.assert_close(kept, master.detach(), atol=1e-6, rtol=1e-5)
         assert torch.equal(weight.detach(), kept.bfloat16())
-
-
-def test_mixed_adamw_is_adamw_on_a_master_copy():
-    mixed_adamw_is_adamw_on_a_master_copy()
 
 
 @pytest.mark.parametrize(

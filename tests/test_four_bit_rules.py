@@ -9,7 +9,8 @@ from statistics import fmean
 
 import numpy as np
 import pytest
-from planting import planted
+from judged import judged
+from planting import law, planted
 
 from peft_from_scratch.ledger import claim, intervals, runs, verdicts
 from peft_from_scratch.ledger.claim import Invalid
@@ -24,18 +25,7 @@ from peft_from_scratch.ledger.experiments import (
 from peft_from_scratch.ledger.verdicts import judge
 from peft_from_scratch.nf4 import CODES
 
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
-
-
-def judged(id: str, result_of, scale: str = "tiny") -> object:
-    """The judgement, with each run's result as `result_of(config)` gives it."""
-    while (judgement := judge(claim(id), scale)).missing:
-        for config in judgement.missing:
-            runs.write(config, result_of(config))
-    return judgement
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def test_the_second_half_of_a_sentence_stands_after_the_first():
@@ -221,14 +211,11 @@ def test_q4_keeps_small_apart_from_because(scale, qlora, moved, small, because):
     assert ("cannot be told" in half.say_instead) == (because == "undecided")
 
 
+@law
 def a_moved_lora_is_compared_with_itself():
     by = dict(qlora=0.05, lora_transplanted=0.2, nf4_base=5.0, base=7.0)
     judgement = judged("Q4b", trained(shifted(**by)))
     assert judgement.measured == pytest.approx(75, abs=1)
-
-
-def test_a_moved_lora_is_compared_with_itself():
-    a_moved_lora_is_compared_with_itself()
 
 
 @pytest.mark.parametrize(
@@ -274,6 +261,7 @@ def test_a_share_is_the_ratio_of_means():
     assert high == pytest.approx(70, abs=1e-6)
 
 
+@law
 def fieller_covers():
     """In 19 of 20 experiments the interval holds the true share, by simulation."""
     generator = np.random.default_rng(3)
@@ -284,10 +272,6 @@ def fieller_covers():
         low, high = intervals._fieller(parts, wholes)
         held += low <= 0.4 <= high
     assert 0.92 <= held / 400 <= 0.98
-
-
-def test_fieller_covers():
-    fieller_covers()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import CONFIGS, VOCAB, build
 from observe import assert_same, snapshot
-from planting import assert_caught
+from planting import each_is_caught, law
 from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, logging
 
@@ -58,6 +58,9 @@ def together(model, prompts=PROMPTS, **options):
 # Laws. Each is run by a test below and, with a bug planted, by the last test.
 
 
+@law
+@pytest.mark.parametrize("prefix", [[], PREFIX], ids=["no prefix", "prefix"])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def a_batch_equals_its_rows(architecture="llama", prefix=PREFIX):
     model = build(architecture)
     whole = [[*prefix, *prompt] for prompt in PROMPTS]
@@ -69,6 +72,7 @@ def a_batch_equals_its_rows(architecture="llama", prefix=PREFIX):
     assert together(model, prefix=prefix, stop_id=early) == expected
 
 
+@law
 def pads_do_not_push_tokens_out_of_a_sliding_window():
     model = build("gemma")
     window = model.config.sliding_window
@@ -77,6 +81,7 @@ def pads_do_not_push_tokens_out_of_a_sliding_window():
     assert together(model, prompts, prefix=prefix, batch=6) == expected
 
 
+@law
 def the_prefix_is_computed_once():
     model, widths = build("llama"), []
     model.register_forward_pre_hook(
@@ -89,6 +94,7 @@ def the_prefix_is_computed_once():
     assert max(width for _, width in others) == max(map(len, PROMPTS))
 
 
+@law
 def the_model_is_left_as_it_was():
     """Also its dropout, which must be off inside, and its generation config."""
     model = build("llama")
@@ -103,6 +109,7 @@ def the_model_is_left_as_it_was():
     assert model.generation_config is config
 
 
+@law
 def a_generation_config_does_not_interfere():
     model = build("llama")
     expected = [alone(model, prompt) for prompt in PROMPTS]
@@ -111,25 +118,6 @@ def a_generation_config_does_not_interfere():
     )
     model.generation_config.suppress_tokens = [int(t) for t in expected[0].split()]
     assert together(model) == expected
-
-
-LAWS = (
-    pads_do_not_push_tokens_out_of_a_sliding_window,
-    the_prefix_is_computed_once,
-    the_model_is_left_as_it_was,
-    a_generation_config_does_not_interfere,
-)
-
-
-@pytest.mark.parametrize("prefix", [[], PREFIX], ids=["no prefix", "prefix"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_batch_equals_its_rows(architecture, prefix):
-    a_batch_equals_its_rows(architecture, prefix)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 def hybrid():
@@ -303,6 +291,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug], errors=CAUGHT)
+test_a_planted_bug_is_caught = each_is_caught(BUGS, errors=CAUGHT)

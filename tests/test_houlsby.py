@@ -7,6 +7,7 @@ import torch
 from architectures import CONFIGS, build
 from laws import original
 from observe import largest, logits, refused, train
+from planting import law
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +37,9 @@ def closed_form(bottleneck, x, sigma):
     return y + sigma(y @ D.T + b_D) @ U.T + b_U
 
 
+@law
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("sigma", NONLINEARITIES)
 def forward_and_gradients_are_those_of_the_equation(sigma="gelu", kind=nn.Linear):
     torch.manual_seed(0)
     base = nn.Linear(5, 6) if kind is nn.Linear else Conv1D(6, 5)
@@ -53,12 +57,9 @@ def forward_and_gradients_are_those_of_the_equation(sigma="gelu", kind=nn.Linear
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-@pytest.mark.parametrize("sigma", NONLINEARITIES)
-def test_forward_and_gradients_are_those_of_the_equation(sigma, kind):
-    forward_and_gradients_are_those_of_the_equation(sigma, kind)
-
-
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
 def stands_behind_the_last_projections(architecture="llama", placement="houlsby"):
     """A hook on the untouched model does the same, at these modules and no other."""
     model, untouched = copy.deepcopy(original(architecture)), build(architecture)
@@ -86,12 +87,7 @@ def stands_behind_the_last_projections(architecture="llama", placement="houlsby"
     assert largest(logits(model), logits(build(architecture))) > 1e-3
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-def test_stands_behind_the_last_projections(architecture, placement):
-    stands_behind_the_last_projections(architecture, placement)
-
-
+@law
 def starts_near_the_identity():
     """Gaussian of 1e-2, cut at two deviations; biases of zero; h hardly differs."""
     torch.manual_seed(0)
@@ -106,10 +102,6 @@ def starts_near_the_identity():
     x = torch.randn(50, 400)
     y, h = bottleneck.base(x), bottleneck(x)
     assert 0 < (h - y).abs().max() < 0.02 * y.abs().max()
-
-
-def test_start():
-    starts_near_the_identity()
 
 
 def test_half_precision_keeps_the_bottleneck_in_fp32():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import planted, planted_kernel
+from planting import law, planted, planted_kernel
 
 from peft_from_scratch.kernels import Plan, Stack, gather, gather_lora
 from peft_from_scratch.kernels.gather import ROWS, compulsory_bytes, rows_for
@@ -119,6 +119,7 @@ def test_more_rows_of_an_adapter_than_a_block_has():
     each_row_gets_its_own((3, 5), [0] * 33 + [1] * 2, 16)
 
 
+@law
 def a_row_alone_is_the_row_in_company():
     """Single rows: equal bits, whatever else is in the batch."""
     stack, which = Stack.of(adapters(MIXED[0])), torch.tensor(MIXED[1])
@@ -128,10 +129,6 @@ def a_row_alone_is_the_row_in_company():
         own = slice(i, i + 1)
         alone = gather_lora(y[own].clone(), x[own], stack, which[own], "triton")
         assert torch.equal(alone, together[own])
-
-
-def test_a_row_alone_is_the_row_in_company():
-    a_row_alone_is_the_row_in_company()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

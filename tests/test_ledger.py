@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planting import assert_caught
+from planting import assert_caught, law
 
 from peft_from_scratch import __main__ as command_line
 from peft_from_scratch.ledger import experiments, runs
@@ -48,6 +48,7 @@ def test_every_value_is_in_exactly_one_band(edges, value):
     assert rule.verdict(value, value, value) == rule.verdicts[holding[0]]
 
 
+@law
 @given(edges, st.lists(finite, min_size=3, max_size=3).map(sorted))
 def an_interval_decides_only_where_one_verdict_holds_all_of_it(edges, points):
     rule = rule_with(tuple(edges))
@@ -56,10 +57,6 @@ def an_interval_decides_only_where_one_verdict_holds_all_of_it(edges, points):
     verdicts = {rule.verdicts[i] for i in touched}
     expected = verdicts.pop() if len(verdicts) == 1 else "undecided"
     assert rule.verdict(value, low, high) == expected
-
-
-def test_an_interval_decides_only_where_one_verdict_holds_all_of_it():
-    an_interval_decides_only_where_one_verdict_holds_all_of_it()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import build
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 
 from peft_from_scratch import load, save
 from peft_from_scratch.core.adapter import adapters, as_matrix, injected
@@ -12,6 +12,7 @@ from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.nf4 import dequantize, quantize_model
 
 
+@law
 def it_starts_at_the_best_of_its_rank():
     """Eckart and Young: the error left is that of the directions beyond the rank."""
     for architecture in ("llama", "gpt2"):
@@ -28,6 +29,7 @@ def it_starts_at_the_best_of_its_rank():
             )
 
 
+@law
 def its_codes_are_qloras():
     one, other = build("llama"), build("llama")
     loftq.inject(one, r=4)
@@ -71,32 +73,35 @@ def test_a_base_that_lost_its_weights_is_refused():
         loftq.inject(model, r=2)
 
 
-LAWS = [it_starts_at_the_best_of_its_rank, its_codes_are_qloras]
 BUGS = {
-    "no scale": Bug(loftq.start, "/ module.scale", "", LAWS[0]),
+    "no scale": Bug(
+        loftq.start, "/ module.scale", "", it_starts_at_the_best_of_its_rank
+    ),
     "the weight itself": Bug(
-        loftq.start, "- dequantize(module.base.quantized).float()", "", LAWS[0]
+        loftq.start,
+        "- dequantize(module.base.quantized).float()",
+        "",
+        it_starts_at_the_best_of_its_rank,
     ),
     "the other sign": Bug(
-        loftq.start, "module.B.copy_(U", "module.B.copy_(-U", LAWS[0]
+        loftq.start,
+        "module.B.copy_(U",
+        "module.B.copy_(-U",
+        it_starts_at_the_best_of_its_rank,
     ),
     "all of it in A": Bug(
-        loftq.start, "(S[:r] / module.scale).sqrt()", "S[:r] / module.scale", LAWS[0]
+        loftq.start,
+        "(S[:r] / module.scale).sqrt()",
+        "S[:r] / module.scale",
+        it_starts_at_the_best_of_its_rank,
     ),
     "codes of something else": Bug(
-        loftq.inject,
-        "qlora.inject(model, **arguments)",
-        "qlora.inject(model, block=32, **arguments)",
-        LAWS[1],
+        loftq.plan,
+        "qlora.plan(model, **arguments)",
+        "qlora.plan(model, block=32, **arguments)",
+        its_codes_are_qloras,
     ),
 }
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_laws_hold(law):
-    law()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_planted_bugs_are_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

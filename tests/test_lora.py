@@ -9,12 +9,15 @@ from architectures import CONFIGS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observe import largest, logits, loss, refused, tokens, train
+from planting import law
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+from peft_from_scratch.methods import lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
 DOUBLE = dict(dtype=torch.float64)
 sizes = st.integers(1, 6)
@@ -82,6 +85,8 @@ def test_gradients_are_those_of_the_equation(shape, kind):
     gradients_are_those_of_the_equation(d_in, d_out, leading, r, kind=kind)
 
 
+@law
+@pytest.mark.parametrize("needs", ["yxAB", "yAB", "xAB", "AB", "yx", "A"])
 def both_derivatives_are_those_of_finite_differences(needs="yxAB"):
     torch.manual_seed(0)
     shapes = dict(y=(2, 3, 5), x=(2, 3, 4), A=(2, 4), B=(5, 2))
@@ -97,11 +102,6 @@ def both_derivatives_are_those_of_finite_differences(needs="yxAB"):
     assert torch.autograd.gradgradcheck(update, inputs, raise_exception=False)
 
 
-@pytest.mark.parametrize("needs", ["yxAB", "yAB", "xAB", "AB", "yx", "A"])
-def test_both_derivatives_are_those_of_finite_differences(needs):
-    both_derivatives_are_those_of_finite_differences(needs)
-
-
 def test_a_frozen_input_gets_no_gradient():
     lora = adapted(4, 5, 2)
     lora(torch.randn(3, 4, **DOUBLE)).sum().backward()
@@ -114,6 +114,7 @@ def test_scale_is_alpha_over_r_or_its_root(r, alpha):
     assert adapted(16, 16, r, alpha=alpha, rslora=True).scale == alpha / math.sqrt(r)
 
 
+@law
 def every_argument_reaches_every_module():
     model = build("gpt2")
     pfs.lora.inject(
@@ -133,10 +134,7 @@ def every_argument_reaches_every_module():
         assert getattr(module.dropout, "p", 0.0) == 0.25
 
 
-def test_every_argument_reaches_every_module():
-    every_argument_reaches_every_module()
-
-
+@law
 def starts_gaussian_of_variance_one_third_over_d_in():
     torch.manual_seed(0)
     lora = LoRA(nn.Linear(400, 300), r=64)
@@ -150,10 +148,7 @@ def starts_gaussian_of_variance_one_third_over_d_in():
     assert torch.count_nonzero(lora.B) == 0
 
 
-def test_start():
-    starts_gaussian_of_variance_one_third_over_d_in()
-
-
+@law
 def dropout_falls_on_the_input_of_A_in_training_only():
     lora = adapted(6, 5, 3, alpha=3, dropout=0.5)
     x = torch.randn(40, 6, **DOUBLE)
@@ -163,10 +158,6 @@ def dropout_falls_on_the_input_of_A_in_training_only():
     trained = lora.train()(x)
     assert torch.allclose(trained, lora.base(x) + (x * mask) @ (lora.B @ lora.A).T)
     assert torch.allclose(lora.eval()(x), closed_form(lora, x, 1.0))
-
-
-def test_dropout():
-    dropout_falls_on_the_input_of_A_in_training_only()
 
 
 BAD = {
@@ -194,16 +185,13 @@ def test_arguments_out_of_range_are_refused_and_shown(name, value):
         pfs.lora.inject(model, **{name: value})
 
 
+@law
 def a_failed_injection_leaves_no_trace():
     """k_proj's bound is 16 and it comes second: q_proj had been wrapped by then."""
     model = build("llama")
     next(model.parameters()).requires_grad_(False)
     with refused(model, "20", "16"):
         pfs.lora.inject(model, r=20)
-
-
-def test_a_failed_injection():
-    a_failed_injection_leaves_no_trace()
 
 
 @pytest.mark.parametrize("empty", [[], {}, lambda name, module: False])
@@ -213,6 +201,8 @@ def test_an_empty_injection_is_refused(empty):
         pfs.lora.inject(model, targets=empty)
 
 
+@law
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def half_precision_keeps_the_adapter_in_fp32(dtype=torch.bfloat16):
     model = build("llama", dtype=dtype)
     pfs.lora.inject(model)
@@ -230,11 +220,6 @@ def half_precision_keeps_the_adapter_in_fp32(dtype=torch.bfloat16):
         # 1e-4 on entries of 1e-1 is below bf16's resolution: it must not be lost
         moved = (parameter != before[name]).double().mean()
         assert moved > 0.99, name
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    half_precision_keeps_the_adapter_in_fp32(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -258,7 +243,36 @@ def beyond_half_on_the_way(dtype):
     return lora(torch.ones(1, 32, dtype=dtype))
 
 
-def test_what_a_hook_has_kept_is_not_written_into():
+def keep_nothing(module, args, out):
+    """A hook on the base: with one, LoRA computes its equation as it is written."""
+
+
+@law
+def fast_equals_plain():
+    """Values and gradients of both ways, in every precision and with dropout."""
+    close = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+    for dtype, bound in close.items():
+        for kind in (nn.Linear, Conv1D):
+            how = dict(kind=kind, dtype=dtype, alpha=5, dropout=0.3)
+            fast, plain = (adapted(6, 5, 3, **how).train() for _ in range(2))
+            plain.base.register_forward_hook(keep_nothing)
+            assert lora_fast.is_safe(fast.base) and not lora_fast.is_safe(plain.base)
+            outcomes = []
+            for lora in (fast, plain):
+                torch.manual_seed(1)
+                x = torch.randn(2, 4, 6, dtype=dtype).requires_grad_()
+                y = lora(x)
+                wanted = (x, lora.A, lora.B)
+                grads = torch.autograd.grad(y, wanted, torch.randn_like(y))
+                outcomes.append(dict(zip("yxAB", (y.detach(), *grads), strict=True)))
+            ours, theirs = outcomes
+            for key, right in theirs.items():
+                assert ours[key].dtype == right.dtype
+                assert largest(ours[key], right) < bound, (dtype, key)
+
+
+@law
+def what_a_hook_has_kept_is_not_written_into():
     lora, kept = adapted(8, 8, 2), []
     lora.base.register_forward_hook(lambda module, args, out: kept.append(out))
     x = torch.randn(3, 8, dtype=torch.float64)

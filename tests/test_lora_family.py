@@ -10,6 +10,7 @@ from architectures import CONFIGS, GATED, build
 from kill_and_resume import contents, differences
 from laws import original
 from observe import assert_same, largest, logits, loss, refused, snapshot, train, values
+from planting import law
 from runs import adapted, recipe, run
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -68,6 +69,8 @@ def dora_is_its_equation(kind=nn.Linear, detached=True):
     ]
 
 
+@law
+@pytest.mark.parametrize("kind", KINDS)
 def the_norm_is_no_part_of_the_gradient(kind=nn.Linear):
     """h, and the gradients of x, A, B and m; those of A and B would differ."""
     assert dora_is_its_equation(kind) == [True] * 5
@@ -80,11 +83,8 @@ def the_norm_is_no_part_of_the_gradient(kind=nn.Linear):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dora_is_its_equation(kind):
-    the_norm_is_no_part_of_the_gradient(kind)
-
-
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def merged_rows_have_the_length_m(architecture="gpt2"):
     model = copy.deepcopy(original(architecture))
     dora.inject(model, r=3, alpha=6)
@@ -104,11 +104,7 @@ def merged_rows_have_the_length_m(architecture="gpt2"):
     assert_same({n: after[n.replace(".base", "")] for n in biases}, biases)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_merged_rows_have_the_length_m(architecture):
-    merged_rows_have_the_length_m(architecture)
-
-
+@law
 def dropout_falls_on_the_change_alone():
     """x itself goes through W0 and b once; the change of both parts is dropped."""
     layer = dora_after_training(dropout=0.5).train()
@@ -123,10 +119,7 @@ def dropout_falls_on_the_change_alone():
     assert torch.allclose(found, expected)
 
 
-def test_dora_dropout():
-    dropout_falls_on_the_change_alone()
-
-
+@law
 def a_row_of_zeros_is_refused():
     """Its m and its norm are zero: 0 / 0, and NaN in every logit."""
     model = build("llama")
@@ -136,13 +129,11 @@ def a_row_of_zeros_is_refused():
         dora.inject(model)
 
 
-def test_a_row_of_zeros_is_refused():
-    a_row_of_zeros_is_refused()
-
-
 # PiSSA -------------------------------------------------------------------------------
 
 
+@law
+@pytest.mark.parametrize("kind", KINDS)
 def A_and_B_are_the_principal_triplets(kind=nn.Linear):
     base = projection(kind, 7, 6)
     W0 = matrix(base).detach().clone()
@@ -161,11 +152,9 @@ def A_and_B_are_the_principal_triplets(kind=nn.Linear):
     torch.testing.assert_close(layer(x), x @ W0.T + base.bias)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_A_and_B_are_the_principal_triplets(kind):
-    A_and_B_are_the_principal_triplets(kind)
-
-
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def removed_after_training_to_the_last_bit(architecture="gpt2", dtype=torch.float32):
     model = copy.deepcopy(original(architecture, dtype))
     before, expected = snapshot(model), logits(model)
@@ -178,12 +167,8 @@ def removed_after_training_to_the_last_bit(architecture="gpt2", dtype=torch.floa
     assert_same(snapshot(model), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@law
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_pissa_is_removed_after_training_to_the_last_bit(architecture, dtype):
-    removed_after_training_to_the_last_bit(architecture, dtype)
-
-
 def a_file_is_a_lora_of_twice_the_rank(folder, architecture="llama"):
     model, loaded = copy.deepcopy(original(architecture)), build(architecture)
     pissa.inject(model, r=3, alpha=5)
@@ -197,11 +182,7 @@ def a_file_is_a_lora_of_twice_the_rank(folder, architecture="llama"):
     assert largest(logits(loaded), logits(build(architecture))) > 1e-3
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_file_is_a_lora_of_twice_the_rank(architecture, tmp_path):
-    a_file_is_a_lora_of_twice_the_rank(tmp_path, architecture)
-
-
+@law
 def a_rank_that_no_file_could_hold_is_refused():
     """k_proj is 16 x 32: a LoRA of rank 18 is none, and load() would refuse it."""
     model = build("llama")
@@ -209,12 +190,14 @@ def a_rank_that_no_file_could_hold_is_refused():
         pissa.inject(model, r=9)
 
 
+@law
 def a_tied_weight_is_refused():
     model = build("gpt2")
     with refused(model, "lm_head", "one tensor", "wte"):
         pissa.inject(model, r=2, targets=["all-linear", "lm_head"])
 
 
+@law
 def a_split_that_fails_halfway_leaves_no_trace(monkeypatch):
     model, sound, done = build("llama"), PiSSA.on_attach, []
 
@@ -230,15 +213,11 @@ def a_split_that_fails_halfway_leaves_no_trace(monkeypatch):
         pissa.inject(model, r=2)
 
 
-def test_what_pissa_cannot_split_is_refused(monkeypatch):
-    a_rank_that_no_file_could_hold_is_refused()
-    a_tied_weight_is_refused()
-    a_split_that_fails_halfway_leaves_no_trace(monkeypatch)
-
-
 # (IA)³ -------------------------------------------------------------------------------
 
 
+@law
+@pytest.mark.parametrize("kind", KINDS)
 def ia3_is_its_equation(kind=nn.Linear):
     """Keys and values: what comes out, bias included. The MLP: what goes in."""
     for feedforward in (False, True):
@@ -260,17 +239,14 @@ def ia3_is_its_equation(kind=nn.Linear):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ia3_is_its_equation(kind):
-    ia3_is_its_equation(kind)
-
-
 SCALED = {  # ends of the names: scaled behind, and in front
     "gpt2": (("attn.c_attn",), ("mlp.c_proj",)),
     "opt": (("k_proj", "v_proj"), ("fc2",)),
 } | dict.fromkeys(("llama", "qwen", "gemma"), (("k_proj", "v_proj"), ("down_proj",)))
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def keys_values_and_the_last_of_the_mlp_are_scaled(architecture="llama", given=None):
     """The untouched model's own weights, multiplied by the same vectors."""
     model, untouched = copy.deepcopy(original(architecture)), build(architecture)
@@ -290,11 +266,6 @@ def keys_values_and_the_last_of_the_mlp_are_scaled(architecture="llama", given=N
     assert largest(logits(model), logits(untouched)) < 1e-5
     pfs.merge(model)
     assert largest(logits(model), logits(untouched)) < 1e-6
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_keys_values_and_the_last_of_the_mlp_are_scaled(architecture):
-    keys_values_and_the_last_of_the_mlp_are_scaled(architecture)
 
 
 def test_feedforward_can_be_said_otherwise():
@@ -328,6 +299,7 @@ def with_biases():
     return model
 
 
+@law
 def the_bias_of_a_key_counts_in_rotary_models_only():
     """Where positions are added to embeddings it shifts all of a query's scores."""
     ratios = {}
@@ -343,20 +315,13 @@ def the_bias_of_a_key_counts_in_rotary_models_only():
     assert ratios["opt"] < 1e-4 and ratios["llama"] > 1e-2, ratios
 
 
-def test_the_bias_of_a_key():
-    the_bias_of_a_key_counts_in_rotary_models_only()
-
-
+@law
 def biases_and_nothing_else_train():
     model = with_biases()
     every = [name for name, _ in model.named_parameters()]
     names = bitfit.inject(model)
     assert names == [name for name in every if name.endswith(".bias")]
     assert len(names) == 2 * 4 and list(values(model)) == names
-
-
-def test_biases_and_nothing_else_train():
-    biases_and_nothing_else_train()
 
 
 # LoRA+ -------------------------------------------------------------------------------
@@ -372,6 +337,7 @@ def first_moves(**changes):
     return {n: (t - before[n]).abs().median() for n, t in values(model).items()}
 
 
+@law
 def B_moves_lr_ratio_times_as_far():
     """Adam's first step is the rate itself, whatever the gradient."""
     usual, plus = first_moves(lr=1e-4), first_moves(lr=1e-4, lr_ratio=16)
@@ -381,10 +347,7 @@ def B_moves_lr_ratio_times_as_far():
         assert abs(plus[name] / usual[name] / ratio - 1) < 1e-2, name
 
 
-def test_B_moves_lr_ratio_times_as_far():
-    B_moves_lr_ratio_times_as_far()
-
-
+@law
 def a_B_of_zero_ends_its_first_step_at_the_rate():
     """As every LoRA starts; and the history tells the recipe's rate."""
     model = adapted(dropout=0)
@@ -392,10 +355,6 @@ def a_B_of_zero_ends_its_first_step_at_the_rate():
     assert history.lr == [1e-4]
     for layer in adapters(model).values():
         assert abs(layer.B.abs().median() / 16e-4 - 1) < 1e-2
-
-
-def test_a_B_of_zero_ends_its_first_step_at_the_rate():
-    a_B_of_zero_ends_its_first_step_at_the_rate()
 
 
 @pytest.mark.parametrize("method, fast", [(dora, "B"), (pissa, "B")])
@@ -410,6 +369,7 @@ def test_relatives_of_lora_have_a_fast_B_too(method, fast):
         assert moved > 7e-5 or not name.endswith(f".{fast}"), name
 
 
+@law
 def resumed_is_bit_equal(folder):
     settings = recipe(lr_ratio=16)
     whole, half = adapted(), adapted()
@@ -431,10 +391,6 @@ def resumed_is_bit_equal(folder):
     assert not differences(contents(folder / "half"), contents(folder / "whole"))
     with refused(again, "lr_ratio", "16"):
         run(again, recipe(lr_ratio=8), checkpoints=folder / "half")
-
-
-def test_resumed_is_bit_equal(tmp_path):
-    resumed_is_bit_equal(tmp_path)
 
 
 @pytest.mark.parametrize(

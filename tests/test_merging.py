@@ -12,7 +12,7 @@ import torch
 from adapter_files import contents, parsed, saved, say, tampered
 from architectures import build
 from observe import assert_same, largest, logits
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 from safetensors.torch import save_file
 from test_refused_files import BROKEN
 from torch import nn
@@ -112,6 +112,8 @@ def assert_errors(errors, expected, allowed=1e-6):
 # ---------------------------------------------------------------------------- Laws
 
 
+@law
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def concatenation_is_the_exact_sum(folder, architecture="llama"):
     folders, out = mixed(folder, architecture), folder / "out"
     errors = combine(folders, out, how="concatenation", weights=W)
@@ -129,11 +131,8 @@ def concatenation_is_the_exact_sum(folder, architecture="llama"):
     assert ranks == wanted and len(set(ranks.values())) == 4  # 2, 4, 2 + 3, 4 + 3
 
 
+@law
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_concatenation_is_the_exact_sum(architecture, tmp_path):
-    concatenation_is_the_exact_sum(tmp_path, architecture)
-
-
 def the_logits_are_those_of_merging_each_in_turn(folder, architecture="llama"):
     folders, out = mixed(folder, architecture), folder / "out"
     merged, combined = build(architecture), build(architecture)
@@ -147,11 +146,8 @@ def the_logits_are_those_of_merging_each_in_turn(folder, architecture="llama"):
     assert largest(before, logits(merged)) > 0.1
 
 
+@law
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_logits_are_those_of_merging_each_in_turn(architecture, tmp_path):
-    the_logits_are_those_of_merging_each_in_turn(tmp_path, architecture)
-
-
 def svd_is_the_nearest_of_its_rank(folder, architecture="llama"):
     folders, out = mixed(folder, architecture), folder / "out"
     errors = combine(folders, out, how="svd", weights=W, r=3)
@@ -163,11 +159,6 @@ def svd_is_the_nearest_of_its_rank(folder, architecture="llama"):
         tails[name] = (S[3:].square().sum() / S.square().sum()).sqrt().item()
     assert_errors(errors, tails)
     assert any(tail > 0.1 for tail in tails.values())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_svd_is_the_nearest_of_its_rank(architecture, tmp_path):
-    svd_is_the_nearest_of_its_rank(tmp_path, architecture)
 
 
 def test_svd_of_a_rank_that_is_enough_is_exact_and_stores_no_more(tmp_path):
@@ -192,6 +183,8 @@ def by_the_paper(parts, density):
     return torch.tensor(merged, dtype=torch.float64).view_as(parts[0])
 
 
+@law
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def ties_is_the_paper(folder, architecture="llama"):
     folders, out = mixed(folder, architecture), folder / "out"
     folders.append(made(folder / "in3", 3, architecture))
@@ -204,11 +197,6 @@ def ties_is_the_paper(folder, architecture="llama"):
     assert_errors(errors, relative(merged, summed(parts)))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ties_is_the_paper(architecture, tmp_path):
-    ties_is_the_paper(tmp_path, architecture)
-
-
 def test_ties_where_the_signs_cancel_and_where_all_is_trimmed():
     a = torch.tensor([[3.0, -2.0, 0.0, 1.0]], dtype=torch.float64)
     b = torch.tensor([[-3.0, -4.0, 0.0, 5.0]], dtype=torch.float64)
@@ -218,6 +206,7 @@ def test_ties_where_the_signs_cancel_and_where_all_is_trimmed():
     assert torch.equal(combine.ties([a, b], 1e-9), only)  # one entry is always kept
 
 
+@law
 def dare_keeps_a_share_and_the_expectation():
     delta = torch.randn(40, 50, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -231,10 +220,7 @@ def dare_keeps_a_share_and_the_expectation():
     assert len({tuple(mask.flatten().tolist()) for mask in kept[:9]}) == 9
 
 
-def test_dare_keeps_a_share_and_the_expectation():
-    dare_keeps_a_share_and_the_expectation()
-
-
+@law
 def dare_adds_what_the_weighted_adapters_keep(folder):
     """At full rank, where the entries can be seen: 0, either one, or both, enlarged."""
     folders = pair(folder, targets="k_proj")
@@ -256,10 +242,8 @@ def dare_adds_what_the_weighted_adapters_keep(folder):
     assert largest(deltas(folder / "other"), deltas(folder / "out")) > 0.1
 
 
-def test_dare_adds_what_the_weighted_adapters_keep(tmp_path):
-    dare_adds_what_the_weighted_adapters_keep(tmp_path)
-
-
+@law
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def linear_is_wrong_by_the_cross_terms(folder, architecture="llama"):
     folders, out = pair(folder, architecture, rslora=True), folder / "out"
     errors = combine(folders, out, how="linear", weights=W)
@@ -277,11 +261,6 @@ def linear_is_wrong_by_the_cross_terms(folder, architecture="llama"):
     assert min(errors.values()) > 0.3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_linear_is_wrong_by_the_cross_terms(architecture, tmp_path):
-    linear_is_wrong_by_the_cross_terms(tmp_path, architecture)
-
-
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_cross_terms_of_independent_factors_grow_like_the_docstring_says(n):
     torch.manual_seed(n)
@@ -291,6 +270,8 @@ def test_cross_terms_of_independent_factors_grow_like_the_docstring_says(n):
     assert abs(ratio / math.sqrt(n - 1) - 1) < 0.15
 
 
+@law
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def one_adapter_stays_what_it_is(folder, architecture="llama"):
     source = made(folder / "in", 1, architecture)
     exact = deltas(source, architecture)
@@ -301,11 +282,6 @@ def one_adapter_stays_what_it_is(folder, architecture="llama"):
             scaled = {name: w * delta for name, delta in exact.items()}
             assert_close(deltas(out, architecture), scaled)
             assert all(error < 1e-6 for error in errors.values())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_adapter_stays_what_it_is_and_a_weight_scales_it(architecture, tmp_path):
-    one_adapter_stays_what_it_is(tmp_path, architecture)
 
 
 @pytest.mark.parametrize("how", EACH_WAY)
@@ -329,15 +305,12 @@ def test_a_missing_module_counts_as_zero(how, tmp_path):
     assert_close(deltas(tmp_path / "out"), exact)
 
 
+@law
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def updates_are_those_of_the_loaded_model(folder, architecture="llama"):
     for each in mixed(folder, architecture):
         expected = deltas(each, architecture)
         assert_close({n: u.delta() for n, u in updates(each).items()}, expected)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_updates_are_those_of_the_loaded_model(architecture, tmp_path):
-    updates_are_those_of_the_loaded_model(tmp_path, architecture)
 
 
 def test_updates_of_a_pissa_are_its_change_of_the_original_weight(tmp_path):
@@ -365,6 +338,7 @@ def test_files_in_other_precisions_are_combined_in_float64(dtype, tmp_path):
     assert_close(deltas(tmp_path / "out"), summed(dense(folders, W)))
 
 
+@law
 def names_that_end_alike_are_told_apart(folder):
     """ "0" is a module, and the end of the name of two others."""
 
@@ -385,10 +359,6 @@ def names_that_end_alike_are_told_apart(folder):
     assert pfs.load(model, folder / "out") == ["0", "1.0"]
     assert {n: len(m.A) for n, m in adapters(model)} == {"0": 1, "1.0": 2}
     assert [m.scale for _, m in adapters(model)] == [1, 1]
-
-
-def test_names_that_end_alike_are_told_apart(tmp_path):
-    names_that_end_alike_are_told_apart(tmp_path)
 
 
 def test_combining_leaves_the_random_state_alone(tmp_path):
@@ -458,6 +428,8 @@ ARGUMENTS = {
 }
 
 
+@law
+@pytest.mark.parametrize("name", ARGUMENTS)
 def an_argument_is_refused(folder, name):
     arguments, words = ARGUMENTS[name]
     arguments = dict(arguments)
@@ -472,11 +444,6 @@ def an_argument_is_refused(folder, name):
 
 def enlarge(size, tensors, config):
     tensors.update({key: value.double() * size for key, value in tensors.items()})
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_an_argument_is_refused(name, tmp_path):
-    an_argument_is_refused(tmp_path, name)
 
 
 @pytest.fixture(scope="module")
@@ -521,6 +488,8 @@ def test_what_only_a_model_knows_is_refused_on_loading(name, sound, tmp_path):
         pfs.load(build("llama"), tmp_path / "out")
 
 
+@law
+@pytest.mark.parametrize("method", ["dora", "full", "ia3", "biases"])
 def what_is_no_plain_lora_is_refused(folder, method="dora"):
     method, words, arguments = {
         "dora": (pfs.dora, ["use_dora=True", "only plain LoRA"], {}),
@@ -533,11 +502,7 @@ def what_is_no_plain_lora_is_refused(folder, method="dora"):
     refuses(folder, [made(folder / "in1", 1, architecture), other], *words, "in2")
 
 
-@pytest.mark.parametrize("method", ["dora", "full", "ia3", "biases"])
-def test_what_is_no_plain_lora_is_refused(method, tmp_path):
-    what_is_no_plain_lora_is_refused(tmp_path, method)
-
-
+@law
 def different_bases_are_refused(folder):
     shapes = []
     for d in (8, 12):
@@ -547,6 +512,7 @@ def different_bases_are_refused(folder):
     refuses(folder, shapes, "(8, 8)", "(12, 8)", "net8", "net12", "different base")
 
 
+@law
 def different_vocabularies_are_refused(folder):
     folders = pair(folder)
     tensors, metadata, _ = parsed(folders[1])
@@ -555,11 +521,6 @@ def different_vocabularies_are_refused(folder):
     save_file(tensors, folders[1] / WEIGHTS, {"format": "pt"})  # as PEFT writes it
     combine(folders, folder / "out", how="linear")
     assert parsed(folder / "out")[1]["vocab_size"] == "320"
-
-
-def test_different_bases_are_refused(tmp_path):
-    different_bases_are_refused(tmp_path)
-    different_vocabularies_are_refused(tmp_path)
 
 
 def test_ranks_that_do_not_fit_are_refused(tmp_path):
@@ -579,6 +540,7 @@ def test_a_missing_file_is_named(tmp_path):
         refuses(tmp_path, folders, file, "in2", error=FileNotFoundError)
 
 
+@law
 def a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
     """Also where the result is to take the place of one of the adapters."""
     folders = pair(folder)
@@ -590,10 +552,6 @@ def a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(exchange, "save_file", disk_full)
         refuses(folder, folders, "planted", error=OSError, out=folders[0])
-
-
-def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
-    a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
 
 
 def test_the_result_may_take_the_place_of_one_of_the_adapters(tmp_path):
@@ -770,8 +728,8 @@ BUGS = {
     ),
     "the error shows one shape twice": Bug(
         combine._refuse_other_bases,
-        "of {shown(fact)} in",
-        "of {shown(before)} in",
+        "of {shortened(fact)} in",
+        "of {shortened(before)} in",
         different_bases_are_refused,
     ),
     "a rank that is too large is cut in silence": Bug(
@@ -796,6 +754,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planting import law
 
+import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.nf4 import blocks, codes
-from peft_from_scratch.nf4.double import BLOCK, Doubled, double_quantize
+from peft_from_scratch.nf4.double import BLOCK, DoubleQuantized, double_quantize
+from peft_from_scratch.nf4.spec import spec_dequantize, spec_quantize
 
 CPU = torch.device("cpu")
 EPS = 2**-23
@@ -34,6 +37,7 @@ def per_value(q, constants):
 # ---------------------------------------------------------------------- Code books
 
 
+@law
 def the_published_table_is_its_derivation():
     """Quantiles by torch's own inverse: another program than the library's."""
     quantile = torch.special.ndtri
@@ -48,10 +52,7 @@ def the_published_table_is_its_derivation():
     assert (derived - nf4.normal_float()).abs().max() < 1e-14
 
 
-def test_the_published_table_is_its_derivation():
-    the_published_table_is_its_derivation()
-
-
+@law
 def the_offset_is_the_one_that_the_table_was_made_with():
     """0.9677083 is nowhere in the paper: of all offsets it alone gives its table.
 
@@ -70,10 +71,6 @@ def the_offset_is_the_one_that_the_table_was_made_with():
     assert min(grid, key=off) == pytest.approx(codes.OFFSET, abs=1.5e-6)
 
 
-def test_the_offset_is_the_one_that_the_table_was_made_with():
-    the_offset_is_the_one_that_the_table_was_made_with()
-
-
 def test_nf4_holds_zero_and_both_ends_and_leans_to_the_positive_side():
     table = values("nf4")
     assert table[0] == -1 and table[7] == 0 and table[15] == 1
@@ -90,6 +87,7 @@ def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa():
     assert sorted(abs(v) for v in nf4.CODES["fp4"])[-1] == 1
 
 
+@law
 def int4_rounds_to_sevenths_of_the_largest():
     w = drawn(640)
     q = nf4.quantize(w, 64, False, "int4")
@@ -100,10 +98,8 @@ def int4_rounds_to_sevenths_of_the_largest():
     assert (nf4.dequantize(q) - k * unit).abs().max() < 4 * EPS
 
 
-def test_int4_rounds_to_sevenths_of_the_largest():
-    int4_rounds_to_sevenths_of_the_largest()
-
-
+@law
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 def affine_is_fifteen_steps_from_the_lowest_to_the_highest(block=32):
     for n in (block * 8, block * 8 + 5, block - 1):
         w = drawn(n) + 0.7
@@ -120,16 +116,90 @@ def affine_is_fifteen_steps_from_the_lowest_to_the_highest(block=32):
     assert nf4.Affine.of(drawn(block * 8), block).bits_per_value == 4 + 64 / block
 
 
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-def test_affine_is_fifteen_steps_from_the_lowest_to_the_highest(block):
-    affine_is_fifteen_steps_from_the_lowest_to_the_highest(block)
-
-
 def test_affine_keeps_a_constant_block_and_a_shape():
     w = torch.full((3, 32), -1.25)
     w[1] = torch.linspace(0, 15, 32).round()
     affine = nf4.Affine.of(w, 32)
     assert torch.equal(affine.dequantize(), w)
+
+
+# ------------------------------------------------------------- Definition and library
+
+
+def assert_equal_to_the_spec(w, block=64, code="nf4"):
+    """quantize and dequantize give the spec's bits; a zero's sign counts too."""
+    codes_, absmax = spec_quantize(w, block, code)
+    exact = spec_dequantize(codes_, absmax, block, code)
+    q = nf4.quantize(w, block, False, code)
+    assert torch.equal(q.codes().long(), codes_)
+    assert same_bits(q.absmax, absmax)
+    assert same_bits(nf4.dequantize(q, torch.float32), exact.view(w.shape))
+    assert torch.equal(nf4.dequantize(q), exact.view(w.shape).to(w.dtype))
+    doubled = nf4.quantize(w, block, True, code)
+    exact = spec_dequantize(codes_, doubled.constants(), block, code)
+    assert torch.equal(doubled.packed, q.packed)
+    assert same_bits(nf4.dequantize(doubled, torch.float32), exact.view(w.shape))
+
+
+def same_bits(ours, expected):
+    assert ours.dtype == expected.dtype == torch.float32
+    return torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
+def of_one_kind():
+    """Tensors whose blocks are ordinary, short, zero, tiny, huge or on a midpoint."""
+    ordinary, w = drawn(5, 7, 11), drawn(640)
+    yield from (ordinary, drawn(64 * 6), drawn(1), torch.empty(0), torch.tensor(-3.0))
+    yield from (torch.zeros(130), torch.cat([drawn(64), torch.zeros(70)]))
+    for exponent in (-44, -40, -38, -37, -36, 0, 37):
+        yield w.double().mul(10.0**exponent).float()
+        yield torch.cat([w, w.double().mul(10.0**exponent).float()[:100]])
+    absmax = drawn(48, 1).abs() + 0.1
+    for code in nf4.CODES:
+        _, midpoints, _ = codes.book(code, CPU)
+        on_midpoints = torch.cat([midpoints, torch.ones(1)])
+        yield on_midpoints.repeat(8)
+        # Here w / absmax and w · (1 / absmax) are often on two sides of a midpoint.
+        yield absmax * on_midpoints
+        yield from absmax[:12] * on_midpoints
+
+
+def the_definition_and_the_library_are_bit_equal(dtype=torch.float32):
+    for w in of_one_kind():
+        w = w.to(dtype)
+        for block in (1, 3, 16, 64, 100) if w.isfinite().all() else ():
+            for code in nf4.CODES:
+                assert_equal_to_the_spec(w, block, code)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_definition_and_the_library_are_bit_equal(dtype):
+    the_definition_and_the_library_are_bit_equal(dtype)
+
+
+@pytest.mark.parametrize("code", nf4.CODES)
+def test_all_weights_of_tiny_have_the_bits_of_the_definition(code):
+    model, _ = pfs.load_model("tiny", device="cpu")
+    weights = list(model.parameters())
+    assert len(weights) > 20
+    for w in weights:
+        assert_equal_to_the_spec(w.detach(), 64, code)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3),
+    block=st.integers(1, 130),
+    seed=st.integers(0, 2**32),
+    exponent=st.integers(-42, 4),
+    code=st.sampled_from(list(nf4.CODES)),
+    dtype=st.sampled_from(HALF),
+)
+def test_any_shape_has_the_bits_of_the_definition(
+    shape, block, seed, exponent, code, dtype
+):
+    w = drawn(*shape, seed=seed).double() * 10.0**exponent
+    assert_equal_to_the_spec(w.clamp(-6e4, 6e4).to(dtype), block, code)
 
 
 # -------------------------------------------------------------------------- Blocks
@@ -154,6 +224,7 @@ def test_every_code_is_the_nearest(code, block, dtype):
     every_code_is_the_nearest(code, 2001, block, dtype)
 
 
+@law
 def blocks_are_runs_of_values_in_memory_order():
     """absmax of each, by a loop; each block's largest and every zero are exact."""
     w = drawn(5, 7, 11)
@@ -168,10 +239,6 @@ def blocks_are_runs_of_values_in_memory_order():
         assert torch.equal(restored[at_end], flat[at_end])
         assert (restored[flat == 0] == 0).all()
         assert q.absmax.min() > 0 or block == 3
-
-
-def test_blocks_are_runs_of_values_in_memory_order():
-    blocks_are_runs_of_values_in_memory_order()
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,16 +268,13 @@ def test_an_outlier_makes_its_own_block_coarse_and_no_other():
     assert (after[others] == 0).all()
 
 
+@law
 def the_first_of_a_pair_is_in_the_high_nibble():
     w = torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0])
     q = nf4.quantize(w, 64, False)
     assert q.packed.tolist() == [0x0F, 0x70, 0xF7]  # the odd one out with a zero
     assert q.codes().tolist() == [0, 15, 7, 0, 15]
     assert torch.equal(nf4.dequantize(q), w)
-
-
-def test_the_first_of_a_pair_is_in_the_high_nibble():
-    the_first_of_a_pair_is_in_the_high_nibble()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -234,6 +298,7 @@ def test_a_tensor_without_values_has_no_bits_a_value():
         _ = nf4.quantize(torch.empty(0, 4)).bits_per_value
 
 
+@law
 def views_are_taken_as_they_read(block=8):
     w = drawn(6, 10)
     for view in (w.T, w[:, ::2], w[1:, 3:], w.expand(2, 6, 10), w.flip(0)):
@@ -247,10 +312,7 @@ def views_are_taken_as_they_read(block=8):
     assert torch.equal(parameter, w)
 
 
-def test_views_are_taken_as_they_read():
-    views_are_taken_as_they_read()
-
-
+@law
 def what_is_not_finite_is_refused_with_its_place():
     for dtype in HALF:
         for value in (math.nan, math.inf, -math.inf):
@@ -265,8 +327,13 @@ def what_is_not_finite_is_refused_with_its_place():
         nf4.quantize(torch.tensor(math.nan))
 
 
-def test_what_is_not_finite_is_refused_with_its_place():
-    what_is_not_finite_is_refused_with_its_place()
+@law
+def a_nan_is_not_quantized():
+    try:
+        nf4.quantize(torch.tensor([1.0, math.nan]))
+    except ValueError:
+        return
+    raise AssertionError("NaN was quantized")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +362,7 @@ def test_arguments_out_of_range_are_refused(argument, value, allowed):
         nf4.quantize(torch.zeros(4), **{argument: value})
 
 
+@law
 def scales_below_1e_37_lose_nothing():
     """Whole multiples of the smallest float32: the codes are those of the multiples.
 
@@ -309,10 +377,6 @@ def scales_below_1e_37_lose_nothing():
             q, expected = (nf4.quantize(w[:n], 64, False) for w in (tiny, k.float()))
             assert torch.equal(q.packed, expected.packed)
             assert torch.equal(q.absmax[:1], tiny[:1].abs())
-
-
-def test_scales_below_1e_37_lose_nothing():
-    scales_below_1e_37_lose_nothing()
 
 
 def test_large_scales_lose_nothing():
@@ -352,6 +416,7 @@ def test_pieces_on_the_way_are_not_seen():
     every_code_is_the_nearest(n=blocks.CHUNK + 65)
 
 
+@law
 def out_is_written_to_and_its_dtype_counts():
     q = nf4.quantize(drawn(6, 50), 64)
     exact = nf4.dequantize(q)
@@ -367,10 +432,6 @@ def out_is_written_to_and_its_dtype_counts():
             nf4.dequantize(q, out=out)
 
 
-def test_out_is_written_to_and_its_dtype_counts():
-    out_is_written_to_and_its_dtype_counts()
-
-
 @pytest.mark.parametrize("double", [False, True, "fp8", "int8"])
 def test_to_moves_every_tensor(double):
     q = nf4.quantize(drawn(130), 64, double)
@@ -378,7 +439,7 @@ def test_to_moves_every_tensor(double):
         moved = q.to(device)
         assert {t.device.type for t in tensors_of(moved)} == {device}
         assert [t.shape for t in tensors_of(moved)] == [t.shape for t in tensors_of(q)]
-        for name in ("shape", "dtype", "block", "code"):
+        for name in ("shape", "dtype", "block", "codebook"):
             assert getattr(moved, name) == getattr(q, name)
     assert torch.equal(nf4.dequantize(q.to("cpu")), nf4.dequantize(q))
 
@@ -392,12 +453,13 @@ def tensors_of(q):
 
 
 def q_is_double(q):
-    return isinstance(q.absmax, Doubled)
+    return isinstance(q.absmax, DoubleQuantized)
 
 
 # --------------------------------------------------------------------------- Bits
 
 
+@law
 def bits_a_value_are_counted_from_the_tensors():
     """4.5, and 4.127 with the constants in eight bits: here of 2¹⁸ values."""
     w = drawn(2**18)
@@ -417,10 +479,6 @@ def bits_a_value_are_counted_from_the_tensors():
     # The offset, one number a tensor, is what is left to the limit.
     at_4096 = nf4.quantize(w).bits_per_value - 32 / 2**18 + 32 / 4096**2
     assert round(at_4096, 3) == 4.127
-
-
-def test_bits_a_value_are_counted_from_the_tensors():
-    bits_a_value_are_counted_from_the_tensors()
 
 
 @pytest.mark.parametrize(
@@ -469,60 +527,51 @@ def in_fp8(absmax):
 REFERENCES = {"int8": torchao, "fp8": in_fp8}
 
 
+@law
+@pytest.mark.parametrize("code", REFERENCES)
 def doubled_constants_are_those_of(code):
     for count in (256 * 8, 256 * 3 + 17, 300):
         absmax = constants(count)
         doubled = double_quantize(absmax, code)
-        assert doubled.codes.dtype == torch.uint8 and len(doubled.units) == -(
+        assert doubled.codes.dtype == torch.uint8 and len(doubled.nested_absmax) == -(
             -count // 256
         )
         expected = REFERENCES[code](absmax)
-        off = (doubled.restored() - expected).abs()
+        off = (doubled.dequantize() - expected).abs()
         # Where a ratio lies in the middle of two, float32 may take the other one.
         assert (off < 1e-6).double().mean() > 0.995
-        assert off.max() < 0.07 * doubled.units.max()
+        assert off.max() < 0.07 * doubled.nested_absmax.max()
 
 
-@pytest.mark.parametrize("code", REFERENCES)
-def test_doubled_constants_are_those_of_an_independent_formula(code):
-    doubled_constants_are_those_of(code)
-
-
+@law
+@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
 def doubled_constants_are_close_to_their_own(code="dynamic"):
     """Within half of the coarsest step of the code book, and the mean block exactly."""
     absmax = constants(256 * 5 + 3)
     doubled = double_quantize(absmax, code)
     table = codes.book(code, CPU).values
     gap = table.diff().max() / 2 + 1 / 65535
-    bound = gap * doubled.units.repeat_interleave(256)[: len(absmax)]
+    bound = gap * doubled.nested_absmax.repeat_interleave(256)[: len(absmax)]
     at_the_end = doubled.codes == (table.numel() - 1)
-    off = (doubled.restored() - absmax).abs()
+    off = (doubled.dequantize() - absmax).abs()
     assert (off <= bound * 1.001 + 1e-6)[~at_the_end].all()
     assert doubled.offset == pytest.approx(absmax.mean().item(), rel=1e-6)
     rows = torch.nn.functional.pad(absmax - absmax.mean(), (0, 253)).view(-1, 256)
-    assert torch.allclose(doubled.units, rows.abs().amax(1), rtol=1e-6)
+    assert torch.allclose(doubled.nested_absmax, rows.abs().amax(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("code", ["dynamic", "fp8", "int8"])
-def test_doubled_constants_are_close_to_their_own(code):
-    doubled_constants_are_close_to_their_own(code)
-
-
+@law
 def whole_steps_restore_normal_constants_best():
     """The three recipes on constants of normal weights, in each of five seeds."""
     for seed in range(5):
         absmax = constants(256 * 16, seed)
 
         def off(code, absmax=absmax):
-            restored = double_quantize(absmax, code).restored()
+            restored = double_quantize(absmax, code).dequantize()
             return ((restored - absmax).norm() / absmax.norm()).item()
 
         errors = {code: off(code) for code in ("dynamic", "fp8", "int8")}
         assert errors["int8"] < errors["dynamic"] < errors["fp8"] < 0.01, errors
-
-
-def test_whole_steps_restore_normal_constants_best():
-    whole_steps_restore_normal_constants_best()
 
 
 def test_doubling_costs_little_beside_four_bits():
@@ -539,8 +588,8 @@ def test_equal_constants_are_restored_exactly(code):
     for count in (1, 256, 257):
         absmax = torch.full((count,), 0.8125)
         doubled = double_quantize(absmax, code)
-        assert torch.equal(doubled.restored(), absmax)
-        assert (doubled.units == 0).all()
+        assert torch.equal(doubled.dequantize(), absmax)
+        assert (doubled.nested_absmax == 0).all()
 
 
 def test_dynamic_values_are_decades_cut_into_equal_parts():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, SHARED, build
 from observe import assert_same, gradients, largest, logits, loss, refused, train
+from planting import law
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -55,6 +56,8 @@ def dense(module, dtype=torch.float64):
 # ------------------------------------------------------------------------ Products
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def product_and_gradient_are_those_of_the_dense_weight(architecture="gpt2"):
     for name, module in packed(in_four_bits(architecture)).items():
         x = drawn(2, 5, module.in_features).requires_grad_()
@@ -68,11 +71,6 @@ def product_and_gradient_are_those_of_the_dense_weight(architecture="gpt2"):
         assert largest(x.grad, exact.grad) < 2e-6, name
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_product_and_gradient_are_those_of_the_dense_weight(architecture):
-    product_and_gradient_are_those_of_the_dense_weight(architecture)
-
-
 def made_plain(model):
     """A copy with the dequantized weights as parameters."""
     model = copy.deepcopy(model)
@@ -81,6 +79,8 @@ def made_plain(model):
     return model
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def a_model_computes_what_its_dense_twin_computes(architecture="gpt2"):
     model = in_four_bits(architecture)
     twin, original = made_plain(model), build(architecture)
@@ -106,11 +106,7 @@ def shared(model):
     return {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_model_computes_what_its_dense_twin_computes(architecture):
-    a_model_computes_what_its_dense_twin_computes(architecture)
-
-
+@law
 def both_derivatives_are_those_of_the_dense_weight():
     """A function of the gradient, differentiated again; and finite differences."""
     module = layer(7, 5)
@@ -128,15 +124,12 @@ def both_derivatives_are_those_of_the_dense_weight():
     assert torch.autograd.gradgradcheck(module, x)
 
 
-def test_both_derivatives_are_those_of_the_dense_weight():
-    both_derivatives_are_those_of_the_dense_weight()
-
-
+@law
 def each_layer_has_the_buffer_for_itself_while_it_needs_it():
     """Two layers, one after the other, and back: neither sees the other's weight."""
     first, second = layer(48, 40), layer(40, 48)
-    nf4.share_scratch(nn.Sequential(first, second))
-    assert first.scratch is second.scratch
+    nf4.share_buffer(nn.Sequential(first, second))
+    assert first.buffer is second.buffer
     x = drawn(6, 40).requires_grad_()
     exact = x.detach().double().requires_grad_()
     y = second(first(x).relu())
@@ -145,10 +138,6 @@ def each_layer_has_the_buffer_for_itself_while_it_needs_it():
     y.sum().backward()
     expected.sum().backward()
     assert largest(x.grad, exact.grad) < 2e-6
-
-
-def test_each_layer_has_the_buffer_for_itself_while_it_needs_it():
-    each_layer_has_the_buffer_for_itself_while_it_needs_it()
 
 
 class Slow(NF4Linear):
@@ -162,12 +151,13 @@ class Slow(NF4Linear):
         return W
 
 
+@law
 def threads_do_not_write_into_each_others_buffer():
     barrier = threading.Barrier(2)
     x, found = drawn(4, 24), {}
     modules = [Slow(layer(16, 24).quantized) for _ in range(2)]
-    nf4.share_scratch(nn.Sequential(*modules))
-    modules[0].scratch.of((16, 24), x.dtype, x.device)  # this thread's own
+    nf4.share_buffer(nn.Sequential(*modules))
+    modules[0].buffer.get((16, 24), x.dtype, x.device)  # this thread's own
     for module in modules:
         module.barrier = barrier
 
@@ -180,10 +170,6 @@ def threads_do_not_write_into_each_others_buffer():
     [thread.join(timeout=30) for thread in threads]
     for i, module in enumerate(modules):
         assert largest(found[i], F.linear(x.double(), dense(module)[0])) < 2e-6
-
-
-def test_threads_do_not_write_into_each_others_buffer():
-    threads_do_not_write_into_each_others_buffer()
 
 
 def test_two_threads_at_once_on_one_model():
@@ -202,23 +188,21 @@ def test_two_threads_at_once_on_one_model():
     assert not wrong
 
 
+@law
 def the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
     model = in_four_bits()
     logits(model)
-    scratches = {id(m.scratch) for m in packed(model).values()}
-    assert len(scratches) == 1
-    scratch = model.model.layers[0].mlp.up_proj.scratch
-    held = scratch._of_thread.bytes
-    assert held.nbytes == 4 * max(m.values for m in packed(model).values())
+    assert len({id(m.buffer) for m in packed(model).values()}) == 1
+    buffer = model.model.layers[0].mlp.up_proj.buffer
+    assert buffer._of_thread.bytes.nbytes == 4 * max(
+        m.values for m in packed(model).values()
+    )
     loss(model)  # where gradients will follow, nothing of it stands beside the logits
-    assert scratch._of_thread.bytes is None
-    assert [m.last for m in packed(model).values()] == [False] * 13 + [True]
+    assert buffer._of_thread.bytes is None
+    assert [m.is_last for m in packed(model).values()] == [False] * 13 + [True]
 
 
-def test_the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
-    the_buffer_is_as_large_as_the_largest_weight_and_one_for_all()
-
-
+@law
 def inference_first_and_training_afterwards():
     model = in_four_bits()
     with torch.inference_mode():
@@ -230,13 +214,10 @@ def inference_first_and_training_afterwards():
     assert torch.equal(logits(model, torch.arange(3, 9)[None]), expected)
 
 
-def test_inference_first_and_training_afterwards():
-    inference_first_and_training_afterwards()
-
-
 # -------------------------------------------------------------------------- Dtypes
 
 
+@law
 def half_precision_keeps_the_constants():
     """.half() and the like convert what trains; the constants' digits stay."""
     for double in (False, True):
@@ -251,10 +232,6 @@ def half_precision_keeps_the_constants():
             exact = F.linear(x.double(), *dense(module))
             assert module(x).dtype == dtype
             assert largest(module(x), exact) < (1e-6 if dtype == torch.double else 0.02)
-
-
-def test_half_precision_keeps_the_constants():
-    half_precision_keeps_the_constants()
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -300,23 +277,20 @@ def test_a_compute_dtype_that_is_none_is_refused():
 # -------------------------------------------------------------------------- Copies
 
 
+@law
 def a_copy_has_a_buffer_of_its_own():
     model = in_four_bits()
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), expected)
         ours, theirs = (
-            {id(m.scratch) for m in packed(each).values()} for each in (model, other)
+            {id(m.buffer) for m in packed(each).values()} for each in (model, other)
         )
         assert len(theirs) == 1 and not ours & theirs
         for module in packed(other).values():
             module.packed.zero_()
         assert not torch.equal(logits(other), expected)
         assert torch.equal(logits(model), expected)
-
-
-def test_a_copy_has_a_buffer_of_its_own():
-    a_copy_has_a_buffer_of_its_own()
 
 
 @pytest.mark.parametrize("double", [False, True, "int8"])
@@ -341,6 +315,7 @@ def test_state_dict_holds_the_codes_and_brings_them_back(double):
     )
 
 
+@law
 def compiled_equals_eager():
     """The products are no graph of the compiler's; all else is, and gradients pass."""
     model = in_four_bits(targets="mlp", exclude=".*up_proj")
@@ -348,10 +323,6 @@ def compiled_equals_eager():
     train(model, 1)
     exact = gradients(model.train())
     assert largest(gradients(torch.compile(model, backend="eager")), exact) < 1e-5
-
-
-def test_compiled_equals_eager():
-    compiled_equals_eager()
 
 
 def test_what_it_shows():
@@ -363,6 +334,8 @@ def test_what_it_shows():
 # -------------------------------------------------------------------------- Models
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def heads_and_embeddings_stay_and_every_projection_goes(architecture="llama"):
     model, original = in_four_bits(architecture), build(architecture)
     names = list(resolve(original, "all-linear"))
@@ -381,11 +354,7 @@ def heads_and_embeddings_stay_and_every_projection_goes(architecture="llama"):
     assert count(model).total == count(original).total
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_heads_and_embeddings_stay_and_every_projection_goes(architecture):
-    heads_and_embeddings_stay_and_every_projection_goes(architecture)
-
-
+@law
 def arguments_reach_every_projection():
     model = build("gpt2").train()
     asked = dict(block=32, double=False, code="fp4", compute_dtype=torch.bfloat16)
@@ -393,15 +362,16 @@ def arguments_reach_every_projection():
     assert names == [f"transformer.h.1.mlp.{part}" for part in ("c_fc", "c_proj")]
     assert list(packed(model)) == names
     for module in packed(model).values():
-        assert (module.block, module.recipe, module.code) == (32, None, "fp4")
+        assert (module.block, module.constant_codebook, module.codebook) == (
+            32,
+            None,
+            "fp4",
+        )
         assert module.compute_dtype == torch.bfloat16
         assert module.training and module.transposed
 
 
-def test_arguments_reach_every_projection():
-    arguments_reach_every_projection()
-
-
+@law
 def no_full_copy_survives():
     """Each weight is gone before the next one is quantized."""
     model = build("llama")
@@ -423,10 +393,6 @@ def no_full_copy_survives():
     assert alive == [len(names) - i for i in range(len(names))]  # the one in work, too
 
 
-def test_no_full_copy_survives():
-    no_full_copy_survives()
-
-
 LARGE = {  # weights beside which the pieces that are worked on are small
     "llama": LlamaConfig(
         hidden_size=256,
@@ -440,6 +406,8 @@ LARGE = {  # weights beside which the pieces that are worked on are small
 }
 
 
+@law
+@pytest.mark.parametrize("architecture", LARGE)
 def quantizing_takes_no_copy_of_the_model(architecture="llama"):
     """Counted: the most bytes at a time, in units of the largest projection."""
     model = AutoModelForCausalLM.from_config(LARGE[architecture], dtype=torch.float32)
@@ -451,11 +419,7 @@ def quantizing_takes_no_copy_of_the_model(architecture="llama"):
     assert more < (1.25 if architecture == "gpt2" else 0.5)
 
 
-@pytest.mark.parametrize("architecture", LARGE)
-def test_quantizing_takes_no_copy_of_the_model(architecture):
-    quantizing_takes_no_copy_of_the_model(architecture)
-
-
+@law
 def a_step_holds_one_dequantized_weight_at_a_time():
     """QLoRA's against LoRA's on the dense twin: four bits less, one weight more."""
     found = {}
@@ -484,10 +448,6 @@ def a_step_holds_one_dequantized_weight_at_a_time():
     assert more < 4 * max(values) * 3 < 4 * sum(values) / 2
 
 
-def test_a_step_holds_one_dequantized_weight_at_a_time():
-    a_step_holds_one_dequantized_weight_at_a_time()
-
-
 def dequantized_per_step(model, **options):
     """{name: how often its weight was dequantized in a forward and a backward pass}."""
     wanted = {id(m.packed): n for n, m in packed(model).items()}
@@ -506,6 +466,8 @@ def dequantized_per_step(model, **options):
     return calls
 
 
+@law
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def a_step_dequantizes_each_weight_twice(architecture="llama"):
     """That is why QLoRA is slower: once for y = x W'ᵀ and once for dx = dy W'.
 
@@ -524,11 +486,8 @@ def a_step_dequantizes_each_weight_twice(architecture="llama"):
     assert set(dequantized_per_step(model).values()) == {3}
 
 
+@law
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_step_dequantizes_each_weight_twice(architecture):
-    a_step_dequantizes_each_weight_twice(architecture)
-
-
 def dequantized_it_is_the_dense_twin(architecture="gpt2"):
     model = in_four_bits(architecture)
     expected, twin = logits(model), made_plain(model)
@@ -541,11 +500,6 @@ def dequantized_it_is_the_dense_twin(architecture="gpt2"):
     assert_same(model.state_dict(), twin.state_dict())
     assert largest(logits(model), expected) < 1e-5
     assert nf4.dequantize_model(model) == []
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_dequantized_it_is_the_dense_twin(architecture):
-    dequantized_it_is_the_dense_twin(architecture)
 
 
 # ------------------------------------------------------------------------ Refusals
@@ -598,7 +552,7 @@ REFUSED = {  # what is wrong with a model -> (how, arguments, words of the error
         dict(exclude="all-linear"),
         ("leaves no module",),
     ),
-    "a block of 0": (lambda model: 0, dict(block=0), ("block=0",)),
+    "a block of 0": (lambda model: 0, dict(block=0), ("q_proj: block=0",)),
     "no such code": (lambda model: 0, dict(code="nf5"), ("code='nf5'",)),
     "no such recipe": (lambda model: 0, dict(double="x"), ("double='x'",)),
     "a compute dtype that is none": (
@@ -609,6 +563,8 @@ REFUSED = {  # what is wrong with a model -> (how, arguments, words of the error
 }
 
 
+@law
+@pytest.mark.parametrize("name", REFUSED)
 def a_refusal_leaves_the_model_as_it_was(name="a NaN in the last weight"):
     how, arguments, words = REFUSED[name]
     model = build("llama")
@@ -617,11 +573,7 @@ def a_refusal_leaves_the_model_as_it_was(name="a NaN in the last weight"):
         nf4.quantize_model(model, **arguments)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_leaves_the_model_as_it_was(name):
-    a_refusal_leaves_the_model_as_it_was(name)
-
-
+@law
 def what_changes_weights_is_refused_on_four_bits():
     """PiSSA takes a part out of the weight; full fine-tuning moves all of it."""
     model = in_four_bits()
@@ -632,10 +584,6 @@ def what_changes_weights_is_refused_on_four_bits():
     some = build("llama")
     nf4.quantize_model(some, targets="mlp")
     pfs.pissa.inject(some, r=2, targets="attention")
-
-
-def test_what_changes_weights_is_refused_on_four_bits():
-    what_changes_weights_is_refused_on_four_bits()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

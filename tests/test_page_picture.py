@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from matplotlib.transforms import Bbox
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 from torch import nn
 
 from peft_from_scratch.course.pictures import page_picture
@@ -33,6 +33,7 @@ def run(slots: int, pages: int = 8, steps: int = 3):
     return optimizer, moments
 
 
+@law
 def faults_are_those_of_the_counters():
     for slots in (1, 2, 4, 8):
         optimizer, moments = run(slots)
@@ -44,6 +45,7 @@ def faults_are_those_of_the_counters():
         assert all(moment.page in moment.resident for moment in moments)
 
 
+@law
 def moments_have_their_steps():
     _, moments = run(4)
     uses = [m for m in moments if m.what in (FAULT, HIT)]
@@ -51,22 +53,11 @@ def moments_have_their_steps():
     assert [sorted(walk) for walk in walks] == [list(range(8))] * 3
 
 
+@law
 def dirty_is_what_was_updated():
     _, moments = run(8)
     assert moments[0].dirty == frozenset()
     assert moments[-1].dirty >= {0, 1, 2, 3}
-
-
-def test_faults_are_those_of_the_counters():
-    faults_are_those_of_the_counters()
-
-
-def test_moments_have_their_steps():
-    moments_have_their_steps()
-
-
-def test_dirty_is_what_was_updated():
-    dirty_is_what_was_updated()
 
 
 def test_watching_ends_with_the_block_and_changes_nothing():
@@ -97,15 +88,12 @@ def by_last_use(slots, trace):
     return count
 
 
+@law
 def faults_are_those_of_another_lru():
     dice = random.Random(0)
     for slots in (1, 2, 3, 5):
         trace = [dice.randrange(7) for _ in range(200)]
         assert page_picture.faults(slots, trace) == by_last_use(slots, trace)
-
-
-def test_faults_are_those_of_another_lru():
-    faults_are_those_of_another_lru()
 
 
 def test_a_walk_that_starts_over_never_hits():
@@ -130,6 +118,7 @@ def places(figure) -> dict:
     }
 
 
+@law
 def every_cell_is_drawn_once():
     found = places(picture(MOMENTS, pages=3, title="Three pages"))
     assert found == {
@@ -142,10 +131,7 @@ def every_cell_is_drawn_once():
     }
 
 
-def test_every_cell_is_drawn_once():
-    every_cell_is_drawn_once()
-
-
+@law
 def looks_differ_without_colour():
     figure = picture(MOMENTS, pages=3, title="Three pages")
     lines = [li for li in figure.axes[0].lines if li.get_gid() != "step"]
@@ -156,19 +142,12 @@ def looks_differ_without_colour():
     assert len(set(shapes)) == len(lines) == 6
 
 
-def test_looks_differ_without_colour():
-    looks_differ_without_colour()
-
-
+@law
 def steps_are_marked():
     figure = picture(MOMENTS, pages=3, title="Three pages")
     marks = [li.get_xdata()[0] for li in figure.axes[0].lines if li.get_gid() == "step"]
     assert marks == [0.5, 2.5]
     assert [t.get_text() for t in figure.axes[0].texts] == ["step 1", "step 2"]
-
-
-def test_steps_are_marked():
-    steps_are_marked()
 
 
 @pytest.mark.parametrize("width", [5.5, 7.4])
@@ -261,6 +240,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path, monkeypatch):
-    assert_law_catches(BUGS[name], tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from planting import Bug, assert_law_catches
+from planting import Bug, each_is_caught, law
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import (
@@ -152,6 +152,7 @@ def an_error_fails_the_law():
         raise AssertionError(str(error)) from error
 
 
+@law
 @an_error_fails_the_law()
 def some_traces_follow_the_model():
     generator = torch.Generator().manual_seed(0)
@@ -162,6 +163,7 @@ def some_traces_follow_the_model():
         follows_the_model(trace, slots)
 
 
+@law
 def a_clean_page_is_not_written_back():
     pager, pages = pager_of(4, 2)
     for page in [*pages, *pages]:
@@ -175,6 +177,7 @@ def a_clean_page_is_not_written_back():
     assert pager.counters.write_backs == 1 and pager.counters.bytes_out == PAGE
 
 
+@law
 def a_page_that_was_never_written_is_not_read():
     pager, pages = pager_of(4, 2)
     pager.arena.fill_(99)
@@ -184,6 +187,7 @@ def a_page_that_was_never_written_is_not_read():
     assert_stamps(pager, [0] * 4)
 
 
+@law
 def a_walk_that_starts_over_never_hits():
     pager, pages = pager_of(8, 5)
     for _ in range(3):
@@ -205,6 +209,7 @@ def training(pages=None, steps=12, **options):
     return sides, theirs, ours
 
 
+@law
 @an_error_fails_the_law()
 def the_bits_are_those_of_torch(options=None):
     for pages in (1, 2, 7, None):
@@ -213,6 +218,7 @@ def the_bits_are_those_of_torch(options=None):
         assert_equal_states(ours.state_dict(), theirs.state_dict())
 
 
+@law
 def back_and_forth_hits_what_there_is_room_for():
     """N - S faults and S hits a step, for N pages and S slots; all written back."""
     p = nn.Parameter(torch.zeros(20 * WORDS))
@@ -234,6 +240,7 @@ def back_and_forth_hits_what_there_is_room_for():
             assert sum(row.resident for row in optimizer.page_table()) == room
 
 
+@law
 def no_moment_exceeds_the_budget():
     """Bytes that tensors were born with, counted without asking the optimizer."""
     n = 24
@@ -252,6 +259,7 @@ def no_moment_exceeds_the_budget():
         assert most * PAGE < births.most <= most * PAGE + run * PAGE // 2 + step_counts
 
 
+@law
 def the_spike_is_lent_and_comes_back():
     sides = parameters(), parameters()
     theirs, ours = torchs(sides[0], {}), paged(sides[1], 12)
@@ -281,6 +289,7 @@ def the_spike_is_lent_and_comes_back():
     assert ours.budget_bytes == 12 * PAGE
 
 
+@law
 def an_interrupt_anywhere_loses_no_page():
     """KeyboardInterrupt at the first line of the pager's work, at the second, …"""
     for at in range(1, 10**6):
@@ -338,24 +347,6 @@ class interrupt:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self.line
-
-
-LAWS = [
-    some_traces_follow_the_model,
-    a_clean_page_is_not_written_back,
-    a_page_that_was_never_written_is_not_read,
-    a_walk_that_starts_over_never_hits,
-    the_bits_are_those_of_torch,
-    back_and_forth_hits_what_there_is_room_for,
-    no_moment_exceeds_the_budget,
-    the_spike_is_lent_and_comes_back,
-    an_interrupt_anywhere_loses_no_page,
-]
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 STEP = ("pages.py", "stores.py", "cuts.py", "optimizer.py", "adamw.py")
@@ -481,6 +472,7 @@ class LateStore(PinnedStore):
 LATE = Late()
 
 
+@law
 def a_late_stream_changes_no_bit(monkeypatch):
     LATE.__init__()
     with monkeypatch.context() as patch:
@@ -500,10 +492,6 @@ def a_late_stream_changes_no_bit(monkeypatch):
             assert_equal_bits(sides[1], sides[0])
             assert_equal_states(ours.state_dict(), theirs.state_dict())
     assert LATE.copies == LATE.waited_for_kernels > 100
-
-
-def test_a_late_stream_changes_no_bit(monkeypatch):
-    a_late_stream_changes_no_bit(monkeypatch)
 
 
 def test_a_cuda_parameter_gets_page_locked_memory(monkeypatch):
@@ -754,6 +742,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path, monkeypatch):
-    assert_law_catches(bug, tmp_path, monkeypatch)
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -28,6 +28,7 @@ from in_front import (
 )
 from laws import original
 from observe import assert_same, largest, logits, refused, snapshot, tokens, train
+from planting import law
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -116,6 +117,8 @@ def test_start_and_hidden_exclude_each_other():
 # What it is made of -------------------------------------------------------------------
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def P_lies_by_token_layer_keys_and_values(architecture="llama"):
     """Row i: of each layer the keys of token i by heads, then its values."""
     model, untouched = started(prefix, architecture)
@@ -130,11 +133,7 @@ def P_lies_by_token_layer_keys_and_values(architecture="llama"):
     assert torch.equal(the_only(model).P, expected)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_P_lies_by_token_layer_keys_and_values(architecture):
-    P_lies_by_token_layer_keys_and_values(architecture)
-
-
+@law
 def starts_near_zero_at_random():
     model = build("llama")
     prefix.inject(model, n=128)
@@ -143,10 +142,7 @@ def starts_near_zero_at_random():
     assert abs(P.mean()) < 5 * 0.02 / P.numel() ** 0.5
 
 
-def test_start():
-    starts_near_zero_at_random()
-
-
+@law
 def the_cache_holds_the_tokens_alone():
     model, _ = started(prefix, "llama")
     cache = model(tokens(), use_cache=True).past_key_values
@@ -154,10 +150,7 @@ def the_cache_holds_the_tokens_alone():
     assert all(layer.keys.shape[2] == 10 for layer in cache.layers)
 
 
-def test_cache():
-    the_cache_holds_the_tokens_alone()
-
-
+@law
 def a_sliding_window_never_hides_P():
     """One layer, a window of 4: the 20th token reads P there or not at all."""
     torch.manual_seed(0)
@@ -168,6 +161,7 @@ def a_sliding_window_never_hides_P():
     assert the_only(model).P.grad.abs().min() > 0
 
 
+@law
 def a_start_may_be_longer_than_the_window():
     """A cache of that model would forget the first of these tokens."""
     config = MistralConfig(**GATED | dict(sliding_window=4))
@@ -175,11 +169,6 @@ def a_start_may_be_longer_than_the_window():
     prefix.inject(model, n=7, start=list(range(10, 17)))
     assert len(the_only(model).P) == 7
     assert logits(model).isfinite().all()
-
-
-def test_sliding_windows():
-    a_sliding_window_never_hides_P()
-    a_start_may_be_longer_than_the_window()
 
 
 # Attention implementations ------------------------------------------------------------
@@ -202,6 +191,8 @@ def test_eager_equals_sdpa(architecture):
     assert largest(*found) < 1e-5
 
 
+@law
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def remove_restores_the_attention(implementation):
     model = build("gpt2")
     model.set_attn_implementation(implementation)
@@ -213,11 +204,7 @@ def remove_restores_the_attention(implementation):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_remove_restores_the_attention(implementation):
-    remove_restores_the_attention(implementation)
-
-
+@law
 def another_attention_after_the_injection_is_noticed():
     """It takes no prefix, and would answer as if there were none."""
     model, _ = started(prefix, "llama")
@@ -228,10 +215,6 @@ def another_attention_after_the_injection_is_noticed():
     pfs.remove(model)
     prefix.inject(model, n=N, start=IDS)
     assert largest(logits(model), expected) < 1e-5
-
-
-def test_another_attention_after_the_injection_is_noticed():
-    another_attention_after_the_injection_is_noticed()
 
 
 def test_an_unknown_attention_is_refused():
@@ -249,17 +232,14 @@ DEAF = {
 }
 
 
+@law
+@pytest.mark.parametrize("name", DEAF)
 def a_model_that_would_ignore_it_is_refused(name="bloom"):
     config = copy.deepcopy(DEAF[name])
     model = AutoModelForCausalLM.from_config(config).eval()
     trunk = type(model.transformer).__name__
     with refused(model, trunk, "in silence", "0 of 2 layers"):
         prefix.inject(model)
-
-
-@pytest.mark.parametrize("name", DEAF)
-def test_a_model_that_would_ignore_it_is_refused(name):
-    a_model_that_would_ignore_it_is_refused(name)
 
 
 def test_an_architecture_that_nobody_named_works():
@@ -276,6 +256,7 @@ def test_an_architecture_that_nobody_named_works():
 # The MLP ------------------------------------------------------------------------------
 
 
+@law
 def the_mlp_is_its_equation():
     """P = W2 tanh(W1 E + b1) + b2"""
     model = copy.deepcopy(original("opt"))
@@ -288,10 +269,7 @@ def the_mlp_is_its_equation():
     assert largest(the_only(model).states().flatten(1), P) < 1e-6
 
 
-def test_the_mlp_is_its_equation():
-    the_mlp_is_its_equation()
-
-
+@law
 def dropping_the_mlp_keeps_what_it_made(folder):
     model = copy.deepcopy(original("llama"))
     prefix.inject(model, n=3, hidden=8)
@@ -311,10 +289,6 @@ def dropping_the_mlp_keeps_what_it_made(folder):
     assert len(pfs.trainable(model)) == 1
     train(model, 1)
     assert largest(logits(model), expected) > 1e-3
-
-
-def test_dropping_the_mlp_keeps_what_it_made(tmp_path):
-    dropping_the_mlp_keeps_what_it_made(tmp_path)
 
 
 @pytest.mark.parametrize("before", [lambda m: None, prefix.inject, pfs.lora.inject])

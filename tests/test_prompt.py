@@ -21,6 +21,7 @@ from in_front import (
     the_only,
 )
 from observe import largest, logits, refused, tokens, train
+from planting import law
 from transformers import AutoModelForCausalLM as Auto
 from transformers import OPTConfig
 
@@ -72,6 +73,7 @@ def test_a_start_that_is_no_list_of_ids_is_refused(start):
         prompt.inject(model, n=2, start=start)
 
 
+@law
 def a_piece_that_ends_in_a_rows_padding_is_refused():
     """Its prompt would stand in front of padding that the next piece brings."""
     model, _ = started(prompt, "llama")
@@ -86,10 +88,7 @@ def a_piece_that_ends_in_a_rows_padding_is_refused():
     assert torch.equal(pieces, one_piece)
 
 
-def test_a_piece_that_ends_in_a_rows_padding_is_refused():
-    a_piece_that_ends_in_a_rows_padding_is_refused()
-
-
+@law
 def the_cache_holds_n_and_the_tokens():
     model, _ = started(prompt, "llama")
     cache = model(tokens(), use_cache=True).past_key_values
@@ -98,10 +97,7 @@ def the_cache_holds_n_and_the_tokens():
     assert cache.get_seq_length() == N + 11
 
 
-def test_cache():
-    the_cache_holds_n_and_the_tokens()
-
-
+@law
 def starts_uniform_between_minus_and_plus_one_half():
     model = build("llama")
     prompt.inject(model, n=128, start="random")
@@ -111,17 +107,13 @@ def starts_uniform_between_minus_and_plus_one_half():
     assert abs(P.var() * 12 - 1) < 5 * (0.8 / P.numel()) ** 0.5  # kurtosis 1.8, less 1
 
 
+@law
 def starts_from_rows_of_the_table():
     model = build("gpt2")
     table = model.get_input_embeddings().weight.detach().clone()
     prompt.inject(model, n=40)
     equal = (the_only(model).P[:, None] == table).all(-1)  # (n, vocabulary)
     assert equal.any(-1).all() and len(equal.nonzero()[:, 1].unique()) > 25
-
-
-def test_starts():
-    starts_uniform_between_minus_and_plus_one_half()
-    starts_from_rows_of_the_table()
 
 
 def narrow():
@@ -142,6 +134,7 @@ def narrow():
     return model
 
 
+@law
 def embeddings_narrower_than_the_layers(folder):
     model, untouched, loaded = narrow(), narrow(), narrow()
     prompt.inject(model, n=N, start=IDS)
@@ -153,10 +146,6 @@ def embeddings_narrower_than_the_layers(folder):
     pfs.save(model, folder)
     pfs.load(loaded, folder)
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_embeddings_narrower_than_the_layers(tmp_path):
-    embeddings_narrower_than_the_layers(tmp_path)
 
 
 def test_a_prompt_cannot_be_merged_and_says_why():

@@ -4,13 +4,17 @@ import copy
 import json
 import math
 import warnings
+import weakref
+from functools import partial
 
+import laws
 import pytest
 import torch
 from adapter_files import A, contents, parsed, tampered
 from architectures import CONFIGS, build
 from laws import types
 from observe import assert_same, largest, logits, refused, train, values
+from planting import law
 from safetensors.torch import save_file
 
 import peft_from_scratch as pfs
@@ -20,7 +24,7 @@ from peft_from_scratch.core.targets import resolve
 from peft_from_scratch.files import combine, exchange
 from peft_from_scratch.files.exchange import BITS, CONFIG, WEIGHTS
 from peft_from_scratch.memory.meter import count
-from peft_from_scratch.methods import qlora
+from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear
 
@@ -42,6 +46,8 @@ def packed(model):
 # ------------------------------------------------------------------------ Injection
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def it_is_lora_on_the_quantized_model(architecture="gpt2"):
     """Codes, names and the draws of A: trying the injection first takes no numbers."""
     model, other = build(architecture), build(architecture)
@@ -55,11 +61,7 @@ def it_is_lora_on_the_quantized_model(architecture="gpt2"):
     assert len(packed(model)) == len(names)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_it_is_lora_on_the_quantized_model(architecture):
-    it_is_lora_on_the_quantized_model(architecture)
-
-
+@law
 def every_argument_arrives():
     model = build("llama").train()
     names = qlora.inject(
@@ -89,12 +91,8 @@ def every_argument_arrives():
         assert isinstance(module.base, NF4Linear) == ("mlp" not in name)
     assert len(packed(model)) == 2 * 4  # the values' too, though without an adapter
     for module in packed(model).values():
-        assert (module.block, module.recipe) == (32, "int8")
+        assert (module.block, module.constant_codebook) == (32, "int8")
         assert module.compute_dtype == torch.bfloat16 and module.training
-
-
-def test_every_argument_arrives():
-    every_argument_arrives()
 
 
 def test_targets_of_all_kinds_are_resolved_before_quantizing():
@@ -107,6 +105,36 @@ def test_targets_of_all_kinds_are_resolved_before_quantizing():
         model = build("llama")
         names = qlora.inject(model, targets=targets, **ARGUMENTS)
         assert list(adapters(model)) == names and len(packed(model)) == 14
+
+
+@law
+def full_weights_go_as_their_codes_come(monkeypatch):
+    """A plan that held on to them would cost the bytes that four bits save."""
+    model = build("llama")
+    full = [weakref.ref(module) for module in resolve(model, "all-linear").values()]
+    sound, alive = NF4Linear.__init__, []
+
+    def counting(*arguments, **options):
+        alive.append(sum(module() is not None for module in full))
+        sound(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NF4Linear, "__init__", counting)
+        qlora.inject(model, **ARGUMENTS)
+    assert alive == list(range(len(full), 0, -1))
+
+
+WHOLE = [
+    laws.Method("qlora", partial(qlora.inject, r=4, block=32, skip="mlp"), len),
+    laws.Method("loftq", partial(loftq.inject, r=4, double=False), len),
+]
+
+
+@pytest.mark.parametrize("method", WHOLE, ids=lambda m: m.name)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_plan_quantizes_nothing_and_is_what_is_injected(method, architecture):
+    laws.a_plan_touches_nothing(method, architecture)
+    laws.inject_is_plan_and_apply(method, architecture)
 
 
 def nan_in(model):
@@ -136,6 +164,8 @@ REFUSED = {  # arguments (and what was done before) -> words of the error
 }
 
 
+@law
+@pytest.mark.parametrize("name", REFUSED)
 def a_refusal_leaves_nothing_behind(name):
     """Neither four bits, which cannot be undone, nor a used random number."""
     arguments, words = REFUSED[name]
@@ -149,11 +179,7 @@ def a_refusal_leaves_nothing_behind(name):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_leaves_nothing_behind(name):
-    a_refusal_leaves_nothing_behind(name)
-
-
+@law
 def codes_are_not_quantized_a_second_time():
     model = build("llama")
     nf4.quantize_model(model, block=32, targets="mlp")
@@ -175,10 +201,6 @@ def codes_are_not_quantized_a_second_time():
     assert_same(after, before)
 
 
-def test_codes_are_not_quantized_a_second_time():
-    codes_are_not_quantized_a_second_time()
-
-
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_adapters_are_in_float32_unless_asked_otherwise(dtype, of):
@@ -192,6 +214,8 @@ def test_adapters_are_in_float32_unless_asked_otherwise(dtype, of):
 # --------------------------------------------------------------------------- Shares
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def shares_count_values_and_not_bytes(architecture="llama"):
     """Half as many elements would double the share."""
     plain, model = build(architecture), trained(architecture)
@@ -205,11 +229,6 @@ def shares_count_values_and_not_bytes(architecture="llama"):
     assert count(model).total == rest + projections
     naive = count(model).trainable / (rest + bytes_)
     assert naive > 1.2 * count(model).share
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_shares_count_values_and_not_bytes(architecture):
-    shares_count_values_and_not_bytes(architecture)
 
 
 # -------------------------------------------------------------------------- Merging
@@ -235,6 +254,8 @@ def error(W, kept, update):
     return (lost / (kept + update).norm()).item(), (lost / update.norm()).item()
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def merged_onto_what_was_trained_is_exact(architecture="llama"):
     for merge in (qlora.merge, pfs.merge):
         model, plain = trained(architecture), build(architecture)
@@ -251,11 +272,9 @@ def merged_onto_what_was_trained_is_exact(architecture="llama"):
         assert all(p.requires_grad for p in model.parameters())
 
 
+@law
+@pytest.mark.parametrize("as_mapping", [False, True])
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_merged_onto_what_was_trained_is_exact(architecture):
-    merged_onto_what_was_trained_is_exact(architecture)
-
-
 def merged_onto_the_original_is_off_by_what_quantizing_changed(
     architecture="gpt2", as_mapping=False, **arguments
 ):
@@ -278,14 +297,6 @@ def merged_onto_the_original_is_off_by_what_quantizing_changed(
     assert largest(logits(model), expected) > 1e-2
 
 
-@pytest.mark.parametrize("as_mapping", [False, True])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_merged_onto_the_original_is_off_by_what_quantizing_changed(
-    architecture, as_mapping
-):
-    merged_onto_the_original_is_off_by_what_quantizing_changed(architecture, as_mapping)
-
-
 def rounded(W, block):
     """NF4 by brute force: the nearest of sixteen values in float64."""
     table = torch.tensor(nf4.CODES["nf4"], dtype=torch.float64)
@@ -296,15 +307,21 @@ def rounded(W, block):
     return (table[nearest] * absmax).flatten()[: W.numel()].view(W.shape)
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def merged_and_requantized_is_off_by_rounding_once_more(architecture="gpt2", block=32):
     model = trained(architecture, block=block, double=False)
     parts, expected = pieces(model), logits(model)
     errors = qlora.merge(model, "requantized")
     assert list(packed(model)) == list(parts) and not adapters(model)
-    assert len({id(m.scratch) for m in packed(model).values()}) == 1
+    assert len({id(m.buffer) for m in packed(model).values()}) == 1
     for name, (kept, update) in parts.items():
         module = model.get_submodule(name)
-        assert (module.block, module.recipe, module.code) == (block, None, "nf4")
+        assert (module.block, module.constant_codebook, module.codebook) == (
+            block,
+            None,
+            "nf4",
+        )
         W = nf4.dequantize(module.quantized).double()
         brute = rounded((kept + update).float().double(), block)
         assert (W - brute).abs().max() < 1e-6
@@ -320,16 +337,13 @@ def untrained(architecture, block):
     return model
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_merged_and_requantized_is_off_by_rounding_once_more(architecture):
-    merged_and_requantized_is_off_by_rounding_once_more(architecture)
-
-
 def test_requantized_keeps_double_compute_dtype_and_mode():
     model = trained("opt", double="fp8", compute_dtype=torch.bfloat16).train()
     qlora.merge(model, "requantized")
     for module in packed(model).values():
-        assert module.recipe == "fp8" and module.compute_dtype == torch.bfloat16
+        assert (
+            module.constant_codebook == "fp8" and module.compute_dtype == torch.bfloat16
+        )
         assert module.training and module.bias is not None
 
 
@@ -403,6 +417,8 @@ CANNOT = {  # -> (what is done to the model, onto, original, words)
 }
 
 
+@law
+@pytest.mark.parametrize("name", CANNOT)
 def what_cannot_be_merged_is_left_alone(name):
     change, onto, original, words = CANNOT[name]
     model = trained()
@@ -410,11 +426,6 @@ def what_cannot_be_merged_is_left_alone(name):
         change(model)
     with refused(model, *words, error=pfs.CannotMerge):
         qlora.merge(model, onto, original())
-
-
-@pytest.mark.parametrize("name", CANNOT)
-def test_what_cannot_be_merged_is_left_alone(name):
-    what_cannot_be_merged_is_left_alone(name)
 
 
 def test_wrong_arguments_of_merge_are_refused():
@@ -444,6 +455,7 @@ def test_other_adapters_have_one_merge_only():
     assert not packed(some)
 
 
+@law
 def overflow_in_half_precision_is_not_merged():
     for onto in qlora.ONTO:
         model = trained(of=torch.float16, steps=0)
@@ -451,10 +463,6 @@ def overflow_in_half_precision_is_not_merged():
             torch.nn.init.constant_(module.B, 3e5)
         with refused(model, "float16 cannot", error=pfs.CannotMerge):
             qlora.merge(model, onto, build("llama", dtype=torch.float16))
-
-
-def test_overflow_in_half_precision_is_not_merged():
-    overflow_in_half_precision_is_not_merged()
 
 
 # ---------------------------------------------------------------------------- Files
@@ -468,6 +476,8 @@ def caught(model, folder):
     return [str(w.message) for w in found]
 
 
+@law
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def a_file_of_four_bits_warns_on_a_base_in_full(folder, architecture="gpt2"):
     """And measures, on the base that is here, what nobody can read off the file."""
     model, full = trained(architecture, block=32), build(architecture)
@@ -491,6 +501,7 @@ def a_file_of_four_bits_warns_on_a_base_in_full(folder, architecture="gpt2"):
     assert torch.equal(logits(again), logits(model))
 
 
+@law
 def a_file_of_other_bits_warns(folder):
     """The codes of another block are other weights, and nobody sees it in a shape."""
     pfs.save(trained(block=32), folder)
@@ -503,15 +514,6 @@ def a_file_of_other_bits_warns(folder):
             assert "other bits" in text and '"block": 32' in text
 
 
-def test_a_file_of_other_bits_warns(tmp_path):
-    a_file_of_other_bits_warns(tmp_path)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_file_of_four_bits_warns_on_a_base_in_full(architecture, tmp_path):
-    a_file_of_four_bits_warns_on_a_base_in_full(tmp_path, architecture)
-
-
 def test_a_file_of_a_base_in_full_has_no_note(tmp_path):
     model = build("llama")
     pfs.lora.inject(model, **ARGUMENTS)
@@ -522,6 +524,7 @@ def test_a_file_of_a_base_in_full_has_no_note(tmp_path):
     assert caught(build("llama"), tmp_path) == []
 
 
+@law
 def a_file_is_a_loras(folder):
     """Only the note tells it from one: PEFT reads what any LoRA has."""
     pfs.save(trained(), folder)
@@ -534,10 +537,6 @@ def a_file_is_a_loras(folder):
     assert config["peft_type"] == "LORA" and len(tensors) == 28
     assert sorted(contents(folder)) == [CONFIG, WEIGHTS]
     assert all(t.dtype == torch.float32 for t in tensors.values())
-
-
-def test_a_file_is_a_loras(tmp_path):
-    a_file_is_a_loras(tmp_path)
 
 
 def test_a_bfloat16_adapter_keeps_its_values_on_disk(tmp_path):
@@ -589,17 +588,14 @@ def noted(source, folder, note):
     return folder
 
 
+@law
+@pytest.mark.parametrize("note", HOSTILE, ids=lambda note: note[:60])
 def a_hostile_note_is_refused(folder, note):
     pfs.save(trained(), folder / "sound")
     bad = noted(folder / "sound", folder / "bad", note)
     for model in (build("llama"), untrained("llama", 64)):
         with refused(model, "base_bits=", "not implemented"):
             pfs.load(model, bad)
-
-
-@pytest.mark.parametrize("note", HOSTILE, ids=lambda note: note[:60])
-def test_a_hostile_note_is_refused(note, tmp_path):
-    a_hostile_note_is_refused(tmp_path, note)
 
 
 def test_a_block_larger_than_a_weight_is_none_of_those(tmp_path):
@@ -619,6 +615,7 @@ def test_a_broken_adapter_leaves_the_codes_alone(architecture, tmp_path):
         pfs.load(model, bad)
 
 
+@law
 def adapters_of_other_bits_have_no_sum(folder):
     for name, arguments in (
         ("64", {}),
@@ -644,10 +641,6 @@ def adapters_of_other_bits_have_no_sum(folder):
     assert parsed(folder / "both")[1][BITS] == parsed(folder / "64")[1][BITS]
 
 
-def test_adapters_of_other_bits_have_no_sum(tmp_path):
-    adapters_of_other_bits_have_no_sum(tmp_path)
-
-
 METHODS = {
     "qlora": lambda model: pfs.qlora.inject(model, r=4),
     "lora on one": lambda model: pfs.lora.inject(model, r=4, targets="up_proj|fc1"),
@@ -659,6 +652,9 @@ METHODS = {
 }
 
 
+@law
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("method", METHODS)
 def an_adapter_brings_its_bits_along(folder, method="houlsby", architecture="llama"):
     """What was left in full, too, by its name before adapters stood there."""
     model = build(architecture)
@@ -678,12 +674,6 @@ def an_adapter_brings_its_bits_along(folder, method="houlsby", architecture="lla
     assert torch.equal(logits(again), logits(model))
     pfs.remove(found)
     assert list(packed(found)) == names
-
-
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-@pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_brings_its_bits_along(method, architecture, tmp_path):
-    an_adapter_brings_its_bits_along(tmp_path, method, architecture)
 
 
 def test_a_file_without_bits_leaves_the_base_in_full(tmp_path):

@@ -26,6 +26,7 @@ from architectures import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from observe import assert_same, refused, snapshot
+from planting import law
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.adapter import adapters
@@ -156,16 +157,13 @@ BROKEN_FULL = {
 }
 
 
+@law
+@pytest.mark.parametrize("name", BROKEN)
 def a_broken_file_is_refused(folder, name):
     change, words = BROKEN[name]
     model = build("llama")
     with refused(model, *words):
         pfs.load(model, tampered(saved(folder), folder / "broken", change))
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_refused(name, tmp_path):
-    a_broken_file_is_refused(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", BROKEN_FULL)

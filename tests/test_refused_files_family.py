@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import original
 from observe import assert_same, refused, snapshot, train
+from planting import law
 from safetensors.torch import save_file
 from test_refused_files import JUNK
 
@@ -215,16 +216,13 @@ def sound(method):
     return folder
 
 
+@law
+@pytest.mark.parametrize("method, name", CASES)
 def a_broken_file_is_refused(folder, method, name):
     change, words = BROKEN[method][name]
     model = copy.deepcopy(original(SOUND[method][0]))
     with refused(model, *words):
         pfs.load(model, tampered(sound(method), folder / "broken", change))
-
-
-@pytest.mark.parametrize("method, name", CASES)
-def test_a_broken_file_is_refused(method, name, tmp_path):
-    a_broken_file_is_refused(tmp_path, method, name)
 
 
 @pytest.mark.parametrize("method", SOUND)

@@ -14,7 +14,7 @@ import torch
 from architectures import build
 from kill_and_resume import contents, differences
 from observe import assert_same, refused, values
-from planting import planted
+from planting import law, planted
 from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from safetensors.torch import load_file
 from torch import nn
@@ -64,6 +64,9 @@ def settings_for(method):
     return replace(SETTINGS, lr=RATES[method])
 
 
+@law
+@pytest.mark.parametrize("method", kill_and_resume.CASES)
+@pytest.mark.parametrize("stops", [(4,), (7,), (5, 6, 9, 11)])
 def resumed_run_is_the_straight_run(straight, folder, method="lora", stops=(9,)):
     architecture = kill_and_resume.CASES[method]
     for stop in stops:
@@ -79,12 +82,6 @@ def resumed_run_is_the_straight_run(straight, folder, method="lora", stops=(9,))
     history = run(model, settings_for(method), checkpoints=folder)
     assert history.resumed_from == stops[-1] - stops[-1] % SETTINGS.checkpoint_every
     assert_same(outcome(model, history, folder), straight[method])
-
-
-@pytest.mark.parametrize("method", kill_and_resume.CASES)
-@pytest.mark.parametrize("stops", [(4,), (7,), (5, 6, 9, 11)])
-def test_resumed_run_is_the_straight_run(straight, tmp_path, method, stops):
-    resumed_run_is_the_straight_run(straight, tmp_path, method, stops)
 
 
 @pytest.mark.parametrize("stop", [4, 7, 11])
@@ -346,6 +343,8 @@ def killed_after(count, patch):
     patch.setattr(atomic.shutil, "rmtree", part)
 
 
+@law
+@pytest.mark.parametrize("count", range(6))
 def a_checkpoint_half_removed_is_no_strangers(folder, count, straight):
     stopped(folder)  # two are there: the next one removes the first
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -355,11 +354,6 @@ def a_checkpoint_half_removed_is_no_strangers(folder, count, straight):
     history = run(model, SETTINGS, checkpoints=folder)
     assert_same(outcome(model, history, folder), straight["lora"])
     assert not list(folder.glob(f"{atomic.TEMPORARY}*"))
-
-
-@pytest.mark.parametrize("count", range(6))
-def test_a_checkpoint_half_removed_is_no_strangers(count, straight, tmp_path):
-    a_checkpoint_half_removed_is_no_strangers(tmp_path, count, straight)
 
 
 def test_a_removal_in_place_is_caught(straight, tmp_path):

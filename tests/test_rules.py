@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-from planting import planted
+from judged import judged
+from planting import law, planted
 
 from peft_from_scratch import lora
 from peft_from_scratch.comparison.timing import step_seconds
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.ledger import claim, intervals, runs
+from peft_from_scratch.ledger import claim, intervals
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     challengers,
@@ -30,18 +31,7 @@ from peft_from_scratch.ledger.experiments import (
 from peft_from_scratch.ledger.verdicts import judge
 from peft_from_scratch.methods import prefix, prompt
 
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
-
-
-def judged(id: str, result_of) -> object:
-    """The judgement on tiny, with each run's result as `result_of(config)` gives it."""
-    while (judgement := judge(claim(id), "tiny")).missing:
-        for config in judgement.missing:
-            runs.write(config, result_of(config))
-    return judgement
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def lost(loss_of, best_rate=lambda config: 1e-2):
@@ -93,6 +83,7 @@ def test_l3_is_the_power_that_the_size_has(p, verdict):
     assert judgement.measured == pytest.approx(p, abs=1e-6)
 
 
+@law
 def an_update_is_measured_on_its_own_inputs():
     """rms((W - W0) x) / rms(W0 x) from weights, by an independent way to the same."""
     model = build("llama")
@@ -114,10 +105,6 @@ def an_update_is_measured_on_its_own_inputs():
         ratio = (x @ dW.T).norm() / (x @ W0.T).norm()
         assert found[name] == pytest.approx(ratio.item(), rel=1e-4)
     assert all(not module._forward_hooks for module in adapters(model).values())
-
-
-def test_an_update_is_measured_on_its_own_inputs():
-    an_update_is_measured_on_its_own_inputs()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from architectures import build, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from planting import assert_caught
+from planting import assert_caught, law
 
 from peft_from_scratch.ledger import runs
 
@@ -104,15 +104,12 @@ def test_a_file_of_another_kind_is_no_run(folder, text):
     assert runs.stored(CONFIG) is None and runs.select() == []
 
 
+@law
 def a_file_under_another_runs_name_is_not_taken(folder):
     runs.result(CONFIG, lambda: {"loss": 0.5})
     other = CONFIG | {"seed": 1}
     (folder / f"{runs.key(CONFIG)}.json").rename(folder / f"{runs.key(other)}.json")
     assert runs.stored(other) is None
-
-
-def test_a_file_under_another_runs_name_is_not_taken(folder):
-    a_file_under_another_runs_name_is_not_taken(folder)
 
 
 def test_the_planted_trust_in_names_is_caught(folder):

@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
-from planting import assert_caught
+from planting import each_is_caught, law
 
 from peft_from_scratch.tasks import gap as task_gap
 from peft_from_scratch.tasks import kinds, world
@@ -49,11 +49,13 @@ def singular(word):
 # Laws. Each is run by a test below and, with a bug planted, by the last test.
 
 
+@law
 def rows_repeat_with_the_seed_alone():
     assert gap(1, seed=3) == gap(1, seed=3) != gap(1, seed=4)
     assert kinds.rows(3) == kinds.rows(3) != kinds.rows(4)
 
 
+@law
 def no_event_is_in_two_splits_or_twice():
     events = Counter(
         happened(row["prompt"]) for row in every(gap(0, sizes=task_gap.SIZES))
@@ -63,11 +65,13 @@ def no_event_is_in_two_splits_or_twice():
     assert max(prompts.values()) == 1
 
 
+@law
 def every_level_asks_the_same():
     prompts = [[row["prompt"] for row in every(gap(level))] for level in range(5)]
     assert all(each == prompts[0] for each in prompts)
 
 
+@law
 def outputs_say_what_happened():
     for row in gap(0)["test"]:
         event = happened(row["prompt"])
@@ -81,6 +85,7 @@ def outputs_say_what_happened():
         assert who == f"{event.who} - {event.deed}"
 
 
+@law
 def meanings_are_one_to_one():
     """Different events are written differently, at every level."""
     for level in range(5):
@@ -90,6 +95,7 @@ def meanings_are_one_to_one():
         assert all(len(events) == 1 for events in written.values())
 
 
+@law
 def each_level_keeps_fewer_known_words():
     known = {*world.PEOPLE, *world.PLACES, *world.THINGS, *world.DAYS, *world.DEEDS}
     shares = []
@@ -102,6 +108,7 @@ def each_level_keeps_fewer_known_words():
     assert shares[-1] < 0.01
 
 
+@law
 def the_cipher_is_a_cipher():
     plain = [row["completion"].lower() for row in gap(1)["test"]]
     secret = [row["completion"] for row in gap(4)["test"]]
@@ -114,6 +121,7 @@ def the_cipher_is_a_cipher():
     assert len(moved) > 0.7 * sum(map(str.isalnum, table))
 
 
+@law
 def half_of_the_kinds_are_told():
     assert {t: k for k, words in world.KINDS.items() for t in words.split()} == (
         world.KIND_OF
@@ -127,6 +135,7 @@ def half_of_the_kinds_are_told():
         assert world.KIND_OF[thing] == row["completion"]
 
 
+@law
 def a_twin_has_the_same_texts_and_no_sense():
     for name in ("gap-1", "kinds", "orders"):
         own, twin = load_task(name), load_task(f"{name}-random")
@@ -140,24 +149,6 @@ def a_twin_has_the_same_texts_and_no_sense():
                 (n / len(ours)) ** 2 for n in Counter(ours["completion"]).values()
             )
             assert sum(a == b for a, b in kept) / len(ours) < chance + 0.1
-
-
-LAWS = (
-    rows_repeat_with_the_seed_alone,
-    no_event_is_in_two_splits_or_twice,
-    every_level_asks_the_same,
-    outputs_say_what_happened,
-    meanings_are_one_to_one,
-    each_level_keeps_fewer_known_words,
-    the_cipher_is_a_cipher,
-    half_of_the_kinds_are_told,
-    a_twin_has_the_same_texts_and_no_sense,
-)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 def test_sizes_and_scorers():
@@ -235,6 +226,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

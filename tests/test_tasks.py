@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import assert_caught
+from planting import each_is_caught, law
 
 from peft_from_scratch.tasks import jsonl, orders, terms
 from peft_from_scratch.tasks.task import load_task
@@ -65,12 +65,14 @@ def asked(row):
 # Laws. Each is run by a test below and, with a bug planted, by the last test.
 
 
+@law
 def generated_rows_repeat_with_the_seed_alone():
     for task in (orders, terms):
         assert task.rows(3) == task.rows(3)
         assert task.rows(3) != task.rows(4)
 
 
+@law
 def no_prompt_is_in_two_splits_or_twice():
     for task in (orders, terms):
         for seed in range(3):
@@ -79,6 +81,7 @@ def no_prompt_is_in_two_splits_or_twice():
             assert max(prompts.values()) == 1
 
 
+@law
 def no_customer_orders_the_same_items_twice():
     for seed in range(3):
         rows = orders.rows(seed)
@@ -90,6 +93,7 @@ def no_customer_orders_the_same_items_twice():
         assert max(keys.values()) == 1
 
 
+@law
 def the_test_orders_hold_words_that_training_lacks():
     rows = orders.rows(0)
     unseen = set()
@@ -107,6 +111,7 @@ def has_one_of(words, row):
     return any(word in row["completion"] for word in words)
 
 
+@law
 def an_order_says_what_its_sentence_says():
     for split in orders.rows(1).values():
         for row in split:
@@ -120,6 +125,7 @@ def an_order_says_what_its_sentence_says():
             assert days == [value["day"]]
 
 
+@law
 def a_term_is_tested_in_words_that_training_did_not_use_for_it():
     for seed in range(3):
         rows = terms.rows(seed)
@@ -134,6 +140,7 @@ def a_term_is_tested_in_words_that_training_did_not_use_for_it():
                 assert wording in wordings  # which are known from other words
 
 
+@law
 def every_fact_has_six_wordings_in_three_splits():
     rows = terms.rows(0)
     for split, share in terms.SHARES.items():
@@ -148,6 +155,7 @@ def every_fact_has_six_wordings_in_three_splits():
     assert all(partner[partner[word]] == word != partner[word] for word in partner)
 
 
+@law
 def rows_of_ones_own_keep_every_prompt_in_one_split():
     rows = {
         f"p{i}": {"prompt": f"p{i}", "completion": str(i), "place": f"line {i + 1}"}
@@ -167,6 +175,7 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
     assert jsonl.split_rows(rows, 1, "here") != splits
 
 
+@law
 def json_is_right_only_as_a_whole():
     right = '{"a":1,"b":[true,null]}'
     assert orders.score('{"b": [true, null], "a": 1}\n', right)
@@ -190,24 +199,6 @@ def json_is_right_only_as_a_whole():
     ):
         assert not orders.score(wrong, right), wrong[:40]
     assert not orders.score("NaN", "NaN")
-
-
-LAWS = (
-    generated_rows_repeat_with_the_seed_alone,
-    no_prompt_is_in_two_splits_or_twice,
-    no_customer_orders_the_same_items_twice,
-    the_test_orders_hold_words_that_training_lacks,
-    an_order_says_what_its_sentence_says,
-    a_term_is_tested_in_words_that_training_did_not_use_for_it,
-    every_fact_has_six_wordings_in_three_splits,
-    rows_of_ones_own_keep_every_prompt_in_one_split,
-    json_is_right_only_as_a_whole,
-)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 @pytest.mark.parametrize(
@@ -610,6 +601,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import build, byte_tokenizer
-from planting import assert_caught
+from planting import each_is_caught, law
 from tokenizers import processors
 
 from peft_from_scratch.tasks import templates
@@ -51,6 +51,7 @@ def rendered(tokenizer, instruction, turns):
 # Laws. Each is run by a test below and, with a bug planted, by the last test.
 
 
+@law
 def labels_are_the_answer_and_its_end():
     for template in TEMPLATES:
         for prompt, completion in PAIRS:
@@ -61,6 +62,7 @@ def labels_are_the_answer_and_its_end():
             assert row[1] == [-100] * len(before) + answer + [END]
 
 
+@law
 def a_chat_row_is_the_conversation_up_to_its_end():
     for prompt, completion in PAIRS:
         ids, _ = encode_row(TOKENIZER, SAY, prompt, completion, template="chat")
@@ -68,6 +70,7 @@ def a_chat_row_is_the_conversation_up_to_its_end():
         assert ids == ids_of(text.removesuffix("\n"))
 
 
+@law
 def examples_are_turns_before_the_prompt():
     chat = encode_prompt(TOKENIZER, SAY, "z", template="chat", examples=EXAMPLES)
     turns = [text for pair in EXAMPLES for text in pair]
@@ -81,6 +84,7 @@ def examples_are_turns_before_the_prompt():
     )
 
 
+@law
 def a_batch_holds_its_rows_even_where_pad_is_the_end_token():
     rows = encode_rows(TOKENIZER, SAY, as_rows(PAIRS), template="raw")
     for pad_id in (END, 0):
@@ -97,6 +101,7 @@ def a_batch_holds_its_rows_even_where_pad_is_the_end_token():
         assert {t.dtype for t in batch.values()} == {torch.int64}
 
 
+@law
 def the_loss_is_that_of_answer_and_end_given_what_stands_before():
     """transformers shifts labels by itself; here each token is predicted on its own."""
     model = build("llama")
@@ -112,6 +117,7 @@ def the_loss_is_that_of_answer_and_end_given_what_stands_before():
     assert loss == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
 
 
+@law
 def a_text_starts_with_one_bos():
     adds_bos = byte_tokenizer()
     adds_bos._tokenizer.post_processor = processors.TemplateProcessing(
@@ -128,21 +134,6 @@ def a_text_starts_with_one_bos():
 
 def as_rows(pairs):
     return [{"prompt": p, "completion": c} for p, c in pairs]
-
-
-LAWS = (
-    labels_are_the_answer_and_its_end,
-    a_chat_row_is_the_conversation_up_to_its_end,
-    examples_are_turns_before_the_prompt,
-    a_batch_holds_its_rows_even_where_pad_is_the_end_token,
-    the_loss_is_that_of_answer_and_end_given_what_stands_before,
-    a_text_starts_with_one_bos,
-)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -318,9 +309,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)
 
 
 def test_the_ignored_label_is_the_one_that_torch_leaves_out():

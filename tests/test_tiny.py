@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from planting import assert_caught
+from planting import each_is_caught, law
 from safetensors.torch import load_file
 
 from peft_from_scratch.models import load, tiny
@@ -30,12 +30,14 @@ def model():
 # ---------------------------------------------------------------- what it was taught
 
 
+@law
 def every_document_repeats_with_its_seed():
     for kind in corpus.MIX:
         assert kind(Random(3)) == kind(Random(3))
         assert len({kind(Random(i)) for i in range(20)}) > 10
 
 
+@law
 def a_tale_answers_itself():
     random = Random(0)
     for _ in range(300):
@@ -43,12 +45,14 @@ def a_tale_answers_itself():
         assert answer.lower() in text.lower()
 
 
+@law
 def strangers_share_nothing():
     for i in range(100):
         fields = [event.fields() for event in corpus.strangers(Random(i), 3)]
         assert all(len({f[name] for f in fields}) == 3 for name in fields[0])
 
 
+@law
 def a_record_holds_its_sentence():
     random = Random(0)
     for _ in range(100):
@@ -58,6 +62,7 @@ def a_record_holds_its_sentence():
         assert world.DEEDS[fields["did"]] in text and fields["what"] in text.lower()
 
 
+@law
 def a_format_is_one_format():
     for i in range(100):
         pairs = corpus.format_pairs(Random(i), 5)
@@ -67,6 +72,7 @@ def a_format_is_one_format():
         assert counts.count(counts[0]) == 5
 
 
+@law
 def pretraining_tells_the_kinds_of_every_other_thing_alone():
     random, told = Random(0), Counter()
     for _ in range(300):
@@ -78,6 +84,7 @@ def pretraining_tells_the_kinds_of_every_other_thing_alone():
         assert not any(f" {thing} is a " in text for text in texts)
 
 
+@law
 def new_formats_are_none_of_the_pretraining():
     """gap-1 is new: no answer of pretraining has two kinds of marks."""
     written = gap.new_format(world.event(Random(0)))
@@ -86,22 +93,6 @@ def new_formats_are_none_of_the_pretraining():
     for i in range(500):
         for _, answer in corpus.format_pairs(Random(i), 3):
             assert sum(mark in answer for mark in marks) <= 1
-
-
-LAWS = (
-    every_document_repeats_with_its_seed,
-    a_tale_answers_itself,
-    strangers_share_nothing,
-    a_record_holds_its_sentence,
-    a_format_is_one_format,
-    pretraining_tells_the_kinds_of_every_other_thing_alone,
-    new_formats_are_none_of_the_pretraining,
-)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law):
-    law()
 
 
 BUGS = {
@@ -138,9 +129,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug])
+test_a_planted_bug_is_caught = each_is_caught(BUGS)
 
 
 def test_answers_are_always_learned_and_questions_of_some(tokenizer):

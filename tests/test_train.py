@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, build
 from observe import assert_same, largest, refused, snapshot, values
-from planting import assert_caught, planted
+from planting import each_is_caught, law, planted
 from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from torch import nn
 from transformers import (
@@ -65,6 +65,8 @@ def reference_loss(model, rows=ENCODED):
 # The loss ----------------------------------------------------------------------------
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def loss_is_the_reference(architecture):
     model = adapted("full", architecture, dropout=0)
     mean, ours = gradients(model, batches(len(ENCODED)))
@@ -76,6 +78,8 @@ def loss_is_the_reference(architecture):
     assert largest(ours, grads) < 2e-6
 
 
+@law
+@pytest.mark.parametrize("architecture", CONFIGS)
 def splitting_a_step_changes_nothing(architecture):
     exact = architecture in ("gpt2", "opt")  # the others' norms compute in float32
     dtype = torch.float64 if exact else torch.float32
@@ -84,16 +88,6 @@ def splitting_a_step_changes_nothing(architecture):
     split_loss, split = gradients(model, batches(1))
     assert math.isclose(whole_loss, split_loss, rel_tol=1e-12 if exact else 1e-6)
     assert largest(split, whole) < (1e-12 if exact else 2e-6)
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_loss_is_the_reference(architecture):
-    loss_is_the_reference(architecture)
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_splitting_a_step_changes_nothing(architecture):
-    splitting_a_step_changes_nothing(architecture)
 
 
 def test_logits_are_computed_at_labelled_positions_only():
@@ -125,6 +119,7 @@ def test_half_precision_logits_are_widened_for_the_loss():
     assert loss.summed_loss(model, batch).dtype == torch.float32
 
 
+@law
 def mean_loss_weighs_every_label_token_the_same():
     model = moved(adapted()).train()
     mean = loss.mean_loss(model, ENCODED, batch=4)
@@ -137,10 +132,6 @@ def mean_loss_weighs_every_label_token_the_same():
         )
     tokens = sum(map(loss.label_tokens, batches(1)))
     assert math.isclose(mean, total / tokens, rel_tol=1e-6)
-
-
-def test_mean_loss_weighs_every_label_token_the_same():
-    mean_loss_weighs_every_label_token_the_same()
 
 
 # The loop ----------------------------------------------------------------------------
@@ -179,6 +170,7 @@ def plain_loop(model, settings):
     return values(model)
 
 
+@law
 def training_equals_a_plain_loop():
     """float64, where two orders of summing agree to many digits."""
     settings = recipe(clip=0.3)
@@ -187,10 +179,6 @@ def training_equals_a_plain_loop():
     other = adapted(architecture="gpt2", dropout=0, dtype=torch.float64)
     assert largest(values(model), plain_loop(other, settings)) < 1e-11
     assert min(history.norm) > settings.clip, "the clip was never at work"
-
-
-def test_training_equals_a_plain_loop():
-    training_equals_a_plain_loop()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -253,6 +241,7 @@ def test_the_caller_gets_everything_back():
     assert history.loss == run(adapted(), recipe()).loss
 
 
+@law
 def looking_at_the_validation_rows_changes_nothing():
     looked, blind = adapted(), adapted()
     history = run(looked, recipe(validate_every=1))
@@ -261,10 +250,7 @@ def looking_at_the_validation_rows_changes_nothing():
     assert [step for step, _ in history.validation] == list(range(1, 13))
 
 
-def test_looking_at_the_validation_rows_changes_nothing():
-    looking_at_the_validation_rows_changes_nothing()
-
-
+@law
 def early_stopping_brings_back_the_best_weights(monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 1.0])  # an equal loss is no improvement
     monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
@@ -278,10 +264,6 @@ def early_stopping_brings_back_the_best_weights(monkeypatch):
     assert history.stopped_early and history.steps == 10 and history.best_step == 4
     assert_same(values(model), seen[4])
     assert largest(seen[4], seen[10]) > 1e-3
-
-
-def test_early_stopping_brings_back_the_best_weights(monkeypatch):
-    early_stopping_brings_back_the_best_weights(monkeypatch)
 
 
 def test_without_patience_the_last_weights_stay(monkeypatch):
@@ -362,6 +344,7 @@ def test_recipe_refuses(field, value):
     assert repr(value) in str(caught.value) and "allowed is" in str(caught.value)
 
 
+@law
 def a_nan_stops_the_run_before_the_step():
     model, last = adapted(), {}
 
@@ -376,10 +359,6 @@ def a_nan_stops_the_run_before_the_step():
     assert_same(values(model), last)
     assert "step 5 of 12" in str(caught.value) and "nan" in str(caught.value)
     assert f"learning rate {learning_rate(settings, 4):.3g}" in str(caught.value)
-
-
-def test_a_nan_stops_the_run_before_the_step():
-    a_nan_stops_the_run_before_the_step()
 
 
 def test_an_infinite_gradient_stops_the_run_before_the_step():
@@ -397,6 +376,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(monkeypatch):
         run(adapted(), recipe(validate_every=2, patience=1))
 
 
+@law
 def an_adapter_behind_a_zero_is_noticed():
     model = adapted()
     broken = model.model.layers[1].mlp.up_proj
@@ -406,6 +386,7 @@ def an_adapter_behind_a_zero_is_noticed():
     assert "layers.1.mlp.up_proj.A: its gradient is zero" in str(caught.value)
 
 
+@law
 def an_adapter_that_is_not_used_is_noticed():
     model = adapted()
     unused = model.model.layers[0].self_attn.q_proj
@@ -415,23 +396,12 @@ def an_adapter_that_is_not_used_is_noticed():
     assert "q_proj.B: no gradient reached it" in str(caught.value)
 
 
-def test_an_adapter_behind_a_zero_is_noticed():
-    an_adapter_behind_a_zero_is_noticed()
-
-
-def test_an_adapter_that_is_not_used_is_noticed():
-    an_adapter_that_is_not_used_is_noticed()
-
-
+@law
 def updates_that_vanish_are_noticed():
     model = adapted("full", dtype=torch.bfloat16)
     nn.init.ones_(model.model.norm.weight)  # where bfloat16's neighbour is 0.4 % away
     with pytest.raises(RuntimeError, match=r"norm\.weight: its updates vanish in"):
         run(model, recipe(lr=1e-5, weight_decay=0.0))
-
-
-def test_updates_that_vanish_are_noticed():
-    updates_that_vanish_are_noticed()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -628,9 +598,7 @@ BUGS = {
 CAUGHT = (AssertionError, pytest.fail.Exception)  # the second: nothing was raised
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug):
-    assert_caught(*BUGS[bug], errors=CAUGHT)
+test_a_planted_bug_is_caught = each_is_caught(BUGS, errors=CAUGHT)
 
 
 def test_the_last_weights_in_place_of_the_best_are_caught(monkeypatch):

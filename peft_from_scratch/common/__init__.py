@@ -1,1 +1,1 @@
-"""TODO: essay."""
+"""What all rooms use and none owns: digests, silence, checks, small files."""

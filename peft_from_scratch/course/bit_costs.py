@@ -3,14 +3,13 @@
 steps = Steps(base, method, task, …)      a run that can be watched step by step
 held(model)                               bytes by what holds them
 kept(product, x)                          bytes that autograd keeps for backward
-dequantized(step)                         how often a step makes weights of codes
+dequantized(step)                         how often a step dequantizes a weight
 """
 
 import time
 from collections.abc import Callable
 from statistics import median
 from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import torch
@@ -119,13 +118,14 @@ def kept(product: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 
 def dequantized(step: Callable[[], object]) -> int:
-    """How many times a step makes a weight of its codes."""
-    whole = NF4Linear.dequantized
-    with mock.patch.object(
-        NF4Linear, "dequantized", autospec=True, side_effect=whole
-    ) as seen:
+    """How many times a step dequantizes a weight, over all weights in four bits."""
+    layers: list[NF4Linear] = []
+    NF4Linear.on_dequantize.append(layers.append)
+    try:
         step()
-    return seen.call_count
+    finally:
+        NF4Linear.on_dequantize.remove(layers.append)
+    return len(layers)
 
 
 def span(rows) -> tuple[float, float, float]:

@@ -39,8 +39,8 @@ from ..core.adapter import is_finite, is_transposed, replace_modules, sizes
 from ..core.targets import PROJECTIONS, shortened
 from ..nf4.blocks import DTYPES, Quantized
 from ..nf4.codes import book
-from ..nf4.double import BLOCK, Doubled
-from ..nf4.linear import NF4Linear, share_scratch
+from ..nf4.double import BLOCK, DoubleQuantized
+from ..nf4.linear import NF4Linear, share_buffer
 from .pretrained import quiet_transformers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -144,15 +144,15 @@ def _plain_tensors(model, packed) -> dict[str, Tensor]:
 def _in_file(name: str, module: NF4Linear) -> dict[str, Tensor]:
     """The tensors of one projection, by their names after the module's."""
     q = module.quantized
-    doubled = isinstance(q.absmax, Doubled)
-    if q.code not in IN_FILES or (doubled and q.absmax.code != "dynamic"):
+    doubled = isinstance(q.absmax, DoubleQuantized)
+    if q.codebook not in IN_FILES or (doubled and q.absmax.codebook != "dynamic"):
         raise ValueError(
-            f"{name}: the layout has no place for code={q.code!r}, "
-            f"double={module.recipe!r}; it knows {', '.join(IN_FILES)}, double True "
-            "or False"
+            f"{name}: the layout has no place for code={q.codebook!r}, "
+            f"double={module.constant_codebook!r}; it knows {', '.join(IN_FILES)}, "
+            "double True or False"
         )
     state = {
-        "quant_type": q.code,
+        "quant_type": q.codebook,
         "blocksize": q.block,
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
@@ -160,7 +160,7 @@ def _in_file(name: str, module: NF4Linear) -> dict[str, Tensor]:
     tensors = {
         "weight": q.packed[:, None],
         "weight.absmax": q.absmax.codes if doubled else q.absmax,
-        "weight.quant_map": book(q.code, CPU).values,
+        "weight.quant_map": book(q.codebook, CPU).values,
     }
     if doubled:
         state |= {
@@ -168,10 +168,10 @@ def _in_file(name: str, module: NF4Linear) -> dict[str, Tensor]:
             "nested_dtype": "float32",
             "nested_offset": q.absmax.offset.item(),
         }
-        tensors["weight.nested_absmax"] = q.absmax.units
+        tensors["weight.nested_absmax"] = q.absmax.nested_absmax
         tensors["weight.nested_quant_map"] = book("dynamic", CPU).values
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    tensors[f"weight.{STATE}{q.code}"] = text
+    tensors[f"weight.{STATE}{q.codebook}"] = text
     return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
 
@@ -188,8 +188,8 @@ def _described(model: nn.Module, packed: dict[str, NF4Linear]) -> dict:
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": first.code,
-        "bnb_4bit_use_double_quant": first.recipe is not None,
+        "bnb_4bit_quant_type": first.codebook,
+        "bnb_4bit_use_double_quant": first.constant_codebook is not None,
         "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": kept,
@@ -279,7 +279,7 @@ def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         q = _from_file(name, module, tensors)  # its bias has no memory yet
         packed = NF4Linear(q, module.bias, transposed=is_transposed(module))
         replace_modules(model, {module: packed})
-    share_scratch(model)
+    share_buffer(model)
 
 
 def _from_file(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Quantized:
@@ -308,7 +308,7 @@ def _from_file(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Quan
     return Quantized(packed, absmax, torch.Size(shape), DTYPE[dtype], block, code)
 
 
-def _doubled(tensors, start: str, state: dict, blocks: int) -> Doubled:
+def _doubled(tensors, start: str, state: dict, blocks: int) -> DoubleQuantized:
     offset = state["nested_offset"]
     fits = state.get("nested_blocksize") == BLOCK and is_finite(offset)
     if not fits or state.get("nested_dtype") != "float32":
@@ -319,8 +319,8 @@ def _doubled(tensors, start: str, state: dict, blocks: int) -> Doubled:
         tensors, f"{start}.nested_absmax", torch.float32, -(-blocks // BLOCK)
     )
     offset = torch.tensor(offset, dtype=torch.float32)
-    doubled = Doubled(codes, units, offset, "dynamic")
-    if not doubled.restored().isfinite().all():
+    doubled = DoubleQuantized(codes, units, offset, "dynamic")
+    if not doubled.dequantize().isfinite().all():
         raise ValueError(f"{start}: its constants are not finite numbers")
     return doubled
 

@@ -105,7 +105,7 @@ def test_doubled_constants_are_bit_equal(w, block, code):
     q = nf4.quantize(w, block, True, code)
     assert same(q.packed, packed)
     assert same(q.absmax.offset, state.offset)
-    assert same(q.absmax.units, state.state2.absmax)
+    assert same(q.absmax.nested_absmax, state.state2.absmax)
     assert same(q.absmax.codes, state.absmax)
     assert same(nf4.dequantize(q), values)
 
@@ -124,16 +124,16 @@ def test_eight_bit_codes_of_many_constants(blocks, spread):
     codes, state = functional.quantize_blockwise(absmax - offset, blocksize=256)
     restored = functional.dequantize_blockwise(codes, state) + offset
     assert same(doubled.codes, codes)
-    assert same(doubled.units, state.absmax)
-    assert same(doubled.restored(), restored)
+    assert same(doubled.nested_absmax, state.absmax)
+    assert same(doubled.dequantize(), restored)
     assert same(dynamic(), state.code)
     if blocks == 1:
-        assert doubled.units == 0 and same(doubled.restored(), absmax)
+        assert doubled.nested_absmax == 0 and same(doubled.dequantize(), absmax)
 
 
 def test_without_the_steps_some_codes_would_differ():
     law = partial(test_eight_bit_codes_of_many_constants, 12_345, 1.0)
-    assert_caught(double_quantize, 'if code == "dynamic":', "if False:", law)
+    assert_caught(double_quantize, 'if codebook == "dynamic":', "if False:", law)
 
 
 def test_zero_blocks():
