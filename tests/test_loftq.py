@@ -96,9 +96,9 @@ BUGS = {
         it_starts_at_the_best_of_its_rank,
     ),
     "codes of something else": Bug(
-        loftq.inject,
-        "qlora.inject(model, **arguments)",
-        "qlora.inject(model, block=32, **arguments)",
+        loftq.plan,
+        "qlora.plan(model, **arguments)",
+        "qlora.plan(model, block=32, **arguments)",
         its_codes_are_qloras,
     ),
 }

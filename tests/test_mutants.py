@@ -23,7 +23,9 @@ from peft_from_scratch.core import adapter, targets
 from peft_from_scratch.core.adapter import Adapter
 from peft_from_scratch.files import exchange, patterns
 from peft_from_scratch.methods import lora as method
-from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+from peft_from_scratch.methods import lora_config, lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
 ROWS = {row.name: row for row in METHODS}
 SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
@@ -124,23 +126,47 @@ LORA = {
         "if False:",
         lora_laws.both_derivatives_are_those_of_finite_differences,
     ),
+    "the equation without its scale": Bug(
+        LoRA.forward,
+        "y + self.scale * F",
+        "y + F",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale": Bug(
+        LowRankUpdate.forward,
+        "_rows(h), B.T, alpha=scale",
+        "_rows(h), B.T",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale, in half precision": Bug(
+        LowRankUpdate.forward,
+        "F.linear(h, B), alpha=scale",
+        "F.linear(h, B)",
+        lora_laws.fast_equals_plain,
+    ),
+    "what a hook has kept is written into": Bug(
+        lora_fast.is_safe,
+        " or base._forward_hooks",
+        "",
+        lora_laws.what_a_hook_has_kept_is_not_written_into,
+    ),
     "dropout is not passed on": Bug(
-        method.wrap_all,
+        lora_config.plan_layers,
         '("rslora", "dropout")',
         '("rslora",)',
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
         targets.per_module,
-        "dict.fromkeys(chosen, value) | values",
-        "values | dict.fromkeys(chosen, value)",
+        "dict.fromkeys(matches, value) | values",
+        "values | dict.fromkeys(matches, value)",
         lora_laws.every_argument_reaches_every_module,
     ),
 }
 
 CONTRACT = {
     "the base trains as well": Bug(
-        adapter.inject,
+        adapter.apply,
         "model.requires_grad_(False)",
         "pass",
         contract(laws.only_what_is_trainable_moves),
@@ -152,27 +178,27 @@ CONTRACT = {
         contract(laws.counts_equal_the_formula),
     ),
     "adapters in training mode whatever the model's": Bug(
-        adapter.inject,
-        ".train(m.training)",
-        "",
+        adapter._in_mode,
+        "module.training = adapter.base.training",
+        "pass",
         contract(laws.mode_is_kept_and_changes_nothing),
     ),
     "a second injection is let through": Bug(
-        adapter.refuse_second,
-        "if is_injected(model):",
+        targets.refuse_second,
+        "if injection is not None:",
         "if False:",
         contract(laws.a_second_injection_is_refused),
     ),
     "adapters in a part of the model are not seen": Bug(
-        adapter.refuse_second,
-        'isinstance(module, Adapter) or hasattr(module, "base_layer")',
+        targets.refuse_second,
+        'isinstance(module, Wrapper) or hasattr(module, "base_layer")',
         "False",
         verbs.adapters_in_a_part_are_refused,
     ),
     "what reads the weight itself goes past the adapter": Bug(
         Adapter.__getattr__,
         "raise AttributeError(",
-        "return getattr(self.base, name)\n            raise AttributeError(",
+        "return getattr(self.base, name)\n        raise AttributeError(",
         verbs.what_reads_the_weight_itself_is_told,
     ),
     "compiled modules have names of their own": Bug(
@@ -182,16 +208,78 @@ CONTRACT = {
         verbs.compiled_models_have_the_same_names,
     ),
     "a failed injection leaves the base frozen": Bug(
-        adapter.inject,
-        "_set_flags(model, before)",
+        adapter.plan,
+        "_set_flags(model, flags)",
         "pass",
-        lora_laws.a_failed_injection_leaves_no_trace,
+        verbs.an_injection_that_fails_late_leaves_no_trace,
+    ),
+    "a plan freezes the base": Bug(
+        adapter.plan,
+        "_set_flags(model, flags)",
+        "pass",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan puts its adapters in": Bug(
+        adapter.plan,
+        "if not made and not names:",
+        "replace_modules(model, {m: made[n] for n, m in modules.items()})\n"
+        "    if not made and not names:",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan takes the layers out of their mode": Bug(
+        adapter._in_mode,
+        "if module not in of_base:",
+        "if True:",
+        contract(laws.a_plan_touches_nothing, "prompt"),
+    ),
+    "inject plans something else": Bug(
+        method.inject,
+        "plan(model, **options)",
+        "plan(model, r=r, alpha=alpha)",
+        contract(laws.inject_is_plan_and_apply, "lora-patterns"),
+    ),
+    "what was planned to train is forgotten": Bug(
+        adapter.apply,
+        "_named_parameters(model, plan.base_params)",
+        "{}",
+        contract(laws.counts_equal_the_formula, "lora-biases", "gpt2"),
+    ),
+    "a plan is applied to any model": Bug(
+        adapter._refuse_another,
+        "is not adapter.base",
+        "is None",
+        verbs.a_plan_is_for_its_model_as_it_was,
+    ),
+    "a disabled adapter forgets the biases": Bug(
+        adapter.disabled,
+        "parameter.copy_(trained[name])",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "lora-biases", "gpt2"),
+    ),
+    "an error leaves the adapters off": Bug(
+        adapter.disabled,
+        "finally:",
+        "except ZeroDivisionError:\n        pass\n    else:",
+        contract(laws.disabled_is_the_untouched_model),
+    ),
+    "a disabled PiSSA leaves its principal part in": Bug(
+        adapter.disabled,
+        "adapter.on_attach()",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "pissa"),
+    ),
+    "every read of a forward enters two functions": Bug(
+        Adapter.__getattr__,
+        '("_parameters", "_modules", "_buffers")',
+        '("_modules", "_buffers")',
+        verbs.a_read_in_a_forward_enters_one_function,
     ),
     "adapters are put in place before all are made": Bug(
-        adapter.inject,
-        "adapters = {m: wrap(m).train(m.training) for m in modules.values()}",
-        "adapters = {}\n        for m in modules.values():\n"
-        "            adapters[m] = wrap(m)\n            replace_modules(model, adapters)",
+        adapter.plan,
+        "made = {name: _in_mode(wrap(module)) for name, module in modules.items()}",
+        "made = {}\n        for name, module in modules.items():\n"
+        "            made[name] = wrap(module)\n"
+        "            replace_modules(model, {module: made[name]})",
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(
@@ -213,21 +301,21 @@ CONTRACT = {
         contract(laws.remove_is_exact),
     ),
     "remove leaves the trained biases": Bug(
-        adapter.remove,
-        "parameter.copy_(injected(model).own[name])",
+        adapter._restore_base,
+        "parameter.copy_(originals[name])",
         "pass",
         contract(laws.remove_is_exact, "lora-biases", "gpt2"),
     ),
     "originals are kept by reference": Bug(
-        adapter.inject,
-        "p.detach().clone()",
-        "p.detach()",
+        adapter.apply,
+        "parameter.detach().clone()",
+        "parameter.detach()",
         contract(laws.remove_is_exact, "full", "opt"),
     ),
     "remove without originals keeps the trained weights": Bug(
-        adapter.remove,
+        adapter._restore_base,
         "if lost:",
-        "if lost:\n        return unwrap_adapters(model)\n    if lost:",
+        "if lost:\n        return\n    if lost:",
         contract(laws.remove_is_exact, "full-lost"),
     ),
     "the head counts as a projection of the layers": Bug(
@@ -238,7 +326,7 @@ CONTRACT = {
     ),
     "a typo inside a list is skipped": Bug(
         targets._match,
-        "if not chosen:",
+        "if not matches:",
         "if False:",
         targeting.a_typo_inside_a_list_is_refused,
     ),

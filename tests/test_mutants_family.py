@@ -50,13 +50,13 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "tokens stand where P stands": Bug(
-        DecoderAdapter.moved,
+        DecoderAdapter.shifted_position_ids,
         "return position_ids + self.n",
         "return position_ids",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "positions one too low": Bug(
-        DecoderAdapter.moved,
+        DecoderAdapter.shifted_position_ids,
         "return position_ids + self.n",
         "return position_ids + self.n - 1",
         of_prompt(soft.positions_from_the_caller_are_moved, "llama"),
@@ -68,38 +68,38 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "padding counts as a position": Bug(
-        DecoderAdapter.moved,
+        DecoderAdapter.shifted_position_ids,
         "attention_mask.long().cumsum(-1)",
         "attention_mask.new_ones(attention_mask.shape).long().cumsum(-1)",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "P in front of the padding": Bug(
         Prompt.forward,
-        "E = _put_behind(pads,",
-        "E = _put_behind(0 * pads,",
+        "E = insert_after_padding(pads,",
+        "E = insert_after_padding(0 * pads,",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "padding on the right is taken for padding on the left": Bug(
-        prompt._pads_on_the_left,
+        prompt.left_padding,
         "(attention_mask.long().cumsum(-1) == 0).sum(-1)",
         "(attention_mask == 0).sum(-1)",
         of_prompt(soft.padding_changes_no_logit, "gpt2", "right"),
     ),
     "the last n cut off in the place of the first": Bug(
-        prompt._without,
+        prompt.drop_prompt,
         "torch.where(j < pads[:, None], j, j + n)",
         "torch.where(j < pads[:, None], j, j)",
         of_prompt(soft.logits_are_those_of_tokens_in_front, "llama"),
     ),
     "the hidden states keep P": Bug(
-        prompt._without,
+        prompt.drop_prompt,
         "out.hidden_states = tuple(map(cut, out.hidden_states))",
         "pass",
         of_prompt(soft.what_leaves_has_the_callers_length, "llama"),
     ),
     "P enters the cache with every piece": Bug(
         Prompt.forward,
-        "first = seen_before(past_key_values) == 0",
+        "first = cache_length(past_key_values) == 0",
         "first = True",
         test_prompt.the_cache_holds_n_and_the_tokens,
     ),
@@ -122,7 +122,7 @@ PROMPT = {
         test_prompt.starts_uniform_between_minus_and_plus_one_half,
     ),
     "the vocabulary's start is a random one": Bug(
-        prompt._rows,
+        prompt.initial_ids,
         "return torch.randint(vocabulary, (n,))",
         "return torch.zeros(n, dtype=torch.long)",
         test_prompt.starts_from_rows_of_the_table,
@@ -146,7 +146,7 @@ PROMPT = {
         broken("prompt", "two submodules"),
     ),
     "the base trains beside P": Bug(
-        adapter.inject,
+        adapter.apply,
         "model.requires_grad_(False)",
         "pass",
         contract(laws.only_what_is_trainable_moves, "prompt"),
@@ -167,31 +167,31 @@ PREFIX = {
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "P behind the keys": Bug(
-        prefix._before,
+        prefix._prepend,
         "[P.expand(len(states), -1, -1, -1), states]",
         "[states, P.expand(len(states), -1, -1, -1)]",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "tokens see what follows": Bug(
-        prefix._widened,
+        prefix._widen,
         "mask.tril(t - t_q)[None, None]",
         "mask[None, None]",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "the mask hides P": Bug(
-        prefix._widened,
+        prefix._widen,
         "value=True if",
         "value=False if",
         of_prefix(soft.padding_changes_no_logit),
     ),
     "the mask of eager attention hides P": Bug(
-        prefix._widened,
+        prefix._widen,
         "else 0.0",
         "else -1e30",
         of_prefix(soft.padding_changes_no_logit, "llama", "left", test_prefix.eager),
     ),
     "the mask is widened on the right": Bug(
-        prefix._widened,
+        prefix._widen,
         "F.pad(mask, (n, 0)",
         "F.pad(mask, (0, n)",
         of_prefix(soft.padding_changes_no_logit),
@@ -210,13 +210,14 @@ PREFIX = {
     ),
     "positions start at 0": Bug(
         Prefix.forward,
-        "position_ids=self.moved(position_ids, attention_mask, past, t)",
-        "position_ids=position_ids",
+        "position_ids = self.shifted_position_ids("
+        "position_ids, attention_mask, past, t)",
+        "pass",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "positions start again with every piece": Bug(
         Prefix.forward,
-        "past = seen_before(past_key_values)",
+        "past = cache_length(past_key_values)",
         "past = 0",
         of_prefix(soft.pieces_without_a_mask_are_one_pass),
     ),
@@ -246,7 +247,7 @@ PREFIX = {
         test_prefix.another_attention_after_the_injection_is_noticed,
     ),
     "a model that hears nothing is let through": Bug(
-        prefix.reached,
+        prefix.probe_kv_shape,
         "if len(seen) != config.num_hidden_layers or len(sizes) != 1:",
         "if not sizes:\n        return (2, 4, 8)\n    if False:",
         test_prefix.a_model_that_would_ignore_it_is_refused,
@@ -280,8 +281,8 @@ PREFIX = {
 HOULSBY = {
     "the nonlinearity is forgotten": Bug(
         Bottleneck.forward,
-        "NONLINEARITIES[self.nonlinearity](",
-        "(",
+        "sigma(self.down(",
+        "(self.down(",
         behind.forward_and_gradients_are_those_of_the_equation,
     ),
     "the upper bias is forgotten": Bug(
@@ -303,8 +304,8 @@ HOULSBY = {
         behind.stands_behind_the_last_projections,
     ),
     "behind attention alone": Bug(
-        houlsby.inject,
-        "PLACEMENTS[placement]",
+        houlsby.plan,
+        "PLACEMENTS[config.placement]",
         "PLACEMENTS['houlsby'][:1]",
         partial(behind.stands_behind_the_last_projections, placement="pfeiffer"),
     ),
@@ -321,9 +322,9 @@ HOULSBY = {
         behind.starts_near_the_identity,
     ),
     "every nonlinearity is a GELU": Bug(
-        houlsby.inject,
-        "Bottleneck(base, m, nonlinearity)",
-        "Bottleneck(base, m)",
+        houlsby.plan,
+        "Bottleneck(base, config.m, config.nonlinearity)",
+        "Bottleneck(base, config.m)",
         behind.stands_behind_the_last_projections,
     ),
 }
@@ -454,7 +455,7 @@ PISSA = {
     ),
     "a tied weight is split": Bug(
         pissa._refuse_tied,
-        "if len(held) > 1:",
+        "if len(sharing) > 1:",
         "if False:",
         family.a_tied_weight_is_refused,
     ),
@@ -468,7 +469,7 @@ PISSA = {
 
 IA3S = {
     "keys and values in front, the MLP behind": Bug(
-        ia3.inject,
+        ia3.plan,
         'kinds.get(name) == "mlp"',
         'kinds.get(name) != "mlp"',
         contract(laws.counts_equal_the_formula, "ia3"),
@@ -486,13 +487,13 @@ IA3S = {
         family.ia3_is_its_equation,
     ),
     "queries as well": Bug(
-        ia3._usual,
+        ia3._keys_values_and_mlp,
         "*targeting.matching(KEYS_AND_VALUES, attention)",
         "*attention",
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
     ),
     "all of the MLP": Bug(
-        ia3._usual,
+        ia3._keys_values_and_mlp,
         'last_projections(model, ("mlp",))',
         '{name for name, kind in kinds.items() if kind == "mlp"}',
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
@@ -507,7 +508,7 @@ IA3S = {
 
 BITFIT_AND_LORA_PLUS = {
     "weights train beside the biases": Bug(
-        bitfit.inject,
+        bitfit.plan,
         '== "bias"',
         'in ("bias", "weight")',
         family.biases_and_nothing_else_train,

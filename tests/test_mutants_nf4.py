@@ -14,7 +14,7 @@ import torch
 from planting import Bug, each_is_caught
 from test_mutants import contract
 
-from peft_from_scratch.core import adapter
+from peft_from_scratch.core import adapter, targets
 from peft_from_scratch.files import combine, exchange, quantized
 from peft_from_scratch.memory import meter
 from peft_from_scratch.methods import full, pissa, qlora
@@ -364,19 +364,19 @@ PRODUCTS = {
         left("quantized before"),
     ),
     "adapters are quantized under": Bug(
-        linear.quantize_model,
-        "adapter.refuse_second(model)",
+        targets.resolve,
+        "refuse_second(model)",
         "pass",
         left("adapters on it"),
     ),
     "the compute dtype is forgotten": Bug(
         linear.quantize_model,
-        "compute_dtype=compute_dtype,",
-        "",
+        "module.bias,\n            compute_dtype=compute_dtype,",
+        "module.bias,",
         products.arguments_reach_every_projection,
     ),
     "what is excluded is quantized": Bug(
-        linear.quantize_model,
+        linear.quantizable,
         "resolve(model, targets, exclude)",
         "resolve(model, targets)",
         products.arguments_reach_every_projection,
@@ -406,7 +406,7 @@ PRODUCTS = {
         products.what_changes_weights_is_refused_on_four_bits,
     ),
     "full fine-tuning beside codes": Bug(
-        full.inject,
+        full.plan,
         "isinstance(module, QuantizedLinear)",
         "False",
         products.what_changes_weights_is_refused_on_four_bits,
@@ -415,34 +415,46 @@ PRODUCTS = {
 
 QLORA = {
     "skip is ignored": Bug(
-        qlora.inject, "exclude=skip,", "", beside.every_argument_arrives
+        qlora.plan, "exclude=skip,", "", beside.every_argument_arrives
     ),
     "the block is ignored": Bug(
-        qlora.inject,
+        qlora.plan,
         "64 if block is None else block",
         "64",
         beside.every_argument_arrives,
     ),
     "adapters in float32 whatever was asked": Bug(
-        qlora.inject,
+        qlora.plan,
         "parameter.data.to(dtype or parameter.dtype)",
         "parameter.data",
         beside.every_argument_arrives,
     ),
     "quantized before the arguments are tried": Bug(
-        qlora.inject,
-        "names = _rehearsed(bare, targets, exclude, arguments)",
-        "names = ['model.layers.0.self_attn.q_proj']",
+        qlora.plan,
+        "model, bits = adapter.bare(model), None",
+        "quantize_model(model); model, bits = adapter.bare(model), None",
         behind("r=0"),
     ),
     "trying takes random numbers": Bug(
-        qlora._rehearsed,
-        "set_rng_state(before, device)",
-        "pass",
+        qlora.plan,
+        "planned = plan_layers(",
+        "torch.rand(1); planned = plan_layers(",
         beside.it_is_lora_on_the_quantized_model,
     ),
+    "a plan quantizes": Bug(
+        qlora.plan,
+        "quantizable(model, **bits)",
+        "quantize_model(model, **bits)",
+        partial(laws.a_plan_touches_nothing, beside.WHOLE[0], "llama"),
+    ),
+    "the adapters' bases outlive their codes": Bug(
+        qlora._quantize,
+        "layer.base = nn.Identity()",
+        "pass",
+        beside.full_weights_go_as_their_codes_come,
+    ),
     "other codes are asked for in vain": Bug(
-        qlora.inject,
+        qlora.plan,
         "elif any(value is not None for value in asked.values()):",
         "elif False:",
         beside.codes_are_not_quantized_a_second_time,

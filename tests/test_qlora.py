@@ -4,7 +4,10 @@ import copy
 import json
 import math
 import warnings
+import weakref
+from functools import partial
 
+import laws
 import pytest
 import torch
 from adapter_files import A, contents, parsed, tampered
@@ -21,7 +24,7 @@ from peft_from_scratch.core.targets import resolve
 from peft_from_scratch.files import combine, exchange
 from peft_from_scratch.files.exchange import BITS, CONFIG, WEIGHTS
 from peft_from_scratch.memory.meter import count
-from peft_from_scratch.methods import qlora
+from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear
 
@@ -102,6 +105,36 @@ def test_targets_of_all_kinds_are_resolved_before_quantizing():
         model = build("llama")
         names = qlora.inject(model, targets=targets, **ARGUMENTS)
         assert list(adapters(model)) == names and len(packed(model)) == 14
+
+
+@law
+def full_weights_go_as_their_codes_come(monkeypatch):
+    """A plan that held on to them would cost the bytes that four bits save."""
+    model = build("llama")
+    full = [weakref.ref(module) for module in resolve(model, "all-linear").values()]
+    sound, alive = NF4Linear.__init__, []
+
+    def counting(*arguments, **options):
+        alive.append(sum(module() is not None for module in full))
+        sound(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NF4Linear, "__init__", counting)
+        qlora.inject(model, **ARGUMENTS)
+    assert alive == list(range(len(full), 0, -1))
+
+
+WHOLE = [
+    laws.Method("qlora", partial(qlora.inject, r=4, block=32, skip="mlp"), len),
+    laws.Method("loftq", partial(loftq.inject, r=4, double=False), len),
+]
+
+
+@pytest.mark.parametrize("method", WHOLE, ids=lambda m: m.name)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_plan_quantizes_nothing_and_is_what_is_injected(method, architecture):
+    laws.a_plan_touches_nothing(method, architecture)
+    laws.inject_is_plan_and_apply(method, architecture)
 
 
 def nan_in(model):

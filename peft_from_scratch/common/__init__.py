@@ -1,1 +1,1 @@
-"""What every other room uses and no room owns: digests, silence, checks, small files."""
+"""What all rooms use and none owns: digests, silence, checks, small files."""

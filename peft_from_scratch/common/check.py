@@ -8,7 +8,8 @@ and the mathematics below it stays visible.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 LONGEST = 200  # characters of a value that an error shows
 
@@ -74,10 +75,31 @@ def flag(name: str, value) -> None:
     require(isinstance(value, bool), name, value, "allowed are True and False")
 
 
+def known(
+    function: str, arguments: Collection[str], allowed: Collection[str], of: str = ""
+) -> None:
+    """TypeError naming the first argument that the function does not have."""
+    unknown = sorted(set(arguments) - set(allowed))
+    if unknown:
+        raise TypeError(
+            f"{function} has no argument {unknown[0]!r}; it has {of}"
+            f"{', '.join(allowed)}"
+        )
+
+
 def require(fine: bool, name: str, value, sentence: str) -> None:
     """ValueError "name=value: sentence" unless the value is fine."""
     if not fine:
         raise ValueError(f"{name}={shortened(value)}: {sentence}")
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Puts `name`, a module's for example, before the words of a ValueError inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def is_whole(value, least: float = -math.inf, most: float | None = None) -> bool:

@@ -3,20 +3,24 @@
 Every method *wraps modules*. An `Adapter` is a module that holds a frozen module as
 `.base` and adds something trainable beside it. From that one sentence follow the verbs:
 
-    inject     put an adapter in front of every matching module; freeze the rest
+    plan       check everything, make the adapters, leave the model alone
+    apply      put the planned adapters in front of their modules; freeze the rest
+    inject     both
     trainable  the parameters of the adapters that are not under `.base`
     merge      fold the adapters into the weights they stand beside, where possible
     remove     take them off again; the model is what it was, bit for bit
+    disabled   a with-block in which the model computes as if they were removed
 
 `save` and `load` (exchange.py) read the same definition. No name of a parameter is ever
 searched for a substring.
 
-Two declared exceptions train tensors that the model itself owns: full fine-tuning, and
-the biases that `lora.inject(..., bias=...)` asks for. The injection lists them by name
-as `own`, with the original values where `remove` shall be able to bring them back.
+Two declared exceptions train parameters of the model itself: full fine-tuning, and the
+biases that `lora.inject(..., bias=...)` asks for. The injection lists these base
+parameters by name, with their original values where `remove` shall bring them back.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
@@ -30,7 +34,9 @@ from .targets import (
     PROJECTIONS,
     QuantizedLinear,
     Targets,
+    Wrapper,
     named_modules,
+    refuse_second,
     resolve,
     uncompiled,
 )
@@ -40,39 +46,43 @@ class CannotMerge(ValueError):
     """The adapters cannot be folded into the weights; the message says why."""
 
 
-class Adapter(nn.Module):
+class Adapter(Wrapper):
     """A frozen module with something trainable beside it.
 
     Args
         base  the module to wrap; frozen here
     A subclass registers its own parameters, computes `forward`, names its tensors in
     saved files by `file_names`, and, where the mathematics allow, returns `merged`. One
-    that must change the base while it stands before it does so in `attached`.
+    that edits the base while it wraps it does so in `attached`.
     """
 
     file_names: ClassVar[
         Mapping[str, str]
     ] = {}  # parameter -> its name in a saved file
-    loraplus_parameters: ClassVar[
-        tuple[str, ...]
-    ] = ()  # those that LoRA+ gives a larger rate
+    # Parameters that LoRA+ trains at a higher learning rate (LoRA's B).
+    loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     cannot_merge = "it has no equivalent weight to merge into"
 
     def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base.requires_grad_(False)
+        super().__init__(base.requires_grad_(False))
 
     def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name != "base" and hasattr(self.base, name):
-                raise AttributeError(
-                    f"something reads .{name} of a wrapped {type(self.base).__name__}, "
-                    "past the adapter, as the mixers of state-space models do: leave "
-                    "this module out of the targets (exclude=…)"
-                ) from None
-            raise
+        """A parameter, buffer or submodule; else an AttributeError that helps.
+
+        torch's own method comes last, for its words: to ask it first would make every
+        read of A or B in a forward enter two functions.
+        """
+        for registry in ("_parameters", "_modules", "_buffers"):
+            registered = self.__dict__.get(registry)
+            if registered and name in registered:
+                return registered[name]
+        if name != "base" and hasattr(self.base, name):
+            raise AttributeError(
+                f"something reads .{name} of a wrapped {type(self.base).__name__}, "
+                "past the adapter, as the mixers of state-space models do: leave "
+                "this module out of the targets (exclude=…)"
+            )
+        return super().__getattr__(name)
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """{name: tensor of the base, the adapter folded in}, computed in `dtype`."""
@@ -83,13 +93,35 @@ class Adapter(nn.Module):
         return {key: self.get_parameter(own) for own, key in self.file_names.items()}
 
     def on_attach(self) -> None:
-        """Called when every adapter is in its place: change the base here, if need be.
+        """Called once after all adapters are in place.
 
-        What this changes, `removed` puts back, bit for bit, and `merged` knows of.
+        A method that edits the base (PiSSA) does so here and undoes it in `removed`,
+        bit for bit.
         """
 
     def on_remove(self) -> None:
         """Called by remove(), before the adapter is taken off."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An injection that has been checked and not yet made; apply() makes it, once.
+
+    method          name of the method's module, which save() writes: "lora", "full", …
+    config          what that method needs to be injected again, as JSON can hold it
+    adapters        {module name: Adapter}, ready, and not yet in the model
+    base_params     names of the model's own parameters that train as well
+    keep_originals  whether to keep a copy of those, so that remove() can restore them
+    prepare         a function that changes the model first (QLoRA quantizes it), whole
+                    or not at all; None for most methods
+    """
+
+    method: str
+    config: dict
+    adapters: dict[str, Adapter]
+    base_params: tuple[str, ...] = ()
+    keep_originals: bool = True
+    prepare: Callable[[nn.Module], None] | None = None
 
 
 @dataclass
@@ -100,33 +132,35 @@ class Injection:
     config: dict  # the arguments of its inject, as JSON can hold them
     requires_grad: dict[str, bool]  # each parameter's flag before
     vocabulary: int | None  # rows of the input embedding
-    own: dict[str, Tensor | None] = field(
+    originals: dict[str, Tensor | None] = field(
         default_factory=dict
-    )  # name -> original, if kept
+    )  # base parameter that trains -> its original value, if kept
 
 
-def inject(
+def plan(
     model: nn.Module,
     wrap: Callable[[nn.Module], Adapter],
     targets: Targets,
     *,
     method: str = "custom",
     config: Mapping | None = None,
-    own: Iterable[str] = (),
-    keep_own: bool = True,
-) -> list[str]:
-    """Freeze the model and put `wrap(module)` in the place of every target.
+    base_params: Iterable[str] = (),
+    keep_originals: bool = True,
+) -> Plan:
+    """Everything that an injection will do, checked, with the adapters already made.
+
+    Each method has a `plan(model, …)` as well, with the arguments of its `inject`. The
+    contract of both: a plan raises all that can be wrong, and the model is afterwards
+    what it was, in every bit, flag, module and training mode. Only torch's random
+    generators may have moved.
 
     Args
-        wrap      called with each module, returns its Adapter
-        targets   see targets.resolve; or a ready {name: module}
-        method    the name of the method's module, which save() writes
-        config    what that method needs to be injected again, as JSON can hold it
-        own       names of the model's own parameters that train as well
-        keep_own  keep a copy of those, so that remove() can bring them back
-    Returns  the wrapped modules' names, in the model's order
-    Raises   ValueError   nothing matches, or the model carries adapters already;
-             the model is then as it was
+        wrap            called with each module, returns its Adapter
+        targets         see targets.resolve; or a ready {name: module}
+        method, config, base_params, keep_originals   see Plan
+    Returns  a Plan, for apply() on this same model
+    Raises   ValueError   nothing matches, or the model carries adapters already
+             RuntimeError   inside torch.inference_mode()
     """
     model = unwrap_compiled(model)
     refuse_second(model)
@@ -137,33 +171,67 @@ def inject(
         )
     modules = targets if isinstance(targets, Mapping) else resolve(model, targets)
     _refuse_strangers(model, modules)
-    before = {uncompiled(n): p.requires_grad for n, p in model.named_parameters()}
+    names = tuple(_named_parameters(model, base_params))
+    flags = _flags(model)
     try:
-        adapters = {m: wrap(m).train(m.training) for m in modules.values()}
-        parameters = _own(model, own)
-        kept = {
-            n: p.detach().clone() if keep_own else None for n, p in parameters.items()
-        }
-        if not adapters and not kept:
-            raise ValueError("targets is empty: the injection would train nothing")
-        injection = Injection(
-            method, dict(config or {}), before, vocabulary(model), kept
-        )
-    except BaseException:
-        _set_flags(model, before)
-        raise
+        made = {name: _in_mode(wrap(module)) for name, module in modules.items()}
+    finally:
+        _set_flags(model, flags)  # an Adapter freezes its base, a plan freezes nothing
+    if not made and not names:
+        raise ValueError("targets is empty: the injection would train nothing")
+    return Plan(method, dict(config or {}), made, names, keep_originals)
+
+
+def apply(model: nn.Module, plan: Plan) -> list[str]:
+    """Carry out a plan: freeze the model, put the adapters in, let base_params train.
+
+    Returns  names of the wrapped modules, in the model's order; of the base parameters
+             that train, where no module is wrapped
+    Raises   ValueError   the model is not the one that was planned, or not any more.
+             The model is then as it was; so it is where an adapter cannot be attached,
+             but for what `plan.prepare` has changed
+    """
+    model = unwrap_compiled(model)
+    refuse_second(model)
+    if plan.prepare is not None:
+        plan.prepare(model)
+    _refuse_another(model, plan)
+    parameters = _named_parameters(model, plan.base_params)
+    originals = {
+        name: parameter.detach().clone() if plan.keep_originals else None
+        for name, parameter in parameters.items()
+    }
+    model.pfs_injection = Injection(
+        plan.method, plan.config, _flags(model), vocabulary(model), originals
+    )
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    replace_modules(model, adapters)
-    model.pfs_injection = injection
+    replace_modules(
+        model, {adapter.base: adapter for adapter in plan.adapters.values()}
+    )
     try:
-        for adapter in adapters.values():
+        for adapter in plan.adapters.values():
             adapter.on_attach()
     except BaseException:
         remove(model)
         raise
-    return list(modules)
+    return list(plan.adapters or plan.base_params)
+
+
+def inject(
+    model: nn.Module,
+    wrap: Callable[[nn.Module], Adapter],
+    targets: Targets,
+    **options,
+) -> list[str]:
+    """Freeze the model and put `wrap(module)` in the place of every target.
+
+    Args     those of plan()
+    Returns  the wrapped modules' names, in the model's order
+    Raises   those of plan(), the model as it was
+    """
+    return apply(model, plan(model, wrap, targets, **options))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -173,26 +241,26 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters that train, by their name before the injection."""
-    own = injected(model).own if is_injected(model) else {}
-    if not own:
+    names = injected(model).originals if is_injected(model) else {}
+    if not names:
         return {}
-    now = original_names(model)
-    return {now[n]: p for n, p in model.named_parameters() if now[n] in own}
+    before = original_names(model)
+    return {before[n]: p for n, p in model.named_parameters() if before[n] in names}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that a training step may move, by name; empty without adapters.
 
     These are the parameters of an `Adapter` that are not under its `.base`, and the
-    tensors of the model itself that the injection declared.
+    model's own parameters that the injection declared.
     """
-    found = {
+    of_adapters = {
         f"{name}.{inner}": parameter
         for name, adapter in adapters(model).items()
         for inner, parameter in adapter.named_parameters()
         if not inner.startswith("base.")
     }
-    return found | base_parameters(model)
+    return of_adapters | base_parameters(model)
 
 
 @torch.no_grad()
@@ -201,8 +269,8 @@ def merge(model: nn.Module) -> dict[str, float]:
 
     Computed in float64 (float32 on MPS, which has no float64) and rounded once to the
     weight's dtype. All or nothing: every merged weight is ready and checked before the
-    first one is written. A projection in four bits leaves them: a sum of codes and an
-    update is no code, and a plain one with the exact sum takes its place.
+    first one is written. A 4-bit projection becomes a full-precision one, because base
+    plus update has no exact 4-bit form.
 
     Returns  {module name: rounding error}, dimensionless: the norm of what rounding to
              the weight's dtype lost, over the norm of the change. Keep a copy of the
@@ -239,14 +307,50 @@ def merge(model: nn.Module) -> dict[str, float]:
     return errors
 
 
-@torch.no_grad()
 def remove(model: nn.Module) -> None:
     """Undo inject: the model is what it was before, bit for bit.
 
     Raises  ValueError  full fine-tuning without `keep_original=True`: the original
             weights are gone, and nothing is touched
     """
-    lost = [name for name, original in injected(model).own.items() if original is None]
+    _restore_base(model)
+    unwrap_adapters(model)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it did before the injection, bit for bit.
+
+    Afterwards the adapters are back with all that they have learned, after an error
+    as well. For a look at the base, as DPO's reference for example; not to train in.
+
+    Raises  ValueError  as remove()
+    """
+    model = unwrap_compiled(model)
+    wrapped = list(adapters(model).values())
+    base_params = base_parameters(model)
+    trained = {name: p.detach().clone() for name, p in base_params.items()}
+    _restore_base(model)
+    replace_modules(model, {adapter: adapter.base for adapter in wrapped})
+    try:
+        yield
+    finally:
+        replace_modules(model, {adapter.base: adapter for adapter in wrapped})
+        with torch.no_grad():
+            for name, parameter in base_params.items():
+                parameter.copy_(trained[name])
+        for adapter in wrapped:
+            adapter.on_attach()
+
+
+@torch.no_grad()
+def _restore_base(model: nn.Module) -> None:
+    """Give the base the values of before the injection; ValueError where they are lost.
+
+    The adapters stay in place.
+    """
+    originals = injected(model).originals
+    lost = [name for name, original in originals.items() if original is None]
     if lost:
         raise ValueError(
             f"remove() cannot restore {lost[0]} ({len(lost)} such tensors): their "
@@ -254,10 +358,9 @@ def remove(model: nn.Module) -> None:
             "model again; merge() keeps the trained weights"
         )
     for name, parameter in base_parameters(model).items():
-        parameter.copy_(injected(model).own[name])
+        parameter.copy_(originals[name])
     for adapter in adapters(model).values():
         adapter.on_remove()
-    unwrap_adapters(model)
 
 
 def unwrap_adapters(model: nn.Module) -> None:
@@ -289,22 +392,6 @@ def injected(model: nn.Module) -> Injection:
             f"this {type(model).__name__} carries no adapter; inject or load one first"
         )
     return model.pfs_injection
-
-
-def refuse_second(model: nn.Module) -> None:
-    """ValueError where the model, or a part of it, carries adapters already."""
-    if is_injected(model):
-        raise ValueError(
-            f"this {type(model).__name__} carries {injected(model).method} adapters "
-            "already; merge() or remove() them first"
-        )
-    for name, module in named_modules(model):
-        if isinstance(module, Adapter) or hasattr(module, "base_layer"):
-            raise ValueError(
-                f"{name} of this {type(model).__name__} is a {type(module).__name__} "
-                "already, from an injection into a part of the model or from another "
-                "library; remove it the way it came"
-            )
 
 
 def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
@@ -423,12 +510,27 @@ def replace_modules(
                 setattr(parent, name, old_to_new[child])
 
 
+def _flags(model) -> dict[str, bool]:
+    """{parameter: whether it asks for a gradient}"""
+    return {uncompiled(n): p.requires_grad for n, p in model.named_parameters()}
+
+
 def _set_flags(model, flags) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(uncompiled(name), parameter.requires_grad))
 
 
-def _own(model, names) -> dict[str, nn.Parameter]:
+def _in_mode(adapter: Adapter) -> Adapter:
+    """The adapter, its own modules in the training mode of the one that it wraps."""
+    of_base = set(adapter.base.modules())
+    for module in adapter.modules():
+        if module not in of_base:
+            module.training = adapter.base.training
+    return adapter
+
+
+def _named_parameters(model, names) -> dict[str, nn.Parameter]:
+    """{name: parameter}; AttributeError for a name that the model has not."""
     here = model.named_parameters(remove_duplicate=False)
     here = {uncompiled(name): parameter for name, parameter in here}
     names = [uncompiled(name) for name in names]
@@ -446,4 +548,15 @@ def _refuse_strangers(model, modules) -> None:
             raise ValueError(
                 f"targets gives {name!r} a {type(module).__name__} that is not the "
                 f"module of that name in this {type(model).__name__}"
+            )
+
+
+def _refuse_another(model, plan: Plan) -> None:
+    """ValueError where an adapter was planned around a module that is not here."""
+    here = dict(named_modules(model))
+    for name, adapter in plan.adapters.items():
+        if here.get(name) is not adapter.base:
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is not the module that was "
+                "planned for: plan() again, on the model as it is now"
             )

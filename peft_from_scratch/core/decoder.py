@@ -2,8 +2,8 @@
 
 A projection sees one activation; a soft prompt and a prefix see the whole sequence.
 They wrap the trunk: `model` of a Llama, `transformer` of a GPT-2, `model.decoder` of an
-OPT. Inside it they may widen the mask and move the positions, and what leaves it has
-the caller's length again. So loss, logits and `generate` never learn of them.
+OPT. Inside it they may widen the mask and move the positions. The prompt's positions
+are removed from the output, so that loss and `generate` see the caller's length.
 
 Both occupy the positions 0 … n-1, and the first real token is at n:
 
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common import check
 from .adapter import Adapter
-from .targets import named_modules
+from .targets import named_modules, refuse_second
 
 LARGEST_N = 4096  # positions that a prompt or a prefix may occupy
 
@@ -47,7 +47,9 @@ class DecoderAdapter(Adapter):
                 raise
             return getattr(self.base, name)
 
-    def moved(self, position_ids, attention_mask, past: int, t: int) -> Tensor:
+    def shifted_position_ids(
+        self, position_ids, attention_mask, past: int, t: int
+    ) -> Tensor:
         """Positions of the `t` newest tokens, n further on.
 
         Args
@@ -63,21 +65,25 @@ class DecoderAdapter(Adapter):
 
 
 def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) of the trunk; ValueError where there is none, or more than one."""
-    found = [
+    """(name, module) of the trunk; ValueError where there is none, or more than one.
+
+    A model that carries adapters already is refused as well.
+    """
+    refuse_second(model)
+    lists = [
         (name.rpartition(".")[0], layers)
         for name, layers in named_modules(model)
         if isinstance(layers, nn.ModuleList)
         and any(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
     ]
-    if len(found) != 1 or not found[0][0]:
+    if len(lists) != 1 or not lists[0][0]:
         raise ValueError(
-            f"this {type(model).__name__} has {len(found)} lists of decoder layers, in "
-            f"{', '.join(name or 'the model itself' for name, _ in found) or 'none'}; "
+            f"this {type(model).__name__} has {len(lists)} lists of decoder layers, in "
+            f"{', '.join(name or 'the model itself' for name, _ in lists) or 'none'}; "
             "prompts and prefixes need a causal language model with one, inside a "
             "module of its own"
         )
-    name = found[0][0]
+    name = lists[0][0]
     return name, dict(named_modules(model))[name]
 
 
@@ -97,18 +103,13 @@ def refuse_4d(attention_mask) -> None:
         )
 
 
-def seen_before(past_key_values) -> int:
+def cache_length(past_key_values) -> int:
     """Tokens that the cache holds; 0 without one."""
     return 0 if past_key_values is None else past_key_values.get_seq_length()
 
 
-def embedding_of(trunk: nn.Module) -> nn.Module:
-    """The module that turns token ids into vectors."""
-    return trunk.get_input_embeddings()
-
-
 def token_ids(start, n: int, vocabulary: int) -> Tensor:
-    """The ids of a start (n), repeated or cut, as PEFT does with a text that starts.
+    """The n ids of an initialization, repeated or cut, as PEFT does with a text.
 
     Raises  ValueError  no list of whole numbers below the vocabulary's
     """

@@ -28,13 +28,21 @@ ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a do
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen projection that holds its weight in another form than a parameter.
+class Wrapper(nn.Module):
+    """A module that stands in the place of another one, which it holds as `.base`."""
 
-    weight      the weight as numbers, made anew at each look; not a parameter
-    transposed  whether that is (d_in, d_out), as Conv1D has it
-    dtype       of those numbers
-    values      numbers that the weight stands for, whatever bytes it takes
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen projection that holds its weight in fewer bits than a parameter does.
+
+    weight      the weight in full, computed at each look; not a parameter
+    transposed  whether the weight is (d_in, d_out), as in a Conv1D
+    dtype       of the weight in full
+    values      number of weights, not of stored bytes
     """
 
     in_features: int
@@ -76,6 +84,23 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def uncompiled(name: str) -> str:
     """The name without the parts that torch.compile puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def refuse_second(model: nn.Module) -> None:
+    """ValueError where the model, or a part of it, carries adapters already."""
+    injection = getattr(model, "pfs_injection", None)
+    if injection is not None:
+        raise ValueError(
+            f"this {type(model).__name__} carries {injection.method} adapters "
+            "already; merge() or remove() them first"
+        )
+    for name, module in named_modules(model):
+        if isinstance(module, Wrapper) or hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is a {type(module).__name__} "
+                "already, from an injection into a part of the model or from another "
+                "library; remove it the way it came"
+            )
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,7 +147,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def exact_regex(name: str) -> str:
-    """The pattern that matches this name and no longer one that ends like it."""
+    """A regex that matches this full name only, not longer names with the same end."""
     return f"^{re.escape(name)}$"
 
 
@@ -141,10 +166,10 @@ def per_module(
     refuse_no_mapping(field, pattern)
     values = {}
     for key, value in (pattern or {}).items():
-        chosen = matching(key, names)
-        if not chosen:
+        matches = matching(key, names)
+        if not matches:
             raise ValueError(f"{field}: {key!r} matches none of the adapted modules")
-        values = dict.fromkeys(chosen, value) | values
+        values = dict.fromkeys(matches, value) | values
     return dict.fromkeys(names, default) | values
 
 
@@ -158,44 +183,48 @@ def resolve(
                  or a function (name, module) -> bool
         exclude  the same forms, or None
     Returns  {dotted name: module}, in the model's order, never empty
-    Raises   ValueError   a name that matches nothing, or nothing left to wrap
+    Raises   ValueError   a name that matches nothing, nothing left to wrap, or a model
+             that carries adapters already
     """
-    found = projections(model)
-    chosen = _choose(model, found, targets, "targets")
-    dropped = _choose(model, found, exclude, "exclude") if exclude is not None else ()
+    refuse_second(model)
+    linear = projections(model)
+    chosen = _choose(model, linear, targets, "targets")
+    dropped = _choose(model, linear, exclude, "exclude") if exclude is not None else ()
     left = {
-        name: found[name] for name in found if name in chosen and name not in dropped
+        name: module
+        for name, module in linear.items()
+        if name in chosen and name not in dropped
     }
     if not left:
         raise ValueError(
-            f"{targets=} with {exclude=} leaves no module to adapt; {_offer(found)}"
+            f"{targets=} with {exclude=} leaves no module to adapt; {_offer(linear)}"
         )
     return left
 
 
-def _choose(model, found, targets, argument) -> set[str]:
+def _choose(model, linear, targets, argument) -> set[str]:
     if callable(targets):
-        return {name for name, module in found.items() if targets(name, module)}
+        return {name for name, module in linear.items() if targets(name, module)}
     if isinstance(targets, str):
-        return _match(model, found, targets, argument)
-    return set().union(*(_match(model, found, t, argument) for t in targets))
+        return _match(model, linear, targets, argument)
+    return set().union(*(_match(model, linear, t, argument) for t in targets))
 
 
-def _match(model, found, pattern, argument) -> set[str]:
+def _match(model, linear, pattern, argument) -> set[str]:
     if pattern in PRESETS:
         wanted = PRESETS[:2] if pattern == "all-linear" else (pattern,)
-        chosen = {name for name, kind in kinds(model).items() if kind in wanted}
+        matches = {name for name, kind in kinds(model).items() if kind in wanted}
     else:
-        chosen = set(matching(pattern, found))
-    if not chosen:
-        raise ValueError(f"{argument}={pattern!r} matches no module; {_offer(found)}")
-    return chosen
+        matches = set(matching(pattern, linear))
+    if not matches:
+        raise ValueError(f"{argument}={pattern!r} matches no module; {_offer(linear)}")
+    return matches
 
 
-def _offer(found) -> str:
-    if not found:
+def _offer(linear) -> str:
+    if not linear:
         return "the model has no Linear and no Conv1D module"
-    last = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    last = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     return (
         f"the model's linear modules are {', '.join(last)}; "
         f"presets, for what its decoder layers hold: {', '.join(PRESETS)}"

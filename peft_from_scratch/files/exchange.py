@@ -135,7 +135,7 @@ def load(model: nn.Module, directory: str | Path) -> list[str]:
         _refuse_mismatch(model, expected, tensors, directory / WEIGHTS)
         idle = _fill(model, expected, tensors, before)
     except BaseException:
-        kept = None not in adapter.injected(model).own.values()
+        kept = None not in adapter.injected(model).originals.values()
         (adapter.remove if kept else adapter.unwrap_adapters)(model)
         raise
     if idle:

@@ -8,7 +8,8 @@ goes down to m numbers, U (d, m) up again: 2md + d + m parameters, nearly the id
 at the start.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common import check
 from ..core import adapter, targets
-from ..core.adapter import Adapter, factory_kwargs, sizes
+from ..core.adapter import Adapter, Plan, factory_kwargs, sizes
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -53,10 +54,7 @@ class Bottleneck(Adapter):
 
     def __init__(self, base: nn.Module, m: int = 64, nonlinearity: str = "gelu"):
         d, _ = sizes(base)
-        check.whole(
-            "m", m, 1, d, must="the bottleneck needs", of="units", why="the hidden size"
-        )
-        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        HoulsbyConfig(m, nonlinearity).check_units(d)
         super().__init__(base)
         like = factory_kwargs(base)
         self.down = nn.Linear(d, m, **like)
@@ -67,11 +65,51 @@ class Bottleneck(Adapter):
         self.nonlinearity = nonlinearity
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        narrow = NONLINEARITIES[self.nonlinearity](
-            self.down(y.to(self.down.weight.dtype))
-        )
-        return (y + self.up(narrow)).to(y.dtype)
+        y, sigma = self.base(x), NONLINEARITIES[self.nonlinearity]
+        narrow = sigma(self.down(y.to(self.down.weight.dtype)))  # σ(D y + b_D): (…, m)
+        return (y + self.up(narrow)).to(y.dtype)  # y + U … + b_U
+
+
+@dataclass(frozen=True)
+class HoulsbyConfig:
+    """What a bottleneck is made of; checked when it is made, but for m's upper end.
+
+    m             units of the bottleneck
+    nonlinearity  "relu", "gelu", "silu" or "tanh"
+    placement     "houlsby": after attention and after the MLP; "pfeiffer": after the
+                  MLP alone, half of the parameters (arXiv:2005.00247)
+    """
+
+    m: int = 64
+    nonlinearity: str = "gelu"
+    placement: str = "houlsby"
+
+    def __post_init__(self):
+        check.one_of("placement", self.placement, PLACEMENTS)
+        check.one_of("nonlinearity", self.nonlinearity, NONLINEARITIES)
+
+    def check_units(self, d: int) -> None:
+        need = "the bottleneck needs"
+        check.whole("m", self.m, 1, d, must=need, of="units", why="the hidden size")
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Mapping[str, nn.Module] | None = None,
+    **options,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    config = HoulsbyConfig(**options)
+    if targets is None:
+        targets = last_projections(model, PLACEMENTS[config.placement])
+    return adapter.plan(
+        model,
+        lambda base: Bottleneck(base, config.m, config.nonlinearity),
+        targets,
+        method="houlsby",
+        config=dict(m=config.m, nonlinearity=config.nonlinearity),
+    )
 
 
 def inject(
@@ -80,46 +118,40 @@ def inject(
     m: int = 64,
     nonlinearity: str = "gelu",
     placement: str = "houlsby",
-    targets=None,
+    targets: Mapping[str, nn.Module] | None = None,
 ) -> list[str]:
-    """Freeze the model and put a bottleneck behind the sublayers of every layer.
+    """Freeze the model and put a bottleneck after the sublayers of every layer.
 
     Args
-        m, nonlinearity   see Bottleneck
-        placement   "houlsby": behind attention and behind the MLP; "pfeiffer": behind
-                    the MLP alone, half of the parameters (arXiv:2005.00247)
+        m, nonlinearity, placement   see HoulsbyConfig
         targets     a ready {name: module} instead, for load()
     Returns  the names of the wrapped projections, each the last of its sublayer
     Raises   ValueError   an argument out of its range, no such module; the model as it
              was
     """
-    check.one_of("placement", placement, PLACEMENTS)
-    adapter.refuse_second(model)
-    if targets is None:
-        targets = last_projections(model, PLACEMENTS[placement])
-    return adapter.inject(
-        model,
-        lambda base: Bottleneck(base, m, nonlinearity),
-        targets,
-        method="houlsby",
-        config=dict(m=m, nonlinearity=nonlinearity),
-    )
+    options = dict(m=m, nonlinearity=nonlinearity, placement=placement)
+    return adapter.apply(model, plan(model, targets=targets, **options))
 
 
 def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.Module]:
-    """{name: module}: of each layer and kind the last projection to the hidden size."""
+    """{name: module}: of each layer and kind the last projection to the hidden size.
+
+    Raises  ValueError  no such projection; a model that carries adapters already
+    """
+    targets.refuse_second(model)
     hidden = model.config.hidden_size
-    found = targets.projections(model)
+    linear = targets.projections(model)
     last: dict[tuple[str, str], str] = {}
     for name, kind in targets.kinds(model).items():
-        if kind in kinds and sizes(found[name])[0] == hidden:
+        if kind in kinds and sizes(linear[name])[0] == hidden:
             last[targets.layer_of(model, name), kind] = name
     if not last:
         raise ValueError(
             f"no layer of this {type(model).__name__} has a projection that returns "
             f"{hidden} numbers, the hidden size, behind its {' or '.join(kinds)}"
         )
-    return {name: found[name] for name in found if name in set(last.values())}
+    names = set(last.values())
+    return {name: module for name, module in linear.items() if name in names}
 
 
 def to_peft(model: nn.Module) -> dict:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import adapter
 from ..core import targets as targeting
-from ..core.adapter import Adapter, as_matrix, as_stored, factory_kwargs, sizes
+from ..core.adapter import Adapter, Plan, as_matrix, as_stored, factory_kwargs, sizes
 from ..core.targets import Targets
 from ..files import patterns
 from .houlsby import last_projections
@@ -69,10 +69,39 @@ class IA3(Adapter):
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """l ⊙ W0, by rows for an output (its bias too), by columns for an input."""
         W = as_matrix(self.base).to(dtype) * self.l.to(dtype)
-        found = {"weight": as_stored(self.base, W)}
+        merged = {"weight": as_stored(self.base, W)}
         if not self.feedforward and self.base.bias is not None:
-            found["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
-        return found
+            merged["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
+        return merged
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Targets | None = None,
+    feedforward: Targets | None = None,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    kinds = targeting.kinds(model)
+    if targets is None:
+        targets = _keys_values_and_mlp(model, kinds)
+    elif not isinstance(targets, dict):
+        targets = targeting.resolve(model, targets)
+    if feedforward is None:
+        inner = {name for name in targets if kinds.get(name) == "mlp"}
+    elif isinstance(feedforward, set):
+        inner = feedforward
+    else:
+        inner = set(targeting.resolve(model, feedforward))
+    _refuse_outside(inner, targets)
+    names = {module: name for name, module in targets.items()}
+    return adapter.plan(
+        model,
+        lambda base: IA3(base, names[base] in inner),
+        targets,
+        method="ia3",
+        config=dict(feedforward=sorted(inner)),
+    )
 
 
 def inject(
@@ -91,27 +120,7 @@ def inject(
     Raises   ValueError   no match, no key or value projection of a known name; the
              model as it was
     """
-    adapter.refuse_second(model)
-    kinds = targeting.kinds(model)
-    if targets is None:
-        targets = _usual(model, kinds)
-    elif not isinstance(targets, dict):
-        targets = targeting.resolve(model, targets)
-    if feedforward is None:
-        inner = {name for name in targets if kinds.get(name) == "mlp"}
-    elif isinstance(feedforward, set):
-        inner = feedforward
-    else:
-        inner = set(targeting.resolve(model, feedforward))
-    _refuse_outside(inner, targets)
-    names = {module: name for name, module in targets.items()}
-    return adapter.inject(
-        model,
-        lambda base: IA3(base, names[base] in inner),
-        targets,
-        method="ia3",
-        config=dict(feedforward=sorted(inner)),
-    )
+    return adapter.apply(model, plan(model, targets=targets, feedforward=feedforward))
 
 
 def to_peft(model: nn.Module) -> dict:
@@ -134,18 +143,18 @@ def from_peft(config: dict, names: list[str]) -> dict:
     return {"feedforward": selected}
 
 
-def _usual(model, kinds) -> dict[str, nn.Module]:
+def _keys_values_and_mlp(model, kinds) -> dict[str, nn.Module]:
     """Keys and values, by name, and of each layer's MLP the last projection."""
-    found = targeting.projections(model)
-    attention = [name for name, kind in kinds.items() if kind == "attention"]
     inner = last_projections(model, ("mlp",))
-    chosen = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
-    if not chosen & set(attention):
+    attention = [name for name, kind in kinds.items() if kind == "attention"]
+    names = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
+    if not names & set(attention):
         raise ValueError(
             f"no projection of this {type(model).__name__}'s attention has a name that "
             f"says key or value; it has {', '.join(attention[:6])}. Name them: targets="
         )
-    return {name: found[name] for name in found if name in chosen}
+    linear = targeting.projections(model)
+    return {name: module for name, module in linear.items() if name in names}
 
 
 def _refuse_outside(inner, targets) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import adapter
-from ..core.adapter import as_matrix, sizes
+from ..core.adapter import Plan, as_matrix, sizes
 from ..core.targets import QuantizedLinear, Targets, resolve
 from . import lora
-from .lora import LoRA, wrap_all
+from .lora import LoRA
+from .lora_config import plan_layers
 
 PEFT_TYPE = lora.PEFT_TYPE  # saved as a plain LoRA of twice the rank
 FILE_SUFFIXES = lora.FILE_SUFFIXES
@@ -77,6 +78,23 @@ class PiSSA(LoRA):
         return dict(zip(FILE_SUFFIXES, pair, strict=True))
 
 
+def plan(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    if not isinstance(targets, Mapping):
+        targets, exclude = resolve(model, targets, exclude), None
+    _refuse_packed(targets)
+    _refuse_tied(model, targets)
+    options = dict(r=r, alpha=alpha)
+    return plan_layers(model, PiSSA, "pissa", targets, exclude, options)
+
+
 def inject(
     model: nn.Module,
     *,
@@ -94,13 +112,8 @@ def inject(
     Raises   ValueError   an argument out of its range, no match, a tied weight, or one
              in four bits; the model as it was
     """
-    arguments = lora.DEFAULTS | dict(r=r, alpha=alpha)
-    adapter.refuse_second(model)
-    if not isinstance(targets, Mapping):
-        targets, exclude = resolve(model, targets, exclude), None
-    _refuse_packed(targets)
-    _refuse_tied(model, targets)
-    return wrap_all(model, PiSSA, "pissa", targets, exclude, arguments)
+    options = dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
+    return adapter.apply(model, plan(model, **options))
 
 
 def to_peft(model: nn.Module) -> dict:
@@ -128,10 +141,10 @@ def _refuse_packed(targets) -> None:
 def _refuse_tied(model, targets) -> None:
     """ValueError where the residual in one module would change another one too."""
     for name, module in targets.items():
-        held = adapter.modules_sharing(model, getattr(module, "weight", None))
-        if len(held) > 1:
+        sharing = adapter.modules_sharing(model, getattr(module, "weight", None))
+        if len(sharing) > 1:
             raise ValueError(
-                f"{held[-1]}.weight is one tensor with {held[0]}.weight: taking the "
-                f"principal part out of {name} would change both. Leave it out of the "
-                "targets, or use LoRA"
+                f"{sharing[-1]}.weight is one tensor with {sharing[0]}.weight: taking "
+                f"the principal part out of {name} would change both. Leave it out of "
+                "the targets, or use LoRA"
             )

@@ -9,6 +9,7 @@ ones, and gradient descent writes them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from ..common import check
 from ..core import adapter
+from ..core.adapter import Plan
 from ..core.decoder import (
     DecoderAdapter,
-    embedding_of,
+    cache_length,
     find_decoder,
     refuse_4d,
-    seen_before,
     token_ids,
 )
 from ..core.targets import shortened
@@ -60,14 +61,15 @@ class Prompt(DecoderAdapter):
         self, base: nn.Module, n: int = 16, start: str | Sequence[int] = "vocabulary"
     ):
         super().__init__(base, n)
-        table = embedding_of(base).weight  # (vocabulary, d)
+        embedding = base.get_input_embeddings()
+        table = embedding.weight  # (vocabulary, d)
         dtype = adapter.trained_dtype(table)
         if isinstance(start, str) and start == "random":
             P = torch.rand(n, table.shape[1], device=table.device, dtype=dtype) - STD
         else:
-            ids = _rows(start, n, len(table))
+            ids = initial_ids(start, n, len(table))
             with torch.no_grad():
-                P = embedding_of(base)(ids.to(table.device)).to(dtype)
+                P = embedding(ids.to(table.device)).to(dtype)
         self.P = nn.Parameter(P)
 
     def forward(
@@ -80,14 +82,11 @@ class Prompt(DecoderAdapter):
         **others,
     ):
         refuse_4d(attention_mask)
-        E = (
-            embedding_of(self.base)(input_ids)
-            if inputs_embeds is None
-            else inputs_embeds
-        )
+        embedding = self.base.get_input_embeddings()
+        E = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         b, t, _ = E.shape
-        first = seen_before(past_key_values) == 0
-        pads = _pads_on_the_left(attention_mask, b, E.device)  # (b,)
+        first = cache_length(past_key_values) == 0
+        pads = left_padding(attention_mask, b, E.device)  # (b,)
         if (
             first
             and attention_mask is not None
@@ -95,15 +94,17 @@ class Prompt(DecoderAdapter):
         ):
             _refuse_padding_alone(pads, t)
         if position_ids is not None or attention_mask is not None:
-            position_ids = self.moved(position_ids, attention_mask, 0, t)
+            position_ids = self.shifted_position_ids(position_ids, attention_mask, 0, t)
         if attention_mask is not None:
             ones = attention_mask.new_ones(b, self.n)
-            attention_mask = _put_behind(pads, ones, attention_mask)
+            attention_mask = insert_after_padding(pads, ones, attention_mask)
         if first:
-            E = _put_behind(pads, self.P.to(E.dtype).expand(b, -1, -1), E)
+            E = insert_after_padding(pads, self.P.to(E.dtype).expand(b, -1, -1), E)
             if position_ids is not None:
-                own = torch.arange(self.n, device=E.device).expand(b, -1)
-                position_ids = _put_behind(pads, own, position_ids.expand(b, -1))
+                of_P = torch.arange(self.n, device=E.device).expand(b, -1)
+                position_ids = insert_after_padding(
+                    pads, of_P, position_ids.expand(b, -1)
+                )
         out = self.base(
             inputs_embeds=E,
             attention_mask=attention_mask,
@@ -111,7 +112,38 @@ class Prompt(DecoderAdapter):
             past_key_values=past_key_values,
             **others,
         )
-        return _without(pads, self.n, out) if first else out
+        return drop_prompt(pads, self.n, out) if first else out
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What a prompt is made of; checked here, as far as no model is needed for that.
+
+    n      positions that train, 1 <= n <= 4096, and fewer than the model has
+    start  "vocabulary": the embeddings of tokens drawn at random; "random": uniform in
+           [-0.5, 0.5]; or token ids, those of an instruction for example, which are
+           repeated or cut to n: start=tokenizer(text).input_ids
+    """
+
+    n: int = 16
+    start: str | Sequence[int] = "vocabulary"
+
+    def __post_init__(self):
+        if isinstance(self.start, str):
+            check.one_of("start", self.start, STARTS, ", or a list of token ids")
+
+
+def plan(model: nn.Module, **options) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    config = PromptConfig(**options)
+    name, trunk = find_decoder(adapter.unwrap_compiled(model))
+    return adapter.plan(
+        model,
+        lambda base: Prompt(base, config.n, config.start),
+        {name: trunk},
+        method="prompt",
+        config=dict(n=config.n),
+    )
 
 
 def inject(
@@ -119,23 +151,11 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put n trained embeddings before every sequence.
 
-    Args
-        n      how many
-        start  "vocabulary": the embeddings of tokens drawn at random; "random": uniform
-               in [-0.5, 0.5]; or token ids, those of an instruction for example, which
-               are repeated or cut to n: start=tokenizer(text).input_ids
+    Args     see PromptConfig
     Returns  [the name of the trunk]
     Raises   ValueError   an argument out of its range, no trunk; the model as it was
     """
-    adapter.refuse_second(model)
-    name, trunk = find_decoder(adapter.unwrap_compiled(model))
-    return adapter.inject(
-        model,
-        lambda base: Prompt(base, n, start),
-        {name: trunk},
-        method="prompt",
-        config=dict(n=n),
-    )
+    return adapter.apply(model, plan(model, n=n, start=start))
 
 
 def to_peft(model: nn.Module) -> dict:
@@ -169,7 +189,7 @@ def from_peft(config: dict, names: list[str]) -> dict:
     return {"n": config.get("num_virtual_tokens"), "start": "random"}
 
 
-def _rows(start, n: int, vocabulary: int) -> Tensor:
+def initial_ids(start, n: int, vocabulary: int) -> Tensor:
     """n token ids: drawn at random, or the given ones."""
     if isinstance(start, str):
         check.one_of("start", start, STARTS, ", or a list of token ids")
@@ -177,7 +197,7 @@ def _rows(start, n: int, vocabulary: int) -> Tensor:
     return token_ids(start, n, vocabulary)
 
 
-def _pads_on_the_left(attention_mask, b: int, device) -> Tensor:
+def left_padding(attention_mask, b: int, device) -> Tensor:
     if attention_mask is None:
         return torch.zeros(b, dtype=torch.long, device=device)
     return (attention_mask.long().cumsum(-1) == 0).sum(-1)
@@ -193,22 +213,22 @@ def _refuse_padding_alone(pads: Tensor, t: int) -> None:
         )
 
 
-def _put_behind(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def insert_after_padding(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Each row of `old` (b, t, …), with `new` (b, n, …) behind its first `pads`."""
     n, t = new.shape[1], old.shape[1]
     j = torch.arange(n + t, device=old.device).expand(len(old), -1)
     p = pads[:, None]
     # place j of the result is: padding j, or new j - p, or token j - n
     source = torch.where(j < p, n + j, torch.where(j < p + n, j - p, j))
-    return _taken(torch.cat([new, old], 1), source)
+    return gather_rows(torch.cat([new, old], 1), source)
 
 
-def _without(pads: Tensor, n: int, out):
+def drop_prompt(pads: Tensor, n: int, out):
     """The trunk's output without the n positions behind each row's padding."""
 
     def cut(h: Tensor) -> Tensor:
         j = torch.arange(h.shape[1] - n, device=h.device).expand(len(h), -1)
-        return _taken(h, torch.where(j < pads[:, None], j, j + n))
+        return gather_rows(h, torch.where(j < pads[:, None], j, j + n))
 
     if isinstance(out, tuple):
         return (cut(out[0]), *out[1:])
@@ -218,7 +238,7 @@ def _without(pads: Tensor, n: int, out):
     return out
 
 
-def _taken(x: Tensor, places: Tensor) -> Tensor:
+def gather_rows(x: Tensor, places: Tensor) -> Tensor:
     """x[i, places[i]] of every row i."""
     index = places.reshape(*places.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(*places.shape, *x.shape[2:]))

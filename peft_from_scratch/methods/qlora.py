@@ -18,14 +18,16 @@ of sixteen values and an update is not one of sixteen values:
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..common.scoped import rng_state, set_rng_state
+from ..common import check
 from ..core import adapter
-from ..core.adapter import CannotMerge, as_matrix, as_stored, replace_modules
+from ..core.adapter import CannotMerge, Plan, as_matrix, as_stored, replace_modules
 from ..core.targets import (
     Targets,
     is_quantized,
@@ -41,8 +43,10 @@ from ..nf4 import (
     quantize_model,
     share_buffer,
 )
+from ..nf4.linear import quantizable
 from . import lora
-from .lora import LoRA, wrap_all
+from .lora import LoRA
+from .lora_config import ARGUMENTS, plan_layers
 
 PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
 FILE_SUFFIXES = lora.FILE_SUFFIXES
@@ -56,11 +60,65 @@ class MergeError(NamedTuple):
     """How far a merged weight W is from the trained one, W' + ΔW. Dimensionless.
 
     weight  ‖W - (W' + ΔW)‖ / ‖W' + ΔW‖
-    update  ‖W - (W' + ΔW)‖ / ‖ΔW‖: above 1, the error outweighs all that was learned
+    update  ‖W - (W' + ΔW)‖ / ‖ΔW‖: above 1, the error is larger than the whole update
     """
 
     weight: float
     update: float
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    block: int | None = None,
+    double: bool | str | None = None,
+    skip: Targets | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan.
+
+    The adapters are made beside the model as it is. apply() quantizes the model first,
+    and moves each adapter to the quantized module of the same name.
+    """
+    asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
+    check.known("qlora.inject()", options, (*ARGUMENTS, *asked, "dtype"))
+    allowed = f"allowed are None, {ADAPTER_DTYPES}"
+    check.require(dtype in (None, *ADAPTER_DTYPES), "dtype", dtype, allowed)
+    model, bits = adapter.unwrap_compiled(model), None
+    if not is_quantized(model):
+        bits = dict(
+            block=64 if block is None else block,
+            double=True if double is None else double,
+            exclude=skip,
+            compute_dtype=compute_dtype,
+        )
+        quantizable(model, **bits)
+    elif any(value is not None for value in asked.values()):
+        raise ValueError(
+            f"the model is in four bits already, so that {asked} cannot be had: leave "
+            "them out, or load the base again"
+        )
+    planned = plan_layers(model, LoRA, "qlora", targets, exclude, options)
+    for layer in planned.adapters.values():
+        for parameter in (layer.A, layer.B):
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+    if bits is None:
+        return planned
+    return replace(planned, prepare=partial(_quantize, planned.adapters, bits))
+
+
+def _quantize(adapters: dict[str, LoRA], bits: dict, model: nn.Module) -> None:
+    """Quantize the model, and move each adapter to the quantized module of its name."""
+    for layer in adapters.values():
+        layer.base = nn.Identity()  # else its full weight would outlive its codes
+    quantize_model(model, **bits)
+    modules = dict(named_modules(model))
+    for name, layer in adapters.items():
+        layer.base = modules[name]
 
 
 def inject(
@@ -69,17 +127,7 @@ def inject(
     r: int = 8,
     alpha: float = 16,
     targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    bias: str = "none",
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    block: int | None = None,
-    double: bool | str | None = None,
-    skip: Targets | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
+    **options,
 ) -> list[str]:
     """Put every projection of the layers into four bits, and a LoRA beside the targets.
 
@@ -88,13 +136,13 @@ def inject(
     A model that is in four bits already (nf4.quantize_model, nf4.load) keeps its codes.
 
     Args
-        r … alpha_pattern  those of lora.inject
-        block, double      of the codes: None for 64 and True; see nf4.quantize
-        skip               projections that stay as they are. Heads, embeddings and
-                           norms do anyway
-        compute_dtype      of W' and its product: None for that of what comes in
-        dtype              of A and B: float32 (None) or bfloat16, as in [1]. In the
-                           latter, updates below 1/256 of a value are rounded away
+        r, alpha, targets, exclude, rslora, …   those of lora.inject
+        block, double   of the codes: None for 64 and True; see nf4.quantize
+        skip            projections that stay as they are. Heads, embeddings and norms
+                        do anyway
+        compute_dtype   of W' and its product: None for that of what comes in
+        dtype           of A and B: float32 (None) or bfloat16, as in [1]. In the
+                        latter, updates below 1/256 of a value are rounded away
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, no match; codes asked for where
              the model has some already. The model is then as it was, not quantized
@@ -103,40 +151,8 @@ def inject(
              all that trains
     Source   [1] arXiv:2305.14314v1
     """
-    arguments = dict(
-        r=r,
-        alpha=alpha,
-        rslora=rslora,
-        dropout=dropout,
-        bias=bias,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-    if dtype not in (None, *ADAPTER_DTYPES):
-        raise ValueError(f"{dtype=}: allowed are None, {ADAPTER_DTYPES}")
-    bare = adapter.unwrap_compiled(model)
-    adapter.refuse_second(bare)
-    names = _rehearsed(bare, targets, exclude, arguments)
-    asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
-    if not is_quantized(bare):
-        quantize_model(
-            bare,
-            block=64 if block is None else block,
-            double=True if double is None else double,
-            exclude=skip,
-            compute_dtype=compute_dtype,
-        )
-    elif any(value is not None for value in asked.values()):
-        raise ValueError(
-            f"the model is in four bits already, so that {asked} cannot be had: leave "
-            "them out, or load the base again"
-        )
-    modules = {n: m for n, m in named_modules(bare) if n in names}
-    wrap_all(bare, LoRA, "qlora", modules, None, arguments)
-    for module in adapter.adapters(bare).values():
-        for parameter in (module.A, module.B):
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
-    return names
+    options |= dict(r=r, alpha=alpha, targets=targets)
+    return adapter.apply(model, plan(model, **options))
 
 
 @torch.no_grad()
@@ -157,8 +173,7 @@ def merge(
              not the weight; values that its dtype cannot hold. The model is as it was
     Memory   the merged weights, beside the model, while it runs
     """
-    if onto not in ONTO:
-        raise ValueError(f"{onto=}: allowed are {', '.join(ONTO)}")
+    check.one_of("onto", onto, ONTO)
     adapter.injected(model)
     model = adapter.unwrap_compiled(model)
     wrapped = adapter.adapters(model)
@@ -303,18 +318,3 @@ def _weights(original, wrapped) -> dict[str, Tensor]:
                 f"the original has no weight of {adapter.sizes(module.base)} for {name}"
             )
     return original
-
-
-def _rehearsed(model, targets, exclude, arguments) -> list[str]:
-    """The names that the injection will wrap, after it was tried and taken off again.
-
-    Quantizing cannot be undone, so that whatever can be refused is refused before it.
-    """
-    device = next(model.parameters()).device
-    before = rng_state(device)
-    try:
-        return wrap_all(model, LoRA, "qlora", targets, exclude, arguments)
-    finally:
-        set_rng_state(before, device)
-        if adapter.is_injected(model):
-            adapter.remove(model)

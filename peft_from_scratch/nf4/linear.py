@@ -66,8 +66,7 @@ class NF4Linear(QuantizedLinear):
         transposed: bool = False,
     ):
         super().__init__()
-        if compute_dtype not in (None, *COMPUTE):
-            raise ValueError(f"{compute_dtype=}: allowed are None, {COMPUTE}")
+        check_compute_dtype(compute_dtype)
         self.out_features, self.in_features = q.shape
         self.block, self.codebook, self.dtype = q.block, q.codebook, q.dtype
         self.compute_dtype, self.transposed = compute_dtype, transposed
@@ -237,10 +236,15 @@ def quantize_model(
              soon as its codes are there
     """
     model = adapter.unwrap_compiled(model)
-    adapter.refuse_second(model)
-    modules = resolve(model, targets, exclude)
-    for name, module in modules.items():
-        _check(model, name, module, block, double, code)
+    modules = quantizable(
+        model,
+        block=block,
+        double=double,
+        code=code,
+        targets=targets,
+        exclude=exclude,
+        compute_dtype=compute_dtype,
+    )
     names = list(modules)
     for name in names:
         module = modules.pop(name)  # no other reference: its memory is free afterwards
@@ -253,6 +257,33 @@ def quantize_model(
         replace_modules(model, {module: packed.train(module.training)})
     share_buffer(model)
     return names
+
+
+def quantizable(
+    model: nn.Module,
+    *,
+    block: int = 64,
+    double: bool | str = True,
+    code: str = "nf4",
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, nn.Module]:
+    """{name: module} of what quantize_model would quantize; raises all that it would.
+
+    The model is left alone.
+    """
+    check_compute_dtype(compute_dtype)
+    modules = resolve(model, targets, exclude)
+    for name, module in modules.items():
+        _check(model, name, module, block, double, code)
+    return modules
+
+
+def check_compute_dtype(compute_dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that W' cannot be computed in."""
+    if compute_dtype not in (None, *COMPUTE):
+        raise ValueError(f"{compute_dtype=}: allowed are None, {COMPUTE}")
 
 
 @torch.no_grad()
