@@ -69,18 +69,9 @@ from pathlib import Path
 import torch
 
 from peft_from_scratch import merge, trainable
-from peft_from_scratch.course import (
-    answer_rows,
-    block_picture,
-    curves,
-    encode_prompt,
-    figures,
-    findings,
-    left_pad,
-    provenance,
-    quiet_transformers,
-    wilson,
-)
+from peft_from_scratch.course import answer_rows, block_picture, curves, encode_prompt
+from peft_from_scratch.course import figures, findings, left_pad, provenance
+from peft_from_scratch.course import quiet_transformers, wilson
 from peft_from_scratch.course.checks import start_here as checks
 
 shipped = provenance.ROOT / "data" / "results" / "compare.json"

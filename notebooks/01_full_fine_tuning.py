@@ -45,19 +45,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    bill,
-    block_picture,
-    curves,
-    data_size,
-    finetune,
-    ledger,
-    meta_model,
-    over_seeds,
-    paired,
-    runs,
-    standalone,
-)
+from peft_from_scratch.course import bill, block_picture, curves, data_size, finetune
+from peft_from_scratch.course import ledger, meta_model, over_seeds, paired, runs
+from peft_from_scratch.course import standalone
 from peft_from_scratch.course.checks import full_fine_tuning as checks
 
 # %% [markdown]

@@ -45,16 +45,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    block_picture,
-    counting,
-    curves,
-    finetune,
-    ledger,
-    runs,
-    spectrum,
-    starts,
-)
+from peft_from_scratch.course import block_picture, counting, curves, finetune, ledger
+from peft_from_scratch.course import runs, spectrum, starts
 from peft_from_scratch.course.checks import lora_from_scratch as checks
 
 # %% [markdown]
@@ -511,7 +503,7 @@ for step in range(10):
 
 # %%
 asked = task.test.select(range(2))
-found = pfs.evaluate.answer_rows(model, tokenizer, task, asked, template="chat")
+found = pfs.evaluation.answer_rows(model, tokenizer, task, asked, template="chat")
 for answer, right in zip(found.answers, found.correct, strict=True):
     print("right:" if right else "wrong:", answer)
 

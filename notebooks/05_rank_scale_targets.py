@@ -47,18 +47,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    adapters,
-    curves,
-    finetune,
-    ledger,
-    over_seeds,
-    paired,
-    rank_and_place,
-    runs,
-    scaling,
-    starts,
-)
+from peft_from_scratch.course import adapters, curves, finetune, ledger, over_seeds
+from peft_from_scratch.course import paired, rank_and_place, runs, scaling, starts
 from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]

@@ -51,21 +51,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    bit_costs,
-    block_picture,
-    curves,
-    finetune,
-    intervals,
-    ledger,
-    meter,
-    one_gpu,
-    page_picture,
-    paging,
-    quiet_transformers,
-    runs,
-    spectrum,
-)
+from peft_from_scratch.course import bit_costs, block_picture, curves, finetune
+from peft_from_scratch.course import intervals, ledger, meter, one_gpu, page_picture
+from peft_from_scratch.course import paging, quiet_transformers, runs, spectrum
 from peft_from_scratch.course.checks import qlora_and_paging as checks
 
 # %% [markdown]

@@ -47,17 +47,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    block_picture,
-    challengers,
-    curves,
-    finetune,
-    intervals,
-    latency,
-    ledger,
-    runs,
-    step_seconds,
-)
+from peft_from_scratch.course import block_picture, challengers, curves, finetune
+from peft_from_scratch.course import intervals, latency, ledger, runs, step_seconds
 from peft_from_scratch.course.checks import bottleneck_adapters as checks
 
 # %% [markdown]

@@ -48,19 +48,9 @@ import torch
 import torch.nn.functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import (
-    block_picture,
-    challengers,
-    counting,
-    curves,
-    finetune,
-    ledger,
-    mean_of,
-    nested_bootstrap,
-    paired,
-    provenance,
-    runs,
-)
+from peft_from_scratch.course import block_picture, challengers, counting, curves
+from peft_from_scratch.course import finetune, ledger, mean_of, nested_bootstrap, paired
+from peft_from_scratch.course import provenance, runs
 from peft_from_scratch.course.checks import prefix_and_prompt as checks
 
 # %% [markdown]

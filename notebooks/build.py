@@ -48,7 +48,7 @@ LANGUAGE = {  # without the version, which differs between machines
 }
 ASK = """\
 import dataclasses as _d, json as _j
-from peft_from_scratch import cards as _c, lesson as _l
+from peft_from_scratch.course import cards as _c, lesson as _l
 print(_j.dumps(_l.current and _d.asdict(_l.current.bill())))
 """
 TELL = "_l.current.card = _c.Card(**_j.loads({!r}))\n"

@@ -33,8 +33,13 @@ METHODS = (
     *("prompt", "qlora"),
 )
 MODULES = {name: f"methods.{name}" for name in METHODS} | {
+    "evaluation": "training.evaluation",
     "kernels": "kernels",
+    "loss": "training.loss",
     "nf4": "nf4",
+    "targets": "core.targets",
+    "tasks": "tasks",
+    "templates": "tasks.templates",
 }
 MEMBERS = lazy.homes(
     {

@@ -11,7 +11,7 @@ from planting import assert_caught, law, planted
 
 from peft_from_scratch import lora, merge, trainable
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.ledger import claim, intervals, rates, runs
+from peft_from_scratch.ledger import intervals, rates, runs
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     bill,
@@ -24,6 +24,7 @@ from peft_from_scratch.ledger.experiments import (
     starts,
 )
 from peft_from_scratch.ledger.runs import Run
+from peft_from_scratch.ledger.verdicts import claim
 from peft_from_scratch.memory.meter import lora_parameters
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import encode_rows

@@ -65,7 +65,7 @@ def test_start_fixes_every_seed_and_says_what_it_uses(capsys):
     lesson.start("04", model="tiny", seed=1)
     assert all(a != b for a, b in zip(drawn(), first, strict=True))
     said = capsys.readouterr().out
-    device = lesson.models.pick_device()
+    device = lesson.load.pick_device()
     assert f"Lesson 04: tiny, {device}, float32, one thread, seed 0." in said
     assert "no card" in said
 
@@ -309,10 +309,10 @@ def test_a_bill_is_measured():
 def test_a_product_takes_what_it_takes(monkeypatch):
     """Against a clock, for the same matrices one after the other."""
     monkeypatch.undo()
-    x = torch.randn(cards.ROWS, cards.costs.HIDDEN)
+    x = torch.randn(cards.ROWS, cards.estimate.HIDDEN)
     layers = [
-        torch.randn(cards.costs.MLP, cards.costs.HIDDEN)
-        for _ in range(cards.costs.DEPTH)
+        torch.randn(cards.estimate.MLP, cards.costs.HIDDEN)
+        for _ in range(cards.estimate.DEPTH)
     ]
     fastest = float("inf")
     for _ in range(5):

@@ -15,7 +15,7 @@ from ..common import lazy
 MODULES = {  # room -> modules of it that lessons use
     "common": ("provenance",),
     "comparison": ("figures", "findings"),
-    "course": ("bit_costs",),
+    "course": ("bit_costs", "cards", "lesson"),
     "course.pictures": ("access_picture", "code_books", "page_picture"),
     "ledger": ("intervals", "runs"),
     "ledger.experiments": (

@@ -7,3 +7,9 @@ JSON out), terms.py (new words), gap.py and kinds.py (for sweeps on tiny; world.
 what they tell of), jsonl.py (rows of your own), templates.py (how a row becomes tokens
 and labels).
 """
+
+from ..common import lazy
+
+__getattr__, __dir__, __all__ = lazy.names(
+    {}, lazy.homes({"tasks.task": ("load_task",)})
+)
