@@ -311,7 +311,7 @@ def test_a_product_takes_what_it_takes(monkeypatch):
     monkeypatch.undo()
     x = torch.randn(cards.ROWS, cards.estimate.HIDDEN)
     layers = [
-        torch.randn(cards.estimate.MLP, cards.costs.HIDDEN)
+        torch.randn(cards.estimate.MLP, cards.estimate.HIDDEN)
         for _ in range(cards.estimate.DEPTH)
     ]
     fastest = float("inf")
