@@ -31,7 +31,7 @@ NAMES = {  # module -> names in it that lessons use
     "comparison.timing": ("step_seconds",),
     "core.adapter": ("adapters",),
     "course.lesson": ("start",),
-    "course.pictures.block": ("block_picture",),
+    "plotting.block": ("block_picture",),
     "files.pretrained": ("quiet_transformers",),
     "ledger.claim": ("Claim", "Rule"),
     "ledger.intervals": ("mean_of", "nested_bootstrap", "over_seeds", "paired"),
