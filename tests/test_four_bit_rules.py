@@ -12,7 +12,7 @@ import pytest
 from judged import judged
 from planting import law, planted
 
-from peft_from_scratch.ledger import claim, intervals, runs, verdicts
+from peft_from_scratch.ledger import intervals, runs, verdicts
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     constants,
@@ -22,7 +22,7 @@ from peft_from_scratch.ledger.experiments import (
     one_gpu,
     paging,
 )
-from peft_from_scratch.ledger.verdicts import judge
+from peft_from_scratch.ledger.verdicts import claim, judge
 from peft_from_scratch.nf4 import CODES
 
 pytestmark = pytest.mark.usefixtures("store")

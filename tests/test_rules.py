@@ -18,7 +18,7 @@ from planting import law, planted
 from peft_from_scratch import lora
 from peft_from_scratch.comparison.timing import step_seconds
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.ledger import claim, intervals
+from peft_from_scratch.ledger import intervals
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     challengers,
@@ -28,7 +28,7 @@ from peft_from_scratch.ledger.experiments import (
     rank_and_place,
     scaling,
 )
-from peft_from_scratch.ledger.verdicts import judge
+from peft_from_scratch.ledger.verdicts import claim, judge
 from peft_from_scratch.methods import prefix, prompt
 
 pytestmark = pytest.mark.usefixtures("store")

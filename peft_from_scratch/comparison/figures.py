@@ -208,6 +208,7 @@ def loss_against_seconds(
         y="Training loss, nats per label token",
         title=f"{lowest} ends at the lowest training loss, {last[lowest]:.3f}",
         subtitle=f"Mean of {findings.SMOOTHED} steps, on a logarithmic scale.",
+        keys={row["label"]: row["key"] for row in result["rows"]},
         log="y",
         width=width,
         theme=theme,
