@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from peft_from_scratch import kernels, nf4
 from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.common.marks import between_marks
 from peft_from_scratch.common.progress import bar
 from peft_from_scratch.common.provenance import package_version, provenance
 from peft_from_scratch.comparison import reference
@@ -38,7 +39,6 @@ from peft_from_scratch.kernels import language, lora
 from peft_from_scratch.kernels.gather import gather_spec
 from peft_from_scratch.kernels.language import Tiles
 from tools.kernels_page import markdown
-from tools.readme import between_marks
 
 RANK, SCALE, SEED = 16, 2.0, 0
 DTYPE, GPU = torch.bfloat16, torch.device("cuda")

@@ -25,14 +25,11 @@ Nothing is imported before it is used: `import peft_from_scratch` takes millisec
 """
 
 from .common import lazy
+from .methods import METHODS
 
 __version__ = "0.1.0"
 
-METHODS = (
-    *("bitfit", "dora", "full", "houlsby", "ia3", "lora", "pissa", "prefix"),
-    *("prompt", "qlora"),
-)
-MODULES = {name: f"methods.{name}" for name in METHODS} | {
+MODULES = {method.name: f"methods.{method.name}" for method in METHODS} | {
     "evaluation": "training.evaluation",
     "kernels": "kernels",
     "loss": "training.loss",

@@ -1,8 +1,9 @@
 """The command line: doctor, compare, train, chat and merge.
 
-Nothing here imports torch until a command runs: names that the library has as well
-(methods, rows, templates) are written out, and a test compares them. An option that is
-not given is None, and the library's own default counts.
+Nothing here imports torch until a command runs: the tables of methods and of candidates
+import none, and other names that the library has as well (templates, bases) are written
+out, and a test compares them. An option that is not given is None, and the library's
+own default counts.
 """
 
 import argparse
@@ -10,12 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-# What `train --method` knows.
-METHODS = ("lora", "full", "houlsby", "prefix", "prompt", "ia3", "bitfit")
-METHODS += ("dora", "pissa", "qlora")
-ROW_KEYS = ("zero-shot", "few-shot", "full", "lora", "qlora", "qlora-bnb", "houlsby")
-ROW_KEYS += ("prefix", "prompt")
-FAMILY_KEYS = ("lora-attention", "rslora", "lora-plus", "dora", "pissa", "ia3")
+from .comparison.candidates import RELATIVES, USUAL
+from .methods import METHODS
+
 TEMPLATES = ("chat", "raw")
 RESUMABLE = ("compare", "train", "ledger")
 SCALES = ("tiny", "smollm2")  # the bases that claims are judged at
@@ -83,9 +81,7 @@ def _compare(commands) -> None:
         commands, "compare", "several methods, one table, picture and page"
     )
     command.add_argument("--task", help="orders, terms, a .jsonl file …")
-    command.add_argument(
-        "--methods", help=f"some of {','.join((*ROW_KEYS, *FAMILY_KEYS))}"
-    )
+    command.add_argument("--methods", help=f"some of {','.join((*USUAL, *RELATIVES))}")
     command.add_argument(
         "--family",
         action="store_true",
@@ -125,7 +121,8 @@ def _train(commands) -> None:
         "--completion", help=f"{of_data_sets}the column of the completions"
     )
     command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
-    command.add_argument("--method", choices=METHODS, default="lora")
+    names = [method.name for method in METHODS]
+    command.add_argument("--method", choices=names, default="lora")
     command.add_argument("--out", required=True, help="folder for the adapter")
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
@@ -236,8 +233,8 @@ def run_doctor(options) -> int:
 def run_compare(options) -> None:
     from .cli.commands import given
     from .comparison import report
-    from .comparison.candidates import ROWS, Plan
     from .comparison.compare import compare
+    from .comparison.plan import Plan
 
     names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
     names += ("out",)
@@ -245,7 +242,7 @@ def run_compare(options) -> None:
     if options.family and options.methods is not None:
         raise ValueError("--family and --methods exclude each other: name them all")
     if options.family:
-        chosen["methods"] = tuple(row.key for row in ROWS)
+        chosen["methods"] = (*USUAL, *RELATIVES)
     if options.methods is not None:
         methods = options.methods.split(",")
         chosen["methods"] = tuple(method.strip() for method in methods)

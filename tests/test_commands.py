@@ -21,7 +21,11 @@ from peft_from_scratch import __main__ as command_line
 from peft_from_scratch.__main__ import main
 from peft_from_scratch.cli import chat, commands, doctor
 from peft_from_scratch.comparison import compare, report
-from peft_from_scratch.comparison.candidates import ROWS, Plan
+from peft_from_scratch.comparison.candidates import CANDIDATES
+from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.files import formats
+from peft_from_scratch.ledger.claim import SCALES
+from peft_from_scratch.methods import METHODS
 from peft_from_scratch.tasks import templates
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.training import evaluation
@@ -151,10 +155,10 @@ def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
 
 
 def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, data):
-    for method, lr in commands.LEARNING_RATES.items():
-        command = training(base, data, "out", "--method", method)
+    for method in METHODS:
+        command = training(base, data, "out", "--method", method.name)
         recipe = commands._recipe(command_line.parser().parse_args(command))
-        assert recipe.lr == lr and recipe.max_tokens == Recipe.max_tokens
+        assert recipe.lr == method.lr and recipe.max_tokens == Recipe.max_tokens
 
 
 def test_a_folder_that_cannot_be_made_is_refused_first(refused, tmp_path):
@@ -228,9 +232,9 @@ def test_columns_and_configuration_of_a_data_set_are_chosen(
 
 # Every method with what it needs here: the model has no biases, and is 32 wide.
 OPTIONS = {
-    method: ("--method", method, *(("--m", "4") if method == "houlsby" else ()))
-    for method in command_line.METHODS
-    if method != "bitfit"
+    name: ("--method", name, *(("--m", "4") if name == "houlsby" else ()))
+    for name in (method.name for method in METHODS)
+    if name != "bitfit"
 }
 
 
@@ -567,18 +571,34 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 
 
 def test_names_written_out_for_the_parser_are_the_librarys():
-    known = command_line.ROW_KEYS, command_line.FAMILY_KEYS
-    for keys, family in zip(known, (False, True), strict=True):
-        assert tuple(row.key for row in ROWS if row.family == family) == keys
-    assert tuple(commands.METHODS) == command_line.METHODS
     assert command_line.TEMPLATES == templates.TEMPLATES
+    assert command_line.SCALES == SCALES
+
+
+def test_the_parser_knows_every_method_and_every_candidate(capsys):
+    for method in METHODS:
+        command = training("base", "data", "out", "--method", method.name)
+        assert command_line.parser().parse_args(command).method == method.name
+    with pytest.raises(SystemExit):
+        command_line.parser().parse_args(["compare", "--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert ",".join(candidate.key for candidate in CANDIDATES) in said
+
+
+def test_what_can_be_trained_can_be_saved():
+    assert set(formats.FORMATS) == {method.name for method in METHODS}
 
 
 def test_parsing_imports_nothing_heavy():
+    """The command line's own file and the tables that it reads; the package's
+    `__init__`, which `python -m` runs before, is left out by an empty stand-in."""
     code = (
-        "import runpy, sys; runpy.run_path(sys.argv[1])['parser']();"
-        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+        "import sys, types; package = types.ModuleType('peft_from_scratch');"
+        "package.__path__ = sys.argv[1:]; sys.modules[package.__name__] = package;"
+        "from peft_from_scratch import __main__; __main__.parser();"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'};"
+        "print(heavy & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, command_line.__file__]
+    command = [sys.executable, "-c", code, str(Path(command_line.__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

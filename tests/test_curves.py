@@ -11,6 +11,7 @@ from planting import each_is_caught
 
 from peft_from_scratch.plotting import curves, theme
 
+KEYS = {"LoRA, all linear": "lora", "Few-shot": "few-shot"}  # a comparison's labels
 NAMES = ("LoRA", "Full fine-tuning", "r = 4", "r = 8", "random labels", "A long name")
 UNITS = {"x": "Steps, count", "y": "Loss, nats per token", "title": "It falls"}
 
@@ -195,14 +196,16 @@ def test_controls_are_grey_dashed_and_nothing_else_is():
 @pytest.mark.parametrize("seed", range(30))
 def test_no_two_looks_are_the_same_and_methods_keep_theirs(seed):
     dice = random.Random(seed)
-    names = [*theme.LOOKS, *curves.KEYS, *NAMES, *(f"r = {2**i}" for i in range(6))]
+    names = [*theme.LOOKS, *curves.BY_LABEL, *KEYS, *NAMES]
+    names += [f"r = {2**i}" for i in range(6)]
     chosen = dice.sample(sorted(set(names)), dice.randint(1, 7))
     control = dice.sample(chosen, dice.randint(0, min(2, len(chosen))))
-    found = curves.marks(chosen, control)
+    found = curves.marks(chosen, control, KEYS)
     assert list(found) == chosen and len(set(found.values())) == len(chosen)
     for label, mark in found.items():
-        key = curves.KEYS.get(label, label)
-        rivals = [k for k in chosen if curves.KEYS.get(k, k) == key]
+        known = curves.BY_LABEL | KEYS
+        key = known.get(label, label)
+        rivals = [k for k in chosen if known.get(k, k) == key]
         if label in control:
             assert mark[0] == theme.GREY
         elif key in theme.LOOKS and len(rivals) == 1:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ import peft_from_scratch as pfs
 from peft_from_scratch.common import atomic
 from peft_from_scratch.core import adapter
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.files import exchange
-from peft_from_scratch.files.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.files import adapter_file, formats
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
 
 VARIANTS = {
     "rslora": dict(rslora=True, alpha=3.5),
@@ -165,7 +166,7 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
         raise OSError("planted: no space left")
 
     with monkeypatch.context() as patched, refused(model, "planted", error=OSError):
-        patched.setattr(exchange, "save_file", disk_full)
+        patched.setattr(adapter_file, "save_file", disk_full)
         pfs.save(model, folder)
     assert contents(folder) == before
 
@@ -224,7 +225,8 @@ def test_a_target_that_other_names_end_with_is_the_only_one(tmp_path):
 
 def test_a_config_that_cannot_be_written_leaves_the_weights(monkeypatch, tmp_path):
     before, model = contents(saved(tmp_path)), trained(r=2)
-    monkeypatch.setattr(pfs.lora, "to_peft", lambda model: {"r": object()})
+    row = replace(formats.LORA, described=lambda model: {"r": object()})
+    monkeypatch.setitem(formats.FORMATS, "lora", row)
     with refused(model, error=TypeError):
         pfs.save(model, tmp_path)
     assert contents(tmp_path) == before

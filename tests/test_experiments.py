@@ -646,7 +646,7 @@ def separation_store(monkeypatch, losses, seeds=separation.SEEDS):
             return None
         (name,) = (
             name
-            for name, own in separation.METHODS.items()
+            for name, own in separation.CONTENDERS.items()
             if all(config.get(key) == value for key, value in own.items())
         )
         far = abs(np.log10(config["lr"] / 3e-3)) if config["method"] == "full" else 0
@@ -665,11 +665,11 @@ def separation_store(monkeypatch, losses, seeds=separation.SEEDS):
 
 def test_a_table_tells_methods_apart_that_differ(monkeypatch):
     monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
-    losses = dict.fromkeys(separation.METHODS, 1.0)
+    losses = dict.fromkeys(separation.CONTENDERS, 1.0)
     losses |= {"full": 1.5, "LoRA, rank 1": 0.5}
     separation_store(monkeypatch, losses)
     found = {row.method: row for row in separation.rows() if row.task == "gap-1"}
-    assert list(found) == list(separation.METHODS)
+    assert list(found) == list(separation.CONTENDERS)
     apart = {name for name, row in found.items() if row.told_apart}
     assert apart == {"full", "LoRA, rank 1"}
     assert found["full"].over[0] == pytest.approx(0.5)
@@ -680,7 +680,7 @@ def test_a_table_tells_methods_apart_that_differ(monkeypatch):
 
 def test_a_table_with_a_missing_seed_is_no_table(monkeypatch):
     monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
-    losses = dict.fromkeys(separation.METHODS, 1.0)
+    losses = dict.fromkeys(separation.CONTENDERS, 1.0)
     separation_store(monkeypatch, losses, seeds=(0, 1, 2, 3))
     with pytest.raises(Invalid, match="are missing"):
         list(separation.rows())

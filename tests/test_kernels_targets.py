@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from planting import assert_caught, each_is_caught, law
 
 from peft_from_scratch import nf4
+from peft_from_scratch.common.marks import block_pattern
 from peft_from_scratch.kernels import cases, count, gpu_targets, lora
 from peft_from_scratch.kernels import nf4 as on_codes
 from peft_from_scratch.kernels.language import INTERPRETED, Tiles, recorded
 from peft_from_scratch.kernels.lora import matrix
 from peft_from_scratch.kernels.trace import trace
-from tools import kernels_page, readme
+from tools import kernels_page
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 SHAPES = st.integers(1, 40)
@@ -121,7 +122,7 @@ def test_every_case_is_in_the_file(stored):
 
 def test_the_page_is_that_of_the_file(stored):
     text = kernels_page.PAGE.read_text("utf-8")
-    assert readme.BLOCK.search(text)
+    assert block_pattern().search(text)
     assert kernels_page.with_tables(text, stored) == text
     share = 256 * (576 + 576) / 576**2  # of r (d_in + d_out) in d_in d_out
     assert f"is {share:.0%} of".replace("%", " %") in text.replace("\n", " ")

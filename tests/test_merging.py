@@ -18,11 +18,11 @@ from test_refused_files import BROKEN
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.core import adapter
+from peft_from_scratch.core import adapter, matrices
+from peft_from_scratch.files import adapter_file, patterns
 from peft_from_scratch.files import combine as combining
-from peft_from_scratch.files import exchange, patterns
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
 from peft_from_scratch.files.combine import LowRank, combine, cross_terms, updates
-from peft_from_scratch.files.exchange import CONFIG, WEIGHTS
 
 ARCHITECTURES = ("llama", "gpt2")
 EACH_WAY = {  # at full rank and density, where every way keeps everything
@@ -356,7 +356,7 @@ def names_that_end_alike_are_told_apart(folder):
     combine(folders, folder / "out", how="concatenation")
     model, pattern = net(), parsed(folder / "out")[2]["target_modules"]
     every = [name for name, _ in model.named_modules()]
-    assert patterns.selected("", pattern, every) == {"0", "1.0"}
+    assert patterns.matches_field("", pattern, every) == {"0", "1.0"}
     assert pfs.load(model, folder / "out") == ["0", "1.0"]
     assert {n: len(m.A) for n, m in adapters(model)} == {"0": 1, "1.0": 2}
     assert [m.scale for _, m in adapters(model)] == [1, 1]
@@ -551,7 +551,7 @@ def a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
         raise OSError("planted: no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(exchange, "save_file", disk_full)
+        patched.setattr(adapter_file, "save_file", disk_full)
         refuses(folder, folders, "planted", error=OSError, out=folders[0])
 
 
@@ -609,18 +609,21 @@ BUGS = {
     ),
     "the smallest directions are kept": Bug(
         combining.nearest,
-        "truncated(R_B @ R_A.T, r)",
-        "truncated((R_B @ R_A.T).flip(0), r)",
+        "svd_halves(R_B @ R_A.T, r)",
+        "svd_halves((R_B @ R_A.T).flip(0), r)",
         svd_is_the_nearest_of_its_rank,
     ),
     "one singular value too few": Bug(
-        combining.truncated,
-        "root = S[:r].sqrt()",
-        "root = S[:r].sqrt() * (torch.arange(len(S[:r])) < r - 1)",
+        matrices.svd_halves,
+        "root = (S[:r] / scale).sqrt()",
+        "root = (S[:r] / scale).sqrt() * (torch.arange(len(S[:r])) < r - 1)",
         svd_is_the_nearest_of_its_rank,
     ),
     "singular values on both sides": Bug(
-        combining.truncated, "S[:r].sqrt()", "S[:r]", svd_is_the_nearest_of_its_rank
+        matrices.svd_halves,
+        "(S[:r] / scale).sqrt()",
+        "S[:r] / scale",
+        svd_is_the_nearest_of_its_rank,
     ),
     "the smallest entries are kept": Bug(
         combining._trimmed,
@@ -675,8 +678,8 @@ BUGS = {
     ),
     "every adapter drops the same entries": Bug(
         combining._combined,
-        "sum(dare(p.delta(), density, generator) for p in parts)",
-        "dare(sum(p.delta() for p in parts), density, generator)",
+        "sum(dare(part.delta(), density, generator) for part in parts)",
+        "dare(sum(part.delta() for part in parts), density, generator)",
         dare_adds_what_the_weighted_adapters_keep,
     ),
     "the error is that of another sum": Bug(
@@ -688,25 +691,25 @@ BUGS = {
     "the error is relative to the result": Bug(
         combining._relative,
         "_norm(exact)",
-        "_norm(got)",
+        "_norm(result)",
         linear_is_wrong_by_the_cross_terms,
     ),
     "rslora is ignored": Bug(
         combining._update,
-        "**arguments)",
-        "**arguments | dict(rslora=False))",
+        "math.sqrt(r) if config.rslora else r",
+        "r",
         updates_are_those_of_the_loaded_model,
     ),
     "alpha_pattern is ignored": Bug(
-        combining._updates,
-        "alpha=alphas[name]",
-        "alpha=config['lora_alpha']",
+        combining._update,
+        "scale = config.alpha /",
+        "scale = file.config['lora_alpha'] /",
         updates_are_those_of_the_loaded_model,
     ),
     "names are written as ends": Bug(
         combining._config,
-        '"|".join(map(exactly, written))',
-        "list(written)",
+        '"|".join(map(exactly, results))',
+        "list(results)",
         names_that_end_alike_are_told_apart,
     ),
     "alpha does not follow the rank": Bug(
@@ -716,20 +719,20 @@ BUGS = {
         concatenation_is_the_exact_sum,
     ),
     "DoRA is taken for LoRA": Bug(
-        combining._updates,
-        'or config.get("use_dora")',
-        "",
+        combining._config_of,
+        "if file.format is not LORA:",
+        "if file.format.peft_type != LORA.peft_type:",
         what_is_no_plain_lora_is_refused,
     ),
     "trained biases are lost": Bug(
-        combining._updates,
-        'if given.pop("bias") != "none":',
-        'if given.pop("bias") == "":',
+        combining._config_of,
+        'if config.bias != "none":',
+        'if config.bias == "":',
         partial(what_is_no_plain_lora_is_refused, method="biases"),
     ),
     "different vocabularies are let through": Bug(
         combining._refuse_other_bases,
-        '(ROWS, "the vocabulary"), ',
+        '(VOCAB_SIZE, "the vocabulary"),',
         "",
         different_vocabularies_are_refused,
     ),
@@ -752,9 +755,9 @@ BUGS = {
         argument("beyond float32"),
     ),
     "the file is written in place": Bug(
-        exchange.write,
-        "atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:",
-        "__import__('contextlib').nullcontext(Path(directory)) as new:\n"
+        adapter_file.AdapterFile.write,
+        "atomic.new_files(folder, (CONFIG, WEIGHTS)) as new:",
+        "__import__('contextlib').nullcontext(Path(folder)) as new:\n"
         "        new.mkdir(parents=True, exist_ok=True)",
         a_failed_write_leaves_the_folder_as_it_was,
     ),

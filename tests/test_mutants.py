@@ -21,7 +21,9 @@ from test_contract import METHODS, lora, low_rank
 from peft_from_scratch.common import atomic
 from peft_from_scratch.core import adapter, targets
 from peft_from_scratch.core.adapter import Adapter
-from peft_from_scratch.files import exchange, patterns
+from peft_from_scratch.files import exchange, formats, patterns
+from peft_from_scratch.files.adapter_file import AdapterFile
+from peft_from_scratch.files.formats import Format
 from peft_from_scratch.methods import lora as method
 from peft_from_scratch.methods import lora_config, lora_fast
 from peft_from_scratch.methods.lora import LoRA
@@ -391,95 +393,102 @@ MERGING = {
 
 FILES = {
     "alpha is not saved": Bug(
-        method.to_peft, '"lora_alpha": ours["alpha"],', "", written("rslora")
+        Format.config,
+        "for ours, theirs in self.fields.items()",
+        'for ours, theirs in self.fields.items() if ours != "alpha"',
+        written("rslora"),
     ),
     "rslora is not saved": Bug(
-        method.to_peft, 'ours["rslora"]', "False", written("rslora")
+        Format.config,
+        "theirs: options[ours]",
+        'theirs: ours != "rslora" and options[ours]',
+        written("rslora"),
     ),
     "alpha_pattern is not saved": Bug(
-        method.to_peft, 'a != ours["alpha"]', "False", written("patterns")
+        formats._lora_targets, 'a != options["alpha"]', "False", written("patterns")
     ),
     "our default in the place of PEFT's": Bug(
-        method.from_peft,
-        '"alpha": PEFT_ALPHA,',
-        "",
+        Format.arguments,
+        "{**self.absent, **config}",
+        "config",
         files.a_file_without_lora_alpha_means_pefts_default,
     ),
     "missing tensors keep their random start": Bug(
-        exchange.load,
-        "expected = _file_keys(model)",
-        "expected = {k: p for k, p in _file_keys(model).items() if k in tensors}",
+        exchange._load,
+        "_refuse_misfits(model, file, parameters)",
+        "parameters = {k: p for k, p in parameters.items() if k in file.tensors}\n"
+        "    _refuse_misfits(model, file, parameters)",
         broken("no A"),
     ),
     "missing modules are skipped": Bug(
-        exchange.load,
-        "_refuse_absent(model, config, names, tensors, directory / WEIGHTS)",
+        exchange._plan,
+        "_refuse_absent(model, file)",
         "pass",
         broken("no A and no B"),
     ),
     "superfluous tensors are ignored": Bug(
-        exchange._refuse_mismatch,
-        "extra = [key for key in tensors if key not in expected]",
+        AdapterFile.refuse_other_keys,
+        "extra = [k for k in self.tensors if k not in expected and k not in ignored]",
         "extra = []",
         broken("extra bias"),
     ),
     "a row is broadcast over the tensor": Bug(
-        exchange._refuse_mismatch,
-        "if parameter.shape != tensors[key].shape:",
+        AdapterFile.refuse_other_shapes,
+        "if tensor.shape != wanted.shape:",
         "if False:",
         broken("broadcastable"),
     ),
     "NaN is saved": Bug(
         exchange.save,
-        '_refuse_not_finite(tensors, "this model")',
+        'refuse_unusable(tensors, "this model")',
         "pass",
         files.an_adapter_with_nan_is_not_saved,
     ),
     "float64 overflows on loading": Bug(
-        exchange._refuse_mismatch,
-        "if not tensors[key].to(parameter.dtype).isfinite().all():",
+        AdapterFile.refuse_other_shapes,
+        "if not tensor.to(wanted.dtype).isfinite().all():",
         "if False:",
         broken("beyond float32"),
     ),
     "QA-LoRA is loaded as LoRA": Bug(
-        adapter.refuse_unimplemented,
+        formats.refuse_unimplemented,
         "name not in implemented",
         'name not in implemented | {"use_qalora"}',
         broken("use_qalora=True"),
     ),
     "layer 0 is taken for False": Bug(
-        adapter.refuse_unimplemented,
+        formats.refuse_unimplemented,
         'value is False or value in (None, "", [], {})',
         'value in (None, False, "", [], {})',
         broken("layers_to_transform=0"),
     ),
     "PiSSA is loaded as LoRA": Bug(
-        method.from_peft,
-        "if start not in HARMLESS_STARTS:",
+        Format.arguments,
+        "if name in config and config[name] not in values:",
         "if False:",
         broken("pissa"),
     ),
-    "a refused file leaves the model injected": Bug(
-        exchange.load,
-        "(adapter.remove if kept else adapter.detach)(model)",
+    "a failure after the copy leaves the model injected": Bug(
+        exchange._undo,
+        "(adapter.detach if None in originals else adapter.remove)(model)",
         "pass",
-        broken("transposed"),
+        hostile.a_failure_after_the_copy_leaves_no_trace,
     ),
     "an adapter that does nothing says nothing": Bug(
-        exchange._fill,
+        exchange._is_idle,
         "torch.equal(before, _probe(model))",
         "False",
         files.an_adapter_that_does_nothing_warns,
     ),
     "new rows of the vocabulary are lost": Bug(
         exchange.save,
-        "rows = _refuse_resized(model)",
-        "rows = adapter.vocabulary(model)",
+        "_refuse_resized(model)",
+        "pass",
         files.saving_a_resized_vocabulary_is_refused,
     ),
     "another vocabulary is not noticed": Bug(
-        exchange.load,
-        "_refuse_other_vocabulary(model, notes.get(ROWS))",
+        exchange._load,
+        "base_notes.refuse_other_vocabulary(model, file.notes)",
         "pass",
         files.loading_onto_another_vocabulary_is_refused,
     ),
@@ -497,12 +506,12 @@ FILES = {
     ),
     "a trained weight is taken for a copy of the base's": Bug(
         exchange._is_of_base,
-        "return torch.equal(held.cpu(), tensor.to(held.dtype))",
+        "return torch.equal(parameter.cpu(), tensor.to(parameter.dtype))",
         "return True",
         broken("another head"),
     ),
     "a name is taken for the end of a longer one": Bug(
-        patterns.alone,
+        patterns.unambiguous,
         "exact_regex(name) if shared else name",
         "name",
         files.names_that_end_alike_are_told_apart,

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_from_scratch.core import adapter, decoder
 from peft_from_scratch.core.decoder import DecoderAdapter
+from peft_from_scratch.files import formats
 from peft_from_scratch.methods import bitfit, houlsby, ia3, pissa, prefix, prompt
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.houlsby import Bottleneck
@@ -140,8 +141,8 @@ PROMPT = {
         broken("prompt", "n beyond the positions"),
     ),
     "an encoder's prompt is loaded": Bug(
-        prompt.from_peft,
-        "if submodules not in (None, 1):",
+        formats.Format.arguments,
+        "if name in config and config[name] not in values:",
         "if False:",
         broken("prompt", "two submodules"),
     ),
@@ -271,9 +272,9 @@ PREFIX = {
         test_prefix.the_mlp_is_its_equation,
     ),
     "the MLP's file holds another P": Bug(
-        Prefix.file_tensors,
-        "self._flat()",
-        "self._flat().flip(0)",
+        formats._flat_prefix,
+        "module.states()",
+        "module.states().flip(0)",
         test_prefix.dropping_the_mlp_keeps_what_it_made,
     ),
 }
@@ -442,15 +443,15 @@ PISSA = {
         family.A_and_B_are_the_principal_triplets,
     ),
     "the file adds the start": Bug(
-        PiSSA.file_tensors,
-        "-self.B0",
-        "self.B0",
+        formats._change_since_start,
+        "-module.B0",
+        "module.B0",
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "the file's scale is halved": Bug(
-        pissa.to_peft,
-        '2 * ours["alpha"]',
-        'ours["alpha"]',
+        formats._twice_the_rank,
+        '2 * options["alpha"]',
+        'options["alpha"]',
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "a tied weight is split": Bug(

@@ -15,7 +15,7 @@ from planting import Bug, each_is_caught
 from test_mutants import contract
 
 from peft_from_scratch.core import adapter, targets
-from peft_from_scratch.files import combine, exchange, quantized
+from peft_from_scratch.files import base_notes, combine, exchange, quantized
 from peft_from_scratch.memory import meter
 from peft_from_scratch.methods import full, pissa, qlora
 from peft_from_scratch.models import load
@@ -494,8 +494,8 @@ QLORA = {
     ),
     "the error is told in units of the update": Bug(
         qlora.merge,
-        "_ratio(lost.item(), trained.norm().item())",
-        "_ratio(lost.item(), update.norm().item())",
+        "relative_error(lost.item(), trained.norm().item())",
+        "relative_error(lost.item(), update.norm().item())",
         beside.merged_onto_the_original_is_off_by_what_quantizing_changed,
     ),
     "NaN is merged": Bug(
@@ -517,57 +517,58 @@ QLORA = {
         contract(laws.merged_equals_unmerged, "qlora"),
     ),
     "the file does not say that the base has four bits": Bug(
-        exchange.save,
-        "BITS: qlora.base_bits(model)",
-        "BITS: None",
+        base_notes.of_model,
+        "bits = base_bits(model)",
+        "bits = None",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "an adapter's own matrices are taken for the base's": Bug(
-        qlora._kept_in_full,
-        "- set(packed) - of_adapters",
-        "- set(packed)",
+        base_notes._kept_in_full,
+        "- set(quantized) - of_adapters",
+        "- set(quantized)",
         beside.an_adapter_brings_its_bits_along,
     ),
     "what was left in full is forgotten": Bug(
         exchange.load_as_trained,
-        "exclude=kept or None",
+        "exclude=full or None",
         "exclude=None",
         partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
     ),
     "other bits are not noticed": Bug(
-        exchange._warn_of_bits,
-        "elif bits and bits != qlora.read_bits(here):",
-        "elif False:",
+        base_notes.warning_of_bits,
+        "if bits and bits != read_bits(here):",
+        "if False:",
         beside.a_file_of_other_bits_warns,
     ),
     "the warning is given to a base in four bits, too": Bug(
-        exchange._warn_of_bits,
+        base_notes.warning_of_bits,
         "if bits and not here:",
         "if bits:",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "the warning measures other blocks": Bug(
-        qlora.base_error,
+        base_notes.base_error,
         "quantize(W0, **bits)",
         "quantize(W0)",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "the warning forgets the update": Bug(
-        qlora.base_error,
+        base_notes.base_error,
         "changed += update.square()",
         "changed += W0.square()",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "half a note is enough": Bug(
-        qlora.read_bits,
-        'set(bits) - {"exclude"} != BITS',
-        "not set(bits) <= BITS",
+        base_notes._check_bits,
+        'if not isinstance(bits, dict) or set(bits) - {"exclude"} != OPTIONS:',
+        "if set(bits) < OPTIONS:\n        return\n"
+        "    if set(bits) - {'exclude'} != OPTIONS:",
         partial(beside.a_hostile_note_is_refused, note='{"code": "nf4", "block": 64}'),
     ),
     "adapters of other bits are combined": Bug(
         combine._refuse_other_bases,
-        ', (BITS, "the bits of the base")',
-        ",",
+        '(BASE_BITS, "the bits of the base"),',
+        "",
         beside.adapters_of_other_bits_have_no_sum,
     ),
 }
@@ -638,7 +639,7 @@ FILES = {
     ),
     "load_model leaves four bits to bitsandbytes": Bug(
         load._model,
-        "and nf4.is_four_bit(folder)",
+        "and quantized.is_four_bit(folder)",
         "and False",
         on_disk.load_model_reads_such_a_folder,
     ),

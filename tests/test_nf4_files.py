@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.common import atomic
-from peft_from_scratch.files import quantized as files
+from peft_from_scratch.files import quantized as quantized_files
 from peft_from_scratch.files.quantized import CONFIG, STATE, WEIGHTS
 
 UP = "model.layers.1.mlp.up_proj"
@@ -515,7 +515,7 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch, tokenizer=Non
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full)
+        patch.setattr(quantized_files, "save_file", full)
         with refused(other, "No space", error=OSError):
             nf4.save(other, folder, tokenizer)
     assert contents(folder) == before

@@ -21,8 +21,9 @@ import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.core.adapter import adapters, as_matrix
 from peft_from_scratch.core.targets import resolve
-from peft_from_scratch.files import combine, exchange
-from peft_from_scratch.files.exchange import BITS, CONFIG, WEIGHTS
+from peft_from_scratch.files import base_notes, combine, exchange
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
+from peft_from_scratch.files.base_notes import BASE_BITS
 from peft_from_scratch.memory.meter import count
 from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.methods.lora import LoRA
@@ -520,7 +521,7 @@ def test_a_file_of_a_base_in_full_has_no_note(tmp_path):
     train(model, 1)
     pfs.save(model, tmp_path)
     _, metadata, _ = parsed(tmp_path)
-    assert BITS not in metadata
+    assert BASE_BITS not in metadata
     assert caught(build("llama"), tmp_path) == []
 
 
@@ -529,7 +530,7 @@ def a_file_is_a_loras(folder):
     """Only the note tells it from one: PEFT reads what any LoRA has."""
     pfs.save(trained(), folder)
     tensors, metadata, config = parsed(folder)
-    assert json.loads(metadata[BITS]) == {
+    assert json.loads(metadata[BASE_BITS]) == {
         "code": "nf4",
         "block": 64,
         "double": "dynamic",
@@ -583,7 +584,7 @@ HOSTILE = [
 def noted(source, folder, note):
     tensors, metadata, config = parsed(source)
     folder.mkdir()
-    save_file(tensors, folder / WEIGHTS, metadata | {BITS: note})
+    save_file(tensors, folder / WEIGHTS, metadata | {BASE_BITS: note})
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
@@ -635,10 +636,10 @@ def adapters_of_other_bits_have_no_sum(folder):
             )
         assert not (folder / "out").exists()
     combine.combine([folder / "64", folder / "64 again"], folder / "out", how="linear")
-    assert parsed(folder / "out")[1][BITS] == parsed(folder / "64")[1][BITS]
+    assert parsed(folder / "out")[1][BASE_BITS] == parsed(folder / "64")[1][BASE_BITS]
     # A file without the note may be PEFT's, which never says.
     combine.combine([folder / "full", folder / "64"], folder / "both", how="linear")
-    assert parsed(folder / "both")[1][BITS] == parsed(folder / "64")[1][BITS]
+    assert parsed(folder / "both")[1][BASE_BITS] == parsed(folder / "64")[1][BASE_BITS]
 
 
 METHODS = {
@@ -663,7 +664,7 @@ def an_adapter_brings_its_bits_along(folder, method="houlsby", architecture="lla
     METHODS[method](model)
     train(model, 2)
     whole = list(resolve(build(architecture), "mlp"))
-    assert qlora.read_bits(qlora.base_bits(model))["exclude"] == whole
+    assert base_notes.read_bits(base_notes.base_bits(model))["exclude"] == whole
     pfs.save(model, folder)
     found = build(architecture)
     exchange.load_as_trained(found, folder)
@@ -686,12 +687,12 @@ def test_a_file_without_bits_leaves_the_base_in_full(tmp_path):
 
 
 def test_base_bits_are_those_of_the_base():
-    assert qlora.base_bits(build("llama")) is None
+    assert base_notes.base_bits(build("llama")) is None
     model = trained(block=32, double=False)
-    assert qlora.read_bits(qlora.base_bits(model)) == {
+    assert base_notes.read_bits(base_notes.base_bits(model)) == {
         "code": "nf4",
         "block": 32,
         "double": False,
     }
-    assert qlora.read_bits(None) is None
+    assert base_notes.read_bits(None) is None
     assert isinstance(next(iter(adapters(model).values())), LoRA)

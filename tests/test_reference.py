@@ -9,7 +9,7 @@ from architectures import build
 
 import peft_from_scratch as pfs
 from peft_from_scratch.comparison import compare, reference
-from peft_from_scratch.comparison.candidates import Plan
+from peft_from_scratch.comparison.plan import Plan
 from peft_from_scratch.core.adapter import injected
 from peft_from_scratch.memory import meter
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from peft_from_scratch.common import atomic
+from peft_from_scratch.common.marks import between_marks
 from peft_from_scratch.common.provenance import ROOT
 from peft_from_scratch.kernels.cases import (
     DTYPES,
@@ -33,7 +34,6 @@ from peft_from_scratch.kernels.gpu_targets import LARGEST, RESULT, TARGETS
 from peft_from_scratch.kernels.roofline import DEVICES, bound, counts_of
 from peft_from_scratch.plotting.roofline import alt, figure
 from peft_from_scratch.plotting.theme import svg
-from tools.readme import between_marks
 
 PAGE = ROOT / "docs" / "kernels.md"
 FIGURE = PAGE.with_name("roofline.svg")

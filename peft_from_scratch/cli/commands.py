@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from ..common import atomic
-from ..comparison import figures
+from ..comparison.figures import training_curve
 from ..core import adapter
 from ..files import exchange
 from ..files.pretrained import quiet_transformers
 from ..memory.meter import count
+from ..methods import named
 from ..models.load import describe, load_model, positions
 from ..nf4 import dequantize_model
 from ..tasks import templates
@@ -33,15 +34,7 @@ from ..training.evaluation import Answers
 from ..training.loop import train
 from .chat import RECORD, read_object
 
-METHODS = exchange.WRITERS  # what can be saved can be trained
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
-# Within half a decade of the optima that the search on SmolLM2 found; others: 1e-3.
-LEARNING_RATES = {
-    "full": 1e-4,
-    "prefix": 1e-2,
-    "prompt": 3e-2,
-    "ia3": 1e-2,
-}
 TEST_ROWS = 100  # answered before and after
 
 
@@ -118,8 +111,7 @@ def given(options, *names: str) -> dict:
 
 
 def _recipe(options) -> Recipe:
-    usual = LEARNING_RATES.get(options.method, Recipe.lr)
-    lr = usual if options.lr is None else options.lr
+    lr = named(options.method).lr if options.lr is None else options.lr
     return Recipe(
         steps=options.steps,
         batch=options.batch,
@@ -179,7 +171,7 @@ def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
 
 def _inject(model, options, arguments: dict) -> None:
     torch.manual_seed(options.seed)
-    METHODS[options.method].inject(model, **arguments)
+    named(options.method).module.inject(model, **arguments)
 
 
 def _arguments(options, tokenizer, task: Task) -> dict:
@@ -187,7 +179,7 @@ def _arguments(options, tokenizer, task: Task) -> dict:
 
     Raises  ValueError  one that this method does not have
     """
-    taken = inspect.signature(METHODS[options.method].inject).parameters
+    taken = inspect.signature(named(options.method).module.inject).parameters
     found = given(options, *OPTIONS)
     for name in found:
         if name not in taken:
@@ -231,7 +223,7 @@ def _scored(answers) -> str:
 def _write_record(out: Path, options, task, recipe, history, before, after) -> None:
     """The picture, and last the record, whose presence says that the run is over."""
     with atomic.new_file(out / "training.png") as file:
-        figures.training_curve(history).savefig(file, dpi=150)
+        training_curve(history).savefig(file, dpi=150)
     record = {
         "base": options.base,
         "data": options.data,

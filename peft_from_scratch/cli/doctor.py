@@ -230,15 +230,15 @@ def _existing(folder: Path) -> Path:
 
 def costs() -> list[Finding]:
     """Seconds and bytes of the usual jobs on SmolLM2, on the device they would take."""
-    from ..comparison import estimate as costs
-    from ..comparison.candidates import Plan
+    from ..comparison import estimate
+    from ..comparison.plan import Plan
     from ..models.load import pick_device
 
     device = pick_device()
-    rates = costs.measured_rates(device)
-    tokens, plan = costs.chat_tokens_a_second(rates), Plan()
-    compare = costs.duration(costs.compare_seconds(rates, plan))
-    tune = costs.duration(costs.tuning_seconds(rates, plan))
+    rates = estimate.measured_rates(device)
+    tokens, plan = estimate.chat_tokens_a_second(rates), Plan()
+    compare = estimate.duration(estimate.compare_seconds(rates, plan))
+    tune = estimate.duration(estimate.tuning_seconds(rates, plan))
     return [
         *busy(),
         training(rates, device, full=False),
@@ -260,17 +260,18 @@ def busy() -> list[Finding]:
 
 def training(rates, device, *, full: bool) -> Finding:
     """A step and a run of `train` with its defaults, and whether they fit in memory."""
-    from ..comparison import estimate as costs
+    from ..comparison import estimate
     from ..training.config import Recipe
 
     recipe, there = Recipe(), memory_bytes(device)
-    step = costs.step_seconds(rates, recipe.batch, full=full)
-    run = costs.train_seconds(rates, recipe.steps, recipe.batch, full=full)
-    peak = costs.step_bytes(recipe.batch, full=full)
+    step = estimate.step_seconds(rates, recipe.batch, full=full)
+    run = estimate.train_seconds(rates, recipe.steps, recipe.batch, full=full)
+    peak = estimate.step_bytes(recipe.batch, full=full)
     text = (
-        f"{costs.duration(step)} a step of {recipe.batch} rows, {costs.duration(run)} "
-        f"for `train` with {recipe.steps} steps; {gigabytes(peak)} in tensors at the "
-        f"peak, and {gigabytes(costs.checkpoint_bytes(full=full))} of disk for its "
+        f"{estimate.duration(step)} a step of {recipe.batch} rows, "
+        f"{estimate.duration(run)} for `train` with {recipe.steps} steps; "
+        f"{gigabytes(peak)} in tensors at the peak, and "
+        f"{gigabytes(estimate.checkpoint_bytes(full=full))} of disk for its "
         "checkpoints while it runs"
     )
     if peak > 0.8 * there:  # Python, torch and other programs need some as well
@@ -280,18 +281,18 @@ def training(rates, device, *, full: bool) -> Finding:
 
 def method(rates, device) -> str:
     """The formula of the estimates, with what was measured for it just now."""
-    from ..comparison import estimate as costs
+    from ..comparison import estimate
     from ..training.config import Recipe
 
     rows = Recipe().batch
     many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
-    layers, head = f"{costs.LAYERS / 1e6:.0f}M", f"{costs.HEAD / 1e6:.0f}M"
+    layers, head = f"{estimate.LAYERS / 1e6:.0f}M", f"{estimate.HEAD / 1e6:.0f}M"
     text = (
-        f"FLOPs / ({costs.EFFICIENCY} x rate). On {device}, float32 products of the "
-        f"model's shapes reach {many} GFLOP/s with 600 rows, {some} with 32, {one} "
-        f"with 1. A step of {rows} rows is {layers} x {rows * costs.ROW_TOKENS} tokens "
-        f"+ {head} x {rows * costs.ROW_LABELS} labels, times 4 FLOPs with LoRA, 6 in "
-        "full"
+        f"FLOPs / ({estimate.EFFICIENCY} x rate). On {device}, float32 products of "
+        f"the model's shapes reach {many} GFLOP/s with 600 rows, {some} with 32, {one} "
+        f"with 1. A step of {rows} rows is {layers} x "
+        f"{rows * estimate.ROW_TOKENS} tokens + {head} x "
+        f"{rows * estimate.ROW_LABELS} labels, times 4 FLOPs with LoRA, 6 in full"
     )
     waits = ". On a GPU, so short a step waits for its kernels to start: it is slower"
     return text if device.type == "cpu" else text + waits

@@ -1,10 +1,12 @@
 """Where a number came from: code, packages, machine, seed. Result files say it."""
 
+import ast
 import hashlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,10 +14,8 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "peft-from-scratch")
-ROOT = Path(__file__).parents[2]  # of the repository, where there is one
-# Rooms that show results, teach, or run other experiments: no figure of the comparison
-# changes where these do.
-SHOWING = {"cli", "course", "ledger", "plotting"}
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent  # of the repository, where there is one
 
 
 def provenance(*, seed: int, device: torch.device | str = "cpu") -> dict:
@@ -41,12 +41,48 @@ def digest(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_digest() -> str:
-    """The digest of the package's code, but for what is SHOWING."""
-    package = Path(__file__).parents[1]
-    files = sorted(package.rglob("*.py"))
-    counted = [f for f in files if f.relative_to(package).parts[0] not in SHOWING]
-    return digest(*(f.read_text("utf-8") for f in counted))
+def code_digest(starts: Iterable[Path]) -> str:
+    """The digest of these files of the package and of all that they import from it."""
+    return digest(*(file.read_text("utf-8") for file in sorted(imported(starts))))
+
+
+def imported(starts: Iterable[Path]) -> set[Path]:
+    """These files and those of the package that they import, directly or not.
+
+    Imports inside functions count, and so does the `__init__` of every folder on the
+    way. The package's own does not: it only names what other files hold.
+    """
+    closure, waiting = set(), {Path(start).resolve() for start in starts}
+    while waiting:
+        file = waiting.pop()
+        closure.add(file)
+        waiting |= set(_imports(file)) - closure
+    return closure
+
+
+def _imports(file: Path) -> Iterator[Path]:
+    """The files of the package that a file imports itself, by relative imports."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = file.parents[node.level - 1]
+            names = node.module.split(".") if node.module else []
+            yield from _files(base, names)
+            for alias in node.names:
+                yield from _files(base, [*names, alias.name])
+
+
+def _files(base: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The files of the module `names` below the folder `base`: itself, its `__init__`s.
+
+    Nothing for a name that is no module, but something in one.
+    """
+    place = base.joinpath(*names)
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file() and path.parent != PACKAGE.parent:
+            folders = [folder for folder in path.parents if PACKAGE in folder.parents]
+            yield from (folder / "__init__.py" for folder in folders)
+            if path != PACKAGE / "__init__.py":
+                yield path
 
 
 def git_commit() -> tuple[str | None, bool | None]:

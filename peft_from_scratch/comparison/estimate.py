@@ -19,7 +19,8 @@ import torch
 from ..memory.meter import adamw_bytes, lora_parameters
 from ..training.checkpoint import KEPT
 from . import tuning
-from .candidates import Plan, Row
+from .candidates import Candidate
+from .plan import Plan
 from .timing import synchronize
 
 HIDDEN, MLP, DEPTH = 576, 1536, 30  # SmolLM2-135M's sizes
@@ -134,29 +135,29 @@ def compare_seconds(rates: Rates, plan: Plan) -> float:
     reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (EFFICIENCY * rates.many)
     timing = TIMED_STEPS / chat_tokens_a_second(rates)
     total = reading
-    for row in plan.chosen():
-        once = _answering(rates, row, plan.rows) + timing
-        if row.inject:
-            once += _training(rates, row, plan) + reading
-        total += once * (len(plan.seeds) if row.inject else 1)
+    for candidate in plan.chosen():
+        once = _answering(rates, candidate, plan.rows) + timing
+        if candidate.trains:
+            once += _training(rates, candidate, plan) + reading
+        total += once * (len(plan.seeds) if candidate.trains else 1)
     return total
 
 
 def tuning_seconds(rates: Rates, plan: Plan) -> float:
     """The search of all settings: every run trains, where it does, and answers."""
     total = 0.0
-    for row in plan.chosen():
-        once = _answering(rates, row, tuning.VALIDATION_ROWS)
-        if row.inject:
-            once += _training(rates, row, plan)
-        total += len(tuning.grid(row)) * once
+    for candidate in plan.chosen():
+        once = _answering(rates, candidate, tuning.VALIDATION_ROWS)
+        if candidate.trains:
+            once += _training(rates, candidate, plan)
+        total += len(tuning.grid(candidate)) * once
     return total
 
 
-def _answering(rates: Rates, row: Row, rows: int) -> float:
+def _answering(rates: Rates, candidate: Candidate, rows: int) -> float:
     """The examples of few-shot are read once, for all rows."""
     alone = ROW_TOKENS - ROW_LABELS
-    shared = FEW_SHOT_TOKENS - alone if row.few_shot else 0
+    shared = FEW_SHOT_TOKENS - alone if candidate.few_shot else 0
     return answer_seconds(rates, rows, alone) + _reading(rates, shared)
 
 
@@ -164,8 +165,9 @@ def _reading(rates: Rates, tokens: int) -> float:
     return reading_flops(tokens, 1) / (EFFICIENCY * rates.many)
 
 
-def _training(rates: Rates, row: Row, plan: Plan) -> float:
-    return plan.steps_of(row) * step_seconds(rates, plan.batch, full=row.key == "full")
+def _training(rates: Rates, candidate: Candidate, plan: Plan) -> float:
+    step = step_seconds(rates, plan.batch, full=candidate.method == "full")
+    return plan.steps_of(candidate) * step
 
 
 def duration(seconds: float) -> str:

@@ -8,8 +8,19 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from ..plotting import curves
-from ..plotting.theme import (
+from ..plotting.draw import (
     APART,
+    frame,
+    interval,
+    legend,
+    name_stacks,
+    name_y,
+    point,
+    spread,
+    stack,
+)
+from ..plotting.labels import place_labels
+from ..plotting.theme import (
     BLUE,
     GREY,
     LIGHT,
@@ -18,16 +29,7 @@ from ..plotting.theme import (
     SKY,
     SMALL,
     Theme,
-    frame,
-    interval,
-    legend,
     look,
-    name_stacks,
-    name_y,
-    place_labels,
-    point,
-    spread,
-    stack,
     style,
 )
 from ..training.config import History
@@ -208,6 +210,7 @@ def loss_against_seconds(
         y="Training loss, nats per label token",
         title=f"{lowest} ends at the lowest training loss, {last[lowest]:.3f}",
         subtitle=f"Mean of {findings.SMOOTHED} steps, on a logarithmic scale.",
+        keys={row["label"]: row["key"] for row in result["rows"]},
         log="y",
         width=width,
         theme=theme,

@@ -1,4 +1,4 @@
-"""Every figure of one row of the comparison, for one seed."""
+"""Every figure of one candidate of the comparison, for one seed."""
 
 import tempfile
 import time
@@ -19,36 +19,38 @@ from ..tasks.templates import encode_prompt, stop_token
 from ..training import evaluation
 from ..training.config import History
 from . import timing
-from .candidates import Adapted, Row, adapt
-from .setup import Ground
+from .adapt import Adapted, adapt
+from .candidates import Candidate
+from .setup import Setup
 
 KEEP_BELOW = 100e6  # bytes; a larger adapter (a whole model) is measured, not kept
 SAMPLES = 3  # test rows whose answers are shown
-# What a row's seconds are made of. Training counts what an interrupted run of before
-# has done of it as well, as its checkpoint tells.
+# What a candidate's seconds are made of. Training includes the seconds of an
+# interrupted run before, which its checkpoint knows.
 PARTS = ("prepare", "train", "answer", "count", "general", "decode")
 
 
 def measure(
-    row: Row, ground: Ground, setting: dict, seed: int, checkpoints: Path
+    candidate: Candidate, setup: Setup, setting: dict, seed: int, checkpoints: Path
 ) -> dict:
-    """Adapt the base by one row and measure it; plain data, as JSON can hold it.
+    """Adapt the base by one candidate and measure it; plain data, as JSON can hold it.
 
-    Memory is that of a training step, where the row trains, else that of answering one
-    batch. Decoding and merging are measured against an untouched copy of the base.
+    Memory is the bytes of a training step, where the candidate trains, else of
+    answering one batch. Decoding and merging are measured against an untouched copy of
+    the base.
     """
-    plan, task = ground.plan, ground.task
-    ready = adapt(row, plan, task, setting, seed, checkpoints=checkpoints)
+    plan, task = setup.plan, setup.task
+    ready = adapt(candidate, plan, task, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
     answers = ready.answer(task, test)
     history, clock = ready.history, Clock()
     base, _ = load_model(plan.base, device=plan.device)
-    adapter_folder = Path(plan.out) / "adapters" / f"{row.key}-{seed}"
+    adapter_folder = Path(plan.out) / "adapters" / f"{candidate.key}-{seed}"
     figures = {
         "correct": answers.correct,
         "samples": _samples(test, answers),
         **_size(ready),
-        "injected": _injected(ready.model, row),
+        "injected": _injected(ready.model, candidate),
         "steps": history.steps if history else 0,
         "curve": _curve(history),
         "batch": plan.batch if history else 0,
@@ -57,7 +59,7 @@ def measure(
     prepare = ready.seconds + clock.lap()
     figures["memory"] = _memory(ready, task, test)
     count = clock.lap()
-    figures["forgetting"] = _forgetting(ground.general, ready)
+    figures["forgetting"] = _forgetting(setup.general, ready)
     general = clock.lap()
     figures |= _inference(base, ready, task, test)
     seconds = {
@@ -104,14 +106,14 @@ def _size(ready: Adapted) -> dict:
     }
 
 
-def _injected(model: nn.Module, row: Row) -> dict:
+def _injected(model: nn.Module, candidate: Candidate) -> dict:
     """The arguments of the injection that a reader wants to see beside the figures."""
     config = adapter.injected(model).config if adapter.is_injected(model) else {}
     shown = {name: config[name] for name in ("r", "alpha", "m", "n") if name in config}
-    if row.from_text:
+    if candidate.init_from_instruction:
         shown["start"] = "the instruction's tokens"
-    if row.lr_ratio != 1:
-        shown["lr_ratio"] = row.lr_ratio
+    if candidate.lr_ratio != 1:
+        shown["lr_ratio"] = candidate.lr_ratio
     return shown
 
 

@@ -15,8 +15,8 @@ from ..core import adapter
 from ..core.adapter import replace_modules
 from ..core.targets import Targets, resolve
 from ..methods import lora
+from .candidates import LIBRARY
 
-LIBRARY = "bitsandbytes"
 BLOCK = 64  # its default
 
 

@@ -1,4 +1,4 @@
-"""What all rows of a comparison stand on, looked at once: plan, task and base."""
+"""What all candidates of a comparison share: plan, task and base, loaded once."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,12 +12,23 @@ from ..tasks.task import Task, load_task
 from ..tasks.templates import TEMPLATES
 from ..training.checkpoint import sampled_crc
 from ..training.evaluation import general_loss
-from .candidates import Plan
+from .plan import Plan
+
+# The files that make figures: measure.py and tuning.py with all that they import, and
+# what a table imports by its name. An edit of any of them has all candidates measured
+# again; an edit of a file that only shows results does not.
+HERE = Path(__file__).parent
+MEASURING = (
+    HERE / "measure.py",
+    HERE / "tuning.py",
+    HERE / "reference.py",
+    *sorted((HERE.parent / "methods").glob("*.py")),
+)
 
 
 @dataclass(frozen=True)
-class Ground:
-    """The plan with what it names; the base itself is loaded by each row anew."""
+class Setup:
+    """The plan with what it names; each candidate loads the base itself anew."""
 
     plan: Plan
     task: Task
@@ -34,8 +45,8 @@ class Ground:
         return general_loss(*load_model(self.plan.base, device=self.plan.device))
 
 
-def look_at(plan: Plan) -> Ground:
-    """Load base and task once, so that what is wrong with them is said at once."""
+def load_setup(plan: Plan) -> Setup:
+    """Load base and task once, so that an error in them ends the job at once."""
     Path(plan.out).mkdir(parents=True, exist_ok=True)
     task = load_task(plan.task)
     if plan.rows > len(task.test):
@@ -44,7 +55,7 @@ def look_at(plan: Plan) -> Ground:
     model, tokenizer = load_model(plan.base, device=plan.device)
     splits = [list(getattr(task, name)) for name in ("train", "validation", "test")]
     weights = [sampled_crc(parameter) for parameter in model.parameters()]
-    return Ground(
+    return Setup(
         plan=plan,
         task=task,
         name=model.config.name_or_path,
@@ -52,5 +63,5 @@ def look_at(plan: Plan) -> Ground:
         dtype=str(model.dtype).removeprefix("torch."),
         device=next(model.parameters()).device,
         templates=TEMPLATES if tokenizer.chat_template else ("raw",),
-        fingerprint=digest(weights, task.instruction, splits, code_digest()),
+        fingerprint=digest(weights, task.instruction, splits, code_digest(MEASURING)),
     )

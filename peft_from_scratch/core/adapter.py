@@ -11,7 +11,7 @@ Every method *wraps modules*. An `Adapter` is a module that holds a frozen modul
     remove     take them off again; the model is what it was, bit for bit
     disabled   a with-block in which the model computes as if they were removed
 
-`save` and `load` (exchange.py) read the same definition. No name of a parameter is ever
+`save` and `load` (files/) read the same definition. No name of a parameter is ever
 searched for a substring.
 
 Two declared exceptions train parameters of the model itself: full fine-tuning, and the
@@ -51,14 +51,11 @@ class Adapter(Wrapper):
 
     Args
         base  the module to wrap; frozen here
-    A subclass registers its own parameters, computes `forward`, names its tensors in
-    saved files by `file_names`, and, where the mathematics allow, returns `merged`. One
-    that edits the base while it wraps it does so in `attached`.
+    A subclass registers its own parameters, computes `forward`, and, where the
+    mathematics allow, returns `merged`. One that edits the base while it wraps it does
+    so in `attached`.
     """
 
-    file_names: ClassVar[
-        Mapping[str, str]
-    ] = {}  # parameter -> its name in a saved file
     # Parameters that LoRA+ trains at a higher learning rate (LoRA's B).
     loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     cannot_merge = "it has no equivalent weight to merge into"
@@ -87,10 +84,6 @@ class Adapter(Wrapper):
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """{name: tensor of the base, the adapter folded in}, computed in `dtype`."""
         raise CannotMerge(f"{type(self).__name__}: {self.cannot_merge}")
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        """{name in a saved file: value}; the parameters, unless a subclass converts."""
-        return {key: self.get_parameter(own) for own, key in self.file_names.items()}
 
     def on_attach(self) -> None:
         """Called once after all adapters are in place.
@@ -392,17 +385,6 @@ def injected(model: nn.Module) -> Injection:
             f"this {type(model).__name__} carries no adapter; inject or load one first"
         )
     return model.pfs_injection
-
-
-def refuse_unimplemented(config: dict, implemented: set[str]) -> None:
-    """ValueError naming the first field that asks for something this library lacks."""
-    for name, value in config.items():
-        default = value is False or value in (None, "", [], {})  # 0 is a layer's index
-        if name not in implemented and not default:
-            raise ValueError(
-                f"adapter_config.json sets {name[:99]}={shortened(value)}, which is not "
-                "implemented here; loading without it would give another model"
-            )
 
 
 def original_names(model: nn.Module) -> dict[str, str]:

@@ -3,7 +3,7 @@
     products = seconds / seconds of one calibration product, both on one machine
     seconds here = products x seconds of one such product here
 
-The product is costs.measured_rate's: 600 rows through 30 matrices of SmolLM2's shape,
+The product is that of measured_rate: 600 rows through 30 matrices of SmolLM2's shape,
 in as many threads as the lesson has. So a card carries over to another machine, as far
 as the lesson's time is such products. data/costs.json has a card a lesson, written by
 notebooks/build.py in the kernel of the executed notebook.

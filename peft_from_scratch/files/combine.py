@@ -33,17 +33,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.adapter import is_finite
-from ..core.targets import exact_regex, per_module, shortened
-from ..methods import lora
-from . import exchange
-from .exchange import BITS, CONFIG, PREFIX, ROWS, WEIGHTS
+from ..common.check import about, is_finite, is_whole
+from ..core.matrices import relative_error, svd_halves
+from ..core.targets import exact_regex, shortened
+from ..methods.lora_config import LoRAConfig, per_module
+from . import formats
+from .adapter_file import WEIGHTS, AdapterFile
+from .base_notes import BASE_BITS, NOTES, VOCAB_SIZE
+from .formats import LORA
 
 TRIMS = ("ties", "dare")  # take a density
 CUTS = ("svd", *TRIMS)  # take a rank
 WAYS = ("linear", "concatenation", *CUTS)
+LARGEST_WEIGHT = 1e30  # of an adapter: its products stay in float32
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class _File:
-    folder: Path
-    config: dict
-    notes: dict[str, str]  # what the file says of its base
-    updates: dict[str, LowRank]
+class _Lora:
+    """A plain LoRA on disk."""
+
+    file: AdapterFile
+    updates: dict[str, LowRank]  # by module
 
 
 @torch.no_grad()
@@ -89,7 +93,7 @@ def combine(
     Args
         folders  of plain LoRA adapters, ours or PEFT's; ranks and modules may differ
         out      folder of the result; may be one of `folders`
-        how      "linear", "concatenation", "svd", "ties", "dare": see merging.py
+        how      "linear", "concatenation", "svd", "ties", "dare": see combine.py
         weights  w_i for each folder, of either sign; where left out, 1 each
         r        rank of the result, for the last three ways; "svd" stores no more than
                  Σ_i r_i
@@ -107,20 +111,20 @@ def combine(
     Source   [1] arXiv:2306.01708 (TIES)   [2] arXiv:2311.03099 (DARE)
     """
     _refuse_options(how, r, density, seed)
-    files, modules = _read_all(folders, weights, how, r)
+    adapters, modules = _read_all(folders, weights, how, r)
     generator = torch.Generator().manual_seed(seed)
-    written, errors = {}, {}
+    results, errors = {}, {}
     for name, parts in modules.items():
         W = _combined(parts, how, r, density, generator)
-        written[name] = _rounded(name, W)
-        errors[name] = _relative(written[name], stacked(parts))
-    _write(Path(out), files, written)
+        results[name] = _rounded(name, W)
+        errors[name] = _relative(results[name], stacked(parts))
+    _file([each.file for each in adapters], results).write(out)
     return errors
 
 
 def updates(folder: str | Path) -> dict[str, LowRank]:
     """{module: its update} of an adapter folder, checked as `combine` checks it."""
-    return _read(Path(folder)).updates
+    return _read(folder).updates
 
 
 @torch.no_grad()
@@ -154,15 +158,8 @@ def nearest(update: LowRank, r: int) -> LowRank:
     """The nearest matrix of rank r to B A, from the factors."""
     Q_B, R_B = torch.linalg.qr(update.B)
     Q_A, R_A = torch.linalg.qr(update.A.T)
-    small = truncated(R_B @ R_A.T, r)
-    return LowRank(small.A @ Q_A.T, Q_B @ small.B)
-
-
-def truncated(W: Tensor, r: int) -> LowRank:
-    """The nearest matrix of rank r to W = U Σ Vᵀ: B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ."""
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    root = S[:r].sqrt()
-    return LowRank(root[:, None] * Vt[:r], U[:, :r] * root)
+    A, B = svd_halves(R_B @ R_A.T, r)
+    return LowRank(A @ Q_A.T, Q_B @ B)
 
 
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
@@ -196,9 +193,11 @@ def _combined(parts, how, r, density, generator) -> LowRank:
         case "svd":
             return nearest(stacked(parts), r)
         case "ties":
-            return truncated(ties([part.delta() for part in parts], density), r)
+            W = ties([part.delta() for part in parts], density)
+            return LowRank(*svd_halves(W, r))
         case "dare":
-            return truncated(sum(dare(p.delta(), density, generator) for p in parts), r)
+            W = sum(dare(part.delta(), density, generator) for part in parts)
+            return LowRank(*svd_halves(W, r))
 
 
 def _trimmed(delta, density) -> Tensor:
@@ -222,20 +221,19 @@ def _norm(update: LowRank) -> float:
     return (R_B @ R_A.T).norm().item()
 
 
-def _relative(got: LowRank, exact: LowRank) -> float:
-    lost, whole = _norm(stacked([got, exact.weighted(-1)])), _norm(exact)
-    return lost / whole if whole else math.inf if lost else 0.0
+def _relative(result: LowRank, exact: LowRank) -> float:
+    """‖W - S‖ / ‖S‖ of a result W and the exact sum S."""
+    return relative_error(_norm(stacked([result, exact.weighted(-1)])), _norm(exact))
 
 
 def _refuse_options(how, r, density, seed) -> None:
     if how not in WAYS:
         raise ValueError(f"how={shortened(how)}: allowed are {', '.join(WAYS)}")
-    whole = [isinstance(n, int) and not isinstance(n, bool) for n in (r, seed)]
     share = is_finite(density) and 0 < density <= 1
     for name, value, ways, good, allowed in (
-        ("r", r, CUTS, whole[0] and r >= 1, "a whole number of at least 1"),
+        ("r", r, CUTS, is_whole(r, 1), "a whole number of at least 1"),
         ("density", density, TRIMS, share, "a share in (0, 1]"),
-        ("seed", seed, WAYS, whole[1] and 0 <= seed < 2**63, "a whole number < 2**63"),
+        ("seed", seed, WAYS, is_whole(seed, 0, 2**63 - 1), "a whole number < 2**63"),
     ):
         if how in ways and not good:
             raise ValueError(f"{name}={shortened(value)}: {how=} needs {allowed}")
@@ -245,8 +243,8 @@ def _refuse_options(how, r, density, seed) -> None:
             )
 
 
-def _read_all(folders, weights, how, r) -> tuple[list[_File], dict[str, list[LowRank]]]:
-    """(the files, {module: the weighted updates of those adapters that have it})."""
+def _read_all(folders, weights, how, r) -> tuple[list[_Lora], dict[str, list[LowRank]]]:
+    """(the adapters, {module: the weighted updates of those that have it})."""
     if isinstance(folders, str | Path) or not folders:
         raise ValueError(
             f"folders={shortened(folders)}: give a list of adapter folders"
@@ -256,33 +254,39 @@ def _read_all(folders, weights, how, r) -> tuple[list[_File], dict[str, list[Low
         raise ValueError(
             f"weights={shortened(weights)} are not {len(folders)}, one a folder"
         )
-    if not all(is_finite(w) and abs(w) < lora.LARGEST for w in weights):
+    if not all(is_finite(w) and abs(w) < LARGEST_WEIGHT for w in weights):
         raise ValueError(
-            f"weights={shortened(weights)}: allowed are numbers within ±{lora.LARGEST:.0e}"
+            f"weights={shortened(weights)}: allowed are numbers within "
+            f"±{LARGEST_WEIGHT:.0e}"
         )
-    files = [_read(Path(folder)) for folder in folders]
-    _refuse_other_bases(files)
-    modules = {name: [] for name in sorted(set().union(*(f.updates for f in files)))}
-    for file, w in zip(files, weights, strict=True):
-        for name, update in file.updates.items():
+    adapters = [_read(folder) for folder in folders]
+    _refuse_other_bases(adapters)
+    modules = {n: [] for n in sorted(set().union(*(a.updates for a in adapters)))}
+    for adapter, w in zip(adapters, weights, strict=True):
+        for name, update in adapter.updates.items():
             modules[name].append(update.weighted(w))
     for name, parts in sorted(modules.items(), key=lambda item: _bound(item[1])):
         _refuse_ranks(name, parts, how, r)
-    return files, modules
+    return adapters, modules
 
 
-def _refuse_other_bases(files) -> None:
-    seen = {}
-    for file in files:
-        facts = {n: (len(u.B), u.A.shape[1]) for n, u in file.updates.items()}
-        for note, what in ((ROWS, "the vocabulary"), (BITS, "the bits of the base")):
-            facts |= {what: file.notes[note]} if note in file.notes else {}
+def _refuse_other_bases(adapters: Sequence[_Lora]) -> None:
+    """ValueError where a weight's shape or a note of the base differs between two."""
+    first = {}  # what -> (fact, folder)
+    for adapter in adapters:
+        facts = {n: (len(u.B), u.A.shape[1]) for n, u in adapter.updates.items()}
+        notes, folder = adapter.file.notes, adapter.file.folder
+        for note, what in (
+            (VOCAB_SIZE, "the vocabulary"),
+            (BASE_BITS, "the bits of the base"),
+        ):
+            facts |= {what: notes[note]} if note in notes else {}
         for what, fact in facts.items():
-            before, folder = seen.setdefault(what, (fact, file.folder))
+            before, place = first.setdefault(what, (fact, folder))
             if before != fact:
                 raise ValueError(
-                    f"{what} is of {shortened(before)} in {folder} and of {shortened(fact)} in "
-                    f"{file.folder}: adapters of different base models have no sum"
+                    f"{what} is of {shortened(before)} in {place} and of {shortened(fact)} in "
+                    f"{folder}: adapters of different base models have no sum"
                 )
 
 
@@ -310,100 +314,83 @@ def _refuse_ranks(name, parts, how, r) -> None:
         )
 
 
-def _read(folder: Path) -> _File:
-    config = exchange.read_config(folder / CONFIG)
-    tensors, notes = exchange.read_tensors(folder / WEIGHTS)
-    try:
-        return _File(folder, config, notes, _updates(config, tensors))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+def _read(folder: str | Path) -> _Lora:
+    """The updates of a folder that holds a plain LoRA."""
+    file = AdapterFile.read(folder)
+    config, names = _config_of(file), file.modules
+    ends = LORA.tensors.values()
+    file.refuse_other_keys([LORA.key(name, end) for name in names for end in ends])
+    with about(str(file.folder)):
+        configs = per_module(config, {name: _sizes(file, name) for name in names})
+    return _Lora(file, {name: _update(file, name, configs[name]) for name in names})
 
 
-def _updates(config, tensors) -> dict[str, LowRank]:
-    kind = config["peft_type"]
-    if kind != lora.PEFT_TYPE or config.get("use_dora"):
+def _config_of(file: AdapterFile) -> LoRAConfig:
+    """The options of a plain LoRA; ValueError for a file of another method."""
+    if file.format is not LORA:
         raise ValueError(
-            f"peft_type={kind!r} with use_dora={shortened(config.get('use_dora', False))}: "
-            "only plain LoRA is a sum of products; merge the others into a model"
+            f"{file.folder}: peft_type={file.format.peft_type!r} with "
+            f"use_dora={shortened(file.config.get('use_dora', False))}: only plain LoRA "
+            "is a sum of products; merge the others into a model"
         )
-    names = exchange.adapted(tensors, lora)
-    given = {k: value for k, value in config.items() if k not in exchange.METADATA}
-    given = lora.DEFAULTS | lora.from_peft(given, names)
-    if given.pop("bias") != "none":
+    with about(str(file.folder)):
+        config = LoRAConfig(**file.arguments())
+    if config.bias != "none":
         raise ValueError(
-            f"bias={shortened(config['bias'])}: trained biases cannot be combined, only "
-            "adapters with bias='none'"
+            f"{file.folder}: bias={shortened(config.bias)}: trained biases cannot be "
+            "combined, only adapters with bias='none'"
         )
-    keys = {f"{PREFIX}{name}.{end}" for name in names for end in lora.FILE_SUFFIXES}
-    if not keys:
-        raise ValueError(f"{WEIGHTS} holds no A and no B: there is nothing to combine")
-    for key in sorted(keys ^ set(tensors)):
-        what = "holds, beyond A and B," if key in tensors else "lacks"
-        raise ValueError(f"{WEIGHTS} {what} {shortened(key)}")
-    ranks, alphas = (
-        per_module(pattern, given.pop(pattern), names, given.pop(default))
-        for pattern, default in lora.PATTERNS.items()
-    )
-    return {
-        name: _update(
-            name,
-            *(tensors[f"{PREFIX}{name}.{end}"] for end in lora.FILE_SUFFIXES),
-            dict(r=ranks[name], alpha=alphas[name], **given),
+    if not file.modules:
+        raise ValueError(
+            f"{file.folder / WEIGHTS} holds no A and no B: there is nothing to combine"
         )
-        for name in names
-    }
+    return config
 
 
-def _update(name, A, B, arguments) -> LowRank:
-    """Checked by making the LoRA that it belongs to, around a weight without values."""
+def _sizes(file: AdapterFile, name: str) -> tuple[int, int]:
+    """(d_out, d_in) of the weight that one module's A and B were made for."""
+    A, B = (file.tensors[LORA.key(name, end)] for end in LORA.tensors.values())
     if A.dim() != 2 or B.dim() != 2:
         raise ValueError(f"{name}: A has {A.dim()} and B {B.dim()} dimensions, not 2")
-    try:
-        base = nn.Linear(A.shape[1], B.shape[0], bias=False, device="meta")
-        expected = lora.LoRA(base, **arguments)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    for found, wanted in ((A, expected.A), (B, expected.B)):
-        if found.shape != wanted.shape:
-            raise ValueError(
-                f"{name} has a tensor of shape {tuple(found.shape)} where the config "
-                f"needs {tuple(wanted.shape)}"
-            )
-        if not found.float().isfinite().all():
-            raise ValueError(f"{name} holds values beyond the range of float32")
-    return LowRank(A.double(), B.double(), expected.scale)
+    return B.shape[0], A.shape[1]
 
 
-def _write(out: Path, files, written) -> None:
-    pairs = {name: (update.A, update.B) for name, update in written.items()}
-    tensors = {
-        f"{PREFIX}{name}.{end}": X.float().contiguous()
-        for name, pair in pairs.items()
-        for end, X in zip(lora.FILE_SUFFIXES, pair, strict=True)
+def _update(file: AdapterFile, name: str, config: LoRAConfig) -> LowRank:
+    """One module's update; ValueError where A and B are not of the config's rank."""
+    r, (d_out, d_in) = config.r, _sizes(file, name)
+    key_A, key_B = (LORA.key(name, end) for end in LORA.tensors.values())
+    fitting = {
+        key_A: torch.empty(r, d_in, device="meta"),
+        key_B: torch.empty(d_out, r, device="meta"),
     }
-    notes = {
-        note: next((f.notes[note] for f in files if note in f.notes), None)
-        for note in (ROWS, BITS)
-    }
-    exchange.write(out, _config(files, written), tensors, notes)
+    file.refuse_other_shapes(fitting, "the config needs")
+    scale = config.alpha / (math.sqrt(r) if config.rslora else r)
+    return LowRank(file.tensors[key_A].double(), file.tensors[key_B].double(), scale)
 
 
-def _config(files, written) -> dict:
+def _file(files: Sequence[AdapterFile], results: dict[str, LowRank]) -> AdapterFile:
+    """The file of the result, with the notes that one of the files has."""
+    tensors = {}
+    for name, update in results.items():
+        for parameter, end in LORA.tensors.items():
+            value = getattr(update, parameter).float().contiguous()
+            tensors[LORA.key(name, end)] = value
+    notes = {note: f.notes[note] for note in NOTES for f in files if note in f.notes}
+    return AdapterFile(_config(files, results), tensors, notes)
+
+
+def _config(files: Sequence[AdapterFile], results: dict[str, LowRank]) -> dict:
     """PEFT's fields for a scale of 1: alpha = r, by module where r differs."""
-    ranks = {exact_regex(name): len(update.A) for name, update in written.items()}
+    ranks = {exact_regex(name): len(update.A) for name, update in results.items()}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
     base, *different = (file.config.get("base_model_name_or_path") for file in files)
     same = isinstance(base, str) and all(other == base for other in different)
-    return {
-        "peft_type": lora.PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base if same else None,
-        "inference_mode": True,
+    return formats.general_fields(LORA.peft_type, base if same else None) | {
         "r": r,
         "lora_alpha": r,
         "rank_pattern": others,
         "alpha_pattern": others,
         "fan_in_fan_out": any(f.config.get("fan_in_fan_out") is True for f in files),
-        "target_modules": "|".join(map(exact_regex, written)),
+        "target_modules": "|".join(map(exact_regex, results)),
     }

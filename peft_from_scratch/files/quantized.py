@@ -22,7 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -42,11 +41,11 @@ from ..nf4.codes import book
 from ..nf4.double import BLOCK, DoubleQuantized
 from ..nf4.linear import NF4Linear, share_buffer
 from .pretrained import quiet_transformers
+from .untrusted import LARGEST_BLOCK, parse_json, read_json, read_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STATE = "quant_state.bitsandbytes__"
 CPU = torch.device("cpu")
-LARGEST_BLOCK = 2**31  # no weight has as many values
 IN_FILES = ("nf4", "fp4")  # the code books that bitsandbytes has
 DTYPE = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -205,11 +204,7 @@ def _read(directory: Path) -> dict[str, Tensor]:
         )
     tensors = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{file} is no readable safetensors: {error}") from None
+        tensors |= read_safetensors(file)[0]
     return tensors
 
 
@@ -225,10 +220,7 @@ def _settings(directory: Path) -> dict:
 
     Raises  ValueError  a config that is no JSON object
     """
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{directory / CONFIG} is not JSON: {error}") from None
+    config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(
             f"{directory / CONFIG} holds {shortened(config)}, and no config"
@@ -326,10 +318,7 @@ def _doubled(tensors, start: str, state: dict, blocks: int) -> DoubleQuantized:
 
 
 def _json(key: str, text: Tensor) -> dict:
-    try:
-        state = json.loads(bytes(text.to(torch.uint8).tolist()).decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key} is not JSON: {error}") from None
+    state = parse_json(bytes(text.to(torch.uint8).tolist()), key)
     if not isinstance(state, dict):
         raise ValueError(f"{key} holds {shortened(state)}, and not a state")
     return state

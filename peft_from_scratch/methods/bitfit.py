@@ -17,9 +17,6 @@ from ..core import adapter
 from ..core.adapter import Plan
 from ..core.targets import uncompiled
 
-PEFT_TYPE = "BITFIT"  # our own: PEFT has no such type
-FILE_SUFFIXES = ()  # no module is wrapped; the file holds the biases themselves
-
 
 def plan(model: nn.Module) -> Plan:
     """The plan of inject; see adapter.plan."""
@@ -42,14 +39,3 @@ def inject(model: nn.Module) -> list[str]:
     Memory   a copy of the biases, so that remove() restores them
     """
     return adapter.apply(model, plan(model))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """PEFT has no such type: the file says BITFIT and holds the biases."""
-    return {}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for a saved BitFit."""
-    adapter.refuse_unimplemented(config, set())
-    return {}

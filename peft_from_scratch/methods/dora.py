@@ -7,8 +7,6 @@ DoRA trains the lengths m by themselves, and leaves the directions to A and B. m
 as ‖W0‖, so that the model starts from the pretrained weights.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +14,8 @@ from torch import Tensor, nn
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix, as_stored
 from ..core.targets import Targets
-from . import lora
 from .lora import LoRA
 from .lora_config import plan_layers
-
-PEFT_TYPE = lora.PEFT_TYPE  # with use_dora=True
-FILE_SUFFIXES = (*lora.FILE_SUFFIXES, "lora_magnitude_vector")
 
 
 class DoRA(LoRA):
@@ -38,8 +32,6 @@ class DoRA(LoRA):
              part of W0 x that m changes sees the dropped input, as in PEFT.
     Source   [1] arXiv:2402.09353v6
     """
-
-    file_names: ClassVar = LoRA.file_names | {"m": FILE_SUFFIXES[-1]}
 
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
@@ -103,13 +95,3 @@ def inject(
     """
     options |= dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
     return adapter.apply(model, plan(model, **options))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """LoRA's configuration, with the one field that tells it from a LoRA."""
-    return lora.to_peft(model) | {"use_dora": True}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for PEFT's LoRA config."""
-    return lora.from_peft({**config, "use_dora": False}, names)

@@ -43,18 +43,3 @@ def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
     Memory   with keep_original, the model's bytes once more
     """
     return adapter.apply(model, plan(model, keep_original=keep_original))
-
-
-PEFT_TYPE = "FULL"  # our own: PEFT has no such type
-FILE_SUFFIXES = ()  # no module is wrapped; the file holds the parameters themselves
-
-
-def to_peft(model: nn.Module) -> dict:
-    """PEFT has no such type: the file says FULL and holds every weight."""
-    return {}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for a saved full fine-tuning."""
-    adapter.refuse_unimplemented(config, set())
-    return {}

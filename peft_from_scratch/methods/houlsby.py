@@ -10,7 +10,6 @@ at the start.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,6 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 PLACEMENTS = {"houlsby": ("attention", "mlp"), "pfeiffer": ("mlp",)}
 STD = 1e-2  # of the start, "near-identity": section 2.1 and figure 6 of the paper
-PEFT_TYPE = "HOULSBY"  # our own: PEFT has no bottleneck adapters
-FILE_SUFFIXES = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 class Bottleneck(Adapter):
@@ -46,7 +43,6 @@ class Bottleneck(Adapter):
     Source   [1] arXiv:1902.00751v2
     """
 
-    file_names: ClassVar = {name: name for name in FILE_SUFFIXES}
     cannot_merge = (
         "its nonlinearity stands between the projection and what follows. No single "
         "matrix does the same for every input, which is why it costs time when used"
@@ -152,24 +148,3 @@ def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.M
         )
     names = set(last.values())
     return {name: module for name, module in linear.items() if name in names}
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration; the layout is PEFT's, the type our own."""
-    ours = adapter.injected(model).config
-    return {
-        "bottleneck_size": ours["m"],
-        "non_linearity": ours["nonlinearity"],
-        "target_modules": sorted(adapter.adapters(model)),
-    }
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for a saved config."""
-    adapter.refuse_unimplemented(
-        config, {"bottleneck_size", "non_linearity", "target_modules"}
-    )
-    return {
-        "m": config.get("bottleneck_size"),
-        "nonlinearity": config.get("non_linearity", "gelu"),
-    }

@@ -9,17 +9,13 @@ Infused Adapter by Inhibiting and Amplifying Inner Activations: nothing is added
 is there is scaled. Three vectors a layer, and they fold into the weights.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..core import adapter
 from ..core import targets as targeting
 from ..core.adapter import Adapter, Plan, as_matrix, as_stored, factory_kwargs, sizes
 from ..core.targets import Targets
-from ..files import patterns
 from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
@@ -27,10 +23,6 @@ from .houlsby import last_projections
 KEYS_AND_VALUES = (
     r"(k_proj|v_proj|key|value|c_attn|qkv_proj|query_key_value|Wqkv|kv_proj)"
 )
-PEFT_TYPE = "IA3"
-FILE_SUFFIXES = ("ia3_l",)
-INERT = {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"}
-INERT |= {"init_ia3_weights"}
 
 
 class IA3(Adapter):
@@ -48,8 +40,6 @@ class IA3(Adapter):
              PEFT.
     Source   [1] arXiv:2205.05638v2
     """
-
-    file_names: ClassVar = {"l": "ia3_l"}
 
     def __init__(self, base: nn.Module, feedforward: bool = False):
         d_out, d_in = sizes(base)
@@ -121,26 +111,6 @@ def inject(
              model as it was
     """
     return adapter.apply(model, plan(model, targets=targets, feedforward=feedforward))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    wrapped = adapter.adapters(model)
-    return {
-        "target_modules": sorted(wrapped),
-        "feedforward_modules": sorted(n for n, m in wrapped.items() if m.feedforward),
-        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
-        "init_ia3_weights": True,
-    }
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for PEFT's IA3 config."""
-    adapter.refuse_unimplemented(config, INERT)
-    selected = patterns.selected(
-        "feedforward_modules", config.get("feedforward_modules"), names
-    )
-    return {"feedforward": selected}
 
 
 def _keys_values_and_mlp(model, kinds) -> dict[str, nn.Module]:

@@ -13,43 +13,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..core import adapter
-from ..core import targets as targeting
-from ..core.adapter import (
-    Adapter,
-    Plan,
-    as_matrix,
-    as_stored,
-    factory_kwargs,
-    refuse_unimplemented,
-    sizes,
-)
+from ..core.adapter import Adapter, Plan, as_matrix, as_stored, factory_kwargs, sizes
 from ..core.targets import Targets
-from ..files import patterns
 from . import lora_fast
 from .lora_config import LoRAConfig, plan_layers
-
-PEFT_TYPE = "LORA"
-FILE_SUFFIXES = ("lora_A.weight", "lora_B.weight")
-# inject's arguments -> the fields of PEFT's LoraConfig
-FIELDS = dict(
-    r="r",
-    alpha="lora_alpha",
-    rslora="use_rslora",
-    dropout="lora_dropout",
-    bias="bias",
-    rank_pattern="rank_pattern",
-    alpha_pattern="alpha_pattern",
-)
-# Fields of a saved file that change nothing in it: the keys name the modules, the layer
-# knows its own orientation, and the rest qualifies options that are refused.
-INERT = {"target_modules", "exclude_modules", "fan_in_fan_out", "init_lora_weights"}
-INERT |= {"eva_config", "megatron_core", "qalora_group_size"}
-PEFT_ALPHA = 8  # LoraConfig's default, for a file that leaves lora_alpha out
-# How an adapter of PEFT may have been initialised without changing the base model.
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class LoRA(Adapter):
@@ -70,7 +39,6 @@ class LoRA(Adapter):
     Source   [1] arXiv:2106.09685v2
     """
 
-    file_names: ClassVar = dict(zip("AB", FILE_SUFFIXES, strict=True))
     loraplus_parameters: ClassVar = ("B",)  # LoRA+, arXiv:2402.12354: recipe.py
 
     def __init__(
@@ -139,48 +107,3 @@ def inject(
     """
     options |= dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
     return adapter.apply(model, plan(model, **options))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names.
-
-    Ranks and alphas that differ from the default are written by full module name, since
-    the order of overlapping patterns does not survive a JSON file.
-    """
-    ours = adapter.injected(model).config
-    wrapped = adapter.adapters(model)
-    ranks = {patterns.alone(n, wrapped): m.A.shape[0] for n, m in wrapped.items()}
-    alphas = {patterns.alone(n, wrapped): m.alpha for n, m in wrapped.items()}
-    return {
-        "r": ours["r"],
-        "lora_alpha": ours["alpha"],
-        "use_rslora": ours["rslora"],
-        "lora_dropout": ours["dropout"],
-        "bias": ours["bias"],
-        "rank_pattern": {n: r for n, r in ranks.items() if r != ours["r"]},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != ours["alpha"]},
-        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
-        "target_modules": patterns.shortest(model, wrapped),
-    }
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for PEFT's LoRA config.
-
-    Args
-        names  the modules that the file adapts
-    Raises   ValueError   what this library lacks, or a pattern that cannot be used
-    """
-    start = config.get("init_lora_weights", True)
-    if start not in HARMLESS_STARTS:
-        raise ValueError(
-            f"init_lora_weights={targeting.shortened(start)} changed the base model, which "
-            "this file does not hold; convert it to a plain LoRA with PEFT first"
-        )
-    refuse_unimplemented(config, INERT | set(FIELDS.values()))
-    given = {
-        ours: config[theirs] for ours, theirs in FIELDS.items() if theirs in config
-    }
-    for field in ("rank_pattern", "alpha_pattern"):
-        given[field] = patterns.resolved(field, given.get(field), names)
-    return {"alpha": PEFT_ALPHA, **given}

@@ -86,7 +86,7 @@ def plan_layers(
         raise ValueError(
             "exclude and a ready {name: module}: leave it out of the latter"
         )
-    configs = _per_module(config, targets)
+    configs = per_module(config, {name: sizes(m) for name, m in targets.items()})
     names = {module: name for name, module in targets.items()}
     shared = {name: getattr(config, name) for name in ("rslora", "dropout")}
 
@@ -105,22 +105,26 @@ def plan_layers(
     )
 
 
-def _per_module(
-    config: LoRAConfig, modules: Mapping[str, nn.Module]
+def per_module(
+    config: LoRAConfig, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, LoRAConfig]:
     """{module name: its own config}, by the patterns, of a rank that its weight allows.
+
+    Args
+        shapes  {module name: (d_out, d_in)}
+    Raises   ValueError   a rank or alpha out of its range; the error names the module
 
     All ranks are checked before the first layer is made: a refusal draws no numbers.
     """
     ranks, alphas = (
-        targeting.per_module(pattern, getattr(config, pattern), modules, usual)
+        targeting.per_module(pattern, getattr(config, pattern), shapes, usual)
         for pattern, usual in zip(PATTERNS, (config.r, config.alpha), strict=True)
     )
     configs = {}
-    for name, module in modules.items():
+    for name, (d_out, d_in) in shapes.items():
         with check.about(name):
             configs[name] = replace(config, r=ranks[name], alpha=alphas[name])
-            configs[name].check_rank(*sizes(module))
+            configs[name].check_rank(d_out, d_in)
     return configs
 
 

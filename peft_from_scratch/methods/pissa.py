@@ -9,20 +9,15 @@ model starts from the pretrained weights as well, up to rounding.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix, sizes
 from ..core.targets import QuantizedLinear, Targets, resolve
-from . import lora
 from .lora import LoRA
 from .lora_config import plan_layers
-
-PEFT_TYPE = lora.PEFT_TYPE  # saved as a plain LoRA of twice the rank
-FILE_SUFFIXES = lora.FILE_SUFFIXES
 
 
 class PiSSA(LoRA):
@@ -39,8 +34,6 @@ class PiSSA(LoRA):
              scale (B A - B0 A0). W_res is then not needed, and any program reads it.
     Source   [1] arXiv:2404.02948v4
     """
-
-    file_names: ClassVar = {}  # load() makes a LoRA of such a file
 
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
@@ -71,11 +64,6 @@ class PiSSA(LoRA):
     def on_remove(self) -> None:
         if "original" in vars(self):  # not where an injection failed before this one
             self.base.weight.copy_(self.original)
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        """A and B of rank 2r, of the same scale: B A - B0 A0 = [B, -B0] [A; A0]."""
-        pair = torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
-        return dict(zip(FILE_SUFFIXES, pair, strict=True))
 
 
 def plan(
@@ -114,17 +102,6 @@ def inject(
     """
     options = dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
     return adapter.apply(model, plan(model, **options))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """A LoRA of twice the rank: alpha doubles too, and the scale stays."""
-    ours = adapter.injected(model).config
-    return lora.to_peft(model) | {
-        "r": 2 * ours["r"],
-        "lora_alpha": 2 * ours["alpha"],
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
 
 
 def _refuse_packed(targets) -> None:

@@ -16,7 +16,6 @@ survives gradient checkpointing, left padding, and every way to decode.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,6 @@ from ..core.decoder import (
 KEYWORD = "pfs_prefix"
 NAMES = {"sdpa": "pfs_prefix_sdpa", "eager": "pfs_prefix_eager"}
 STD = 0.02  # of the random start: keys and values near zero disturb little
-PEFT_TYPE = "PREFIX_TUNING"
-FILE_SUFFIXES = ()  # the file's one tensor names no module
 
 
 class Prefix(DecoderAdapter):
@@ -63,7 +60,6 @@ class Prefix(DecoderAdapter):
     Source   [1] arXiv:2101.00190v1
     """
 
-    file_names: ClassVar = {"P": "prompt_embeddings"}
     cannot_merge = (
         "a prefix is not a change of any weight. Its keys and values share a softmax "
         "with the tokens' own, which no weight matrix can imitate"
@@ -126,9 +122,6 @@ class Prefix(DecoderAdapter):
 
     def on_remove(self) -> None:
         self.base.config._attn_implementation = self.implementation
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self._flat()}
 
     def drop_mlp(self) -> None:
         """Keep the P that the MLP makes, and train that from here on."""
@@ -341,29 +334,3 @@ def _ignores(trunk, detail) -> str:
 for _original, _name in NAMES.items():
     AttentionInterface.register(_name, with_prefix(_original))
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_original])
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    (prefix,) = adapter.adapters(model).values()
-    layers, heads, size = prefix.shape
-    return {
-        "num_virtual_tokens": prefix.n,
-        "token_dim": heads * size,
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": heads * size,
-        "prefix_projection": False,
-    }
-
-
-# What repeats a shape of the file's tensor, or qualifies an MLP that files never hold.
-INERT = {"token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
-INERT |= {"prefix_projection", "num_transformer_submodules", "init_weights"}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for PEFT's prefix tuning config."""
-    adapter.refuse_unimplemented(config, INERT | {"num_virtual_tokens"})
-    return {"n": config.get("num_virtual_tokens")}

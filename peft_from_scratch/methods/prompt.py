@@ -10,7 +10,6 @@ ones, and gradient descent writes them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,9 @@ from ..core.decoder import (
     refuse_4d,
     token_ids,
 )
-from ..core.targets import shortened
 
 STARTS = ("random", "vocabulary")
 STD = 0.5  # the paper draws from the uniform distribution on [-0.5, 0.5]
-PEFT_TYPE = "PROMPT_TUNING"
-FILE_SUFFIXES = ()  # the file's one tensor names no module
 
 
 class Prompt(DecoderAdapter):
@@ -51,7 +47,6 @@ class Prompt(DecoderAdapter):
     Source   [1] arXiv:2104.08691v2
     """
 
-    file_names: ClassVar = {"P": "prompt_embeddings"}
     cannot_merge = (
         "a soft prompt is not a change of any weight. It adds positions to the "
         "sequence, whose keys and values depend on the position and the layer"
@@ -156,37 +151,6 @@ def inject(
     Raises   ValueError   an argument out of its range, no trunk; the model as it was
     """
     return adapter.apply(model, plan(model, n=n, start=start))
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    (prompt,) = adapter.adapters(model).values()
-    config = prompt.base.config
-    return {
-        "num_virtual_tokens": prompt.n,
-        "token_dim": prompt.P.shape[1],
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_transformer_submodules": 1,
-        "prompt_tuning_init": "RANDOM",
-    }
-
-
-# What qualifies PEFT's own start, or only repeats a shape of the file's tensor.
-INERT = {"token_dim", "num_layers", "num_attention_heads", "prompt_tuning_init"}
-INERT |= {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for PEFT's prompt tuning config."""
-    submodules = config.pop("num_transformer_submodules", 1)
-    if submodules not in (None, 1):
-        raise ValueError(
-            f"num_transformer_submodules={shortened(submodules)} is not implemented: a "
-            "causal language model has one"
-        )
-    adapter.refuse_unimplemented(config, INERT | {"num_virtual_tokens"})
-    return {"n": config.get("num_virtual_tokens"), "start": "random"}
 
 
 def initial_ids(start, n: int, vocabulary: int) -> Tensor:

@@ -15,8 +15,6 @@ of sixteen values and an update is not one of sixteen values:
     "requantized"   NF4(W' + ΔW)    yes             off by rounding once more
 """
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,14 +26,8 @@ from torch import Tensor, nn
 from ..common import check
 from ..core import adapter
 from ..core.adapter import CannotMerge, Plan, as_matrix, as_stored, replace_modules
-from ..core.targets import (
-    Targets,
-    is_quantized,
-    kinds,
-    named_modules,
-    projections,
-    shortened,
-)
+from ..core.matrices import relative_error
+from ..core.targets import Targets, is_quantized, named_modules, projections
 from ..nf4 import (
     NF4Linear,
     dequantize,
@@ -44,16 +36,11 @@ from ..nf4 import (
     share_buffer,
 )
 from ..nf4.linear import quantizable
-from . import lora
 from .lora import LoRA
 from .lora_config import ARGUMENTS, plan_layers
 
-PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
-FILE_SUFFIXES = lora.FILE_SUFFIXES
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 ONTO = ("dequantized", "original", "requantized")
-BITS = {"code", "block", "double"}  # what a file notes of its base
-LARGEST_BLOCK = 2**31  # of a file: no weight has as many values
 
 
 class MergeError(NamedTuple):
@@ -203,92 +190,13 @@ def merge(
         lost = (as_matrix(merged).double() - trained).norm()
         ready[module] = merged
         errors[name] = MergeError(
-            _ratio(lost.item(), trained.norm().item()),
-            _ratio(lost.item(), update.norm().item()),
+            relative_error(lost.item(), trained.norm().item()),
+            relative_error(lost.item(), update.norm().item()),
         )
     replace_modules(model, ready)
     adapter.unwrap_adapters(model)
     share_buffer(model)
     return errors
-
-
-def base_bits(model: nn.Module) -> str | None:
-    """What a file notes of the base: how its weights are quantized; None where not."""
-    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    if not packed:
-        return None
-    q = packed[0]
-    bits = {
-        "code": q.codebook,
-        "block": q.block,
-        "double": q.constant_codebook or False,
-    }
-    kept = _kept_in_full(model, packed)
-    return json.dumps(bits | ({"exclude": kept} if kept else {}))
-
-
-def _kept_in_full(model: nn.Module, packed: list[NF4Linear]) -> list[str]:
-    """The layers' other projections, by their names before adapters stood there."""
-    found = projections(model)
-    of_adapters = {
-        module
-        for wrapped in adapter.adapters(model).values()
-        for name, module in wrapped.named_modules()
-        if name.partition(".")[0] != "base"
-    }
-    whole = {found[name] for name in kinds(model)} - set(packed) - of_adapters
-    before = adapter.original_names(model)
-    return [
-        before[f"{name}.weight"].removesuffix(".weight")
-        for name, module in model.named_modules()
-        if module in whole
-    ]
-
-
-def read_bits(note: str | None) -> dict | None:
-    """The arguments of quantize_model that a file notes; None where it notes none.
-
-    Raises  ValueError  the note is none of ours
-    """
-    if note is None:
-        return None
-    try:
-        bits = json.loads(note)
-        kept = bits.get("exclude", [])
-        if not isinstance(kept, list) or not all(isinstance(n, str) for n in kept):
-            raise ValueError("exclude is no list of names")
-        if set(bits) - {"exclude"} != BITS or bits["block"] > LARGEST_BLOCK:
-            raise ValueError(f"needed are {', '.join(sorted(BITS))}")
-        quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"the file notes base_bits={shortened(note)}, which is not implemented: {error}"
-        ) from None
-    return bits
-
-
-@torch.no_grad()
-def base_error(model: nn.Module, **bits) -> MergeError:
-    """How far the wrapped weights are from what quantizing would make of them.
-
-    That is the error of an update W0 + ΔW that was trained as W' + ΔW, over all wrapped
-    modules together.
-    """
-    lost = trained = changed = 0.0
-    whole = bits.pop("exclude", [])
-    wrapped = adapter.adapters(model)
-    for module in [m for name, m in wrapped.items() if name not in whole]:
-        W0 = as_matrix(module.base).float()
-        kept = dequantize(quantize(W0, **bits))
-        update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0
-        lost += (W0 - kept).square().sum().item()
-        trained += (kept + update).square().sum().item()
-        changed += update.square().sum().item()
-    return MergeError(_ratio(lost, trained) ** 0.5, _ratio(lost, changed) ** 0.5)
-
-
-def _ratio(lost: float, whole: float) -> float:
-    return lost / whole if whole else math.inf if lost else 0.0
 
 
 def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:

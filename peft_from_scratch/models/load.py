@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..core.adapter import vocabulary
-from ..files import quantized as nf4
+from ..files import quantized
 from ..files.pretrained import quiet_transformers, whole_model
 from ..memory.meter import count
 from . import minilm, smollm2, tiny
@@ -90,9 +90,9 @@ def load_model(
 
 def _model(source: str, dtype: torch.dtype, options: dict) -> nn.Module:
     folder = Path(source)
-    if (folder / nf4.CONFIG).is_file() and nf4.is_four_bit(folder):
+    if (folder / quantized.CONFIG).is_file() and quantized.is_four_bit(folder):
         _refuse_no_tokenizer(folder)
-        return nf4.load(folder, dtype=dtype)
+        return quantized.load(folder, dtype=dtype)
     # transformers looks for an adapter too
     of_adapter = {"local_files_only": options["local_files_only"]}
     return whole_model(

@@ -11,12 +11,14 @@ scale, the largest absolute value. Read spec.py first: it is the whole algorithm
               eighth of all bytes
     linear    a projection in four bits, dequantized for one product at a     linear.py
               time; a whole model of such projections
-    files     a quantized model on disk, in bitsandbytes' layout              files.py
     affine    for comparison: four bits with two constants a block            affine.py
 
 The scales take 32 / 64 bits a weight, so a weight takes 4.5 bits. With double
 quantization the scales take 8 / 64 + 32 / (64 · 256) bits, and a weight 4.127.
 Gradients pass through the products with the dequantized weight; the codes never train.
+
+nf4.save and nf4.load write and read a model in four bits. They are in the room above,
+files/quantized.py, since they know whole models; the package makes them available here.
 
 Source  Dettmers et al., arXiv:2305.14314v1, sections 2 and 3
 """
@@ -34,11 +36,9 @@ __all__ = [
     "Quantized",
     "dequantize",
     "dequantize_model",
-    "load",
     "normal_float",
     "quantize",
     "quantize_model",
-    "save",
     "share_buffer",
 ]
 

@@ -1,12 +1,15 @@
 """The one picture: a transformer layer, and where each method works in it.
 
-    python -m peft_from_scratch.course.pictures.block        draws data/block.svg again
+    python -m peft_from_scratch.plotting.block        draws data/block.svg again
 
 The layer is Llama's: a residual stream, from which attention and MLP branch off and to
-which they add. Grey belongs to the base model; colour is what a method brings. All
-places are in units of the page, U of them across.
+which they add. Grey belongs to the base model; color is what a method brings. The table
+of methods says which of PARTS each method brings, and what is written of it: a method
+whose parts are drawn already needs no code here. All places are in units of the page, U
+of them across.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +18,26 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 
-from ...common.atomic import new_file
-from ...plotting.theme import LIGHT, SMALL, Theme, look, readable, style, svg
-from .block_words import METHODS
+from ..common.atomic import new_file
+from ..methods import METHODS, Method
+from .theme import LIGHT, SMALL, Theme, look, readable, style, svg
 
-FILE = Path(__file__).parents[3] / "data" / "block.svg"
+FILE = Path(__file__).parents[2] / "data" / "block.svg"
 U = 10.0  # units across the page; at 7.4 inches, one is 0.74 inches
 TOP, STREAM = 4.0, 0.6  # heights: of the layer's frame, of the residual stream
 LINE = 0.25  # between two lines of text
 WIDE, OUT = 0.56, 1.2  # of a projection; its left to where its result is ready
+PARTS = {  # what a method can bring, and how many shapes that is in one layer
+    "weights": 7 + 2 + 2,  # projections, norms, embedding and head
+    "low-rank": 2 * 7,
+    "four bits": 4 * 7,
+    "lengths": 7,  # after each projection: lengths of its rows
+    "biases": 7,  # after each projection: vectors that are added
+    "factors": 3,
+    "bottlenecks": 2 * 2,
+    "keys and values": 2,
+    "embeddings": 3,
+}
 
 
 @dataclass
@@ -35,21 +49,31 @@ class Pen:
     lit: str | None
     scale: float  # of the page against 7.4 inches
 
-    def colour(self, *owners: str) -> str | None:
-        """The colour of a part that belongs to these methods; None if it is not lit."""
+    def color(self, part: str) -> str | None:
+        """The color of one of PARTS: that of the first method that brings the part.
+
+        Of a lit method's page: that method's color, and None for others' parts.
+        """
+        owners = [method.name for method in METHODS if part in method.parts]
         if self.lit is None:
             return look(owners[0])[0]
         return look(self.lit)[0] if self.lit in owners else None
+
+    def letter(self, part: str) -> str:
+        """The text inside a part: the letters of the method that it is drawn for."""
+        lit = _method(self.lit) if self.lit else None
+        first = next(method for method in METHODS if part in method.parts)
+        return (lit or first).letters
 
     def text(self, x, y, said, *, size=SMALL, color=None, **more) -> None:
         centre = {"ha": "center", "va": "center"} | more
         color = color or self.theme.ink
         self.axes.text(x, y, said, size=size * self.scale, color=color, **centre)
 
-    def line(self, *places, owners=(), arrow=False, width=1.0) -> None:
-        """A line through places; as faint as the part that it leads to."""
+    def line(self, *places, to=None, arrow=False, width=1.0) -> None:
+        """A line through places, as faint as the part that it leads `to`."""
         xs, ys = zip(*places, strict=True)
-        shown = not owners or self.colour(*owners)
+        shown = to is None or self.color(to)
         color = self.theme.muted if shown else self.theme.faint
         width *= self.scale
         order = 2 if shown else 1
@@ -70,24 +94,24 @@ class Pen:
                 },
             )
 
-    def part(self, patch, letter, owners, at=None, *, size=SMALL, **more) -> None:
-        """A part that a method brings: in its colour, or a shape without a letter."""
-        colour = self.colour(*owners)
+    def part(self, patch, part, letter="", at=None, *, size=SMALL, **more) -> None:
+        """A shape of one of PARTS: in its method's color, or empty without a letter."""
+        color = self.color(part)
         patch.set(
-            facecolor=colour or self.theme.paper,
-            edgecolor=self.theme.ink if colour else self.theme.faint,
+            facecolor=color or self.theme.paper,
+            edgecolor=self.theme.ink if color else self.theme.faint,
             linewidth=0.7 * self.scale,
-            gid="lit" if colour else "unlit",
+            gid="lit" if color else "unlit",
             zorder=3,
         )
         self.axes.add_patch(patch)
-        if colour and letter:
-            color = readable(colour)
-            self.text(*at, letter, size=size, color=color, weight="bold", **more)
+        if color and letter:
+            ink = readable(color)
+            self.text(*at, letter, size=size, color=ink, weight="bold", **more)
 
     def base(self, x, y, width, height, name, *, frozen=False, **more) -> None:
         """A box of the base model, its lower left corner at (x, y)."""
-        lit = None if frozen else self.colour("full")
+        lit = None if frozen else self.color("weights")
         whole = lit if self.lit else None  # among all methods, an outline is enough
         self.axes.add_patch(
             FancyBboxPatch(
@@ -111,50 +135,50 @@ class Pen:
 
 def _projection(pen: Pen, x: float, y: float, name: str) -> None:
     """W with what may stand beside it; h leaves at x + OUT."""
-    lift = 0.05 if pen.colour("qlora") else 0  # the name makes room for the cells
-    solid = pen.colour("full") if pen.lit else None
+    lift = 0.05 if pen.color("four bits") else 0  # the name makes room for the cells
+    solid = pen.color("weights") if pen.lit else None
     pen.base(x, y - 0.21, WIDE, 0.42, "")
     middle = x + WIDE / 2
     pen.text(middle, y + lift, name, color=readable(solid) if solid else None, size=9)
-    if pen.colour("qlora"):
+    if pen.color("four bits"):
         for i in range(4):
             cell = Rectangle((middle - 0.18 + 0.09 * i, y - 0.17), 0.09, 0.07)
-            pen.part(cell, "", ("qlora",))
+            pen.part(cell, "four bits")
     pen.line((x - 0.12, y), (x + OUT, y))
     _low_rank(pen, x, y, y - 0.39)
     magnitude = Rectangle((x + 0.74, y - 0.16), 0.2, 0.32)
-    pen.part(magnitude, "m", ("dora",), (x + 0.84, y - 0.005), size=8)
+    at = x + 0.84, y - 0.005
+    pen.part(magnitude, "lengths", pen.letter("lengths"), at, size=8)
     bias = Rectangle((x + 0.98, y - 0.1), 0.16, 0.2)
-    pen.part(bias, "b", ("bitfit",), (x + 1.06, y - 0.005))
+    pen.part(bias, "biases", pen.letter("biases"), (x + 1.06, y - 0.005))
 
 
 def _low_rank(pen: Pen, x: float, y: float, middle: float) -> None:
     """A and B under a W whose line is at y, and the way through them."""
-    owners = ("lora", "dora", "pissa", "qlora")
-    pen.line((x - 0.12, y), (x - 0.12, middle), (x, middle), owners=owners)
+    pen.line((x - 0.12, y), (x - 0.12, middle), (x, middle), to="low-rank")
     end, back = x + WIDE, x + WIDE + 0.1
-    pen.line((end, middle), (back, middle), (back, y), owners=owners)
+    pen.line((end, middle), (back, middle), (back, y), to="low-rank")
     for letter, side in (("A", 0), ("B", 1)):
         wide, narrow = x + WIDE * side, x + WIDE / 2
         corners = [(wide, 0.15), (narrow, 0.09), (narrow, -0.09), (wide, -0.15)]
         shape = Polygon([(a, middle + b) for a, b in corners])
         at = (narrow + 0.26 * WIDE * (2 * side - 1), middle - 0.005)
-        pen.part(shape, letter, owners, at)
+        pen.part(shape, "low-rank", letter, at)
 
 
 def _factor(pen: Pen, x: float, y: float) -> None:
-    pen.part(Circle((x, y), 0.1), "$l$", ("ia3",), (x, y))
+    pen.part(Circle((x, y), 0.1), "factors", pen.letter("factors"), (x, y))
 
 
 def _bottleneck(pen: Pen, x: float, y: float) -> None:
     """Down and up on a branch that runs down at x, and the way around them."""
     around = [(x, y + 0.35), (x - 0.36, y + 0.35), (x - 0.36, y - 0.35), (x, y - 0.35)]
-    pen.line(*around, owners=("houlsby",))
+    pen.line(*around, to="bottlenecks")
     for name, side in (("down", 1), ("up", -1)):
         corners = [(-0.28, 0.29), (0.28, 0.29), (0.18, 0), (-0.18, 0)]
         shape = Polygon([(x + a, y + side * b) for a, b in corners])
         at = (x, y + side * 0.15)
-        pen.part(shape, name, ("houlsby",), at, size=7.5)
+        pen.part(shape, "bottlenecks", name, at, size=7.5)
 
 
 def _sum(pen: Pen, x: float, y: float, sign: str) -> None:
@@ -180,9 +204,10 @@ def _attention(pen: Pen) -> None:
         pen.line((1.62 + OUT, y), (3.45, y), arrow=True)
     for y, letter in ((k, "K"), (v, "V")):
         _factor(pen, 2.92, y)
-        pen.line((3.22, y + 0.26), (3.45, y + 0.26), owners=("prefix",), arrow=True)
+        into = (3.22, y + 0.26), (3.45, y + 0.26)
+        pen.line(*into, to="keys and values", arrow=True)
         prefix = Rectangle((3.0, y + 0.16), 0.22, 0.2)
-        pen.part(prefix, letter, ("prefix",), (3.11, y + 0.255))
+        pen.part(prefix, "keys and values", letter, (3.11, y + 0.255))
     pen.base(3.45, 1.6, 0.3, 2.1, "attention", frozen=True, rotation=90)
     pen.line((3.75, k), (3.95, k))
     _projection(pen, 3.95, k, "$W_o$")
@@ -231,10 +256,11 @@ def _stream(pen: Pen) -> None:
     pen.text(3.2, STREAM - 0.17, "residual stream", color=pen.theme.muted)
     pen.base(0.1, 0.1, 0.3, 1.0, "embedding", rotation=90)
     pen.base(U - 0.4, 0.1, 0.3, 1.0, "head", rotation=90)
-    pen.line((0.75, 1.2), (0.75, STREAM + 0.03), owners=("prompt",), arrow=True)
+    pen.line((0.75, 1.2), (0.75, STREAM + 0.03), to="embeddings", arrow=True)
     for i in range(3):
         cell = Rectangle((0.65, 1.2 + 0.2 * i), 0.2, 0.2)
-        pen.part(cell, "P", ("prompt",), (0.75, 1.295 + 0.2 * i))
+        at = 0.75, 1.295 + 0.2 * i
+        pen.part(cell, "embeddings", pen.letter("embeddings"), at)
 
 
 # The page -----------------------------------------------------------------------------
@@ -246,15 +272,12 @@ def block_picture(
     """A transformer layer with every method at its place.
 
     Args
-        lit    a method's key: its part alone has colour; its equation stands below;
-               None: all parts are coloured, and named below
+        lit    a method's name: its part alone has color; its equation stands below;
+               None: all parts are colored, and named below
         width  inches; the page is scaled as a whole
-    Raises   ValueError   no such method: the message holds the keys
+    Raises   ValueError   no such method: the message holds the names
     """
-    if lit is not None and lit not in METHODS:
-        known = ", ".join(METHODS)
-        raise ValueError(f"lit={lit!r} is no method of the picture; it knows {known}")
-    lines = 5 if lit is None else 1.2 * len(METHODS[lit].lines)
+    lines = _legend_lines() if lit is None else 1.2 * len(_method(lit).lines)
     foot, head = LINE * lines + 0.2, 0.45
     height = TOP + foot + head
     with style(theme):
@@ -275,23 +298,37 @@ def block_picture(
 def _title(lit: str | None) -> str:
     if lit is None:
         return "A transformer layer, and where each method works in it"
-    return f"{METHODS[lit].label}: {METHODS[lit].place}"
+    return f"{_method(lit).label}: {_method(lit).place}"
+
+
+def _method(name: str) -> Method:
+    for method in METHODS:
+        if method.name == name:
+            return method
+    known = ", ".join(method.name for method in METHODS)
+    raise ValueError(f"lit={name!r} is no method of the picture; it knows {known}")
 
 
 def _lines(pen: Pen) -> None:
-    for i, line in enumerate(METHODS[pen.lit].lines):
+    for i, line in enumerate(_method(pen.lit).lines):
         size = 9 if i else 11  # the equation is the first
         pen.text(0.1, -0.15 - 1.2 * LINE * i, line, ha="left", size=size)
 
 
+def _legend_lines() -> int:
+    """Lines of the legend, which has two columns."""
+    return math.ceil(len(METHODS) / 2)
+
+
 def _legend(pen: Pen) -> None:
-    for i, (key, method) in enumerate(METHODS.items()):
-        x, y = 0.1 + (U / 2 - 0.15) * (i // 5), -0.1 - LINE * (i % 5)
-        colour = look(key)[0]
+    for i, method in enumerate(METHODS):
+        column, line = divmod(i, _legend_lines())
+        x, y = 0.1 + (U / 2 - 0.15) * column, -0.1 - LINE * line
+        color = look(method.name)[0]
         swatch = Rectangle((x, y - 0.09), 0.75, 0.2)
-        swatch.set(facecolor=colour, edgecolor=pen.theme.ink, linewidth=0.7 * pen.scale)
+        swatch.set(facecolor=color, edgecolor=pen.theme.ink, linewidth=0.7 * pen.scale)
         pen.axes.add_patch(swatch)
-        inside = {"size": 7, "weight": "bold", "color": readable(colour)}
+        inside = {"size": 7, "weight": "bold", "color": readable(color)}
         pen.text(x + 0.375, y, method.letters, **inside)
         pen.text(x + 0.87, y, f"{method.label}: {method.place}", ha="left", size=7.5)
 
@@ -303,9 +340,9 @@ def in_words(lit: str | None = None) -> str:
         "W_gate, W_up and W_down, each after a norm and each added to the residual "
         "stream."
     )
-    keys = METHODS if lit is None else [lit]
-    said = (f"{METHODS[key].label}: {METHODS[key].place}." for key in keys)
-    return " ".join([layer, *said])
+    shown = METHODS if lit is None else [_method(lit)]
+    places = (f"{method.label}: {method.place}." for method in shown)
+    return " ".join([layer, *places])
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
     spectrum(ranks, …)    how much of a matrix its first k singular values hold
     bars(rows, …)         bytes, stacked by what holds them
 
-What is compared has a colour and a marker, the control is grey. A method has the same
+What is compared has a color and a marker, the control is grey. A method has the same
 look as in every other figure; anything else takes looks that the methods beside it do
 not have. Each axis names its unit. Names stand beside the lines and points where they
 fit, else in a legend at the foot.
@@ -14,14 +14,25 @@ fit, else in a legend at the foot.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
-from ..comparison.candidates import ROWS
-from ..course.pictures.block_words import METHODS
+from ..methods import METHODS
+from .draw import (
+    frame,
+    interval,
+    legend,
+    name_stacks,
+    name_y,
+    point,
+    spread,
+    stack,
+)
+from .labels import place_labels
 from .theme import (
     AMBER,
     BLUE,
@@ -36,16 +47,7 @@ from .theme import (
     SKY,
     SMALL,
     Theme,
-    frame,
-    interval,
-    legend,
     look,
-    name_stacks,
-    name_y,
-    place_labels,
-    point,
-    spread,
-    stack,
     style,
 )
 
@@ -53,9 +55,8 @@ FOOT = 0.55  # inches under the axes for the ticks and the name of the x axis
 OTHERS = (BLUE, ORANGE, PURPLE, AMBER, RED, BROWN, SKY)  # no grey: that is control's
 DASHES = ("-", "--", "-.", ":")
 LEADER = 0.16  # inches from a line's end to its name
-KEYS = {method.label: key for key, method in METHODS.items()}
-KEYS |= {row.label: row.key for row in ROWS}
-Mark = tuple[str, str]  # colour, marker
+BY_LABEL = {method.label: method.name for method in METHODS}
+Mark = tuple[str, str]  # color, marker
 HOLDERS = {  # of bytes, in the order in which they are stacked
     "weights": GREY,
     "gradients": ORANGE,
@@ -65,26 +66,33 @@ HOLDERS = {  # of bytes, in the order in which they are stacked
 }
 
 
-def marks(labels: Sequence[str], control: Collection[str] = ()) -> dict[str, Mark]:
-    """Each label's (colour, marker), no two the same.
+def marks(
+    labels: Sequence[str],
+    control: Collection[str] = (),
+    keys: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Mark]:
+    """Each label's (color, marker), no two the same.
 
-    A label that is a method's key or name has that method's look; controls are grey.
+    A label that is a method's name or label has that method's look; controls are grey.
+
+    Args
+        keys  {label: key of plotting.LOOKS} for other labels
     """
     for name in control:
         if name not in labels:
             raise ValueError(f"control {name!r} is no series: {', '.join(labels)}")
     found: dict[str, Mark] = {}
     for label in labels:
-        key = KEYS.get(label, label)
+        key = keys.get(label) or BY_LABEL.get(label, label)
         if key in LOOKS and label not in control and look(key) not in found.values():
             found[label] = look(key)
-    colours = [c for c in OTHERS if c not in {colour for colour, _ in found.values()}]
+    colors = [c for c in OTHERS if c not in {color for color, _ in found.values()}]
     shapes = [m for m in MARKERS if m not in {marker for _, marker in found.values()}]
     others = [label for label in labels if label not in found]
     for label in sorted(others, key=lambda label: label in control):
         place, grey = len(found), label in control
-        colour = GREY if grey else (colours or OTHERS)[place % len(colours or OTHERS)]
-        found[label] = colour, (shapes or MARKERS)[place % len(shapes or MARKERS)]
+        color = GREY if grey else (colors or OTHERS)[place % len(colors or OTHERS)]
+        found[label] = color, (shapes or MARKERS)[place % len(shapes or MARKERS)]
     return {label: found[label] for label in labels}
 
 
@@ -96,6 +104,7 @@ def lines(
     title: str,
     subtitle: str = "",
     control: Collection[str] = (),
+    keys: Mapping[str, str] = MappingProxyType({}),
     log: str = "",
     names: str = "ends",
     width: float = 7.4,
@@ -108,6 +117,7 @@ def lines(
         series   {label: [(x, y) or (x, y, low, high), …]}
         x, y     what is on the axes, and its unit: "Loss, nats per token"
         control  labels whose lines are grey and dashed
+        keys     {label: key of plotting.LOOKS}, where the label is no method's
         log      "", "x", "y" or "xy"
         names    "ends": beside the lines' ends, where they fit; "foot": in a legend
         width    inches; 4.2 suits a phone
@@ -115,7 +125,7 @@ def lines(
     """
 
     _demand(series, x, y)
-    looks = marks(list(series), control)
+    looks = marks(list(series), control, keys)
     small = {"markersize": 5 if max(map(len, series.values())) < 40 else 0}
     styles = {
         label: {
@@ -129,9 +139,9 @@ def lines(
     def draw(axes: Axes) -> None:
         for label, rows in series.items():
             xs, ys, *ends = zip(*rows, strict=True)
-            colour = looks[label][0]
+            color = looks[label][0]
             if ends:
-                axes.fill_between(xs, *ends, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(xs, *ends, color=color, alpha=0.2, linewidth=0)
             more = styles[label] | small
             axes.add_line(point(looks[label], theme, xs, ys, **more))
         _scale(axes, [row[0] for rows in series.values() for row in rows])
@@ -245,7 +255,7 @@ def bars(
 
     Args
         rows   {label: {kind: bytes}}
-        kinds  {kind: colour}, in the order of stacking
+        kinds  {kind: color}, in the order of stacking
         unit   "kB", "MB" or "GB"; None: the largest that leaves the largest sum over 1
     Raises   ValueError   a kind that `kinds` does not have
     """

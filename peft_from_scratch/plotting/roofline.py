@@ -16,19 +16,8 @@ from ..kernels.roofline import (
     peak,
     places,
 )
-from .theme import (
-    BLUE,
-    LIGHT,
-    ORANGE,
-    PURPLE,
-    SMALL,
-    Theme,
-    frame,
-    legend,
-    name_y,
-    point,
-    style,
-)
+from .draw import frame, legend, name_y, point
+from .theme import BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
 
 LOOKS = {UNFUSED: (ORANGE, "D"), FUSED: (BLUE, "o"), UNCACHED: (PURPLE, "^")}
 BESIDE = {"MI300X": "bottom", "H100 SXM": "top"}  # their roofs are close together

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...paged import PagedAdamW
-from ...plotting.theme import LIGHT, SMALL, Theme, frame, legend, look, point, style
+from ...plotting.draw import frame, legend, point
+from ...plotting.theme import LIGHT, SMALL, Theme, look, style
 
 FAULT, HIT, AHEAD = "fault", "use of one that is there", "fault, ahead of its use"
 MARKS = {FAULT: "X", HIT: "o", AHEAD: ">"}

@@ -23,13 +23,13 @@ LONGER = dict(task="gap-2", steps=300)  # soft prompts, three times as long
 SAME_SIZE = 80  # positions of a prefix with as many parameters as the LoRA
 TEXT = "text"  # a start: the tokens of training rows, in place of one that is drawn
 # Trained parameters in a layer of tiny: LoRA 20,480, the bottlenecks 20,302.
-METHODS = {
-    "full": {},
-    "lora": dict(r=8, alpha=16),
-    "houlsby": dict(m=39),
-    "prefix": dict(positions=16),
-    "prefix-80": dict(positions=SAME_SIZE),
-    "prompt": dict(positions=16),
+CONTENDERS: dict[str, dict] = {
+    "full": dict(method="full"),
+    "lora": dict(method="lora", r=8, alpha=16),
+    "houlsby": dict(method="houlsby", m=39),
+    "prefix": dict(method="prefix", positions=16),
+    "prefix-80": dict(method="prefix", positions=SAME_SIZE),
+    "prompt": dict(method="prompt", positions=16),
 }
 SOFT = ("prefix", "prefix-80", "prompt")
 STARTS = {name: ("random", TEXT) for name in SOFT} | {"prompt": ("vocabulary", TEXT)}
@@ -51,13 +51,12 @@ def config(
     start: str | None = None,
     steps: int = STEPS,
 ) -> dict:
-    hyper = METHODS[name] | ({"start": start} if start else {})
+    hyper = CONTENDERS[name] | ({"start": start} if start else {})
     if start == TEXT:
         hyper["start"] = list(text_ids(task, hyper["positions"]))
     return finetune.config(
         base="tiny",
         task=task,
-        method=name.partition("-")[0],
         lr=lr,
         seed=seed,
         n=N,

@@ -9,7 +9,8 @@ rows in the same order and are tested on the same rows: their results can be pai
 row by row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,18 +23,8 @@ from ...common import scoped
 from ...common.provenance import digest
 from ...core.adapter import adapters, remove
 from ...memory import meter
-from ...methods import (
-    dora,
-    full,
-    houlsby,
-    ia3,
-    loftq,
-    lora,
-    pissa,
-    prefix,
-    prompt,
-    qlora,
-)
+from ...methods import METHODS as TABLE
+from ...methods import Method, loftq, named
 from ...models.load import load_model
 from ...nf4 import quantize_model
 from ...tasks.task import Task, load_task
@@ -44,32 +35,51 @@ from ...training.loop import Diverged, train
 from ...training.loss import EncodedExample, batch_of, can_choose_logits
 from .. import runs
 
-
-def _soft(inject: Callable) -> Callable:
-    """The injection with its n called positions: a run's n is its training rows."""
-    return lambda model, *, positions, start: inject(model, n=positions, start=start)
+ALIASES = {"n": "positions"}  # a run's n is its training rows
 
 
-LORA = dict(r=8, alpha=16, targets="all-linear")
-BF16 = dict(dtype=torch.bfloat16)
-METHODS: dict[str, tuple[Callable | None, dict]] = {  # name: (inject, its defaults)
-    "base": (None, {}),  # nothing is added and nothing trains
-    "full": (full.inject, {}),
-    "lora": (lora.inject, LORA),
-    "rslora": (partial(lora.inject, rslora=True), LORA),
-    "dora": (dora.inject, LORA),
-    "pissa": (pissa.inject, LORA),
-    "ia3": (ia3.inject, {}),
-    "houlsby": (houlsby.inject, dict(m=8, placement="houlsby")),
-    "prefix": (_soft(prefix.inject), dict(positions=16, start="random")),
-    "prompt": (_soft(prompt.inject), dict(positions=16, start="vocabulary")),
-    "lora-frozen": (lora.inject, LORA),  # control: A and B random, and never trained
-    "qlora": (qlora.inject, LORA),
-    "qlora-loftq": (loftq.inject, LORA),  # A and B start at what four bits lost
-    "qlora-bf16": (partial(qlora.inject, **BF16), LORA),
-    "qlora-frozen": (qlora.inject, LORA),  # control, as lora-frozen
-    "nf4-base": (quantize_model, {}),  # in four bits, and nothing trains
-    "lora-transplanted": (lora.inject, LORA),  # trained in full, tested in four bits
+@dataclass(frozen=True)
+class Kind:
+    """What a configuration's "method" stands for: a method of the table, or a variant.
+
+    Args
+        method   of the table; None: nothing is injected
+        options  further arguments of the injection
+        inject   takes the place of the method's inject
+    """
+
+    method: Method | None
+    options: Mapping[str, object] = field(default_factory=dict)
+    inject: Callable | None = None
+
+    @property
+    def hyper(self) -> dict[str, object]:
+        """The method's entries in a configuration, with their defaults."""
+        if self.method is None:
+            return {}
+        return {ALIASES.get(k, k): value for k, value in self.method.hyper.items()}
+
+    def injected(self, model: nn.Module, config: dict) -> None:
+        """Inject the method into the model as the configuration says."""
+        inject = self.inject or (self.method and self.method.module.inject)
+        if inject:
+            names = self.method.hyper if self.method else ()
+            values = {name: config[ALIASES.get(name, name)] for name in names}
+            inject(model, **self.options, **values)
+
+
+LORA = dict(named("lora").hyper)
+_LORA, _QLORA = Kind(named("lora")), Kind(named("qlora"))
+METHODS: dict[str, Kind] = {
+    "base": Kind(None),  # nothing is added and nothing trains
+    **{method.name: Kind(method) for method in TABLE},
+    "rslora": Kind(named("lora"), {"rslora": True}),
+    "lora-frozen": _LORA,  # control: A and B random, and never trained
+    "qlora-loftq": Kind(named("qlora"), inject=loftq.inject),  # starts at what NF4 lost
+    "qlora-bf16": Kind(named("qlora"), {"dtype": torch.bfloat16}),
+    "qlora-frozen": _QLORA,  # control, as lora-frozen
+    "nf4-base": Kind(None, inject=quantize_model),  # in four bits, and nothing trains
+    "lora-transplanted": _LORA,  # trained in full, tested in four bits
 }
 FROZEN = ("lora-frozen", "qlora-frozen")
 UNTRAINED = ("base", "nf4-base", *FROZEN)
@@ -117,7 +127,7 @@ def config(
     """
     if method not in METHODS:
         raise ValueError(f"{method=}: allowed are {', '.join(METHODS)}")
-    defaults = METHODS[method][1]
+    defaults = METHODS[method].hyper
     allowed = (*defaults, *RECIPE)
     if unknown := [name for name in hyper if name not in allowed]:
         raise ValueError(
@@ -208,10 +218,8 @@ def train_model(
     model: nn.Module, tokenizer, instruction: str, rows: dict, config: dict
 ) -> tuple[History, str | None]:
     """Inject the method and train; (history, why it diverged, or None)."""
-    inject, hyper = METHODS[config["method"]]
     torch.manual_seed(config["seed"])
-    if inject:
-        inject(model, **{name: config[name] for name in hyper})
+    METHODS[config["method"]].injected(model, config)
     if config["method"] in FROZEN:
         randomize(model)
     if config["method"] in UNTRAINED:
@@ -241,7 +249,7 @@ def transplant(model: nn.Module, config: dict) -> None:
     """Put the model's LoRA, as it is, beside the same base in four bits."""
     trained = {n: (m.A.clone(), m.B.clone()) for n, m in adapters(model).items()}
     remove(model)
-    qlora.inject(model, **{name: config[name] for name in LORA})
+    _QLORA.injected(model, config)
     for name, module in adapters(model).items():
         for parameter, value in zip((module.A, module.B), trained[name], strict=True):
             parameter.copy_(value)

@@ -19,7 +19,7 @@ TASKS = ("gap-1", "gap-3")  # near the pretraining, and far from it
 SEEDS = (0, 1, 2, 3, 4)
 RATES = {"full": (1e-3, 3e-3, 1e-2), "lora": (3e-3, 1e-2, 3e-2)}  # to begin with
 REFERENCE = "LoRA, rank 8"
-METHODS: dict[str, dict] = {  # alpha is twice r
+CONTENDERS: dict[str, dict] = {  # alpha is twice r
     "nothing trained": dict(method="base"),
     "frozen random LoRA": dict(method="lora-frozen", r=8, alpha=16),
     "LoRA, rank 1": dict(method="lora", r=1, alpha=2),
@@ -47,14 +47,16 @@ class Row:
 
 
 def config(task: str, method: str, lr: float, seed: int) -> dict:
-    return finetune.config(base="tiny", task=task, lr=lr, seed=seed, **METHODS[method])
+    return finetune.config(
+        base="tiny", task=task, lr=lr, seed=seed, **CONTENDERS[method]
+    )
 
 
 def configs() -> list[dict]:
     """Those known so far: the searches, and all seeds at the rates that they chose."""
     known = []
     for task in TASKS:
-        for method in METHODS:
+        for method in CONTENDERS:
             searched, lr = _searched(task, method)
             known += searched
             if lr is not None:
@@ -69,14 +71,14 @@ def rows() -> Iterator[Row]:
     """
     for task in TASKS:
         reference = _runs(task, REFERENCE)
-        for method in METHODS:
+        for method in CONTENDERS:
             yield _row(task, method, reference)
 
 
 def _row(task: str, method: str, reference: list[Run]) -> Row:
     found = _runs(task, method)
     results = [run.result for run in found]
-    trains = METHODS[method]["method"] not in finetune.UNTRAINED
+    trains = CONTENDERS[method]["method"] not in finetune.UNTRAINED
     return Row(
         task,
         method,
@@ -97,7 +99,7 @@ def _runs(task: str, method: str) -> list[Run]:
 
 
 def _searched(task: str, method: str) -> tuple[list[dict], float | None]:
-    kind = METHODS[method]["method"]
+    kind = CONTENDERS[method]["method"]
     if kind in finetune.UNTRAINED:
         return [], ANY_RATE
     return search(lambda lr: config(task, method, lr, SEEDS[0]), RATES[kind])

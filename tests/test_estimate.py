@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_from_scratch as pfs
 from peft_from_scratch.comparison import estimate, timing, tuning
-from peft_from_scratch.comparison.candidates import Plan, few_shot_examples
+from peft_from_scratch.comparison.adapt import few_shot_examples
+from peft_from_scratch.comparison.plan import Plan
 from peft_from_scratch.core.targets import kinds, projections
 from peft_from_scratch.memory import meter
 from peft_from_scratch.tasks.task import load_task
@@ -137,11 +138,11 @@ def test_a_comparison_costs_the_sum_of_its_rows_and_seeds():
     read = estimate.reading_flops(tokens, tokens) / (estimate.EFFICIENCY * RATES.many)
     whole = estimate.compare_seconds(RATES, Plan())
     alone = {
-        row.key: estimate.compare_seconds(RATES, Plan(methods=(row.key,))) - read
-        for row in Plan().chosen()
+        each.key: estimate.compare_seconds(RATES, Plan(methods=(each.key,))) - read
+        for each in Plan().chosen()
     }
     assert whole == pytest.approx(read + sum(alone.values()))
-    trained = sum(alone[row.key] for row in Plan().chosen() if row.inject)
+    trained = sum(alone[each.key] for each in Plan().chosen() if each.trains)
     twice = estimate.compare_seconds(RATES, Plan(seeds=(0, 1)))
     assert twice == pytest.approx(whole + trained)
     assert alone["zero-shot"] < alone["few-shot"] < alone["lora"] < alone["full"]
