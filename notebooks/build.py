@@ -28,10 +28,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from peft_from_scratch.atomic import new_file
-from peft_from_scratch.provenance import digest
 from rules import RULES, START, TEXT_RULES, WIDGET, agrees, broken, cells
 
 from peft_from_scratch import cards, exercises
+from peft_from_scratch.common.digest import digest
 
 FOLDER = Path(__file__).parent
 TEXTS = "[0-9][0-9]_*.py"

@@ -3,9 +3,9 @@
 Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
 methods/full.py (what it is measured against), the other methods (`ls methods` is the
 syllabus), nf4/ before qlora.py, trunk.py before prompt.py and prefix.py, files/ (what
-is on disk, and distrust of it), train.py (one plain loop), paged/ (its optimizer,
-within a budget of bytes), evaluate.py, compare.py (the main job), kernels/ (LoRA's
-product on a GPU).
+is on disk, and distrust of it), training/ (one plain loop), paged/ (its optimizer,
+within a budget of bytes), compare.py (the main job), kernels/ (LoRA's product on a
+GPU).
 """
 
 from . import kernels, nf4

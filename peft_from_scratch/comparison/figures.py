@@ -8,8 +8,19 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from ..plotting import curves
-from ..plotting.theme import (
+from ..plotting.draw import (
     APART,
+    frame,
+    interval,
+    legend,
+    name_stacks,
+    name_y,
+    point,
+    spread,
+    stack,
+)
+from ..plotting.labels import place_labels
+from ..plotting.theme import (
     BLUE,
     GREY,
     LIGHT,
@@ -18,16 +29,7 @@ from ..plotting.theme import (
     SKY,
     SMALL,
     Theme,
-    frame,
-    interval,
-    legend,
     look,
-    name_stacks,
-    name_y,
-    place_labels,
-    point,
-    spread,
-    stack,
     style,
 )
 from ..training.config import History

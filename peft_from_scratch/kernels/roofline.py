@@ -17,19 +17,8 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from ..plotting.theme import (
-    BLUE,
-    LIGHT,
-    ORANGE,
-    PURPLE,
-    SMALL,
-    Theme,
-    frame,
-    legend,
-    name_y,
-    point,
-    style,
-)
+from ..plotting.draw import frame, legend, name_y, point
+from ..plotting.theme import BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
 from .count import Count, count, fused, unfused
 
 

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ...kernels.trace import Access, Trace
-from ...plotting.theme import BLUE, LIGHT, SMALL, Theme, frame, readable, style
+from ...plotting.draw import frame
+from ...plotting.theme import BLUE, LIGHT, SMALL, Theme, readable, style
 
 BESIDE = 0.16  # of the longest side: the room between two tensors
 FOOT = 0.1  # inches under the axes

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from ...plotting.curves import FOOT, marks
-from ...plotting.theme import GREY, LIGHT, SMALL, Theme, frame, name_y, point, style
+from ...plotting.draw import frame, name_y, point
+from ...plotting.theme import GREY, LIGHT, SMALL, Theme, style
 
 BINS = 40  # from -1 to 1
 ROW, OVER = 0.3, 0.11  # of the histogram's height: from book to book, name over ticks
