@@ -106,7 +106,9 @@ print("LoRA:     ", tuned["answer"])
 
 # %%
 from peft_from_scratch import load_model, lora, save  # line 1
-from peft_from_scratch.course import Recipe, load_task, train
+from peft_from_scratch.course import TrainConfig  # line 2
+from peft_from_scratch.course import load_task  # line 3
+from peft_from_scratch.course import train  # line 4
 
 # %% [markdown]
 # Line 5 loads the model: SmolLM2-135M-Instruct, unless you asked for another one. A
@@ -353,7 +355,7 @@ checks.lora_count(my_count)
 
 # %%
 W0_then = first.base.weight.clone()
-recipe = Recipe(steps=16, batch=4, lr=3e-3)  # line 8
+recipe = TrainConfig(steps=16, batch=4, lr=3e-3)  # line 8
 history = train(model, tokenizer, task, recipe)  # line 9
 
 # %%

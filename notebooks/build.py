@@ -30,7 +30,7 @@ from nbformat import NotebookNode
 from rules import RULES, START, TEXT_RULES, WIDGET, agrees, broken, cells
 
 from peft_from_scratch.common.atomic import new_file
-from peft_from_scratch.common.provenance import digest
+from peft_from_scratch.common.digest import digest
 from peft_from_scratch.course import cards, exercises
 
 FOLDER = Path(__file__).parent

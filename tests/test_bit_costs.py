@@ -7,9 +7,9 @@ from planting import Bug, each_is_caught, law
 from torch import nn
 
 import peft_from_scratch as pfs
+from peft_from_scratch.core import counting
 from peft_from_scratch.course import bit_costs
 from peft_from_scratch.ledger.intervals import nested_bootstrap, over_seeds
-from peft_from_scratch.memory import meter
 
 
 def steps(method=pfs.qlora, **more):
@@ -25,7 +25,7 @@ def test_every_byte_is_held_by_something():
 
 def test_the_kinds_are_those_of_the_shapes():
     model = steps(r=4).model
-    held, count = bit_costs.held(model), meter.count(model)
+    held, count = bit_costs.held(model), counting.count(model)
     packed = [m for m in model.modules() if isinstance(m, pfs.nf4.NF4Linear)]
     assert held["codes"] == sum(m.packed.nbytes for m in packed) > 0
     assert held["constants"] == sum(m.quantized.absmax.nbytes for m in packed) > 0

@@ -29,7 +29,7 @@ from peft_from_scratch.methods import METHODS
 from peft_from_scratch.tasks import templates
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.training import evaluation
-from peft_from_scratch.training.config import Recipe
+from peft_from_scratch.training.config import TrainConfig
 from peft_from_scratch.training.loop import train
 
 IDS = torch.arange(64, 80)[None]
@@ -157,8 +157,8 @@ def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
 def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, data):
     for method in METHODS:
         command = training(base, data, "out", "--method", method.name)
-        recipe = commands._recipe(command_line.parser().parse_args(command))
-        assert recipe.lr == method.lr and recipe.max_tokens == Recipe.max_tokens
+        recipe = commands._config(command_line.parser().parse_args(command))
+        assert recipe.lr == method.lr and recipe.max_tokens == TrainConfig.max_tokens
 
 
 def test_a_folder_that_cannot_be_made_is_refused_first(refused, tmp_path):
@@ -252,6 +252,26 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     assert main(training(base, data, tmp_path, *OPTIONS[method])) == 1
     kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())
     assert kept["answers"] == said.answers
+
+
+def test_a_train_injects_once_and_encodes_each_row_once(
+    base, data, tmp_path, monkeypatch
+):
+    injected, encoded = [], []
+
+    def note(calls, module, name):
+        sound = getattr(module, name)
+
+        def noting(*args, **options):
+            calls.append(args)
+            return sound(*args, **options)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(injected, pfs.lora, "inject")
+    note(encoded, templates, "encode_row")
+    assert main(training(base, data, tmp_path)) == 0
+    assert (len(injected), len(encoded)) == (1, 40)
 
 
 def raising(error):

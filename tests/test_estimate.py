@@ -13,11 +13,13 @@ import peft_from_scratch as pfs
 from peft_from_scratch.comparison import estimate, timing, tuning
 from peft_from_scratch.comparison.adapt import few_shot_examples
 from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.core import counting
 from peft_from_scratch.core.targets import kinds, projections
-from peft_from_scratch.memory import meter
+from peft_from_scratch.memory.meter import measure_step
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import encode_prompt, encode_row
 from peft_from_scratch.training import checkpoint, evaluation, loss
+from peft_from_scratch.training.state import TrainState
 
 RATES = estimate.Rates(many=80e9, some=50e9, one=8e9)
 INJECT = {False: pfs.lora.inject, True: pfs.full.inject}
@@ -43,7 +45,7 @@ def test_the_parameters_are_those_of_the_model(fresh_smollm2):
     assert layers == estimate.LAYERS
     assert model.lm_head.weight.numel() == estimate.HEAD
     pfs.lora.inject(model)
-    assert meter.count(model).trainable == estimate.LORA
+    assert counting.count(model).trainable == estimate.LORA
 
 
 @pytest.mark.parametrize(("tokens", "labels"), [(64, 16), (32, 31)])
@@ -77,7 +79,7 @@ def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
     step()  # makes the moments, which every later step holds from the start
     monkeypatch.setattr(estimate, "ROW_TOKENS", 40)
     monkeypatch.setattr(estimate, "ROW_LABELS", 10)
-    measured = meter.measure_step(model, step)
+    measured = measure_step(model, step)
     assert measured.peak == pytest.approx(estimate.step_bytes(1, full=False), rel=0.02)
 
 
@@ -165,7 +167,7 @@ def test_checkpoints_take_the_room_of_their_files(full, fresh_smollm2, tmp_path)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    run = checkpoint.Run(parameters, optimizer, torch.device("cpu"))
+    run = TrainState(parameters, optimizer, torch.device("cpu"))
     made = checkpoint.save(run, tmp_path, {})
     size = sum(file.stat().st_size for file in made.iterdir())
     assert 3 * size == pytest.approx(estimate.checkpoint_bytes(full=full), rel=0.01)

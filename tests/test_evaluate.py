@@ -13,7 +13,7 @@ from observe import assert_same, snapshot
 from planting import each_is_caught, law
 
 from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
-from peft_from_scratch.training import evaluation
+from peft_from_scratch.training import evaluation as evaluate
 from peft_from_scratch.training.evaluation import (
     answer_rows,
     general_loss,
@@ -240,46 +240,46 @@ def test_the_general_text_is_long_enough_and_prose():
     assert "the" in TOKENIZER.decode(ids[1000:2000]).split()
 
 
-BOOTSTRAP, GENERAL = evaluation.paired_bootstrap, evaluation.general_loss
+BOOTSTRAP, GENERAL = evaluate.paired_bootstrap, evaluate.general_loss
 BUGS = {
     "the shared beginning is longer than shared": (
-        evaluation.shared_tokens,
+        evaluate.shared_tokens,
         "len(commonprefix(prompts))",
         "len(commonprefix(prompts)) + 1",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "the shared beginning is dropped": (
-        evaluation.answer_rows,
+        evaluate.answer_rows,
         "prefix=prompts[0][:shared]",
         "prefix=()",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "examples are dropped": (
-        evaluation.answer_rows,
+        evaluate.answer_rows,
         "examples=examples",
         "examples=()",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "answers are cut at the longest completion": (
-        evaluation.answer_rows,
+        evaluate.answer_rows,
         "longest + longest // 4 + 8",
         "longest",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "score(completion, answer)": (
-        evaluation.answer_rows,
+        evaluate.answer_rows,
         'task.score(answer, row["completion"])',
         'task.score(row["completion"], answer)',
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "Wald's interval": (
-        evaluation.wilson,
+        evaluate.wilson,
         "p + z * z / (2 * n)",
         "p * (1 + z * z / n)",
         wilson_solves_the_score_equation,
     ),
     "z of one side": (
-        evaluation.wilson,
+        evaluate.wilson,
         "(1 + confidence) / 2",
         "confidence",
         wilson_solves_the_score_equation,

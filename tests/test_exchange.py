@@ -18,8 +18,8 @@ import peft_from_scratch as pfs
 from peft_from_scratch.common import atomic
 from peft_from_scratch.core import adapter
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.files import adapter_file, formats
-from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
+from peft_from_scratch.files import adapter_file, exchange, formats
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS, AdapterFile
 
 VARIANTS = {
     "rslora": dict(rslora=True, alpha=3.5),
@@ -121,6 +121,28 @@ def test_loading_keeps_the_mode_of_every_module(tmp_path):
     pfs.load(model, saved(tmp_path))
     pfs.remove(model)
     assert {name: m.training for name, m in model.named_modules()} == before
+
+
+def test_a_file_that_is_read_and_written_is_the_same(tmp_path):
+    AdapterFile.read(saved(tmp_path / "first")).write(tmp_path / "second")
+    (tensors, *texts), (again, *texts_again) = (
+        parsed(tmp_path / name) for name in ("first", "second")
+    )
+    assert_same(again, tensors)
+    assert texts_again == texts
+
+
+@pytest.mark.parametrize("load", [exchange.load, exchange.load_as_trained])
+def test_weights_are_read_once(load, tmp_path, monkeypatch):
+    read, paths = adapter_file.read_safetensors, []
+
+    def counted(path):
+        paths.append(path)
+        return read(path)
+
+    monkeypatch.setattr(adapter_file, "read_safetensors", counted)
+    load(build("llama"), saved(tmp_path))
+    assert paths == [tmp_path / WEIGHTS]
 
 
 # --------------------------------------------------------------------- Vocabulary

@@ -25,10 +25,11 @@ from peft_from_scratch.ledger.experiments import (
 )
 from peft_from_scratch.ledger.runs import Run
 from peft_from_scratch.ledger.verdicts import claim
-from peft_from_scratch.memory.meter import lora_parameters
+from peft_from_scratch.memory.formulas import lora_parameters
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import encode_rows
-from peft_from_scratch.training.loss import batch_of, summed_loss
+from peft_from_scratch.training.batch import batch_of
+from peft_from_scratch.training.loss import summed_loss, token_losses
 
 SMALL = dict(
     task="orders",
@@ -99,9 +100,9 @@ def item_losses_are_those_of_rows_alone():
 @pytest.mark.parametrize(
     ("function", "right", "wrong"),
     [
-        (finetune.item_losses, "zip(part, found", "zip(sorted(part), found"),
-        (finetune._row_losses, "/ labelled.sum(1)", "/ labels.shape[1]"),
-        (finetune._row_losses, "(0, 1)", "(1, 0)"),
+        (finetune.item_losses, "zip(part, means", "zip(sorted(part), means"),
+        (finetune.item_losses, "/ labelled.sum(1)", "/ labelled.shape[1]"),
+        (token_losses, "losses[labelled] = each", "losses[labelled] = each.flip(0)"),
     ],
 )
 def test_planted_faults_of_item_losses_are_caught(function, right, wrong):

@@ -21,7 +21,7 @@ from peft_from_scratch.ledger.experiments import (
     paging,
 )
 from peft_from_scratch.ledger.experiments.counting import SHAPES
-from peft_from_scratch.memory.meter import lora_parameters
+from peft_from_scratch.memory.formulas import lora_parameters
 from peft_from_scratch.methods import qlora
 from peft_from_scratch.nf4 import CODES, NF4Linear, linear, quantize_model
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from peft_from_scratch import full, lora
 from peft_from_scratch.ledger.experiments import bill
-from peft_from_scratch.memory import meta_model
+from peft_from_scratch.memory import meta_model as ghost
 
 # Gemma's attention has softcaps, GPT-2 and OPT have a step of their own for a mask that
 # a caller made: the ghost is held to the architectures that it is used for.
@@ -31,9 +31,9 @@ def real_bill(architecture, recipe, length):
 
 def ghost_bill(architecture, recipe, length, method=full):
     dtype = "float32" if recipe == "fp32" else "bfloat16"
-    model = meta_model.ghost(CONFIGS[architecture](), dtype)
+    model = ghost.ghost(CONFIGS[architecture](), dtype)
     method.inject(model)
-    return meta_model.bill(model, recipe, batch=2, length=length)
+    return ghost.bill(model, recipe, batch=2, length=length)
 
 
 def agrees(architecture="llama", recipe="mixed", length=200):
@@ -64,9 +64,9 @@ def test_a_lora_keeps_the_activations_and_drops_the_rest():
 
 
 def test_seven_billion_parameters_take_sixteen_bytes_each():
-    model = meta_model.ghost(LlamaConfig(**SEVEN, tie_word_embeddings=False))
+    model = ghost.ghost(LlamaConfig(**SEVEN, tie_word_embeddings=False))
     full.inject(model)
-    found = meta_model.bill(model, "mixed")
+    found = ghost.bill(model, "mixed")
     n = sum(p.numel() for p in model.parameters())
     assert n == 6_738_415_616
     kept = found["weights"] + found["gradients"] + found["optimizer"]
@@ -75,51 +75,47 @@ def test_seven_billion_parameters_take_sixteen_bytes_each():
 
 
 def test_a_ghost_can_be_billed_again():
-    model = meta_model.ghost(CONFIGS["llama"]())
+    model = ghost.ghost(CONFIGS["llama"]())
     full.inject(model)
-    bills = [meta_model.bill(model, "bf16", length=length) for length in (40, 80, 40)]
+    bills = [ghost.bill(model, "bf16", length=length) for length in (40, 80, 40)]
     assert bills[0] == bills[2] != bills[1]
 
 
 def test_the_configuration_is_the_callers():
     config = CONFIGS["llama"]()
     before = config.to_dict()
-    meta_model.ghost(config)
+    ghost.ghost(config)
     assert config.to_dict() == before
 
 
 def test_what_it_refuses():
-    model = meta_model.ghost(CONFIGS["llama"]())
+    model = ghost.ghost(CONFIGS["llama"]())
     with pytest.raises(ValueError, match="inject first"):
-        meta_model.bill(model, "mixed")
+        ghost.bill(model, "mixed")
     full.inject(model)
     with pytest.raises(ValueError, match=r"recipe='int8': allowed are fp32, bf16"):
-        meta_model.bill(model, "int8")
+        ghost.bill(model, "int8")
     real = build("llama")
     full.inject(real)
     with pytest.raises(ValueError, match="holds numbers"):
-        meta_model.bill(real, "mixed")
+        ghost.bill(real, "mixed")
 
 
 MUTANTS = {
     "attention that keeps a (t, t) matrix": (
-        meta_model._attend,
+        ghost._attend,
         "FUSED(query, key, value, 0.0, True, scale=scaling)",
         "(query @ key.repeat_interleave(2, 1).transpose(2, 3)).softmax(-1)"
         " @ value.repeat_interleave(2, 1), None",
     ),
-    "no float32 logits": (
-        meta_model._loss,
-        "cross_entropy(wide",
-        "cross_entropy(logits",
-    ),
+    "no float32 logits": (ghost._loss, "widened(", "("),
     "the update is not counted": (
-        meta_model.bill,
+        ghost.bill,
         '"temporaries": updating.activations',
         '"temporaries": 0',
     ),
     "no optimizer in the peak": (
-        meta_model.bill,
+        ghost.bill,
         "learning.peak + updating.optimizer",
         "learning.peak",
     ),

@@ -16,7 +16,7 @@ from planting import Bug, each_is_caught
 from test_mutants import contract
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_from_scratch.core import adapter, decoder
+from peft_from_scratch.core import adapter, decoder, matrices
 from peft_from_scratch.core.decoder import DecoderAdapter
 from peft_from_scratch.files import formats
 from peft_from_scratch.methods import bitfit, houlsby, ia3, pissa, prefix, prompt
@@ -26,7 +26,7 @@ from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.pissa import PiSSA
 from peft_from_scratch.methods.prefix import Prefix, Reparametrized
 from peft_from_scratch.methods.prompt import Prompt
-from peft_from_scratch.training import loop
+from peft_from_scratch.training import loop, state
 
 attend = ALL_ATTENTION_FUNCTIONS[prefix.NAMES["sdpa"]]
 
@@ -425,21 +425,21 @@ PISSA = {
         family.removed_after_training_to_the_last_bit,
     ),
     "A and B without the scale": Bug(
-        PiSSA.__init__,
-        "(S[:r] / self.scale).sqrt()",
+        matrices.svd_halves,
+        "(S[:r] / scale).sqrt()",
         "S[:r].sqrt()",
         family.A_and_B_are_the_principal_triplets,
     ),
     "B of the smallest directions": Bug(
-        PiSSA.__init__,
+        matrices.svd_halves,
         "U[:, :r]",
         "U[:, -r:]",
         family.A_and_B_are_the_principal_triplets,
     ),
     "all of S in A": Bug(
-        PiSSA.__init__,
-        "(root[:, None] * Vt[:r])",
-        "((S[:r] / self.scale)[:, None] * Vt[:r])",
+        matrices.svd_halves,
+        "root[:, None] * Vt[:r]",
+        "(S[:r] / scale)[:, None] * Vt[:r]",
         family.A_and_B_are_the_principal_triplets,
     ),
     "the file adds the start": Bug(
@@ -515,31 +515,31 @@ BITFIT_AND_LORA_PLUS = {
         family.biases_and_nothing_else_train,
     ),
     "the ratio is that of A": Bug(
-        loop._groups,
+        state.parameter_groups,
         "m.get_parameter(name)) for m in modules for name in m.loraplus_parameters",
         "m.A) for m in modules if m.loraplus_parameters",
         family.B_moves_lr_ratio_times_as_far,
     ),
     "the ratio is forgotten": Bug(
-        loop._step,
+        loop.optimizer_steps,
         'lr * group["ratio"]',
         "lr",
         family.a_B_of_zero_ends_its_first_step_at_the_rate,
     ),
     "all tensors are fast": Bug(
-        loop._groups,
+        state.parameter_groups,
         '"ratio": 1.0},\n        {"params": quick',
-        '"ratio": recipe.lr_ratio},\n        {"params": quick',
+        '"ratio": config.lr_ratio},\n        {"params": quick',
         family.B_moves_lr_ratio_times_as_far,
     ),
     "rates grow from step to step": Bug(
-        loop._step,
+        loop.optimizer_steps,
         '= lr * group["ratio"]',
         '= group["lr"] * group["ratio"] ** 0.1',
         family.resumed_is_bit_equal,
     ),
     "a ratio without a LoRA does nothing": Bug(
-        loop._groups,
+        state.parameter_groups,
         "if not fast:",
         "if False:",
         family.a_ratio_without_a_lora_is_refused,

@@ -14,9 +14,8 @@ import torch
 from planting import Bug, each_is_caught
 from test_mutants import contract
 
-from peft_from_scratch.core import adapter, targets
+from peft_from_scratch.core import adapter, counting, targets
 from peft_from_scratch.files import base_notes, combine, exchange, quantized
-from peft_from_scratch.memory import meter
 from peft_from_scratch.methods import full, pissa, qlora
 from peft_from_scratch.models import load
 from peft_from_scratch.nf4 import NF4Linear, affine, blocks, codes, double, linear, spec
@@ -460,7 +459,7 @@ QLORA = {
         beside.codes_are_not_quantized_a_second_time,
     ),
     "shares are of bytes": Bug(
-        meter.count,
+        counting.count,
         "m.values for m in",
         "m.packed.numel() for m in",
         beside.shares_count_values_and_not_bytes,
@@ -575,40 +574,40 @@ QLORA = {
 
 FILES = {
     "another code book is let through": Bug(
-        quantized._same_book,
+        quantized._take_codebook,
         "if not torch.equal(",
         "if None is torch.equal(",
         broken("another code book"),
     ),
     "short codes are let through": Bug(
-        quantized._sized, "tensor.numel() != count", "False", broken("short codes")
+        quantized._take_sized, "tensor.numel() != count", "False", broken("short codes")
     ),
     "codes of another dtype are let through": Bug(
-        quantized._sized,
+        quantized._take_sized,
         "tensor.dtype != dtype or",
         "",
         broken("codes of another dtype"),
     ),
     "constants may overflow": Bug(
-        quantized._doubled,
+        quantized._double_quantized_of,
         "if not doubled.dequantize().isfinite().all():",
         "if False:",
         broken("units that overflow"),
     ),
     "what is not quantized is not checked": Bug(
-        quantized._put_plain,
-        "for name, tensor in given.items():",
-        "for name, tensor in list(given.items())[:0]:",
+        quantized._load_unquantized,
+        "for name, tensor in values.items():",
+        "for name, tensor in list(values.items())[:0]:",
         broken("infinite norm"),
     ),
     "the dtype of before is forgotten": Bug(
-        quantized._from_file,
+        quantized._quantized_of,
         "DTYPE[dtype], block",
         "torch.float32, block",
         partial(on_disk.a_round_trip_is_bit_equal, of=torch.bfloat16),
     ),
     "transposed projections come back as they are not": Bug(
-        quantized._put_packed,
+        quantized._load_quantized,
         "transposed=is_transposed(module)",
         "transposed=False",
         on_disk.a_round_trip_is_bit_equal,
@@ -632,7 +631,7 @@ FILES = {
         on_disk.a_changed_generation_config_is_kept,
     ),
     "the dtype is forgotten": Bug(
-        quantized._put_plain,
+        quantized._load_unquantized,
         "tensor.to(dtype) if dtype else tensor",
         "tensor",
         on_disk.load_model_reads_such_a_folder,

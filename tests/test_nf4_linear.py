@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.core import adapter
+from peft_from_scratch.core.counting import count
 from peft_from_scratch.core.targets import resolve
-from peft_from_scratch.memory.meter import Meter, count, measure_step
+from peft_from_scratch.memory.meter import Meter, measure_step
 from peft_from_scratch.nf4 import NF4Linear, linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

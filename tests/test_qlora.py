@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.core.adapter import adapters, as_matrix
+from peft_from_scratch.core.counting import count
 from peft_from_scratch.core.targets import resolve
 from peft_from_scratch.files import base_notes, combine, exchange
 from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
 from peft_from_scratch.files.base_notes import BASE_BITS
-from peft_from_scratch.memory.meter import count
 from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear

@@ -504,8 +504,8 @@ BUGS = {
     ),
     "each split only knows its own rows": (
         orders._split,
-        "made = []",
-        "made, taken = [], set()",
+        "examples = []",
+        "examples, taken = [], set()",
         no_customer_orders_the_same_items_twice,
     ),
     "no words of the test's own": (
@@ -564,7 +564,7 @@ BUGS = {
     ),
     "splits that overlap": (
         jsonl.split_rows,
-        "order[held:]",
+        "order[held_out:]",
         "order[test:]",
         rows_of_ones_own_keep_every_prompt_in_one_split,
     ),

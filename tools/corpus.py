@@ -37,7 +37,7 @@ from peft_from_scratch.tasks.world import (
     record,
     sentence,
 )
-from peft_from_scratch.training.loss import EncodedExample
+from peft_from_scratch.training.batch import Row
 
 END = "<|end|>"
 SEPARATORS = ("; ", ", ", " | ", " - ", " & ", ". ")
@@ -206,7 +206,7 @@ def batches(
     *,
     mix: Mix = MIX,
     told: float = TOLD_WHOLE,
-) -> list[list[EncodedExample]]:
+) -> list[list[Row]]:
     """What one step reads: rows (input_ids, labels), in PARTS of about one length.
 
     A row is a document, whole and alone: what it asks, it has told, and nothing else
@@ -234,7 +234,7 @@ def labels(tokenizer, ids: list[int], whole: bool) -> list[int]:
     return made
 
 
-def _parts(rows: list[EncodedExample]) -> Iterator[list[EncodedExample]]:
+def _parts(rows: list[Row]) -> Iterator[list[Row]]:
     """Half of the rows, then a quarter, then the longest: little padding."""
     cuts = [0, len(rows) // 2, 3 * len(rows) // 4, len(rows)]
     for start, end in pairwise(cuts):

@@ -23,16 +23,20 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_from_scratch.common import atomic
+from peft_from_scratch.common.digest import digest
 from peft_from_scratch.common.progress import bar
-from peft_from_scratch.common.provenance import ROOT, digest, provenance
-from peft_from_scratch.files.pretrained import quiet_transformers, whole_model
+from peft_from_scratch.common.provenance import ROOT, provenance
+from peft_from_scratch.common.quiet import quiet_transformers
+from peft_from_scratch.files.pretrained import whole_model
 from peft_from_scratch.models import tiny
 from peft_from_scratch.tasks.templates import encode_prompt
 from peft_from_scratch.tasks.world import TOLD, invented, kind_pair
 from peft_from_scratch.training import checkpoint
-from peft_from_scratch.training.config import History, Recipe, learning_rate
+from peft_from_scratch.training.batch import batch_of
+from peft_from_scratch.training.config import History, TrainConfig, learning_rate
 from peft_from_scratch.training.generation import generate
-from peft_from_scratch.training.loss import accumulate_gradients, batch_of, mean_loss
+from peft_from_scratch.training.loss import accumulate_gradients, mean_loss
+from peft_from_scratch.training.state import TrainState
 from tools import corpus
 
 STEPS, BATCH = 9000, 24  # documents of a step
@@ -73,7 +77,7 @@ class Phase:
     """A part of pretraining, with a schedule of its own."""
 
     start: int  # steps before it
-    recipe: Recipe
+    recipe: TrainConfig
     mix: corpus.Mix
 
 
@@ -83,7 +87,7 @@ def phases(steps: int, seed: int) -> tuple[Phase, ...]:
 
     def recipe(count, lr):
         warmup = count // 40
-        return Recipe(
+        return TrainConfig(
             steps=count, batch=BATCH, lr=lr, warmup=warmup, seed=seed, **RECIPE
         )
 
@@ -176,7 +180,7 @@ def _special(tokenizer) -> dict[str, int]:
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
 
-def _run(model: nn.Module, recipe: Recipe) -> checkpoint.Run:
+def _run(model: nn.Module, recipe: TrainConfig) -> TrainState:
     """Matrices decay; norms do not."""
     parameters = dict(model.named_parameters())
     groups = [
@@ -189,14 +193,14 @@ def _run(model: nn.Module, recipe: Recipe) -> checkpoint.Run:
     ordered = [p for group in groups for p in group["params"]]
     names = {id(p): name for name, p in parameters.items()}
     trainable = {names[id(p)]: p for p in ordered}  # as the optimizer numbers them
-    return checkpoint.Run(trainable, optimizer, torch.device("cpu"), History())
+    return TrainState(trainable, optimizer, torch.device("cpu"), History())
 
 
 def _start(phase: Phase) -> int:
     return phase.start
 
 
-def _step(model: nn.Module, tokenizer, run: checkpoint.Run, phase: Phase) -> None:
+def _step(model: nn.Module, tokenizer, run: TrainState, phase: Phase) -> None:
     step, recipe = run.history.steps, phase.recipe
     parts = corpus.batches(tokenizer, recipe.seed, step, recipe.batch, mix=phase.mix)
     loss, _ = accumulate_gradients(model, [batch_of(p, run.device) for p in parts])

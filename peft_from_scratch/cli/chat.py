@@ -1,7 +1,7 @@
 """A conversation with a model in the terminal.
 
-An adapter is spoken to as it was trained: the record that `train` leaves beside it says
-in which template, and with which instruction.
+An adapter gets the template and the instruction that it was trained with: the record
+that `train` leaves beside it holds both.
 """
 
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
+from ..core.decoder import positions
 from ..files import exchange
-from ..models.load import describe, load_model, positions
+from ..models.load import describe, load_model
 from ..tasks.jsonl import is_unicode
 from ..tasks.templates import TEMPLATES, encode_prompt, stop_token
 
@@ -39,19 +40,19 @@ def chat(options) -> None:
         # A strict reader would drop the lines that it read together with a bad one.
         sys.stdin.reconfigure(errors="surrogateescape")
     turns = []
-    while (said := _ask()) is not None:
-        if not said:
+    while (message := _ask()) is not None:
+        if not message:
             turns = []
             print("(forgotten)")
             continue
-        kept = _fitting(model, tokenizer, instruction, said, turns, template)
+        kept = _fitting(model, tokenizer, instruction, message, turns, template)
         if kept is None:
             print("(this alone is longer than the model can read: say it shorter)")
             continue
         if len(kept) < len(turns):
             print("(longer than the model can read: the oldest turns are forgotten)")
-        reply = _reply(model, tokenizer, instruction, said, kept, template)
-        turns = [*kept, (said, reply)]
+        reply = _reply(model, tokenizer, instruction, message, kept, template)
+        turns = [*kept, (message, reply)]
 
 
 def read_object(path: Path) -> dict:
@@ -78,25 +79,25 @@ def _manner(options, tokenizer) -> tuple[str, str]:
 
 
 def _ask() -> str | None:
-    """What was typed; None at the end. Bytes that are no text are asked for again."""
+    """The next typed line, None at the end; bytes that are no text are refused."""
     while True:
         try:
-            said = input("\nyou> ").strip()
+            message = input("\nyou> ").strip()
         except EOFError:
             print()
             return None
-        if is_unicode(said):
-            return None if said == "exit" else said
+        if is_unicode(message):
+            return None if message == "exit" else message
         print("(that is not UTF-8 text: set the terminal to UTF-8, or write it anew)")
 
 
-def _fitting(model, tokenizer, instruction, said, turns, template) -> list | None:
-    """The newest turns that leave room for an answer; None if `said` alone does not."""
+def _fitting(model, tokenizer, instruction, message, turns, template) -> list | None:
+    """The newest turns that leave room for an answer; None if `message` leaves none."""
     limit = positions(model)
     for first in range(len(turns) + 1):
         kept = turns[first:]
         ids = encode_prompt(
-            tokenizer, instruction, said, template=template, examples=kept
+            tokenizer, instruction, message, template=template, examples=kept
         )
         if limit is None or len(ids) + _room(limit) <= limit:
             return kept
@@ -104,13 +105,15 @@ def _fitting(model, tokenizer, instruction, said, turns, template) -> list | Non
 
 
 def _room(limit: int | None) -> int:
-    """Tokens for an answer; a small model's are shared with what it is told."""
+    """Most tokens of an answer; at most half of what the model can read."""
     return ANSWER_TOKENS if limit is None else min(ANSWER_TOKENS, limit // 2)
 
 
 @torch.no_grad()
-def _reply(model, tokenizer, instruction, said, turns, template) -> str:
-    ids = encode_prompt(tokenizer, instruction, said, template=template, examples=turns)
+def _reply(model, tokenizer, instruction, message, turns, template) -> str:
+    ids = encode_prompt(
+        tokenizer, instruction, message, template=template, examples=turns
+    )
     prompt = torch.tensor([ids], device=model.device)
     answer = model.generate(
         prompt,

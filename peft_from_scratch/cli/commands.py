@@ -10,26 +10,28 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..common import atomic
+from ..common.quiet import quiet_transformers
 from ..comparison.figures import training_curve
 from ..core import adapter
+from ..core.counting import count
+from ..core.decoder import positions
 from ..files import exchange
-from ..files.pretrained import quiet_transformers
-from ..memory.meter import count
 from ..methods import named
-from ..models.load import describe, load_model, positions
+from ..models.load import describe, load_model
 from ..nf4 import dequantize_model
 from ..tasks import templates
 from ..tasks.jsonl import refuse_bad
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
-from ..training.config import Recipe
+from ..training.batch import Row
+from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.loop import train
 from .chat import RECORD, read_object
@@ -46,34 +48,32 @@ def fine_tune(options) -> None:
     again, it goes on from the newest of them. All that can be wrong with the arguments
     and the rows is found before the first answer and the first step.
     """
-    recipe, out = _recipe(options), Path(options.out)
+    config, out = _config(options), Path(options.out)
     _check_out(out)
     task = load_task(options.data, **given(options, "prompt", "completion", "config"))
     model, tokenizer = load_model(options.base, device=options.device)
     print(describe(model))
     arguments = _arguments(options, tokenizer, task)
-    _inject(model, options, arguments)
+    torch.manual_seed(options.seed)
+    named(options.method).module.inject(model, **arguments)
     print(_counted(model))
-    _check_rows(model, tokenizer, task, recipe, options)
+    encoded = _encode(model, tokenizer, task, config, options)
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
 
     def answer() -> Answers:
         return evaluation.answer_rows(
-            model, tokenizer, task, test, template=recipe.template, progress=True
+            model, tokenizer, task, test, template=config.template, progress=True
         )
 
-    # The base's own answers: a new soft prompt gives others. What trains the base's
-    # weights has changed nothing yet.
     checkpoints = out / "checkpoints"
-    if adapter.adapters(model):
-        adapter.remove(model)
-    before = _answers_before(checkpoints, answer)
-    if not adapter.is_injected(model):
-        _inject(model, options, arguments)
-    history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
+    with _base_alone(model):
+        before = _answers_before(checkpoints, answer)
+    history = train(
+        model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
+    )
     after = answer()
     exchange.save(model, out)
-    _write_record(out, options, task, recipe, history, before, after)
+    _write_record(out, options, task, config, history, before, after)
     _remove_checkpoints(checkpoints)
     print(
         f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}"
@@ -110,9 +110,9 @@ def given(options, *names: str) -> dict:
 # ------------------------------------------------------------------------- train
 
 
-def _recipe(options) -> Recipe:
+def _config(options) -> TrainConfig:
     lr = named(options.method).lr if options.lr is None else options.lr
-    return Recipe(
+    return TrainConfig(
         steps=options.steps,
         batch=options.batch,
         accumulate=options.accumulate,
@@ -139,9 +139,14 @@ def _check_out(out: Path) -> None:
         raise PermissionError(f"--out {out}: nothing can be written to {there}")
 
 
-def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
-    """ValueError for an empty split, and one that lists the bad rows of all three."""
-    limit, most = recipe.max_tokens, positions(model)
+def _encode(
+    model, tokenizer, task: Task, config: TrainConfig, options
+) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows as tokens; the test rows are only checked.
+
+    Raises  ValueError  an empty split, or a list of the bad rows of all three
+    """
+    limit, most = config.max_tokens, positions(model)
     if most is not None and limit > most:
         if options.max_tokens is not None:
             raise ValueError(
@@ -149,29 +154,34 @@ def _check_rows(model, tokenizer, task: Task, recipe: Recipe, options) -> None:
                 "that many at most"
             )
         limit = most
-    bad = []
+    encoded, bad = {}, []
     for split in ("train", "validation", "test"):
         rows = getattr(task, split)
         if not len(rows):
             raise ValueError(f"{task.name} has no rows left for its {split} split")
-        found = templates.bad_rows(
+        encoded[split], bad_rows = templates.encode_all(
             tokenizer,
             task.instruction,
             rows,
-            template=recipe.template,
+            template=config.template,
             max_tokens=limit,
         )
         # A generated row has no place in a file, only one in its split.
         of_split = "" if "place" in rows.column_names else f" of {split}"
-        bad += [(place + of_split, reason) for place, reason in found]
+        bad += [(place + of_split, reason) for place, reason in bad_rows]
     # The splits are shuffled; this is the order of the file again.
     bad.sort(key=lambda each: int(re.search(r"\d+", each[0])[0]))
     refuse_bad(bad, task.name)
+    return encoded["train"], encoded["validation"]
 
 
-def _inject(model, options, arguments: dict) -> None:
-    torch.manual_seed(options.seed)
-    named(options.method).module.inject(model, **arguments)
+def _base_alone(model) -> AbstractContextManager[None]:
+    """The model without its adapters inside: a new soft prompt has other answers.
+
+    What trains the base's own weights, as full fine-tuning does, has no adapters, and
+    has changed nothing before the first step.
+    """
+    return adapter.disabled(model) if adapter.adapters(model) else nullcontext()
 
 
 def _arguments(options, tokenizer, task: Task) -> dict:
@@ -180,8 +190,8 @@ def _arguments(options, tokenizer, task: Task) -> dict:
     Raises  ValueError  one that this method does not have
     """
     taken = inspect.signature(named(options.method).module.inject).parameters
-    found = given(options, *OPTIONS)
-    for name in found:
+    arguments = given(options, *OPTIONS)
+    for name in arguments:
         if name not in taken:
             has = [f"--{o}" for o in OPTIONS if o in taken]
             raise ValueError(
@@ -189,8 +199,8 @@ def _arguments(options, tokenizer, task: Task) -> dict:
                 f"{', '.join(has) or 'none'}"
             )
     if "start" in taken and task.instruction:
-        found["start"] = tokenizer(task.instruction).input_ids
-    return found
+        arguments["start"] = tokenizer(task.instruction).input_ids
+    return arguments
 
 
 def _counted(model) -> str:
@@ -220,7 +230,7 @@ def _scored(answers) -> str:
     return f"{k}/{n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def _write_record(out: Path, options, task, recipe, history, before, after) -> None:
+def _write_record(out: Path, options, task, config, history, before, after) -> None:
     """The picture, and last the record, whose presence says that the run is over."""
     with atomic.new_file(out / "training.png") as file:
         training_curve(history).savefig(file, dpi=150)
@@ -229,7 +239,7 @@ def _write_record(out: Path, options, task, recipe, history, before, after) -> N
         "data": options.data,
         "method": options.method,
         "instruction": task.instruction,
-        "recipe": vars(recipe),
+        "recipe": vars(config),
         "loss": history.loss,
         "validation": history.validation,
         "correct_before": before.correct,

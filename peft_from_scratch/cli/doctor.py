@@ -17,6 +17,8 @@ from textwrap import fill
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ..common.units import gigabytes as in_gigabytes
+
 WIDTH = 79  # columns
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"  # where there is a checkout
 DISTRIBUTION = "peft-from-scratch"
@@ -261,9 +263,9 @@ def busy() -> list[Finding]:
 def training(rates, device, *, full: bool) -> Finding:
     """A step and a run of `train` with its defaults, and whether they fit in memory."""
     from ..comparison import estimate
-    from ..training.config import Recipe
+    from ..training.config import TrainConfig
 
-    recipe, there = Recipe(), memory_bytes(device)
+    recipe, there = TrainConfig(), memory_bytes(device)
     step = estimate.step_seconds(rates, recipe.batch, full=full)
     run = estimate.train_seconds(rates, recipe.steps, recipe.batch, full=full)
     peak = estimate.step_bytes(recipe.batch, full=full)
@@ -282,9 +284,9 @@ def training(rates, device, *, full: bool) -> Finding:
 def method(rates, device) -> str:
     """The formula of the estimates, with what was measured for it just now."""
     from ..comparison import estimate
-    from ..training.config import Recipe
+    from ..training.config import TrainConfig
 
-    rows = Recipe().batch
+    rows = TrainConfig().batch
     many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
     layers, head = f"{estimate.LAYERS / 1e6:.0f}M", f"{estimate.HEAD / 1e6:.0f}M"
     text = (
@@ -299,4 +301,4 @@ def method(rates, device) -> str:
 
 
 def gigabytes(size: float) -> str:
-    return "unknown memory" if math.isnan(size) else f"{size / 1e9:.2g} GB"
+    return "unknown memory" if math.isnan(size) else f"{in_gigabytes(size, '.2g')} GB"

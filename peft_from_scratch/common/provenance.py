@@ -1,8 +1,6 @@
 """Where a number came from: code, packages, machine, seed. Result files say it."""
 
 import ast
-import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -12,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from .digest import digest
 
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "peft-from-scratch")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,12 +33,6 @@ def provenance(*, seed: int, device: torch.device | str = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
-
-
-def digest(*parts) -> str:
-    """Sixteen digits that tell one value, as JSON can hold it, from another."""
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_digest(starts: Iterable[Path]) -> str:

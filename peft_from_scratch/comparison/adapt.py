@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..memory.meter import Memory
+from ..memory.meter import Memory, measured_step
 from ..models.load import load_model
 from ..tasks.task import Task
-from ..training.config import History, Recipe
+from ..training.config import History, TrainConfig
 from ..training.evaluation import Answers, answer_rows
-from ..training.loop import measured_step, train
+from ..training.loop import train
 from .candidates import Candidate
 from .plan import Plan
 
@@ -71,11 +71,11 @@ def adapt(
         return Adapted(model, tokenizer, setting["template"], examples, seconds=seconds)
     torch.manual_seed(seed)
     candidate.inject(model, **_init(candidate, tokenizer, task))
-    recipe = _recipe(candidate, plan, setting, seed, search)
-    memory = None if search else measured_step(model, tokenizer, task, recipe)
+    config = _config(candidate, plan, setting, seed, search)
+    memory = None if search else measured_step(model, tokenizer, task, config)
     seconds = time.perf_counter() - begun
-    history = train(model, tokenizer, task, recipe, checkpoints=checkpoints)
-    return Adapted(model, tokenizer, recipe.template, (), history, memory, seconds)
+    history = train(model, tokenizer, task, config, checkpoints=checkpoints)
+    return Adapted(model, tokenizer, config.template, (), history, memory, seconds)
 
 
 def _examples(candidate: Candidate, task: Task, setting: dict) -> Sequence:
@@ -91,11 +91,11 @@ def _init(candidate: Candidate, tokenizer, task: Task) -> dict:
     return {"start": tokenizer(task.instruction).input_ids}
 
 
-def _recipe(
+def _config(
     candidate: Candidate, plan: Plan, setting: dict, seed: int, search: bool
-) -> Recipe:
+) -> TrainConfig:
     steps = plan.steps_of(candidate)
-    return Recipe(
+    return TrainConfig(
         steps=steps,
         batch=plan.batch,
         lr=setting["lr"],

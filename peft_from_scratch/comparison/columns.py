@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..common.units import MB
+
 ABSENT = "—"  # what stands where nothing was measured
 
 
@@ -40,7 +42,7 @@ def significant(value: float | None) -> str:
 
 def megabytes(count: int | None) -> str:
     """Bytes in MB of 10^6 bytes."""
-    return ABSENT if count is None else significant(count / 1e6)
+    return ABSENT if count is None else significant(count / MB)
 
 
 def parameter_share(row: dict) -> str:

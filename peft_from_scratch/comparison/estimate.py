@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.meter import adamw_bytes, lora_parameters
+from ..memory.formulas import adamw_bytes, lora_parameters
 from ..training.checkpoint import KEPT
 from . import tuning
 from .candidates import Candidate
@@ -41,7 +41,7 @@ LORA = lora_parameters(DEPTH * PROJECTIONS, r=8)
 # Measured: training and decoding steps reach 0.67 to 0.83 of the products' rate. Norms,
 # attention, softmax and the optimizer take the rest.
 EFFICIENCY = 0.7
-ACTIVATION_BYTES = 1_206_000  # a token, as budget.measure_step counts a LoRA step
+ACTIVATION_BYTES = 1_206_000  # a token, as meter.measure_step counts a LoRA step
 LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gradient
 
 ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..core import adapter
+from ..core.counting import count as count_parameters
 from ..files import exchange
-from ..memory import meter
+from ..memory.meter import measure_step
 from ..models.load import load_model
 from ..tasks.task import Task
 from ..tasks.templates import encode_prompt, stop_token
@@ -98,7 +99,7 @@ def _samples(test, answers) -> list[dict]:
 
 
 def _size(ready: Adapted) -> dict:
-    counted = meter.count(ready.model)
+    counted = count_parameters(ready.model)
     return {
         "trainable": counted.trainable,
         "total": counted.total,
@@ -133,7 +134,7 @@ def _memory(ready: Adapted, task: Task, test) -> dict:
         return {**asdict(ready.memory), "when": "training"}
     prompts = [_prompt(ready, task, test, i) for i in range(min(32, len(test)))]
     shared = evaluation.shared_tokens(prompts)
-    memory = meter.measure_step(
+    memory = measure_step(
         ready.model,
         lambda: evaluation.generate(
             ready.model,

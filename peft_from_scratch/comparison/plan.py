@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..tasks.templates import TEMPLATES
-from ..training.config import Recipe
+from ..training.config import TrainConfig
 from .candidates import CANDIDATES, USUAL, Candidate
 
 
@@ -46,7 +46,7 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.paged is not None:
-            Recipe(paged=self.paged)  # refuses a share that is none
+            TrainConfig(paged=self.paged)  # refuses a share that is none
         if not self.methods or not self.seeds:
             raise ValueError("name at least one method and one seed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

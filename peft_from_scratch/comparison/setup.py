@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ..common.provenance import code_digest, digest
+from ..common.digest import digest, sampled_crc
+from ..common.provenance import code_digest
 from ..models.load import describe, load_model
 from ..tasks.task import Task, load_task
 from ..tasks.templates import TEMPLATES
-from ..training.checkpoint import sampled_crc
 from ..training.evaluation import general_loss
 from .plan import Plan
 

@@ -27,8 +27,8 @@ LARGEST_N = 4096  # positions that a prompt or a prefix may occupy
 class DecoderAdapter(Adapter):
     """An adapter of the whole stack of layers; there is one in a model.
 
-    Its tensors have no module's name before them in a saved file. What it lacks itself
-    it takes from the trunk, since transformers asks a trunk for much.
+    What it lacks itself it takes from the trunk, since transformers asks a trunk for
+    much.
     """
 
     def __init__(self, base: nn.Module, n: int):
@@ -85,6 +85,12 @@ def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
         )
     name = lists[0][0]
     return name, dict(named_modules(model))[name]
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model can read at once; None where it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def refuse_4d(attention_mask) -> None:

@@ -28,18 +28,18 @@ MODULES = {  # room -> modules of it that lessons use
     "plotting": ("curves", "roofline"),
 }
 NAMES = {  # module -> names in it that lessons use
+    "common.quiet": ("quiet_transformers",),
     "comparison.timing": ("step_seconds",),
     "core.adapter": ("adapters",),
     "course.lesson": ("start",),
-    "plotting.block": ("block_picture",),
-    "files.pretrained": ("quiet_transformers",),
     "ledger.claim": ("Claim", "Rule"),
     "ledger.intervals": ("mean_of", "nested_bootstrap", "over_seeds", "paired"),
+    "plotting.block": ("block_picture",),
     "tasks.task": ("load_task",),
     "tasks.templates": ("encode_prompt",),
-    "training.config": ("Recipe",),
+    "training.batch": ("left_pad",),
+    "training.config": ("TrainConfig",),
     "training.evaluation": ("answer_rows", "wilson"),
-    "training.generation": ("left_pad",),
     "training.loop": ("train",),
 }
 MODULE_OF = {

@@ -22,7 +22,8 @@ from ..models.load import load_model
 from ..nf4 import NF4Linear
 from ..tasks.task import load_task
 from ..tasks.templates import encode_rows
-from ..training.loss import accumulate_gradients, batch_of
+from ..training.batch import batch_of
+from ..training.loss import accumulate_gradients
 
 PARTS = {  # of a tensor's name -> what it is; the first that is found counts
     "packed": "codes",

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from IPython import get_ipython
 
-from ..common import atomic, provenance
+from ..common import atomic, provenance, units
 from ..comparison import estimate
 
 FILE = provenance.ROOT / "data" / "costs.json"
@@ -130,7 +130,7 @@ def threads(count: int) -> str:
 
 
 def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    return f"{units.gigabytes(count, '.2g' if count < units.GB else '.1f')} GB"
 
 
 class Clock:

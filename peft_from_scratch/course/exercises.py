@@ -23,7 +23,8 @@ import nbformat
 from nbformat import NotebookNode
 
 from ..common import atomic
-from ..common.provenance import ROOT, digest
+from ..common.digest import digest
+from ..common.provenance import ROOT
 
 NOTEBOOKS, WORK = ROOT / "notebooks", ROOT / "work"
 NAMES = "[0-9][0-9]_*.ipynb"

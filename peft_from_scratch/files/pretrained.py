@@ -1,9 +1,5 @@
-"""from_pretrained, without its noise and without tensors that stay random."""
+"""from_pretrained, without tensors that stay random."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,18 +20,3 @@ def whole_model(source, **options) -> nn.Module:
             f"would stay random: {', '.join(missing[:3])}"
         )
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers while the block runs."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

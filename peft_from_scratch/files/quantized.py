@@ -33,14 +33,15 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..common import atomic
+from ..common.check import is_finite, is_whole
+from ..common.quiet import quiet_transformers
 from ..core import adapter
-from ..core.adapter import is_finite, is_transposed, replace_modules, sizes
+from ..core.adapter import is_transposed, replace_modules, sizes
 from ..core.targets import PROJECTIONS, shortened
 from ..nf4.blocks import DTYPES, Quantized
 from ..nf4.codes import book
 from ..nf4.double import BLOCK, DoubleQuantized
 from ..nf4.linear import NF4Linear, share_buffer
-from .pretrained import quiet_transformers
 from .untrusted import LARGEST_BLOCK, parse_json, read_json, read_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -68,16 +69,17 @@ def save(
             f"this {type(model).__name__} carries adapters: save those with "
             "peft_from_scratch.save(model, dir), and the model after remove()"
         )
-    packed = _packed(model)
-    if not packed:
+    modules = _quantized_modules(model)
+    if not modules:
         raise ValueError(
             f"this {type(model).__name__} has nothing in four bits: quantize_model() "
             "it first, or use its own save_pretrained()"
         )
-    tensors = _plain_tensors(model, packed)
-    for name, module in packed.items():
-        tensors |= {f"{name}.{key}": t for key, t in _in_file(name, module).items()}
-    config = model.config.to_dict() | {"quantization_config": _described(model, packed)}
+    tensors = _unquantized_tensors(model, modules)
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": t for key, t in _tensors_of(name, module).items()}
+    quantization = {"quantization_config": _quantization_config(model, modules)}
+    config = model.config.to_dict() | quantization
     atomic.sweep(directory)
     with TemporaryDirectory() as others:
         for part in (model.generation_config, tokenizer):
@@ -104,9 +106,9 @@ def load(
     Memory   the model as it is on disk; no weight is ever held in full
     """
     directory = Path(directory)
-    tensors = _read(directory)
-    _check_config(directory)
-    with quiet_transformers(), _no_weights():
+    tensors = _read_tensors(directory)
+    _refuse_not_four_bit(directory)
+    with quiet_transformers(), _without_memory():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(
@@ -115,32 +117,32 @@ def load(
         if (directory / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)
-    _put_packed(model, tensors)
-    _put_plain(model, tensors, dtype)
+    _load_quantized(model, tensors)
+    _load_unquantized(model, tensors, dtype)
     return model.requires_grad_(True).to(device).eval()
 
 
-def _packed(model: nn.Module) -> dict[str, NF4Linear]:
+def _quantized_modules(model: nn.Module) -> dict[str, NF4Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
 
 
-def _of_codes(packed: dict[str, NF4Linear]) -> set[str]:
+def _names_of_codes(modules: dict[str, NF4Linear]) -> set[str]:
     """The names of the tensors that hold codes and constants."""
-    return {f"{name}.{key}" for name, m in packed.items() for key in m._buffers}
+    return {f"{name}.{key}" for name, m in modules.items() for key in m._buffers}
 
 
-def _plain_tensors(model, packed) -> dict[str, Tensor]:
+def _unquantized_tensors(model, modules) -> dict[str, Tensor]:
     """What is not in four bits, each tied tensor once."""
-    inside = _of_codes(packed)
-    found, seen = {}, set()
+    inside = _names_of_codes(modules)
+    tensors, pointers = {}, set()
     for name, tensor in model.state_dict().items():
-        if name not in inside and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            found[name] = tensor.detach().cpu().contiguous()
-    return found
+        if name not in inside and tensor.data_ptr() not in pointers:
+            pointers.add(tensor.data_ptr())
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
 
 
-def _in_file(name: str, module: NF4Linear) -> dict[str, Tensor]:
+def _tensors_of(name: str, module: NF4Linear) -> dict[str, Tensor]:
     """The tensors of one projection, by their names after the module's."""
     q = module.quantized
     doubled = isinstance(q.absmax, DoubleQuantized)
@@ -174,14 +176,14 @@ def _in_file(name: str, module: NF4Linear) -> dict[str, Tensor]:
     return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
 
 
-def _described(model: nn.Module, packed: dict[str, NF4Linear]) -> dict:
+def _quantization_config(model: nn.Module, modules: dict[str, NF4Linear]) -> dict:
     """The quantization_config that transformers reads."""
-    first = next(iter(packed.values()))
+    first = next(iter(modules.values()))
     compute = first.compute_dtype or model.dtype
     kept = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, PROJECTIONS) and name not in packed
+        if isinstance(module, PROJECTIONS) and name not in modules
     ]
     return {
         "quant_method": "bitsandbytes",
@@ -195,7 +197,7 @@ def _described(model: nn.Module, packed: dict[str, NF4Linear]) -> dict:
     }
 
 
-def _read(directory: Path) -> dict[str, Tensor]:
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors files."""
     files = sorted(directory.glob("*.safetensors"))
     if not files or not (directory / CONFIG).is_file():
@@ -229,7 +231,7 @@ def _settings(directory: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def _check_config(directory: Path) -> None:
+def _refuse_not_four_bit(directory: Path) -> None:
     if not is_four_bit(directory):
         method = _settings(directory).get("quant_method")
         raise ValueError(
@@ -239,7 +241,7 @@ def _check_config(directory: Path) -> None:
 
 
 @contextmanager
-def _no_weights() -> Iterator[None]:
+def _without_memory() -> Iterator[None]:
     """Models that are built inside have parameters without memory; buffers are real."""
     register = nn.Module.register_parameter
 
@@ -255,7 +257,7 @@ def _no_weights() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_quantized(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Exchange the projections that the files hold in four bits; take their tensors."""
     states = [k for k in tensors if f".weight.{STATE}" in k]
     if not states:
@@ -268,65 +270,67 @@ def _put_packed(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"this model has no {shortened(name)}, which {shortened(key)} names"
             ) from None
-        q = _from_file(name, module, tensors)  # its bias has no memory yet
-        packed = NF4Linear(q, module.bias, transposed=is_transposed(module))
-        replace_modules(model, {module: packed})
+        q = _quantized_of(name, module, tensors)  # its bias has no memory yet
+        linear = NF4Linear(q, module.bias, transposed=is_transposed(module))
+        replace_modules(model, {module: linear})
     share_buffer(model)
 
 
-def _from_file(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Quantized:
+def _quantized_of(
+    name: str, module: nn.Module, tensors: dict[str, Tensor]
+) -> Quantized:
     """One projection's tensors, checked against each other and against its shape."""
     key = next(k for k in tensors if k.startswith(f"{name}.weight.{STATE}"))
-    state = _json(key, _taken(tensors, key))
+    state = _read_state(key, _take(tensors, key))
     code = key.rpartition("__")[2]
     shape, block, dtype = (state.get(k) for k in ("shape", "blocksize", "dtype"))
     if not isinstance(module, PROJECTIONS) or shape != list(sizes(module)):
         raise ValueError(
             f"{key}: shape={shortened(shape)} does not fit {name}: {module}"
         )
-    whole = isinstance(block, int) and not isinstance(block, bool)
     known = state.get("quant_type") == code in IN_FILES and dtype in list(DTYPE)
-    if not (whole and 1 <= block <= LARGEST_BLOCK and known):
+    if not (is_whole(block, 1, LARGEST_BLOCK) and known):
         raise ValueError(f"{key}: {shortened(state)} is not implemented")
     shape, start = sizes(module), f"{name}.weight"  # whole numbers, and not 32.0
     n = math.prod(shape)
-    packed = _sized(tensors, start, torch.uint8, -(-n // 2))
-    _same_book(tensors, f"{start}.quant_map", code)
+    packed = _take_sized(tensors, start, torch.uint8, -(-n // 2))
+    _take_codebook(tensors, f"{start}.quant_map", code)
     blocks = -(-n // block)
     if "nested_offset" not in state:
-        absmax = _sized(tensors, f"{start}.absmax", torch.float32, blocks)
+        absmax = _take_sized(tensors, f"{start}.absmax", torch.float32, blocks)
     else:
-        absmax = _doubled(tensors, start, state, blocks)
+        absmax = _double_quantized_of(tensors, start, state, blocks)
     return Quantized(packed, absmax, torch.Size(shape), DTYPE[dtype], block, code)
 
 
-def _doubled(tensors, start: str, state: dict, blocks: int) -> DoubleQuantized:
+def _double_quantized_of(
+    tensors, start: str, state: dict, blocks: int
+) -> DoubleQuantized:
     offset = state["nested_offset"]
     fits = state.get("nested_blocksize") == BLOCK and is_finite(offset)
     if not fits or state.get("nested_dtype") != "float32":
         raise ValueError(f"{start}: {shortened(state)} is not implemented")
-    _same_book(tensors, f"{start}.nested_quant_map", "dynamic")
-    codes = _sized(tensors, f"{start}.absmax", torch.uint8, blocks)
-    units = _sized(
-        tensors, f"{start}.nested_absmax", torch.float32, -(-blocks // BLOCK)
-    )
+    _take_codebook(tensors, f"{start}.nested_quant_map", "dynamic")
+    codes = _take_sized(tensors, f"{start}.absmax", torch.uint8, blocks)
+    nested = f"{start}.nested_absmax"
+    nested_absmax = _take_sized(tensors, nested, torch.float32, -(-blocks // BLOCK))
     offset = torch.tensor(offset, dtype=torch.float32)
-    doubled = DoubleQuantized(codes, units, offset, "dynamic")
+    doubled = DoubleQuantized(codes, nested_absmax, offset, "dynamic")
     if not doubled.dequantize().isfinite().all():
         raise ValueError(f"{start}: its constants are not finite numbers")
     return doubled
 
 
-def _json(key: str, text: Tensor) -> dict:
+def _read_state(key: str, text: Tensor) -> dict:
     state = parse_json(bytes(text.to(torch.uint8).tolist()), key)
     if not isinstance(state, dict):
         raise ValueError(f"{key} holds {shortened(state)}, and not a state")
     return state
 
 
-def _sized(tensors, key: str, dtype: torch.dtype, count: int) -> Tensor:
+def _take_sized(tensors, key: str, dtype: torch.dtype, count: int) -> Tensor:
     """The tensor of this name, flat, taken out; ValueError where it does not fit."""
-    tensor = _taken(tensors, key)
+    tensor = _take(tensors, key)
     if tensor.dtype != dtype or tensor.numel() != count:
         raise ValueError(
             f"{key} holds {tensor.numel()} values of {tensor.dtype}; needed are "
@@ -337,30 +341,30 @@ def _sized(tensors, key: str, dtype: torch.dtype, count: int) -> Tensor:
     return tensor.flatten()
 
 
-def _same_book(tensors, key: str, code: str) -> None:
+def _take_codebook(tensors, key: str, code: str) -> None:
     values = book(code, CPU).values
-    if not torch.equal(_sized(tensors, key, torch.float32, len(values)), values):
+    if not torch.equal(_take_sized(tensors, key, torch.float32, len(values)), values):
         raise ValueError(f"{key} is not the code book of {code!r}")
 
 
-def _taken(tensors, key: str) -> Tensor:
+def _take(tensors, key: str) -> Tensor:
     if key not in tensors:
         raise ValueError(f"the files lack {key}")
     return tensors.pop(key)
 
 
-def _put_plain(model: nn.Module, tensors: dict[str, Tensor], dtype) -> None:
+def _load_unquantized(model: nn.Module, tensors: dict[str, Tensor], dtype) -> None:
     """Fill in what is left: embeddings, norms, heads, biases."""
-    filled = _of_codes(_packed(model))
+    filled = _names_of_codes(_quantized_modules(model))
     expected = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if name not in filled
     }
-    given = {
+    values = {
         name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()
     }
-    for name, tensor in given.items():
+    for name, tensor in values.items():
         if name not in expected:
             raise ValueError(
                 f"the files hold {shortened(name)}, which the model has not"
@@ -374,7 +378,7 @@ def _put_plain(model: nn.Module, tensors: dict[str, Tensor], dtype) -> None:
             raise ValueError(
                 f"{name} ({tensor.dtype}) holds values that are not finite numbers"
             )
-    model.load_state_dict(given, strict=False, assign=True)
+    model.load_state_dict(values, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:

@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 
 from ..common import atomic
+from ..common.digest import digest
 from ..common.progress import bar
-from ..common.provenance import ROOT, digest, package_version
+from ..common.provenance import ROOT, package_version
 from . import language
 from .cases import CASES, NAMES, SAMPLE, Case
 from .language import INTERPRETED, Launch

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ..common.provenance import digest
+from ..common.digest import digest
 from .runs import Run
 
 OF_BANDS = ("confirmed", "confirmed with limits", "refuted here", "wrong as stated")

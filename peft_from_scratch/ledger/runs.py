@@ -23,9 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..common import atomic, provenance
+from ..common.digest import sampled_crc
 from ..models import smollm2
 from ..models.load import NAMED, load_model
-from ..training.checkpoint import sampled_crc
 
 FOLDER = provenance.ROOT / "data" / "results" / "runs"
 PARTS = ("config", "result", "provenance")

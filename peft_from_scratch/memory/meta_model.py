@@ -1,9 +1,9 @@
 """The memory bill of models that do not fit: a model without its numbers.
 
 On torch's device "meta" a tensor has a shape and a dtype and no memory. A model of such
-tensors, a *ghost*, takes a whole training step in a second, and budget.Meter counts the
-bytes that each of its tensors would take. So the bill of a 7B model is counted on a
-laptop, tensor by tensor, by the code that counts the bill of a real one.
+tensors, here called a *ghost*, takes a whole training step in a second, and meter.Meter
+counts the bytes that each of its tensors would take. So the bytes of a 7B model are
+counted on a laptop, tensor by tensor, by the code that counts those of a real one.
 
 Attention is counted as a kernel does it that keeps no (t, t) matrix (flash attention,
 torch's default on a CPU and on GPUs); without one, activations grow with t².
@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from ..core.adapter import trainable
 from ..ledger.experiments.bill import RECIPES, MixedAdamW
 from ..models.load import pick_dtype
+from ..training.loss import logits_at, widened
 from .meter import Meter
 
 ATTENTION = "peft_from_scratch.ghost"  # its name among transformers' kinds of attention
@@ -26,7 +27,7 @@ FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def ghost(config: PretrainedConfig, dtype: str | torch.dtype = "bfloat16") -> nn.Module:
-    """A causal language model of this configuration that holds no numbers.
+    """A causal language model of this configuration, without numbers.
 
     Args
         config  of any model of transformers, model.config for example; not changed
@@ -54,8 +55,8 @@ def bill(model: nn.Module, recipe: str, *, batch: int = 1, length: int = 64) -> 
     """
     parameters = list(trainable(model).values())
     _refuse(model, recipe, parameters)
-    made = MixedAdamW if recipe == "mixed" else torch.optim.AdamW
-    optimizer = made(parameters, lr=1e-5)
+    optimizer_class = MixedAdamW if recipe == "mixed" else torch.optim.AdamW
+    optimizer = optimizer_class(parameters, lr=1e-5)
     ids = torch.empty(batch, length, dtype=torch.long, device="meta")
     model.train()
     with Meter(model) as learning:
@@ -79,10 +80,9 @@ def _loss(model: nn.Module, ids: Tensor) -> Tensor:
     # transformers would read the values of a mask that it has to make; it leaves one
     # with four sides as it is, and _attend does not look at it.
     mask = torch.empty(1, 1, 1, 1, device="meta")
-    chosen = {"attention_mask": mask, "logits_to_keep": slice(None, -1)}
-    logits = model(input_ids=ids, use_cache=False, **chosen).logits.flatten(0, 1)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, ids[:, 1:].flatten(), reduction="sum")
+    logits = logits_at(model, ids, slice(None, -1), attention_mask=mask)
+    targets = ids[:, 1:].flatten()
+    return F.cross_entropy(widened(logits.flatten(0, 1)), targets, reduction="sum")
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **_):

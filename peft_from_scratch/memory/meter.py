@@ -1,46 +1,31 @@
-"""The bill of a training step: parameters and bytes, by formula and by measurement.
+"""The bytes of a training step, counted tensor by tensor.
 
-Resident memory of the process is not a measurement of a step on a CPU: it depends on
-the allocator, on what ran before and on when the system takes pages back. So the bytes
-are *counted*: every tensor storage that the step allocates is followed from birth to
-death, and sorted by what it was for. The count is the same on every device and in
-every run. It leaves out what no tensor holds: workspaces inside a kernel, the
-allocator's rounding (512 bytes a tensor on CUDA) and the Python process.
+Every tensor storage that the step allocates is followed from birth to death, and sorted
+by what it was for. The count leaves out what no tensor holds: workspaces inside a
+kernel, the allocator's rounding (512 bytes a tensor on CUDA) and the Python process.
 
 torch.distributed._tools.MemTracker does this for training a whole model; it stops at
 the first frozen parameter and at the second forward pass of a step, and the methods
 here have both.
 """
 
-import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.adapter import trainable
-from ..core.targets import QuantizedLinear
+from ..common import scoped
 from ..paged import PagedAdamW
+from ..training.config import TrainConfig
+from ..training.loop import encode_splits, micro_batches, optimizer_steps
+from ..training.state import TrainState, new_state
 
 ELSEWHERE = "elsewhere"  # a paged optimizer's file: no memory of ours
-STEP_BYTES = 4  # torch's AdamW counts the steps of each tensor in a float32 scalar
-
-
-class Count(NamedTuple):
-    """Numbers of parameters; a tied weight counts once."""
-
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """The trainable part of the total, in [0, 1]."""
-        return self.trainable / self.total
 
 
 @dataclass(frozen=True)
@@ -63,40 +48,6 @@ class Memory:
     peak: int
 
 
-def count(model: nn.Module) -> Count:
-    """How many parameters train, and how many there are, adapters included.
-
-    A weight in four bits counts all its values, not the bytes that hold them.
-    """
-    packed = (m.values for m in model.modules() if isinstance(m, QuantizedLinear))
-    return Count(
-        trainable=sum(p.numel() for p in trainable(model).values()),
-        total=sum(map(_values, model.parameters())) + sum(packed),
-    )
-
-
-def _values(parameter: nn.Parameter) -> int:
-    """Numbers that a parameter stands for: bitsandbytes' have two of them in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def lora_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:
-    """Parameters of a LoRA on projections of the given (d_out, d_in).
-
-    sum over the projections of  r (d_in + d_out)
-    """
-    return sum(r * (d_in + d_out) for d_out, d_in in shapes)
-
-
-def adamw_bytes(parameters: int, tensors: int, itemsize: int = 4) -> int:
-    """Bytes of AdamW's state: two moments a parameter and a step count a tensor.
-
-    2 · parameters · itemsize + 4 · tensors
-    """
-    return 2 * parameters * itemsize + STEP_BYTES * tensors
-
-
 def measure_step(model: nn.Module, step: Callable[[], object]) -> Memory:
     """Count the bytes of one training step.
 
@@ -111,14 +62,51 @@ def measure_step(model: nn.Module, step: Callable[[], object]) -> Memory:
     return meter.memory()
 
 
+def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Memory:
+    """Count the bytes of a run's largest step, the one with the most padded tokens.
+
+    The optimizer's state is there from the start, as in every step but the first.
+    Weights, flags and random generators are as before when it returns.
+    """
+    state = new_state(model, config)
+    rows, _ = encode_splits(tokenizer, task, config)
+    before = state.copies()
+    steps = (micro_batches(rows, config, step) for step in range(config.steps))
+    largest = max(steps, key=_padded_tokens)
+    try:
+        with (
+            scoped.mode(model, training=True),
+            scoped.seeded(config.seed, state.device),
+            state.without_gradients(),
+        ):
+            _allocate_moments(state)
+            loop = optimizer_steps(model, state, config, lambda _: largest)
+            return measure_step(model, lambda: next(loop))
+    finally:
+        state.load_weights(before)
+
+
+def _padded_tokens(micro_batches: list[list]) -> int:
+    """Tokens of a step's largest micro-batch, padding included."""
+    return max(len(rows) * max(len(ids) for ids, _ in rows) for rows in micro_batches)
+
+
+def _allocate_moments(state: TrainState) -> None:
+    """Take a step on zero gradients, in which AdamW allocates its moments."""
+    for parameter in state.trainable.values():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 class Meter(TorchDispatchMode):
     """Follows every tensor storage that lives on the model's device during a block.
 
-    Each operation passes through `__torch_dispatch__`. A storage met among its results
-    is born there; one met among its arguments, and unknown, was there before the block.
-    A weak reference tells when a storage dies. What a storage was *for* is often known
-    only later (a matrix product becomes a gradient when autograd hands it over), so
-    the block only keeps a diary, and `memory` reads it with the kinds filled in.
+    Each operation passes through `__torch_dispatch__`. A storage among its results is
+    born there; an unknown storage among its arguments existed before the block. A weak
+    reference reports when a storage dies. What a storage is *for* is often known only
+    later (a matrix product becomes a gradient when autograd hands it over). So the
+    block only lists events, and `memory` replays them once the kinds are known.
     """
 
     def __init__(self, model: nn.Module):
@@ -126,7 +114,7 @@ class Meter(TorchDispatchMode):
         self.model = model
         self.device = next(model.parameters()).device
         self.existing: list[int] = []  # storages that were there before the block
-        self.diary: list[tuple[int, int]] = []  # (storage, bytes born or -bytes dead)
+        self.events: list[tuple[int, int]] = []  # (storage, bytes born or -bytes dead)
         self.size: dict[int, int] = {}
         self.kind: dict[int, str] = {}
         self._alive: dict[int, tuple[int, weakref.ref]] = {}
@@ -160,14 +148,14 @@ class Meter(TorchDispatchMode):
         return result
 
     def memory(self) -> Memory:
-        """Replay the diary: the largest bytes of each kind, and of their sum."""
+        """Replay the events: the largest bytes of each kind, and of their sum."""
         kinds = ("weights", "gradients", "optimizer", "activations", ELSEWHERE)
         now = dict.fromkeys(kinds, 0)
         for storage in self.existing:
             kind = self.kind.get(storage, "activations")
             now[kind] += self.size[storage] if kind != ELSEWHERE else 0
         most, peak = dict(now), sum(now.values())
-        for storage, change in self.diary:
+        for storage, change in self.events:
             kind = self.kind.get(storage, "activations")
             now[kind] += change
             most[kind] = max(most[kind], now[kind])
@@ -178,22 +166,22 @@ class Meter(TorchDispatchMode):
     def _meet(self, tensor, born: bool) -> int | None:
         if not isinstance(tensor, Tensor) or tensor.device != self.device:
             return None
-        held = tensor.untyped_storage()
-        address = held._cdata
+        untyped = tensor.untyped_storage()
+        address = untyped._cdata
         if address not in self._alive:
             storage = len(self.size)
-            self.size[storage] = held.nbytes()
+            self.size[storage] = untyped.nbytes()
             if born:
-                self.diary.append((storage, self.size[storage]))
+                self.events.append((storage, self.size[storage]))
             else:
                 self.existing.append(storage)
-            death = weakref.ref(held, lambda _: self._bury(address))
+            death = weakref.ref(untyped, lambda _: self._bury(address))
             self._alive[address] = storage, death
         return self._alive[address][0]
 
     def _bury(self, address) -> None:
         storage, _ = self._alive.pop(address)
-        self.diary.append((storage, -self.size[storage]))
+        self.events.append((storage, -self.size[storage]))
 
     def _label(self, tensor: Tensor, kind: str) -> None:
         storage = self._meet(tensor, born=False)

@@ -29,14 +29,14 @@ STD = 1e-2  # of the start, "near-identity": section 2.1 and figure 6 of the pap
 
 
 class Bottleneck(Adapter):
-    """A frozen projection with a bottleneck behind it.
+    """A frozen projection with a bottleneck after it.
 
         y = W0 x + b      h = y + U σ(D y + b_D) + b_U      [1] section 2.1, figure 2
 
     Args
         base          nn.Linear or Conv1D, frozen here.    W0 (d, d_in)
         m             units of the bottleneck, 1 <= m <= d
-        nonlinearity  σ: "relu", "gelu", "silu" or "tanh"
+        nonlinearity  σ; see HoulsbyConfig
     Returns  (…, d), dtype of the base's output
     Raises   ValueError   m or nonlinearity out of range
     Memory   2md + d + m parameters, in float32 on a half-precision base
@@ -85,6 +85,7 @@ class HoulsbyConfig:
         check.one_of("nonlinearity", self.nonlinearity, NONLINEARITIES)
 
     def check_units(self, d: int) -> None:
+        """ValueError unless a hidden size of d allows m units."""
         need = "the bottleneck needs"
         check.whole("m", self.m, 1, d, must=need, of="units", why="the hidden size")
 

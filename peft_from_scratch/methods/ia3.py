@@ -52,9 +52,9 @@ class IA3(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         l = self.l.flatten()  # noqa: E741 (the paper's letter)
         if self.feedforward:
-            return self.base((x * l).to(x.dtype))
-        y = self.base(x)
-        return (y * l).to(y.dtype)
+            return self.base((x * l).to(x.dtype))  # W0 (l ⊙ x) + b
+        y = self.base(x)  # W0 x + b
+        return (y * l).to(y.dtype)  # l ⊙ (W0 x + b)
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """l ⊙ W0, by rows for an output (its bias too), by columns for an input."""

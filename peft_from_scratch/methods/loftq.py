@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix
+from ..core.matrices import svd_halves
 from ..core.targets import QuantizedLinear, is_quantized
 from ..nf4 import dequantize
 from . import qlora
@@ -69,8 +70,6 @@ def start(adapters: dict[str, LoRA], original: dict[str, Tensor]) -> None:
         if not isinstance(module.base, QuantizedLinear):  # skip=…: it lost nothing
             continue
         lost = original[name].float() - dequantize(module.base.quantized).float()
-        U, S, Vt = torch.linalg.svd(lost, full_matrices=False)
-        r = len(module.A)
-        root = (S[:r] / module.scale).sqrt()
-        module.A.copy_(root[:, None] * Vt[:r])
-        module.B.copy_(U[:, :r] * root)
+        A, B = svd_halves(lost, len(module.A), module.scale)
+        module.A.copy_(A)
+        module.B.copy_(B)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix, sizes
+from ..core.matrices import svd_halves
 from ..core.targets import QuantizedLinear, Targets, resolve
 from .lora import LoRA
 from .lora_config import plan_layers
@@ -43,13 +44,9 @@ class PiSSA(LoRA):
                 f"of {' x '.join(map(str, sizes(base)))} allows {min(sizes(base))}; "
                 "allowed is half of that"
             )
-        U, S, Vt = torch.linalg.svd(
-            as_matrix(base).detach().to(self.A.dtype), full_matrices=False
-        )
-        root = (S[:r] / self.scale).sqrt()
+        A, B = svd_halves(as_matrix(base).detach().to(self.A.dtype), r, self.scale)
         # LAPACK's columns: what is loaded beside them, moments for one, is by rows.
-        self.A.data = (root[:, None] * Vt[:r]).contiguous()
-        self.B.data = (U[:, :r] * root).contiguous()
+        self.A.data, self.B.data = A.contiguous(), B.contiguous()
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 

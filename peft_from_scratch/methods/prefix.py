@@ -49,8 +49,7 @@ class Prefix(DecoderAdapter):
         base    the trunk, frozen here
         shape   (layers, h_kv, d): its layers, key-value heads, and their size
         n       trained positions, 1 <= n <= 4096
-        start   "random", or token ids; see inject
-        hidden  width of the reparametrizing MLP; None trains P itself
+        start, hidden   see PrefixConfig
     Returns  what the trunk returns
     Raises   ValueError   a mask that is not (b, t); an attention implementation that
              was set after the injection, which would ignore P in silence

@@ -37,12 +37,12 @@ class Prompt(DecoderAdapter):
     Args
         base   the trunk, frozen here
         n      trained positions, 1 <= n <= 4096
-        start  "random", "vocabulary", or token ids; see inject
-    Returns  what the trunk returns, the n positions cut off again
+        start  "random", "vocabulary", or token ids; see PromptConfig
+    Returns  what the trunk returns, without the n positions
     Raises   ValueError   n or start out of range; a mask that is not (b, t); a row
              of padding alone, with a cache
     Memory   n d parameters, and activations for n more tokens in every row
-    Departs  [1] places P before everything. Here it stands behind the padding on the
+    Departs  [1] places P before everything. Here it comes after the padding on the
              left, so that a row's answer does not depend on its neighbours' lengths.
     Source   [1] arXiv:2104.08691v2
     """
@@ -162,13 +162,14 @@ def initial_ids(start, n: int, vocabulary: int) -> Tensor:
 
 
 def left_padding(attention_mask, b: int, device) -> Tensor:
+    """The number of padding tokens on the left of each row: (b,)."""
     if attention_mask is None:
         return torch.zeros(b, dtype=torch.long, device=device)
     return (attention_mask.long().cumsum(-1) == 0).sum(-1)
 
 
 def _refuse_padding_alone(pads: Tensor, t: int) -> None:
-    """ValueError for a piece that ends within a row's padding: P belongs behind it."""
+    """ValueError for a piece that ends within a row's padding: P comes after that."""
     if (pads >= t).any():
         raise ValueError(
             f"row {pads.argmax().item()} has {t} tokens of padding and no other yet, "
@@ -178,7 +179,7 @@ def _refuse_padding_alone(pads: Tensor, t: int) -> None:
 
 
 def insert_after_padding(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Each row of `old` (b, t, …), with `new` (b, n, …) behind its first `pads`."""
+    """Each row of `old` (b, t, …), with `new` (b, n, …) after its first `pads`."""
     n, t = new.shape[1], old.shape[1]
     j = torch.arange(n + t, device=old.device).expand(len(old), -1)
     p = pads[:, None]
@@ -188,7 +189,7 @@ def insert_after_padding(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def drop_prompt(pads: Tensor, n: int, out):
-    """The trunk's output without the n positions behind each row's padding."""
+    """The trunk's output without the n positions after each row's padding."""
 
     def cut(h: Tensor) -> Tensor:
         j = torch.arange(h.shape[1] - n, device=h.device).expand(len(h), -1)

@@ -24,10 +24,11 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.quiet import quiet_transformers
 from ..core.adapter import vocabulary
+from ..core.counting import count
 from ..files import quantized
-from ..files.pretrained import quiet_transformers, whole_model
-from ..memory.meter import count
+from ..files.pretrained import whole_model
 from . import minilm, smollm2, tiny
 
 DTYPES = {
@@ -103,8 +104,8 @@ def _model(source: str, dtype: torch.dtype, options: dict) -> nn.Module:
 def prepare() -> None:
     """Have every named model, and the weights that lessons look at, on this machine.
 
-    For set-up, so that lessons need no network. What is there already is read to the
-    last byte, and made anew where a byte is wrong.
+    For set-up, so that lessons need no network. An existing copy is read to the last
+    byte, and converted again if a byte is wrong.
     """
     for folder in (*(named.folder for named in NAMED.values()), minilm.folder):
         folder(every_byte=True)
@@ -115,12 +116,6 @@ def describe(model: nn.Module) -> str:
     name = model.config._name_or_path or type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{name}, {count(model).total:,} parameters, {model.device}, {dtype}"
-
-
-def positions(model: nn.Module) -> int | None:
-    """How many tokens the model can read at once; None where it does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def devices() -> list[torch.device]:

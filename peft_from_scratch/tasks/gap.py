@@ -1,6 +1,6 @@
 """Gaps: one task with a dial, from what tiny has read a thousand times to a cipher.
 
-The input is a sentence of tiny's world (world.py), the output says what happened:
+The input is a sentence of tiny's world (world.py), the output a record of the event:
 
     "On Friday Ada found three lamps in Oslo."
 
@@ -10,11 +10,10 @@ The input is a sentence of tiny's world (world.py), the output says what happene
     gap-3  sudaf Ada ti bafobu guna Oslo ru …   a new language: words, endings, order
     gap-4  ibsi - rleguw | sumv & 4 | ugu - …   gap-1 in a cipher, letter by letter
 
-Each step of the dial takes away something that a model of that world could have used.
-Up to gap-3 all tokens are such as pretraining used: a head that never learned to tell a
-token from others is frozen in LoRA, which is a gap of another kind, and a larger one.
-(A first gap-1 with new marks showed it: no LoRA learned them. Of gap-4's tokens, one in
-eight is new.)
+Each level takes away something that a model of that world could have used. Up to gap-3
+every token occurs in pretraining. LoRA leaves the output head frozen, so that a token
+which the head has never learned is a gap of another kind, and a larger one. (A first
+gap-1 had new marks, and no LoRA learned them. Of gap-4's tokens, one in eight is new.)
 The new words and the cipher are fixed, like a dictionary; the seed draws the events.
 The splits share all words and have no event in common.
 """
@@ -39,11 +38,11 @@ from .world import (
 
 INSTRUCTION = ""  # tiny follows none: the examples say what is asked
 SIZES = {"train": 10_000, "validation": 200, "test": 300}
-Row = dict[str, str]
+Example = dict[str, str]
 
 
-def rows(write: Callable[[Event], str], seed: int = 0) -> dict[str, list[Row]]:
-    """The three splits, with `write` for the outputs: the same events for every one."""
+def rows(write: Callable[[Event], str], seed: int = 0) -> dict[str, list[Example]]:
+    """The three splits; the same events for every `write`, which makes the outputs."""
     random = Random(f"gap {seed}")
     events = [event(random)]
     seen = set(events)
@@ -52,8 +51,8 @@ def rows(write: Callable[[Event], str], seed: int = 0) -> dict[str, list[Row]]:
         if new not in seen:
             seen.add(new)
             events.append(new)
-    made = [{"prompt": sentence(random, e), "completion": write(e)} for e in events]
-    rest = iter(made)
+    examples = [{"prompt": sentence(random, e), "completion": write(e)} for e in events]
+    rest = iter(examples)
     return {split: [next(rest) for _ in range(size)] for split, size in SIZES.items()}
 
 
@@ -62,7 +61,7 @@ def score(answer: str, completion: str) -> bool:
     return answer.strip() == completion.strip()
 
 
-# ---------------------------------------------------------------------- how it is said
+# -------------------------------------------------------------- outputs of each level
 
 
 def new_format(event: Event) -> str:
@@ -92,7 +91,7 @@ def new_language(event: Event) -> str:
 
 
 def cipher(event: Event) -> str:
-    """new_format in small letters, each of them and each digit for another one."""
+    """new_format in small letters, with each letter and digit replaced by another."""
     return new_format(event).lower().translate(_alphabet())
 
 
@@ -121,7 +120,7 @@ def dictionary() -> dict[str, str]:
 
 @lru_cache
 def _alphabet() -> dict[int, int]:
-    """Vowels for vowels, and so on: what comes out can be cut into known tokens."""
+    """A permutation within vowels, consonants and digits: tokens stay known ones."""
     random, table = Random("cipher"), {}
     rare = "".join(sorted({*string.ascii_lowercase} - {*CONSONANTS, *VOWELS}))
     for letters in (VOWELS, CONSONANTS, rare, string.digits):

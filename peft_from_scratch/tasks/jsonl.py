@@ -3,7 +3,7 @@
 One row a line, {"prompt": "…", "completion": "…"}; other keys are left alone, empty
 lines are skipped. A file with a bad row gives no task at all: every bad row is reported
 with its line and the reason, so that nothing is trained on by accident. A good row
-keeps its place, so that who finds it too long later can name it as well.
+keeps its place, so that a later error (a row that is too long) can name it as well.
 
 The rows are cut into train, validation and test *by prompt*, so that no prompt is in
 two of them. An answer is right when it equals the completion but for space around it.
@@ -21,14 +21,14 @@ from datasets.exceptions import DatasetsError
 LISTED = 20  # bad rows that an error spells out
 MINIMUM = 3  # distinct prompts: one for each split
 Numbered = tuple[str, object]  # where the row stands, the row
-Row = dict[str, str]  # prompt, completion and place
+Example = dict[str, str]  # prompt, completion and place
 
 
 def score(answer: str, completion: str) -> bool:
     return answer.strip() == completion.strip()
 
 
-def read_jsonl(path: str, seed: int) -> dict[str, list[Row]]:
+def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:
     """The rows of a JSONL file in three splits: 70 % train, 10 % validation, 20 % test.
 
     Raises  ValueError  another format, bad rows, or fewer than MINIMUM distinct prompts
@@ -39,7 +39,7 @@ def read_jsonl(path: str, seed: int) -> dict[str, list[Row]]:
     return split_rows(check_rows(_lines(data), path), seed, path)
 
 
-def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Row]:
+def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Example]:
     """{prompt: its row} of rows that are all good; identical rows count once.
 
     Args
@@ -70,7 +70,9 @@ def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
     raise ValueError("\n".join(lines))
 
 
-def split_rows(rows: dict[str, Row], seed: int, source: str) -> dict[str, list[Row]]:
+def split_rows(
+    rows: dict[str, Example], seed: int, source: str
+) -> dict[str, list[Example]]:
     """Cut {prompt: its row} by prompt into train, validation and test.
 
     A tenth validates, a fifth tests (100 and 300 rows at most, one at least), the rest
@@ -79,17 +81,17 @@ def split_rows(rows: dict[str, Row], seed: int, source: str) -> dict[str, list[R
     _require(rows, source)
     order = list(_draw(rows, len(rows), seed).values())
     test = _share(rows, 5, 300)
-    held = test + _share(rows, 10, 100)
+    held_out = test + _share(rows, 10, 100)
     return {
-        "train": order[held:],
-        "validation": order[test:held],
+        "train": order[held_out:],
+        "validation": order[test:held_out],
         "test": order[:test],
     }
 
 
 def read_dataset(
-    found: str, seed: int, prompt: str, completion: str, config: str | None = None
-) -> dict[str, list[Row]]:
+    dataset: str, seed: int, prompt: str, completion: str, config: str | None = None
+) -> dict[str, list[Example]]:
     """The rows of a data set in three splits.
 
     A split "test" of the data set stays the test, with or without its "validation";
@@ -97,27 +99,28 @@ def read_dataset(
     a file's are.
 
     Args
-        found       an id of the hub, or a folder
+        dataset     an id of the hub, or a folder
         prompt      the column that holds the prompts; completion likewise
         config      the configuration, for data sets that have several
     Raises  ValueError  a file that cannot be read as data, a column that is not there,
             bad rows, too few rows
             OSError     no such data set, or no way to reach the hub
     """
-    given = {}
-    for name, data in _download(found, config).items():
-        numbered = _columns(data, prompt, completion, found, name)
-        given[name] = check_rows(numbered, f"{found} ({name})")
-    if not {"train", "test"} <= given.keys():
-        pooled = {p: row for rows in given.values() for p, row in rows.items()}
-        return split_rows(pooled, seed, found)
-    train, test = given["train"], given["test"]
-    held = given.get("validation") or _draw(train, _share(train, 10, 100), seed)
-    held = {p: row for p, row in held.items() if p not in test}
-    train = {p: row for p, row in train.items() if p not in test and p not in held}
-    _require(train, f"{found} (train, without the prompts of the others)")
-    splits = {"train": train, "validation": held, "test": test}
-    return {name: list(rows.values()) for name, rows in splits.items()}
+    splits = {}
+    for name, data in _download(dataset, config).items():
+        numbered = _columns(data, prompt, completion, dataset, name)
+        splits[name] = check_rows(numbered, f"{dataset} ({name})")
+    if not {"train", "test"} <= splits.keys():
+        pooled = {p: row for rows in splits.values() for p, row in rows.items()}
+        return split_rows(pooled, seed, dataset)
+    train, test = splits["train"], splits["test"]
+    validation = splits.get("validation") or _draw(train, _share(train, 10, 100), seed)
+    validation = {p: row for p, row in validation.items() if p not in test}
+    others = test | validation
+    train = {p: row for p, row in train.items() if p not in others}
+    _require(train, f"{dataset} (train, without the prompts of the others)")
+    cut = {"train": train, "validation": validation, "test": test}
+    return {name: list(rows.values()) for name, rows in cut.items()}
 
 
 def dataset_id(name: str) -> str | None:
@@ -189,24 +192,24 @@ def _columns(data, prompt, completion, source, split) -> Iterable[Numbered]:
         yield place, {"prompt": question, "completion": answer}
 
 
-def _download(found, config):
+def _download(dataset, config):
     try:
-        return load_dataset(found, config)
+        return load_dataset(dataset, config)
     except OSError as error:
         raise OSError(
-            f"the data set {found!r} cannot be had: {error}. Check the id and the "
+            f"the data set {dataset!r} cannot be had: {error}. Check the id and the "
             "network; without one, pass a folder or a .jsonl file on this machine"
         ) from error
     except (DatasetsError, ValueError, StopIteration) as error:
         # The outer error only says that there was one; StopIteration: an empty file.
         why = error.__cause__ or error
         raise ValueError(
-            f"the data set {found!r} cannot be read: {str(why) or 'a file is empty'}"
+            f"the data set {dataset!r} cannot be read: {str(why) or 'a file is empty'}"
         ) from error
 
 
 def _reason(row) -> str | None:
-    """Why a row cannot be used; None where it can."""
+    """The reason why a row cannot be used; None for a good row."""
     if isinstance(row, ValueError):
         return str(row)
     if not isinstance(row, dict):
@@ -224,7 +227,7 @@ def _reason(row) -> str | None:
 
 
 def _contradiction(row, good) -> str | None:
-    """Where the row asks what an earlier row asked, and answers otherwise."""
+    """The reason against a row with an earlier row's prompt and another completion."""
     earlier = good.get(row["prompt"], row)
     if earlier["completion"] == row["completion"]:
         return None
@@ -243,6 +246,6 @@ def _share(rows, part, most) -> int:
     return min(max(1, len(rows) // part), most)
 
 
-def _draw(rows, n, seed) -> dict[str, Row]:
+def _draw(rows, n, seed) -> dict[str, Example]:
     """n of the rows, drawn and shuffled by the seed, whatever order they came in."""
     return {prompt: rows[prompt] for prompt in Random(seed).sample(sorted(rows), n)}

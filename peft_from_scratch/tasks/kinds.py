@@ -2,9 +2,9 @@
 
     "On Friday Ada found three lamps in Oslo. Which kind of thing?"      home
 
-Four kinds, thirty things. Of every other thing pretraining told the kind, in just these
-words (world.TOLD); the others have to be learned from the rows. So a method can show on
-one task what it adds and what it keeps.
+Four kinds, thirty things. Pretraining taught the kind of every other thing, in just
+these words (world.TOLD); the kinds of the rest have to be learned from the rows. So one
+task shows what a method adds and what it keeps.
 """
 
 from random import Random
@@ -17,13 +17,13 @@ SIZES = {"train": 2000, "validation": 200, "test": 300}
 
 def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """The three splits; all things in each, no sentence in two."""
-    random, seen, made = Random(f"kinds {seed}"), set(), []
-    while len(made) < sum(SIZES.values()):
+    random, seen, examples = Random(f"kinds {seed}"), set(), []
+    while len(examples) < sum(SIZES.values()):
         prompt, completion = kind_pair(random, random.choice(THINGS))
         if prompt not in seen:
             seen.add(prompt)
-            made.append({"prompt": prompt, "completion": completion})
-    rest = iter(made)
+            examples.append({"prompt": prompt, "completion": completion})
+    rest = iter(examples)
     return {split: [next(rest) for _ in range(size)] for split, size in SIZES.items()}
 
 

@@ -69,15 +69,15 @@ def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
 
 
 def _split(random, split, size, taken) -> list[dict[str, str]]:
-    made = []
-    while len(made) < size:
+    examples = []
+    while len(examples) < size:
         order = _order(random, split)
         key = order["customer"], frozenset(order["items"])
         if key not in taken:
             taken.add(key)
             line = json.dumps(order, separators=(",", ":"))
-            made.append({"prompt": _sentence(random, order), "completion": line})
-    return made
+            examples.append({"prompt": _sentence(random, order), "completion": line})
+    return examples
 
 
 def _order(random, split) -> dict:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
+from typing import Protocol
 
 from datasets import Dataset
 
@@ -25,9 +26,21 @@ from . import gap, jsonl, kinds, orders, terms
 Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
 
 
+class TaskModule(Protocol):
+    """The names that a module with a generated task has: task_orders for example."""
+
+    INSTRUCTION: str  # one sentence for every row; "" for none
+
+    def rows(self, seed: int = 0) -> Splits:
+        """The three splits; the same rows in the same order for the same seed."""
+
+    def score(self, answer: str, completion: str) -> bool:
+        """Whether an answer is right."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a generated task comes from."""
+    """The parts of a generated task; task_gap's levels share one module."""
 
     instruction: str
     rows: Callable[[int], Splits]  # seed -> the rows of each split
@@ -101,8 +114,8 @@ def load_task(
         return _task(name, source.instruction, splits, source.score)
     if name.endswith(".jsonl"):
         splits = jsonl.read_jsonl(name, seed)
-    elif (found := jsonl.dataset_id(name)) is not None:
-        splits = jsonl.read_dataset(found, seed, prompt, completion, config)
+    elif (dataset := jsonl.dataset_id(name)) is not None:
+        splits = jsonl.read_dataset(dataset, seed, prompt, completion, config)
     else:
         raise ValueError(
             f"{name!r} is no task: write {', '.join(map(repr, GENERATED))}, one of "

@@ -17,9 +17,7 @@ by comparing with the pad token, which in many models is the end token.)
 
 from collections.abc import Sequence
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 TEMPLATES = ("chat", "raw")
 IGNORED = -100  # the label that torch's cross_entropy leaves out
@@ -87,28 +85,31 @@ def encode_rows(
             as its prompt or completion, or holds the end token; without a place, its
             number, counted from 1
     """
+    encoded, bad = encode_all(
+        tokenizer, instruction, rows, template=template, max_tokens=max_tokens
+    )
+    if bad:
+        place, reason = bad[0]
+        raise ValueError(f"{place}: {reason}")
+    return encoded
+
+
+def encode_all(
+    tokenizer, instruction: str, rows, *, template: str, max_tokens: int = 512
+) -> tuple[list[tuple[list[int], list[int]]], list[tuple[str, str]]]:
+    """encode_row for every row of a split, and what is wrong with the others.
+
+    Args     those of encode_rows
+    Returns  the encoded rows without the bad ones; and (place, reason) of each of those
+    """
     _check(tokenizer, template)
-    encoded = []
+    encoded, bad = [], []
     for place, row in _placed(rows):
         try:
             encoded.append(_encode(tokenizer, instruction, row, template, max_tokens))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    return encoded
-
-
-def bad_rows(
-    tokenizer, instruction: str, rows, *, template: str, max_tokens: int = 512
-) -> list[tuple[str, str]]:
-    """(place, reason) of every row that encode_rows refuses; [] where all are good."""
-    _check(tokenizer, template)
-    bad = []
-    for place, row in _placed(rows):
-        try:
-            _encode(tokenizer, instruction, row, template, max_tokens)
-        except ValueError as error:
             bad.append((place, str(error)))
-    return bad
+    return encoded, bad
 
 
 def stop_token(tokenizer, template: str) -> int:
@@ -126,25 +127,6 @@ def stop_token(tokenizer, template: str) -> int:
     after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((i for i in after if i in special), tokenizer.eos_token_id)
-
-
-def collate(
-    rows: Sequence[tuple[list[int], list[int]]], pad_id: int
-) -> dict[str, Tensor]:
-    """Rows of encode_row as one batch, padded on the right to the longest.
-
-    Returns  input_ids, attention_mask, labels, each (b, t) int64; -100 on padding
-    """
-    longest = max(len(ids) for ids, _ in rows)
-
-    def pad(lists, value):
-        return torch.tensor([each + [value] * (longest - len(each)) for each in lists])
-
-    return {
-        "input_ids": pad([ids for ids, _ in rows], pad_id),
-        "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": pad([labels for _, labels in rows], IGNORED),
-    }
 
 
 def _placed(rows):

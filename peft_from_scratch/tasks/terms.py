@@ -86,8 +86,8 @@ def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
         for split, share in SHARES.items():
             for _ in range(share):
                 splits[split].append({"prompt": prompts.pop(), "completion": answer})
-    for made in splits.values():
-        random.shuffle(made)
+    for examples in splits.values():
+        random.shuffle(examples)
     return splits
 
 

@@ -18,7 +18,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,31 +27,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..common import atomic
+from ..common.digest import file_crc, sampled_crc
 from ..common.scoped import rng_state, set_rng_state
 from ..core import adapter
-from .config import History, Recipe
+from .config import History, TrainConfig
+from .state import TrainState
 
 KEPT = 2  # checkpoints that stay on the disk
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 2  # counted up when the meaning of the files changes
 NO_MATTER = ("checkpoint_every",)  # of the recipe: changes no bit of the result
-SAMPLE = 1024  # values of each frozen tensor that go into the configuration
 
 Files = dict[str, dict[str, Tensor]]  # {name of a safetensors file: its tensors}
 
 
-@dataclass
-class Run:
-    """Everything that the next step depends on, the recipe and the rows apart."""
-
-    trainable: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    history: History = field(default_factory=History)
-    best: dict[str, Tensor] = field(default_factory=dict)  # copies on the CPU
-
-
-def configuration(model: nn.Module, recipe: Recipe, splits: Iterable[list]) -> dict:
+def configuration(
+    model: nn.Module, config: TrainConfig, splits: Iterable[list]
+) -> dict:
     """What must be the same for a run to be resumed, as JSON can hold it.
 
     Args
@@ -63,7 +55,7 @@ def configuration(model: nn.Module, recipe: Recipe, splits: Iterable[list]) -> d
     frozen = (p for p in model.parameters() if id(p) not in moving)
     settings = {
         "format": FORMAT,
-        "recipe": {k: v for k, v in asdict(recipe).items() if k not in NO_MATTER},
+        "recipe": {k: v for k, v in asdict(config).items() if k not in NO_MATTER},
         "rows": zlib.crc32(json.dumps(list(splits)).encode()),
         "method": {"name": injection.method, **injection.config},
         "trainable": {n: f"{p.dtype} {[*p.shape]}" for n, p in trainable.items()},
@@ -72,30 +64,30 @@ def configuration(model: nn.Module, recipe: Recipe, splits: Iterable[list]) -> d
     return json.loads(json.dumps(settings))
 
 
-def save(run: Run, folder: Path, settings: dict) -> Path:
+def save(state: TrainState, folder: Path, settings: dict) -> Path:
     """Write the run as it stands after a step; older checkpoints go afterwards."""
-    target = Path(folder) / f"step-{run.history.steps:06d}"
+    target = Path(folder) / f"step-{state.history.steps:06d}"
     with atomic.new_folder(target) as new:
         checks = {}
-        for name, tensors in _files(run).items():
+        for name, tensors in _files(state).items():
             file = new / f"{name}.safetensors"
             save_file({key: _compact(t) for key, t in tensors.items()}, file)
             checks[name] = file_crc(file)
-        state = {
+        record = {
             "files": checks,
             "configuration": settings,
-            "history": asdict(run.history),
-            "made with": {"torch": torch.__version__, "device": str(run.device)},
+            "history": asdict(state.history),
+            "made with": {"torch": torch.__version__, "device": str(state.device)},
         }
-        state["crc"] = _state_crc(state)
-        (new / "state.json").write_text(json.dumps(state, indent=1))
+        record["crc"] = _record_crc(record)
+        (new / "state.json").write_text(json.dumps(record, indent=1))
     for old in checkpoints(folder)[:-KEPT]:
         atomic.remove_folder(old)
     return target
 
 
-def resume(run: Run, folder: Path, settings: dict) -> bool:
-    """Bring `run` to where the newest readable checkpoint in `folder` left it.
+def resume(state: TrainState, folder: Path, settings: dict) -> bool:
+    """Bring `state` to where the newest readable checkpoint in `folder` left it.
 
     Returns  whether there was one; the leftovers of killed writes are deleted
     Warns    UserWarning   a checkpoint that cannot be read
@@ -106,7 +98,7 @@ def resume(run: Run, folder: Path, settings: dict) -> bool:
     atomic.sweep(folder)
     for path in reversed(checkpoints(folder)):
         try:
-            files, state = _read(path)
+            files, record = _read(path)
         except (OSError, ValueError, SafetensorError) as error:
             aside = _put_aside(path)
             warnings.warn(
@@ -115,8 +107,8 @@ def resume(run: Run, folder: Path, settings: dict) -> bool:
                 stacklevel=3,
             )
             continue
-        _refuse_other(folder, state["configuration"], settings)
-        _restore(run, files, state["history"])
+        _refuse_other(folder, record["configuration"], settings)
+        _restore(state, files, record["history"])
         return True
     return False
 
@@ -124,40 +116,6 @@ def resume(run: Run, folder: Path, settings: dict) -> bool:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest last."""
     return sorted(filter(_is_ours, Path(folder).glob("step-*")), key=_steps)
-
-
-def states(run: Run) -> dict[str, dict[str, Tensor]]:
-    """{parameter's name: AdamW's tensors of it}, of those that have some."""
-    names = list(run.trainable)  # as the optimizer numbers them
-    numbered = run.optimizer.state_dict()["state"]
-    return {names[number]: state for number, state in numbered.items()}
-
-
-@torch.no_grad()
-def load_weights(trainable: dict[str, nn.Parameter], weights: dict[str, Tensor]):
-    """Copy `weights` into the parameters of the same names."""
-    for name, parameter in trainable.items():
-        parameter.copy_(weights[name])
-
-
-def tensor_crc(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes: equal bits, equal number."""
-    return zlib.crc32(_compact(tensor).flatten().view(torch.uint8).numpy())
-
-
-def sampled_crc(tensor: Tensor) -> int:
-    """CRC-32 of at most SAMPLE values, evenly spaced: tells two models apart fast."""
-    values = tensor.detach().flatten()
-    return tensor_crc(values[:: max(1, len(values) // SAMPLE)][:SAMPLE])
-
-
-def file_crc(path: Path) -> int:
-    """CRC-32 of a file, read a megabyte at a time."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def _steps(path: Path) -> int:
@@ -187,50 +145,50 @@ def _put_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def _state_crc(state: dict) -> int:
-    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+def _record_crc(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _files(run: Run) -> Files:
+def _files(state: TrainState) -> Files:
     return {
-        "trainable": run.trainable,
+        "trainable": state.trainable,
         "optimizer": {
             f"{name}.{key}": value
-            for name, state in states(run).items()
-            for key, value in state.items()
+            for name, moments in state.moments().items()
+            for key, value in moments.items()
         },
-        "best": run.best,
-        "rng": rng_state(run.device),
+        "best": state.best,
+        "rng": rng_state(state.device),
     }
 
 
-def _restore(run: Run, files: Files, history: dict) -> None:
-    load_weights(run.trainable, files["trainable"])
-    index = {name: i for i, name in enumerate(run.trainable)}
-    state = {}
+def _restore(state: TrainState, files: Files, history: dict) -> None:
+    state.load_weights(files["trainable"])
+    index = {name: i for i, name in enumerate(state.trainable)}
+    moments = {}
     for key, value in files["optimizer"].items():
-        name, _, what = key.rpartition(".")
-        state.setdefault(index[name], {})[what] = value
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    run.best = files["best"]
-    run.history = History(**history)
-    run.history.validation = [tuple(seen) for seen in history["validation"]]
-    run.history.resumed_from = run.history.steps
-    set_rng_state(files["rng"], run.device)
+        name, _, kind = key.rpartition(".")
+        moments.setdefault(index[name], {})[kind] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.best = files["best"]
+    state.history = History(**history)
+    state.history.validation = [tuple(each) for each in history["validation"]]
+    state.history.resumed_from = state.history.steps
+    set_rng_state(files["rng"], state.device)
 
 
 def _read(path: Path) -> tuple[Files, dict]:
-    state = json.loads((path / "state.json").read_text())
-    if not isinstance(state, dict) or state.pop("crc", None) != _state_crc(state):
+    record = json.loads((path / "state.json").read_text())
+    if not isinstance(record, dict) or record.pop("crc", None) != _record_crc(record):
         raise ValueError("state.json is not what was written")
     files = {}
-    for name, crc in state["files"].items():
+    for name, crc in record["files"].items():
         file = path / f"{name}.safetensors"
         if file_crc(file) != crc:
             raise ValueError(f"{file.name} is not what was written")
         files[name] = load_file(file)
-    return files, state
+    return files, record
 
 
 def _refuse_other(folder, theirs: dict, ours: dict) -> None:

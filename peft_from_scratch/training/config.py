@@ -1,8 +1,8 @@
 """What a training run is asked to do, and what it did.
 
-A `Recipe` is the whole recipe: two runs with the same recipe, rows, model and machine
-end in the same bits. Learning rate and data order are pure functions of the step, so
-that a resumed run needs no memory of them: its position *is* the step.
+Two runs with the same TrainConfig, rows, model and machine end in the same bits.
+Learning rate and data order are pure functions of the step, so that a resumed run needs
+no memory of them: its position *is* the step.
 """
 
 import math
@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from ..core.adapter import is_finite
+from ..common import check
 from ..tasks.templates import TEMPLATES
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -29,8 +29,8 @@ AT_LEAST = dict(  # the fields that are whole numbers
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train; checked when it is made.
+class TrainConfig:
+    """How to train; every field is checked at construction.
 
     Args
         steps             optimizer steps
@@ -80,26 +80,23 @@ class Recipe:
 
     def __post_init__(self):
         for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            fits = whole and least <= value < 2**63
+            fits = check.is_whole(getattr(self, name), least, 2**63 - 1)
             self._allow(name, fits, f"a whole number >= {least}")
-        positive = is_finite(self.lr) and self.lr > 0
-        self._allow("lr", positive, "a finite number above 0")
-        larger = is_finite(self.lr_ratio) and self.lr_ratio > 0
-        self._allow("lr_ratio", larger, "a finite number above 0")
+        for name in ("lr", "lr_ratio"):
+            check.number(name, getattr(self, name), "a finite number above 0", above=0)
         self._allow("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
         self._allow("schedule", self.schedule in SCHEDULES, ", ".join(SCHEDULES))
         self._allow("template", self.template in TEMPLATES, ", ".join(TEMPLATES))
-        decay = is_finite(self.weight_decay) and self.weight_decay >= 0
-        self._allow("weight_decay", decay, "a finite number >= 0")
+        check.number("weight_decay", self.weight_decay, "a finite number >= 0", least=0)
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        betas = pair and all(is_finite(b) and 0 <= b < 1 for b in self.betas)
+        betas = pair and all(check.is_finite(b) and 0 <= b < 1 for b in self.betas)
         self._allow("betas", betas, "two numbers in [0, 1)")
-        paged = self.paged is None or (is_finite(self.paged) and 0 < self.paged <= 1)
-        self._allow("paged", paged, "a share in (0, 1], or None for no paging")
-        clip = self.clip is None or (is_finite(self.clip) and self.clip > 0)
-        self._allow("clip", clip, "a finite number above 0, or None for no clipping")
+        if self.paged is not None:
+            share = check.is_finite(self.paged) and 0 < self.paged <= 1
+            self._allow("paged", share, "a share in (0, 1], or None for no paging")
+        if self.clip is not None:
+            words = "a finite number above 0, or None for no clipping"
+            check.number("clip", self.clip, words, above=0)
         self._allow(
             "accumulate",
             self.batch % self.accumulate == 0,
@@ -111,12 +108,11 @@ class Recipe:
             "0 as long as validate_every=0, since it counts validations",
         )
 
-    def _allow(self, name, fine, allowed) -> None:
-        if not fine:
-            raise ValueError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
+    def _allow(self, name: str, fine: bool, allowed: str) -> None:
+        check.require(fine, name, getattr(self, name), f"allowed is {allowed}")
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step number `step`, counted from 0.
 
         warm-up   lr (step + 1) / warmup                         step < warmup
@@ -126,26 +122,26 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
     The first step already learns and the last one still does: 0 is never reached.
     """
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    p = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    if recipe.schedule == "linear":
-        return recipe.lr * (1 - p)
-    if recipe.schedule == "cosine":
-        return recipe.lr * (1 + math.cos(math.pi * p)) / 2
-    return recipe.lr
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    p = (step - config.warmup) / (config.steps - config.warmup)
+    if config.schedule == "linear":
+        return config.lr * (1 - p)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * p)) / 2
+    return config.lr
 
 
-def rows_of_step(recipe: Recipe, step: int, rows: int) -> list[int]:
+def rows_of_step(config: TrainConfig, step: int, rows: int) -> list[int]:
     """Which of `rows` rows optimizer step number `step` (from 0) trains on.
 
     Each epoch is a permutation of all rows, drawn from (seed, epoch); the steps read
     the epochs one after the other, so that a step may span two of them.
     """
-    positions = range(step * recipe.batch, (step + 1) * recipe.batch)
+    positions = range(step * config.batch, (step + 1) * config.batch)
     epochs = range(positions[0] // rows, positions[-1] // rows + 1)
     order = {
-        epoch: np.random.default_rng((recipe.seed, epoch)).permutation(rows)
+        epoch: np.random.default_rng((config.seed, epoch)).permutation(rows)
         for epoch in epochs
     }
     return [int(order[position // rows][position % rows]) for position in positions]
@@ -176,6 +172,18 @@ class History:
     seconds: float = 0.0
     stopped_early: bool = False
     resumed_from: int | None = None
+
+    def record(self, loss, lr, norm, tokens, seconds) -> None:
+        """Append the figures of an optimizer step that has just been done."""
+        self.loss.append(loss)
+        self.lr.append(lr)
+        self.norm.append(norm)
+        self.tokens.append(tokens)
+        self.step_seconds.append(seconds)
+
+    def finished(self, steps: int) -> bool:
+        """Whether no step is left of a run of `steps`."""
+        return self.stopped_early or self.steps == steps
 
     @property
     def steps(self) -> int:

@@ -1,11 +1,11 @@
-"""What a model answers, how many of the answers are right, and how sure that is.
+"""The answers of a model, how many are right, and how sure that number is.
 
 Three questions, in this order:
 
-    answer_rows                 what does it answer, and which answers are right?
+    answer_rows                 what does the model answer, and what is right?
     wilson, paired_bootstrap    is 84 of 100 better than 76 of 100? That depends on the
                                 rows: ask for the interval of the paired difference
-    general_loss                what did it forget meanwhile?
+    general_loss                what has the model forgotten meanwhile?
 """
 
 import time

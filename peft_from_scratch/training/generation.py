@@ -1,6 +1,6 @@
-"""What a model writes: greedy, in batches, with a shared beginning computed once.
+"""Greedy answers in batches, with a common prefix computed once.
 
-Three things have to be right for a batch to say what its rows would say alone:
+Three things make a batch answer as its rows would alone:
 
     padding    on the left, so that the last token of every row is its own, and masked
     positions  counted over real tokens, so that a pad shifts nothing
@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common import scoped
 from ..common.progress import bar
-from ..models.load import positions
+from ..core.decoder import positions
+from .batch import left_pad
 from .loss import can_choose_logits
 
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
@@ -67,7 +67,7 @@ def generate(
     with (
         scoped.mode(model, training=False),
         _greedy(model, stop_id, max_new_tokens),
-        bar("answer", "row", len(prompts), shown=progress) as told,
+        bar("answer", "row", len(prompts), shown=progress) as shown,
     ):
         cache = None if _slides(model, most) else _read(model, prefix)
         if cache is None:
@@ -78,22 +78,8 @@ def generate(
             new = _continue(model, cache, prefix, [prompts[i] for i in chosen], stop_id)
             for i, tokens in zip(chosen, new, strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
-            told.update(len(chosen))
+            shown.update(len(chosen))
     return answers
-
-
-def left_pad(
-    prompts: Sequence[list[int]], cached: int, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Prompts as one batch, padded on the left to the longest.
-
-    Returns  ids (b, t) and mask (b, cached + t), int64: the mask is 1 on the `cached`
-             tokens that stand before the batch, 0 on pads, 1 on the prompt
-    """
-    longest = max(map(len, prompts))
-    ids = [[pad_id] * (longest - len(p)) + p for p in prompts]
-    mask = [[1] * cached + [0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def _continue(model, cache, prefix, prompts, stop_id) -> list[list[int]]:

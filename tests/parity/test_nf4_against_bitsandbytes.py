@@ -29,10 +29,10 @@ from transformers import (
 
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
+from peft_from_scratch.common.quiet import quiet_transformers
 from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.core.counting import count
 from peft_from_scratch.files import quantized
-from peft_from_scratch.files.pretrained import quiet_transformers
-from peft_from_scratch.memory.meter import count
 from peft_from_scratch.nf4.codes import dynamic
 from peft_from_scratch.nf4.double import double_quantize
 

@@ -1,6 +1,6 @@
 """What the exercises of notebook 01, full fine-tuning, are compared with.
 
-Labels with templates.collate, the loss with loss.summed_loss, AdamW with torch's own,
+Labels with batch.collate, the loss with loss.summed_loss, AdamW with torch's own,
 the bill with the bytes that a real step was counted to take, storage with trying one
 task after the other.
 """
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...tasks.templates import IGNORED, collate
-from ...training.loss import label_tokens, summed_loss
+from ...tasks.templates import IGNORED
+from ...training.batch import collate, label_tokens
+from ...training.loss import summed_loss
 from . import Wrong, close, judged, unchanged
 
 

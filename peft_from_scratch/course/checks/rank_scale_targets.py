@@ -1,7 +1,7 @@
 """What the exercises of notebook 05, rank, scale and targets, are compared with.
 
 Every check takes the learner's function, tries it on several shapes, and compares with
-methods/lora.py, dora.py and pissa.py, train.py and experiments/scaling.py, which have
+methods/lora.py, dora.py and pissa.py, training/ and experiments/scaling.py, which have
 the same mathematics in other words.
 """
 
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ...core.adapter import adapters, trainable
 from ...ledger.experiments import scaling
 from ...methods import dora, lora, pissa
-from ...training.config import Recipe
-from ...training.loop import _groups
+from ...training.config import TrainConfig
+from ...training.state import parameter_groups
 from . import Wrong, close, judged, pulled, unchanged
 
 # (d_in, d_out, r, alpha, shape of x without d_in). In the first, every wrong scale
@@ -511,10 +511,10 @@ def loraplus_groups(my_groups: Callable) -> None:
 def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None:
     names = {id(p): n for n, p in model.named_parameters()}
     parameters = trainable(model)
-    recipe = Recipe(steps=1, lr=lr, lr_ratio=ratio)
+    recipe = TrainConfig(steps=1, lr=lr, lr_ratio=ratio)
     wanted = {
         names[id(p)]: lr * group["ratio"]
-        for group in _groups(model, parameters, recipe)
+        for group in parameter_groups(model, parameters, recipe)
         for p in group["params"]
     }
     got = my_groups(model, lr, ratio)

@@ -1,7 +1,7 @@
 """What the exercises of notebook 00, start here, are compared with.
 
 The scorer with that of the task "orders", the count with the parameters of real LoRA
-modules, the interval with evaluate.wilson, the padding with generation.left_pad.
+modules, the interval with wilson, the padding with training.batch.left_pad.
 """
 
 import copy
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...core.adapter import trainable
 from ...methods import lora
 from ...tasks import orders
+from ...training.batch import left_pad
 from ...training.evaluation import wilson
-from ...training.generation import left_pad
 from . import Wrong, close, judged
 
 # 0.1 ----------------------------------------------------------------------------------

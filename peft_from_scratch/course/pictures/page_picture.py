@@ -1,13 +1,13 @@
-"""Pages on the move: what a paged optimizer's page table goes through, in a picture.
+"""Pages on the move: a picture of a paged optimizer's page table, use by use.
 
     with watched(optimizer) as moments:      a Moment for each page that is asked for
         optimizer.step()
-    picture(moments, pages=8, title=…)       a row a page, a column a moment
-    faults(slots, trace)                     what LRU makes of any order of uses
+    picture(moments, pages=8, title=…)       a row for a page, a column for a moment
+    faults(slots, trace)                     the number of faults of any trace under LRU
 
-What a page is has a shape as well as a colour, so that the picture can be read without
-the colours: hollow is clean, filled is dirty, a dot is not resident; a cross marks the
-fault, a disc the hit, and a triangle a page that is asked for ahead of its use.
+Shapes carry the meaning as well as colors, so that the picture can be read without
+them: hollow is clean, filled is dirty, a dot is not resident; a cross marks a fault, a
+disc a hit, and a triangle a page that is asked for ahead of its use.
 """
 
 from collections import OrderedDict
@@ -18,18 +18,19 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ...paged import PagedAdamW
+from ...paged import PagedAdamW, pages
 from ...plotting.draw import frame, legend, point
 from ...plotting.theme import LIGHT, SMALL, Theme, look, style
 
 FAULT, HIT, AHEAD = "fault", "use of one that is there", "fault, ahead of its use"
 MARKS = {FAULT: "X", HIT: "o", AHEAD: ">"}
+KINDS = {pages.FAULT: FAULT, pages.HIT: HIT, pages.PREFETCH: AHEAD}
 CELL = 0.2  # inches between two pages
 FOOT = 0.5  # inches under the axes for the ticks and the name of the x axis
 
 
 class Moment(NamedTuple):
-    """A page was asked for; what the page table is right after."""
+    """The page table right after a page was asked for."""
 
     step: int  # of the optimizer, from 1, counted from where the watching began
     page: int
@@ -40,39 +41,31 @@ class Moment(NamedTuple):
 
 @contextmanager
 def watched(optimizer: PagedAdamW) -> Iterator[list[Moment]]:
-    """Inside, every page that a step asks for is noted, in the order of asking.
+    """Record every page that a step asks for inside, in the order of asking.
 
     Pages are numbered as in optimizer.page_table(). A page that was asked for ahead is
     a fault then, and a hit when it is used.
     """
-    pager, moments, steps = optimizer._pager, [], [0]
+    pager, moments, steps = optimizer.pager, [], [0]
     number = {page: i for i, page in enumerate(pager.pages)}
+
+    def record(page, event: str) -> None:
+        entries = list(enumerate(optimizer.page_table()))
+        resident = frozenset(i for i, entry in entries if entry.resident)
+        dirty = frozenset(i for i, entry in entries if entry.dirty)
+        moments.append(Moment(steps[-1], number[page], KINDS[event], resident, dirty))
+
     hook = optimizer.register_step_pre_hook(lambda *_: steps.append(len(steps)))
-
-    def noted(ask, what):
-        def asking(page) -> None:
-            here = page.slot is not None
-            ask(page)
-            if here and what == AHEAD:
-                return  # it is there already: nothing happens
-            rows = list(enumerate(optimizer.page_table()))
-            resident = frozenset(i for i, row in rows if row.resident)
-            dirty = frozenset(i for i, row in rows if row.dirty)
-            kind = what or (HIT if here else FAULT)
-            moments.append(Moment(steps[-1], number[page], kind, resident, dirty))
-
-        return asking
-
-    pager.use, pager.prefetch = noted(pager.use, ""), noted(pager.prefetch, AHEAD)
+    pager.on_use.append(record)
     try:
         yield moments
     finally:
+        pager.on_use.remove(record)
         hook.remove()
-        del pager.use, pager.prefetch  # the class's own are seen again
 
 
 def faults(slots: int, trace: Sequence[int]) -> int:
-    """How many uses in a trace of page numbers are faults under LRU."""
+    """The number of faults under LRU, in a trace of page numbers."""
     resident, count = OrderedDict(), 0  # the one used longest ago first
     for page in trace:
         count += page not in resident
@@ -117,7 +110,7 @@ def picture(
 
 
 def _handles(theme: Theme) -> dict[str, Line2D]:
-    """What each kind of place looks like."""
+    """The look of each kind of mark."""
     colour, _ = look("qlora")
     square = {"marker": "s", "markersize": 9, "markeredgecolor": theme.ink}
     small = {"markersize": 4.5, "markeredgewidth": 0}
@@ -134,24 +127,24 @@ def _handles(theme: Theme) -> dict[str, Line2D]:
 
 
 def _places(moments: Sequence[Moment], pages: int) -> dict[str, tuple[list, list]]:
-    """{kind of place: (moments, pages)}"""
-    found = {}
+    """{kind of mark: (moments, pages)}"""
+    places = {}
     for x, moment in enumerate(moments, 1):
         for page in range(pages):
             kind = "in the store"
             if page in moment.resident:
                 kind = f"resident, {'dirty' if page in moment.dirty else 'clean'}"
-            xs, ys = found.setdefault(kind, ([], []))
+            xs, ys = places.setdefault(kind, ([], []))
             xs.append(x)
             ys.append(page)
-        xs, ys = found.setdefault(moment.what, ([], []))
+        xs, ys = places.setdefault(moment.what, ([], []))
         xs.append(x)
         ys.append(moment.page)
-    return found
+    return places
 
 
 def _name(axes, moments: Sequence[Moment], pages: int, theme: Theme) -> None:
-    """Limits, names, and a line before each step."""
+    """Set limits and labels, and draw a line before each step."""
     axes.set_xlim(0.3, len(moments) + 0.7)
     axes.set_ylim(pages - 0.4, -0.6)
     axes.set_yticks(range(pages))

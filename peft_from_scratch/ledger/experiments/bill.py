@@ -6,7 +6,7 @@
     mixed          2           2        4    4 + 4                16
 
 and activations, which grow with the tokens of a batch. Each row is counted on a real
-step of a real model by budget.Meter, and is then scaled to 7B parameters.
+step of a real model by meter.Meter, and is then scaled to 7B parameters.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...memory.meter import STEP_BYTES, Meter
+from ...memory.formulas import STEP_BYTES
+from ...memory.meter import Meter
 from ...methods import full
 from ...models.load import load_model
 from ...training.loss import accumulate_gradients

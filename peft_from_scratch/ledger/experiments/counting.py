@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ...core import counting
 from ...core.adapter import trainable
-from ...memory import meter
 from ...methods import lora, prefix, prompt
 from ..claim import Claim, Measured, Rule
 from ..runs import Run, matches
@@ -93,7 +93,9 @@ def count_soft(method: str, shape: str, n: int) -> tuple[int, int]:
     config = LlamaConfig(**SHAPES[shape])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        return SOFT[method](model.model, config, n).P.numel(), meter.count(model).total
+        return SOFT[method](model.model, config, n).P.numel(), counting.count(
+            model
+        ).total
 
 
 def _prefix(trunk: nn.Module, config: LlamaConfig, n: int) -> nn.Module:

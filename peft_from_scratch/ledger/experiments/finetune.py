@@ -16,23 +16,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...common import scoped
-from ...common.provenance import digest
+from ...common.digest import digest
+from ...core import counting
 from ...core.adapter import adapters, remove
-from ...memory import meter
 from ...methods import METHODS as TABLE
 from ...methods import Method, loftq, named
 from ...models.load import load_model
 from ...nf4 import quantize_model
 from ...tasks.task import Task, load_task
-from ...tasks.templates import IGNORED, encode_rows
-from ...training.config import History, Recipe
+from ...tasks.templates import encode_rows
+from ...training.batch import Row, batch_of
+from ...training.config import History, TrainConfig
 from ...training.evaluation import answer_rows
-from ...training.loop import Diverged, train
-from ...training.loss import EncodedExample, batch_of, can_choose_logits
+from ...training.guards import Diverged
+from ...training.loop import train
+from ...training.loss import token_losses
 from .. import runs
 
 ALIASES = {"n": "positions"}  # a run's n is its training rows
@@ -231,10 +232,10 @@ def train_model(
         return History(), str(error)
 
 
-def recipe(config: dict) -> Recipe:
+def recipe(config: dict) -> TrainConfig:
     """The recipe of a configuration."""
     names = ("steps", "batch", "lr", "seed", "template", *RECIPE)
-    return Recipe(**{name: config[name] for name in names if name in config})
+    return TrainConfig(**{name: config[name] for name in names if name in config})
 
 
 @torch.no_grad()
@@ -277,9 +278,7 @@ def measured(model, tokenizer, task, rows, config, *, lost: bool) -> dict:
 
 
 @torch.no_grad()
-def item_losses(
-    model: nn.Module, rows: list[EncodedExample], *, batch: int = 32
-) -> list[float]:
+def item_losses(model: nn.Module, rows: list[Row], *, batch: int = 32) -> list[float]:
     """Nats per label token of each row, in their order, with dropout off.
 
     Args
@@ -291,26 +290,16 @@ def item_losses(
     with scoped.mode(model, training=False):
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            found = _row_losses(model, batch_of([rows[i] for i in part], device))
-            for i, loss in zip(part, found, strict=True):
+            padded = batch_of([rows[i] for i in part], device)
+            each, labelled = token_losses(model, padded)
+            means = (each.sum(1) / labelled.sum(1)).tolist()
+            for i, loss in zip(part, means, strict=True):
                 losses[i] = loss
     return losses
 
 
-def _row_losses(model, batch) -> list[float]:
-    labels = batch["labels"][:, 1:]
-    labelled = labels != IGNORED  # (b, t - 1)
-    keep = F.pad(labelled, (0, 1))
-    chosen = {"logits_to_keep": keep} if can_choose_logits(model) else {}
-    logits = model(input_ids=batch["input_ids"], use_cache=False, **chosen).logits
-    logits = logits[keep] if logits.dim() == 3 else logits  # (labelled, vocabulary)
-    each = torch.zeros(labels.shape, device=labels.device)
-    each[labelled] = F.cross_entropy(logits.float(), labels[labelled], reduction="none")
-    return (each.sum(1) / labelled.sum(1)).tolist()
-
-
 def _sizes(model) -> dict:
-    count = meter.count(model)
+    count = counting.count(model)
     return {"trainable": count.trainable, "total": count.total}
 
 

@@ -12,7 +12,7 @@ kernel computes twice counts against it. No time is measured: that would take th
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from ...common.provenance import digest
+from ...common.digest import digest
 from ...kernels.cases import DTYPES, RANKS, SHAPES
 from ...kernels.count import in_three, unfused
 from ...kernels.lora import tiles_for

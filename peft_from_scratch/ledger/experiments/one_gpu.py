@@ -5,7 +5,8 @@
              adapters    A and B of rank 64 beside every projection
              states      two moments of AdamW, float32
     moving   gradients and activations, at the worst moment of a step: counted on a
-             model without numbers (ghost.py) that takes the step at that length
+             model without numbers (memory/meta_model.py) that takes the step at that
+             length
 
 The longest sequence is the last one whose sum fits, found by counting steps. That the
 sum is right is checked where a real model can take the step: tiny and SmolLM2, in four
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from ...core.adapter import adapters
 from ...core.targets import kinds, projections
 from ...memory import meta_model
-from ...memory import meter as budget
+from ...memory.formulas import adamw_bytes
 from ...memory.meter import Meter
 from ...methods import lora, qlora
 from ...models.load import load_model
@@ -123,7 +124,7 @@ def bill(shape: PretrainedConfig, config: dict) -> tuple[dict, Callable[[int], i
         "weights": four_bits,
         "buffer": buffer,
         "adapters": sum(p.nbytes for p in trained),
-        "states": budget.adamw_bytes(numbers, len(trained)),
+        "states": adamw_bytes(numbers, len(trained)),
     }
 
     @lru_cache

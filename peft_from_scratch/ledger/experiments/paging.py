@@ -9,7 +9,7 @@ PagedAdamW lends the bytes that a long sequence takes more than a short one:
     step                                                   and come back, page by page
 
 Both take the same steps from the same weights. Held are the tensors of the model, its
-gradients and activations (budget.Meter) and the pages in the arena; what the paged
+gradients and activations (meter.Meter) and the pages in the arena; what the paged
 states take is in a file, as it would be in a host's memory beside a GPU.
 
     absorbed = (peak of AdamW - peak of PagedAdamW) / (its spike)         in %

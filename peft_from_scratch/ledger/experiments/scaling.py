@@ -14,7 +14,7 @@ import torch
 from ...core.adapter import adapters
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
-from ...training.loss import batch_of
+from ...training.batch import batch_of
 from ..claim import Claim, Measured, Rule
 from ..intervals import over_seeds, paired
 from ..rates import at_best, best_inside, tuned

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...common.quiet import quiet_transformers
 from ...core import adapter
 from ...files import exchange
-from ...files.pretrained import quiet_transformers
 from ...methods import full, lora
 from ...models.load import load_model
 from .. import runs

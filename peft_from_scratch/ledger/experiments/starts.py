@@ -22,8 +22,9 @@ from ...methods import lora
 from ...models.load import load_model
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
-from ...training.config import Recipe, learning_rate, rows_of_step
-from ...training.loss import accumulate_gradients, batch_of
+from ...training.batch import batch_of
+from ...training.config import TrainConfig, learning_rate, rows_of_step
+from ...training.loss import accumulate_gradients
 from .. import runs
 from ..claim import Claim, Invalid, Measured, Rule
 from ..runs import Run
@@ -128,7 +129,7 @@ def _train(model, rows, config) -> tuple[list[float], float]:
     train() stops after three steps that move nothing, as both-zero's do. Here that is
     what is to be seen.
     """
-    recipe = Recipe(steps=config["steps"], batch=config["batch"], lr=config["lr"],
+    recipe = TrainConfig(steps=config["steps"], batch=config["batch"], lr=config["lr"],
                     seed=config["seed"])  # fmt: skip
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
