@@ -13,8 +13,7 @@ from matplotlib.transforms import Bbox
 from planting import each_is_caught
 
 from peft_from_scratch.methods import METHODS, named
-from peft_from_scratch.plotting import block
-from peft_from_scratch.plotting import theme as plotting
+from peft_from_scratch.plotting import block, theme
 
 NAMES = [method.name for method in METHODS]
 ALL = (None, *NAMES)
@@ -42,9 +41,7 @@ def inked(figure) -> list:
 
 
 @pytest.mark.parametrize("lit", ALL)
-@pytest.mark.parametrize(
-    "theme", [plotting.LIGHT, plotting.DARK], ids=["light", "dark"]
-)
+@pytest.mark.parametrize("theme", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
 def test_nothing_overlaps(lit, theme):
     assert_apart(block.block_picture(lit, theme=theme))
 
@@ -67,10 +64,10 @@ def test_a_letter_stands_inside_its_part():
 @pytest.mark.parametrize("lit", NAMES)
 def test_a_lit_method_is_the_only_colour(lit):
     figure = block.block_picture(lit)
-    grey = {*plotting.LIGHT, "#000000"}
+    grey = {*theme.LIGHT, "#000000"}
     patches = figure.axes[0].patches
     fills = {to_hex(patch.get_facecolor()) for patch in patches}
-    assert fills - grey == {plotting.look(lit)[0]}
+    assert fills - grey == {theme.look(lit)[0]}
     colours = {to_hex(line.get_color()) for line in figure.axes[0].lines}
     assert colours <= grey
 
@@ -142,18 +139,18 @@ def test_every_method_is_named_and_has_its_letters():
 
 def test_the_methods_are_those_that_have_a_look():
     variants = {"zero-shot", "few-shot", "lora-attention"}
-    assert set(NAMES) == set(plotting.LOOKS) - variants
+    assert set(NAMES) == set(theme.LOOKS) - variants
 
 
 def test_no_two_methods_look_the_same():
-    looks = [plotting.look(key) for key in plotting.LOOKS]
+    looks = [theme.look(key) for key in theme.LOOKS]
     assert len(set(looks)) == len(looks)
     for method in METHODS:
-        assert plotting.look(method.name) == (
-            plotting.COLORS[method.color],
+        assert theme.look(method.name) == (
+            theme.COLORS[method.color],
             method.marker,
         )
-        assert method.marker in plotting.MARKERS
+        assert method.marker in theme.MARKERS
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
@@ -167,9 +164,9 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colour", plotting.PALETTE)
+@pytest.mark.parametrize("colour", theme.PALETTE)
 def test_letters_can_be_read_on_every_colour(colour):
-    low, high = sorted(map(luminance, (colour, plotting.readable(colour))))
+    low, high = sorted(map(luminance, (colour, theme.readable(colour))))
     assert (high + 0.05) / (low + 0.05) > 4
 
 
@@ -191,7 +188,7 @@ def test_the_shipped_file_is_what_the_code_draws():
     pinned = re.search(r"^matplotlib==(\S+)$", PINS.read_text(), re.MULTILINE)[1]
     if version("matplotlib") != pinned:
         pytest.skip("another matplotlib draws other paths")
-    assert text == plotting.svg(block.block_picture()), (
+    assert text == theme.svg(block.block_picture()), (
         "python -m peft_from_scratch.plotting.block"
     )
 

@@ -24,7 +24,7 @@ from peft_from_scratch.comparison import compare, report
 from peft_from_scratch.comparison.candidates import CANDIDATES
 from peft_from_scratch.comparison.plan import Plan
 from peft_from_scratch.files import formats
-from peft_from_scratch.ledger.claim import SCALES
+from peft_from_scratch.ledger.claim import BASES
 from peft_from_scratch.methods import METHODS
 from peft_from_scratch.tasks import templates
 from peft_from_scratch.tasks.task import load_task
@@ -592,7 +592,7 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 
 def test_names_written_out_for_the_parser_are_the_librarys():
     assert command_line.TEMPLATES == templates.TEMPLATES
-    assert command_line.SCALES == SCALES
+    assert command_line.SCALES == BASES
 
 
 def test_the_parser_knows_every_method_and_every_candidate(capsys):

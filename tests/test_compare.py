@@ -16,6 +16,7 @@ import torch
 from planting import planted
 
 from peft_from_scratch.common import provenance
+from peft_from_scratch.common.grid import is_inside
 from peft_from_scratch.common.provenance import PACKAGE, imported
 from peft_from_scratch.comparison import compare as comparing
 from peft_from_scratch.comparison import setup, summary, tuning
@@ -403,7 +404,7 @@ def test_an_optimum_at_the_edge_asks_for_one_more_rate_and_is_an_error(best, bey
     assert tuning.next_rate(found) == beyond
     with pytest.raises(ValueError, match="an end of the grid"):
         tuning.choose(CANDIDATE["lora"], found)
-    with planted(tuning.next_rate, "min(rates) < best < max(rates)", "True"):
+    with planted(is_inside, "min(rates) < best < max(rates)", "True"):
         tuning.choose(CANDIDATE["lora"], found)
 
 

@@ -18,7 +18,7 @@ SKIPPED = r"c_attn|(k|v)_proj"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-class Shift(pfs.Adapter):
+class Smallest(pfs.Adapter):
     """h = W0 x + s: the smallest method there is, with no weight to merge into."""
 
     def __init__(self, base):
@@ -47,7 +47,7 @@ def some_in_four_bits(model):
     nf4.quantize_model(model, block=32, double=False, exclude=SKIPPED)
 
 
-shift = partial(adapter.inject, wrap=Shift, targets="all-linear")
+smallest = partial(adapter.inject, wrap=Smallest, targets="all-linear")
 
 
 # The formulas, from the weights' shapes alone: "proj", "fc" and "attn" are the names of
@@ -227,7 +227,7 @@ METHODS = [
         mergeable=False,
         start=None,
     ),
-    Method("shift", shift, one_vector_each, mergeable=False, saved=False),
+    Method("smallest", smallest, one_vector_each, mergeable=False, saved=False),
     Method("qlora", qlora(), low_rank, prepare=four_bits),
     Method(
         "qlora-skip",

@@ -1,6 +1,7 @@
 """Laws of scores, intervals and the loss on general text; and planted bugs."""
 
 import statistics
+import tracemalloc
 from math import sqrt
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -232,6 +233,15 @@ def test_items_that_are_not_pairs_are_refused(a, b):
         ValueError, match=f"{len(a)} and {len(b)} items cannot be paired"
     ):
         paired_bootstrap(a, b)
+
+
+def test_the_bootstrap_takes_sixteen_bytes_for_each_drawn_item():
+    a, b = np.ones(200), np.zeros(200)
+    tracemalloc.start()
+    paired_bootstrap(a, b, draws=5000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / (5000 * 200) == pytest.approx(16, abs=0.5)
 
 
 def test_the_general_text_is_long_enough_and_prose():

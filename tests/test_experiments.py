@@ -10,6 +10,7 @@ from architectures import build, byte_tokenizer
 from planting import assert_caught, law, planted
 
 from peft_from_scratch import lora, merge, trainable
+from peft_from_scratch.common.grid import is_inside
 from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.ledger import intervals, rates, runs
 from peft_from_scratch.ledger.claim import Invalid
@@ -26,6 +27,7 @@ from peft_from_scratch.ledger.experiments import (
 from peft_from_scratch.ledger.runs import Run
 from peft_from_scratch.ledger.verdicts import claim
 from peft_from_scratch.memory.formulas import lora_parameters
+from peft_from_scratch.memory.mixed_adamw import MixedAdamW
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import encode_rows
 from peft_from_scratch.training.batch import batch_of
@@ -239,13 +241,13 @@ def an_optimum_at_an_edge_is_invalid():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("min(losses) < best", "min(losses) <= best"),
-        ("best < max(losses)", "best <= max(losses)"),
+        ("min(rates) < best", "min(rates) <= best"),
+        ("best < max(rates)", "best <= max(rates)"),
     ],
 )
 def test_a_planted_blindness_for_edges_is_caught(right, wrong):
     assert_caught(
-        rates.best_inside,
+        is_inside,
         right,
         wrong,
         an_optimum_at_an_edge_is_invalid,
@@ -497,7 +499,7 @@ def mixed_adamw_is_adamw_on_a_master_copy():
     torch.manual_seed(0)
     weight = torch.randn(9, 5).bfloat16().requires_grad_()
     master = weight.detach().float().requires_grad_()
-    ours = bill.MixedAdamW([weight], lr=1e-2, weight_decay=0.1)
+    ours = MixedAdamW([weight], lr=1e-2, weight_decay=0.1)
     theirs = torch.optim.AdamW([master], lr=1e-2, weight_decay=0.1)
     for _ in range(5):
         weight.grad = torch.randn(9, 5).bfloat16()
@@ -521,12 +523,12 @@ def mixed_adamw_is_adamw_on_a_master_copy():
 )
 def test_planted_faults_of_mixed_adamw_are_caught(right, wrong):
     law = mixed_adamw_is_adamw_on_a_master_copy
-    assert_caught(bill.MixedAdamW._update, right, wrong, law)
+    assert_caught(MixedAdamW._update, right, wrong, law)
 
 
 def test_a_master_copy_keeps_what_bfloat16_loses():
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
-    optimizer = bill.MixedAdamW([weight], lr=1e-4)
+    optimizer = MixedAdamW([weight], lr=1e-4)
     for _ in range(50):
         weight.grad = torch.ones(1, dtype=torch.bfloat16)
         optimizer.step()

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 
 from peft_from_scratch.comparison import figures
-from peft_from_scratch.plotting import theme
+from peft_from_scratch.plotting import draw, theme
 from peft_from_scratch.training.config import History
 
 
@@ -171,14 +171,14 @@ def test_points_of_equal_size_stand_side_by_side():
     for row in result["rows"]:
         row["exact"] |= {"rate": 0.5, "low": 0.4, "high": 0.6}
     places = sorted(x for x, *_ in bars(figures.quality_against_parameters(result)))
-    assert np.diff(places) == pytest.approx([theme.APART] * 2)
+    assert np.diff(places) == pytest.approx([draw.APART] * 2)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_spread_moves_least(seed):
     dice = np.random.default_rng(seed)
     places, apart = dice.uniform(0, 2, 6).round(1), 0.3
-    moved = np.array(theme.spread(list(places), apart))
+    moved = np.array(draw.spread(list(places), apart))
     assert np.diff(np.sort(moved)).min() >= apart - 1e-9
 
     def cost(candidate):

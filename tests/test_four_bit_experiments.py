@@ -126,7 +126,7 @@ def test_the_formula_is_what_a_model_holds(double):
     for architecture in ("llama", "gpt2", "opt"):
         model = build(architecture)
         found = constants.by_formula(model, double)
-        assert found["formula"] == constants.held(model, double)["held"]
+        assert found["formula"] == constants.tensor_bytes(model, double)["held"]
         assert found["formula"] < found["whole"]
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import subprocess
 import sys
 
 import pytest
@@ -147,7 +148,7 @@ def made(**changes):
     return Claim(**(settings | changes))
 
 
-def test_the_rule_hash_follows_words_bands_and_measuring_code():
+def test_the_rule_hash_follows_words_bands_grid_and_measuring_code():
     hashes = [
         made().rule_hash,
         made(rule=Rule("the ranks", RULE.unit, RULE.verdicts, RULE.edges)).rule_hash,
@@ -156,10 +157,12 @@ def test_the_rule_hash_follows_words_bands_and_measuring_code():
         made(rule=Rule(RULE.words, "%", RULE.verdicts[::-1], (10, 30))).rule_hash,
         made(measured=one).rule_hash,
         made(measured=other).rule_hash,
-        made(measuring=(one,)).rule_hash,
+        made(configs=lambda scale: []).rule_hash,
+        made(untestable={"tiny": "It takes a larger one"}).rule_hash,
     ]
     assert len(set(hashes)) == len(hashes)
     assert made(id="Z2", statement="x", say_instead={}).rule_hash == hashes[0]
+    assert made(untestable={"tiny": "No"}).rule_hash == hashes[-1]
 
 
 @pytest.fixture
@@ -266,6 +269,15 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
     assert list(found) == [*ledger.CLAIMS, "Z9"]
 
 
+def test_importing_the_ledger_imports_no_experiment():
+    code = (
+        "import sys; from peft_from_scratch import experiments, ledger;"
+        "known = [n for n in sys.modules if n.startswith(experiments.__name__ + '.')];"
+        "assert not known, known; assert 'L1' in ledger.CLAIMS and ledger.claims()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=runs.provenance.ROOT)
+
+
 def test_an_unknown_claim_names_the_known():
     with pytest.raises(ValueError, match=r"'X9'; claims are .*L1"):
         ledger.claim("X9")
@@ -357,6 +369,6 @@ def test_the_command_makes_missing_runs(capsys, tmp_path, monkeypatch):
 
 
 def test_the_command_line_names_the_scales_of_the_library():
-    from peft_from_scratch.ledger.claim import SCALES
+    from peft_from_scratch.ledger.claim import BASES
 
-    assert command_line.SCALES == SCALES
+    assert command_line.SCALES == BASES

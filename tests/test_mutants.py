@@ -387,7 +387,7 @@ MERGING = {
         Adapter.merged,
         "raise CannotMerge(",
         "return {}\n    raise CannotMerge(",
-        contract(laws.merged_equals_unmerged, "shift"),
+        contract(laws.merged_equals_unmerged, "smallest"),
     ),
 }
 

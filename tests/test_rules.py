@@ -112,7 +112,7 @@ def an_update_is_measured_on_its_own_inputs():
     [
         ("module.scale * (x", "1.0 * (x"),
         ("_rms(output - added)", "_rms(output)"),
-        ("found[name]", "found['q_proj']"),
+        ("ratios[name]", "ratios['q_proj']"),
         ("hook.remove()", "pass"),
     ],
 )

@@ -22,7 +22,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from ..common import atomic
-from ..plotting import theme as plotting
+from ..plotting.theme import DARK, LIGHT, svg
 from . import figures, findings
 from .columns import ABSENT, COLUMNS, Column
 
@@ -172,8 +172,8 @@ def page(result: dict) -> str:
         answers=sample_answers(result),
         origin=origin(result),
         command=result.get("command", COMMAND),
-        light=plotting.LIGHT,
-        dark=plotting.DARK,
+        light=LIGHT,
+        dark=DARK,
     )
 
 
@@ -239,7 +239,7 @@ def _pictures(result: dict) -> list[dict]:
     )
     if len(findings.loss_by_second(result)) > 1:
         drawn += ((figures.loss_against_seconds, findings.loss_in_words),)
-    themes = {"light": plotting.LIGHT, "dark": plotting.DARK}
+    themes = {"light": LIGHT, "dark": DARK}
     widths = {"wide": WIDE, "narrow": NARROW}
     return [
         {"alt": in_words(result)}
@@ -253,5 +253,5 @@ def _pictures(result: dict) -> list[dict]:
 
 
 def _data_uri(figure: Figure) -> str:
-    text = base64.b64encode(plotting.svg(figure).encode()).decode()
+    text = base64.b64encode(svg(figure).encode()).decode()
     return f"data:image/svg+xml;base64,{text}"

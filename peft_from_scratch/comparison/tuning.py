@@ -16,12 +16,12 @@ and the result says so.
 
 import itertools
 import json
-import math
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..common import atomic
+from ..common.grid import GROWTH, at_an_end, rate_past
 from ..common.provenance import ROOT, digest, provenance
 from ..methods import named
 from ..tasks.task import Task
@@ -34,7 +34,6 @@ from .setup import Setup
 SHIPPED = ROOT / "data" / "results" / "tuning.json"
 VALIDATION_ROWS = 60
 SHOTS, ORDERS = (4, 8, 12), (0, 1, 2, 3)
-GROWTH = 3  # learning rates that a grid may grow by
 RULE = "best exact match on validation, ties by validation loss"
 FALLBACK_SEARCH = "smollm2/orders"  # serves a base and task without a search
 
@@ -196,20 +195,16 @@ def next_rate(runs: list[dict]) -> float | None:
     """The rate half a decade beyond the best, where that is at an end; else None."""
     rates = [run["setting"]["lr"] for run in runs if "lr" in run["setting"]]
     best = best_of(runs)["setting"].get("lr")
-    if not rates or min(rates) < best < max(rates):
-        return None
-    halves = round(2 * math.log10(best)) + (1 if best == max(rates) else -1)
-    return float(f"{10 ** (halves / 2):.0e}")
+    return rate_past(best, rates) if rates else None
 
 
 def choose(candidate: Candidate, runs: list[dict]) -> dict:
     """The best run; ValueError where its learning rate is at an end of those tried."""
     best = best_of(runs)
     if next_rate(runs):
-        rates = sorted(run["setting"]["lr"] for run in runs)
+        rates = [run["setting"]["lr"] for run in runs]
         raise ValueError(
-            f"{candidate.key}: the best learning rate {best['setting']['lr']:g} is an "
-            f"end of the grid {', '.join(f'{lr:g}' for lr in rates)}, so that the "
+            f"{candidate.key}: {at_an_end(best['setting']['lr'], rates)}, so that the "
             "optimum may lie outside; with more --steps the rates differ more clearly"
         )
     return best

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from ..common import atomic
 from ..comparison import estimate
 from ..ledger import verdicts
-from ..ledger.claim import SCALES, UNDECIDED
+from ..ledger.claim import BASES, UNDECIDED
 from ..models import load
 from . import cards
 from .exercises import WORK
@@ -160,8 +160,8 @@ class Lesson:
         unit = verdicts.claim(id).rule.unit
         between = "" if low == high else f" [{_number(low)}, {_number(high)}]"
         print(f"{id}, live on {scale}: {_number(measured)}{between} {unit}: {verdict}")
-        if scale not in SCALES:
-            print(f"  Shipped verdicts are for {' and '.join(SCALES)}; not compared.")
+        if scale not in BASES:
+            print(f"  Shipped verdicts are for {' and '.join(BASES)}; not compared.")
             return
         shipped = self._shipped(id)["scales"][scale]["verdict"]
         print(f"  shipped for {scale}: {shipped}")

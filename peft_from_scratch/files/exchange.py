@@ -105,7 +105,7 @@ def _plan(model: nn.Module, file: AdapterFile) -> adapter.Plan:
     arguments, modules = file.arguments(), _modules(model, file.modules)
     _refuse_absent(model, file)
     targets = {"targets": modules} if file.format.by_module else {}
-    return file.format.method.plan(model, **arguments, **targets)
+    return file.format.plan(model, **arguments, **targets)
 
 
 def _undo(model: nn.Module) -> None:

@@ -5,7 +5,7 @@
 
 The layout is Hugging Face PEFT's. A method that PEFT lacks (bottleneck adapters,
 BitFit, full fine-tuning) is written in the same way, with a peft_type of our own. A new
-method that should be saved needs one row in FORMATS. No method's own file knows PEFT.
+method that should be saved needs one row in ROWS. No method's own file knows PEFT.
 
 Most of a row is data. Where PEFT stores another thing than `inject` takes, a small
 function beside the rows converts it: ranks by module, a prefix whose MLP is computed
@@ -17,26 +17,15 @@ by name and never ignored: loading without it would give another model.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import adapter
+from ..core.adapter import Plan
 from ..core.targets import shortened
-from ..methods import (
-    bitfit,
-    dora,
-    full,
-    houlsby,
-    ia3,
-    lora,
-    pissa,
-    prefix,
-    prompt,
-    qlora,
-)
+from ..methods import named
 from . import patterns
 
 PREFIX = "base_model.model."  # of a key, before the name that the model uses
@@ -50,7 +39,7 @@ class Format:
     """The layout of one method's adapters.
 
     Args
-        method     the module of the method, whose `inject` takes the arguments
+        method     its name in the table of methods
         peft_type  what the config calls the method
         tensors    {parameter of an adapter: its name in the file}; empty where the
                    model's own parameters train
@@ -66,7 +55,7 @@ class Format:
         values     adapter -> {parameter: value to write}
     """
 
-    method: ModuleType
+    method: str
     peft_type: str
     tensors: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -78,6 +67,10 @@ class Format:
     described: Callable[[nn.Module], dict] = lambda model: {}
     converted: Callable[[dict, list[str]], dict] = lambda arguments, names: {}
     values: Callable[[nn.Module], dict] | None = None
+
+    def plan(self, model: nn.Module, **arguments) -> Plan:
+        """The plan of the method's injection with these arguments."""
+        return named(self.method).module.plan(model, **arguments)
 
     def config(self, model: nn.Module) -> dict:
         """The fields of an injected model's config, the general ones not included."""
@@ -243,7 +236,7 @@ def _twice_the_rank(model: nn.Module) -> dict:
     }
 
 
-def _change_since_start(module: pissa.PiSSA) -> dict[str, Tensor]:
+def _change_since_start(module: adapter.Adapter) -> dict[str, Tensor]:
     """A and B of rank 2r, of the same scale: B A - B0 A0 = [B, -B0] [A; A0]."""
     return {
         "A": torch.cat([module.A, module.A0]),
@@ -282,7 +275,7 @@ def _prefix_sizes(model: nn.Module) -> dict:
     }
 
 
-def _flat_prefix(module: prefix.Prefix) -> dict[str, Tensor]:
+def _flat_prefix(module: adapter.Adapter) -> dict[str, Tensor]:
     """P (n, 2 · layers · h_kv · d), computed by the MLP where there is one."""
     return {"P": module.states().flatten(1)}
 
@@ -290,7 +283,7 @@ def _flat_prefix(module: prefix.Prefix) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------- Table
 
 LORA = Format(
-    lora,
+    "lora",
     "LORA",
     tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
     fields=dict(
@@ -318,7 +311,7 @@ LORA = Format(
     converted=_exact_patterns,
 )
 IN_FRONT = Format(  # prompt and prefix: one tensor, which names no module
-    prompt,
+    "prompt",
     "PROMPT_TUNING",
     tensors={"P": "prompt_embeddings"},
     fields={"n": "num_virtual_tokens"},
@@ -327,21 +320,21 @@ IN_FRONT = Format(  # prompt and prefix: one tensor, which names no module
     by_module=False,
 )
 # The first row of a peft_type reads its files, unless one with more marks fits.
-FORMATS = {
-    "lora": LORA,
-    "dora": replace(
+ROWS = (
+    LORA,
+    replace(
         LORA,
-        method=dora,
+        method="dora",
         tensors={**LORA.tensors, "m": "lora_magnitude_vector"},
         marks={"use_dora": True},
     ),
-    "pissa": replace(
-        LORA, method=pissa, described=_twice_the_rank, values=_change_since_start
+    replace(
+        LORA, method="pissa", described=_twice_the_rank, values=_change_since_start
     ),
-    "qlora": replace(LORA, method=qlora),
-    "full": Format(full, "FULL", by_module=False),
-    "houlsby": Format(
-        houlsby,
+    replace(LORA, method="qlora"),
+    Format("full", "FULL", by_module=False),
+    Format(
+        "houlsby",
         "HOULSBY",
         tensors={n: n for n in ("down.weight", "down.bias", "up.weight", "up.bias")},
         fields={"m": "bottleneck_size", "nonlinearity": "non_linearity"},
@@ -349,9 +342,9 @@ FORMATS = {
         absent={"bottleneck_size": None},
         described=lambda model: {"target_modules": sorted(adapter.adapters(model))},
     ),
-    "prefix": replace(
+    replace(
         IN_FRONT,
-        method=prefix,
+        method="prefix",
         peft_type="PREFIX_TUNING",
         # The others qualify an MLP that files never hold.
         ignored={*IN_FRONT.ignored, "encoder_hidden_size", "prefix_projection"}
@@ -359,7 +352,7 @@ FORMATS = {
         described=_prefix_sizes,
         values=_flat_prefix,
     ),
-    "prompt": replace(
+    replace(
         IN_FRONT,
         # The others qualify PEFT's own initialization.
         ignored={*IN_FRONT.ignored, "prompt_tuning_init", "prompt_tuning_init_text"}
@@ -373,8 +366,8 @@ FORMATS = {
         described=_prompt_sizes,
         converted=lambda arguments, names: {"start": "random"},
     ),
-    "ia3": Format(
-        ia3,
+    Format(
+        "ia3",
         "IA3",
         tensors={"l": "ia3_l"},
         fields={"feedforward": "feedforward_modules"},
@@ -384,5 +377,6 @@ FORMATS = {
         described=lambda model: _targets(model) | {"init_ia3_weights": True},
         converted=_feedforward,
     ),
-    "bitfit": Format(bitfit, "BITFIT", by_module=False),
-}
+    Format("bitfit", "BITFIT", by_module=False),
+)
+FORMATS = {row.method: row for row in ROWS}

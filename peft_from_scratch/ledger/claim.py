@@ -9,29 +9,26 @@ band holds the whole of it:
                    [low     high]                         undecided
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..common.digest import digest
+from ..common.statistics import Invalid  # noqa: F401
+from .rule_hash import content_hash
 from .runs import Run
 
 OF_BANDS = ("confirmed", "confirmed with limits", "refuted here", "wrong as stated")
 UNDECIDED, NOT_RUN = "undecided", "not run yet"
 UNTESTABLE = "not testable at this scale"
 VERDICTS = (*OF_BANDS, UNDECIDED, UNTESTABLE, NOT_RUN)
-SCALES = ("tiny", "smollm2")  # the base models, the smaller one first
-
-
-class Invalid(ValueError):
-    """These runs cannot decide the claim, whatever they say; the message says why."""
+BASES = ("tiny", "smollm2")  # the base models, the smaller one first
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is measured, and which values of it mean what.
+    """The measured quantity, and the verdict for each band of its values.
 
     Args
         words     what is measured, over what, in a sentence
@@ -61,7 +58,7 @@ class Rule:
                 )
 
     def band(self, value: float) -> int:
-        """Which band holds the value, counted from 0: exactly one does."""
+        """Number of the one band that holds the value, counted from 0."""
         return sum(value > edge for edge in self.edges)
 
     def verdict(self, value: float, low: float, high: float) -> str:
@@ -74,8 +71,8 @@ class Rule:
                 f"measured {value} in [{low}, {high}]: three finite numbers are "
                 "needed, low <= measured <= high"
             )
-        held = set(self.verdicts[self.band(low) : self.band(high) + 1])
-        return held.pop() if len(held) == 1 else UNDECIDED
+        verdicts = set(self.verdicts[self.band(low) : self.band(high) + 1])
+        return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
 
     def __str__(self):
         ends = [f"{edge:,.10g} {self.unit}" for edge in self.edges]
@@ -89,7 +86,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a claim's query makes of its runs.
+    """The value that a claim's runs come to, with its interval.
 
     value, low, high  in the rule's unit, with a 95 % interval; equal for a count
     seeds             that it rests on
@@ -105,15 +102,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim.
+    """One claim of the textbook, the rule that judges it, and its query over runs.
 
     id, notebook  "L1", "04"
     statement     what the textbook says, in our words
     rule          decides on the measured value
-    configs       scale -> the configurations of every run that it needs. Where the
-                  next ones depend on results (a search), those known so far
+    configs       scale -> the configurations of every run that the claim needs. Where
+                  later ones depend on results (a search), it reads the run store and
+                  returns those known so far
     measured      those runs, in that order -> Measured; or raises Invalid
-    measuring     other functions that make the measured value: part of the rule's hash
     say_instead   verdict -> what to say in the place of the claim
     untestable    scale -> why it cannot be tested there
     """
@@ -124,13 +121,19 @@ class Claim:
     rule: Rule
     configs: Callable[[str], list[dict]]
     measured: Callable[[Sequence[Run]], Measured]
-    measuring: tuple[Callable, ...] = ()
     say_instead: Mapping[str, str] = field(default_factory=dict)
     untestable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rule_hash(self) -> str:
-        """Another one as soon as words, bands or the measuring code change."""
+        """Sixteen digits that change with what the rule computes (rule_hash.py).
+
+        They cover the rule's words, unit and bands, the grid of configurations, the
+        experiment, and all that makes a verdict of its runs. Scales on which the claim
+        is untestable count, and the reasons for that do not: like say_instead and the
+        statement they are text.
+        """
         rule = self.rule
-        code = [inspect.getsource(f) for f in (self.measured, *self.measuring)]
-        return digest(rule.words, rule.unit, rule.verdicts, rule.edges, code)
+        bands = rule.verdicts, rule.edges, sorted(self.untestable)
+        code = content_hash(self.configs, self.measured, Rule.verdict, Rule.band)
+        return digest(rule.words, rule.unit, *bands, code)

@@ -1,17 +1,14 @@
 """The same search of the learning rate for every method, and when it does not count.
 
-Rates are half a decade apart. The best is the one with the lowest validation loss. At
-an end of the grid it may lie outside: the grid grows by GROWTH rates at most, and if
-the best is still at an end, the runs are invalid, whatever they say.
+The best rate of a grid (common/grid.py) is the one with the lowest validation loss. If
+it still is at an end after the grid has grown, the runs are invalid, whatever they say.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
+from ..common.grid import GROWTH, at_an_end, is_inside, rate_past
 from .claim import Invalid
 from .runs import Run, stored
-
-GROWTH = 3
 
 
 def best_inside(losses: Mapping[float, float | None]) -> float:
@@ -22,17 +19,15 @@ def best_inside(losses: Mapping[float, float | None]) -> float:
     Raises  Invalid  it is the lowest or the highest rate of the grid, or all diverged
     """
     best = _best(losses)
-    if not min(losses) < best < max(losses):
-        tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
-        raise Invalid(
-            f"the best learning rate {best:g} is an end of the grid {tried}: the "
-            "optimum may lie outside"
-        )
+    if not is_inside(best, losses):
+        raise Invalid(f"{at_an_end(best, losses)}: the optimum may lie outside")
     return best
 
 
 def search(
-    config_of: Callable[[float], dict], rates: Sequence[float], growth: int = GROWTH
+    config_of: Callable[[float], dict],
+    rates: Sequence[float],
+    growth: int = GROWTH,
 ) -> tuple[list[dict], float | None]:
     """The configurations of a search as far as they are known, and the best rate.
 
@@ -45,12 +40,12 @@ def search(
     rates = list(rates)
     while True:
         configs = [config_of(rate) for rate in rates]
-        found = [stored(config) for config in configs]
-        if None in found:
+        stored_runs = [stored(config) for config in configs]
+        if None in stored_runs:
             return configs, None
-        losses = [run.result["validation_loss"] for run in found]
+        losses = [run.result["validation_loss"] for run in stored_runs]
         losses = dict(zip(rates, losses, strict=True))
-        beyond = _beyond(losses)
+        beyond = rate_past(_best(losses), losses)
         if beyond is None or growth == 0:
             return configs, best_inside(losses)
         rates.append(beyond)
@@ -68,19 +63,19 @@ def tuned(
         config_of  rate, seed -> configuration
     Returns  as search
     """
-    found, best = search(lambda lr: config_of(lr, seeds[0]), rates)
+    configs, best = search(lambda lr: config_of(lr, seeds[0]), rates)
     if best is None:
-        return found, None
-    return found + [config_of(best, seed) for seed in seeds[1:]], best
+        return configs, None
+    return configs + [config_of(best, seed) for seed in seeds[1:]], best
 
 
-def at_best(found: Sequence[Run]) -> list[Run]:
+def at_best(all_runs: Sequence[Run]) -> list[Run]:
     """Of the runs of one `tuned`, those at the chosen rate; Invalid at a grid's end."""
-    first = min(run.config["seed"] for run in found)
-    searched = [run for run in found if run.config["seed"] == first]
+    first = min(run.config["seed"] for run in all_runs)
+    searched = [run for run in all_runs if run.config["seed"] == first]
     losses = {run.config["lr"]: run.result["validation_loss"] for run in searched}
     best = best_inside(losses)
-    return [run for run in found if run.config["lr"] == best]
+    return [run for run in all_runs if run.config["lr"] == best]
 
 
 def _best(losses: Mapping[float, float | None]) -> float:
@@ -88,12 +83,3 @@ def _best(losses: Mapping[float, float | None]) -> float:
     if not sound:
         raise Invalid(f"every rate of {sorted(losses)} diverged")
     return min(sound, key=lambda rate: (sound[rate], rate))
-
-
-def _beyond(losses: Mapping[float, float | None]) -> float | None:
-    """The rate half a decade past the end that the best is at; None inside."""
-    best = _best(losses)
-    if min(losses) < best < max(losses):
-        return None
-    halves = round(2 * math.log10(best)) + (1 if best == max(losses) else -1)
-    return float(f"{10 ** (halves / 2):.0e}")

@@ -6,10 +6,10 @@ grow over time:
 
     data/results/runs/<experiment>-<16 hex>.json    {"config", "result", "provenance"}
 
-A configuration says all that decides the result: experiment, base with the digest of
-its weights, task, method, hyperparameters, seed, rows, steps. A base that was trained
-anew has another digest: its old runs are then not found any more. The code is not in
-it; the provenance names the commit.
+A configuration holds everything that decides the result: experiment, base and the
+digest of its weights, task, method, hyperparameters, seed, rows, steps. A base that was
+trained again has another digest, so its old runs no longer match. The code is not part
+of a configuration; the provenance names the commit.
 
     result = runs.result(config, lambda: compute(config))    stored, or computed now
     runs.select(experiment="finetune", method="lora")        the stored ones
@@ -42,7 +42,7 @@ class Run:
 
 
 def result(config: dict, compute: Callable[[], dict], folder: Path | None = None):
-    """The stored result of this configuration, or that of `compute()`, stored first.
+    """The stored result of this configuration; where none is stored, a computed one.
 
     Args
         config   {"experiment": …, …}, as JSON can hold it
@@ -51,12 +51,12 @@ def result(config: dict, compute: Callable[[], dict], folder: Path | None = None
     Raises   ValueError  a configuration without an experiment, or something in it or
                          in the result that JSON cannot hold (NaN and infinity included)
     """
-    found = stored(config, folder)
-    if found is not None:
-        return found.result
-    made = compute()
-    write(config, made, folder)
-    return made
+    run = stored(config, folder)
+    if run is not None:
+        return run.result
+    new = compute()
+    write(config, new, folder)
+    return new
 
 
 def stored(config: dict, folder: Path | None = None) -> Run | None:
@@ -67,8 +67,8 @@ def stored(config: dict, folder: Path | None = None) -> Run | None:
 def select(folder: Path | None = None, **fields) -> list[Run]:
     """Every stored run whose configuration has these values, sorted by key."""
     names = f"{fields.get('experiment', '*')}-*.json"
-    found = map(_read, sorted((folder or FOLDER).glob(names)))
-    return [run for run in found if run and matches(run, **fields)]
+    read = map(_read, sorted((folder or FOLDER).glob(names)))
+    return [run for run in read if run and matches(run, **fields)]
 
 
 def matches(run: Run, **fields) -> bool:
@@ -101,8 +101,9 @@ def write(config: dict, result: dict, folder: Path | None = None) -> None:
 
 
 def base_digest(base: str) -> str:
-    """Sixteen digits that tell the weights and the tokenizer of a base from others.
+    """Sixteen digits that identify the weights and the tokenizer of a base model.
 
+    Every configuration asks for them, so files are read again only once they change.
     SmolLM2 has the hash of the file that it is made from: it is then known where the
     model is not on this machine.
     """
@@ -112,7 +113,7 @@ def base_digest(base: str) -> str:
     if not folder.is_dir():  # of a hub: what the loaded weights are
         return _loaded_digest(base)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")])
-    return provenance.digest([_file_digest(f, f.stat().st_mtime_ns) for f in files])
+    return _files_digest(tuple((file, file.stat().st_mtime_ns) for file in files))
 
 
 def _file(config: dict, folder: Path | None) -> Path:
@@ -127,11 +128,11 @@ def _read(file: Path) -> Run | None:
     """
     try:
         parts = json.loads(file.read_text("utf-8"))
-        config, result, made = (parts[part] for part in PARTS)
+        config, result, origin = (parts[part] for part in PARTS)
         whole = isinstance(result, dict) and key(config) == file.stem
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Run(file.stem, config, result, made) if whole else None
+    return Run(file.stem, config, result, origin) if whole else None
 
 
 def _plain(value, what: str):
@@ -157,8 +158,10 @@ def _compact(value) -> str:
 
 
 @lru_cache
-def _file_digest(file: Path, changed: int) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _files_digest(files: tuple[tuple[Path, int], ...]) -> str:
+    """Digest of files; each comes with the time of its last change, for the cache."""
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in files]
+    return provenance.digest(contents)
 
 
 @lru_cache

@@ -3,9 +3,10 @@
     python -m peft_from_scratch ledger            the table, computed from stored runs
     python -m peft_from_scratch ledger L1 --run   make the runs that L1 lacks first
 
-data/ledger.json has one row a claim, and is computed, never typed. A claim is judged at
-each scale (at each base model); the row's own verdict is that of the largest scale
-that has one. A computation has no scale: its run stands at all of them.
+data/ledger.json has one row for each claim, and is computed, never typed. A claim is
+judged on each base model, which the rows call its scale; the row's own verdict is that
+of the largest base that has one. A claim settled by arithmetic has no base model: its
+run counts for every base.
 """
 
 import json
@@ -21,30 +22,49 @@ from ..common import atomic
 from ..common.progress import bar
 from ..common.provenance import ROOT
 from . import experiments, runs
-from .claim import NOT_RUN, OF_BANDS, SCALES, UNTESTABLE, Claim, Invalid
+from .claim import BASES, NOT_RUN, OF_BANDS, UNTESTABLE, Claim, Invalid
 
 FILE = ROOT / "data" / "ledger.json"
 ERROR = 0.05  # of a verdict by an interval of 95 %, at most
 
 
 def discover() -> dict[str, Claim]:
-    """{id: claim} of every module in experiments/, by notebook and id."""
+    """{id: claim} of every module in experiments/, by notebook and id.
+
+    Raises  ValueError  two claims with one id
+    """
     names = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
     modules = [import_module(f"{experiments.__name__}.{name}") for name in names]
-    found = [claim for module in modules for claim in getattr(module, "CLAIMS", ())]
-    found.sort(key=lambda claim: (claim.notebook, *_place(claim.id)))
-    if len({claim.id for claim in found}) < len(found):
-        raise ValueError(f"two claims share an id: {[claim.id for claim in found]}")
-    return {claim.id: claim for claim in found}
+    all_claims = [
+        claim for module in modules for claim in getattr(module, "CLAIMS", ())
+    ]
+    all_claims.sort(key=lambda claim: (claim.notebook, *_place(claim.id)))
+    if len({claim.id for claim in all_claims}) < len(all_claims):
+        raise ValueError(
+            f"two claims share an id: {[claim.id for claim in all_claims]}"
+        )
+    return {claim.id: claim for claim in all_claims}
 
 
 def _place(id: str) -> tuple[str, int, str]:
-    """("Q", 4, "b") of "Q4b", the second half of a sentence that Q4 begins."""
+    """Letter, number and half of an id: ("Q", 4, "b") of "Q4b"."""
     letter, number, half = re.fullmatch(r"([A-Z])(\d+)([a-z]?)", id).groups()
     return letter, int(number), half
 
 
-CLAIMS = discover()
+def claims() -> dict[str, Claim]:
+    """{id: claim} of all experiments, which are imported at the first call."""
+    known = globals()
+    if "CLAIMS" not in known:
+        known["CLAIMS"] = discover()
+    return known["CLAIMS"]
+
+
+def __getattr__(name: str):
+    """`ledger.CLAIMS` is claims(); importing the ledger alone imports no experiment."""
+    if name == "CLAIMS":
+        return claims()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,7 @@ class Judgement:
     reason: str | None = None  # why there is no verdict
 
     def row(self) -> dict:
-        """As the ledger's file has it."""
+        """The fields of this judgement in the ledger's file."""
         return {
             "measured": self.measured,
             "interval": list(self.interval) if self.interval else None,
@@ -74,9 +94,9 @@ class Judgement:
 
 def claim(id: str) -> Claim:
     """The claim of this id; ValueError names those that there are."""
-    if id not in CLAIMS:
-        raise ValueError(f"no claim is called {id!r}; claims are {', '.join(CLAIMS)}")
-    return CLAIMS[id]
+    if id not in claims():
+        raise ValueError(f"no claim is called {id!r}; claims are {', '.join(claims())}")
+    return claims()[id]
 
 
 def verdict_of(id: str, value: float, low: float, high: float) -> str:
@@ -90,11 +110,13 @@ def judge(claim: Claim, scale: str) -> Judgement:
         return Judgement(UNTESTABLE, say_instead=claim.untestable[scale])
     try:
         configs = claim.configs(scale)
-        found = [runs.stored(config) for config in configs]
-        missing = [c for c, run in zip(configs, found, strict=True) if run is None]
+        stored_runs = [runs.stored(config) for config in configs]
+        missing = [
+            c for c, run in zip(configs, stored_runs, strict=True) if run is None
+        ]
         if missing or not configs:
             return Judgement(NOT_RUN, missing=missing, reason=_lacking(missing))
-        measured = claim.measured(found)
+        measured = claim.measured(stored_runs)
     except Invalid as why:
         return Judgement(NOT_RUN, reason=str(why))
     verdict = claim.rule.verdict(measured.value, measured.low, measured.high)
@@ -104,15 +126,15 @@ def judge(claim: Claim, scale: str) -> Judgement:
         _rounded(measured.value),
         (_rounded(measured.low), _rounded(measured.high)),
         tuple(measured.seeds),
-        tuple(dict.fromkeys(run.key for run in found)),
+        tuple(dict.fromkeys(run.key for run in stored_runs)),
         instead.format(**measured.figures) if instead else None,
     )
 
 
 def row(claim: Claim) -> dict:
     """The claim's row of the ledger."""
-    scales = {scale: judge(claim, scale).row() for scale in SCALES}
-    decided = [scale for scale in SCALES if scales[scale]["verdict"] != NOT_RUN]
+    scales = {scale: judge(claim, scale).row() for scale in BASES}
+    decided = [scale for scale in BASES if scales[scale]["verdict"] != NOT_RUN]
     scale = decided[-1] if decided else None
     own = scales[scale] if scale else Judgement(NOT_RUN).row()
     return {
@@ -129,7 +151,7 @@ def row(claim: Claim) -> dict:
 
 def rows() -> list[dict]:
     """The whole ledger, computed from the stored runs."""
-    return [row(claim) for claim in CLAIMS.values()]
+    return [row(claim) for claim in claims().values()]
 
 
 def read(file: Path | None = None) -> list[dict]:
@@ -139,7 +161,7 @@ def read(file: Path | None = None) -> list[dict]:
 
 
 def write(rows: Sequence[dict], file: Path | None = None) -> bool:
-    """Write the ledger if it differs from what is there; whether it did."""
+    """Whether the ledger differed from the file; if so, the file is written."""
     if rows == read(file):
         return False
     with atomic.new_file(file or FILE) as partial:
@@ -148,7 +170,7 @@ def write(rows: Sequence[dict], file: Path | None = None) -> bool:
     return True
 
 
-def make_runs(ids: Iterable[str], scales: Iterable[str] = SCALES) -> None:
+def make_runs(ids: Iterable[str], scales: Iterable[str] = BASES) -> None:
     """Make every run that these claims lack; each is stored as soon as it is done."""
     for id in ids:
         for scale in scales:
@@ -156,21 +178,23 @@ def make_runs(ids: Iterable[str], scales: Iterable[str] = SCALES) -> None:
 
 
 def _make_runs(claim: Claim, scale: str) -> None:
-    known = judge(claim, scale)
-    if not known.missing:
+    judgement = judge(claim, scale)
+    if not judgement.missing:
         return
-    done = len(claim.configs(scale)) - len(known.missing)
-    total = done + len(known.missing)
-    with bar(f"{claim.id} on {scale}", "run", total, done=done) as told:
-        while known.missing:
-            for config in known.missing:
+    done = len(claim.configs(scale)) - len(judgement.missing)
+    total = done + len(judgement.missing)
+    with bar(f"{claim.id} on {scale}", "run", total, done=done) as progress_bar:
+        while judgement.missing:
+            for config in judgement.missing:
                 runs.result(config, lambda config=config: experiments.compute(config))
-                told.update()
-            known = judge(claim, scale)  # a search asks for more, as results come in
-            told.total += len(known.missing)
+                progress_bar.update()
+            judgement = judge(
+                claim, scale
+            )  # a search asks for more, as results come in
+            progress_bar.total += len(judgement.missing)
 
 
-def table(rows: Sequence[dict], scales: Sequence[str] = SCALES) -> str:
+def table(rows: Sequence[dict], scales: Sequence[str] = BASES) -> str:
     """The ledger for a terminal, and how sure it is; * marks a row's own scale."""
     lines = [("claim", "notebook", "scale", "measured", "interval", "verdict")]
     for row in rows:
@@ -187,23 +211,23 @@ def could_flip(rows: Sequence[dict]) -> str:
     decided = [row for row in rows if row["verdict"] in OF_BANDS]
     sampled = sum(row["interval"][0] < row["interval"][1] for row in decided)
     most = next(k for k in range(sampled + 1) if _at_most(k, sampled) >= 1 - ERROR)
-    told = (
+    sentence = (
         f"{len(decided)} of {len(rows)} claims are decided, {sampled} of them by "
         f"intervals of {1 - ERROR:.0%}; the others by counts, which chance cannot flip."
     )
     if not sampled:
-        return told
+        return sentence
     return (
-        f"{told} At an error of {ERROR:.0%} each, {sampled * ERROR:.2g} of the "
+        f"{sentence} At an error of {ERROR:.0%} each, {sampled * ERROR:.2g} of the "
         f"{sampled} are expected to be wrong by chance, and with {1 - ERROR:.0%} "
         f"probability no more than {most}."
     )
 
 
-def reasons(claim: Claim, scales: Iterable[str] = SCALES) -> list[str]:
+def reasons(claim: Claim, scales: Iterable[str] = BASES) -> list[str]:
     """Why a claim has no verdict at some of these scales, a line each."""
-    found = [(scale, judge(claim, scale).reason) for scale in scales]
-    return [f"{claim.id} on {scale}: {reason}" for scale, reason in found if reason]
+    by_scale = [(scale, judge(claim, scale).reason) for scale in scales]
+    return [f"{claim.id} on {scale}: {reason}" for scale, reason in by_scale if reason]
 
 
 def _line(row: dict, scale: str) -> tuple[str, ...]:
@@ -231,5 +255,5 @@ def _at_most(k: int, n: int) -> float:
 
 
 def _rounded(value: float) -> float:
-    """Six digits: what the last bits of a sum are differs between machines."""
+    """Six digits, because the last bits of a sum differ between machines."""
     return float(f"{value:.6g}")

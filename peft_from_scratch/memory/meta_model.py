@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from ..core.adapter import trainable
-from ..ledger.experiments.bill import RECIPES, MixedAdamW
 from ..models.load import pick_dtype
 from ..training.loss import logits_at, widened
-from .meter import Meter
+from .step_bill import optimizer_class, step_bill
 
 ATTENTION = "peft_from_scratch.ghost"  # its name among transformers' kinds of attention
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -55,25 +54,13 @@ def bill(model: nn.Module, recipe: str, *, batch: int = 1, length: int = 64) -> 
     """
     parameters = list(trainable(model).values())
     _refuse(model, recipe, parameters)
-    optimizer_class = MixedAdamW if recipe == "mixed" else torch.optim.AdamW
-    optimizer = optimizer_class(parameters, lr=1e-5)
+    optimizer = optimizer_class(recipe)(parameters, lr=1e-5)
     ids = torch.empty(batch, length, dtype=torch.long, device="meta")
     model.train()
-    with Meter(model) as learning:
-        _loss(model, ids).backward()
-    with Meter(model) as updating:
-        optimizer.step()
+    counted = step_bill(model, lambda: _loss(model, ids).backward(), optimizer)
     for parameter in parameters:
         parameter.grad = None  # so that the next bill begins like this one
-    learning, updating = learning.memory(), updating.memory()
-    return {
-        "weights": learning.weights,
-        "gradients": learning.gradients,
-        "optimizer": updating.optimizer,
-        "activations": learning.activations,
-        "temporaries": updating.activations,
-        "peak": max(learning.peak + updating.optimizer, updating.peak),
-    }
+    return counted
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -92,8 +79,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **_):
 
 
 def _refuse(model: nn.Module, recipe: str, parameters: list) -> None:
-    if recipe not in RECIPES:
-        raise ValueError(f"{recipe=}: allowed are {', '.join(RECIPES)}")
+    optimizer_class(recipe)
     if not all(p.is_meta for p in model.parameters()):
         raise ValueError(
             "this model holds numbers; ghost(model.config) makes one that holds none, "

@@ -57,8 +57,8 @@ class Method:
     Args
         name           of its file methods/<name>.py, of `pfs.<name>`, of `--method`
         label          its name in pictures and tables
-        color, marker  its look in every figure: a color's name in plotting.COLORS and
-                       one of plotting.MARKERS; no two methods share both
+        color, marker  its look in every figure: the name of one of plotting's COLORS,
+                       and one of its MARKERS; no two methods share both
         letters        what stands for it in the picture's legend
         place          where in a transformer layer it works, in a few words
         lines          its equation, the shapes, what trains; in matplotlib's mathtext

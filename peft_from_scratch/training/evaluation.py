@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pydoc_data.topics import topics
-from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ..common import scoped
+from ..common.statistics import paired_bootstrap, wilson  # noqa: F401
 from ..tasks.task import Task
 from ..tasks.templates import Pair, encode_prompt, stop_token
 from .generation import generate
@@ -88,58 +88,6 @@ def answer_rows(
     pairs = zip(answers, rows, strict=True)
     correct = [task.score(answer, row["completion"]) for answer, row in pairs]
     return Answers(answers, correct, seconds)
-
-
-def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for k successes in n trials.
-
-        (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n),      p = k/n    [1]
-
-    Unlike p ± z sqrt(p (1 - p)/n) it stays within [0, 1], and has a width at 0 and n.
-
-    Returns  (low, high), shares between 0 and 1
-    Raises   ValueError   not 0 <= k <= n, n >= 1
-    Source   [1] Wilson, JASA 22 (1927) 209-212
-    """
-    if not 0 <= k <= n or n < 1:
-        raise ValueError(f"{k} of {n}: 0 <= k <= n and n >= 1 are needed")
-    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
-    middle = p + z * z / (2 * n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return (0.0 if k == 0 else low), (1.0 if k == n else high)
-
-
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    draws: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """mean(a) - mean(b) of two methods on the same items, with a percentile interval.
-
-    Items are drawn with replacement, both methods' results together: what is hard for
-    both cancels, and the interval is narrower than that of two separate samples.
-
-    Args
-        a, b   one number per item, in the same order: 0 or 1, or any score
-        draws  resamples, each as large as the sample
-    Returns  (difference, low, high)
-    Raises   ValueError   no items, or not equally many
-    Memory   9 draws len(a) bytes
-    """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(
-            f"{len(a)} and {len(b)} items cannot be paired; give both the same"
-        )
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(difference), size=(draws, len(difference)))
-    means = difference[drawn].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return difference.mean().item(), low.item(), high.item()
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import torch
 from peft_from_scratch.course.checks import close, judged, unchanged
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.ledger.claim import Claim, Rule
-from peft_from_scratch.ledger.experiments import counting
 
 CLAIM = Claim(
     id="S1",
@@ -21,7 +20,6 @@ CLAIM = Claim(
     ),
     configs=lambda scale: [],
     measured=lambda runs: None,
-    measuring=(counting.count,),
     say_instead={},
 )
 

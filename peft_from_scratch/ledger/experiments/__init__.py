@@ -3,7 +3,9 @@
 A module here has
 
     compute(config) -> result    one run, by its configuration; as JSON can hold both
-    CLAIMS                       the claims that its runs decide (claim.py), if any
+    CLAIMS                       the claims that its runs decide (claim.py), if any;
+                                 the functions that plan their runs read the run store
+                                 where a search has to be finished first
 
 and its name is the "experiment" of its configurations. That is all it takes to add a
 claim: the ledger finds the module by itself. finetune.py is the general kind, whose

@@ -12,10 +12,10 @@ step of a real model by meter.Meter, and is then scaled to 7B parameters.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...memory.formulas import STEP_BYTES
-from ...memory.meter import Meter
+from ...memory.step_bill import RECIPES, optimizer_class, step_bill
 from ...methods import full
 from ...models.load import load_model
 from ...training.loss import accumulate_gradients
@@ -23,57 +23,10 @@ from .. import runs
 from ..claim import Claim, Invalid, Measured, Rule
 from ..runs import Run
 
-RECIPES = ("fp32", "bf16", "mixed")
 LENGTHS = (64, 128, 256, 512)  # tokens of the one row of a step
 ROWS = ("weights", "gradients", "optimizer")
 CLAIMED = {"weights": 4, "gradients": 4, "optimizer": 8}  # 28, 28, 56 GB for 7B
 PARAMETERS = 7e9
-
-
-class MixedAdamW(torch.optim.Optimizer):
-    """AdamW in mixed precision: half-precision weights with a float32 master copy.
-
-        g  = float32(gradient)
-        m  = β1 m + (1 - β1) g             v = β2 v + (1 - β2) g²
-        W  = (1 - lr λ) W - lr m̂ / (√v̂ + ε)         all in float32
-        weight = round(W)                            the half-precision copy
-
-    A rate of 1e-5 changes a weight by less than bfloat16 can hold; the master copy adds
-    up what one step alone would lose.
-
-    Memory   12 bytes a parameter: master, m and v
-    """
-
-    def __init__(
-        self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    ):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(parameters, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            master = parameter.detach().float()
-            state["master"] = master.clone() if master is parameter else master
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        state["step"] += 1
-        g, t = parameter.grad.float(), state["step"].item()
-        (beta1, beta2), m, v = group["betas"], state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        W = state["master"].mul_(1 - group["lr"] * group["weight_decay"])
-        W.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**t))
-        parameter.copy_(W)
 
 
 def config(base: str, recipe: str, length: int) -> dict:
@@ -112,36 +65,23 @@ def counted(model: nn.Module, recipe: str, batch: int = 1, length: int = 64) -> 
         recipe  "fp32" and "bf16": torch's AdamW on the weights as they are; "mixed":
                 MixedAdamW
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"{recipe=}: allowed are {', '.join(RECIPES)}")
+    kind = optimizer_class(recipe)
     full.inject(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    made = MixedAdamW if recipe == "mixed" else torch.optim.AdamW
-    optimizer = made(parameters, lr=1e-5)
+    optimizer = kind(parameters, lr=1e-5)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
-    ids = ids.to(parameters[0].device)
+    rows = {"input_ids": ids.to(parameters[0].device)}
+    rows["labels"] = rows["input_ids"]
     model.train()
-    with Meter(model) as learning:
-        accumulate_gradients(model, [{"input_ids": ids, "labels": ids}])
-    with Meter(model) as updating:
-        optimizer.step()
-    learning, updating = learning.memory(), updating.memory()
+    bytes_ = step_bill(model, lambda: accumulate_gradients(model, [rows]), optimizer)
     numbers = sum(p.numel() for p in parameters)
-    bill = {
-        "weights": learning.weights,
-        "gradients": learning.gradients,
-        "optimizer": updating.optimizer,
-        "activations": learning.activations,
-        "temporaries": updating.activations,
-        "peak": max(learning.peak + updating.optimizer, updating.peak),
-    }
     return {
         "parameters": numbers,
         "tensors": len(parameters),
-        "bytes": bill,
+        "bytes": bytes_,
         "state": _state(optimizer),
-        "per_parameter": {row: bill[row] / numbers for row in ROWS},
+        "per_parameter": {row: bytes_[row] / numbers for row in ROWS},
     }
 
 
@@ -168,14 +108,16 @@ def configs(scale: str) -> list[dict]:
     return [config(scale, recipe, length) for recipe in RECIPES for length in LENGTHS]
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """The worst row's error of the bf16 recipe whose rows come closest to the claim.
 
     The interval is the range over lengths: weights, gradients and states are counted,
     and differ between lengths only by buffers.
     """
-    bills = {name: [r for r in found if r.config["recipe"] == name] for name in RECIPES}
-    for run in found:
+    bills = {
+        name: [r for r in all_runs if r.config["recipe"] == name] for name in RECIPES
+    }
+    for run in all_runs:
         if run.result["bytes"]["optimizer"] < STEP_BYTES * run.result["tensors"]:
             raise Invalid(f"{run.key} met no optimizer state: nothing was measured")
     errors = {
@@ -214,7 +156,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(counted, row_error),
         say_instead={
             "wrong as stated": (
                 "The total is right and its rows are not. {fp32} GB are the rows of "

@@ -8,10 +8,11 @@ those of the frozen model forward and backward; what trains is little beside the
 from collections.abc import Sequence
 from functools import lru_cache
 
+from ...common.statistics import mean_of
 from ...models.load import load_model
 from ...tasks.task import load_task
 from ..claim import Claim, Measured, Rule
-from ..intervals import mean_of, paired
+from ..intervals import paired
 from ..rates import best_inside, search
 from ..runs import Run, matches, stored
 from . import finetune
@@ -82,11 +83,11 @@ def cell(name: str, task: str) -> tuple[list[dict], tuple[str | None, float] | N
     """The configurations known so far, and (start, rate) that the search chose."""
     known, best = [], {}
     for start in STARTS.get(name, (None,)):
-        found, lr = search(
+        searched, lr = search(
             lambda lr, start=start: config(name, task, lr, SEEDS[0], start),
             RATES[name],
         )
-        known += found
+        known += searched
         best[start] = lr
     if None in best.values():
         return known, None
@@ -105,7 +106,7 @@ def configs_of(*names: str, longer: Sequence[str] = ()):
         if scale != "tiny":
             return []
         cells = {(name, task): cell(name, task) for name in names for task in TASKS}
-        known = [each for found, _ in cells.values() for each in found]
+        known = [each for cell_configs, _ in cells.values() for each in cell_configs]
         for name in longer:
             _, chosen = cells[name, LONGER["task"]]
             if chosen:
@@ -124,8 +125,8 @@ def chosen(found: Sequence[Run], name: str, task: str, steps: int = STEPS) -> li
     Raises  Invalid  a search whose best rate is an end of its grid
     """
     like = config(name, task, 1.0, SEEDS[0])
-    held = ("task", "method", "r", "alpha", "m", "positions")
-    wanted = {key: like[key] for key in held if key in like}
+    names = ("task", "method", "r", "alpha", "m", "positions")
+    wanted = {key: like[key] for key in names if key in like}
     own = [run for run in found if matches(run, **wanted)]
     searched = [run for run in own if matches(run, seed=SEEDS[0], steps=STEPS)]
     # In the order of the search, as `cell` has them: a tie goes to the first one there.
@@ -152,51 +153,55 @@ def _losses(searched: Sequence[Run], start: str) -> dict[float, float | None]:
 # --------------------------------------------------------------------- What they say
 
 
-def behind(found: Sequence[Run], name: str, other: str) -> tuple[float, float, float]:
+def behind(
+    all_runs: Sequence[Run], name: str, other: str
+) -> tuple[float, float, float]:
     """Test loss of one method minus that of another, paired; the mean of the tasks."""
-    return mean_of([_on(found, name, other, task) for task in TASKS])
+    return mean_of([_on(all_runs, name, other, task) for task in TASKS])
 
 
-def _on(found, name, other, task) -> tuple[float, float, float]:
-    return paired(chosen(found, name, task), chosen(found, other, task))
+def _on(all_runs, name, other, task) -> tuple[float, float, float]:
+    return paired(chosen(all_runs, name, task), chosen(all_runs, other, task))
 
 
-def longer(found: Sequence[Run], name: str, other: str) -> tuple[float, float, float]:
+def longer(
+    all_runs: Sequence[Run], name: str, other: str
+) -> tuple[float, float, float]:
     """The first with three times the steps, minus the other with its own."""
     task, steps = LONGER["task"], LONGER["steps"]
-    return paired(chosen(found, name, task, steps), chosen(found, other, task))
+    return paired(chosen(all_runs, name, task, steps), chosen(all_runs, other, task))
 
 
-def adapters_measured(found: Sequence[Run]) -> Measured:
-    far = _on(found, "houlsby", "lora", TASKS[-1])
-    near = _on(found, "houlsby", "lora", TASKS[0])
-    triple = behind(found, "houlsby", "lora")
+def adapters_measured(all_runs: Sequence[Run]) -> Measured:
+    far = _on(all_runs, "houlsby", "lora", TASKS[-1])
+    near = _on(all_runs, "houlsby", "lora", TASKS[0])
+    triple = behind(all_runs, "houlsby", "lora")
     figures = {"mean": triple, "near": near, "far": far}
-    return Measured(*triple, SEEDS, _told(figures))
+    return Measured(*triple, SEEDS, _signed(figures))
 
 
-def prompt_measured(found: Sequence[Run]) -> Measured:
-    triple = behind(found, "prompt", "prefix")
+def prompt_measured(all_runs: Sequence[Run]) -> Measured:
+    triple = behind(all_runs, "prompt", "prefix")
     figures = {
         "mean": triple,
-        "full": behind(found, "prompt", "full"),
-        "longer": longer(found, "prompt", "prefix"),
+        "full": behind(all_runs, "prompt", "full"),
+        "longer": longer(all_runs, "prompt", "prefix"),
     }
-    return Measured(*triple, SEEDS, _told(figures))
+    return Measured(*triple, SEEDS, _signed(figures))
 
 
-def soft_measured(found: Sequence[Run]) -> Measured:
+def soft_measured(all_runs: Sequence[Run]) -> Measured:
     """Of prefix and prompt the one that is less far behind LoRA."""
-    lags = {name: behind(found, name, "lora") for name in ("prefix", "prompt")}
+    lags = {name: behind(all_runs, name, "lora") for name in ("prefix", "prompt")}
     least = min(lags.values())
     figures = lags | {
-        "large": behind(found, "prefix-80", "lora"),
-        "longer": longer(found, "prefix", "lora"),
+        "large": behind(all_runs, "prefix-80", "lora"),
+        "longer": longer(all_runs, "prefix", "lora"),
     }
-    return Measured(*least, SEEDS, _told(figures))
+    return Measured(*least, SEEDS, _signed(figures))
 
 
-def _told(triples: dict[str, tuple[float, float, float]]) -> dict[str, str]:
+def _signed(triples: dict[str, tuple[float, float, float]]) -> dict[str, str]:
     return {name: f"{value:+.3f}" for name, (value, *_) in triples.items()}
 
 
@@ -237,7 +242,6 @@ CLAIMS = (
         ),
         configs=configs_of("houlsby", "lora"),
         measured=adapters_measured,
-        measuring=(behind, chosen, mean_of, paired, best_inside),
         say_instead=dict.fromkeys(BANDS[:2], ADAPTERS),
     ),
     Claim(
@@ -259,7 +263,6 @@ CLAIMS = (
         ),
         configs=configs_of("full", "prefix", "prompt", longer=("prompt",)),
         measured=prompt_measured,
-        measuring=(behind, chosen, mean_of, paired, best_inside),
         say_instead=dict.fromkeys(BANDS[:2], PROMPT),
     ),
     Claim(
@@ -277,7 +280,6 @@ CLAIMS = (
         ),
         configs=configs_of("lora", "prefix", "prefix-80", "prompt", longer=("prefix",)),
         measured=soft_measured,
-        measuring=(behind, chosen, mean_of, paired, best_inside),
         say_instead=dict.fromkeys(BANDS, SOFT_INSTEAD),
     ),
 )

@@ -68,7 +68,7 @@ def compute(config: dict) -> dict:
         model = ghost(LlamaConfig(**SHAPES[config["base"]]), "float16")
         return by_formula(model, config["double"])
     model, _ = load_model(config["base"], device="cpu")
-    return by_formula(model, config["double"]) | held(model, config["double"])
+    return by_formula(model, config["double"]) | tensor_bytes(model, config["double"])
 
 
 # --------------------------------------------------------------------------- Gradients
@@ -89,10 +89,10 @@ def gradients(config: dict) -> dict:
     plain = deepcopy(packed)
     inside = {m: m.plain() for m in plain.modules() if isinstance(m, NF4Linear)}
     replace_modules(plain, inside)
-    found = [gradient(model, config["seed"]) for model in (packed, plain, base)]
+    vectors = [gradient(model, config["seed"]) for model in (packed, plain, base)]
     return {
-        "error": _difference(found[0], found[1]),
-        "control": _difference(found[0], found[2]),
+        "error": _difference(vectors[0], vectors[1]),
+        "control": _difference(vectors[0], vectors[2]),
     }
 
 
@@ -132,8 +132,8 @@ def by_formula(model: nn.Module, double: bool) -> dict:
              formula    the sum of the three
              whole      bytes of all parameters as they are
     """
-    found = projections(model)
-    inside = [found[name].weight for name in kinds(model)]
+    modules = projections(model)
+    inside = [modules[name].weight for name in kinds(model)]
     bytes_ = [four_bit_bytes(W.numel(), double) for W in inside]
     whole = sum(p.nbytes for p in model.parameters())
     parts = {
@@ -146,8 +146,8 @@ def by_formula(model: nn.Module, double: bool) -> dict:
     return {"weights": numbers, **parts, "formula": total, "whole": whole}
 
 
-def held(model: nn.Module, double: bool) -> dict:
-    """{"held": bytes of a model's tensors}, once its projections are in four bits."""
+def tensor_bytes(model: nn.Module, double: bool) -> dict:
+    """{"held": bytes}: the tensors of a model once its projections are in four bits."""
     quantize_model(model, block=BLOCK, double=double)
     packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
     buffers = [b for m in packed for b in m.buffers(recurse=False)]
@@ -163,9 +163,9 @@ def gradient_configs(scale: str) -> list[dict]:
     return known + [bytes_config(scale, double) for double in both]
 
 
-def gradients_measured(found: Sequence[Run]) -> Measured:
+def gradients_measured(all_runs: Sequence[Run]) -> Measured:
     """The error of gradients without double quantization: the largest over seeds."""
-    taken = [run for run in found if matches(run, what="gradients")]
+    taken = [run for run in all_runs if matches(run, what="gradients")]
     blind = [run for run in taken if run.result["control"] < SEEN]
     if blind:
         raise Invalid(f"{blind[0].key}: other weights gave the same gradients")
@@ -173,7 +173,7 @@ def gradients_measured(found: Sequence[Run]) -> Measured:
         double: [r.result["error"] for r in taken if matches(r, double=double)]
         for double in (False, True)
     }
-    counted = {r.config["double"]: r for r in found if matches(r, what="bytes")}
+    counted = {r.config["double"]: r for r in all_runs if matches(r, what="bytes")}
     figures = {
         "without": f"{max(errors[False]):.1g}",
         "with_it": f"{max(errors[True]):.1g}",
@@ -198,13 +198,13 @@ def bytes_configs(scale: str) -> list[dict]:
     ]
 
 
-def bytes_measured(found: Sequence[Run]) -> Measured:
+def bytes_measured(all_runs: Sequence[Run]) -> Measured:
     """How far the worse of the two figures is off, in %."""
-    for run in found:
+    for run in all_runs:
         if run.result.get("held", run.result["formula"]) != run.result["formula"]:
             raise Invalid(f"{run.key}: the formula is not what the tensors hold")
     doubled, single = (
-        next(r for r in found if matches(r, base=LARGE, double=double)).result
+        next(r for r in all_runs if matches(r, base=LARGE, double=double)).result
         for double in (True, False)
     )
     off = {
@@ -261,7 +261,6 @@ CLAIMS = (
         ),
         configs=gradient_configs,
         measured=gradients_measured,
-        measuring=(gradients, gradient, _difference, constant_bits),
         say_instead={"wrong as stated": BACKWARD},
     ),
     Claim(
@@ -281,7 +280,6 @@ CLAIMS = (
         ),
         configs=bytes_configs,
         measured=bytes_measured,
-        measuring=(by_formula, held, four_bit_bytes),
         say_instead=dict.fromkeys(("confirmed with limits", "refuted here"), COUNTED),
     ),
 )

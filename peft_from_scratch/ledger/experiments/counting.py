@@ -129,13 +129,13 @@ def soft_measured(runs: Sequence[Run]) -> Measured:
 
 def _longest(runs: Sequence[Run]) -> dict[str, str]:
     """{"prefix_7": …}: the most positions within the bound; Llama-7B and SmolLM2."""
-    found = {}
+    figures = {}
     for method in SOFT:
         for short, shape in (("7", "Llama-7B"), ("smol", "SmolLM2-135M")):
             run = next(r for r in runs if matches(r, method=method, shape=shape))
             a_position = run.result["percent"] / run.config["n"]
-            found[f"{method}_{short}"] = f"{int(BOUNDS[method] / a_position)}"
-    return found
+            figures[f"{method}_{short}"] = f"{int(BOUNDS[method] / a_position)}"
+    return figures
 
 
 def _most(runs: Sequence[Run]) -> dict[str, str]:
@@ -170,7 +170,6 @@ CLAIMS = (
         ),
         configs=lambda scale: [config()],
         measured=measured,
-        measuring=(count,),
     ),
     Claim(
         id="T1",
@@ -191,7 +190,6 @@ CLAIMS = (
         ),
         configs=soft_configs,
         measured=soft_measured,
-        measuring=(count_soft,),
         say_instead={"refuted here": COUNTS, "confirmed with limits": COUNTS},
     ),
 )

@@ -9,8 +9,8 @@ thousand would take six times as long: what "many" is here stands in the rule.
 from collections.abc import Sequence
 from statistics import fmean
 
+from ...common.statistics import mean_of as _means
 from ..claim import Claim, Invalid, Measured, Rule
-from ..intervals import mean_of as _means
 from ..intervals import paired
 from ..rates import best_inside, search
 from ..runs import Run
@@ -55,11 +55,11 @@ def configs(scale: str) -> list[dict]:
     known, chosen = [], {}
     for task in (NEAR, FAR):
         for method, rates in RATES.items():
-            found, best = search(
+            searched, best = search(
                 lambda lr, cell=(task, TUNED_AT, method): config(*cell, lr, TUNED_ON),
                 rates,
             )
-            known += found
+            known += searched
             chosen[task, method] = best
     if None in chosen.values():
         return known
@@ -71,47 +71,49 @@ def configs(scale: str) -> list[dict]:
     return list({str(each): each for each in known}.values())  # the searches' seed once
 
 
-def tuned(found: Sequence[Run], cell: Cell, method: str) -> list[Run]:
+def tuned(all_runs: Sequence[Run], cell: Cell, method: str) -> list[Run]:
     """The runs of a cell at the rate that the search chose; Invalid at a grid's end."""
     task, n = cell
-    own = [run for run in found if _is(run, task=task, method=method)]
+    own = [run for run in all_runs if _is(run, task=task, method=method)]
     searched = [run for run in own if _is(run, n=TUNED_AT, seed=TUNED_ON)]
     best = best_inside({r.config["lr"]: r.result["validation_loss"] for r in searched})
     return [run for run in own if _is(run, n=n, lr=best)]
 
 
-def advantage(found: Sequence[Run], cell: Cell) -> tuple[float, float, float]:
+def advantage(all_runs: Sequence[Run], cell: Cell) -> tuple[float, float, float]:
     """Test loss of LoRA minus that of full fine-tuning, paired: above 0, full wins."""
-    return paired(tuned(found, cell, "lora"), tuned(found, cell, "full"))
+    return paired(tuned(all_runs, cell, "lora"), tuned(all_runs, cell, "full"))
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """What the advice gains where it gains least.
 
     smaller of   loss(LoRA) - loss(full)   where the textbook says full
                  loss(full) - loss(LoRA)   where it does not
     """
-    _refuse_learnable_control(found)
-    full = [advantage(found, cell) for cell in FOR_FULL]
-    lora = [tuple(-x for x in advantage(found, cell)) for cell in FOR_LORA]
+    _refuse_learnable_control(all_runs)
+    full = [advantage(all_runs, cell) for cell in FOR_FULL]
+    lora = [tuple(-x for x in advantage(all_runs, cell)) for cell in FOR_LORA]
     lora = [(value, high, low) for value, low, high in lora]  # the signs have turned
     value, low, high = (min(_means(full)[i], _means(lora)[i]) for i in range(3))
     figures = {
         "full": f"{_means(full)[0]:+.3f}",
         "lora": f"{_means(lora)[0]:+.3f}",
-        "near_large": f"{advantage(found, (NEAR, MANY))[0]:+.3f}",
-        "far_small": f"{advantage(found, (FAR, FEW))[0]:+.3f}",
+        "near_large": f"{advantage(all_runs, (NEAR, MANY))[0]:+.3f}",
+        "far_small": f"{advantage(all_runs, (FAR, FEW))[0]:+.3f}",
     }
     return Measured(value, low, high, SEEDS, figures)
 
 
-def _refuse_learnable_control(found: Sequence[Run]) -> None:
+def _refuse_learnable_control(all_runs: Sequence[Run]) -> None:
     """Invalid where labels that say nothing were learned as well as the real ones."""
     for method in RATES:
-        real = fmean(r.result["test_loss"] for r in tuned(found, (NEAR, SOME), method))
+        real = fmean(
+            r.result["test_loss"] for r in tuned(all_runs, (NEAR, SOME), method)
+        )
         noise = [
             run.result["test_loss"]
-            for run in found
+            for run in all_runs
             if (run.config["task"], run.config["method"]) == (CONTROL, method)
         ]
         if not fmean(noise) > real:
@@ -147,7 +149,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(tuned, advantage, paired, best_inside),
         say_instead={"refuted here": INSTEAD, "confirmed with limits": INSTEAD},
     ),
 )

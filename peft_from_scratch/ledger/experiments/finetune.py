@@ -112,7 +112,7 @@ def config(
     template: str | None = None,
     **hyper,
 ) -> dict:
-    """The whole configuration of a run, defaults filled in.
+    """The configuration of a run, with every default filled in.
 
     Args
         method      one of METHODS
@@ -177,7 +177,7 @@ def compute(config: dict) -> dict:
 
 
 def fine_tuned(config: dict) -> tuple[nn.Module, object, dict]:
-    """(model, tokenizer, result) of one configuration: for what needs the weights."""
+    """(model, tokenizer, result) of one configuration, for uses of the weights."""
     model, tokenizer = load_model(config["base"], device=config.get("device", "cpu"))
     task = load_task(config["task"])
     rows = chosen_rows(task, config)
@@ -266,15 +266,15 @@ def measured(model, tokenizer, task, rows, config, *, lost: bool) -> dict:
         for split in ("validation", "test")
     }
     losses = {split: item_losses(model, encoded[split]) for split in encoded}
-    found = {
+    result = {
         "validation_loss": _mean(losses["validation"]),
         "test_loss": _mean(losses["test"]),
         "test_items": [round(loss, 5) for loss in losses["test"]],
     }
     if config["exact"]:
         answers = answer_rows(model, tokenizer, task, rows["test"], template=template)
-        found["correct"] = [int(right) for right in answers.correct]
-    return found
+        result["correct"] = [int(right) for right in answers.correct]
+    return result
 
 
 @torch.no_grad()

@@ -27,13 +27,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...common.statistics import over_seeds
 from ...core.targets import kinds, projections
 from ...models import minilm
 from ...models.load import load_model
 from ...nf4 import CODES, Affine, Quantized, dequantize, quantize
 from .. import runs
 from ..claim import Claim, Measured, Rule
-from ..intervals import over_seeds
 from ..runs import Run, matches
 
 SEEDS = (0, 1, 2, 3, 4)  # of Gaussian weights
@@ -104,8 +104,8 @@ def matrices(source: str) -> dict[str, Tensor]:
     if source == "minilm":
         return minilm.matrices()
     model, _ = load_model(source, device="cpu")
-    found = projections(model)
-    return {name: found[name].weight.detach() for name in kinds(model)}
+    modules = projections(model)
+    return {name: modules[name].weight.detach() for name in kinds(model)}
 
 
 def error(w: Tensor, restored: Tensor) -> float:
@@ -116,19 +116,19 @@ def error(w: Tensor, restored: Tensor) -> float:
 
 def rounded(w: Tensor, block: int, books: dict) -> tuple[dict, dict, float]:
     """({format: w'}, {format: bits a value}, entropy of NF4's codes in bits)."""
-    held: dict[str, Quantized | Affine] = {
+    quantized: dict[str, Quantized | Affine] = {
         code: quantize(w, block, double=False, code=code) for code in CODES
     }
-    held |= {DOUBLED: quantize(w, block), AFFINE: Affine.of(w, block)}
-    bits = {name: q.bits_per_value for name, q in held.items()}
+    quantized |= {DOUBLED: quantize(w, block), AFFINE: Affine.of(w, block)}
+    bits = {name: q.bits_per_value for name, q in quantized.items()}
     restored = {
         name: q.dequantize() if name == AFFINE else dequantize(q)
-        for name, q in held.items()
+        for name, q in quantized.items()
     }
     for name, values in books.items():
         restored[name] = to_nearest(w.view(-1, block), values)
         bits[name] = bits["nf4"]
-    share = torch.bincount(held["nf4"].codes().int(), minlength=16) / w.numel()
+    share = torch.bincount(quantized["nf4"].codes().int(), minlength=16) / w.numel()
     return restored, bits, torch.special.entr(share).sum().item() / math.log(2)
 
 
@@ -156,8 +156,8 @@ def best_values(rows: Tensor, pins: Sequence[int] = ()) -> Tensor:
         used_equally = ratios[torch.arange(1, 32, 2) * len(ratios) // 32]
         starts += [torch.linspace(-1, 1, 16), used_equally]
     weights = absmax.double().square().expand_as(rows).flatten()[order]
-    found = [alternate(ratios, weights, start.double(), pins) for start in starts]
-    tried = {error(rows, to_nearest(rows, v.float())): v.float() for v in found}
+    optima = [alternate(ratios, weights, start.double(), pins) for start in starts]
+    tried = {error(rows, to_nearest(rows, v.float())): v.float() for v in optima}
     return tried[min(tried)]
 
 
@@ -170,9 +170,9 @@ def alternate(ratios: Tensor, weights: Tensor, values: Tensor, pins=()) -> Tenso
     for _ in range(ROUNDS):
         cuts = torch.searchsorted(ratios, (values[1:] + values[:-1]) / 2, right=True)
         ends = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(ratios))])
-        held, before = mass[ends].diff(), values
-        moved = (held > 0) & ~stays
-        values = torch.where(moved, moment[ends].diff() / held, values)
+        weight_sums, before = mass[ends].diff(), values
+        moved = (weight_sums > 0) & ~stays
+        values = torch.where(moved, moment[ends].diff() / weight_sums, values)
         if (values - before).abs().max() < SETTLED:
             break
     return values
@@ -200,22 +200,22 @@ def excess(run: Run, name: str = "nf4", other: str = BEST) -> float:
     return 100 * (run.result["error"][name] / run.result["error"][other] - 1)
 
 
-def gaussian(found: Sequence[Run], block: int) -> list[Run]:
-    return [run for run in found if matches(run, source="gaussian", block=block)]
+def gaussian(all_runs: Sequence[Run], block: int) -> list[Run]:
+    return [run for run in all_runs if matches(run, source="gaussian", block=block)]
 
 
-def measured(found: Sequence[Run]) -> Measured:
-    triple = over_seeds([excess(run) for run in gaussian(found, 64)])
-    return Measured(*triple, SEEDS, _figures(found) | {"excess": f"{triple[0]:.1f}"})
+def measured(all_runs: Sequence[Run]) -> Measured:
+    triple = over_seeds([excess(run) for run in gaussian(all_runs, 64)])
+    return Measured(*triple, SEEDS, _figures(all_runs) | {"excess": f"{triple[0]:.1f}"})
 
 
-def _figures(found: Sequence[Run]) -> dict[str, str]:
-    first = {block: gaussian(found, block)[0] for block in BLOCKS}
+def _figures(all_runs: Sequence[Run]) -> dict[str, str]:
+    first = {block: gaussian(all_runs, block)[0] for block in BLOCKS}
     real = {
-        source: next(run for run in found if matches(run, source=source, block=64))
+        source: next(run for run in all_runs if matches(run, source=source, block=64))
         for source in HONEST[1:]
     }
-    trap = next(run for run in found if matches(run, source=TRAP))
+    trap = next(run for run in all_runs if matches(run, source=TRAP))
     affine = [f"{excess(first[block], AFFINE, 'nf4'):+.1f}" for block in BLOCKS]
     errors = [f"{first[64].result['error'][name]:.2f}" for name in ("nf4", BEST)]
     return {
@@ -266,7 +266,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(compute, best_values, alternate, to_nearest, error, excess),
         say_instead=dict.fromkeys(
             ("confirmed", "confirmed with limits", "refuted here"), INSTEAD
         ),

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, median
 
+from ...common.statistics import mean_of
 from ..claim import Claim, Measured, Rule
-from ..intervals import mean_of, paired
+from ..intervals import paired
 from ..rates import best_inside
 from ..runs import Run, matches
 from .four_bit_training import SEEDS, TASKS, config, merged_config, rate, tasks_of
@@ -39,28 +40,30 @@ def merge_configs(scale: str) -> list[dict]:
     return known
 
 
-def trained(found: Sequence[Run], task: str) -> list[Run]:
-    return [r for r in found if matches(r, experiment="four_bit_training", task=task)]
+def trained(all_runs: Sequence[Run], task: str) -> list[Run]:
+    return [
+        r for r in all_runs if matches(r, experiment="four_bit_training", task=task)
+    ]
 
 
-def cost(found: Sequence[Run], onto: str) -> tuple[float, float, float]:
+def cost(all_runs: Sequence[Run], onto: str) -> tuple[float, float, float]:
     """Test loss after a merge minus that before it, paired; the mean of the tasks."""
     triples = []
-    for task in tasks_of(found):
-        before = trained(found, task)
+    for task in tasks_of(all_runs):
+        before = trained(all_runs, task)
         after = [replace(r, result=r.result | r.result["merges"][onto]) for r in before]
         triples.append(paired(after, before))
     return mean_of(triples)
 
 
-def merge_measured(found: Sequence[Run]) -> Measured:
-    triple = cost(found, "requantized")
-    seeds = tuple(sorted({run.config["seed"] for run in found}))
-    return Measured(*triple, seeds, _merge_figures(found))
+def merge_measured(all_runs: Sequence[Run]) -> Measured:
+    triple = cost(all_runs, "requantized")
+    seeds = tuple(sorted({run.config["seed"] for run in all_runs}))
+    return Measured(*triple, seeds, _merge_figures(all_runs))
 
 
-def _merge_figures(found: Sequence[Run]) -> dict[str, str]:
-    merged = [r for r in found if matches(r, experiment="four_bit_training")]
+def _merge_figures(all_runs: Sequence[Run]) -> dict[str, str]:
+    merged = [r for r in all_runs if matches(r, experiment="four_bit_training")]
     bytes_ = {
         onto: fmean(
             r.result["merges"][onto]["bytes"] / r.result["bytes"] for r in merged
@@ -72,7 +75,7 @@ def _merge_figures(found: Sequence[Run]) -> dict[str, str]:
         for onto in ("original", "requantized")
     }
     costs = {
-        onto: f"{round(cost(found, onto)[0], 4) + 0.0:+.4f}"  # -0.0 is 0
+        onto: f"{round(cost(all_runs, onto)[0], 4) + 0.0:+.4f}"  # -0.0 is 0
         for onto in ("dequantized", "original", "requantized")
     }
     return {
@@ -100,9 +103,9 @@ def half_configs(scale: str) -> list[dict]:
     return known
 
 
-def half(found: Sequence[Run], task: str) -> list[Run]:
+def half(all_runs: Sequence[Run], task: str) -> list[Run]:
     """The bfloat16 runs at the rate that their search chose; Invalid at an end."""
-    own = [run for run in found if matches(run, method=HALF, task=task)]
+    own = [run for run in all_runs if matches(run, method=HALF, task=task)]
     first = min(run.config["seed"] for run in own)
     losses = {
         run.config["lr"]: run.result["validation_loss"]
@@ -113,25 +116,28 @@ def half(found: Sequence[Run], task: str) -> list[Run]:
     return [run for run in own if matches(run, lr=best)]
 
 
-def behind(found: Sequence[Run]) -> tuple[float, float, float]:
+def behind(all_runs: Sequence[Run]) -> tuple[float, float, float]:
     """Test loss of bfloat16 adapters minus that of float32 ones; mean of the tasks."""
     return mean_of(
-        [paired(half(found, task), trained(found, task)) for task in tasks_of(found)]
+        [
+            paired(half(all_runs, task), trained(all_runs, task))
+            for task in tasks_of(all_runs)
+        ]
     )
 
 
-def half_measured(found: Sequence[Run]) -> Measured:
-    triple = behind(found)
+def half_measured(all_runs: Sequence[Run]) -> Measured:
+    triple = behind(all_runs)
     rates = [
-        f"{task}: {half(found, task)[0].config['lr']:g} and "
-        f"{trained(found, task)[0].config['lr']:g}"
-        for task in tasks_of(found)
+        f"{task}: {half(all_runs, task)[0].config['lr']:g} and "
+        f"{trained(all_runs, task)[0].config['lr']:g}"
+        for task in tasks_of(all_runs)
     ]
-    figures = _merge_figures(found) | {
+    figures = _merge_figures(all_runs) | {
         "behind": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*triple),
         "rates": ", ".join(rates),
     }
-    seeds = tuple(sorted({run.config["seed"] for run in found}))
+    seeds = tuple(sorted({run.config["seed"] for run in all_runs}))
     return Measured(*triple, seeds, figures)
 
 
@@ -165,7 +171,6 @@ CLAIMS = (
         ),
         configs=half_configs,
         measured=half_measured,
-        measuring=(behind, half, trained, mean_of, paired, best_inside),
         say_instead=dict.fromkeys(EVERY, HALVES),
     ),
     Claim(
@@ -188,7 +193,6 @@ CLAIMS = (
         ),
         configs=merge_configs,
         measured=merge_measured,
-        measuring=(cost, trained, mean_of, paired),
         say_instead=dict.fromkeys(EVERY, MERGES),
     ),
 )

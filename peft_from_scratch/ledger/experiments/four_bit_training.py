@@ -26,6 +26,7 @@ from statistics import fmean, median
 import numpy as np
 from torch import nn
 
+from ...common.statistics import UNBOUNDED, mean_of, share_of
 from ...core.adapter import trainable
 from ...methods import qlora
 from ...models.load import load_model
@@ -33,7 +34,7 @@ from ...nf4 import NF4Linear
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
 from ..claim import Claim, Measured, Rule
-from ..intervals import UNBOUNDED, mean_of, paired, share_of
+from ..intervals import paired
 from ..rates import search
 from ..runs import Run, matches
 from . import finetune
@@ -137,14 +138,14 @@ def configs(scale: str) -> list[dict]:
 # --------------------------------------------------------------------- What they say
 
 
-def tasks_of(found: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(run.config["task"] for run in found))
+def tasks_of(all_runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.config["task"] for run in all_runs))
 
 
-def trio(found: Sequence[Run], task: str) -> tuple[list[Run], list[Run], list[Run]]:
+def trio(all_runs: Sequence[Run], task: str) -> tuple[list[Run], list[Run], list[Run]]:
     """(LoRA, transplanted, QLoRA): a run each seed, in the order of the seeds."""
     of = sorted(
-        (run for run in found if matches(run, task=task)),
+        (run for run in all_runs if matches(run, task=task)),
         key=lambda run: run.config["seed"],
     )
     moved = [run for run in of if matches(run, method=finetune.TRANSPLANTED)]
@@ -153,22 +154,22 @@ def trio(found: Sequence[Run], task: str) -> tuple[list[Run], list[Run], list[Ru
     return full, moved, beside
 
 
-def left(found: Sequence[Run]) -> tuple[float, float, float]:
+def left(all_runs: Sequence[Run]) -> tuple[float, float, float]:
     """Test loss of QLoRA minus that of LoRA, paired; the mean of the tasks."""
-    trios = [trio(found, task) for task in tasks_of(found)]
+    trios = [trio(all_runs, task) for task in tasks_of(all_runs)]
     return mean_of([paired(beside, full) for full, _, beside in trios])
 
 
-def damage(found: Sequence[Run]) -> tuple[float, float, float]:
+def damage(all_runs: Sequence[Run]) -> tuple[float, float, float]:
     """Test loss of the transplanted LoRA minus its own beside W0, likewise."""
-    trios = [trio(found, task) for task in tasks_of(found)]
+    trios = [trio(all_runs, task) for task in tasks_of(all_runs)]
     return mean_of([paired(moved, full) for full, moved, _ in trios])
 
 
-def compensation(found: Sequence[Run]) -> tuple[float, float, float]:
+def compensation(all_runs: Sequence[Run]) -> tuple[float, float, float]:
     """Percent of the damage that training beside W' mends, over tasks, rows, seeds."""
     mended, damaged = [], []
-    for full, moved, beside in (trio(found, task) for task in tasks_of(found)):
+    for full, moved, beside in (trio(all_runs, task) for task in tasks_of(all_runs)):
         paired(moved, full), paired(beside, full)  # refuses what does not pair
         items = [np.array([r.result["test_items"] for r in x])
                  for x in (full, moved, beside)]  # fmt: skip
@@ -177,40 +178,40 @@ def compensation(found: Sequence[Run]) -> tuple[float, float, float]:
     return share_of(np.concatenate(mended, axis=1), np.concatenate(damaged, axis=1))
 
 
-def loss_measured(found: Sequence[Run]) -> Measured:
-    return Measured(*left(found), _seeds(found), figures(found))
+def loss_measured(all_runs: Sequence[Run]) -> Measured:
+    return Measured(*left(all_runs), _seeds(all_runs), figures(all_runs))
 
 
-def compensation_measured(found: Sequence[Run]) -> Measured:
-    return Measured(*compensation(found), _seeds(found), figures(found))
+def compensation_measured(all_runs: Sequence[Run]) -> Measured:
+    return Measured(*compensation(all_runs), _seeds(all_runs), figures(all_runs))
 
 
-def _seeds(found: Sequence[Run]) -> tuple[int, ...]:
-    return tuple(sorted({run.config["seed"] for run in found}))
+def _seeds(all_runs: Sequence[Run]) -> tuple[int, ...]:
+    return tuple(sorted({run.config["seed"] for run in all_runs}))
 
 
-def figures(found: Sequence[Run]) -> dict[str, str]:
-    trios = [trio(found, task) for task in tasks_of(found)]
+def figures(all_runs: Sequence[Run]) -> dict[str, str]:
+    trios = [trio(all_runs, task) for task in tasks_of(all_runs)]
     losses = {
         name: fmean(run.result["test_loss"] for group in trios for run in group[i])
         for i, name in enumerate(("lora", "transplanted", "qlora"))
     }
     for name in UNTRAINED:
-        own = [r.result["test_loss"] for r in found if matches(r, method=name)]
+        own = [r.result["test_loss"] for r in all_runs if matches(r, method=name)]
         losses[name.replace("-", "_")] = fmean(own)
-    spans = {"left": left(found), "damage": damage(found)}
+    spans = {"left": left(all_runs), "damage": damage(all_runs)}
     return (
         {name: f"{loss:.3f}" for name, loss in losses.items()}
         | {
             name: f"{v:+.4f} [{lo:+.4f}, {hi:+.4f}]"
             for name, (v, lo, hi) in spans.items()
         }
-        | {"mended": told_of_share(*compensation(found))}
+        | {"mended": share_sentence(*compensation(all_runs))}
     )
 
 
-def told_of_share(share: float, low: float, high: float) -> str:
-    """A sentence on the compensation; a share without ends is no number to tell."""
+def share_sentence(share: float, low: float, high: float) -> str:
+    """The sentence on the compensation: no number where the interval has no ends."""
     if high - low >= UNBOUNDED:
         return (
             "What training beside four bits mends of that cannot be told: seeds differ "
@@ -248,7 +249,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=loss_measured,
-        measuring=(left, trio, mean_of, paired),
         say_instead=dict.fromkeys(
             ("confirmed", "confirmed with limits", "refuted here", "undecided"), INSTEAD
         ),
@@ -273,7 +273,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=compensation_measured,
-        measuring=(compensation, trio, share_of),
         say_instead=dict.fromkeys(
             ("confirmed", "confirmed with limits", "refuted here", "undecided"), INSTEAD
         ),

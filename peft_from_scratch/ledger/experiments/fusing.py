@@ -69,9 +69,9 @@ def _each(value) -> list[list]:
 # What it says -------------------------------------------------------------------------
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """In how many percent of the cases the bound falls by WORTH or more."""
-    (run,) = found
+    (run,) = all_runs
     every = values(run, "in_four")
     value = share(every)
     rows = {m: values(run, "in_four", m) for m in (4096, 16, 1)}
@@ -127,7 +127,6 @@ CLAIMS = (
         ),
         configs=lambda scale: [config()],
         measured=measured,
-        measuring=(compute, saved, values, share),
         say_instead=dict.fromkeys(("refuted here", "confirmed with limits"), BOUNDS),
     ),
 )

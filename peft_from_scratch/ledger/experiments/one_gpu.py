@@ -112,8 +112,8 @@ def bill(shape: PretrainedConfig, config: dict) -> tuple[dict, Callable[[int], i
     """({part: bytes} that are there all the time, length -> bytes that come and go)."""
     model = meta_model.ghost(shape)
     four_bits = by_formula(model, double=True)["formula"]
-    found = projections(model)
-    buffer = max(found[name].weight.nbytes for name in kinds(model))
+    modules = projections(model)
+    buffer = max(modules[name].weight.nbytes for name in kinds(model))
     lora.inject(model, r=config["r"])
     cast(model, config["adapters"])
     if config["checkpointing"]:
@@ -177,18 +177,18 @@ def real_peak(model: nn.Module, config: dict) -> int:
 # ----------------------------------------------------------------------- What they say
 
 
-def measured(found: Sequence[Run]) -> Measured:
-    for run in found:
+def measured(all_runs: Sequence[Run]) -> Measured:
+    for run in all_runs:
         if "base" in run.config and off(run) > CLOSE:
             raise Invalid(
                 f"{run.key}: the sum is {off(run):.1f} % off what a real step takes"
             )
     by_name = {
-        name: next(r for r in found if matches(r, **config(**changes)))
+        name: next(r for r in all_runs if matches(r, **config(**changes)))
         for name, changes in VARIANTS.items()
     }
     tokens = by_name["paper"].result["tokens"]
-    return Measured(tokens, tokens, tokens, (), _figures(by_name, found))
+    return Measured(tokens, tokens, tokens, (), _figures(by_name, all_runs))
 
 
 def off(run: Run) -> float:
@@ -196,7 +196,7 @@ def off(run: Run) -> float:
     return 100 * abs(run.result["summed"] / run.result["measured"] - 1)
 
 
-def _figures(by_name: dict[str, Run], found: Sequence[Run]) -> dict[str, str]:
+def _figures(by_name: dict[str, Run], all_runs: Sequence[Run]) -> dict[str, str]:
     paper = by_name["paper"].result
     tokens = {name: f"{run.result['tokens']:,}" for name, run in by_name.items()}
     return {
@@ -207,7 +207,7 @@ def _figures(by_name: dict[str, Run], found: Sequence[Run]) -> dict[str, str]:
         "fixed": f"{sum(paper['fixed'].values()) / 1e9:.1f}",
         **{name: f"{bytes_ / 1e9:.1f}" for name, bytes_ in paper["fixed"].items()},
         "a_token": f"{paper['a_token'] / 1e6:.1f}",
-        "off": f"{max(off(run) for run in found if 'base' in run.config):.1f}",
+        "off": f"{max(off(run) for run in all_runs if 'base' in run.config):.1f}",
     }
 
 
@@ -239,7 +239,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(compute, bill, longest, real_peak, off),
         say_instead=dict.fromkeys(
             ("refuted here", "confirmed with limits", "confirmed"), FITS
         ),

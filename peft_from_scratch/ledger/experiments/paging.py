@@ -81,19 +81,19 @@ def compute(config: dict) -> dict:
     other = deepcopy(model)
     parameters = list(trainable(model).values())
     ordinary = torch.optim.AdamW(parameters, lr=config["lr"], foreach=False)
-    learning, held = [], []
+    learning, peaks = [], []
     for row in ids:
         learned, updated = step_bytes(model, ordinary, row)
         states = state_bytes(ordinary)
         learning.append(learned)
-        held.append(max(learned + states, updated))
-    found = paged_steps(other, ids, learning, states, config)
+        peaks.append(max(learned + states, updated))
+    paged = paged_steps(other, ids, learning, states, config)
     same = zip(model.parameters(), other.parameters(), strict=True)
     return {
         "equal": all(torch.equal(a, b) for a, b in same),
-        "held": {"adamw": held, "paged": found.pop("held")},
+        "held": {"adamw": peaks, "paged": paged.pop("held")},
         "states": states,
-        **found,
+        **paged,
     }
 
 
@@ -135,7 +135,7 @@ def paged_steps(
     """The same steps, the arena smaller while a sequence is long."""
     page, usual = config["page"], min(learning)
     optimizer = paged_adamw(model, states, config)
-    held, lent, exceeded = [], [], False
+    peaks, lent, exceeded = [], [], False
     for row, needed in zip(ids, learning, strict=True):
         lent.append(min(needed - usual, optimizer.budget_bytes - page))
         with optimizer.lent(lent[-1]):
@@ -145,10 +145,10 @@ def paged_steps(
         with Meter(model) as meter:
             optimizer.step()
         exceeded |= arena_bytes(optimizer) > optimizer.budget_bytes
-        held.append(max(learned + arena, meter.memory().peak))
+        peaks.append(max(learned + arena, meter.memory().peak))
     counters = optimizer.counters
     return {
-        "held": held,
+        "held": peaks,
         "budget": optimizer.budget_bytes,
         "lent": lent,
         "exceeded": exceeded or counters.peak_resident_bytes > optimizer.budget_bytes,
@@ -177,23 +177,24 @@ def arena_bytes(optimizer) -> int:
 def absorbed(run: Run) -> float:
     """Percent of the spike; 0 where the weights are not AdamW's or a budget broke."""
     result, order = run.result, run.config["order"]
-    held = result["held"]
-    usual = max(b for b, kind in zip(held["adamw"], order, strict=True) if kind == "s")
-    spike = max(held["adamw"]) - usual
+    peaks = result["held"]
+    usual = max(b for b, kind in zip(peaks["adamw"], order, strict=True) if kind == "s")
+    spike = max(peaks["adamw"]) - usual
     if spike <= 0:
         raise Invalid(f"{run.key}: the long sequences made no spike")
     if not result["equal"] or result["exceeded"]:
         return 0.0
-    return 100 * (max(held["adamw"]) - max(held["paged"])) / spike
+    return 100 * (max(peaks["adamw"]) - max(peaks["paged"])) / spike
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """The least that was absorbed of a spike which the states could make room for."""
     shares = {
-        spike: [absorbed(r) for r in found if matches(r, spike=spike)] for spike in LONG
+        spike: [absorbed(r) for r in all_runs if matches(r, spike=spike)]
+        for spike in LONG
     }
     within, beyond = shares.values()
-    one, other = (next(r for r in found if matches(r, spike=s)) for s in LONG)
+    one, other = (next(r for r in all_runs if matches(r, spike=s)) for s in LONG)
     figures = {
         "within": f"{min(within):.0f}",
         "beyond": f"{min(beyond):.0f}",
@@ -208,8 +209,8 @@ def measured(found: Sequence[Run]) -> Measured:
 
 
 def _spike(run: Run) -> int:
-    held = run.result["held"]["adamw"]
-    return max(held) - min(held)
+    peaks = run.result["held"]["adamw"]
+    return max(peaks) - min(peaks)
 
 
 def _mb(bytes_: float) -> str:
@@ -246,7 +247,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(absorbed, compute, paged_steps, step_bytes, learn_bytes),
         say_instead=dict.fromkeys(("refuted here", "confirmed with limits"), NAMES),
     ),
 )

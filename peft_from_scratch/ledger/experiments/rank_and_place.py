@@ -7,9 +7,10 @@ For each gap and each LoRA the learning rate is searched with the same budget.
 from collections.abc import Sequence
 from statistics import fmean
 
+from ...common.statistics import over_seeds
 from ..claim import Claim, Measured, Rule
-from ..intervals import over_seeds, paired
-from ..rates import at_best, best_inside, tuned
+from ..intervals import paired
+from ..rates import at_best, tuned
 from ..runs import Run, matches
 from . import finetune
 
@@ -44,10 +45,10 @@ def _cell(task, targets, r):
     return tuned(lambda lr, seed: config(task, targets, r, lr, seed), RATES, SEEDS)
 
 
-def _of(found: Sequence[Run], task: str, targets: str, r: int) -> list[Run]:
+def _of(all_runs: Sequence[Run], task: str, targets: str, r: int) -> list[Run]:
     """The cell's runs at its searched rate."""
     wanted = dict(task=task, targets=targets, r=r, n=N)
-    return at_best([run for run in found if matches(run, **wanted)])
+    return at_best([run for run in all_runs if matches(run, **wanted)])
 
 
 # ------------------------------------------------------------------- L5: the place
@@ -60,11 +61,11 @@ def place_configs(scale: str) -> list[dict]:
     return [c for task in GAPS for place in places for c in _cell(task, *place)[0]]
 
 
-def wins(found: Sequence[Run], place: tuple, other: tuple) -> list[float]:
+def wins(all_runs: Sequence[Run], place: tuple, other: tuple) -> list[float]:
     """For each seed, percent of the gaps on which `place` has the lower test loss."""
     lost = {
         (task, at): {
-            r.config["seed"]: r.result["test_loss"] for r in _of(found, task, *at)
+            r.config["seed"]: r.result["test_loss"] for r in _of(all_runs, task, *at)
         }
         for task in GAPS
         for at in (place, other)
@@ -75,16 +76,16 @@ def wins(found: Sequence[Run], place: tuple, other: tuple) -> list[float]:
     ]
 
 
-def place_measured(found: Sequence[Run]) -> Measured:
-    value, low, high = over_seeds(wins(found, PLACES["attention"], PLACES["mlp"]))
+def place_measured(all_runs: Sequence[Run]) -> Measured:
+    value, low, high = over_seeds(wins(all_runs, PLACES["attention"], PLACES["mlp"]))
     better = {
         task: paired(
-            _of(found, task, *PLACES["mlp"]),
-            _of(found, task, *PLACES["attention"]),
+            _of(all_runs, task, *PLACES["mlp"]),
+            _of(all_runs, task, *PLACES["attention"]),
         )[0]
         for task in GAPS
     }
-    absolute = over_seeds(wins(found, EVERYWHERE, PLACES["attention"]))[0]
+    absolute = over_seeds(wins(all_runs, EVERYWHERE, PLACES["attention"]))[0]
     figures = {
         "near": f"{better[GAPS[1]]:+.2f}",
         "far": f"{better[GAPS[3]]:+.2f}",
@@ -112,11 +113,11 @@ def rank_configs(scale: str) -> list[dict]:
     return known
 
 
-def rank_measured(found: Sequence[Run]) -> Measured:
+def rank_measured(all_runs: Sequence[Run]) -> Measured:
     """Test loss of rank 16 over that of the gap's best rank, where that is largest."""
     excess, needed = {}, {}
     for task in GAPS:
-        cells = {r: _of(found, task, "all-linear", r) for r in RANKS}
+        cells = {r: _of(all_runs, task, "all-linear", r) for r in RANKS}
         known = {
             r: fmean(run.result["validation_loss"] for run in cell)
             for r, cell in cells.items()
@@ -128,14 +129,14 @@ def rank_measured(found: Sequence[Run]) -> Measured:
     figures = {
         "excess": f"{excess[worst][0]:+.3f}",
         "needed": ", ".join(f"{task}: {r}" for task, r in needed.items()),
-        "overfit": f"{overfit(found)[0]:+.3f}",
+        "overfit": f"{overfit(all_runs)[0]:+.3f}",
     }
     return Measured(*excess[worst], SEEDS, figures)
 
 
-def overfit(found: Sequence[Run]) -> tuple[float, float, float]:
+def overfit(all_runs: Sequence[Run]) -> tuple[float, float, float]:
     """Test loss of rank 64 minus that of rank 16, with a hundred rows seen 48 times."""
-    few = [run for run in found if run.config["n"] == FEW["n"]]
+    few = [run for run in all_runs if run.config["n"] == FEW["n"]]
     small, large = ([x for x in few if x.config["r"] == r] for r in RANKS[-2:])
     return paired(large, small)
 
@@ -171,7 +172,6 @@ CLAIMS = (
         ),
         configs=place_configs,
         measured=place_measured,
-        measuring=(wins, at_best, best_inside),
         say_instead={"refuted here": PLACE, "confirmed with limits": PLACE},
     ),
     Claim(
@@ -194,7 +194,6 @@ CLAIMS = (
         ),
         configs=rank_configs,
         measured=rank_measured,
-        measuring=(overfit, paired, at_best, best_inside),
         say_instead={"refuted here": RANK, "confirmed with limits": RANK},
     ),
 )

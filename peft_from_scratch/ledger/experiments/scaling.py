@@ -11,13 +11,14 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from ...common.statistics import over_seeds
 from ...core.adapter import adapters
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
 from ...training.batch import batch_of
 from ..claim import Claim, Measured, Rule
-from ..intervals import over_seeds, paired
-from ..rates import at_best, best_inside, tuned
+from ..intervals import paired
+from ..rates import at_best, tuned
 from ..runs import Run, matches
 from . import finetune
 
@@ -77,14 +78,14 @@ def compute(config: dict) -> dict:
 @torch.no_grad()
 def update_ratios(model, batch) -> dict[str, float]:
     """{module: rms of what its LoRA adds / rms of what its base gives}."""
-    found, hooks = {}, []
+    ratios, hooks = {}, []
     for name, module in adapters(model).items():
 
         def note(module, inputs, output, name=name):
             (x,) = inputs
             added = module.scale * (x @ module.A.T @ module.B.T)
             # The base's output by itself: `output` holds the update as well.
-            found[name] = (_rms(added) / _rms(output - added)).item()
+            ratios[name] = (_rms(added) / _rms(output - added)).item()
 
         hooks.append(module.register_forward_hook(note))
     try:
@@ -92,18 +93,18 @@ def update_ratios(model, batch) -> dict[str, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return ratios
 
 
 def _rms(x) -> torch.Tensor:
     return x.square().mean().sqrt()
 
 
-def exponents(found: Sequence[Run], method: str) -> list[float]:
+def exponents(all_runs: Sequence[Run], method: str) -> list[float]:
     """For each seed the p of ratio ∝ r^p, by least squares on logarithms."""
     slopes = []
     for seed in SEEDS:
-        own = [r for r in found if matches(r, method=method, seed=seed)]
+        own = [r for r in all_runs if matches(r, method=method, seed=seed)]
         ranks, ratios = zip(
             *((r.config["r"], r.result["ratio"]) for r in own), strict=True
         )
@@ -111,11 +112,11 @@ def exponents(found: Sequence[Run], method: str) -> list[float]:
     return slopes
 
 
-def size_measured(found: Sequence[Run]) -> Measured:
-    value, low, high = over_seeds(exponents(found, "lora"))
-    other, *_ = over_seeds(exponents(found, "rslora"))
+def size_measured(all_runs: Sequence[Run]) -> Measured:
+    value, low, high = over_seeds(exponents(all_runs, "lora"))
+    other, *_ = over_seeds(exponents(all_runs, "rslora"))
     ends = {
-        r: fmean(x.result["ratio"] for x in found if matches(x, method="lora", r=r))
+        r: fmean(x.result["ratio"] for x in all_runs if matches(x, method="lora", r=r))
         for r in (SIZED[0], SIZED[-1])
     }
     figures = {
@@ -144,9 +145,9 @@ def alpha_configs(scale: str) -> list[dict]:
     return known
 
 
-def alpha_measured(found: Sequence[Run]) -> Measured:
+def alpha_measured(all_runs: Sequence[Run]) -> Measured:
     """Test loss of the usual alphas over that of the best one, where it is largest."""
-    cells = {a: at_best([r for r in found if matches(r, alpha=a)]) for a in ALPHAS}
+    cells = {a: at_best([r for r in all_runs if matches(r, alpha=a)]) for a in ALPHAS}
     best = min(ALPHAS, key=lambda a: _validation(cells[a]))
     excess = {a: paired(cells[a], cells[best]) for a in USUAL}
     worst = max(USUAL, key=lambda a: excess[a][0])
@@ -183,9 +184,9 @@ def _of(method, r):
     return lambda lr, seed: config(method, r, ALPHA[method], lr, seed)
 
 
-def transfer_costs(found: Sequence[Run], method: str) -> dict[int, tuple]:
+def transfer_costs(all_runs: Sequence[Run], method: str) -> dict[int, tuple]:
     """{rank: test loss at the reference's rate minus that at its own, paired}."""
-    own = {r: [x for x in found if matches(x, method=method, r=r)] for r in RANKS}
+    own = {r: [x for x in all_runs if matches(x, method=method, r=r)] for r in RANKS}
     rate = {r: _searched_rate(own[r]) for r in RANKS}
     at = {
         (r, lr): [x for x in own[r] if matches(x, lr=lr)]
@@ -199,12 +200,12 @@ def transfer_costs(found: Sequence[Run], method: str) -> dict[int, tuple]:
     }
 
 
-def _searched_rate(found: Sequence[Run]) -> float:
-    return at_best(found)[0].config["lr"]
+def _searched_rate(all_runs: Sequence[Run]) -> float:
+    return at_best(all_runs)[0].config["lr"]
 
 
-def transfer_measured(found: Sequence[Run]) -> Measured:
-    costs = {method: transfer_costs(found, method) for method in ALPHA}
+def transfer_measured(all_runs: Sequence[Run]) -> Measured:
+    costs = {method: transfer_costs(all_runs, method) for method in ALPHA}
     worst = {
         m: max(by_rank, key=lambda r, c=by_rank: c[r][0])
         for m, by_rank in costs.items()
@@ -217,8 +218,8 @@ def transfer_measured(found: Sequence[Run]) -> Measured:
     return Measured(*costs["lora"][worst["lora"]], SEEDS, figures)
 
 
-def _validation(found: Sequence[Run]) -> float:
-    return fmean(run.result["validation_loss"] for run in found)
+def _validation(all_runs: Sequence[Run]) -> float:
+    return fmean(run.result["validation_loss"] for run in all_runs)
 
 
 SIZE = (
@@ -257,7 +258,6 @@ CLAIMS = (
         ),
         configs=size_configs,
         measured=size_measured,
-        measuring=(compute, update_ratios, exponents),
         say_instead={"refuted here": SIZE, "confirmed with limits": SIZE},
     ),
     Claim(
@@ -277,7 +277,6 @@ CLAIMS = (
         ),
         configs=alpha_configs,
         measured=alpha_measured,
-        measuring=(paired, at_best, best_inside),
         say_instead={
             "refuted here": ALPHA_INSTEAD,
             "confirmed with limits": ALPHA_INSTEAD,
@@ -299,7 +298,6 @@ CLAIMS = (
         ),
         configs=transfer_configs,
         measured=transfer_measured,
-        measuring=(transfer_costs, paired, best_inside),
         say_instead={"refuted here": TRANSFER, "confirmed with limits": TRANSFER},
     ),
 )

@@ -9,8 +9,9 @@ LoRA of rank 8, paired over seeds and test rows. The model's card has the table.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...common.statistics import over_seeds
 from ..claim import Invalid
-from ..intervals import over_seeds, paired
+from ..intervals import paired
 from ..rates import search
 from ..runs import Run, stored
 from . import finetune
@@ -76,26 +77,26 @@ def rows() -> Iterator[Row]:
 
 
 def _row(task: str, method: str, reference: list[Run]) -> Row:
-    found = _runs(task, method)
-    results = [run.result for run in found]
+    own_runs = _runs(task, method)
+    results = [run.result for run in own_runs]
     trains = CONTENDERS[method]["method"] not in finetune.UNTRAINED
     return Row(
         task,
         method,
         results[0]["trainable"] if trains else 0,
-        found[0].config["lr"] if trains else None,
+        own_runs[0].config["lr"] if trains else None,
         over_seeds([result["test_loss"] for result in results]),
-        None if method == REFERENCE else paired(found, reference),
+        None if method == REFERENCE else paired(own_runs, reference),
         sum(result["seconds"] for result in results) / len(results),
     )
 
 
 def _runs(task: str, method: str) -> list[Run]:
     _, lr = _searched(task, method)
-    found = [lr and stored(config(task, method, lr, seed)) for seed in SEEDS]
-    if None in found:
+    own_runs = [lr and stored(config(task, method, lr, seed)) for seed in SEEDS]
+    if None in own_runs:
         raise Invalid(f"runs of {method} on {task} are missing")
-    return found
+    return own_runs
 
 
 def _searched(task: str, method: str) -> tuple[list[dict], float | None]:

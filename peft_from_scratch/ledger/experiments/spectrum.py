@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...common.statistics import CONFIDENCE, over_seeds
 from ...core.adapter import as_matrix
 from ...core.targets import kinds, projections
 from ...models.load import load_model
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
 from ..claim import Claim, Invalid, Measured, Rule
-from ..intervals import CONFIDENCE, over_seeds
 from ..runs import Run
 from . import finetune
 
@@ -162,15 +162,15 @@ def _spectra(changed: dict[str, Tensor], kind: dict[str, str]) -> dict:
 
 
 def _share_of(energy: np.ndarray) -> float:
-    """`share`, of an energy that is computed already."""
+    """The `share` of a matrix whose energy is known."""
     return round(100 * (int((energy < HELD).sum()) + 1) / len(energy), 3)
 
 
 def _shares(energies) -> dict[str, list[float]]:
-    found = {}
+    shares = {}
     for name, values in energies.items():
-        found.setdefault(name.rpartition(".")[2], []).append(_share_of(values))
-    return found
+        shares.setdefault(name.rpartition(".")[2], []).append(_share_of(values))
+    return shares
 
 
 def _quantiles(energies: Sequence[np.ndarray], ranks) -> list[list[float]]:
@@ -199,17 +199,17 @@ def _function(base, changed: dict[str, Tensor], losses) -> dict[str, float]:
 
         return of
 
-    found = {name: loss_with(cut(k)) for name, k in cuts.items()}
-    found["update"] = loss_with(changed.__getitem__)
+    loss_by_update = {name: loss_with(cut(k)) for name, k in cuts.items()}
+    loss_by_update["update"] = loss_with(changed.__getitem__)
     random = {n: random_like(dW, seed) for seed, (n, dW) in enumerate(changed.items())}
-    found["random"] = loss_with(random.__getitem__)
+    loss_by_update["random"] = loss_with(random.__getitem__)
     for name, W0 in before.items():
         as_matrix(modules[name]).copy_(W0)
-    return found
+    return loss_by_update
 
 
 def _test_losses(base, tokenizer, config):
-    """A function that returns the base's mean loss on the test rows, as it then is."""
+    """A function that measures the base's mean loss on the test rows when called."""
     task = load_task(config["task"])
     rows = encode_rows(
         tokenizer,
@@ -219,8 +219,8 @@ def _test_losses(base, tokenizer, config):
     )
 
     def losses() -> float:
-        found = finetune.item_losses(base, rows)
-        return round(sum(found) / len(found), 6)
+        row_losses = finetune.item_losses(base, rows)
+        return round(sum(row_losses) / len(row_losses), 6)
 
     return losses
 
@@ -232,10 +232,12 @@ def _relative_norm(changed, base) -> float:
 
 
 def configs(scale: str) -> list[dict]:
-    found = [config(scale, seed) for seed in SEEDS[scale]]
+    planned = [config(scale, seed) for seed in SEEDS[scale]]
     if scale in CONTROL:
-        found += [config(scale, seed, task=CONTROL[scale]) for seed in SEEDS[scale][:3]]
-    return found
+        planned += [
+            config(scale, seed, task=CONTROL[scale]) for seed in SEEDS[scale][:3]
+        ]
+    return planned
 
 
 def kept(run: Run, k: int) -> float:
@@ -245,9 +247,9 @@ def kept(run: Run, k: int) -> float:
     return 100 * (loss["nothing"] - loss[f"rank {k}"]) / gain
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """Mean over seeds of the median share; Invalid where the update learned nothing."""
-    own = [r for r in found if r.config["task"] not in CONTROL.values()]
+    own = [r for r in all_runs if r.config["task"] not in CONTROL.values()]
     for run in own:
         if run.result["diverged"]:
             raise Invalid(f"{run.key} diverged: {run.result['diverged']}")
@@ -287,7 +289,6 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(energy, rank_of_energy, share, updates),
         say_instead={"confirmed with limits": INSTEAD, "refuted here": INSTEAD},
     ),
 )

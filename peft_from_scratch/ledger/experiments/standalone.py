@@ -135,13 +135,13 @@ def in_fresh_process(folders: dict[str, Path], scratch: Path) -> dict:
     return json.loads(done.stdout.rpartition("FOUND")[2])
 
 
-def close(found, expected: Tensor) -> bool:
+def close(logits, expected: Tensor) -> bool:
     """Whether these are logits, and the expected ones."""
-    if not isinstance(found, list | Tensor):
+    if not isinstance(logits, list | Tensor):
         return False
-    found = torch.as_tensor(found)
-    return found.shape == expected.shape and bool(
-        torch.allclose(found, expected, atol=CLOSE)
+    logits = torch.as_tensor(logits)
+    return logits.shape == expected.shape and bool(
+        torch.allclose(logits, expected, atol=CLOSE)
     )
 
 
@@ -195,7 +195,7 @@ def _save(model: nn.Module, tokenizer, folder: Path) -> None:
 
 @torch.no_grad()
 def _disturb(model: nn.Module, seed: int) -> None:
-    """What training would do to the bytes: every weight a little off."""
+    """Small changes to every weight, as training would make them."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         parameter.mul_(1 + 1e-2 * torch.randn_like(parameter))
@@ -214,10 +214,10 @@ def _sizes(folder: Path, name: str) -> list[int]:
     return [_size(copy) for copy in sorted(folder.glob(f"{name}-*"))]
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """How many of the checks failed."""
-    (run,) = found
-    failed = sum(not held for held in run.result["checks"].values())
+    (run,) = all_runs
+    failed = sum(not passed for passed in run.result["checks"].values())
     return Measured(failed, failed, failed, seeds=())
 
 
@@ -242,6 +242,5 @@ CLAIMS = (
         ),
         configs=lambda scale: [config(scale)],
         measured=measured,
-        measuring=(in_fresh_process, close),
     ),
 )

@@ -124,10 +124,10 @@ def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _train(model, rows, config) -> tuple[list[float], float]:
-    """(loss of each step, largest |gradient| of all): AdamW, and nothing that refuses.
+    """(loss of each step, largest |gradient| of all), by AdamW without any checks.
 
-    train() stops after three steps that move nothing, as both-zero's do. Here that is
-    what is to be seen.
+    The library's train() stops after three steps that move nothing. The steps of
+    both-zero move nothing, and this experiment has to show it.
     """
     recipe = TrainConfig(steps=config["steps"], batch=config["batch"], lr=config["lr"],
                     seed=config["seed"])  # fmt: skip
@@ -161,13 +161,15 @@ def configs(scale: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def measured(found: Sequence[Run]) -> Measured:
+def measured(all_runs: Sequence[Run]) -> Measured:
     """Largest logit difference of the method's own start, over all seeds.
 
     Invalid unless the controls show that the measurement can tell: both-random must
     start elsewhere, and both-zero must never learn.
     """
-    starts = {name: [r for r in found if r.config["start"] == name] for name in STARTS}
+    starts = {
+        name: [r for r in all_runs if r.config["start"] == name] for name in STARTS
+    }
     if not all(run.result["logit_difference"] > 0 for run in starts["both-random"]):
         raise Invalid("both-random starts at the pretrained weights: not measured")
     for run in starts["both-zero"]:
@@ -199,6 +201,5 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        measuring=(logits, largest_difference, begin),
     ),
 )
