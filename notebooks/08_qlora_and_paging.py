@@ -51,9 +51,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import bit_costs, block_picture, curves, finetune
-from peft_from_scratch.course import intervals, ledger, meter, one_gpu, page_picture
-from peft_from_scratch.course import paging, quiet_transformers, runs, spectrum
+from peft_from_scratch.course import bit_costs, block_picture, counting, curves
+from peft_from_scratch.course import finetune, formulas, intervals, ledger, one_gpu
+from peft_from_scratch.course import page_picture, paging, quiet_transformers, runs
+from peft_from_scratch.course import spectrum
 from peft_from_scratch.course.checks import qlora_and_paging as checks
 
 # %% [markdown]
@@ -223,7 +224,7 @@ for kind, size in bit_costs.held(qlora.model).items():
 layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
 print(f"bitsandbytes: 1536 x 576 = {1536 * 576:,}; numel() is {layer.weight.numel():,}")
 plain = sum(p.numel() for p in qlora.model.parameters())
-true = meter.count(qlora.model)
+true = counting.count(qlora.model)
 print(
     f"{true.trainable:,} train, of {plain:,} by the plain sum, of {true.total:,} truly"
 )
@@ -549,7 +550,7 @@ with torch.no_grad():
 # %%
 model, _ = pfs.load_model("tiny", device="cpu")
 pfs.full.inject(model)
-states = meter.adamw_bytes(model.num_parameters(), 0)
+states = formulas.adamw_bytes(model.num_parameters(), 0)
 print("tokens   forward and backward   with the states of AdamW")
 for tokens in (32, 64, 128, 192):
     held = paging.learn_bytes(model, torch.randint(5, 1000, (1, tokens)))

@@ -341,8 +341,8 @@ BUGS = {
     ),
     "the base stays in full": Bug(
         finetune.transplant,
-        "qlora.inject",
-        "lora.inject",
+        "_QLORA.injected",
+        "_LORA.injected",
         a_moved_lora_is_the_same_adapter_on_four_bits,
     ),
     "adapters counted as weights": Bug(

@@ -209,7 +209,7 @@ def a_split_that_fails_halfway_leaves_no_trace(monkeypatch):
 
     failing = refused(model, "planted", error=MemoryError)
     with monkeypatch.context() as patched, failing:
-        patched.setattr(PiSSA, "attached", fails_at_the_third)
+        patched.setattr(PiSSA, "on_attach", fails_at_the_third)
         pissa.inject(model, r=2)
 
 

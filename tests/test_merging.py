@@ -708,7 +708,7 @@ BUGS = {
     ),
     "names are written as ends": Bug(
         combining._config,
-        '"|".join(map(exactly, results))',
+        '"|".join(map(exact_regex, results))',
         "list(results)",
         names_that_end_alike_are_told_apart,
     ),

@@ -470,7 +470,7 @@ FILES = {
     ),
     "a failure after the copy leaves the model injected": Bug(
         exchange._undo,
-        "(adapter.detach if None in originals else adapter.remove)(model)",
+        "(adapter.unwrap_adapters if None in originals else adapter.remove)(model)",
         "pass",
         hostile.a_failure_after_the_copy_leaves_no_trace,
     ),

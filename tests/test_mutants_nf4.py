@@ -430,8 +430,8 @@ QLORA = {
     ),
     "quantized before the arguments are tried": Bug(
         qlora.plan,
-        "model, bits = adapter.bare(model), None",
-        "quantize_model(model); model, bits = adapter.bare(model), None",
+        "model, bits = adapter.unwrap_compiled(model), None",
+        "quantize_model(model); model, bits = adapter.unwrap_compiled(model), None",
         behind("r=0"),
     ),
     "trying takes random numbers": Bug(

@@ -271,7 +271,7 @@ def test_an_interruption_at_any_step_leaves_nothing_behind(cache, monkeypatch, s
 KILLED = """
 import os, signal, sys
 from dataclasses import replace
-from peft_from_scratch import smollm2
+from peft_from_scratch.models import smollm2
 
 def die(gguf, new, advance):
     (new / "model.safetensors").write_bytes(b"half")

@@ -23,7 +23,8 @@ MODULES = {  # room -> modules of it that lessons use
         *("formats", "fusing", "latency", "one_gpu", "paging", "rank_and_place"),
         *("scaling", "spectrum", "standalone", "starts"),
     ),
-    "memory": ("meta_model", "meter"),
+    "core": ("counting",),
+    "memory": ("formulas", "meta_model", "meter"),
     "models": ("minilm",),
     "plotting": ("curves", "roofline"),
 }
