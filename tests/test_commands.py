@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
-from peft_from_scratch import __main__ as command_line
-from peft_from_scratch.__main__ import main
-from peft_from_scratch.cli import chat, commands, doctor
+from peft_from_scratch.cli import chat, command_line, commands, doctor
+from peft_from_scratch.cli.command_line import main
 from peft_from_scratch.comparison import compare, report
 from peft_from_scratch.comparison.candidates import CANDIDATES
 from peft_from_scratch.comparison.plan import Plan
@@ -592,7 +591,7 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 
 def test_names_written_out_for_the_parser_are_the_librarys():
     assert command_line.TEMPLATES == templates.TEMPLATES
-    assert command_line.SCALES == BASES
+    assert command_line.BASES == BASES
 
 
 def test_the_parser_knows_every_method_and_every_candidate(capsys):
@@ -610,15 +609,12 @@ def test_what_can_be_trained_can_be_saved():
 
 
 def test_parsing_imports_nothing_heavy():
-    """The command line's own file and the tables that it reads; the package's
-    `__init__`, which `python -m` runs before, is left out by an empty stand-in."""
     code = (
-        "import sys, types; package = types.ModuleType('peft_from_scratch');"
-        "package.__path__ = sys.argv[1:]; sys.modules[package.__name__] = package;"
-        "from peft_from_scratch import __main__; __main__.parser();"
+        "import sys; from peft_from_scratch.cli import command_line;"
+        "command_line.parser();"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'};"
         "print(heavy & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, str(Path(command_line.__file__).parent)]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

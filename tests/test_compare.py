@@ -282,7 +282,7 @@ def test_every_file_that_measuring_loads_counts():
     names = {str(file.relative_to(PACKAGE)) for file in counted}
     assert {f"methods/{method.name}.py" for method in METHODS} <= names
     assert any("world" in name for name in names)  # far down, below a task
-    showing = ("plotting", "checks", "experiments", "__main__")
+    showing = ("plotting", "course", "ledger", "cli", "__main__")
     showing += ("comparison/columns", "comparison/figures", "comparison/report")
     assert not [name for name in names if name.startswith(showing)]
     bug = "names = node.module.split"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import assert_caught, law
 
-from peft_from_scratch import __main__ as command_line
+from peft_from_scratch.cli import command_line
 from peft_from_scratch.ledger import experiments, runs
 from peft_from_scratch.ledger import verdicts as ledger
 from peft_from_scratch.ledger.claim import (
@@ -371,4 +371,4 @@ def test_the_command_makes_missing_runs(capsys, tmp_path, monkeypatch):
 def test_the_command_line_names_the_scales_of_the_library():
     from peft_from_scratch.ledger.claim import BASES
 
-    assert command_line.SCALES == BASES
+    assert command_line.BASES == BASES

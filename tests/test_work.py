@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from planting import assert_caught
 
-from peft_from_scratch.__main__ import main
+from peft_from_scratch.cli.command_line import main
 from peft_from_scratch.common import atomic
 from peft_from_scratch.course import exercises
 from peft_from_scratch.course.exercises import blank, blanked, grading
