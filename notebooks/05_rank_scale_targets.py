@@ -48,7 +48,14 @@ from torch.nn import functional as F
 
 import peft_from_scratch as pfs
 from peft_from_scratch.course import adapters, curves, finetune, ledger, over_seeds
-from peft_from_scratch.course import paired, rank_and_place, runs, scaling, starts
+from peft_from_scratch.course import (
+    paired,
+    rank_and_place,
+    rates,
+    runs,
+    scaling,
+    starts,
+)
 from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]
@@ -350,7 +357,7 @@ for method in scaling.ALPHA:
     for r in scaling.RANKS:
         own = [x for x in moved if runs.matches(x, method=method, r=r, seed=0)]
         losses = {x.config["lr"]: x.result["validation_loss"] for x in own}
-        bests[method, r] = scaling.best_inside(losses)
+        bests[method, r] = rates.best_inside(losses)
         shown = "  ".join(f"{lr:g}: {losses[lr]:.2f}" for lr in sorted(losses))
         print(f"{method:6} rank {r:2}, validation loss by rate: {shown}")
 

@@ -51,7 +51,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import bit_costs, block_picture, counting, curves
+from peft_from_scratch.course import bit_costs, block_picture, count, curves
 from peft_from_scratch.course import finetune, formulas, intervals, ledger, one_gpu
 from peft_from_scratch.course import page_picture, paging, quiet_transformers, runs
 from peft_from_scratch.course import spectrum
@@ -224,7 +224,7 @@ for kind, size in bit_costs.held(qlora.model).items():
 layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
 print(f"bitsandbytes: 1536 x 576 = {1536 * 576:,}; numel() is {layer.weight.numel():,}")
 plain = sum(p.numel() for p in qlora.model.parameters())
-true = counting.count(qlora.model)
+true = count(qlora.model)
 print(
     f"{true.trainable:,} train, of {plain:,} by the plain sum, of {true.total:,} truly"
 )
@@ -678,8 +678,8 @@ for slots in (1, 2, 4, 6, 8, 10, 12, 14, 16):
     optimizer, weights = run_paged(lambda p, o=bytes_: pfs.PagedAdamW(p, **o))
     assert torch.equal(weights, exact)  # every bit, at every budget
     found = page_picture.faults(slots, [*range(16)] * 20), optimizer.counters.faults
-    for rows, count in zip(dial.values(), found, strict=True):
-        rows.append((100 * slots / 16, 100 * count / (16 * 20)))
+    for rows, met in zip(dial.values(), found, strict=True):
+        rows.append((100 * slots / 16, 100 * met / (16 * 20)))
 
 # %%
 figure = curves.lines(

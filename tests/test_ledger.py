@@ -271,9 +271,9 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
 
 def test_importing_the_ledger_imports_no_experiment():
     code = (
-        "import sys; from peft_from_scratch import experiments, ledger;"
+        "import sys; from peft_from_scratch.ledger import experiments, verdicts;"
         "known = [n for n in sys.modules if n.startswith(experiments.__name__ + '.')];"
-        "assert not known, known; assert 'L1' in ledger.CLAIMS and ledger.claims()"
+        "assert not known, known; assert 'L1' in verdicts.CLAIMS and verdicts.claims()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=runs.provenance.ROOT)
 
