@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def section(page: str) -> str:
 
 
 def followed(folder: Path, places: list[re.Match]) -> None:
-    """The code of each place, as a new file or at the end of a table."""
+    """The code of each place, as a new file or as a row at the end of a table."""
     for place in places:
         file, code = folder / place["path"], place["code"]
         if place["table"]:
@@ -98,7 +99,7 @@ def with_row(source: str, table: str, row: str) -> str:
         if isinstance(node, ast.Assign) and node.targets[0].id == table
     ]
     lines = source.splitlines(keepends=True)
-    lines.insert(node.end_lineno - 1, row)
+    lines.insert(node.end_lineno - 1, textwrap.indent(f"{row.rstrip()},\n", " " * 4))
     return "".join(lines)
 
 
