@@ -72,9 +72,10 @@ bench: $(MODEL) ## the benchmarks: ratios, measured side by side
 	    $(BIN)/python "$$file" $(ARGS); \
 	done
 
-lint: $(READY) ## ruff: the rules and the format
+lint: $(READY) ## the rules and the format (ruff), the walls between rooms (import-linter)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 lock: $(READY) ## newest versions within the ranges, into constraints.txt
 	@echo 'Resolving for the oldest Python that is supported …'
@@ -108,6 +109,6 @@ $(READY): pyproject.toml constraints.txt
 
 $(MODEL): $(READY)
 	@echo 'Set-up, once: the base model, SmolLM2-135M-Instruct.'
-	@$(BIN)/python -c 'from peft_from_scratch import models; models.prepare()'
+	@$(BIN)/python -c 'from peft_from_scratch.models import load; load.prepare()'
 	@echo 'Set-up is done.'
 	@touch $@

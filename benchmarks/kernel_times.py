@@ -29,15 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_from_scratch import kernels, nf4, reference
-from peft_from_scratch.atomic import new_file
+from peft_from_scratch import kernels, nf4
+from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.common.marks import between_marks
+from peft_from_scratch.common.progress import bar
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.comparison import reference
 from peft_from_scratch.kernels import language, lora
 from peft_from_scratch.kernels.gather import gather_spec
 from peft_from_scratch.kernels.language import Tiles
-from peft_from_scratch.kernels.page import markdown
-from peft_from_scratch.progress import bar
-from peft_from_scratch.provenance import package_version, provenance
-from peft_from_scratch.readme import between_marks
+from tools.kernels_page import markdown
 
 RANK, SCALE, SEED = 16, 2.0, 0
 DTYPE, GPU = torch.bfloat16, torch.device("cuda")

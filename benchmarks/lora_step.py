@@ -11,7 +11,7 @@ Between the two ends stand two variants that show where the gain comes from:
 
     peft                         model(**batch).loss, torch.optim.AdamW as it comes
     peft, our loss               logits at labelled positions only, no mask (loss.py)
-    peft, our loss, fused AdamW  and the optimizer of train.py
+    peft, our loss, fused AdamW  and the optimizer of training/
     ours                         and LoRA as one autograd function (methods/lora.py)
 """
 
@@ -27,12 +27,13 @@ from side_by_side import WARM_UP, Laps, Times
 from torch import Tensor, nn
 
 from peft_from_scratch import load_model, lora, trainable
-from peft_from_scratch.loss import Row, accumulate_gradients, batch_of
-from peft_from_scratch.provenance import package_version, provenance
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.tasks import Task, load_task
-from peft_from_scratch.templates import collate, encode_rows
-from peft_from_scratch.train import train
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.tasks.task import Task, load_task
+from peft_from_scratch.tasks.templates import encode_rows
+from peft_from_scratch.training.batch import Row, batch_of, collate
+from peft_from_scratch.training.config import TrainConfig
+from peft_from_scratch.training.loop import train
+from peft_from_scratch.training.loss import accumulate_gradients
 
 RANK, ALPHA, ROWS, SEED = 8, 16, 8, 0
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
@@ -117,7 +118,7 @@ def check_equal_work(sides: Sides) -> dict[str, float]:
     return apart
 
 
-def steps_of_peft(sides: Sides, recipe: Recipe) -> dict[str, Callable[[], None]]:
+def steps_of_peft(sides: Sides, recipe: TrainConfig) -> dict[str, Callable[[], None]]:
     """The plain use of PEFT first, then the variants, each with its own optimizer."""
     parameters = list(sides.their_parameters().values())
     inner = sides.theirs.get_base_model()  # what takes logits_to_keep
@@ -148,7 +149,7 @@ def steps_of_peft(sides: Sides, recipe: Recipe) -> dict[str, Callable[[], None]]
     }
 
 
-def take_turns(sides: Sides, tokenizer, task: Task, recipe: Recipe) -> Times:
+def take_turns(sides: Sides, tokenizer, task: Task, recipe: TrainConfig) -> Times:
     """The times of every counted round, ours last.
 
     Our side is `train` as it ships: the others run between two of its steps.
@@ -186,7 +187,7 @@ def measure(base: str, rounds: int) -> dict:
     load = side_by_side.load()
     task = load_task("orders", seed=SEED)
     task = replace(task, train=task.train.select(range(ROWS)))  # each step's batch
-    recipe = Recipe(steps=WARM_UP + rounds, batch=ROWS, seed=SEED, template="chat")
+    recipe = TrainConfig(steps=WARM_UP + rounds, batch=ROWS, seed=SEED, template="chat")
     sides, tokenizer = set_up(base, task)
     apart = check_equal_work(sides)
     times = take_turns(sides, tokenizer, task, recipe)

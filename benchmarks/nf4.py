@@ -13,8 +13,9 @@ import sys
 import side_by_side
 import torch
 
-from peft_from_scratch import nf4, reference
-from peft_from_scratch.provenance import package_version, provenance
+from peft_from_scratch import nf4
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.comparison import reference
 
 SEED, BLOCK = 0, 64
 TARGETS = {"quantize": 1.0, "dequantize": 2.0}  # of bitsandbytes' time, at most

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from peft_from_scratch import PagedAdamW
-from peft_from_scratch.provenance import provenance
+from peft_from_scratch.common.provenance import provenance
 
 SEED, SIDE = 0, 1024
 FIRST, EXACT = "torch, foreach", "torch, plain"

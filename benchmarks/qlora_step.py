@@ -9,7 +9,7 @@ Three models with equal adapters train on the same rows in float32:
     QLoRA                   ours
 
 The latter two are checked first to compute the same loss and gradients. Bytes are
-counted, tensor by tensor (budget.py), not read from the system: the same in every run.
+counted, tensor by tensor (memory/), not read from the system: the same in every run.
 The resident set that the system reports stands beside them, each in a process of its
 own. side_by_side.py has the clocks and the ratios.
 """
@@ -23,13 +23,15 @@ import side_by_side
 import torch
 from torch import nn
 
-from peft_from_scratch import load_model, lora, qlora, reference, trainable
-from peft_from_scratch.loss import accumulate_gradients, batch_of
-from peft_from_scratch.provenance import package_version, provenance
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.templates import encode_rows
-from peft_from_scratch.train import measured_step
+from peft_from_scratch import load_model, lora, qlora, trainable
+from peft_from_scratch.common.provenance import package_version, provenance
+from peft_from_scratch.comparison import reference
+from peft_from_scratch.memory.meter import measured_step
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.tasks.templates import encode_rows
+from peft_from_scratch.training.batch import batch_of
+from peft_from_scratch.training.config import TrainConfig
+from peft_from_scratch.training.loss import accumulate_gradients
 
 ROWS, SEED = 8, 0
 FULL, THEIRS, OURS = "LoRA", "QLoRA on bitsandbytes", "QLoRA"
@@ -59,7 +61,7 @@ def injected(base: str, name: str):
     task = load_task("orders", seed=SEED)
     task = replace(task, train=task.train.select(range(ROWS)))
     template = "chat" if tokenizer.chat_template else "raw"
-    recipe = Recipe(steps=1, batch=ROWS, template=template)
+    recipe = TrainConfig(steps=1, batch=ROWS, template=template)
     return model.train(), tokenizer, task, recipe
 
 
@@ -69,7 +71,7 @@ def one_step(base: str, name: str) -> None:
 
 
 def step_of(model: nn.Module, batch):
-    """A training step as train.py makes it: loss, gradients, clipping, AdamW."""
+    """A training step as in training/loop.py: loss, gradients, clipping, AdamW."""
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
 

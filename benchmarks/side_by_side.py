@@ -15,8 +15,8 @@ from statistics import median
 
 import torch
 
-from peft_from_scratch.atomic import new_file
-from peft_from_scratch.timing import synchronize
+from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.comparison.timing import synchronize
 
 WARM_UP = 3  # rounds that are not counted
 FEWEST = 7  # counted rounds

@@ -32,7 +32,7 @@
 # and leave out the others.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("00")
 
@@ -68,13 +68,11 @@ from pathlib import Path
 
 import torch
 
-from peft_from_scratch import curves, figures, findings, merge, provenance, trainable
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import start_here as checks
-from peft_from_scratch.evaluate import answer_rows, wilson
-from peft_from_scratch.generation import left_pad
-from peft_from_scratch.pretrained import quiet_transformers
-from peft_from_scratch.templates import encode_prompt
+from peft_from_scratch import merge, trainable
+from peft_from_scratch.course import answer_rows, block_picture, curves, encode_prompt
+from peft_from_scratch.course import figures, findings, left_pad, provenance
+from peft_from_scratch.course import quiet_transformers, wilson
+from peft_from_scratch.course.checks import start_here as checks
 
 shipped = provenance.ROOT / "data" / "results" / "compare.json"
 compared = json.loads(shipped.read_text("utf-8"))
@@ -108,9 +106,9 @@ print("LoRA:     ", tuned["answer"])
 
 # %%
 from peft_from_scratch import load_model, lora, save  # line 1
-from peft_from_scratch.recipe import Recipe  # line 2
-from peft_from_scratch.tasks import load_task  # line 3
-from peft_from_scratch.train import train  # line 4
+from peft_from_scratch.course import TrainConfig  # line 2
+from peft_from_scratch.course import load_task  # line 3
+from peft_from_scratch.course import train  # line 4
 
 # %% [markdown]
 # Line 5 loads the model: SmolLM2-135M-Instruct, unless you asked for another one. A
@@ -357,7 +355,7 @@ checks.lora_count(my_count)
 
 # %%
 W0_then = first.base.weight.clone()
-recipe = Recipe(steps=16, batch=4, lr=3e-3)  # line 8
+recipe = TrainConfig(steps=16, batch=4, lr=3e-3)  # line 8
 history = train(model, tokenizer, task, recipe)  # line 9
 
 # %%
@@ -861,9 +859,10 @@ lesson.receipt()
 # - **Change one thing and run again**: `r`, `steps` or `lr`. Guess first.
 # - **The comparison.** `make compare` trains every method on one job, with intervals,
 #   and writes a page.
-# - **The code**, written to be read: [the contract](../peft_from_scratch/adapter.py),
+# - **The code**, written to be read: [the
+#   contract](../peft_from_scratch/core/adapter.py),
 #   [LoRA](../peft_from_scratch/methods/lora.py), [the training
-#   loop](../peft_from_scratch/train.py).
+#   loop](../peft_from_scratch/training/loop.py).
 # - Hu and others, [LoRA: Low-Rank Adaptation of Large Language
 #   Models](https://arxiv.org/abs/2106.09685).
 # - Brown, Cai and DasGupta, [Interval estimation for a binomial

@@ -33,7 +33,7 @@
 # read the verdict on claim F1.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("01")
 
@@ -45,11 +45,10 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ghost, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import full_fine_tuning as checks
-from peft_from_scratch.experiments import bill, data_size, finetune, standalone
-from peft_from_scratch.experiments.intervals import over_seeds, paired
+from peft_from_scratch.course import bill, block_picture, curves, data_size, finetune
+from peft_from_scratch.course import ledger, meta_model, over_seeds, paired, runs
+from peft_from_scratch.course import standalone
+from peft_from_scratch.course.checks import full_fine_tuning as checks
 
 # %% [markdown]
 # ## The result first
@@ -614,12 +613,12 @@ lesson.verdict("F1")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-small = ghost.ghost(config)
+small = meta_model.ghost(config)
 pfs.full.inject(small)
 reals = {4: counts["mixed"]["bytes"]}
 reals |= {512: held} if lesson.base == "smollm2" else {}
 for length, real in reals.items():
-    counted = ghost.bill(small, "mixed", length=length)
+    counted = meta_model.bill(small, "mixed", length=length)
     off = max(abs(counted[row] / real[row] - 1) for row in real)
     print(f"{length:4} tokens: every row of the bill agrees to 1 %:", off < 0.01)
 
@@ -634,10 +633,10 @@ shape = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008)
 layers = dict(num_hidden_layers=32, num_attention_heads=32)
 bills = {}
 for method, name in ((pfs.full, "full"), (pfs.lora, "LoRA")):
-    seven = ghost.ghost(LlamaConfig(**shape, **layers, tie_word_embeddings=False))
+    seven = meta_model.ghost(LlamaConfig(**shape, **layers, tie_word_embeddings=False))
     method.inject(seven)
     for length in (1024, 16_384):
-        bills[length, name] = ghost.bill(seven, "mixed", length=length)
+        bills[length, name] = meta_model.bill(seven, "mixed", length=length)
 print(f"{seven.num_parameters():,} numbers, LoRA's included")
 
 # %%
@@ -1032,6 +1031,6 @@ lesson.receipt()
 #   and how to spread them over many cards. Notebook 02 does it.
 # - The averaged averages, as transformers repaired them: [pull request
 #   34191](https://github.com/huggingface/transformers/pull/34191).
-# - [The library's loss](../peft_from_scratch/loss.py), [the
-#   counter](../peft_from_scratch/budget.py), [the
-#   ghost](../peft_from_scratch/ghost.py): short, and written to be read.
+# - [The library's loss](../peft_from_scratch/training/loss.py), [the
+#   counter](../peft_from_scratch/memory/meter.py), [the
+#   ghost](../peft_from_scratch/memory/meta_model.py): short, and written to be read.

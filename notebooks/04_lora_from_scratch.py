@@ -33,7 +33,7 @@
 # read the verdict on claim L1.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("04")
 
@@ -45,10 +45,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import lora_from_scratch as checks
-from peft_from_scratch.experiments import counting, finetune, spectrum, starts
+from peft_from_scratch.course import block_picture, counting, curves, finetune, ledger
+from peft_from_scratch.course import runs, spectrum, starts
+from peft_from_scratch.course.checks import lora_from_scratch as checks
 
 # %% [markdown]
 # ## The result first
@@ -504,7 +503,7 @@ for step in range(10):
 
 # %%
 asked = task.test.select(range(2))
-found = pfs.evaluate.answer_rows(model, tokenizer, task, asked, template="chat")
+found = pfs.evaluation.answer_rows(model, tokenizer, task, asked, template="chat")
 for answer, right in zip(found.answers, found.correct, strict=True):
     print("right:" if right else "wrong:", answer)
 

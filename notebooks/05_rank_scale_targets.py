@@ -32,7 +32,7 @@
 # read the verdict on claim L3.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("05")
 
@@ -47,11 +47,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.checks import rank_scale_targets as checks
-from peft_from_scratch.experiments import finetune, rank_and_place, scaling, starts
-from peft_from_scratch.experiments.intervals import over_seeds, paired
+from peft_from_scratch.course import adapters, curves, finetune, ledger, over_seeds
+from peft_from_scratch.course import (
+    paired,
+    rank_and_place,
+    rates,
+    runs,
+    scaling,
+    starts,
+)
+from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]
 # ## The result first
@@ -352,7 +357,7 @@ for method in scaling.ALPHA:
     for r in scaling.RANKS:
         own = [x for x in moved if runs.matches(x, method=method, r=r, seed=0)]
         losses = {x.config["lr"]: x.result["validation_loss"] for x in own}
-        bests[method, r] = scaling.best_inside(losses)
+        bests[method, r] = rates.best_inside(losses)
         shown = "  ".join(f"{lr:g}: {losses[lr]:.2f}" for lr in sorted(losses))
         print(f"{method:6} rank {r:2}, validation loss by rate: {shown}")
 

@@ -32,7 +32,7 @@
 # read the verdict on claim Q3.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("07")
 
@@ -46,11 +46,10 @@ import torch
 import torch.nn.functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch import code_books, curves, ledger, minilm, nf4, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import four_bits as checks
-from peft_from_scratch.experiments import constants, formats
-from peft_from_scratch.experiments.intervals import over_seeds
+from peft_from_scratch import nf4
+from peft_from_scratch.course import block_picture, code_books, constants, curves
+from peft_from_scratch.course import formats, ledger, minilm, over_seeds, runs
+from peft_from_scratch.course.checks import four_bits as checks
 
 # %% [markdown]
 # ## The result first
@@ -65,7 +64,7 @@ task = pfs.tasks.load_task("orders")
 shots = [(r["prompt"], r["completion"]) for r in task.train.select(range(5))]
 asked = task.test.select(range(3))
 ask = dict(rows=asked, template="chat", examples=shots)
-found = pfs.evaluate.answer_rows(model, tokenizer, task, **ask)
+found = pfs.evaluation.answer_rows(model, tokenizer, task, **ask)
 for row, answer in zip(asked, found.answers, strict=True):
     print(f"sentence: {row['prompt']}\nanswer:   {answer}")
 
@@ -82,7 +81,7 @@ print(f"in 32 bits: {4 * n / 1e6:6.1f} MB; in 16 bits: {2 * n / 1e6:.1f} MB")
 print(f"held now:   {held / 1e6:6.1f} MB, {8 * held / n:.3f} bits a weight")
 rest = sum(p.numel() for p in model.parameters())
 print(f"embeddings and norms stay as they were: {rest:,} weights\n")
-print(*pfs.evaluate.answer_rows(model, tokenizer, task, **ask).answers, sep="\n")
+print(*pfs.evaluation.answer_rows(model, tokenizer, task, **ask).answers, sep="\n")
 
 # %% [markdown]
 # Each weight kept little more than an eighth of its bits, and the model still follows

@@ -34,7 +34,7 @@
 # read the verdict on claim Q4b.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("08")
 
@@ -51,11 +51,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import bit_costs, budget, curves, ledger, page_picture, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import qlora_and_paging as checks
-from peft_from_scratch.experiments import finetune, intervals, one_gpu, paging, spectrum
-from peft_from_scratch.pretrained import quiet_transformers
+from peft_from_scratch.course import bit_costs, block_picture, count, curves
+from peft_from_scratch.course import finetune, formulas, intervals, ledger, one_gpu
+from peft_from_scratch.course import page_picture, paging, quiet_transformers, runs
+from peft_from_scratch.course import spectrum
+from peft_from_scratch.course.checks import qlora_and_paging as checks
 
 # %% [markdown]
 # ## The result first
@@ -224,7 +224,7 @@ for kind, size in bit_costs.held(qlora.model).items():
 layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
 print(f"bitsandbytes: 1536 x 576 = {1536 * 576:,}; numel() is {layer.weight.numel():,}")
 plain = sum(p.numel() for p in qlora.model.parameters())
-true = budget.count(qlora.model)
+true = count(qlora.model)
 print(
     f"{true.trainable:,} train, of {plain:,} by the plain sum, of {true.total:,} truly"
 )
@@ -550,7 +550,7 @@ with torch.no_grad():
 # %%
 model, _ = pfs.load_model("tiny", device="cpu")
 pfs.full.inject(model)
-states = budget.adamw_bytes(model.num_parameters(), 0)
+states = formulas.adamw_bytes(model.num_parameters(), 0)
 print("tokens   forward and backward   with the states of AdamW")
 for tokens in (32, 64, 128, 192):
     held = paging.learn_bytes(model, torch.randint(5, 1000, (1, tokens)))
@@ -678,8 +678,8 @@ for slots in (1, 2, 4, 6, 8, 10, 12, 14, 16):
     optimizer, weights = run_paged(lambda p, o=bytes_: pfs.PagedAdamW(p, **o))
     assert torch.equal(weights, exact)  # every bit, at every budget
     found = page_picture.faults(slots, [*range(16)] * 20), optimizer.counters.faults
-    for rows, count in zip(dial.values(), found, strict=True):
-        rows.append((100 * slots / 16, 100 * count / (16 * 20)))
+    for rows, met in zip(dial.values(), found, strict=True):
+        rows.append((100 * slots / 16, 100 * met / (16 * 20)))
 
 # %%
 figure = curves.lines(

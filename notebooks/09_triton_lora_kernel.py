@@ -38,7 +38,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read at import: run kernels without a GPU
 
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("09")
 
@@ -53,10 +53,9 @@ import triton.language as tl
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import ledger, runs
-from peft_from_scratch.checks import triton_lora_kernel as checks
-from peft_from_scratch.experiments import fusing
-from peft_from_scratch.kernels import access_picture, lora_linear, roofline, targets
+from peft_from_scratch.course import access_picture, fusing, ledger, roofline, runs
+from peft_from_scratch.course.checks import triton_lora_kernel as checks
+from peft_from_scratch.kernels import gpu_targets, lora_linear
 from peft_from_scratch.kernels.language import (
     Tiles,
     dot,
@@ -694,7 +693,7 @@ assert again
 # small part of what it could. Here is the fused product in `bf16`, at rank eight:
 
 # %%
-rows = json.loads(targets.RESULT.read_text("utf-8"))["rows"]
+rows = json.loads(gpu_targets.RESULT.read_text("utf-8"))["rows"]
 case = "lora 4096 x 4096 -> 4096, r 8, bf16"
 fused = next(row for row in rows if case in row["cases"])
 for name, made in fused["targets"].items():

@@ -33,7 +33,7 @@
 # read the verdict on claim A1.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("10")
 
@@ -47,11 +47,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import bottleneck_adapters as checks
-from peft_from_scratch.experiments import challengers, finetune, intervals, latency
-from peft_from_scratch.timing import step_seconds
+from peft_from_scratch.course import block_picture, challengers, curves, finetune
+from peft_from_scratch.course import intervals, latency, ledger, runs, step_seconds
+from peft_from_scratch.course.checks import bottleneck_adapters as checks
 
 # %% [markdown]
 # ## The result first

@@ -33,7 +33,7 @@
 # read the verdict on claim T3.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("11")
 
@@ -48,11 +48,10 @@ import torch
 import torch.nn.functional as F
 
 import peft_from_scratch as pfs
-from peft_from_scratch import curves, ledger, provenance, runs
-from peft_from_scratch.block import block_picture
-from peft_from_scratch.checks import prefix_and_prompt as checks
-from peft_from_scratch.experiments import challengers, counting, finetune
-from peft_from_scratch.experiments.intervals import mean_of, nested_bootstrap, paired
+from peft_from_scratch.course import block_picture, challengers, counting, curves
+from peft_from_scratch.course import finetune, ledger, mean_of, nested_bootstrap, paired
+from peft_from_scratch.course import provenance, runs
+from peft_from_scratch.course.checks import prefix_and_prompt as checks
 
 # %% [markdown]
 # ## The result first

@@ -29,9 +29,9 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from rules import RULES, START, TEXT_RULES, WIDGET, agrees, broken, cells
 
-from peft_from_scratch import cards, exercises
-from peft_from_scratch.atomic import new_file
-from peft_from_scratch.provenance import digest
+from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.common.digest import digest
+from peft_from_scratch.course import cards, exercises
 
 FOLDER = Path(__file__).parent
 TEXTS = "[0-9][0-9]_*.py"
@@ -48,7 +48,7 @@ LANGUAGE = {  # without the version, which differs between machines
 }
 ASK = """\
 import dataclasses as _d, json as _j
-from peft_from_scratch import cards as _c, lesson as _l
+from peft_from_scratch.course import cards as _c, lesson as _l
 print(_j.dumps(_l.current and _d.asdict(_l.current.bill())))
 """
 TELL = "_l.current.card = _c.Card(**_j.loads({!r}))\n"

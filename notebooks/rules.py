@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import nbformat
 
-from peft_from_scratch import ledger
-from peft_from_scratch.exercises import SOLUTION, blanked, exercises, tags
+from peft_from_scratch.course.exercises import SOLUTION, blanked, exercises, tags
+from peft_from_scratch.ledger import verdicts as ledger
 
 LARGEST = 500_000  # bytes
 LONGEST_LINE, LONGEST_CELL, MOST_CODE = 88, 25, 350  # characters, lines, lines

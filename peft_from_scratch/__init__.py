@@ -1,51 +1,50 @@
 """Parameter-efficient fine-tuning, from scratch, to be read.
 
-Reading order: adapter.py (the contract), methods/lora.py (the method everyone uses),
-methods/full.py (what it is measured against), the other methods (`ls methods` is the
-syllabus), nf4/ before qlora.py, trunk.py before prompt.py and prefix.py, exchange.py
-(the file format), train.py (one plain loop), paged/ (its optimizer, within a budget of
-bytes), evaluate.py, compare.py (the main job), kernels/ (LoRA's product on a GPU).
+The package is a house with rooms. No import runs up this list (`make lint` holds it):
+
+    common/      files that appear whole, checks of arguments, statistics, progress
+    core/        the contract: adapters, targets, the decoder; inject, merge, remove
+    nf4/  paged/      four-bit weights; AdamW within a budget of bytes
+    methods/  kernels/    one file a method; LoRA's product in Triton
+    files/  plotting/     adapters and quantized models on disk; figures
+    models/  tasks/       base models; what is learned, and what counts as right
+    training/    one plain loop, generation, evaluation
+    memory/      bytes, counted and measured
+    comparison/  the main job: every method on one task
+    ledger/      the claims, their experiments, their verdicts
+    course/      lessons, exercises and their checks
+    cli/         the command line
+
+Reading order: core/adapter.py (the contract), methods/lora.py (the method everyone
+uses), methods/full.py (what it is measured against), the other methods (`ls methods` is
+the syllabus), nf4/ before methods/qlora.py, core/decoder.py before methods/prompt.py
+and prefix.py, files/ (the file format), training/loop.py (one plain loop), paged/ (its
+optimizer, within a budget of bytes), comparison/ (the main job), kernels/.
+
+Nothing is imported before it is used: `import peft_from_scratch` takes milliseconds.
 """
 
-from . import kernels, nf4
-from .adapter import Adapter, CannotMerge, merge, remove, trainable
-from .exchange import load, save
-from .methods import (
-    bitfit,
-    dora,
-    full,
-    houlsby,
-    ia3,
-    lora,
-    pissa,
-    prefix,
-    prompt,
-    qlora,
-)
-from .models import load_model
-from .paged import PagedAdamW
+from .common import lazy
+from .methods import METHODS
 
 __version__ = "0.1.0"
-__all__ = [
-    "Adapter",
-    "CannotMerge",
-    "PagedAdamW",
-    "bitfit",
-    "dora",
-    "full",
-    "houlsby",
-    "ia3",
-    "kernels",
-    "load",
-    "load_model",
-    "lora",
-    "merge",
-    "nf4",
-    "pissa",
-    "prefix",
-    "prompt",
-    "qlora",
-    "remove",
-    "save",
-    "trainable",
-]
+
+MODULES = {method.name: f"methods.{method.name}" for method in METHODS} | {
+    "evaluation": "training.evaluation",
+    "kernels": "kernels",
+    "loss": "training.loss",
+    "nf4": "nf4",
+    "targets": "core.targets",
+    "tasks": "tasks",
+    "templates": "tasks.templates",
+}
+MEMBERS = lazy.homes(
+    {
+        "core.adapter": ("Adapter", "CannotMerge", "merge", "remove", "trainable"),
+        "files.exchange": ("load", "save"),
+        "models.load": ("load_model",),
+        "paged": ("PagedAdamW",),
+    }
+)
+
+__getattr__, __dir__, __all__ = lazy.names(MODULES, MEMBERS)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
 
 A, B = "lora_A.weight", "lora_B.weight"
 MODULE = "base_model.model.model."

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "notebooks")] * (__name__ == "__main__")
 
 import build
 
-from peft_from_scratch.exercises import blank, exercises, find
+from peft_from_scratch.course.exercises import blank, exercises, find
 
 LATE = "times the"  # of the receipt's warning, in CI
 

@@ -21,7 +21,8 @@ import numpy
 import pytest
 import torch
 
-from peft_from_scratch import load_model, runs
+from peft_from_scratch import load_model
+from peft_from_scratch.ledger import runs
 
 # At import it asks for a package that would fetch kernels from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ from laws import original
 from observe import largest, logits, loss, refused, tokens, train, values
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 
 IDS = [7, 211, 64, 5]
 N = len(IDS)

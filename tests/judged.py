@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from peft_from_scratch import runs
-from peft_from_scratch.ledger import claim, judge
+from peft_from_scratch.ledger import runs
+from peft_from_scratch.ledger.verdicts import claim, judge
 
 
 def judged(id: str, result_of: Callable[[dict], dict], scale: str = "tiny") -> object:

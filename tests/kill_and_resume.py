@@ -28,8 +28,8 @@ from runs import adapted, recipe, run
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from peft_from_scratch.atomic import TEMPORARY
-from peft_from_scratch.checkpoint import checkpoints
+from peft_from_scratch.common.atomic import TEMPORARY
+from peft_from_scratch.training.checkpoint import checkpoints
 
 # Method, architecture: a LoRA with dropout, and a whole model with tied embeddings and
 # dropout of its own. Steps span epochs; checkpoints fall between validations.

@@ -6,7 +6,9 @@ bugs and demands that the law which it names fails.
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from tempfile import TemporaryDirectory
@@ -29,7 +31,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.adapter import adapters
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,51 @@ def every_tensor_moves_after_an_evaluation(method, architecture):
     assert not torch.equal(logits(model.eval()), stale)
 
 
+def plan_of(method, model):
+    """The plan that stands beside the method's inject, of the same arguments."""
+    function = getattr(method.inject, "func", method.inject)
+    arguments = getattr(method.inject, "keywords", {})
+    return sys.modules[function.__module__].plan(model, **arguments)
+
+
+def half_in_training(method, architecture):
+    """A fresh model with its first parameter frozen and one layer in training mode."""
+    model = copy.deepcopy(original(architecture, prepare=method.prepare))
+    next(model.parameters()).requires_grad_(False)
+    next(
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ).train()
+    return model
+
+
+def a_plan_touches_nothing(method, architecture):
+    """Not a bit, a flag, a module or a training mode, even where they are mixed."""
+    model = half_in_training(method, architecture)
+    before, expected = snapshot(model), logits(model)
+    plan_of(method, model)
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+def inject_is_plan_and_apply(method, architecture):
+    models = [half_in_training(method, architecture) for _ in range(2)]
+    torch.manual_seed(7)
+    names = method.inject(models[0])
+    torch.manual_seed(7)
+    assert adapter.apply(models[1], plan_of(method, models[1])) == names
+    one, other = map(everything_about, models)
+    assert_same(one, other)
+
+
+def everything_about(model):
+    """A snapshot that may be compared with another model's."""
+    injection = adapter.injected(model)
+    facts = snapshot(model) | {"record": (injection.method, injection.config)}
+    facts |= {"flags before": injection.requires_grad}
+    facts |= {"originals": injection.originals, "trains": values(model)}
+    return {k: v for k, v in facts.items() if not k.startswith("object ")}
+
+
 def remove_is_exact(method, architecture):
     model = copy.deepcopy(original(architecture, prepare=method.prepare))
     frozen_before = next(model.parameters()).requires_grad_(False)
@@ -142,13 +190,33 @@ def remove_is_exact(method, architecture):
         pfs.remove(model)
 
 
+def disabled_is_the_untouched_model(method, architecture):
+    """Inside the block, and not behind it: an error does not leave the adapters off."""
+    model, untouched = fresh(method, architecture, steps=2)
+    if not method.restores:
+        with refused(model, "keep_original"), adapter.disabled(model):
+            pass
+        return
+    before, adapted = snapshot(model), logits(model)
+    for _ in range(2):
+        with suppress(Stop), adapter.disabled(model):
+            assert torch.equal(logits(model), logits(untouched))
+            raise Stop
+        assert_same(snapshot(model), before)
+        assert torch.equal(logits(model), adapted)
+
+
+class Stop(Exception):
+    """What ends a block early."""
+
+
 def mode_is_kept_and_changes_nothing(method, architecture):
     model = copy.deepcopy(original(architecture, prepare=method.prepare))
-    layer = next(name for name, _ in model.named_modules() if name.endswith(".1"))
-    model.get_submodule(layer).train()
+    layer = next(m for name, m in model.named_modules() if name.endswith(".1"))
+    layer.train()
     method.inject(model)
     for name, module in model.named_modules():
-        expected = f"{name}.".startswith(f"{layer}.")
+        expected = module in set(layer.modules())
         assert module.training == expected, f"{name} is in the other mode"
     train(model, 2)
     model.eval()

@@ -36,9 +36,15 @@ sys.path[:0] = [str(ROOT / "notebooks")] * (__name__ == "__main__")
 import build
 
 import peft_from_scratch as pfs
-from peft_from_scratch.atomic import new_file
-from peft_from_scratch.checks import NotDone, Wrong
-from peft_from_scratch.exercises import HIDDEN, SOLUTION, Exercise, blanked, exercises
+from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.course.checks import NotDone, Wrong
+from peft_from_scratch.course.exercises import (
+    HIDDEN,
+    SOLUTION,
+    Exercise,
+    blanked,
+    exercises,
+)
 
 TABLE = ROOT / "notebooks" / "EXERCISES.md"
 NAMES = dict(torch=torch, math=math, nn=nn, F=F, np=np, pfs=pfs)

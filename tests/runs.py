@@ -6,8 +6,8 @@ import torch
 from architectures import build, byte_tokenizer
 
 from peft_from_scratch.methods import full, lora
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.train import train
+from peft_from_scratch.training.config import TrainConfig
+from peft_from_scratch.training.loop import train
 
 TOKENIZER = byte_tokenizer()
 # Prompts and answers of very different lengths; 8 rows, so that steps span two epochs.
@@ -25,7 +25,9 @@ def recipe(**changes):
     settings = dict(
         steps=12, batch=6, accumulate=2, lr=1e-2, warmup=2, schedule="cosine", clip=0.5
     )
-    return Recipe(**(settings | dict(weight_decay=0.1, checkpoint_every=4) | changes))
+    return TrainConfig(
+        **(settings | dict(weight_decay=0.1, checkpoint_every=4) | changes)
+    )
 
 
 def adapted(method="lora", architecture="llama", *, dropout=0.1, dtype=torch.float32):

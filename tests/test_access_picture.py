@@ -8,7 +8,7 @@ import torch
 from matplotlib.patches import Rectangle
 from planting import Bug, each_is_caught, law
 
-from peft_from_scratch.kernels import access_picture as pictures
+from peft_from_scratch.course.pictures import access_picture as pictures
 from peft_from_scratch.kernels.language import Tiles, matrix
 from peft_from_scratch.kernels.lora import product
 from peft_from_scratch.kernels.trace import trace

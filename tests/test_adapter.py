@@ -1,6 +1,7 @@
 """The verbs at their edges: merging in every precision, tied heads, half-done work."""
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -19,8 +20,9 @@ from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch import nf4
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.adapter import adapters
 
 TIED = [name for name in CONFIGS if name != "llama"]
 HALF = [torch.bfloat16, torch.float16]
@@ -180,6 +182,41 @@ def what_reads_the_weight_itself_is_told():
 
 
 @law
+def a_read_in_a_forward_enters_one_function():
+    """Reading A or B of an adapter costs what it costs of any module of torch."""
+    model, entered = injected(), []
+
+    def note(frame, event, argument):
+        owner = frame.f_locals.get("self")
+        read = frame.f_code.co_name == "__getattr__"
+        if event == "call" and read and isinstance(owner, adapter.Adapter):
+            entered.append((id(owner), frame.f_back.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        logits(model)
+    finally:
+        sys.setprofile(None)
+    assert len(entered) > 4 * len(adapters(model))  # base, dropout, A and B of each
+    assert "__getattr__" not in {caller for _, caller in entered}
+
+
+@law
+def a_plan_is_for_its_model_as_it_was():
+    model, other = build("llama"), build("llama")
+    plan = pfs.lora.plan(model, r=4)
+    with refused(other, "q_proj", "not the module that was planned"):
+        adapter.apply(other, plan)
+    nf4.quantize_model(model, targets="down_proj")
+    with refused(model, "down_proj", "plan() again"):
+        adapter.apply(model, plan)
+    plan = pfs.lora.plan(model, r=4)
+    pfs.ia3.inject(model)
+    with refused(model, "carries ia3 adapters already"):
+        adapter.apply(model, plan)
+
+
+@law
 def compiled_models_have_the_same_names():
     plain = injected()
     for where in ("whole", "layer"):
@@ -241,7 +278,9 @@ def an_injection_that_fails_late_leaves_no_trace():
 def test_an_unknown_own_parameter_leaves_no_trace():
     model = build("llama")
     with refused(model, error=AttributeError):
-        adapter.inject(model, adapter.Adapter, "all-linear", own=["no.such.bias"])
+        adapter.inject(
+            model, adapter.Adapter, "all-linear", base_params=["no.such.bias"]
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -7,8 +7,9 @@ from planting import Bug, each_is_caught, law
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import bit_costs, budget
-from peft_from_scratch.experiments.intervals import nested_bootstrap, over_seeds
+from peft_from_scratch.core import counting
+from peft_from_scratch.course import bit_costs
+from peft_from_scratch.ledger.intervals import nested_bootstrap, over_seeds
 
 
 def steps(method=pfs.qlora, **more):
@@ -24,7 +25,7 @@ def test_every_byte_is_held_by_something():
 
 def test_the_kinds_are_those_of_the_shapes():
     model = steps(r=4).model
-    held, count = bit_costs.held(model), budget.count(model)
+    held, count = bit_costs.held(model), counting.count(model)
     packed = [m for m in model.modules() if isinstance(m, pfs.nf4.NF4Linear)]
     assert held["codes"] == sum(m.packed.nbytes for m in packed) > 0
     assert held["constants"] == sum(m.quantized.absmax.nbytes for m in packed) > 0
@@ -45,13 +46,22 @@ def test_kept_counts_what_a_product_leaves_behind():
     assert bit_costs.kept(lambda x: (x * x).sum(), x) == 0  # x itself is the caller's
 
 
+def counting_ends_with_the_step():
+    try:
+        bit_costs.dequantized(lambda: None)
+        assert not pfs.nf4.NF4Linear.on_dequantize
+    finally:
+        pfs.nf4.NF4Linear.on_dequantize.clear()
+
+
 def test_a_step_dequantizes_twice_but_below_where_nothing_learns():
     run = steps()
     layers = sum(isinstance(m, pfs.nf4.NF4Linear) for m in run.model.modules())
     assert bit_costs.dequantized(run.step) == 2 * layers - 3  # q, k, v of the first
     assert bit_costs.dequantized(lambda: None) == 0
+    counting_ends_with_the_step()
     whole = pfs.nf4.NF4Linear(pfs.nf4.quantize(torch.eye(8)))
-    assert torch.equal(whole(torch.eye(8)), torch.eye(8))  # the method is back
+    assert torch.equal(whole(torch.eye(8)), torch.eye(8))
 
 
 def test_steps_train_on_the_rows_in_their_order():
@@ -113,6 +123,12 @@ BUGS = {
         "storage._cdata != x.untyped_storage()._cdata",
         "True",
         test_kept_counts_what_a_product_leaves_behind,
+    ),
+    "dequantizations are counted for ever": Bug(
+        bit_costs.dequantized,
+        "NF4Linear.on_dequantize.remove(layers.append)",
+        "pass",
+        counting_ends_with_the_step,
     ),
     "the same batch again": Bug(
         bit_costs.Steps.step,

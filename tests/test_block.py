@@ -12,9 +12,11 @@ from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 from planting import each_is_caught
 
-from peft_from_scratch import block, plotting
+from peft_from_scratch.methods import METHODS, named
+from peft_from_scratch.plotting import block, theme
 
-ALL = (None, *block.METHODS)
+NAMES = [method.name for method in METHODS]
+ALL = (None, *NAMES)
 PINS = Path(__file__).parents[1] / "constraints.txt"
 
 
@@ -39,9 +41,7 @@ def inked(figure) -> list:
 
 
 @pytest.mark.parametrize("lit", ALL)
-@pytest.mark.parametrize(
-    "theme", [plotting.LIGHT, plotting.DARK], ids=["light", "dark"]
-)
+@pytest.mark.parametrize("theme", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
 def test_nothing_overlaps(lit, theme):
     assert_apart(block.block_picture(lit, theme=theme))
 
@@ -61,34 +61,36 @@ def test_a_letter_stands_inside_its_part():
         )
 
 
-@pytest.mark.parametrize("lit", block.METHODS)
+@pytest.mark.parametrize("lit", NAMES)
 def test_a_lit_method_is_the_only_colour(lit):
     figure = block.block_picture(lit)
-    grey = {*plotting.LIGHT, "#000000"}
+    grey = {*theme.LIGHT, "#000000"}
     patches = figure.axes[0].patches
     fills = {to_hex(patch.get_facecolor()) for patch in patches}
-    assert fills - grey == {plotting.look(lit)[0]}
+    assert fills - grey == {theme.look(lit)[0]}
     colours = {to_hex(line.get_color()) for line in figure.axes[0].lines}
     assert colours <= grey
 
 
-COUNTS = {  # parts of one layer of Llama: 7 projections; what each method brings
-    "full": 7 + 2 + 2,
-    "lora": 2 * 7,
-    "pissa": 2 * 7,
-    "dora": 3 * 7,
-    "qlora": (2 + 4) * 7,
-    "houlsby": 2 * 2,
-    "prefix": 2,
-    "prompt": 3,
-    "ia3": 3,
-    "bitfit": 7,
+# Shapes in one layer of Llama, which has 7 projections.
+COUNTS = {
+    "weights": 7 + 2 + 2,  # the norms, the embedding and the head, too
+    "low-rank": 2 * 7,
+    "four bits": 4 * 7,
+    "lengths": 7,
+    "biases": 7,
+    "factors": 3,
+    "bottlenecks": 2 * 2,
+    "keys and values": 2,
+    "embeddings": 3,
 }
 
 
-@pytest.mark.parametrize("lit", block.METHODS)
+@pytest.mark.parametrize("lit", NAMES)
 def test_every_part_of_a_method_is_there(lit):
-    assert len(inked(block.block_picture(lit))) == COUNTS[lit]
+    parts = named(lit).parts
+    assert parts and set(parts) <= set(block.PARTS)
+    assert len(inked(block.block_picture(lit))) == sum(COUNTS[part] for part in parts)
 
 
 def middle(patch) -> tuple[float, float]:
@@ -127,17 +129,28 @@ def test_parts_stand_where_the_methods_act():
 
 def test_every_method_is_named_and_has_its_letters():
     said = {text.get_text() for text in texts(block.block_picture())}
-    for method in block.METHODS.values():
+    for method in METHODS:
         assert f"{method.label}: {method.place}" in said
         assert method.letters in said
-    for key, method in block.METHODS.items():
-        lit = {text.get_text() for text in texts(block.block_picture(key))}
+    for method in METHODS:
+        lit = {text.get_text() for text in texts(block.block_picture(method.name))}
         assert {*method.lines, f"{method.label}: {method.place}"} <= lit
 
 
 def test_the_methods_are_those_that_have_a_look():
-    prompting = {"zero-shot", "few-shot", "lora-attention"}
-    assert set(block.METHODS) == set(plotting.LOOKS) - prompting
+    variants = {"zero-shot", "few-shot", "lora-attention"}
+    assert set(NAMES) == set(theme.LOOKS) - variants
+
+
+def test_no_two_methods_look_the_same():
+    looks = [theme.look(key) for key in theme.LOOKS]
+    assert len(set(looks)) == len(looks)
+    for method in METHODS:
+        assert theme.look(method.name) == (
+            theme.COLORS[method.color],
+            method.marker,
+        )
+        assert method.marker in theme.MARKERS
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
@@ -151,9 +164,9 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colour", plotting.PALETTE)
+@pytest.mark.parametrize("colour", theme.PALETTE)
 def test_letters_can_be_read_on_every_colour(colour):
-    low, high = sorted(map(luminance, (colour, plotting.readable(colour))))
+    low, high = sorted(map(luminance, (colour, theme.readable(colour))))
     assert (high + 0.05) / (low + 0.05) > 4
 
 
@@ -166,7 +179,7 @@ def test_the_page_is_scaled_as_a_whole(width):
 
 def test_the_picture_in_words_names_what_is_lit():
     assert "LoRA: " in block.in_words("lora") and "Prefix" not in block.in_words("lora")
-    assert all(m.label in block.in_words() for m in block.METHODS.values())
+    assert all(m.label in block.in_words() for m in METHODS)
 
 
 def test_the_shipped_file_is_what_the_code_draws():
@@ -175,8 +188,8 @@ def test_the_shipped_file_is_what_the_code_draws():
     pinned = re.search(r"^matplotlib==(\S+)$", PINS.read_text(), re.MULTILINE)[1]
     if version("matplotlib") != pinned:
         pytest.skip("another matplotlib draws other paths")
-    assert text == plotting.svg(block.block_picture()), (
-        "python -m peft_from_scratch.block"
+    assert text == theme.svg(block.block_picture()), (
+        "python -m peft_from_scratch.plotting.block"
     )
 
 
@@ -193,13 +206,13 @@ BUGS = {
     ),
     "only A": (block._low_rank, ', ("B", 1)', ",", lora_has_its_parts),
     "another's colour": (
-        block.Pen.colour,
+        block.Pen.color,
         "look(self.lit)[0] if",
         'look("full")[0] if',
         lambda: test_a_lit_method_is_the_only_colour("lora"),
     ),
     "all lit": (
-        block.Pen.colour,
+        block.Pen.color,
         "if self.lit in owners else None",
         "",
         lambda: (

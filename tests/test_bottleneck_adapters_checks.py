@@ -9,7 +9,7 @@ import pytest
 from check_tests import checked
 from mutant_run import lesson
 
-from peft_from_scratch.checks import bottleneck_adapters as checks
+from peft_from_scratch.course.checks import bottleneck_adapters as checks
 
 LESSON = lesson(build.FOLDER / "10_bottleneck_adapters.py")
 

@@ -11,10 +11,11 @@ from runs import TASK, TOKENIZER, adapted, recipe
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from peft_from_scratch import adapter, budget, train
-from peft_from_scratch.budget import Meter, measure_step
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.counting import count
+from peft_from_scratch.memory import formulas, meter
+from peft_from_scratch.memory.meter import Meter, measure_step, measured_step
 from peft_from_scratch.paged import PAGE_BYTES
-from peft_from_scratch.train import measured_step
 
 IDS = torch.arange(64, 64 + 6 * 40).view(6, 40)
 
@@ -44,8 +45,8 @@ def nbytes(tensors):
 def test_lora_parameters_follow_the_formula(architecture):
     model = adapted("lora", architecture)
     shapes = [adapter.sizes(m.base) for m in adapter.adapters(model).values()]
-    counted = budget.count(model)
-    assert counted.trainable == budget.lora_parameters(shapes, r=4)
+    counted = count(model)
+    assert counted.trainable == formulas.lora_parameters(shapes, r=4)
     added = counted.total - counted.trainable
     adapter.remove(model)
     assert added == model.num_parameters()
@@ -54,17 +55,17 @@ def test_lora_parameters_follow_the_formula(architecture):
 
 def test_lora_on_a_large_projection():
     """4096 x 4096 at r = 16: 131,072 parameters, 0.78 % of the weight's."""
-    assert budget.lora_parameters([(4096, 4096)], r=16) == 131_072
+    assert formulas.lora_parameters([(4096, 4096)], r=16) == 131_072
     assert round(131_072 / 4096**2, 4) == 0.0078
 
 
 def test_a_tied_weight_counts_once():
     model = adapted("full", "qwen")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert budget.count(model).trainable == budget.count(model).total
+    assert count(model).trainable == count(model).total
     embedding = model.lm_head.weight.numel()
     listed = sum(tensor.numel() for tensor in model.state_dict().values())
-    assert budget.count(model).total == listed - embedding
+    assert count(model).total == listed - embedding
 
 
 # Bytes against closed forms ----------------------------------------------------------
@@ -84,8 +85,8 @@ def weights_gradients_and_moments_are_exact(method="lora", architecture="llama")
         states = optimizer.state.values()
         held = [t for state in states for t in state.values()]
         assert memory.optimizer == nbytes(held)
-        parameters = budget.count(model).trainable
-        assert memory.optimizer == budget.adamw_bytes(parameters, len(moving))
+        parameters = count(model).trainable
+        assert memory.optimizer == formulas.adamw_bytes(parameters, len(moving))
 
 
 @law
@@ -216,7 +217,7 @@ def test_lora_saves_gradients_and_moments_but_not_activations():
     full, lora = adapted("full"), adapted("lora")
     theirs = measure_step(full, optimizer_step(full)[0])
     ours = measure_step(lora, optimizer_step(lora)[0])
-    share = budget.count(lora).trainable / budget.count(full).total
+    share = count(lora).trainable / count(full).total
     assert ours.gradients == theirs.gradients * share
     assert ours.activations > 0.8 * theirs.activations
 
@@ -241,8 +242,8 @@ def test_measured_step_leaves_everything_as_it_was():
     assert_same(snapshot(model), before)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in model.parameters())
-    assert memory.optimizer == budget.adamw_bytes(
-        budget.count(model).trainable, len(adapter.trainable(model))
+    assert memory.optimizer == formulas.adamw_bytes(
+        count(model).trainable, len(adapter.trainable(model))
     )
     whole = measured_step(model, TOKENIZER, TASK, recipe(accumulate=1))
     assert whole.activations > memory.activations
@@ -269,7 +270,7 @@ BUGS = {
     ),
     "views counted again": (
         Meter._meet,
-        "address = held._cdata",
+        "address = untyped._cdata",
         "address = id(tensor)",
         count_agrees_with_the_allocator,
     ),
@@ -286,7 +287,7 @@ BUGS = {
         weights_gradients_and_moments_are_exact,
     ),
     "the smallest step measured": (
-        train.measured_step,
+        meter.measured_step,
         "largest = max(",
         "largest = min(",
         measured_step_is_the_largest_of_the_run,

@@ -12,7 +12,7 @@ import pytest
 import rules
 from planting import assert_caught
 
-from peft_from_scratch import cards
+from peft_from_scratch.course import cards
 
 SAMPLE = Path(__file__).parent / "sample" / "90_sample.py"
 PLAIN = """\
@@ -107,7 +107,7 @@ def test_the_stored_start_and_receipt_speak_of_the_card_just_measured(built):
     start, *_, receipt = rules.cells(notebook, "code")
     assert f"Measured: {card}." in rules.printed(start.outputs)
     took = re.search(r"predicted (\S+) s, took (\S+ s)", printed(notebook))
-    assert took[2] == cards.costs.duration(card.seconds)
+    assert took[2] == cards.estimate.duration(card.seconds)
     # Its products have three digits: 4.95 s may be told as 4.9 and as 5.
     assert float(took[1]) == pytest.approx(card.seconds, rel=0.03)
     assert cards.gigabytes(card.peak_bytes) in rules.printed(receipt.outputs)

@@ -8,8 +8,8 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from planting import assert_caught
 
-from peft_from_scratch import checks
-from peft_from_scratch.checks import NotDone, Wrong, close, judged, unchanged
+from peft_from_scratch.course import checks
+from peft_from_scratch.course.checks import NotDone, Wrong, close, judged, unchanged
 
 RIGHT = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
 

@@ -5,8 +5,9 @@ import torch
 from planting import assert_caught
 from test_curves import assert_apart
 
-from peft_from_scratch import code_books, nf4
-from peft_from_scratch.code_books import BINS
+from peft_from_scratch import nf4
+from peft_from_scratch.course.pictures import code_books
+from peft_from_scratch.course.pictures.code_books import BINS
 
 BOOKS = {"NF4": nf4.CODES["nf4"], "FP4": nf4.CODES["fp4"], "three": [-1.0, 0.0, 1.0]}
 

@@ -17,21 +17,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
-from peft_from_scratch import __main__ as command_line
-from peft_from_scratch import (
-    chat,
-    commands,
-    compare,
-    doctor,
-    evaluate,
-    report,
-    templates,
-)
-from peft_from_scratch.__main__ import main
-from peft_from_scratch.recipe import Recipe
-from peft_from_scratch.rows import ROWS, Plan
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.train import train
+from peft_from_scratch.cli import chat, command_line, commands, doctor
+from peft_from_scratch.cli.command_line import main
+from peft_from_scratch.comparison import compare, report
+from peft_from_scratch.comparison.candidates import CANDIDATES
+from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.files import formats
+from peft_from_scratch.ledger.claim import BASES
+from peft_from_scratch.methods import METHODS
+from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.training import evaluation
+from peft_from_scratch.training.config import TrainConfig
+from peft_from_scratch.training.loop import train
 
 IDS = torch.arange(64, 80)[None]
 
@@ -75,13 +73,13 @@ def record_of(out):
 @pytest.fixture
 def answered(monkeypatch):
     """What answer_rows was asked so far: the rows of each call."""
-    calls, answer_rows = [], evaluate.answer_rows
+    calls, answer_rows = [], evaluation.answer_rows
 
     def noting(model, tokenizer, task, rows, **options):
         calls.append(rows)
         return answer_rows(model, tokenizer, task, rows, **options)
 
-    monkeypatch.setattr(evaluate, "answer_rows", noting)
+    monkeypatch.setattr(evaluation, "answer_rows", noting)
     return calls
 
 
@@ -156,10 +154,10 @@ def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
 
 
 def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, data):
-    for method, lr in commands.LEARNING_RATES.items():
-        command = training(base, data, "out", "--method", method)
-        recipe = commands._recipe(command_line.parser().parse_args(command))
-        assert recipe.lr == lr and recipe.max_tokens == Recipe.max_tokens
+    for method in METHODS:
+        command = training(base, data, "out", "--method", method.name)
+        recipe = commands._config(command_line.parser().parse_args(command))
+        assert recipe.lr == method.lr and recipe.max_tokens == TrainConfig.max_tokens
 
 
 def test_a_folder_that_cannot_be_made_is_refused_first(refused, tmp_path):
@@ -233,9 +231,9 @@ def test_columns_and_configuration_of_a_data_set_are_chosen(
 
 # Every method with what it needs here: the model has no biases, and is 32 wide.
 OPTIONS = {
-    method: ("--method", method, *(("--m", "4") if method == "houlsby" else ()))
-    for method in command_line.METHODS
-    if method != "bitfit"
+    name: ("--method", name, *(("--m", "4") if name == "houlsby" else ()))
+    for name in (method.name for method in METHODS)
+    if name != "bitfit"
 }
 
 
@@ -248,11 +246,31 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     if method == "qlora":
         pfs.nf4.quantize_model(model)
     task = load_task(data)
-    said = evaluate.answer_rows(model, tokenizer, task, task.test, template="chat")
+    said = evaluation.answer_rows(model, tokenizer, task, task.test, template="chat")
     monkeypatch.setattr(commands, "train", raising(ValueError("not now")))
     assert main(training(base, data, tmp_path, *OPTIONS[method])) == 1
     kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())
     assert kept["answers"] == said.answers
+
+
+def test_a_train_injects_once_and_encodes_each_row_once(
+    base, data, tmp_path, monkeypatch
+):
+    injected, encoded = [], []
+
+    def note(calls, module, name):
+        sound = getattr(module, name)
+
+        def noting(*args, **options):
+            calls.append(args)
+            return sound(*args, **options)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(injected, pfs.lora, "inject")
+    note(encoded, templates, "encode_row")
+    assert main(training(base, data, tmp_path)) == 0
+    assert (len(injected), len(encoded)) == (1, 40)
 
 
 def raising(error):
@@ -572,18 +590,31 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 
 
 def test_names_written_out_for_the_parser_are_the_librarys():
-    known = command_line.ROW_KEYS, command_line.FAMILY_KEYS
-    for keys, family in zip(known, (False, True), strict=True):
-        assert tuple(row.key for row in ROWS if row.family == family) == keys
-    assert tuple(commands.METHODS) == command_line.METHODS
     assert command_line.TEMPLATES == templates.TEMPLATES
+    assert command_line.BASES == BASES
+
+
+def test_the_parser_knows_every_method_and_every_candidate(capsys):
+    for method in METHODS:
+        command = training("base", "data", "out", "--method", method.name)
+        assert command_line.parser().parse_args(command).method == method.name
+    with pytest.raises(SystemExit):
+        command_line.parser().parse_args(["compare", "--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert ",".join(candidate.key for candidate in CANDIDATES) in said
+
+
+def test_what_can_be_trained_can_be_saved():
+    assert set(formats.FORMATS) == {method.name for method in METHODS}
 
 
 def test_parsing_imports_nothing_heavy():
     code = (
-        "import runpy, sys; runpy.run_path(sys.argv[1])['parser']();"
-        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+        "import sys; from peft_from_scratch.cli import command_line;"
+        "command_line.parser();"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'};"
+        "print(heavy & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, command_line.__file__]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -10,14 +10,15 @@ from laws import Method
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, nf4
+from peft_from_scratch import nf4
+from peft_from_scratch.core import adapter
 
 # In the attention of every architecture, and no MLP's.
 SKIPPED = r"c_attn|(k|v)_proj"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-class Shift(pfs.Adapter):
+class Smallest(pfs.Adapter):
     """h = W0 x + s: the smallest method there is, with no weight to merge into."""
 
     def __init__(self, base):
@@ -46,8 +47,7 @@ def some_in_four_bits(model):
     nf4.quantize_model(model, block=32, double=False, exclude=SKIPPED)
 
 
-def shift(model):
-    return adapter.inject(model, Shift, "all-linear")
+smallest = partial(adapter.inject, wrap=Smallest, targets="all-linear")
 
 
 # The formulas, from the weights' shapes alone: "proj", "fc" and "attn" are the names of
@@ -227,7 +227,7 @@ METHODS = [
         mergeable=False,
         start=None,
     ),
-    Method("shift", shift, one_vector_each, mergeable=False, saved=False),
+    Method("smallest", smallest, one_vector_each, mergeable=False, saved=False),
     Method("qlora", qlora(), low_rank, prepare=four_bits),
     Method(
         "qlora-skip",
@@ -303,7 +303,10 @@ LAWS = {
     laws.tensors_lie_in_memory_as_files_do: lambda m: True,
     laws.only_what_is_trainable_moves: lambda m: True,
     laws.every_tensor_moves_after_an_evaluation: lambda m: True,
+    laws.a_plan_touches_nothing: lambda m: True,
+    laws.inject_is_plan_and_apply: lambda m: True,
     laws.remove_is_exact: lambda m: True,
+    laws.disabled_is_the_untouched_model: lambda m: True,
     laws.mode_is_kept_and_changes_nothing: lambda m: True,
     laws.merged_equals_unmerged: lambda m: True,
     laws.merge_is_all_or_nothing: lambda m: m.wraps and m.mergeable,

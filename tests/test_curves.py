@@ -9,8 +9,9 @@ from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 from planting import each_is_caught
 
-from peft_from_scratch import curves, plotting
+from peft_from_scratch.plotting import curves, theme
 
+KEYS = {"LoRA, all linear": "lora", "Few-shot": "few-shot"}  # a comparison's labels
 NAMES = ("LoRA", "Full fine-tuning", "r = 4", "r = 8", "random labels", "A long name")
 UNITS = {"x": "Steps, count", "y": "Loss, nats per token", "title": "It falls"}
 
@@ -188,25 +189,27 @@ def test_controls_are_grey_dashed_and_nothing_else_is():
     given = series(5)
     drawn = lines(curves.lines(given, control=["random labels"], **UNITS).axes[0])
     for label, line in drawn.items():
-        grey = to_hex(line.get_color()) == plotting.GREY
+        grey = to_hex(line.get_color()) == theme.GREY
         assert grey == (label == "random labels") == (line.get_linestyle() == "--")
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_two_looks_are_the_same_and_methods_keep_theirs(seed):
     dice = random.Random(seed)
-    names = [*plotting.LOOKS, *curves.KEYS, *NAMES, *(f"r = {2**i}" for i in range(6))]
+    names = [*theme.LOOKS, *curves.BY_LABEL, *KEYS, *NAMES]
+    names += [f"r = {2**i}" for i in range(6)]
     chosen = dice.sample(sorted(set(names)), dice.randint(1, 7))
     control = dice.sample(chosen, dice.randint(0, min(2, len(chosen))))
-    found = curves.marks(chosen, control)
+    found = curves.marks(chosen, control, KEYS)
     assert list(found) == chosen and len(set(found.values())) == len(chosen)
     for label, mark in found.items():
-        key = curves.KEYS.get(label, label)
-        rivals = [k for k in chosen if curves.KEYS.get(k, k) == key]
+        known = curves.BY_LABEL | KEYS
+        key = known.get(label, label)
+        rivals = [k for k in chosen if known.get(k, k) == key]
         if label in control:
-            assert mark[0] == plotting.GREY
-        elif key in plotting.LOOKS and len(rivals) == 1:
-            assert mark == plotting.look(key)
+            assert mark[0] == theme.GREY
+        elif key in theme.LOOKS and len(rivals) == 1:
+            assert mark == theme.look(key)
 
 
 @pytest.mark.parametrize("draw", [curves.lines, curves.points], ids=["lines", "points"])

@@ -12,16 +12,18 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from peft_from_scratch import costs, doctor, minilm, smollm2, wheels
+from peft_from_scratch.cli import doctor
+from peft_from_scratch.comparison import estimate
+from peft_from_scratch.models import minilm, smollm2, wheels
 
-RATES = costs.Rates(many=80e9, some=50e9, one=8e9)
+RATES = estimate.Rates(many=80e9, some=50e9, one=8e9)
 PROJECT = tomllib.loads(doctor.PYPROJECT.read_text("utf-8"))["project"]
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """One whose speed is known: nothing is timed here."""
-    monkeypatch.setattr(costs, "measured_rates", lambda device: RATES)
+    monkeypatch.setattr(estimate, "measured_rates", lambda device: RATES)
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_every_device_is_listed_with_its_memory(monkeypatch):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_step_that_does_not_fit_is_told(monkeypatch, full):
-    needed, cpu = costs.step_bytes(8, full=full), torch.device("cpu")
+    needed, cpu = estimate.step_bytes(8, full=full), torch.device("cpu")
     for there, fits in ((needed, False), (2 * needed, True), (float("nan"), True)):
         monkeypatch.setattr(doctor, "memory_bytes", lambda _, there=there: there)
         text = doctor.training(RATES, cpu, full=full).text
@@ -201,4 +203,4 @@ def test_a_busy_machine_is_told(monkeypatch):
     ],
 )
 def test_durations_have_two_digits_and_a_fitting_unit(seconds, told):
-    assert costs.duration(seconds) == told
+    assert estimate.duration(seconds) == told

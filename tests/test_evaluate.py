@@ -1,6 +1,7 @@
 """Laws of scores, intervals and the loss on general text; and planted bugs."""
 
 import statistics
+import tracemalloc
 from math import sqrt
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -12,15 +13,15 @@ from architectures import build, byte_tokenizer
 from observe import assert_same, snapshot
 from planting import each_is_caught, law
 
-from peft_from_scratch import evaluate
-from peft_from_scratch.evaluate import (
+from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
+from peft_from_scratch.training import evaluation as evaluate
+from peft_from_scratch.training.evaluation import (
     answer_rows,
     general_loss,
     paired_bootstrap,
     wilson,
 )
-from peft_from_scratch.generation import generate
-from peft_from_scratch.templates import TEMPLATES, encode_prompt, stop_token
+from peft_from_scratch.training.generation import generate
 
 TOKENIZER = byte_tokenizer()
 ROWS = [{"prompt": "ab" * i, "completion": "c" * i} for i in (2, 1, 4)]
@@ -232,6 +233,15 @@ def test_items_that_are_not_pairs_are_refused(a, b):
         ValueError, match=f"{len(a)} and {len(b)} items cannot be paired"
     ):
         paired_bootstrap(a, b)
+
+
+def test_the_bootstrap_takes_sixteen_bytes_for_each_drawn_item():
+    a, b = np.ones(200), np.zeros(200)
+    tracemalloc.start()
+    paired_bootstrap(a, b, draws=5000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / (5000 * 200) == pytest.approx(16, abs=0.5)
 
 
 def test_the_general_text_is_long_enough_and_prose():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, atomic, exchange
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.common import atomic
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files import adapter_file, exchange, formats
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS, AdapterFile
 
 VARIANTS = {
     "rslora": dict(rslora=True, alpha=3.5),
@@ -120,6 +123,28 @@ def test_loading_keeps_the_mode_of_every_module(tmp_path):
     assert {name: m.training for name, m in model.named_modules()} == before
 
 
+def test_a_file_that_is_read_and_written_is_the_same(tmp_path):
+    AdapterFile.read(saved(tmp_path / "first")).write(tmp_path / "second")
+    (tensors, *texts), (again, *texts_again) = (
+        parsed(tmp_path / name) for name in ("first", "second")
+    )
+    assert_same(again, tensors)
+    assert texts_again == texts
+
+
+@pytest.mark.parametrize("load", [exchange.load, exchange.load_as_trained])
+def test_weights_are_read_once(load, tmp_path, monkeypatch):
+    read, paths = adapter_file.read_safetensors, []
+
+    def counted(path):
+        paths.append(path)
+        return read(path)
+
+    monkeypatch.setattr(adapter_file, "read_safetensors", counted)
+    load(build("llama"), saved(tmp_path))
+    assert paths == [tmp_path / WEIGHTS]
+
+
 # --------------------------------------------------------------------- Vocabulary
 
 
@@ -163,7 +188,7 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
         raise OSError("planted: no space left")
 
     with monkeypatch.context() as patched, refused(model, "planted", error=OSError):
-        patched.setattr(exchange, "save_file", disk_full)
+        patched.setattr(adapter_file, "save_file", disk_full)
         pfs.save(model, folder)
     assert contents(folder) == before
 
@@ -222,7 +247,8 @@ def test_a_target_that_other_names_end_with_is_the_only_one(tmp_path):
 
 def test_a_config_that_cannot_be_written_leaves_the_weights(monkeypatch, tmp_path):
     before, model = contents(saved(tmp_path)), trained(r=2)
-    monkeypatch.setattr(pfs.lora, "to_peft", lambda model: {"r": object()})
+    row = replace(formats.LORA, described=lambda model: {"r": object()})
+    monkeypatch.setitem(formats.FORMATS, "lora", row)
     with refused(model, error=TypeError):
         pfs.save(model, tmp_path)
     assert contents(tmp_path) == before

@@ -17,9 +17,9 @@ import nbformat
 import pytest
 from mutant_run import FEWEST, INPUT, NOTHING, TABLE, ZEROS, Lesson, called, lesson
 
-from peft_from_scratch import checks
-from peft_from_scratch.checks import judged
-from peft_from_scratch.exercises import blank, exercises
+from peft_from_scratch.course import checks
+from peft_from_scratch.course.checks import judged
+from peft_from_scratch.course.exercises import blank, exercises
 
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted(HERE.parent.glob("notebooks/[0-9]*.ipynb"))

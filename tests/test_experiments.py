@@ -9,27 +9,29 @@ import torch
 from architectures import build, byte_tokenizer
 from planting import assert_caught, law, planted
 
-from peft_from_scratch import lora, merge, runs, trainable
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.budget import lora_parameters
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch import lora, merge, trainable
+from peft_from_scratch.common.grid import is_inside
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.ledger import intervals, rates, runs
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     bill,
     counting,
     data_size,
     finetune,
-    intervals,
-    rates,
     separation,
     spectrum,
     standalone,
     starts,
 )
-from peft_from_scratch.ledger import claim
-from peft_from_scratch.loss import batch_of, summed_loss
-from peft_from_scratch.runs import Run
-from peft_from_scratch.tasks import load_task
-from peft_from_scratch.templates import encode_rows
+from peft_from_scratch.ledger.runs import Run
+from peft_from_scratch.ledger.verdicts import claim
+from peft_from_scratch.memory.formulas import lora_parameters
+from peft_from_scratch.memory.mixed_adamw import MixedAdamW
+from peft_from_scratch.tasks.task import load_task
+from peft_from_scratch.tasks.templates import encode_rows
+from peft_from_scratch.training.batch import batch_of
+from peft_from_scratch.training.loss import summed_loss, token_losses
 
 SMALL = dict(
     task="orders",
@@ -100,9 +102,9 @@ def item_losses_are_those_of_rows_alone():
 @pytest.mark.parametrize(
     ("function", "right", "wrong"),
     [
-        (finetune.item_losses, "zip(part, found", "zip(sorted(part), found"),
-        (finetune._row_losses, "/ labelled.sum(1)", "/ labels.shape[1]"),
-        (finetune._row_losses, "(0, 1)", "(1, 0)"),
+        (finetune.item_losses, "zip(part, means", "zip(sorted(part), means"),
+        (finetune.item_losses, "/ labelled.sum(1)", "/ labelled.shape[1]"),
+        (token_losses, "losses[labelled] = each", "losses[labelled] = each.flip(0)"),
     ],
 )
 def test_planted_faults_of_item_losses_are_caught(function, right, wrong):
@@ -239,13 +241,13 @@ def an_optimum_at_an_edge_is_invalid():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("min(losses) < best", "min(losses) <= best"),
-        ("best < max(losses)", "best <= max(losses)"),
+        ("min(rates) < best", "min(rates) <= best"),
+        ("best < max(rates)", "best <= max(rates)"),
     ],
 )
 def test_a_planted_blindness_for_edges_is_caught(right, wrong):
     assert_caught(
-        rates.best_inside,
+        is_inside,
         right,
         wrong,
         an_optimum_at_an_edge_is_invalid,
@@ -497,7 +499,7 @@ def mixed_adamw_is_adamw_on_a_master_copy():
     torch.manual_seed(0)
     weight = torch.randn(9, 5).bfloat16().requires_grad_()
     master = weight.detach().float().requires_grad_()
-    ours = bill.MixedAdamW([weight], lr=1e-2, weight_decay=0.1)
+    ours = MixedAdamW([weight], lr=1e-2, weight_decay=0.1)
     theirs = torch.optim.AdamW([master], lr=1e-2, weight_decay=0.1)
     for _ in range(5):
         weight.grad = torch.randn(9, 5).bfloat16()
@@ -521,12 +523,12 @@ def mixed_adamw_is_adamw_on_a_master_copy():
 )
 def test_planted_faults_of_mixed_adamw_are_caught(right, wrong):
     law = mixed_adamw_is_adamw_on_a_master_copy
-    assert_caught(bill.MixedAdamW._update, right, wrong, law)
+    assert_caught(MixedAdamW._update, right, wrong, law)
 
 
 def test_a_master_copy_keeps_what_bfloat16_loses():
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
-    optimizer = bill.MixedAdamW([weight], lr=1e-4)
+    optimizer = MixedAdamW([weight], lr=1e-4)
     for _ in range(50):
         weight.grad = torch.ones(1, dtype=torch.bfloat16)
         optimizer.step()
@@ -647,7 +649,7 @@ def separation_store(monkeypatch, losses, seeds=separation.SEEDS):
             return None
         (name,) = (
             name
-            for name, own in separation.METHODS.items()
+            for name, own in separation.CONTENDERS.items()
             if all(config.get(key) == value for key, value in own.items())
         )
         far = abs(np.log10(config["lr"] / 3e-3)) if config["method"] == "full" else 0
@@ -666,11 +668,11 @@ def separation_store(monkeypatch, losses, seeds=separation.SEEDS):
 
 def test_a_table_tells_methods_apart_that_differ(monkeypatch):
     monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
-    losses = dict.fromkeys(separation.METHODS, 1.0)
+    losses = dict.fromkeys(separation.CONTENDERS, 1.0)
     losses |= {"full": 1.5, "LoRA, rank 1": 0.5}
     separation_store(monkeypatch, losses)
     found = {row.method: row for row in separation.rows() if row.task == "gap-1"}
-    assert list(found) == list(separation.METHODS)
+    assert list(found) == list(separation.CONTENDERS)
     apart = {name for name, row in found.items() if row.told_apart}
     assert apart == {"full", "LoRA, rank 1"}
     assert found["full"].over[0] == pytest.approx(0.5)
@@ -681,7 +683,7 @@ def test_a_table_tells_methods_apart_that_differ(monkeypatch):
 
 def test_a_table_with_a_missing_seed_is_no_table(monkeypatch):
     monkeypatch.setattr(runs, "base_digest", lambda base: "digest")
-    losses = dict.fromkeys(separation.METHODS, 1.0)
+    losses = dict.fromkeys(separation.CONTENDERS, 1.0)
     separation_store(monkeypatch, losses, seeds=(0, 1, 2, 3))
     with pytest.raises(Invalid, match="are missing"):
         list(separation.rows())

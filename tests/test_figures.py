@@ -12,8 +12,9 @@ from comparisons import METHODS, comparison
 from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 
-from peft_from_scratch import figures, plotting
-from peft_from_scratch.recipe import History
+from peft_from_scratch.comparison import figures
+from peft_from_scratch.plotting import draw, theme
+from peft_from_scratch.training.config import History
 
 
 def markers(figure) -> list:
@@ -170,14 +171,14 @@ def test_points_of_equal_size_stand_side_by_side():
     for row in result["rows"]:
         row["exact"] |= {"rate": 0.5, "low": 0.4, "high": 0.6}
     places = sorted(x for x, *_ in bars(figures.quality_against_parameters(result)))
-    assert np.diff(places) == pytest.approx([plotting.APART] * 2)
+    assert np.diff(places) == pytest.approx([draw.APART] * 2)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_spread_moves_least(seed):
     dice = np.random.default_rng(seed)
     places, apart = dice.uniform(0, 2, 6).round(1), 0.3
-    moved = np.array(plotting.spread(list(places), apart))
+    moved = np.array(draw.spread(list(places), apart))
     assert np.diff(np.sort(moved)).min() >= apart - 1e-9
 
     def cost(candidate):
@@ -201,13 +202,13 @@ def test_a_method_looks_the_same_whoever_stands_beside_it():
 
 
 def test_looks_are_distinct_and_petroff10():
-    looks = [plotting.look(key) for key in plotting.LOOKS]
+    looks = [theme.look(key) for key in theme.LOOKS]
     assert len(set(looks)) == len(looks)
     if "petroff10" in matplotlib.style.library:
         cycle = matplotlib.style.library["petroff10"]["axes.prop_cycle"]
-        assert list(plotting.PALETTE) == cycle.by_key()["color"]
-    colours = {colour for colour, _ in (*looks, plotting.look("a new method"))}
-    assert colours <= set(plotting.PALETTE)
+        assert list(theme.PALETTE) == cycle.by_key()["color"]
+    colours = {colour for colour, _ in (*looks, theme.look("a new method"))}
+    assert colours <= set(theme.PALETTE)
 
 
 def test_memory_bars_are_the_bytes_and_the_line_is_the_peak():
@@ -244,12 +245,12 @@ def test_titles_follow_the_data():
 
 def test_svg_is_whole_reproducible_and_themed():
     result = comparison(["few-shot", "lora"])
-    dark = figures.memory_by_kind(result, theme=plotting.DARK)
-    text = plotting.svg(dark)
-    again = plotting.svg(figures.memory_by_kind(result, theme=plotting.DARK))
+    dark = figures.memory_by_kind(result, theme=theme.DARK)
+    text = theme.svg(dark)
+    again = theme.svg(figures.memory_by_kind(result, theme=theme.DARK))
     assert text == again
     ElementTree.fromstring(text)
-    assert plotting.DARK.paper in text and plotting.LIGHT.paper not in text
+    assert theme.DARK.paper in text and theme.LIGHT.paper not in text
 
 
 def test_training_curve_shows_the_losses():

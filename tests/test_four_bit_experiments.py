@@ -11,9 +11,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from peft_from_scratch import lora
-from peft_from_scratch.adapter import adapters, merge
-from peft_from_scratch.budget import lora_parameters
-from peft_from_scratch.experiments import (
+from peft_from_scratch.core.adapter import adapters, merge
+from peft_from_scratch.ledger.experiments import (
     constants,
     finetune,
     formats,
@@ -21,7 +20,8 @@ from peft_from_scratch.experiments import (
     one_gpu,
     paging,
 )
-from peft_from_scratch.experiments.counting import SHAPES
+from peft_from_scratch.ledger.experiments.counting import SHAPES
+from peft_from_scratch.memory.formulas import lora_parameters
 from peft_from_scratch.methods import qlora
 from peft_from_scratch.nf4 import CODES, NF4Linear, linear, quantize_model
 
@@ -126,7 +126,7 @@ def test_the_formula_is_what_a_model_holds(double):
     for architecture in ("llama", "gpt2", "opt"):
         model = build(architecture)
         found = constants.by_formula(model, double)
-        assert found["formula"] == constants.held(model, double)["held"]
+        assert found["formula"] == constants.tensor_bytes(model, double)["held"]
         assert found["formula"] < found["whole"]
 
 
@@ -328,9 +328,9 @@ BUGS = {
         formats.rounded, "/ math.log(2)", "", equal_use_is_four_bits_of_entropy
     ),
     "a gradient through the codes of another layer": Bug(
-        linear.Product.backward,
-        "dx.to(ctx.of_x)",
-        "0.9 * dx.to(ctx.of_x)",
+        linear.DequantMatmul.backward,
+        "dx.to(ctx.x_dtype)",
+        "0.9 * dx.to(ctx.x_dtype)",
         gradients_in_four_bits_are_those_of_plain_weights,
     ),
     "only A moves": Bug(
@@ -341,8 +341,8 @@ BUGS = {
     ),
     "the base stays in full": Bug(
         finetune.transplant,
-        "qlora.inject",
-        "lora.inject",
+        "_QLORA.injected",
+        "_LORA.injected",
         a_moved_lora_is_the_same_adapter_on_four_bits,
     ),
     "adapters counted as weights": Bug(

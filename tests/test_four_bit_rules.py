@@ -12,26 +12,26 @@ import pytest
 from judged import judged
 from planting import law, planted
 
-from peft_from_scratch import ledger, runs
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch.common import statistics
+from peft_from_scratch.ledger import runs, verdicts
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     constants,
     formats,
     four_bit_merging,
     four_bit_training,
-    intervals,
     one_gpu,
     paging,
 )
-from peft_from_scratch.ledger import claim, judge
+from peft_from_scratch.ledger.verdicts import claim, judge
 from peft_from_scratch.nf4 import CODES
 
 pytestmark = pytest.mark.usefixtures("store")
 
 
 def test_the_second_half_of_a_sentence_stands_after_the_first():
-    assert ledger._place("Q4") < ledger._place("Q4b") < ledger._place("Q5")
-    ids = list(ledger.CLAIMS)
+    assert verdicts._place("Q4") < verdicts._place("Q4b") < verdicts._place("Q5")
+    ids = list(verdicts.CLAIMS)
     assert ids.index("Q4b") == ids.index("Q4") + 1
 
 
@@ -257,7 +257,7 @@ def test_a_share_is_the_ratio_of_means():
     wholes = np.full((5, 40), 0.2) + 1e-4 * np.random.default_rng(0).normal(
         size=(5, 40)
     )
-    value, low, high = intervals.share_of(0.7 * wholes, wholes)
+    value, low, high = statistics.share_of(0.7 * wholes, wholes)
     assert value == pytest.approx(70) and low == pytest.approx(70, abs=1e-6)
     assert high == pytest.approx(70, abs=1e-6)
 
@@ -270,7 +270,7 @@ def fieller_covers():
     for _ in range(400):
         wholes = 1.0 + 0.3 * generator.normal(size=5)
         parts = 0.4 * wholes + 0.2 * generator.normal(size=5)
-        low, high = intervals._fieller(parts, wholes)
+        low, high = statistics._fieller(parts, wholes)
         held += low <= 0.4 <= high
     assert 0.92 <= held / 400 <= 0.98
 
@@ -284,29 +284,29 @@ def fieller_covers():
     ],
 )
 def test_planted_faults_of_fiellers_interval_are_caught(right, wrong):
-    with planted(intervals._fieller, right, wrong):
+    with planted(statistics._fieller, right, wrong):
         if "0 *" not in wrong:
             with pytest.raises(AssertionError):
                 fieller_covers()
         else:  # a covariance that is left out widens: parts that follow wholes show it
             wholes = np.array([0.5, 1.0, 1.5, 0.8, 1.2])
-            low, high = intervals._fieller(0.4 * wholes, wholes)
+            low, high = statistics._fieller(0.4 * wholes, wholes)
             assert high - low > 0.1
 
 
 def test_a_share_of_nothing_has_no_ends():
     noise = np.random.default_rng(0).normal(size=(5, 40))
-    value, low, high = intervals.share_of(noise, noise[::-1])
-    assert (low, high) == (-intervals.UNBOUNDED, intervals.UNBOUNDED)
+    value, low, high = statistics.share_of(noise, noise[::-1])
+    assert (low, high) == (-statistics.UNBOUNDED, statistics.UNBOUNDED)
     assert low <= value <= high
     with pytest.raises(Invalid, match="1 seed has no interval"):
-        intervals.share_of([[1.0, 2.0]], [[1.0, 2.0]])
+        statistics.share_of([[1.0, 2.0]], [[1.0, 2.0]])
 
 
 def test_items_that_differ_widen_a_share():
     """Equal seeds, rows that differ: only the bootstrap sees it."""
     parts = np.tile([0.0, 2.0, 0.0, 2.0], (5, 1))
-    value, low, high = intervals.share_of(parts, np.full((5, 4), 2.0))
+    value, low, high = statistics.share_of(parts, np.full((5, 4), 2.0))
     assert value == 50 and low < 40 and high > 60
 
 
@@ -356,8 +356,8 @@ def test_m4_is_what_staying_in_four_bits_costs(scale, requantized, verdict):
 def test_m4_is_planted_on_the_wrong_merge():
     merges = dict(dequantized=0.0, original=0.0, requantized=1.0)
     judged("M4", trained(shifted(), merges=merges))
-    law = 'cost(found, "requantized")'
-    with planted(four_bit_merging.merge_measured, law, 'cost(found, "dequantized")'):
+    law = 'cost(all_runs, "requantized")'
+    with planted(four_bit_merging.merge_measured, law, 'cost(all_runs, "dequantized")'):
         assert judge(claim("M4"), "tiny").verdict == "confirmed"
     assert judge(claim("M4"), "tiny").verdict == "confirmed with limits"
 
@@ -458,7 +458,7 @@ def test_p1_without_a_spike_is_no_verdict():
     [
         ('not result["equal"] or', ""),
         ('or result["exceeded"]', ""),
-        ('max(held["paged"])', 'min(held["paged"])'),
+        ('max(peaks["paged"])', 'min(peaks["paged"])'),
     ],
 )
 def test_planted_faults_of_p1_are_caught(right, wrong):

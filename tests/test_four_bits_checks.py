@@ -6,7 +6,7 @@ from check_tests import checked
 from mutant_run import lesson
 
 from peft_from_scratch import nf4
-from peft_from_scratch.checks import four_bits as checks
+from peft_from_scratch.course.checks import four_bits as checks
 from peft_from_scratch.nf4.codes import book
 from peft_from_scratch.nf4.double import double_quantize
 
@@ -211,12 +211,14 @@ def test_what_checks_compare_with_is_what_the_library_does():
         found = checks.nearest(ratios, values)
         assert torch.equal(found, nf4.blocks.nearest(ratios, name).long())
     codes = torch.randint(16, (500,)).to(torch.uint8)
-    assert torch.equal(checks._packed(codes), nf4.blocks.pack(codes))
+    assert torch.equal(checks._packed(codes), nf4.spec.pack(codes))
     absmax = 1 + torch.rand(700)
     for name in ("fp8", "int8"):
         theirs = double_quantize(absmax, name)
         offset, units, ratios = checks._doubled(absmax, 256)
-        assert torch.equal(offset, theirs.offset) and torch.equal(units, theirs.units)
+        assert torch.equal(offset, theirs.offset) and torch.equal(
+            units, theirs.nested_absmax
+        )
         values = book(name, absmax.device).values
         off = checks.nearest(ratios, values) - theirs.codes.long()
         assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01

@@ -6,8 +6,8 @@ import torch
 from architectures import build as small
 from mutant_run import lesson
 
-from peft_from_scratch.checks import full_fine_tuning as checks
-from peft_from_scratch.experiments import bill
+from peft_from_scratch.course.checks import full_fine_tuning as checks
+from peft_from_scratch.ledger.experiments import bill
 
 LESSON = lesson(build.FOLDER / "01_full_fine_tuning.py")
 EXERCISES = {exercise.id: exercise for exercise in LESSON.exercises}

@@ -10,9 +10,10 @@ from planting import each_is_caught, law
 from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, logging
 
-from peft_from_scratch import generation
-from peft_from_scratch.generation import generate, left_pad
 from peft_from_scratch.methods import lora
+from peft_from_scratch.training import generation
+from peft_from_scratch.training.batch import left_pad
+from peft_from_scratch.training.generation import generate
 
 END = 2  # a token that these random models next to never write
 NEW = 8
@@ -184,7 +185,7 @@ def test_more_tokens_than_positions_are_refused_before_anything_is_computed():
         together(model, prompts, prefix=[*PREFIX, 5])
 
 
-CONTINUE, PAD = generation._continue, generation.left_pad
+CONTINUE, PAD = generation._continue, left_pad
 CAUGHT = (AssertionError, RuntimeError)
 BUGS = {
     "padding on the right": (

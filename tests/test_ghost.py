@@ -6,8 +6,10 @@ from architectures import CONFIGS, build
 from planting import assert_caught
 from transformers import LlamaConfig
 
-from peft_from_scratch import full, ghost, lora
-from peft_from_scratch.experiments import bill
+from peft_from_scratch import full, lora
+from peft_from_scratch.ledger.experiments import bill
+from peft_from_scratch.memory import meta_model as ghost
+from peft_from_scratch.memory.step_bill import step_bill
 
 # Gemma's attention has softcaps, GPT-2 and OPT have a step of their own for a mask that
 # a caller made: the ghost is held to the architectures that it is used for.
@@ -39,6 +41,34 @@ def agrees(architecture="llama", recipe="mixed", length=200):
     real = real_bill(architecture, recipe, length)
     assert real.keys() == set(ROWS)
     assert ghost_bill(architecture, recipe, length) == pytest.approx(real, rel=0.01)
+
+
+class Momentum(torch.optim.Optimizer):
+    """One state as large as the weight, and a temporary three times that."""
+
+    @torch.no_grad()
+    def step(self):
+        (weight,) = self.param_groups[0]["params"]
+        self.state[weight]["momentum"] = torch.ones_like(weight)
+        weight -= torch.zeros(3, *weight.shape)[0]
+
+
+def a_bill_has_every_part():
+    model = torch.nn.Linear(64, 64, bias=False)
+    x, n = torch.ones(5000, 64), model.weight.nbytes
+
+    def learn():
+        model(x).square().sum().backward()
+
+    found = step_bill(model, learn, Momentum(model.parameters(), {}))
+    assert [found[part] for part in ROWS[:3]] == [n, n, n]
+    assert found["temporaries"] == 3 * n
+    assert found["activations"] > 10 * n
+    assert found["peak"] >= found["activations"] + 2 * n  # the weight and its state
+
+
+def test_a_bill_has_every_part():
+    a_bill_has_every_part()
 
 
 @pytest.mark.parametrize("recipe", bill.RECIPES)
@@ -107,14 +137,14 @@ MUTANTS = {
         "(query @ key.repeat_interleave(2, 1).transpose(2, 3)).softmax(-1)"
         " @ value.repeat_interleave(2, 1), None",
     ),
-    "no float32 logits": (ghost._loss, "cross_entropy(wide", "cross_entropy(logits"),
+    "no float32 logits": (ghost._loss, "widened(", "("),
     "the update is not counted": (
-        ghost.bill,
+        step_bill,
         '"temporaries": updating.activations',
         '"temporaries": 0',
     ),
     "no optimizer in the peak": (
-        ghost.bill,
+        step_bill,
         "learning.peak + updating.optimizer",
         "learning.peak",
     ),
@@ -124,5 +154,5 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_caught(mutant):
     function, right, wrong = MUTANTS[mutant]
-    longest = 2000 if "peak" in mutant else 200
-    assert_caught(function, right, wrong, lambda: agrees(length=longest))
+    law = a_bill_has_every_part if function is step_bill else agrees
+    assert_caught(function, right, wrong, law)

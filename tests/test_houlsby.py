@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.methods import houlsby
 from peft_from_scratch.methods.houlsby import NONLINEARITIES, Bottleneck
 

@@ -17,10 +17,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_from_scratch as pfs
-from peft_from_scratch.tasks import GENERATED, load_task
+from peft_from_scratch.tasks.task import GENERATED, load_task
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PACKAGE = "peft_from_scratch"
+# Rooms whose files list themselves: the table of methods, experiments, checks, names.
+LONG_LISTS = {PACKAGE, "checks", "experiments", "methods"}
 LARGEST = 5_000_000  # bytes of a file in git
 COMMAND = r"(?:`|^ {4,}|&& )make (?:\w+=\S+ )*(\w+)|^make (\w+)$"
 TARGETS = {"compare", "test", "lab", "notebooks", "bench", "lint"}
@@ -135,7 +138,7 @@ def imported(folder):
     providers = packages_distributions()
     folders = ("tests/**", "notebooks", "benchmarks")
     files = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
-    ours = {path.stem for path in files} | {"peft_from_scratch"}
+    ours = {path.stem for path in files} | {PACKAGE, "tools"}
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in modules(ast.parse(path.read_text("utf-8"))):
@@ -181,26 +184,38 @@ def test_the_makefile_has_every_target_that_is_spoken_of():
         assert set(filter(None, itertools.chain(*spoken_of))) <= set(phony), page
 
 
-def test_readme_lists_every_file_once():
-    listed = tree(text("README.md"))
-    lines = {  # a line may hold a *, for files that only their names tell apart
-        name: [line for line in listed if Path("/", name).match("/" + line)]
-        for name in in_git()
-    }
-    assert not {name: found for name, found in lines.items() if len(found) != 1}
-    assert not set(listed) - {line for found in lines.values() for line in found}
+def test_readme_shows_every_room_once():
+    """Rooms of the package and folders of the project that hold files in git."""
+    found = {Path(name).parts for name in in_git()}
+    rooms = {parts[1] for parts in found if parts[0] == PACKAGE and len(parts) > 2}
+    folders = {parts[0] for parts in found if len(parts) > 1 and parts[0][0] != "."}
+    listed = re.findall(r"^(?:  )?(\w+)/(?: {2,}\S|$)", tree(text("README.md")), re.M)
+    assert sorted(listed) == sorted(rooms | folders)
+
+
+def test_readme_is_read_in_one_sitting():
+    assert len(text("README.md").splitlines()) <= 200
+
+
+def test_every_room_says_what_is_in_it():
+    """Its `__init__` opens with an essay that names each of its files, and ends there.
+
+    What else it may hold are names: an import, a table of names, `__getattr__`.
+    """
+    for room in sorted((ROOT / PACKAGE).rglob("__init__.py")):
+        essay = ast.get_docstring(ast.parse(room.read_text("utf-8"))) or ""
+        files = [path for path in room.parent.glob("*.py") if path != room]
+        named = [path.name for path in files if path.stem in essay]
+        assert len(essay) > 50, room
+        if room.parent.name not in LONG_LISTS:
+            assert len(named) == len(files), (room, set(map(str, files)) - set(named))
 
 
 def tree(page):
-    """The paths in the README's fenced block of lines `path   description`."""
+    """The README's fenced block of rooms and folders."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (block,) = [
-        block for block in blocks if re.search("^pyproject.toml  ", block, re.M)
-    ]
-    written = filter(None, block.splitlines())
-    lines = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in written]
-    assert all(lines), block
-    return [line[1] for line in lines]
+    (block,) = [block for block in blocks if f"{PACKAGE}/" in block.splitlines()]
+    return block
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from planting import law, planted, planted_kernel
 
-from peft_from_scratch import provenance
+from peft_from_scratch.common import provenance
 from peft_from_scratch.kernels import gather, language, lora
 from peft_from_scratch.kernels import nf4 as on_codes
 

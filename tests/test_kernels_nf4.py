@@ -13,7 +13,7 @@ from planting import planted, planted_kernel
 from peft_from_scratch import kernels, nf4
 from peft_from_scratch.kernels import language, lora
 from peft_from_scratch.kernels import nf4 as on_codes
-from peft_from_scratch.nf4.double import Doubled
+from peft_from_scratch.nf4.double import DoubleQuantized
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton: Linux only")
 
@@ -61,7 +61,7 @@ def test_every_byte_and_every_constant_of_eight_bits():
     codes = torch.arange(256, dtype=torch.uint8)
     for recipe in ("dynamic", "fp8", "int8"):
         known = len(nf4.double.book(recipe, torch.device("cpu")).values)
-        absmax = Doubled(
+        absmax = DoubleQuantized(
             (codes.int() % known).to(torch.uint8), torch.rand(1), torch.rand(()), recipe
         )
         packed = codes.repeat(8)  # 4096 values, 16 a block
@@ -235,7 +235,7 @@ def test_a_weight_is_half_a_byte_and_a_64th_of_a_constant(across):
         assert asked_of(loads, q.packed) == n // 2
         if double:
             assert asked_of(loads, q.absmax.codes) == n // 64
-            assert asked_of(loads, q.absmax.units) == n // 64
+            assert asked_of(loads, q.absmax.nested_absmax) == n // 64
         else:
             assert asked_of(loads, q.absmax) == n // 64
 

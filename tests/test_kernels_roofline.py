@@ -4,12 +4,13 @@ import pytest
 import torch
 from planting import assert_caught, each_is_caught, law
 
-from peft_from_scratch import ledger
-from peft_from_scratch.experiments import fusing
 from peft_from_scratch.kernels import roofline
 from peft_from_scratch.kernels.count import Count
 from peft_from_scratch.kernels.roofline import DEVICES, FUSED, UNFUSED
-from peft_from_scratch.runs import Run
+from peft_from_scratch.ledger import verdicts
+from peft_from_scratch.ledger.experiments import fusing
+from peft_from_scratch.ledger.runs import Run
+from peft_from_scratch.plotting import roofline as picture
 
 BF16 = torch.bfloat16
 H100 = roofline.SHOWN
@@ -78,7 +79,7 @@ def test_the_figure_shows_what_its_title_says():
 
 
 def test_the_figure_has_a_roof_a_device_and_points_of_each_kind():
-    page = roofline.figure()
+    page = picture.figure()
     (axes,) = page.axes
     roofs = [line for line in axes.lines if line.get_gid() == "roof"]
     assert len(roofs) == len(DEVICES)
@@ -88,7 +89,7 @@ def test_the_figure_has_a_roof_a_device_and_points_of_each_kind():
     for kind, line in drawn.items():
         assert list(zip(*line.get_data(), strict=True)) == found[kind]
     assert "FLOPs per byte" in axes.get_xlabel()
-    words = roofline.alt()
+    words = picture.alt()
     assert all(device.name in words for device in DEVICES)
     assert f"{found[FUSED][0][1] / 1e12:,.3g}" in words
 
@@ -110,7 +111,7 @@ def test_k1_is_the_share_of_worthwhile_cases(saving, value, verdict):
     measured = fusing.measured([a_run(saving)])
     assert measured.value == pytest.approx(value)
     ends = measured.value, measured.low, measured.high
-    assert ledger.verdict_of("K1", *ends) == verdict
+    assert verdicts.verdict_of("K1", *ends) == verdict
     fusing.BOUNDS.format(**measured.figures)
 
 

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import assert_caught, each_is_caught, law
 
-from peft_from_scratch import nf4, readme
-from peft_from_scratch.kernels import cases, count, lora, page, targets
+from peft_from_scratch import nf4
+from peft_from_scratch.common.marks import block_pattern
+from peft_from_scratch.kernels import cases, count, gpu_targets, lora
 from peft_from_scratch.kernels import nf4 as on_codes
 from peft_from_scratch.kernels.language import INTERPRETED, Tiles, recorded
 from peft_from_scratch.kernels.lora import matrix
 from peft_from_scratch.kernels.trace import trace
+from tools import kernels_page
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 SHAPES = st.integers(1, 40)
@@ -23,43 +25,43 @@ SHAPES = st.integers(1, 40)
 
 @pytest.fixture(scope="module")
 def stored():
-    return json.loads(targets.RESULT.read_text("utf-8"))
+    return json.loads(gpu_targets.RESULT.read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
 def live():
-    return targets.elsewhere("--sample")
+    return gpu_targets.elsewhere("--sample")
 
 
 # ---------------------------------------------------------------------- What is stored
 
 
 def test_the_file_is_of_these_kernels(stored):
-    assert stored["made_of"] == targets.fingerprint(), (
+    assert stored["made_of"] == gpu_targets.fingerprint(), (
         "a kernel, a tile or a case changed: run python -m "
-        "peft_from_scratch.kernels.targets"
+        "peft_from_scratch.kernels.gpu_targets"
     )
 
 
 def test_another_tile_or_kernel_is_another_fingerprint(monkeypatch):
     few = [case for case in cases.CASES if case.name in cases.SAMPLE]
-    before = targets.fingerprint(few)
-    assert targets.fingerprint(few) == before
+    before = gpu_targets.fingerprint(few)
+    assert gpu_targets.fingerprint(few) == before
     with monkeypatch.context() as patch:
         patch.setattr(lora, "tiles_for", lambda *_: Tiles(k=64))
-        assert targets.fingerprint(few) != before
-    source = targets.inspect.getsource(lora)
+        assert gpu_targets.fingerprint(few) != before
+    source = gpu_targets.inspect.getsource(lora)
     for old, new, differs in (
         ("total *= scale", "total *= 2 * scale", True),
         ("total *= scale", "total *= scale  # as it is", False),
         ('"""y = x W^T, + h B^T', '"""Another word. y = x W^T, + h B^T', False),
     ):
         assert source.count(old) == 1
-        with mock.patch.object(targets.inspect, "getsource") as read:
+        with mock.patch.object(gpu_targets.inspect, "getsource") as read:
             read.side_effect = lambda module: (
                 source.replace(old, new) if module is lora else _source(module)  # noqa: B023
             )
-            assert (targets.fingerprint(few) != before) is differs
+            assert (gpu_targets.fingerprint(few) != before) is differs
 
 
 def test_a_few_compiled_now_are_as_stored(stored, live):
@@ -108,7 +110,7 @@ def test_nothing_spills_on_nvidia(stored):
 def test_nvidias_targets_have_the_shared_memory(stored):
     for row in stored["rows"]:
         for target in NVIDIA:
-            limit = targets.LARGEST[target] * 1024
+            limit = gpu_targets.LARGEST[target] * 1024
             assert row["targets"][target]["shared"] <= limit
 
 
@@ -119,9 +121,9 @@ def test_every_case_is_in_the_file(stored):
 
 
 def test_the_page_is_that_of_the_file(stored):
-    text = page.PAGE.read_text("utf-8")
-    assert readme.BLOCK.search(text)
-    assert page.with_tables(text, stored) == text
+    text = kernels_page.PAGE.read_text("utf-8")
+    assert block_pattern().search(text)
+    assert kernels_page.with_tables(text, stored) == text
     share = 256 * (576 + 576) / 576**2  # of r (d_in + d_out) in d_in d_out
     assert f"is {share:.0%} of".replace("%", " %") in text.replace("\n", " ")
 
@@ -130,9 +132,9 @@ def test_a_spill_is_on_the_page(stored):
     row = json.loads(json.dumps(stored["rows"][0]))
     for on in row["targets"].values():
         on["spilled"] = 0
-    assert page.spills([row]) == "Nothing, on any target."
+    assert kernels_page.spills([row]) == "Nothing, on any target."
     row["targets"]["sm_90"]["spilled"] = 4711
-    assert "4711" in page.spills([row])
+    assert "4711" in kernels_page.spills([row])
 
 
 # ---------------------------------------------------------------------- How it is read
@@ -167,41 +169,41 @@ TTGIR = """
 
 @law
 def resources_are_read():
-    assert targets.resources(USAGE) == {"registers": 168, "spilled": 32}
+    assert gpu_targets.resources(USAGE) == {"registers": 168, "spilled": 32}
 
 
 @law
 def amds_notes_are_read():
-    told = targets.amd({"amdgcn": AMDGCN})
+    told = gpu_targets.amd({"amdgcn": AMDGCN})
     assert told["registers"] == 120 and told["spilled"] == 12
     assert told["instructions"] == ["v_mfma_f32_32x32x8_bf16"]
 
 
 @law
 def instructions_are_read():
-    assert targets.instructions(PTX, "cuda") == [
+    assert gpu_targets.instructions(PTX, "cuda") == [
         "mma.m16n8k16.f32.f16.f16.f32",
         "tcgen05.mma.kind::f16",
         "wgmma.mma_async.m64n128k16.f32.bf16.bf16",
     ]
-    assert targets.operands(TTGIR) == ["bf16"]
+    assert gpu_targets.operands(TTGIR) == ["bf16"]
 
 
 READING = {
     "a spill not reported": (
-        *(targets.resources, '"spilled": stack + local', '"spilled": 0'),
+        *(gpu_targets.resources, '"spilled": stack + local', '"spilled": 0'),
         resources_are_read,
     ),
     "the stack for the registers": (
-        *(targets.resources, '"registers": registers', '"registers": stack'),
+        *(gpu_targets.resources, '"registers": registers', '"registers": stack'),
         resources_are_read,
     ),
     "a spill on AMD not reported": (
-        *(targets.amd, 'noted("vgpr_spill_count") + ', ""),
+        *(gpu_targets.amd, 'noted("vgpr_spill_count") + ', ""),
         amds_notes_are_read,
     ),
     "all that is loaded for what is multiplied": (
-        *(targets.operands, 'if "ttng.tc_gen5_mma" in line', ""),
+        *(gpu_targets.operands, 'if "ttng.tc_gen5_mma" in line', ""),
         instructions_are_read,
     ),
 }
@@ -213,7 +215,7 @@ test_a_planted_bug_is_caught = each_is_caught(READING)
 def test_an_interpreting_process_says_that_it_cannot_compile():
     assert INTERPRETED
     with pytest.raises(RuntimeError, match="elsewhere"):
-        targets.rows(cases.CASES[:1])
+        gpu_targets.rows(cases.CASES[:1])
 
 
 # ---------------------------------------------------------------------------- Counting
@@ -335,7 +337,7 @@ COUNTING = {
 
 @pytest.mark.parametrize("name", COUNTING)
 def test_a_planted_miscount_is_caught(name):
-    source = targets.inspect.getsource(count._product)
+    source = gpu_targets.inspect.getsource(count._product)
     right, wrong = COUNTING[name]
     if "height" in wrong:  # the height is known further down
         wrong = wrong.replace("height", "down * BM")

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,9 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import assert_caught, law
 
-from peft_from_scratch import __main__ as command_line
-from peft_from_scratch import experiments, ledger, runs
-from peft_from_scratch.claim import OF_BANDS, VERDICTS, Claim, Invalid, Measured, Rule
+from peft_from_scratch.cli import command_line
+from peft_from_scratch.ledger import experiments, runs
+from peft_from_scratch.ledger import verdicts as ledger
+from peft_from_scratch.ledger.claim import (
+    OF_BANDS,
+    VERDICTS,
+    Claim,
+    Invalid,
+    Measured,
+    Rule,
+)
 
 FIELDS = (
     "id notebook statement rule rule_hash scale measured interval seeds verdict "
@@ -139,7 +148,7 @@ def made(**changes):
     return Claim(**(settings | changes))
 
 
-def test_the_rule_hash_follows_words_bands_and_measuring_code():
+def test_the_rule_hash_follows_words_bands_grid_and_measuring_code():
     hashes = [
         made().rule_hash,
         made(rule=Rule("the ranks", RULE.unit, RULE.verdicts, RULE.edges)).rule_hash,
@@ -148,10 +157,12 @@ def test_the_rule_hash_follows_words_bands_and_measuring_code():
         made(rule=Rule(RULE.words, "%", RULE.verdicts[::-1], (10, 30))).rule_hash,
         made(measured=one).rule_hash,
         made(measured=other).rule_hash,
-        made(measuring=(one,)).rule_hash,
+        made(configs=lambda scale: []).rule_hash,
+        made(untestable={"tiny": "It takes a larger one"}).rule_hash,
     ]
     assert len(set(hashes)) == len(hashes)
     assert made(id="Z2", statement="x", say_instead={}).rule_hash == hashes[0]
+    assert made(untestable={"tiny": "No"}).rule_hash == hashes[-1]
 
 
 @pytest.fixture
@@ -244,7 +255,7 @@ def test_missing_runs_are_made_once_and_a_search_may_ask_for_more(store, monkeyp
 
 def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "brand_new.py").write_text(
-        "from peft_from_scratch.claim import Claim, Measured, Rule\n"
+        "from peft_from_scratch.ledger.claim import Claim, Measured, Rule\n"
         "def measured(found): return Measured(1, 1, 1, ())\n"
         "CLAIMS = (Claim(id='Z9', notebook='98', statement='s', measured=measured,\n"
         "  rule=Rule('w', '%', ('confirmed', 'refuted here'), (2,)),\n"
@@ -254,8 +265,17 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
     monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
     found = ledger.discover()
-    monkeypatch.delitem(sys.modules, "peft_from_scratch.experiments.brand_new")
+    monkeypatch.delitem(sys.modules, "peft_from_scratch.ledger.experiments.brand_new")
     assert list(found) == [*ledger.CLAIMS, "Z9"]
+
+
+def test_importing_the_ledger_imports_no_experiment():
+    code = (
+        "import sys; from peft_from_scratch.ledger import experiments, verdicts;"
+        "known = [n for n in sys.modules if n.startswith(experiments.__name__ + '.')];"
+        "assert not known, known; assert 'L1' in verdicts.CLAIMS and verdicts.claims()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=runs.provenance.ROOT)
 
 
 def test_an_unknown_claim_names_the_known():
@@ -349,6 +369,6 @@ def test_the_command_makes_missing_runs(capsys, tmp_path, monkeypatch):
 
 
 def test_the_command_line_names_the_scales_of_the_library():
-    from peft_from_scratch.claim import SCALES
+    from peft_from_scratch.ledger.claim import BASES
 
-    assert command_line.SCALES == SCALES
+    assert command_line.BASES == BASES

@@ -18,8 +18,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 from planting import assert_caught
 
-from peft_from_scratch import cards, ledger, lesson
-from peft_from_scratch.cards import Card
+from peft_from_scratch.course import cards, lesson
+from peft_from_scratch.course.cards import Card
+from peft_from_scratch.ledger import verdicts
 
 CARD = Card(
     products=100.0,
@@ -42,9 +43,9 @@ def course(tmp_path, monkeypatch):
     monkeypatch.delenv(lesson.VARIABLE, raising=False)
     monkeypatch.setenv(cards.OVERRIDE, str(tmp_path / "costs.json"))
     monkeypatch.setattr(cards, "product_seconds", lambda device: 0.5)
-    monkeypatch.setattr(ledger, "CLAIMS", {"S1": sample_lesson.CLAIM})
+    monkeypatch.setattr(verdicts, "CLAIMS", {"S1": sample_lesson.CLAIM})
     file = os.path.join(os.path.dirname(sample_lesson.__file__), "ledger.json")
-    monkeypatch.setattr(ledger, "FILE", type(ledger.FILE)(file))
+    monkeypatch.setattr(verdicts, "FILE", type(verdicts.FILE)(file))
     monkeypatch.setattr(lesson, "WORK", tmp_path / "work")
     monkeypatch.setattr(lesson, "current", None)
 
@@ -64,7 +65,7 @@ def test_start_fixes_every_seed_and_says_what_it_uses(capsys):
     lesson.start("04", model="tiny", seed=1)
     assert all(a != b for a, b in zip(drawn(), first, strict=True))
     said = capsys.readouterr().out
-    device = lesson.models.pick_device()
+    device = lesson.load.pick_device()
     assert f"Lesson 04: tiny, {device}, float32, one thread, seed 0." in said
     assert "no card" in said
 
@@ -218,7 +219,7 @@ def test_an_unknown_claim_and_a_ledger_without_it_are_said(monkeypatch, tmp_path
     begun = lesson.start("90", model="tiny")
     with pytest.raises(ValueError, match="claims are S1"):
         begun.verdict("L99")
-    monkeypatch.setattr(ledger, "FILE", tmp_path / "none.json")
+    monkeypatch.setattr(verdicts, "FILE", tmp_path / "none.json")
     with pytest.raises(LookupError, match="ledger S1 --run"):
         begun.verdict("S1")
 
@@ -308,10 +309,10 @@ def test_a_bill_is_measured():
 def test_a_product_takes_what_it_takes(monkeypatch):
     """Against a clock, for the same matrices one after the other."""
     monkeypatch.undo()
-    x = torch.randn(cards.ROWS, cards.costs.HIDDEN)
+    x = torch.randn(cards.ROWS, cards.estimate.HIDDEN)
     layers = [
-        torch.randn(cards.costs.MLP, cards.costs.HIDDEN)
-        for _ in range(cards.costs.DEPTH)
+        torch.randn(cards.estimate.MLP, cards.estimate.HIDDEN)
+        for _ in range(cards.estimate.DEPTH)
     ]
     fastest = float("inf")
     for _ in range(5):
@@ -326,7 +327,7 @@ def test_peak_memory_is_of_this_process_and_not_of_its_parent():
     """A parent with much in memory starts a process that takes a known amount."""
     mine = torch.ones(400_000_000, dtype=torch.uint8)
     code = (
-        "from peft_from_scratch.cards import peak_bytes\nimport torch\n"
+        "from peft_from_scratch.course.cards import peak_bytes\nimport torch\n"
         "a = peak_bytes()\nx = torch.ones(200_000_000, dtype=torch.uint8)\n"
         "del x\nprint(a, peak_bytes())"
     )

@@ -6,10 +6,11 @@ from architectures import build
 from planting import Bug, each_is_caught, law
 
 from peft_from_scratch import load, save
-from peft_from_scratch.adapter import adapters, as_matrix, injected
+from peft_from_scratch.core import matrices
+from peft_from_scratch.core.adapter import adapters, as_matrix, injected
+from peft_from_scratch.core.targets import projections
 from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.nf4 import dequantize, quantize_model
-from peft_from_scratch.targets import projections
 
 
 @law
@@ -75,7 +76,7 @@ def test_a_base_that_lost_its_weights_is_refused():
 
 BUGS = {
     "no scale": Bug(
-        loftq.start, "/ module.scale", "", it_starts_at_the_best_of_its_rank
+        loftq.start, ", module.scale)", ")", it_starts_at_the_best_of_its_rank
     ),
     "the weight itself": Bug(
         loftq.start,
@@ -85,20 +86,20 @@ BUGS = {
     ),
     "the other sign": Bug(
         loftq.start,
-        "module.B.copy_(U",
-        "module.B.copy_(-U",
+        "module.B.copy_(B)",
+        "module.B.copy_(-B)",
         it_starts_at_the_best_of_its_rank,
     ),
     "all of it in A": Bug(
-        loftq.start,
-        "(S[:r] / module.scale).sqrt()",
-        "S[:r] / module.scale",
+        matrices.svd_halves,
+        "(S[:r] / scale).sqrt()",
+        "S[:r] / scale",
         it_starts_at_the_best_of_its_rank,
     ),
     "codes of something else": Bug(
-        loftq.inject,
-        "qlora.inject(model, **arguments)",
-        "qlora.inject(model, block=32, **arguments)",
+        loftq.plan,
+        "qlora.plan(model, **arguments)",
+        "qlora.plan(model, block=32, **arguments)",
         its_codes_are_qloras,
     ),
 }

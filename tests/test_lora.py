@@ -14,8 +14,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.methods import lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
 DOUBLE = dict(dtype=torch.float64)
 sizes = st.integers(1, 6)
@@ -241,7 +243,36 @@ def beyond_half_on_the_way(dtype):
     return lora(torch.ones(1, 32, dtype=dtype))
 
 
-def test_what_a_hook_has_kept_is_not_written_into():
+def keep_nothing(module, args, out):
+    """A hook on the base: with one, LoRA computes its equation as it is written."""
+
+
+@law
+def fast_equals_plain():
+    """Values and gradients of both ways, in every precision and with dropout."""
+    close = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+    for dtype, bound in close.items():
+        for kind in (nn.Linear, Conv1D):
+            how = dict(kind=kind, dtype=dtype, alpha=5, dropout=0.3)
+            fast, plain = (adapted(6, 5, 3, **how).train() for _ in range(2))
+            plain.base.register_forward_hook(keep_nothing)
+            assert lora_fast.is_safe(fast.base) and not lora_fast.is_safe(plain.base)
+            outcomes = []
+            for lora in (fast, plain):
+                torch.manual_seed(1)
+                x = torch.randn(2, 4, 6, dtype=dtype).requires_grad_()
+                y = lora(x)
+                wanted = (x, lora.A, lora.B)
+                grads = torch.autograd.grad(y, wanted, torch.randn_like(y))
+                outcomes.append(dict(zip("yxAB", (y.detach(), *grads), strict=True)))
+            ours, theirs = outcomes
+            for key, right in theirs.items():
+                assert ours[key].dtype == right.dtype
+                assert largest(ours[key], right) < bound, (dtype, key)
+
+
+@law
+def what_a_hook_has_kept_is_not_written_into():
     lora, kept = adapted(8, 8, 2), []
     lora.base.register_forward_hook(lambda module, args, out: kept.append(out))
     x = torch.randn(3, 8, dtype=torch.float64)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.methods import bitfit, dora, houlsby, ia3, lora, pissa
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.ia3 import IA3
@@ -138,7 +138,7 @@ def A_and_B_are_the_principal_triplets(kind=nn.Linear):
     base = projection(kind, 7, 6)
     W0 = matrix(base).detach().clone()
     layer = PiSSA(base, r=2, alpha=6)
-    layer.attached()
+    layer.on_attach()
     U, S, Vt = torch.linalg.svd(W0)
     top = U[:, :2] @ S[:2].diag() @ Vt[:2]
     torch.testing.assert_close(3 * layer.B @ layer.A, top)
@@ -199,7 +199,7 @@ def a_tied_weight_is_refused():
 
 @law
 def a_split_that_fails_halfway_leaves_no_trace(monkeypatch):
-    model, sound, done = build("llama"), PiSSA.attached, []
+    model, sound, done = build("llama"), PiSSA.on_attach, []
 
     def fails_at_the_third(layer):
         if len(done) == 2:
@@ -209,7 +209,7 @@ def a_split_that_fails_halfway_leaves_no_trace(monkeypatch):
 
     failing = refused(model, "planted", error=MemoryError)
     with monkeypatch.context() as patched, failing:
-        patched.setattr(PiSSA, "attached", fails_at_the_third)
+        patched.setattr(PiSSA, "on_attach", fails_at_the_third)
         pissa.inject(model, r=2)
 
 

@@ -18,9 +18,11 @@ from test_refused_files import BROKEN
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, exchange, merging, patterns
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
-from peft_from_scratch.merging import LowRank, combine, cross_terms, updates
+from peft_from_scratch.core import adapter, matrices
+from peft_from_scratch.files import adapter_file, patterns
+from peft_from_scratch.files import combine as combining
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
+from peft_from_scratch.files.combine import LowRank, combine, cross_terms, updates
 
 ARCHITECTURES = ("llama", "gpt2")
 EACH_WAY = {  # at full rank and density, where every way keeps everything
@@ -200,9 +202,9 @@ def test_ties_where_the_signs_cancel_and_where_all_is_trimmed():
     a = torch.tensor([[3.0, -2.0, 0.0, 1.0]], dtype=torch.float64)
     b = torch.tensor([[-3.0, -4.0, 0.0, 5.0]], dtype=torch.float64)
     expected = torch.tensor([[0.0, -3.0, 0.0, 3.0]], dtype=torch.float64)
-    assert torch.equal(merging.ties([a, b], 1.0), expected)
+    assert torch.equal(combining.ties([a, b], 1.0), expected)
     only = torch.tensor([[3.0, 0.0, 0.0, 5.0]], dtype=torch.float64)
-    assert torch.equal(merging.ties([a, b], 1e-9), only)  # one entry is always kept
+    assert torch.equal(combining.ties([a, b], 1e-9), only)  # one entry is always kept
 
 
 @law
@@ -210,7 +212,7 @@ def dare_keeps_a_share_and_the_expectation():
     delta = torch.randn(40, 50, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     n, density = 400, 0.2
-    draws = torch.stack([merging.dare(delta, density, generator) for _ in range(n)])
+    draws = torch.stack([combining.dare(delta, density, generator) for _ in range(n)])
     kept = draws != 0
     assert_close(draws[kept], (delta / density).expand_as(draws)[kept], 1e-12)
     assert abs(kept.double().mean().item() - density) < 5 * (0.16 / kept.numel()) ** 0.5
@@ -265,7 +267,7 @@ def test_cross_terms_of_independent_factors_grow_like_the_docstring_says(n):
     torch.manual_seed(n)
     shapes = (4, 400), (300, 4)
     parts = [LowRank(*(torch.randn(s).double() for s in shapes)) for _ in range(n)]
-    ratio = merging._relative(merging.added(parts), merging.stacked(parts))
+    ratio = combining._relative(combining.added(parts), combining.stacked(parts))
     assert abs(ratio / math.sqrt(n - 1) - 1) < 0.15
 
 
@@ -354,7 +356,7 @@ def names_that_end_alike_are_told_apart(folder):
     combine(folders, folder / "out", how="concatenation")
     model, pattern = net(), parsed(folder / "out")[2]["target_modules"]
     every = [name for name, _ in model.named_modules()]
-    assert patterns.selected("", pattern, every) == {"0", "1.0"}
+    assert patterns.matches_field("", pattern, every) == {"0", "1.0"}
     assert pfs.load(model, folder / "out") == ["0", "1.0"]
     assert {n: len(m.A) for n, m in adapters(model)} == {"0": 1, "1.0": 2}
     assert [m.scale for _, m in adapters(model)] == [1, 1]
@@ -549,7 +551,7 @@ def a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
         raise OSError("planted: no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(exchange, "save_file", disk_full)
+        patched.setattr(adapter_file, "save_file", disk_full)
         refuses(folder, folders, "planted", error=OSError, out=folders[0])
 
 
@@ -594,159 +596,168 @@ BUGS = {
         one_adapter_stays_what_it_is,
     ),
     "stacked in another order": Bug(
-        merging.stacked,
+        combining.stacked,
         "[part.A for part in parts]",
         "[part.A for part in parts][::-1]",
         the_logits_are_those_of_merging_each_in_turn,
     ),
     "linear concatenates": Bug(
-        merging._combined,
+        combining._combined,
         "return added(parts)",
         "return stacked(parts)",
         linear_is_wrong_by_the_cross_terms,
     ),
     "the smallest directions are kept": Bug(
-        merging.nearest,
-        "truncated(R_B @ R_A.T, r)",
-        "truncated((R_B @ R_A.T).flip(0), r)",
+        combining.nearest,
+        "svd_halves(R_B @ R_A.T, r)",
+        "svd_halves((R_B @ R_A.T).flip(0), r)",
         svd_is_the_nearest_of_its_rank,
     ),
     "one singular value too few": Bug(
-        merging.truncated,
-        "root = S[:r].sqrt()",
-        "root = S[:r].sqrt() * (torch.arange(len(S[:r])) < r - 1)",
+        matrices.svd_halves,
+        "root = (S[:r] / scale).sqrt()",
+        "root = (S[:r] / scale).sqrt() * (torch.arange(len(S[:r])) < r - 1)",
         svd_is_the_nearest_of_its_rank,
     ),
     "singular values on both sides": Bug(
-        merging.truncated, "S[:r].sqrt()", "S[:r]", svd_is_the_nearest_of_its_rank
+        matrices.svd_halves,
+        "(S[:r] / scale).sqrt()",
+        "S[:r] / scale",
+        svd_is_the_nearest_of_its_rank,
     ),
     "the smallest entries are kept": Bug(
-        merging._trimmed, ".topk(kept)", ".topk(kept, largest=False)", ties_is_the_paper
+        combining._trimmed,
+        ".topk(kept)",
+        ".topk(kept, largest=False)",
+        ties_is_the_paper,
     ),
     "the largest entries, not magnitudes": Bug(
-        merging._trimmed, "delta.abs().flatten()", "delta.flatten()", ties_is_the_paper
+        combining._trimmed,
+        "delta.abs().flatten()",
+        "delta.flatten()",
+        ties_is_the_paper,
     ),
     "signs are counted, not weighed": Bug(
-        merging.ties,
+        combining.ties,
         "trimmed.sum(0).sign()",
         "trimmed.sign().sum(0).sign()",
         ties_is_the_paper,
     ),
     "the sign is elected before trimming": Bug(
-        merging.ties,
+        combining.ties,
         "trimmed.sum(0).sign()",
         "sum(deltas).sign()",
         ties_is_the_paper,
     ),
     "the mean is over all adapters": Bug(
-        merging.ties,
+        combining.ties,
         "agree.sum(0).clamp(min=1)",
         "len(deltas)",
         ties_is_the_paper,
     ),
     "everybody agrees": Bug(
-        merging.ties,
+        combining.ties,
         "(trimmed.sign() == gamma) & (trimmed != 0)",
         "trimmed != 0",
         ties_is_the_paper,
     ),
     "dare does not enlarge": Bug(
-        merging.dare, " / density", "", dare_keeps_a_share_and_the_expectation
+        combining.dare, " / density", "", dare_keeps_a_share_and_the_expectation
     ),
     "dare keeps what it should drop": Bug(
-        merging.dare,
+        combining.dare,
         "torch.full(delta.shape, density)",
         "torch.full(delta.shape, 1 - density)",
         dare_keeps_a_share_and_the_expectation,
     ),
     "dare ignores the seed": Bug(
-        merging.dare,
+        combining.dare,
         "torch.bernoulli(share, generator=generator)",
         "torch.bernoulli(share)",
         dare_adds_what_the_weighted_adapters_keep,
     ),
     "every adapter drops the same entries": Bug(
-        merging._combined,
-        "sum(dare(p.delta(), density, generator) for p in parts)",
-        "dare(sum(p.delta() for p in parts), density, generator)",
+        combining._combined,
+        "sum(dare(part.delta(), density, generator) for part in parts)",
+        "dare(sum(part.delta() for part in parts), density, generator)",
         dare_adds_what_the_weighted_adapters_keep,
     ),
     "the error is that of another sum": Bug(
-        merging._relative,
+        combining._relative,
         "exact.weighted(-1)",
         "exact.weighted(1)",
         concatenation_is_the_exact_sum,
     ),
     "the error is relative to the result": Bug(
-        merging._relative,
+        combining._relative,
         "_norm(exact)",
-        "_norm(got)",
+        "_norm(result)",
         linear_is_wrong_by_the_cross_terms,
     ),
     "rslora is ignored": Bug(
-        merging._update,
-        "**arguments)",
-        "**arguments | dict(rslora=False))",
+        combining._update,
+        "math.sqrt(r) if config.rslora else r",
+        "r",
         updates_are_those_of_the_loaded_model,
     ),
     "alpha_pattern is ignored": Bug(
-        merging._updates,
-        "alpha=alphas[name]",
-        "alpha=config['lora_alpha']",
+        combining._update,
+        "scale = config.alpha /",
+        "scale = file.config['lora_alpha'] /",
         updates_are_those_of_the_loaded_model,
     ),
     "names are written as ends": Bug(
-        merging._config,
-        '"|".join(map(exactly, written))',
-        "list(written)",
+        combining._config,
+        '"|".join(map(exact_regex, results))',
+        "list(results)",
         names_that_end_alike_are_told_apart,
     ),
     "alpha does not follow the rank": Bug(
-        merging._config,
+        combining._config,
         '"alpha_pattern": others',
         '"alpha_pattern": {}',
         concatenation_is_the_exact_sum,
     ),
     "DoRA is taken for LoRA": Bug(
-        merging._updates,
-        'or config.get("use_dora")',
-        "",
+        combining._config_of,
+        "if file.format is not LORA:",
+        "if file.format.peft_type != LORA.peft_type:",
         what_is_no_plain_lora_is_refused,
     ),
     "trained biases are lost": Bug(
-        merging._updates,
-        'if given.pop("bias") != "none":',
-        'if given.pop("bias") == "":',
+        combining._config_of,
+        'if config.bias != "none":',
+        'if config.bias == "":',
         partial(what_is_no_plain_lora_is_refused, method="biases"),
     ),
     "different vocabularies are let through": Bug(
-        merging._refuse_other_bases,
-        '(ROWS, "the vocabulary"), ',
+        combining._refuse_other_bases,
+        '(VOCAB_SIZE, "the vocabulary"),',
         "",
         different_vocabularies_are_refused,
     ),
     "the error shows one shape twice": Bug(
-        merging._refuse_other_bases,
-        "of {shown(fact)} in",
-        "of {shown(before)} in",
+        combining._refuse_other_bases,
+        "of {shortened(fact)} in",
+        "of {shortened(before)} in",
         different_bases_are_refused,
     ),
     "a rank that is too large is cut in silence": Bug(
-        merging._refuse_ranks, "r > bound", "False", argument("r too large")
+        combining._refuse_ranks, "r > bound", "False", argument("r too large")
     ),
     "a share of 0 is let through": Bug(
-        merging._refuse_options, "0 < density", "0 <= density", argument("density 0")
+        combining._refuse_options, "0 < density", "0 <= density", argument("density 0")
     ),
     "infinite values are written": Bug(
-        merging._rounded,
+        combining._rounded,
         "not (rounded.A.isfinite().all() and rounded.B.isfinite().all())",
         "False",
         argument("beyond float32"),
     ),
     "the file is written in place": Bug(
-        exchange.write,
-        "atomic.new_files(directory, (CONFIG, WEIGHTS)) as new:",
-        "__import__('contextlib').nullcontext(Path(directory)) as new:\n"
+        adapter_file.AdapterFile.write,
+        "atomic.new_files(folder, (CONFIG, WEIGHTS)) as new:",
+        "__import__('contextlib').nullcontext(Path(folder)) as new:\n"
         "        new.mkdir(parents=True, exist_ok=True)",
         a_failed_write_leaves_the_folder_as_it_was,
     ),

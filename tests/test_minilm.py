@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from peft_from_scratch import load_model, minilm, nf4
+from peft_from_scratch import load_model, nf4
+from peft_from_scratch.models import minilm
 
 
 def rounded_by_affine_int4(W):

@@ -13,8 +13,8 @@ from architectures import build, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from peft_from_scratch import smollm2
-from peft_from_scratch.models import (
+from peft_from_scratch.models import smollm2
+from peft_from_scratch.models.load import (
     NAMED,
     describe,
     load_model,

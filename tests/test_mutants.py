@@ -18,10 +18,16 @@ from laws import Method
 from planting import Bug, each_is_caught
 from test_contract import METHODS, lora, low_rank
 
-from peft_from_scratch import adapter, atomic, exchange, patterns, targets
-from peft_from_scratch.adapter import Adapter
+from peft_from_scratch.common import atomic
+from peft_from_scratch.core import adapter, targets
+from peft_from_scratch.core.adapter import Adapter
+from peft_from_scratch.files import exchange, formats, patterns
+from peft_from_scratch.files.adapter_file import AdapterFile
+from peft_from_scratch.files.formats import Format
 from peft_from_scratch.methods import lora as method
-from peft_from_scratch.methods.lora import LoRA, LowRankUpdate
+from peft_from_scratch.methods import lora_config, lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
 ROWS = {row.name: row for row in METHODS}
 SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
@@ -122,23 +128,47 @@ LORA = {
         "if False:",
         lora_laws.both_derivatives_are_those_of_finite_differences,
     ),
+    "the equation without its scale": Bug(
+        LoRA.forward,
+        "y + self.scale * F",
+        "y + F",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale": Bug(
+        LowRankUpdate.forward,
+        "_rows(h), B.T, alpha=scale",
+        "_rows(h), B.T",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale, in half precision": Bug(
+        LowRankUpdate.forward,
+        "F.linear(h, B), alpha=scale",
+        "F.linear(h, B)",
+        lora_laws.fast_equals_plain,
+    ),
+    "what a hook has kept is written into": Bug(
+        lora_fast.is_safe,
+        " or base._forward_hooks",
+        "",
+        lora_laws.what_a_hook_has_kept_is_not_written_into,
+    ),
     "dropout is not passed on": Bug(
-        method.wrap_all,
+        lora_config.plan_layers,
         '("rslora", "dropout")',
         '("rslora",)',
         lora_laws.every_argument_reaches_every_module,
     ),
     "the last pattern decides": Bug(
-        targets.spread,
-        "dict.fromkeys(chosen, value) | values",
-        "values | dict.fromkeys(chosen, value)",
+        targets.per_module,
+        "dict.fromkeys(matches, value) | values",
+        "values | dict.fromkeys(matches, value)",
         lora_laws.every_argument_reaches_every_module,
     ),
 }
 
 CONTRACT = {
     "the base trains as well": Bug(
-        adapter.inject,
+        adapter.apply,
         "model.requires_grad_(False)",
         "pass",
         contract(laws.only_what_is_trainable_moves),
@@ -150,27 +180,27 @@ CONTRACT = {
         contract(laws.counts_equal_the_formula),
     ),
     "adapters in training mode whatever the model's": Bug(
-        adapter.inject,
-        ".train(m.training)",
-        "",
+        adapter._in_mode,
+        "module.training = adapter.base.training",
+        "pass",
         contract(laws.mode_is_kept_and_changes_nothing),
     ),
     "a second injection is let through": Bug(
-        adapter.refuse_second,
-        "if is_injected(model):",
+        targets.refuse_second,
+        "if injection is not None:",
         "if False:",
         contract(laws.a_second_injection_is_refused),
     ),
     "adapters in a part of the model are not seen": Bug(
-        adapter.refuse_second,
-        'isinstance(module, Adapter) or hasattr(module, "base_layer")',
+        targets.refuse_second,
+        'isinstance(module, Wrapper) or hasattr(module, "base_layer")',
         "False",
         verbs.adapters_in_a_part_are_refused,
     ),
     "what reads the weight itself goes past the adapter": Bug(
         Adapter.__getattr__,
         "raise AttributeError(",
-        "return getattr(self.base, name)\n            raise AttributeError(",
+        "return getattr(self.base, name)\n        raise AttributeError(",
         verbs.what_reads_the_weight_itself_is_told,
     ),
     "compiled modules have names of their own": Bug(
@@ -180,52 +210,114 @@ CONTRACT = {
         verbs.compiled_models_have_the_same_names,
     ),
     "a failed injection leaves the base frozen": Bug(
-        adapter.inject,
-        "_set_flags(model, before)",
+        adapter.plan,
+        "_set_flags(model, flags)",
         "pass",
-        lora_laws.a_failed_injection_leaves_no_trace,
+        verbs.an_injection_that_fails_late_leaves_no_trace,
+    ),
+    "a plan freezes the base": Bug(
+        adapter.plan,
+        "_set_flags(model, flags)",
+        "pass",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan puts its adapters in": Bug(
+        adapter.plan,
+        "if not made and not names:",
+        "replace_modules(model, {m: made[n] for n, m in modules.items()})\n"
+        "    if not made and not names:",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan takes the layers out of their mode": Bug(
+        adapter._in_mode,
+        "if module not in of_base:",
+        "if True:",
+        contract(laws.a_plan_touches_nothing, "prompt"),
+    ),
+    "inject plans something else": Bug(
+        method.inject,
+        "plan(model, **options)",
+        "plan(model, r=r, alpha=alpha)",
+        contract(laws.inject_is_plan_and_apply, "lora-patterns"),
+    ),
+    "what was planned to train is forgotten": Bug(
+        adapter.apply,
+        "_named_parameters(model, plan.base_params)",
+        "{}",
+        contract(laws.counts_equal_the_formula, "lora-biases", "gpt2"),
+    ),
+    "a plan is applied to any model": Bug(
+        adapter._refuse_another,
+        "is not adapter.base",
+        "is None",
+        verbs.a_plan_is_for_its_model_as_it_was,
+    ),
+    "a disabled adapter forgets the biases": Bug(
+        adapter.disabled,
+        "parameter.copy_(trained[name])",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "lora-biases", "gpt2"),
+    ),
+    "an error leaves the adapters off": Bug(
+        adapter.disabled,
+        "finally:",
+        "except ZeroDivisionError:\n        pass\n    else:",
+        contract(laws.disabled_is_the_untouched_model),
+    ),
+    "a disabled PiSSA leaves its principal part in": Bug(
+        adapter.disabled,
+        "adapter.on_attach()",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "pissa"),
+    ),
+    "every read of a forward enters two functions": Bug(
+        Adapter.__getattr__,
+        '("_parameters", "_modules", "_buffers")',
+        '("_modules", "_buffers")',
+        verbs.a_read_in_a_forward_enters_one_function,
     ),
     "adapters are put in place before all are made": Bug(
-        adapter.inject,
-        "adapters = {m: wrap(m).train(m.training) for m in modules.values()}",
-        "adapters = {}\n        for m in modules.values():\n"
-        "            adapters[m] = wrap(m)\n            swap(model, adapters)",
+        adapter.plan,
+        "made = {name: _in_mode(wrap(module)) for name, module in modules.items()}",
+        "made = {}\n        for name, module in modules.items():\n"
+        "            made[name] = wrap(module)\n"
+        "            replace_modules(model, {module: made[name]})",
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "_set_flags(model, injected(model).requires_grad)",
         "pass",
         contract(laws.remove_is_exact),
     ),
     "remove thaws what was frozen before": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "_set_flags(model, injected(model).requires_grad)",
         "model.requires_grad_(True)",
         contract(laws.remove_is_exact),
     ),
     "remove leaves its record": Bug(
-        adapter.detach,
+        adapter.unwrap_adapters,
         "del model.pfs_injection",
         "model.pfs_injection = None",
         contract(laws.remove_is_exact),
     ),
     "remove leaves the trained biases": Bug(
-        adapter.remove,
-        "parameter.copy_(injected(model).own[name])",
+        adapter._restore_base,
+        "parameter.copy_(originals[name])",
         "pass",
         contract(laws.remove_is_exact, "lora-biases", "gpt2"),
     ),
     "originals are kept by reference": Bug(
-        adapter.inject,
-        "p.detach().clone()",
-        "p.detach()",
+        adapter.apply,
+        "parameter.detach().clone()",
+        "parameter.detach()",
         contract(laws.remove_is_exact, "full", "opt"),
     ),
     "remove without originals keeps the trained weights": Bug(
-        adapter.remove,
+        adapter._restore_base,
         "if lost:",
-        "if lost:\n        return detach(model)\n    if lost:",
+        "if lost:\n        return\n    if lost:",
         contract(laws.remove_is_exact, "full-lost"),
     ),
     "the head counts as a projection of the layers": Bug(
@@ -236,7 +328,7 @@ CONTRACT = {
     ),
     "a typo inside a list is skipped": Bug(
         targets._match,
-        "if not chosen:",
+        "if not matches:",
         "if False:",
         targeting.a_typo_inside_a_list_is_refused,
     ),
@@ -256,7 +348,10 @@ MERGING = {
         contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
     ),
     "merged and left on": Bug(
-        adapter.merge, "detach(model)", "pass", contract(laws.merged_equals_unmerged)
+        adapter.merge,
+        "unwrap_adapters(model)",
+        "pass",
+        contract(laws.merged_equals_unmerged),
     ),
     "merged one by one": Bug(
         adapter.merge,
@@ -292,101 +387,108 @@ MERGING = {
         Adapter.merged,
         "raise CannotMerge(",
         "return {}\n    raise CannotMerge(",
-        contract(laws.merged_equals_unmerged, "shift"),
+        contract(laws.merged_equals_unmerged, "smallest"),
     ),
 }
 
 FILES = {
     "alpha is not saved": Bug(
-        method.to_peft, '"lora_alpha": ours["alpha"],', "", written("rslora")
+        Format.config,
+        "for ours, theirs in self.fields.items()",
+        'for ours, theirs in self.fields.items() if ours != "alpha"',
+        written("rslora"),
     ),
     "rslora is not saved": Bug(
-        method.to_peft, 'ours["rslora"]', "False", written("rslora")
+        Format.config,
+        "theirs: options[ours]",
+        'theirs: ours != "rslora" and options[ours]',
+        written("rslora"),
     ),
     "alpha_pattern is not saved": Bug(
-        method.to_peft, 'a != ours["alpha"]', "False", written("patterns")
+        formats._lora_targets, 'a != options["alpha"]', "False", written("patterns")
     ),
     "our default in the place of PEFT's": Bug(
-        method.from_peft,
-        '"alpha": PEFT_ALPHA,',
-        "",
+        Format.arguments,
+        "{**self.absent, **config}",
+        "config",
         files.a_file_without_lora_alpha_means_pefts_default,
     ),
     "missing tensors keep their random start": Bug(
-        exchange.load,
-        "expected = _file_keys(model)",
-        "expected = {k: p for k, p in _file_keys(model).items() if k in tensors}",
+        exchange._load,
+        "_refuse_misfits(model, file, parameters)",
+        "parameters = {k: p for k, p in parameters.items() if k in file.tensors}\n"
+        "    _refuse_misfits(model, file, parameters)",
         broken("no A"),
     ),
     "missing modules are skipped": Bug(
-        exchange.load,
-        "_refuse_absent(model, config, names, tensors, directory / WEIGHTS)",
+        exchange._plan,
+        "_refuse_absent(model, file)",
         "pass",
         broken("no A and no B"),
     ),
     "superfluous tensors are ignored": Bug(
-        exchange._refuse_mismatch,
-        "extra = [key for key in tensors if key not in expected]",
+        AdapterFile.refuse_other_keys,
+        "extra = [k for k in self.tensors if k not in expected and k not in ignored]",
         "extra = []",
         broken("extra bias"),
     ),
     "a row is broadcast over the tensor": Bug(
-        exchange._refuse_mismatch,
-        "if parameter.shape != tensors[key].shape:",
+        AdapterFile.refuse_other_shapes,
+        "if tensor.shape != wanted.shape:",
         "if False:",
         broken("broadcastable"),
     ),
     "NaN is saved": Bug(
         exchange.save,
-        '_refuse_not_finite(tensors, "this model")',
+        'refuse_unusable(tensors, "this model")',
         "pass",
         files.an_adapter_with_nan_is_not_saved,
     ),
     "float64 overflows on loading": Bug(
-        exchange._refuse_mismatch,
-        "if not tensors[key].to(parameter.dtype).isfinite().all():",
+        AdapterFile.refuse_other_shapes,
+        "if not tensor.to(wanted.dtype).isfinite().all():",
         "if False:",
         broken("beyond float32"),
     ),
     "QA-LoRA is loaded as LoRA": Bug(
-        adapter.refuse_unimplemented,
+        formats.refuse_unimplemented,
         "name not in implemented",
         'name not in implemented | {"use_qalora"}',
         broken("use_qalora=True"),
     ),
     "layer 0 is taken for False": Bug(
-        adapter.refuse_unimplemented,
+        formats.refuse_unimplemented,
         'value is False or value in (None, "", [], {})',
         'value in (None, False, "", [], {})',
         broken("layers_to_transform=0"),
     ),
     "PiSSA is loaded as LoRA": Bug(
-        method.from_peft,
-        "if start not in HARMLESS_STARTS:",
+        Format.arguments,
+        "if name in config and config[name] not in values:",
         "if False:",
         broken("pissa"),
     ),
-    "a refused file leaves the model injected": Bug(
-        exchange.load,
-        "(adapter.remove if kept else adapter.detach)(model)",
+    "a failure after the copy leaves the model injected": Bug(
+        exchange._undo,
+        "(adapter.unwrap_adapters if None in originals else adapter.remove)(model)",
         "pass",
-        broken("transposed"),
+        hostile.a_failure_after_the_copy_leaves_no_trace,
     ),
     "an adapter that does nothing says nothing": Bug(
-        exchange._fill,
+        exchange._is_idle,
         "torch.equal(before, _probe(model))",
         "False",
         files.an_adapter_that_does_nothing_warns,
     ),
     "new rows of the vocabulary are lost": Bug(
         exchange.save,
-        "rows = _refuse_resized(model)",
-        "rows = adapter.vocabulary(model)",
+        "_refuse_resized(model)",
+        "pass",
         files.saving_a_resized_vocabulary_is_refused,
     ),
     "another vocabulary is not noticed": Bug(
-        exchange.load,
-        "_refuse_other_vocabulary(model, notes.get(ROWS))",
+        exchange._load,
+        "base_notes.refuse_other_vocabulary(model, file.notes)",
         "pass",
         files.loading_onto_another_vocabulary_is_refused,
     ),
@@ -404,13 +506,13 @@ FILES = {
     ),
     "a trained weight is taken for a copy of the base's": Bug(
         exchange._is_of_base,
-        "return torch.equal(held.cpu(), tensor.to(held.dtype))",
+        "return torch.equal(parameter.cpu(), tensor.to(parameter.dtype))",
         "return True",
         broken("another head"),
     ),
     "a name is taken for the end of a longer one": Bug(
-        patterns.alone,
-        "exactly(name) if shared else name",
+        patterns.unambiguous,
+        "exact_regex(name) if shared else name",
         "name",
         files.names_that_end_alike_are_told_apart,
     ),

@@ -16,7 +16,9 @@ from planting import Bug, each_is_caught
 from test_mutants import contract
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_from_scratch import adapter, train, trunk
+from peft_from_scratch.core import adapter, decoder, matrices
+from peft_from_scratch.core.decoder import DecoderAdapter
+from peft_from_scratch.files import formats
 from peft_from_scratch.methods import bitfit, houlsby, ia3, pissa, prefix, prompt
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.houlsby import Bottleneck
@@ -24,7 +26,7 @@ from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.pissa import PiSSA
 from peft_from_scratch.methods.prefix import Prefix, Reparametrized
 from peft_from_scratch.methods.prompt import Prompt
-from peft_from_scratch.trunk import Trunk
+from peft_from_scratch.training import loop, state
 
 attend = ALL_ATTENTION_FUNCTIONS[prefix.NAMES["sdpa"]]
 
@@ -49,13 +51,13 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "tokens stand where P stands": Bug(
-        Trunk.moved,
+        DecoderAdapter.shifted_position_ids,
         "return position_ids + self.n",
         "return position_ids",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "positions one too low": Bug(
-        Trunk.moved,
+        DecoderAdapter.shifted_position_ids,
         "return position_ids + self.n",
         "return position_ids + self.n - 1",
         of_prompt(soft.positions_from_the_caller_are_moved, "llama"),
@@ -67,38 +69,38 @@ PROMPT = {
         of_prompt(soft.padding_changes_no_logit),
     ),
     "padding counts as a position": Bug(
-        Trunk.moved,
+        DecoderAdapter.shifted_position_ids,
         "attention_mask.long().cumsum(-1)",
         "attention_mask.new_ones(attention_mask.shape).long().cumsum(-1)",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "P in front of the padding": Bug(
         Prompt.forward,
-        "E = _put_behind(pads,",
-        "E = _put_behind(0 * pads,",
+        "E = insert_after_padding(pads,",
+        "E = insert_after_padding(0 * pads,",
         of_prompt(soft.padding_changes_no_logit),
     ),
     "padding on the right is taken for padding on the left": Bug(
-        prompt._pads_on_the_left,
+        prompt.left_padding,
         "(attention_mask.long().cumsum(-1) == 0).sum(-1)",
         "(attention_mask == 0).sum(-1)",
         of_prompt(soft.padding_changes_no_logit, "gpt2", "right"),
     ),
     "the last n cut off in the place of the first": Bug(
-        prompt._without,
+        prompt.drop_prompt,
         "torch.where(j < pads[:, None], j, j + n)",
         "torch.where(j < pads[:, None], j, j)",
         of_prompt(soft.logits_are_those_of_tokens_in_front, "llama"),
     ),
     "the hidden states keep P": Bug(
-        prompt._without,
+        prompt.drop_prompt,
         "out.hidden_states = tuple(map(cut, out.hidden_states))",
         "pass",
         of_prompt(soft.what_leaves_has_the_callers_length, "llama"),
     ),
     "P enters the cache with every piece": Bug(
         Prompt.forward,
-        "first = seen_before(past_key_values) == 0",
+        "first = cache_length(past_key_values) == 0",
         "first = True",
         test_prompt.the_cache_holds_n_and_the_tokens,
     ),
@@ -121,31 +123,31 @@ PROMPT = {
         test_prompt.starts_uniform_between_minus_and_plus_one_half,
     ),
     "the vocabulary's start is a random one": Bug(
-        prompt._rows,
+        prompt.initial_ids,
         "return torch.randint(vocabulary, (n,))",
         "return torch.zeros(n, dtype=torch.long)",
         test_prompt.starts_from_rows_of_the_table,
     ),
     "a start is cut from its front": Bug(
-        trunk.token_ids,
+        decoder.token_ids,
         "[:n]",
         "[-n:]",
         partial(soft.ids_are_repeated_or_cut_to_n, prompt),
     ),
     "more positions than the model has": Bug(
-        Trunk.__init__,
+        DecoderAdapter.__init__,
         "largest = min(LARGEST_N, positions - 1)",
         "largest = LARGEST_N",
         broken("prompt", "n beyond the positions"),
     ),
     "an encoder's prompt is loaded": Bug(
-        prompt.from_peft,
-        "if submodules not in (None, 1):",
+        formats.Format.arguments,
+        "if name in config and config[name] not in values:",
         "if False:",
         broken("prompt", "two submodules"),
     ),
     "the base trains beside P": Bug(
-        adapter.inject,
+        adapter.apply,
         "model.requires_grad_(False)",
         "pass",
         contract(laws.only_what_is_trainable_moves, "prompt"),
@@ -166,31 +168,31 @@ PREFIX = {
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "P behind the keys": Bug(
-        prefix._before,
+        prefix._prepend,
         "[P.expand(len(states), -1, -1, -1), states]",
         "[states, P.expand(len(states), -1, -1, -1)]",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "tokens see what follows": Bug(
-        prefix._widened,
+        prefix._widen,
         "mask.tril(t - t_q)[None, None]",
         "mask[None, None]",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "the mask hides P": Bug(
-        prefix._widened,
+        prefix._widen,
         "value=True if",
         "value=False if",
         of_prefix(soft.padding_changes_no_logit),
     ),
     "the mask of eager attention hides P": Bug(
-        prefix._widened,
+        prefix._widen,
         "else 0.0",
         "else -1e30",
         of_prefix(soft.padding_changes_no_logit, "llama", "left", test_prefix.eager),
     ),
     "the mask is widened on the right": Bug(
-        prefix._widened,
+        prefix._widen,
         "F.pad(mask, (n, 0)",
         "F.pad(mask, (0, n)",
         of_prefix(soft.padding_changes_no_logit),
@@ -209,13 +211,14 @@ PREFIX = {
     ),
     "positions start at 0": Bug(
         Prefix.forward,
-        "position_ids=self.moved(position_ids, attention_mask, past, t)",
-        "position_ids=position_ids",
+        "position_ids = self.shifted_position_ids("
+        "position_ids, attention_mask, past, t)",
+        "pass",
         of_prefix(soft.logits_are_those_of_tokens_in_front),
     ),
     "positions start again with every piece": Bug(
         Prefix.forward,
-        "past = seen_before(past_key_values)",
+        "past = cache_length(past_key_values)",
         "past = 0",
         of_prefix(soft.pieces_without_a_mask_are_one_pass),
     ),
@@ -227,13 +230,13 @@ PREFIX = {
         contract(laws.state_dict_is_the_whole_state, "prefix"),
     ),
     "the attention is left behind": Bug(
-        Prefix.removed,
+        Prefix.on_remove,
         "self.base.config._attn_implementation = self.implementation",
         "pass",
         partial(test_prefix.remove_restores_the_attention, "eager"),
     ),
     "sdpa whatever the model had": Bug(
-        Prefix.removed,
+        Prefix.on_remove,
         "self.implementation",
         "'sdpa'",
         partial(test_prefix.remove_restores_the_attention, "eager"),
@@ -245,7 +248,7 @@ PREFIX = {
         test_prefix.another_attention_after_the_injection_is_noticed,
     ),
     "a model that hears nothing is let through": Bug(
-        prefix.reached,
+        prefix.probe_kv_shape,
         "if len(seen) != config.num_hidden_layers or len(sizes) != 1:",
         "if not sizes:\n        return (2, 4, 8)\n    if False:",
         test_prefix.a_model_that_would_ignore_it_is_refused,
@@ -269,9 +272,9 @@ PREFIX = {
         test_prefix.the_mlp_is_its_equation,
     ),
     "the MLP's file holds another P": Bug(
-        Prefix.file_tensors,
-        "self._flat()",
-        "self._flat().flip(0)",
+        formats._flat_prefix,
+        "module.states()",
+        "module.states().flip(0)",
         test_prefix.dropping_the_mlp_keeps_what_it_made,
     ),
 }
@@ -279,8 +282,8 @@ PREFIX = {
 HOULSBY = {
     "the nonlinearity is forgotten": Bug(
         Bottleneck.forward,
-        "NONLINEARITIES[self.nonlinearity](",
-        "(",
+        "sigma(self.down(",
+        "(self.down(",
         behind.forward_and_gradients_are_those_of_the_equation,
     ),
     "the upper bias is forgotten": Bug(
@@ -302,8 +305,8 @@ HOULSBY = {
         behind.stands_behind_the_last_projections,
     ),
     "behind attention alone": Bug(
-        houlsby.inject,
-        "PLACEMENTS[placement]",
+        houlsby.plan,
+        "PLACEMENTS[config.placement]",
         "PLACEMENTS['houlsby'][:1]",
         partial(behind.stands_behind_the_last_projections, placement="pfeiffer"),
     ),
@@ -320,9 +323,9 @@ HOULSBY = {
         behind.starts_near_the_identity,
     ),
     "every nonlinearity is a GELU": Bug(
-        houlsby.inject,
-        "Bottleneck(base, m, nonlinearity)",
-        "Bottleneck(base, m)",
+        houlsby.plan,
+        "Bottleneck(base, config.m, config.nonlinearity)",
+        "Bottleneck(base, config.m)",
         behind.stands_behind_the_last_projections,
     ),
 }
@@ -392,68 +395,68 @@ DORA = {
 
 PISSA = {
     "the residual is the whole weight": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "- self.scale * (self.B0 @ self.A0)",
         "",
         contract(laws.starts_from_the_pretrained_model, "pissa"),
     ),
     "subtracted twice": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "- self.scale *",
         "- 2 * self.scale *",
         contract(laws.starts_from_the_pretrained_model, "pissa"),
     ),
     "the residual is left behind": Bug(
-        PiSSA.removed,
+        PiSSA.on_remove,
         "self.base.weight.copy_(self.original)",
         "pass",
         family.removed_after_training_to_the_last_bit,
     ),
     "restored by adding what was subtracted": Bug(
-        PiSSA.removed,
+        PiSSA.on_remove,
         "self.base.weight.copy_(self.original)",
         "as_matrix(self.base).add_(self.scale * (self.B0 @ self.A0))",
         family.removed_after_training_to_the_last_bit,
     ),
     "the original is kept by reference": Bug(
-        PiSSA.attached,
+        PiSSA.on_attach,
         "self.base.weight.detach().clone()",
         "self.base.weight.detach()",
         family.removed_after_training_to_the_last_bit,
     ),
     "A and B without the scale": Bug(
-        PiSSA.__init__,
-        "(S[:r] / self.scale).sqrt()",
+        matrices.svd_halves,
+        "(S[:r] / scale).sqrt()",
         "S[:r].sqrt()",
         family.A_and_B_are_the_principal_triplets,
     ),
     "B of the smallest directions": Bug(
-        PiSSA.__init__,
+        matrices.svd_halves,
         "U[:, :r]",
         "U[:, -r:]",
         family.A_and_B_are_the_principal_triplets,
     ),
     "all of S in A": Bug(
-        PiSSA.__init__,
-        "(root[:, None] * Vt[:r])",
-        "((S[:r] / self.scale)[:, None] * Vt[:r])",
+        matrices.svd_halves,
+        "root[:, None] * Vt[:r]",
+        "(S[:r] / scale)[:, None] * Vt[:r]",
         family.A_and_B_are_the_principal_triplets,
     ),
     "the file adds the start": Bug(
-        PiSSA.file_tensors,
-        "-self.B0",
-        "self.B0",
+        formats._change_since_start,
+        "-module.B0",
+        "module.B0",
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "the file's scale is halved": Bug(
-        pissa.to_peft,
-        '2 * ours["alpha"]',
-        'ours["alpha"]',
+        formats._twice_the_rank,
+        '2 * options["alpha"]',
+        'options["alpha"]',
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "a tied weight is split": Bug(
         pissa._refuse_tied,
-        "if len(held) > 1:",
+        "if len(sharing) > 1:",
         "if False:",
         family.a_tied_weight_is_refused,
     ),
@@ -467,7 +470,7 @@ PISSA = {
 
 IA3S = {
     "keys and values in front, the MLP behind": Bug(
-        ia3.inject,
+        ia3.plan,
         'kinds.get(name) == "mlp"',
         'kinds.get(name) != "mlp"',
         contract(laws.counts_equal_the_formula, "ia3"),
@@ -485,13 +488,13 @@ IA3S = {
         family.ia3_is_its_equation,
     ),
     "queries as well": Bug(
-        ia3._usual,
+        ia3._keys_values_and_mlp,
         "*targeting.matching(KEYS_AND_VALUES, attention)",
         "*attention",
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
     ),
     "all of the MLP": Bug(
-        ia3._usual,
+        ia3._keys_values_and_mlp,
         'last_projections(model, ("mlp",))',
         '{name for name, kind in kinds.items() if kind == "mlp"}',
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
@@ -506,37 +509,37 @@ IA3S = {
 
 BITFIT_AND_LORA_PLUS = {
     "weights train beside the biases": Bug(
-        bitfit.inject,
+        bitfit.plan,
         '== "bias"',
         'in ("bias", "weight")',
         family.biases_and_nothing_else_train,
     ),
     "the ratio is that of A": Bug(
-        train._groups,
-        "m.get_parameter(name)) for m in modules for name in m.fast",
-        "m.A) for m in modules if m.fast",
+        state.parameter_groups,
+        "m.get_parameter(name)) for m in modules for name in m.loraplus_parameters",
+        "m.A) for m in modules if m.loraplus_parameters",
         family.B_moves_lr_ratio_times_as_far,
     ),
     "the ratio is forgotten": Bug(
-        train._step,
+        loop.optimizer_steps,
         'lr * group["ratio"]',
         "lr",
         family.a_B_of_zero_ends_its_first_step_at_the_rate,
     ),
     "all tensors are fast": Bug(
-        train._groups,
+        state.parameter_groups,
         '"ratio": 1.0},\n        {"params": quick',
-        '"ratio": recipe.lr_ratio},\n        {"params": quick',
+        '"ratio": config.lr_ratio},\n        {"params": quick',
         family.B_moves_lr_ratio_times_as_far,
     ),
     "rates grow from step to step": Bug(
-        train._step,
+        loop.optimizer_steps,
         '= lr * group["ratio"]',
         '= group["lr"] * group["ratio"] ** 0.1',
         family.resumed_is_bit_equal,
     ),
     "a ratio without a LoRA does nothing": Bug(
-        train._groups,
+        state.parameter_groups,
         "if not fast:",
         "if False:",
         family.a_ratio_without_a_lora_is_refused,

@@ -14,18 +14,12 @@ import torch
 from planting import Bug, each_is_caught
 from test_mutants import contract
 
-from peft_from_scratch import adapter, budget, exchange, merging, models
+from peft_from_scratch.core import adapter, counting, targets
+from peft_from_scratch.files import base_notes, combine, exchange, quantized
 from peft_from_scratch.methods import full, pissa, qlora
-from peft_from_scratch.nf4 import (
-    NF4Linear,
-    affine,
-    blocks,
-    codes,
-    double,
-    files,
-    linear,
-)
-from peft_from_scratch.nf4.linear import Product, Scratch
+from peft_from_scratch.models import load
+from peft_from_scratch.nf4 import NF4Linear, affine, blocks, codes, double, linear, spec
+from peft_from_scratch.nf4.linear import DequantBuffer, DequantMatmul
 
 
 def nearest(code="nf4"):
@@ -74,7 +68,7 @@ NUMBERS = {
         numbers.blocks_are_runs_of_values_in_memory_order,
     ),
     "nibbles in the other order": Bug(
-        blocks.pack,
+        spec.pack,
         "(codes[::2] << 4) | codes[1::2]",
         "(codes[1::2] << 4) | codes[::2]",
         numbers.the_first_of_a_pair_is_in_the_high_nibble,
@@ -87,8 +81,9 @@ NUMBERS = {
     ),
     "the lower value in the place of the nearest": Bug(
         blocks.nearest,
-        "_, midpoints, order = book(code, ratios.device)",
-        "midpoints, _, order = book(code, ratios.device); midpoints = midpoints[1:]",
+        "_, midpoints, order = book(codebook, ratios.device)",
+        "midpoints, _, order = book(codebook, ratios.device); "
+        "midpoints = midpoints[1:]",
         nearest(),
     ),
     "the rank is taken for FP4's code": Bug(
@@ -131,18 +126,18 @@ NUMBERS = {
         blocks.quantize,
         "if not absmax.isfinite().all():",
         "if False:",
-        left("a NaN in the last weight"),
+        numbers.a_nan_is_not_quantized,
     ),
     "the second absmax is forgotten": Bug(
-        double.Doubled.restored,
-        "values * units + self.offset",
+        double.DoubleQuantized.dequantize,
+        "values * scales + self.offset",
         "values + self.offset",
         numbers.doubled_constants_are_close_to_their_own,
     ),
     "the offset is forgotten": Bug(
-        double.Doubled.restored,
-        "values * units + self.offset",
-        "values * units",
+        double.DoubleQuantized.dequantize,
+        "values * scales + self.offset",
+        "values * scales",
         numbers.doubled_constants_are_close_to_their_own,
     ),
     "the mean is not taken off": Bug(
@@ -177,6 +172,90 @@ NUMBERS = {
     ),
 }
 
+SPEC = {
+    name: Bug(
+        function, right, wrong, numbers.the_definition_and_the_library_are_bit_equal
+    )
+    for name, (function, right, wrong) in {
+        "tiny blocks are multiplied by the spec": (
+            spec.spec_quantize,
+            "absmax < TINY",
+            "absmax < 0",
+        ),
+        "short blocks are multiplied by the spec": (
+            spec.spec_quantize,
+            "divided[n // block :] = True",
+            "pass",
+        ),
+        "every block is divided by the spec": (
+            spec.spec_quantize,
+            "absmax < TINY",
+            "absmax < float('inf')",
+        ),
+        "on a midpoint the spec takes the upper value": (
+            spec.spec_quantize,
+            "> midpoints",
+            ">= midpoints",
+        ),
+        "the spec takes the rank for the code": (
+            spec.spec_quantize,
+            "order[ranks]",
+            "ranks",
+        ),
+        "the spec's midpoints are values": (
+            spec.spec_quantize,
+            "(values[:-1] + values[1:]) / 2",
+            "values[:-1]",
+        ),
+        "the spec's absmax without abs": (
+            spec.spec_quantize,
+            "rows.abs().amax(dim=1)",
+            "rows.amax(dim=1)",
+        ),
+        "the spec's constants one value late": (
+            spec.spec_dequantize,
+            "repeat_interleave(block)[: len(codes)]",
+            "repeat_interleave(block).roll(1)[: len(codes)]",
+        ),
+        "nibbles are unpacked in the other order": (
+            spec.unpack,
+            "[packed >> 4, packed & 15]",
+            "[packed & 15, packed >> 4]",
+        ),
+        "tiny blocks are multiplied": (
+            blocks._ratios,
+            "if (absmax[: len(rows)] < TINY).any():",
+            "if False:",
+        ),
+        "the short block is multiplied": (
+            blocks._ratios,
+            "values[whole:] / absmax[-1]",
+            "values[whole:] * (1 / absmax[-1])",
+        ),
+        "every block is divided": (
+            blocks._ratios,
+            "rows * (1 / absmax[: len(rows)].clamp(min=TINY))[:, None]",
+            "rows / absmax[: len(rows)].clamp(min=TINY)[:, None]",
+        ),
+        "on a midpoint the upper value": (
+            blocks.nearest,
+            "torch.gt(",
+            "torch.ge(",
+        ),
+        "the values of a byte change places": (
+            blocks.dequantize,
+            "table.index_select(0, bytes_).view(torch.float32)",
+            "table.index_select(0, bytes_).view(torch.float32).view(-1, 2).flip(1)"
+            ".flatten()",
+        ),
+        "values are rounded before they are scaled": (
+            blocks.dequantize,
+            "index_select(0, bytes_).view(torch.float32)",
+            "index_select(0, bytes_).view(torch.float32).bfloat16().float()",
+        ),
+    }.items()
+}
+
 PRODUCTS = {
     "Conv1D is not transposed": Bug(
         linear.quantize_model,
@@ -185,35 +264,35 @@ PRODUCTS = {
         partial(products.heads_and_embeddings_stay_and_every_projection_goes, "gpt2"),
     ),
     "backward does not transpose": Bug(
-        Product.backward,
-        "not ctx.across",
-        "ctx.across",
+        DequantMatmul.backward,
+        "not ctx.transpose",
+        "ctx.transpose",
         partial(products.product_and_gradient_are_those_of_the_dense_weight, "llama"),
     ),
     "backward trusts what lies in the buffer": Bug(
-        Product.backward,
-        "dx = Product.apply(dy, ctx.layer, ctx.dtype, not ctx.across)",
+        DequantMatmul.backward,
+        "dx = DequantMatmul.apply(dy, ctx.layer, ctx.dtype, not ctx.transpose)",
         "shape = (ctx.layer.out_features, ctx.layer.in_features)\n"
-        "    W = ctx.layer.scratch.of(shape, ctx.dtype, dy.device)\n"
+        "    W = ctx.layer.buffer.get(shape, ctx.dtype, dy.device)\n"
         "    dx = F.linear(dy, W.T)",
         products.each_layer_has_the_buffer_for_itself_while_it_needs_it,
     ),
     "threads share the buffer": Bug(
-        Scratch.__init__,
+        DequantBuffer.__init__,
         "threading.local()",
         "type('Shared', (), {})()",
         products.threads_do_not_write_into_each_others_buffer,
     ),
     "a copy shares the buffer": Bug(
-        Scratch.__deepcopy__,
-        "return Scratch()",
+        DequantBuffer.__deepcopy__,
+        "return DequantBuffer()",
         "return self",
         products.a_copy_has_a_buffer_of_its_own,
     ),
     "each layer has a buffer": Bug(
-        linear.share_scratch,
-        "module.last = scratch,",
-        "module.last = Scratch(),",
+        linear.share_buffer,
+        "module.is_last = buffer,",
+        "module.is_last = DequantBuffer(),",
         products.the_buffer_is_as_large_as_the_largest_weight_and_one_for_all,
     ),
     "constants are cast to half precision": Bug(
@@ -229,15 +308,15 @@ PRODUCTS = {
         products.product_and_gradient_are_those_of_the_dense_weight,
     ),
     "full weights are kept for the backward pass": Bug(
-        Product.forward,
+        DequantMatmul.forward,
         "return F.linear(",
         "ctx.kept = W.clone()\n    return F.linear(",
         products.a_step_holds_one_dequantized_weight_at_a_time,
     ),
     "one dequantization too many": Bug(
-        Product.backward,
-        "dx = Product.apply(",
-        "ctx.layer.dequantized(ctx.dtype); dx = Product.apply(",
+        DequantMatmul.backward,
+        "dx = DequantMatmul.apply(",
+        "ctx.layer.dequantized(ctx.dtype); dx = DequantMatmul.apply(",
         products.a_step_dequantizes_each_weight_twice,
     ),
     "full weights survive": Bug(
@@ -259,32 +338,44 @@ PRODUCTS = {
         "W.isfinite().all()",
         products.quantizing_takes_no_copy_of_the_model,
     ),
+    "NaN is seen when half of the model is quantized": Bug(
+        linear._check,
+        "if not torch.stack(W.aminmax()).isfinite().all():",
+        "if False:",
+        left("a NaN in the last weight"),
+    ),
+    "options are looked at when the first weight is quantized": Bug(
+        linear._check,
+        "check_options(block, double, code)",
+        "pass",
+        left("a block of 0"),
+    ),
     "a tied weight is quantized": Bug(
         linear._check,
-        "if len(held) > 1:",
+        "if len(tied) > 1:",
         "if False:",
         left("a weight that two modules share"),
     ),
     "codes are quantized a second time": Bug(
         linear._check,
-        "if isinstance(module, Packed):",
+        "if isinstance(module, QuantizedLinear):",
         "if False:",
         left("quantized before"),
     ),
     "adapters are quantized under": Bug(
-        linear.quantize_model,
-        "adapter.refuse_second(model)",
+        targets.resolve,
+        "refuse_second(model)",
         "pass",
         left("adapters on it"),
     ),
     "the compute dtype is forgotten": Bug(
         linear.quantize_model,
-        "compute_dtype=compute_dtype,",
-        "",
+        "module.bias,\n            compute_dtype=compute_dtype,",
+        "module.bias,",
         products.arguments_reach_every_projection,
     ),
     "what is excluded is quantized": Bug(
-        linear.quantize_model,
+        linear.quantizable,
         "resolve(model, targets, exclude)",
         "resolve(model, targets)",
         products.arguments_reach_every_projection,
@@ -309,13 +400,13 @@ PRODUCTS = {
     ),
     "PiSSA on codes": Bug(
         pissa._refuse_packed,
-        "isinstance(module, Packed)",
+        "isinstance(module, QuantizedLinear)",
         "False",
         products.what_changes_weights_is_refused_on_four_bits,
     ),
     "full fine-tuning beside codes": Bug(
-        full.inject,
-        "isinstance(module, Packed)",
+        full.plan,
+        "isinstance(module, QuantizedLinear)",
         "False",
         products.what_changes_weights_is_refused_on_four_bits,
     ),
@@ -323,40 +414,52 @@ PRODUCTS = {
 
 QLORA = {
     "skip is ignored": Bug(
-        qlora.inject, "exclude=skip,", "", beside.every_argument_arrives
+        qlora.plan, "exclude=skip,", "", beside.every_argument_arrives
     ),
     "the block is ignored": Bug(
-        qlora.inject,
+        qlora.plan,
         "64 if block is None else block",
         "64",
         beside.every_argument_arrives,
     ),
     "adapters in float32 whatever was asked": Bug(
-        qlora.inject,
+        qlora.plan,
         "parameter.data.to(dtype or parameter.dtype)",
         "parameter.data",
         beside.every_argument_arrives,
     ),
     "quantized before the arguments are tried": Bug(
-        qlora.inject,
-        "names = _rehearsed(bare, targets, exclude, arguments)",
-        "names = ['model.layers.0.self_attn.q_proj']",
+        qlora.plan,
+        "model, bits = adapter.unwrap_compiled(model), None",
+        "quantize_model(model); model, bits = adapter.unwrap_compiled(model), None",
         behind("r=0"),
     ),
     "trying takes random numbers": Bug(
-        qlora._rehearsed,
-        "set_rng_state(before, device)",
-        "pass",
+        qlora.plan,
+        "planned = plan_layers(",
+        "torch.rand(1); planned = plan_layers(",
         beside.it_is_lora_on_the_quantized_model,
     ),
+    "a plan quantizes": Bug(
+        qlora.plan,
+        "quantizable(model, **bits)",
+        "quantize_model(model, **bits)",
+        partial(laws.a_plan_touches_nothing, beside.WHOLE[0], "llama"),
+    ),
+    "the adapters' bases outlive their codes": Bug(
+        qlora._quantize,
+        "layer.base = nn.Identity()",
+        "pass",
+        beside.full_weights_go_as_their_codes_come,
+    ),
     "other codes are asked for in vain": Bug(
-        qlora.inject,
+        qlora.plan,
         "elif any(value is not None for value in asked.values()):",
         "elif False:",
         beside.codes_are_not_quantized_a_second_time,
     ),
     "shares are of bytes": Bug(
-        budget.count,
+        counting.count,
         "m.values for m in",
         "m.packed.numel() for m in",
         beside.shares_count_values_and_not_bytes,
@@ -384,14 +487,14 @@ QLORA = {
     ),
     "requantized in other blocks": Bug(
         qlora._requantized,
-        "base.block, base.recipe or False, base.code",
-        "64, base.recipe or False, base.code",
+        "base.block, base.constant_codebook or False, base.codebook",
+        "64, base.constant_codebook or False, base.codebook",
         beside.merged_and_requantized_is_off_by_rounding_once_more,
     ),
     "the error is told in units of the update": Bug(
         qlora.merge,
-        "_ratio(lost.item(), trained.norm().item())",
-        "_ratio(lost.item(), update.norm().item())",
+        "relative_error(lost.item(), trained.norm().item())",
+        "relative_error(lost.item(), update.norm().item())",
         beside.merged_onto_the_original_is_off_by_what_quantizing_changed,
     ),
     "NaN is merged": Bug(
@@ -413,128 +516,129 @@ QLORA = {
         contract(laws.merged_equals_unmerged, "qlora"),
     ),
     "the file does not say that the base has four bits": Bug(
-        exchange.save,
-        "BITS: qlora.base_bits(model)",
-        "BITS: None",
+        base_notes.of_model,
+        "bits = base_bits(model)",
+        "bits = None",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "an adapter's own matrices are taken for the base's": Bug(
-        qlora._kept_in_full,
-        "- set(packed) - of_adapters",
-        "- set(packed)",
+        base_notes._kept_in_full,
+        "- set(quantized) - of_adapters",
+        "- set(quantized)",
         beside.an_adapter_brings_its_bits_along,
     ),
     "what was left in full is forgotten": Bug(
         exchange.load_as_trained,
-        "exclude=kept or None",
+        "exclude=full or None",
         "exclude=None",
         partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
     ),
     "other bits are not noticed": Bug(
-        exchange._warn_of_bits,
-        "elif bits and bits != qlora.read_bits(here):",
-        "elif False:",
+        base_notes.warning_of_bits,
+        "if bits and bits != read_bits(here):",
+        "if False:",
         beside.a_file_of_other_bits_warns,
     ),
     "the warning is given to a base in four bits, too": Bug(
-        exchange._warn_of_bits,
+        base_notes.warning_of_bits,
         "if bits and not here:",
         "if bits:",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "the warning measures other blocks": Bug(
-        qlora.base_error,
+        base_notes.base_error,
         "quantize(W0, **bits)",
         "quantize(W0)",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "the warning forgets the update": Bug(
-        qlora.base_error,
+        base_notes.base_error,
         "changed += update.square()",
         "changed += W0.square()",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "half a note is enough": Bug(
-        qlora.read_bits,
-        'set(bits) - {"exclude"} != BITS',
-        "not set(bits) <= BITS",
+        base_notes._check_bits,
+        'if not isinstance(bits, dict) or set(bits) - {"exclude"} != OPTIONS:',
+        "if set(bits) < OPTIONS:\n        return\n"
+        "    if set(bits) - {'exclude'} != OPTIONS:",
         partial(beside.a_hostile_note_is_refused, note='{"code": "nf4", "block": 64}'),
     ),
     "adapters of other bits are combined": Bug(
-        merging._refuse_other_bases,
-        ', (BITS, "the bits of the base")',
-        ",",
+        combine._refuse_other_bases,
+        '(BASE_BITS, "the bits of the base"),',
+        "",
         beside.adapters_of_other_bits_have_no_sum,
     ),
 }
 
 FILES = {
     "another code book is let through": Bug(
-        files._same_book,
+        quantized._take_codebook,
         "if not torch.equal(",
         "if None is torch.equal(",
         broken("another code book"),
     ),
     "short codes are let through": Bug(
-        files._sized, "tensor.numel() != count", "False", broken("short codes")
+        quantized._take_sized, "tensor.numel() != count", "False", broken("short codes")
     ),
     "codes of another dtype are let through": Bug(
-        files._sized,
+        quantized._take_sized,
         "tensor.dtype != dtype or",
         "",
         broken("codes of another dtype"),
     ),
     "constants may overflow": Bug(
-        files._doubled,
-        "if not doubled.restored().isfinite().all():",
+        quantized._double_quantized_of,
+        "if not doubled.dequantize().isfinite().all():",
         "if False:",
         broken("units that overflow"),
     ),
     "what is not quantized is not checked": Bug(
-        files._put_plain,
-        "for name, tensor in given.items():",
-        "for name, tensor in list(given.items())[:0]:",
+        quantized._load_unquantized,
+        "for name, tensor in values.items():",
+        "for name, tensor in list(values.items())[:0]:",
         broken("infinite norm"),
     ),
     "the dtype of before is forgotten": Bug(
-        files._from_file,
+        quantized._quantized_of,
         "DTYPE[dtype], block",
         "torch.float32, block",
         partial(on_disk.a_round_trip_is_bit_equal, of=torch.bfloat16),
     ),
     "transposed projections come back as they are not": Bug(
-        files._put_packed,
+        quantized._load_quantized,
         "transposed=is_transposed(module)",
         "transposed=False",
         on_disk.a_round_trip_is_bit_equal,
     ),
     "eight bits are taken for four": Bug(
-        files.is_four_bit,
+        quantized.is_four_bit,
         ' and settings.get("load_in_4bit") is True',
         "",
         broken("eight bits"),
     ),
     "the old file is overwritten in place": Bug(
-        files.save,
+        quantized.save,
         "atomic.new_files(directory, (CONFIG, WEIGHTS, *beside)) as new:",
         "__import__('contextlib').nullcontext(Path(directory)) as new:",
         on_disk.a_failed_save_leaves_the_folder_as_it_was,
     ),
     "the generation config is lost": Bug(
-        files.save,
+        quantized.save,
         "(model.generation_config, tokenizer)",
         "(tokenizer,)",
         on_disk.a_changed_generation_config_is_kept,
     ),
     "the dtype is forgotten": Bug(
-        files._put_plain,
+        quantized._load_unquantized,
         "tensor.to(dtype) if dtype else tensor",
         "tensor",
         on_disk.load_model_reads_such_a_folder,
     ),
     "load_model leaves four bits to bitsandbytes": Bug(
-        models._model,
-        "and nf4.is_four_bit(folder)",
+        load._model,
+        "and quantized.is_four_bit(folder)",
         "and False",
         on_disk.load_model_reads_such_a_folder,
     ),
@@ -543,6 +647,7 @@ BUGS = {
     f"{part}: {bug}": row
     for part, table in {
         "numbers": NUMBERS,
+        "spec": SPEC,
         "products": PRODUCTS,
         "qlora": QLORA,
         "files": FILES,

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import law
 
+import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.nf4 import blocks, codes
-from peft_from_scratch.nf4.double import BLOCK, Doubled, double_quantize
+from peft_from_scratch.nf4.double import BLOCK, DoubleQuantized, double_quantize
+from peft_from_scratch.nf4.spec import spec_dequantize, spec_quantize
 
 CPU = torch.device("cpu")
 EPS = 2**-23
@@ -119,6 +121,85 @@ def test_affine_keeps_a_constant_block_and_a_shape():
     w[1] = torch.linspace(0, 15, 32).round()
     affine = nf4.Affine.of(w, 32)
     assert torch.equal(affine.dequantize(), w)
+
+
+# ------------------------------------------------------------- Definition and library
+
+
+def assert_equal_to_the_spec(w, block=64, code="nf4"):
+    """quantize and dequantize give the spec's bits; a zero's sign counts too."""
+    codes_, absmax = spec_quantize(w, block, code)
+    exact = spec_dequantize(codes_, absmax, block, code)
+    q = nf4.quantize(w, block, False, code)
+    assert torch.equal(q.codes().long(), codes_)
+    assert same_bits(q.absmax, absmax)
+    assert same_bits(nf4.dequantize(q, torch.float32), exact.view(w.shape))
+    assert torch.equal(nf4.dequantize(q), exact.view(w.shape).to(w.dtype))
+    doubled = nf4.quantize(w, block, True, code)
+    exact = spec_dequantize(codes_, doubled.constants(), block, code)
+    assert torch.equal(doubled.packed, q.packed)
+    assert same_bits(nf4.dequantize(doubled, torch.float32), exact.view(w.shape))
+
+
+def same_bits(ours, expected):
+    assert ours.dtype == expected.dtype == torch.float32
+    return torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
+def of_one_kind():
+    """Tensors whose blocks are ordinary, short, zero, tiny, huge or on a midpoint."""
+    ordinary, w = drawn(5, 7, 11), drawn(640)
+    yield from (ordinary, drawn(64 * 6), drawn(1), torch.empty(0), torch.tensor(-3.0))
+    yield from (torch.zeros(130), torch.cat([drawn(64), torch.zeros(70)]))
+    for exponent in (-44, -40, -38, -37, -36, 0, 37):
+        yield w.double().mul(10.0**exponent).float()
+        yield torch.cat([w, w.double().mul(10.0**exponent).float()[:100]])
+    absmax = drawn(48, 1).abs() + 0.1
+    for code in nf4.CODES:
+        _, midpoints, _ = codes.book(code, CPU)
+        on_midpoints = torch.cat([midpoints, torch.ones(1)])
+        yield on_midpoints.repeat(8)
+        # Here w / absmax and w · (1 / absmax) are often on two sides of a midpoint.
+        yield absmax * on_midpoints
+        yield from absmax[:12] * on_midpoints
+
+
+def the_definition_and_the_library_are_bit_equal(dtype=torch.float32):
+    for w in of_one_kind():
+        w = w.to(dtype)
+        for block in (1, 3, 16, 64, 100) if w.isfinite().all() else ():
+            for code in nf4.CODES:
+                assert_equal_to_the_spec(w, block, code)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_definition_and_the_library_are_bit_equal(dtype):
+    the_definition_and_the_library_are_bit_equal(dtype)
+
+
+@pytest.mark.parametrize("code", nf4.CODES)
+def test_all_weights_of_tiny_have_the_bits_of_the_definition(code):
+    model, _ = pfs.load_model("tiny", device="cpu")
+    weights = list(model.parameters())
+    assert len(weights) > 20
+    for w in weights:
+        assert_equal_to_the_spec(w.detach(), 64, code)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3),
+    block=st.integers(1, 130),
+    seed=st.integers(0, 2**32),
+    exponent=st.integers(-42, 4),
+    code=st.sampled_from(list(nf4.CODES)),
+    dtype=st.sampled_from(HALF),
+)
+def test_any_shape_has_the_bits_of_the_definition(
+    shape, block, seed, exponent, code, dtype
+):
+    w = drawn(*shape, seed=seed).double() * 10.0**exponent
+    assert_equal_to_the_spec(w.clamp(-6e4, 6e4).to(dtype), block, code)
 
 
 # -------------------------------------------------------------------------- Blocks
@@ -246,6 +327,15 @@ def what_is_not_finite_is_refused_with_its_place():
         nf4.quantize(torch.tensor(math.nan))
 
 
+@law
+def a_nan_is_not_quantized():
+    try:
+        nf4.quantize(torch.tensor([1.0, math.nan]))
+    except ValueError:
+        return
+    raise AssertionError("NaN was quantized")
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.float64, torch.int8, torch.uint8, torch.bool, torch.complex64],
@@ -349,7 +439,7 @@ def test_to_moves_every_tensor(double):
         moved = q.to(device)
         assert {t.device.type for t in tensors_of(moved)} == {device}
         assert [t.shape for t in tensors_of(moved)] == [t.shape for t in tensors_of(q)]
-        for name in ("shape", "dtype", "block", "code"):
+        for name in ("shape", "dtype", "block", "codebook"):
             assert getattr(moved, name) == getattr(q, name)
     assert torch.equal(nf4.dequantize(q.to("cpu")), nf4.dequantize(q))
 
@@ -363,7 +453,7 @@ def tensors_of(q):
 
 
 def q_is_double(q):
-    return isinstance(q.absmax, Doubled)
+    return isinstance(q.absmax, DoubleQuantized)
 
 
 # --------------------------------------------------------------------------- Bits
@@ -443,14 +533,14 @@ def doubled_constants_are_those_of(code):
     for count in (256 * 8, 256 * 3 + 17, 300):
         absmax = constants(count)
         doubled = double_quantize(absmax, code)
-        assert doubled.codes.dtype == torch.uint8 and len(doubled.units) == -(
+        assert doubled.codes.dtype == torch.uint8 and len(doubled.nested_absmax) == -(
             -count // 256
         )
         expected = REFERENCES[code](absmax)
-        off = (doubled.restored() - expected).abs()
+        off = (doubled.dequantize() - expected).abs()
         # Where a ratio lies in the middle of two, float32 may take the other one.
         assert (off < 1e-6).double().mean() > 0.995
-        assert off.max() < 0.07 * doubled.units.max()
+        assert off.max() < 0.07 * doubled.nested_absmax.max()
 
 
 @law
@@ -461,13 +551,13 @@ def doubled_constants_are_close_to_their_own(code="dynamic"):
     doubled = double_quantize(absmax, code)
     table = codes.book(code, CPU).values
     gap = table.diff().max() / 2 + 1 / 65535
-    bound = gap * doubled.units.repeat_interleave(256)[: len(absmax)]
+    bound = gap * doubled.nested_absmax.repeat_interleave(256)[: len(absmax)]
     at_the_end = doubled.codes == (table.numel() - 1)
-    off = (doubled.restored() - absmax).abs()
+    off = (doubled.dequantize() - absmax).abs()
     assert (off <= bound * 1.001 + 1e-6)[~at_the_end].all()
     assert doubled.offset == pytest.approx(absmax.mean().item(), rel=1e-6)
     rows = torch.nn.functional.pad(absmax - absmax.mean(), (0, 253)).view(-1, 256)
-    assert torch.allclose(doubled.units, rows.abs().amax(1), rtol=1e-6)
+    assert torch.allclose(doubled.nested_absmax, rows.abs().amax(1), rtol=1e-6)
 
 
 @law
@@ -477,7 +567,7 @@ def whole_steps_restore_normal_constants_best():
         absmax = constants(256 * 16, seed)
 
         def off(code, absmax=absmax):
-            restored = double_quantize(absmax, code).restored()
+            restored = double_quantize(absmax, code).dequantize()
             return ((restored - absmax).norm() / absmax.norm()).item()
 
         errors = {code: off(code) for code in ("dynamic", "fp8", "int8")}
@@ -498,8 +588,8 @@ def test_equal_constants_are_restored_exactly(code):
     for count in (1, 256, 257):
         absmax = torch.full((count,), 0.8125)
         doubled = double_quantize(absmax, code)
-        assert torch.equal(doubled.restored(), absmax)
-        assert (doubled.units == 0).all()
+        assert torch.equal(doubled.dequantize(), absmax)
+        assert (doubled.nested_absmax == 0).all()
 
 
 def test_dynamic_values_are_decades_cut_into_equal_parts():

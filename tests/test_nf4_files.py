@@ -14,9 +14,10 @@ from planting import law
 from safetensors.torch import load_file, save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch import atomic, nf4
-from peft_from_scratch.nf4 import files
-from peft_from_scratch.nf4.files import CONFIG, STATE, WEIGHTS
+from peft_from_scratch import nf4
+from peft_from_scratch.common import atomic
+from peft_from_scratch.files import quantized as quantized_files
+from peft_from_scratch.files.quantized import CONFIG, STATE, WEIGHTS
 
 UP = "model.layers.1.mlp.up_proj"
 KEY = f"{UP}.weight"
@@ -51,7 +52,13 @@ def a_round_trip_is_bit_equal(folder, architecture="gpt2", **arguments):
         found = loaded.get_submodule(name)
         assert type(found) is type(module)
         if isinstance(module, nf4.NF4Linear):
-            for key in ("block", "code", "recipe", "dtype", "transposed"):
+            for key in (
+                "block",
+                "codebook",
+                "constant_codebook",
+                "dtype",
+                "transposed",
+            ):
                 assert getattr(found, key) == getattr(module, key)
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     assert str(loaded.generation_config) == str(model.generation_config)
@@ -508,7 +515,7 @@ def a_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch, tokenizer=Non
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full)
+        patch.setattr(quantized_files, "save_file", full)
         with refused(other, "No space", error=OSError):
             nf4.save(other, folder, tokenizer)
     assert contents(folder) == before

@@ -17,10 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch import adapter, nf4
-from peft_from_scratch.budget import Meter, count, measure_step
+from peft_from_scratch import nf4
+from peft_from_scratch.core import adapter
+from peft_from_scratch.core.counting import count
+from peft_from_scratch.core.targets import resolve
+from peft_from_scratch.memory.meter import Meter, measure_step
 from peft_from_scratch.nf4 import NF4Linear, linear
-from peft_from_scratch.targets import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 HALF = (torch.bfloat16, torch.float16)
@@ -74,7 +76,7 @@ def made_plain(model):
     """A copy with the dequantized weights as parameters."""
     model = copy.deepcopy(model)
     for module in packed(model).values():
-        adapter.swap(model, {module: module.plain()})
+        adapter.replace_modules(model, {module: module.plain()})
     return model
 
 
@@ -127,8 +129,8 @@ def both_derivatives_are_those_of_the_dense_weight():
 def each_layer_has_the_buffer_for_itself_while_it_needs_it():
     """Two layers, one after the other, and back: neither sees the other's weight."""
     first, second = layer(48, 40), layer(40, 48)
-    nf4.share_scratch(nn.Sequential(first, second))
-    assert first.scratch is second.scratch
+    nf4.share_buffer(nn.Sequential(first, second))
+    assert first.buffer is second.buffer
     x = drawn(6, 40).requires_grad_()
     exact = x.detach().double().requires_grad_()
     y = second(first(x).relu())
@@ -155,8 +157,8 @@ def threads_do_not_write_into_each_others_buffer():
     barrier = threading.Barrier(2)
     x, found = drawn(4, 24), {}
     modules = [Slow(layer(16, 24).quantized) for _ in range(2)]
-    nf4.share_scratch(nn.Sequential(*modules))
-    modules[0].scratch.of((16, 24), x.dtype, x.device)  # this thread's own
+    nf4.share_buffer(nn.Sequential(*modules))
+    modules[0].buffer.get((16, 24), x.dtype, x.device)  # this thread's own
     for module in modules:
         module.barrier = barrier
 
@@ -191,14 +193,14 @@ def test_two_threads_at_once_on_one_model():
 def the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
     model = in_four_bits()
     logits(model)
-    scratches = {id(m.scratch) for m in packed(model).values()}
-    assert len(scratches) == 1
-    scratch = model.model.layers[0].mlp.up_proj.scratch
-    held = scratch._of_thread.bytes
-    assert held.nbytes == 4 * max(m.values for m in packed(model).values())
+    assert len({id(m.buffer) for m in packed(model).values()}) == 1
+    buffer = model.model.layers[0].mlp.up_proj.buffer
+    assert buffer._of_thread.bytes.nbytes == 4 * max(
+        m.values for m in packed(model).values()
+    )
     loss(model)  # where gradients will follow, nothing of it stands beside the logits
-    assert scratch._of_thread.bytes is None
-    assert [m.last for m in packed(model).values()] == [False] * 13 + [True]
+    assert buffer._of_thread.bytes is None
+    assert [m.is_last for m in packed(model).values()] == [False] * 13 + [True]
 
 
 @law
@@ -283,7 +285,7 @@ def a_copy_has_a_buffer_of_its_own():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), expected)
         ours, theirs = (
-            {id(m.scratch) for m in packed(each).values()} for each in (model, other)
+            {id(m.buffer) for m in packed(each).values()} for each in (model, other)
         )
         assert len(theirs) == 1 and not ours & theirs
         for module in packed(other).values():
@@ -361,7 +363,11 @@ def arguments_reach_every_projection():
     assert names == [f"transformer.h.1.mlp.{part}" for part in ("c_fc", "c_proj")]
     assert list(packed(model)) == names
     for module in packed(model).values():
-        assert (module.block, module.recipe, module.code) == (32, None, "fp4")
+        assert (module.block, module.constant_codebook, module.codebook) == (
+            32,
+            None,
+            "fp4",
+        )
         assert module.compute_dtype == torch.bfloat16
         assert module.training and module.transposed
 
@@ -375,14 +381,14 @@ def no_full_copy_survives():
     alive = []
 
     def swapped(model, exchanged):
-        adapter.swap(model, exchanged)
+        adapter.replace_modules(model, exchanged)
         alive.append(sum(weight() is not None for weight in weights))
 
-    held, linear.swap = linear.swap, swapped
+    original, linear.replace_modules = linear.replace_modules, swapped
     try:
         nf4.quantize_model(model)
     finally:
-        linear.swap = held
+        linear.replace_modules = original
     gc.collect()
     assert not any(weight() is not None for weight in weights)
     assert alive == [len(names) - i for i in range(len(names))]  # the one in work, too
@@ -547,7 +553,7 @@ REFUSED = {  # what is wrong with a model -> (how, arguments, words of the error
         dict(exclude="all-linear"),
         ("leaves no module",),
     ),
-    "a block of 0": (lambda model: 0, dict(block=0), ("block=0",)),
+    "a block of 0": (lambda model: 0, dict(block=0), ("q_proj: block=0",)),
     "no such code": (lambda model: 0, dict(code="nf5"), ("code='nf5'",)),
     "no such recipe": (lambda model: 0, dict(double="x"), ("double='x'",)),
     "a compute dtype that is none": (

@@ -15,8 +15,9 @@ import pytest
 import rules
 import sample_lesson
 
-from peft_from_scratch import cards, ledger
-from peft_from_scratch.exercises import exercises
+from peft_from_scratch.course import cards
+from peft_from_scratch.course.exercises import exercises
+from peft_from_scratch.ledger import verdicts
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
@@ -67,7 +68,7 @@ def test_no_card_is_left_of_a_lesson_that_went():
 def sample_size(request, monkeypatch):
     """The sample keeps every rule, at its own size and with its own claim."""
     if request.node.originalname != "test_notebook":
-        monkeypatch.setattr(ledger, "CLAIMS", {"S1": sample_lesson.CLAIM})
+        monkeypatch.setattr(verdicts, "CLAIMS", {"S1": sample_lesson.CLAIM})
         monkeypatch.setattr(rules, "CELLS", (12, 22))
         monkeypatch.setattr(rules, "WORDS", (100, 600))
         monkeypatch.setattr(rules, "WORDS_A_LINE", (3, 20))

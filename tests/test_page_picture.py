@@ -10,9 +10,17 @@ from matplotlib.transforms import Bbox
 from planting import Bug, each_is_caught, law
 from torch import nn
 
-from peft_from_scratch import page_picture
-from peft_from_scratch.page_picture import AHEAD, FAULT, HIT, Moment, picture, watched
+from peft_from_scratch.course.pictures import page_picture
+from peft_from_scratch.course.pictures.page_picture import (
+    AHEAD,
+    FAULT,
+    HIT,
+    Moment,
+    picture,
+    watched,
+)
 from peft_from_scratch.paged import PagedAdamW
+from peft_from_scratch.paged.pages import Pager
 
 
 def run(slots: int, pages: int = 8, steps: int = 3):
@@ -168,21 +176,27 @@ def test_what_cannot_be_drawn_is_refused(moments, pages):
 
 BUGS = {
     "uses are not seen": Bug(
-        watched,
-        'noted(pager.use, "")',
-        "pager.use",
+        Pager.use,
+        "self._tell(page, event)",
+        "pass",
         faults_are_those_of_the_counters,
     ),
     "a page that is there is asked for ahead": Bug(
-        watched,
-        "if here and what == AHEAD:",
-        "if False:",
+        Pager.prefetch,
+        "self._touch(page)\n        return",
+        "self._touch(page)\n        return self._tell(page, PREFETCH)",
         faults_are_those_of_the_counters,
     ),
     "looked at before, not after": Bug(
-        watched,
-        "here = page.slot is not None\n            ask(page)",
-        "ask(page)\n            here = page.slot is not None",
+        Pager.use,
+        "event = FAULT if page.slot is None else HIT\n"
+        "    if page.slot is None:\n"
+        "        self._bring(page)\n",
+        "if page.slot is None:\n"
+        "        self._bring(page)\n"
+        "    event = FAULT if page.slot is None else HIT\n"
+        "    if False:\n"
+        "        pass\n",
         faults_are_those_of_the_counters,
     ),
     "steps not counted": Bug(
@@ -192,7 +206,7 @@ BUGS = {
         moments_have_their_steps,
     ),
     "clean and dirty are one": Bug(
-        watched, "if row.dirty", "if row.resident", dirty_is_what_was_updated
+        watched, "if entry.dirty", "if entry.resident", dirty_is_what_was_updated
     ),
     "the one used last leaves": Bug(
         page_picture.faults, "last=False", "last=True", faults_are_those_of_another_lru

@@ -59,7 +59,7 @@ def test_the_mapping_goes_with_the_optimizer_and_with_the_state_dict(tmp_path):
         return [line.endswith("(deleted)") for line in lines if str(tmp_path) in line]
 
     _, optimizer = trained(directory=tmp_path)
-    arena = weakref.ref(optimizer._pager.arena.untyped_storage())
+    arena = weakref.ref(optimizer.pager.arena.untyped_storage())
     saved = optimizer.state_dict()
     assert mapped() == [True, True]
     del optimizer
@@ -198,7 +198,7 @@ def test_states_are_in_the_file_and_not_in_memory(monkeypatch):
     assert made == [1000 + 7, 100, 1000 + 2 * 4 + 100]
     moments = saved["state"][0]["exp_avg"], saved["state"][2]["exp_avg_sq"]
     assert len({m.untyped_storage().data_ptr() for m in moments}) == 1
-    assert optimizer._pager.arena.nbytes == 2 * PAGE
+    assert optimizer.pager.arena.nbytes == 2 * PAGE
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA")

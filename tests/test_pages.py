@@ -27,24 +27,24 @@ from twins import (
 )
 
 from peft_from_scratch import PagedAdamW
-from peft_from_scratch.paged import adamw, cuts
+from peft_from_scratch.paged import adamw, layout
 from peft_from_scratch.paged import optimizer as module
-from peft_from_scratch.paged.cuts import Cut
+from peft_from_scratch.paged.layout import StatePages
 from peft_from_scratch.paged.pages import Counters, Pager
 from peft_from_scratch.paged.stores import FileStore, PinnedStore
 
 WORDS = PAGE // 8
-LIBRARY = Path(cuts.__file__).parent
+LIBRARY = Path(layout.__file__).parent
 
 
 def pager_of(n, slots):
     """A pager, and n full pages in its store; a page's stamp is its every word."""
     p = torch.zeros(n * WORDS // 2, dtype=torch.float64)
-    cut = Cut.of(p, 0, "p", 2, PAGE)
-    cuts.place([cut], FileStore)
-    pager = Pager(PAGE, slots * PAGE, p.device, pages=cut.pages)
+    state_pages = StatePages.of(p, 0, "p", 2, PAGE)
+    layout.allocate([state_pages], FileStore)
+    pager = Pager(PAGE, slots * PAGE, p.device, pages=state_pages.pages)
     pager.fit()
-    return pager, cut.pages
+    return pager, state_pages.pages
 
 
 def stamp(pager, page, value):
@@ -53,7 +53,7 @@ def stamp(pager, page, value):
 
 
 def assert_stamps(pager, stamps):
-    found = [pager.look(page).unique().tolist() for page in pager.pages]
+    found = [pager.peek(page).unique().tolist() for page in pager.pages]
     assert found == [[stamp] for stamp in stamps]
 
 
@@ -274,7 +274,7 @@ def the_spike_is_lent_and_comes_back():
     with ours.lent(9 * PAGE):
         assert ours.budget_bytes == 3 * PAGE
         there = [row for row in ours.page_table() if row.resident]
-        assert len(there) == 3 and ours._pager.arena.nbytes == 3 * PAGE
+        assert len(there) == 3 and ours.pager.arena.nbytes == 3 * PAGE
         last = sorted(row.used for row in ours.page_table())[-3:]
         assert sorted(row.used for row in there) == last
         step()
@@ -299,7 +299,7 @@ def an_interrupt_anywhere_loses_no_page():
             pager.use(page)
             stamp(pager, page, number + 1)
             stamps[number] = number + 1
-        with interrupt(at) as ticking, pager.mending():
+        with interrupt(at) as ticking, pager.consistent_on_error():
             pager.use(pages[0])
             pager.prefetch(pages[1])
             pager.budget_bytes = 2 * PAGE
@@ -319,6 +319,14 @@ def an_interrupt_anywhere_loses_no_page():
             return
 
 
+NOT_INTERRUPTED = (
+    "rebuild_lists",
+    "consistent_on_error",
+    "synchronize",
+    "_synchronize",
+)
+
+
 class interrupt:
     """KeyboardInterrupt at the n-th line that runs in these files; swallowed here."""
 
@@ -336,7 +344,7 @@ class interrupt:
         return kind is KeyboardInterrupt
 
     def call(self, frame, event, _):
-        skipped = frame.f_code.co_name in ("mend", "mending", "settle", "_settle")
+        skipped = frame.f_code.co_name in NOT_INTERRUPTED
         ours = frame.f_code.co_filename in self.files and not skipped
         return self.line if ours else None
 
@@ -349,12 +357,12 @@ class interrupt:
         return self.line
 
 
-STEP = ("pages.py", "stores.py", "cuts.py", "optimizer.py", "adamw.py")
+STEP = ("pages.py", "stores.py", "layout.py", "optimizer.py", "adamw.py")
 
 
 def moments_by_page(optimizer):
     """Every page's words as they are now, in the order of the table."""
-    return [optimizer._pager.look(page).clone() for page in optimizer._pager.pages]
+    return [optimizer.pager.peek(page).clone() for page in optimizer.pager.pages]
 
 
 @pytest.mark.parametrize("slots", [1, 6])
@@ -499,7 +507,7 @@ def test_a_cuda_parameter_gets_page_locked_memory(monkeypatch):
     made = []
     monkeypatch.setattr(module, "PinnedStore", lambda words, device: made.append(words))
     optimizer = paged([nn.Parameter(torch.zeros(64))])
-    optimizer._pager.device = None
+    optimizer.pager.device = None
     p = nn.Parameter(torch.zeros(64))
     monkeypatch.setattr(module, "check_parameter", lambda *_: None)
     group = {"params": [Elsewhere(p)], "amsgrad": False}
@@ -596,16 +604,16 @@ BUGS = {
         some_traces_follow_the_model,
     ),
     "places overlap": Bug(
-        cuts.place, "words + page.words", "words + 1", the_bits_are_those_of_torch
+        layout.allocate, "words + page.words", "words + 1", the_bits_are_those_of_torch
     ),
     "the slice begins one value early": Bug(
-        Cut.of.__func__,
-        "cut.pages.append(Page(number, start,",
-        "cut.pages.append(Page(number, max(0, start - 1),",
+        StatePages.of.__func__,
+        "state_pages.pages.append(Page(number, start,",
+        "state_pages.pages.append(Page(number, max(0, start - 1),",
         the_bits_are_those_of_torch,
     ),
     "the second state is not paged": Bug(
-        Cut.of.__func__,
+        StatePages.of.__func__,
         "size = states * (stop - start)",
         "size = (stop - start)",
         the_bits_are_those_of_torch,
@@ -615,7 +623,7 @@ BUGS = {
     ),
     "prefetch takes the place of what is in use": Bug(
         PagedAdamW._bring,
-        "if self._pager.slots > 1:",
+        "if self.pager.slots > 1:",
         "if True:",
         the_bits_are_those_of_torch,
     ),
@@ -626,7 +634,7 @@ BUGS = {
         the_bits_are_those_of_torch,
     ),
     "neighbours that are none": Bug(
-        cuts.neighbours,
+        layout.neighbours,
         "return page.slot - page.number, page.stop - page.start",
         "return page.stop - page.start",
         the_bits_are_those_of_torch,
@@ -689,24 +697,27 @@ BUGS = {
         an_interrupt_anywhere_loses_no_page,
     ),
     "an interrupted list is not mended": Bug(
-        Pager.mend, "self.free = [", "_ = [", an_interrupt_anywhere_loses_no_page
+        Pager.rebuild_lists,
+        "self.free = [",
+        "_ = [",
+        an_interrupt_anywhere_loses_no_page,
     ),
     "nobody waits for the page": Bug(
-        Pager.use, "page.store.arrive(page)", "pass", a_late_stream_changes_no_bit
+        Pager.use, "page.store.wait_for(page)", "pass", a_late_stream_changes_no_bit
     ),
     "the arena goes before the copies are made": Bug(
-        Pager.fit, "self._settle()", "pass", a_late_stream_changes_no_bit
+        Pager.fit, "self._synchronize()", "pass", a_late_stream_changes_no_bit
     ),
     "a copy does not wait for the kernels": Bug(
-        PinnedStore._beside,
+        PinnedStore._on_side_stream,
         "self.stream.wait_stream(torch.cuda.current_stream(self.device))",
         "pass",
         a_late_stream_changes_no_bit,
     ),
     "the largest v is not kept": Bug(
         adamw.SlicedAdamW.__call__,
-        "torch.maximum(top, v, out=top)",
-        "torch.maximum(top, v)",
+        "torch.maximum(v_max, v, out=v_max)",
+        "torch.maximum(v_max, v)",
         amsgrad,
     ),
     "the wrong way up": Bug(
@@ -717,24 +728,24 @@ BUGS = {
     ),
     "decay after the step": Bug(
         adamw.SlicedAdamW.__call__,
-        "p.addcdiv_(m, h, value=-self.size)",
-        "p.addcdiv_(m, h, value=-self.size).mul_(self.decay)",
+        "p.addcdiv_(m, denominator, value=-self.step_size)",
+        "p.addcdiv_(m, denominator, value=-self.step_size).mul_(self.decay)",
         the_bits_are_those_of_torch,
     ),
     "ε inside of the root": Bug(
         adamw.SlicedAdamW.__call__,
-        "torch.sqrt(v, out=h).div_(self.root).add_(self.eps)",
-        "torch.sqrt(v + self.eps, out=h).div_(self.root)",
+        "torch.sqrt(v, out=denominator).div_(self.sqrt_bias2).add_(self.eps)",
+        "torch.sqrt(v + self.eps, out=denominator).div_(self.sqrt_bias2)",
         the_bits_are_those_of_torch,
     ),
     "a copy is not brought back": Bug(
         adamw.SlicedAdamW.finish,
-        "self.whole.copy_(",
+        "self.parameter.copy_(",
         "(",
         the_bits_are_those_of_torch,
     ),
     "a gradient in its own order": Bug(
-        cuts.in_order,
+        layout.in_order,
         "if t.stride() != p.stride():",
         "if False:",
         the_bits_are_those_of_torch,

@@ -4,7 +4,10 @@ import copy
 import json
 import math
 import warnings
+import weakref
+from functools import partial
 
+import laws
 import pytest
 import torch
 from adapter_files import A, contents, parsed, tampered
@@ -15,14 +18,16 @@ from planting import law
 from safetensors.torch import save_file
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange, merging, nf4
-from peft_from_scratch.adapter import adapters, as_matrix
-from peft_from_scratch.budget import count
-from peft_from_scratch.exchange import BITS, CONFIG, WEIGHTS
-from peft_from_scratch.methods import qlora
+from peft_from_scratch import nf4
+from peft_from_scratch.core.adapter import adapters, as_matrix
+from peft_from_scratch.core.counting import count
+from peft_from_scratch.core.targets import resolve
+from peft_from_scratch.files import base_notes, combine, exchange
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
+from peft_from_scratch.files.base_notes import BASE_BITS
+from peft_from_scratch.methods import loftq, qlora
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.nf4 import NF4Linear
-from peft_from_scratch.targets import resolve
 
 ARGUMENTS = dict(r=4, alpha=8)
 
@@ -87,7 +92,7 @@ def every_argument_arrives():
         assert isinstance(module.base, NF4Linear) == ("mlp" not in name)
     assert len(packed(model)) == 2 * 4  # the values' too, though without an adapter
     for module in packed(model).values():
-        assert (module.block, module.recipe) == (32, "int8")
+        assert (module.block, module.constant_codebook) == (32, "int8")
         assert module.compute_dtype == torch.bfloat16 and module.training
 
 
@@ -101,6 +106,36 @@ def test_targets_of_all_kinds_are_resolved_before_quantizing():
         model = build("llama")
         names = qlora.inject(model, targets=targets, **ARGUMENTS)
         assert list(adapters(model)) == names and len(packed(model)) == 14
+
+
+@law
+def full_weights_go_as_their_codes_come(monkeypatch):
+    """A plan that held on to them would cost the bytes that four bits save."""
+    model = build("llama")
+    full = [weakref.ref(module) for module in resolve(model, "all-linear").values()]
+    sound, alive = NF4Linear.__init__, []
+
+    def counting(*arguments, **options):
+        alive.append(sum(module() is not None for module in full))
+        sound(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NF4Linear, "__init__", counting)
+        qlora.inject(model, **ARGUMENTS)
+    assert alive == list(range(len(full), 0, -1))
+
+
+WHOLE = [
+    laws.Method("qlora", partial(qlora.inject, r=4, block=32, skip="mlp"), len),
+    laws.Method("loftq", partial(loftq.inject, r=4, double=False), len),
+]
+
+
+@pytest.mark.parametrize("method", WHOLE, ids=lambda m: m.name)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_plan_quantizes_nothing_and_is_what_is_injected(method, architecture):
+    laws.a_plan_touches_nothing(method, architecture)
+    laws.inject_is_plan_and_apply(method, architecture)
 
 
 def nan_in(model):
@@ -280,10 +315,14 @@ def merged_and_requantized_is_off_by_rounding_once_more(architecture="gpt2", blo
     parts, expected = pieces(model), logits(model)
     errors = qlora.merge(model, "requantized")
     assert list(packed(model)) == list(parts) and not adapters(model)
-    assert len({id(m.scratch) for m in packed(model).values()}) == 1
+    assert len({id(m.buffer) for m in packed(model).values()}) == 1
     for name, (kept, update) in parts.items():
         module = model.get_submodule(name)
-        assert (module.block, module.recipe, module.code) == (block, None, "nf4")
+        assert (module.block, module.constant_codebook, module.codebook) == (
+            block,
+            None,
+            "nf4",
+        )
         W = nf4.dequantize(module.quantized).double()
         brute = rounded((kept + update).float().double(), block)
         assert (W - brute).abs().max() < 1e-6
@@ -303,7 +342,9 @@ def test_requantized_keeps_double_compute_dtype_and_mode():
     model = trained("opt", double="fp8", compute_dtype=torch.bfloat16).train()
     qlora.merge(model, "requantized")
     for module in packed(model).values():
-        assert module.recipe == "fp8" and module.compute_dtype == torch.bfloat16
+        assert (
+            module.constant_codebook == "fp8" and module.compute_dtype == torch.bfloat16
+        )
         assert module.training and module.bias is not None
 
 
@@ -480,7 +521,7 @@ def test_a_file_of_a_base_in_full_has_no_note(tmp_path):
     train(model, 1)
     pfs.save(model, tmp_path)
     _, metadata, _ = parsed(tmp_path)
-    assert BITS not in metadata
+    assert BASE_BITS not in metadata
     assert caught(build("llama"), tmp_path) == []
 
 
@@ -489,7 +530,7 @@ def a_file_is_a_loras(folder):
     """Only the note tells it from one: PEFT reads what any LoRA has."""
     pfs.save(trained(), folder)
     tensors, metadata, config = parsed(folder)
-    assert json.loads(metadata[BITS]) == {
+    assert json.loads(metadata[BASE_BITS]) == {
         "code": "nf4",
         "block": 64,
         "double": "dynamic",
@@ -543,7 +584,7 @@ HOSTILE = [
 def noted(source, folder, note):
     tensors, metadata, config = parsed(source)
     folder.mkdir()
-    save_file(tensors, folder / WEIGHTS, metadata | {BITS: note})
+    save_file(tensors, folder / WEIGHTS, metadata | {BASE_BITS: note})
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
@@ -590,15 +631,15 @@ def adapters_of_other_bits_have_no_sum(folder):
     pfs.save(lora, folder / "full")
     for other in ("32", "float32"):
         with refused(torch.nn.Module(), "the bits of the base is of"):
-            merging.combine(
+            combine.combine(
                 [folder / "64", folder / other], folder / "out", how="linear"
             )
         assert not (folder / "out").exists()
-    merging.combine([folder / "64", folder / "64 again"], folder / "out", how="linear")
-    assert parsed(folder / "out")[1][BITS] == parsed(folder / "64")[1][BITS]
+    combine.combine([folder / "64", folder / "64 again"], folder / "out", how="linear")
+    assert parsed(folder / "out")[1][BASE_BITS] == parsed(folder / "64")[1][BASE_BITS]
     # A file without the note may be PEFT's, which never says.
-    merging.combine([folder / "full", folder / "64"], folder / "both", how="linear")
-    assert parsed(folder / "both")[1][BITS] == parsed(folder / "64")[1][BITS]
+    combine.combine([folder / "full", folder / "64"], folder / "both", how="linear")
+    assert parsed(folder / "both")[1][BASE_BITS] == parsed(folder / "64")[1][BASE_BITS]
 
 
 METHODS = {
@@ -623,7 +664,7 @@ def an_adapter_brings_its_bits_along(folder, method="houlsby", architecture="lla
     METHODS[method](model)
     train(model, 2)
     whole = list(resolve(build(architecture), "mlp"))
-    assert qlora.read_bits(qlora.base_bits(model))["exclude"] == whole
+    assert base_notes.read_bits(base_notes.base_bits(model))["exclude"] == whole
     pfs.save(model, folder)
     found = build(architecture)
     exchange.load_as_trained(found, folder)
@@ -646,12 +687,12 @@ def test_a_file_without_bits_leaves_the_base_in_full(tmp_path):
 
 
 def test_base_bits_are_those_of_the_base():
-    assert qlora.base_bits(build("llama")) is None
+    assert base_notes.base_bits(build("llama")) is None
     model = trained(block=32, double=False)
-    assert qlora.read_bits(qlora.base_bits(model)) == {
+    assert base_notes.read_bits(base_notes.base_bits(model)) == {
         "code": "nf4",
         "block": 32,
         "double": False,
     }
-    assert qlora.read_bits(None) is None
+    assert base_notes.read_bits(None) is None
     assert isinstance(next(iter(adapters(model).values())), LoRA)

@@ -8,9 +8,10 @@ import torch
 from architectures import build
 
 import peft_from_scratch as pfs
-from peft_from_scratch import budget, compare, reference
-from peft_from_scratch.adapter import injected
-from peft_from_scratch.rows import Plan
+from peft_from_scratch.comparison import compare, reference
+from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.core.adapter import injected
+from peft_from_scratch.core.counting import count
 
 IDS = torch.arange(48)[None] + 300
 
@@ -55,7 +56,7 @@ def test_answers_are_of_the_trained_weights_too(tiny):
 
 def test_true_sizes_are_counted(tiny):
     theirs, ours = both(tiny)
-    assert budget.count(theirs) == budget.count(ours)
+    assert count(theirs) == count(ours)
     held = [sum(b.nbytes for b in [*m.parameters(), *m.buffers()]) for m in both(tiny)]
     assert held[0] == pytest.approx(held[1], rel=1e-6)
 

@@ -29,9 +29,10 @@ from observe import assert_same, refused, snapshot
 from planting import law
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.exchange import CONFIG, WEIGHTS
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files import exchange
+from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS
+from peft_from_scratch.files.formats import LORA, METADATA, PREFIX
 
 HEAD = "base_model.model.lm_head."
 # A regex that tries every way to cut a name in pieces before it fails.
@@ -206,7 +207,7 @@ def test_half_a_file_is_refused_and_a_missing_one_named(file, tmp_path):
         pfs.load(model, tmp_path)
 
 
-KNOWN = [*pfs.lora.FIELDS.values(), *pfs.lora.INERT, *exchange.METADATA]
+KNOWN = [*LORA.fields.values(), *LORA.ignored, *LORA.supported, *METADATA]
 JUNK = [
     None,
     True,
@@ -283,9 +284,10 @@ def test_layers_that_peft_left_out_are_named_by_their_field(tmp_path):
         pfs.load(model, tampered(saved(tmp_path), tmp_path / "broken", one_layer))
 
 
-def test_a_failure_after_the_copy_leaves_no_trace(tmp_path, monkeypatch):
+@law
+def a_failure_after_the_copy_leaves_no_trace(folder, monkeypatch):
     model = build("opt")
-    saved(tmp_path, architecture="opt", bias="all")
+    saved(folder, architecture="opt", bias="all")
     sound, asked = exchange._probe, []
 
     def fails_the_second_time(model):
@@ -296,13 +298,13 @@ def test_a_failure_after_the_copy_leaves_no_trace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exchange, "_probe", fails_the_second_time)
     with refused(model, "planted", error=RuntimeError):
-        pfs.load(model, tmp_path)
+        pfs.load(model, folder)
 
 
 def test_a_copy_of_the_base_beside_an_adapted_head_is_let_through(tmp_path):
     """PEFT writes it on its own account, save_embedding_layers="auto"."""
     model = build("llama")
-    head = {f"{exchange.PREFIX}lm_head.base_layer.weight": model.lm_head.weight}
+    head = {f"{PREFIX}lm_head.base_layer.weight": model.lm_head.weight}
 
     def with_head(tensors, config):
         tensors |= {key: value.detach().clone() for key, value in head.items()}

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from test_refused_files import JUNK
 
 import peft_from_scratch as pfs
-from peft_from_scratch import exchange
-from peft_from_scratch.exchange import WEIGHTS
+from peft_from_scratch.files.adapter_file import WEIGHTS
+from peft_from_scratch.files.formats import FORMATS, METADATA
 from peft_from_scratch.methods import bitfit, dora, houlsby, ia3, prefix, prompt
 
 KEPT = TemporaryDirectory()  # until the process ends
@@ -254,10 +254,9 @@ def test_a_file_for_another_architecture_is_refused(method):
 
 
 FIELDS = {
-    "prompt": {*prompt.INERT, "num_virtual_tokens", "num_transformer_submodules"},
-    "prefix": {*prefix.INERT, "num_virtual_tokens"},
-    "houlsby": {"bottleneck_size", "non_linearity", "target_modules"},
-    "ia3": {*ia3.INERT},
+    method: {*row.fields.values(), *row.ignored, *row.supported}
+    for method, row in FORMATS.items()
+    if method in ("prompt", "prefix", "houlsby", "ia3")
 }
 
 
@@ -271,7 +270,7 @@ FIELDS = {
 @pytest.mark.parametrize("method", FIELDS)
 @given(data=st.data())
 def test_any_config_loads_or_is_refused(method, tmp_path, data):
-    names = st.sampled_from(sorted(FIELDS[method] | exchange.METADATA - {"peft_type"}))
+    names = st.sampled_from(sorted(FIELDS[method] | METADATA - {"peft_type"}))
     fields = data.draw(st.dictionaries(names, st.sampled_from(JUNK), min_size=1))
     model = copy.deepcopy(original("llama"))
     before = snapshot(model)

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 from comparisons import METHODS, comparison
 
-from peft_from_scratch import figures, findings, report
-from peft_from_scratch.columns import COLUMNS, significant
+from peft_from_scratch.comparison import figures, findings, report
+from peft_from_scratch.comparison.columns import COLUMNS, significant
 
 HOSTILE = (
     "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'&\0\u202e"

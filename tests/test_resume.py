@@ -19,9 +19,11 @@ from runs import ROWS, TASK, TOKENIZER, adapted, recipe, run
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_from_scratch import atomic, checkpoint, train
-from peft_from_scratch.checkpoint import checkpoints
+from peft_from_scratch.common import atomic, digest
 from peft_from_scratch.methods import lora
+from peft_from_scratch.training import checkpoint, loop
+from peft_from_scratch.training.checkpoint import checkpoints
+from peft_from_scratch.training.state import TrainState
 
 # Rates at which the loss on the validation rows falls first and rises later, so that
 # the best weights are neither the last nor those of the newest checkpoint.
@@ -106,7 +108,7 @@ def test_a_finished_run_is_not_run_again(straight, tmp_path):
 
 def test_an_early_stop_stays_stopped(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 1.5, 1.5])
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     settings = recipe(validate_every=2, patience=2)
     model, again = adapted(), adapted()
     first = run(model, settings, checkpoints=tmp_path)
@@ -288,7 +290,7 @@ def test_another_configuration_is_refused(tmp_path, make, changes, words):
 def test_other_rows_are_refused(tmp_path):
     task = SimpleNamespace(**(vars(TASK) | {"train": ROWS[1:]}))
     with refused(adapted(), "rows is"):
-        train.train(adapted(), TOKENIZER, task, SETTINGS, checkpoints=stopped(tmp_path))
+        loop.train(adapted(), TOKENIZER, task, SETTINGS, checkpoints=stopped(tmp_path))
 
 
 def test_the_pace_of_checkpoints_may_change(straight, tmp_path):
@@ -308,7 +310,7 @@ def test_views_of_one_storage_and_half_precision_come_back(tmp_path):
     shared["t"] = nn.Parameter(torch.randn(3, 2).T)
     optimizer = torch.optim.AdamW(shared.values())
     folder = checkpoint.save(
-        checkpoint.Run(shared, optimizer, torch.device("cpu")), tmp_path, {}
+        TrainState(shared, optimizer, torch.device("cpu")), tmp_path, {}
     )
     loaded = load_file(folder / "trainable.safetensors")
     assert_same(loaded, {name: shared[name].detach() for name in loaded})
@@ -319,9 +321,9 @@ def test_a_crc_tells_bits_apart():
     x = torch.randn(5000)
     y = x.clone()
     y[4000] = torch.nextafter(x[4000], torch.tensor(math.inf))
-    assert checkpoint.tensor_crc(x) == checkpoint.tensor_crc(x.clone())
-    assert checkpoint.tensor_crc(x) != checkpoint.tensor_crc(y)
-    assert checkpoint.sampled_crc(x) != checkpoint.sampled_crc(x + 1e-6)
+    assert digest.tensor_crc(x) == digest.tensor_crc(x.clone())
+    assert digest.tensor_crc(x) != digest.tensor_crc(y)
+    assert digest.sampled_crc(x) != digest.sampled_crc(x + 1e-6)
 
 
 # SIGKILL -----------------------------------------------------------------------------
@@ -378,42 +380,42 @@ BUGS = {
     ),
     "one moment not restored": (
         checkpoint._restore,
-        "[what] = value",
-        '[what] = value if what != "exp_avg_sq" else 0 * value',
+        "[kind] = value",
+        '[kind] = value if kind != "exp_avg_sq" else 0 * value',
     ),
     "the generators not restored": (
         checkpoint._restore,
-        'set_rng_state(files["rng"], run.device)',
+        'set_rng_state(files["rng"], state.device)',
         "pass",
     ),
     "the generators not written": (
         checkpoint._files,
-        "rng_state(run.device)",
+        "rng_state(state.device)",
         '{"cpu": torch.Generator().get_state()}',
     ),
     "the schedule restarted": (
-        train._step,
-        "learning_rate(recipe, history.steps)",
-        "learning_rate(recipe, history.steps - (history.resumed_from or 0))",
+        loop.optimizer_steps,
+        "learning_rate(config, step)",
+        "learning_rate(config, step - (history.resumed_from or 0))",
     ),
     "the position in the data restarted": (
-        train.train,
-        "_micro_batches(rows, recipe, history.steps)",
-        "_micro_batches(rows, recipe, history.steps - (history.resumed_from or 0))",
+        loop.optimizer_steps,
+        "in micro_batches_of(step)",
+        "in micro_batches_of(step - (history.resumed_from or 0))",
     ),
     "the weights not restored": (
         checkpoint._restore,
-        'load_weights(run.trainable, files["trainable"])',
+        'state.load_weights(files["trainable"])',
         "pass",
     ),
     "the best weights not restored": (
         checkpoint._restore,
         'files["best"]',
-        "dict(run.trainable)",
+        "dict(state.trainable)",
     ),
     "the validations forgotten": (
         checkpoint._restore,
-        '[tuple(seen) for seen in history["validation"]]',
+        '[tuple(each) for each in history["validation"]]',
         "[]",
     ),
 }

@@ -16,20 +16,20 @@ from judged import judged
 from planting import law, planted
 
 from peft_from_scratch import lora
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.claim import Invalid
-from peft_from_scratch.experiments import (
+from peft_from_scratch.comparison.timing import step_seconds
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.ledger import intervals
+from peft_from_scratch.ledger.claim import Invalid
+from peft_from_scratch.ledger.experiments import (
     challengers,
     counting,
     finetune,
-    intervals,
     latency,
     rank_and_place,
     scaling,
 )
-from peft_from_scratch.ledger import claim, judge
+from peft_from_scratch.ledger.verdicts import claim, judge
 from peft_from_scratch.methods import prefix, prompt
-from peft_from_scratch.timing import step_seconds
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -112,7 +112,7 @@ def an_update_is_measured_on_its_own_inputs():
     [
         ("module.scale * (x", "1.0 * (x"),
         ("_rms(output - added)", "_rms(output)"),
-        ("found[name]", "found['q_proj']"),
+        ("ratios[name]", "ratios['q_proj']"),
         ("hook.remove()", "pass"),
     ],
 )

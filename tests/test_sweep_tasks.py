@@ -6,8 +6,10 @@ from collections import Counter, defaultdict
 import pytest
 from planting import each_is_caught, law
 
-from peft_from_scratch import task_gap, task_kinds, tasks, world
-from peft_from_scratch.tasks import load_task
+from peft_from_scratch.tasks import gap as task_gap
+from peft_from_scratch.tasks import kinds, world
+from peft_from_scratch.tasks import task as tasks
+from peft_from_scratch.tasks.task import load_task
 
 SPLITS = ("train", "validation", "test")
 SMALL = dict(zip(SPLITS, (300, 100, 200), strict=True))
@@ -50,7 +52,7 @@ def singular(word):
 @law
 def rows_repeat_with_the_seed_alone():
     assert gap(1, seed=3) == gap(1, seed=3) != gap(1, seed=4)
-    assert task_kinds.rows(3) == task_kinds.rows(3) != task_kinds.rows(4)
+    assert kinds.rows(3) == kinds.rows(3) != kinds.rows(4)
 
 
 @law
@@ -59,7 +61,7 @@ def no_event_is_in_two_splits_or_twice():
         happened(row["prompt"]) for row in every(gap(0, sizes=task_gap.SIZES))
     )
     assert max(events.values()) == 1
-    prompts = Counter(row["prompt"] for row in every(task_kinds.rows()))
+    prompts = Counter(row["prompt"] for row in every(kinds.rows()))
     assert max(prompts.values()) == 1
 
 
@@ -128,7 +130,7 @@ def half_of_the_kinds_are_told():
     for kind in world.KINDS:
         things = [t for t in world.THINGS if world.KIND_OF[t] == kind]
         assert 0.4 < sum(t in world.TOLD for t in things) / len(things) < 0.6
-    for row in task_kinds.rows()["test"]:
+    for row in kinds.rows()["test"]:
         thing = happened(row["prompt"].removesuffix(" Which kind of thing?")).thing
         assert world.KIND_OF[thing] == row["completion"]
 
@@ -152,7 +154,7 @@ def a_twin_has_the_same_texts_and_no_sense():
 def test_sizes_and_scorers():
     for name in ("gap-0", "gap-4", "kinds"):
         task = load_task(name, seed=1)
-        sizes = (task_kinds if name == "kinds" else task_gap).SIZES
+        sizes = (kinds if name == "kinds" else task_gap).SIZES
         assert {split: len(getattr(task, split)) for split in SPLITS} == sizes
         right = task.test[0]["completion"]
         assert task.score(f" {right}\n", right)

@@ -7,7 +7,7 @@ from observe import refused
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.targets import resolve
+from peft_from_scratch.core.targets import resolve
 
 # Read off the model cards' architecture listings: (attention, mlp) of layer 0.
 GATED = (

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import each_is_caught, law
 
-from peft_from_scratch import task_orders, task_rows, task_terms
-from peft_from_scratch.tasks import load_task
+from peft_from_scratch.tasks import jsonl, orders, terms
+from peft_from_scratch.tasks.task import load_task
 
 SPLITS = ("train", "validation", "test")
 COUNTED = {"a": 1, "a pair of": 2, "a dozen": 12} | {
@@ -54,7 +54,7 @@ def known(rows):
 
 def asked(row):
     """(word, relation, wording) of a prompt."""
-    for relation, wordings in task_terms.WORDINGS.items():
+    for relation, wordings in terms.WORDINGS.items():
         for wording in wordings:
             before, after = map(re.escape, wording.split("{word}"))
             if found := re.fullmatch(f"{before}(\\w+){after}", row["prompt"]):
@@ -67,14 +67,14 @@ def asked(row):
 
 @law
 def generated_rows_repeat_with_the_seed_alone():
-    for task in (task_orders, task_terms):
+    for task in (orders, terms):
         assert task.rows(3) == task.rows(3)
         assert task.rows(3) != task.rows(4)
 
 
 @law
 def no_prompt_is_in_two_splits_or_twice():
-    for task in (task_orders, task_terms):
+    for task in (orders, terms):
         for seed in range(3):
             rows = task.rows(seed)
             prompts = Counter(row["prompt"] for split in SPLITS for row in rows[split])
@@ -84,7 +84,7 @@ def no_prompt_is_in_two_splits_or_twice():
 @law
 def no_customer_orders_the_same_items_twice():
     for seed in range(3):
-        rows = task_orders.rows(seed)
+        rows = orders.rows(seed)
         keys = Counter(
             (order(row)["customer"], frozenset(order(row)["items"]))
             for split in SPLITS
@@ -95,7 +95,7 @@ def no_customer_orders_the_same_items_twice():
 
 @law
 def the_test_orders_hold_words_that_training_lacks():
-    rows = task_orders.rows(0)
+    rows = orders.rows(0)
     unseen = set()
     for key in ("customer", "items", "city"):
         train, validation, test = (words_of(rows[split], key) for split in SPLITS)
@@ -113,7 +113,7 @@ def has_one_of(words, row):
 
 @law
 def an_order_says_what_its_sentence_says():
-    for split in task_orders.rows(1).values():
+    for split in orders.rows(1).values():
         for row in split:
             sentence, value = row["prompt"], order(row)
             assert list(value) == ["customer", "items", "city", "day"]
@@ -121,14 +121,14 @@ def an_order_says_what_its_sentence_says():
             assert value["customer"] in sentence and value["city"] in sentence
             for item, n in value["items"].items():
                 assert read(sentence, item) == n
-            days = [day for day in task_orders.DAYS if day in sentence]
+            days = [day for day in orders.DAYS if day in sentence]
             assert days == [value["day"]]
 
 
 @law
 def a_term_is_tested_in_words_that_training_did_not_use_for_it():
     for seed in range(3):
-        rows = task_terms.rows(seed)
+        rows = terms.rows(seed)
         trained = known(rows["train"])
         wordings = {asked(row)[2] for row in rows["train"]}
         taught = {asked(row) for row in rows["train"]}
@@ -142,15 +142,15 @@ def a_term_is_tested_in_words_that_training_did_not_use_for_it():
 
 @law
 def every_fact_has_six_wordings_in_three_splits():
-    rows = task_terms.rows(0)
-    for split, share in task_terms.SHARES.items():
+    rows = terms.rows(0)
+    for split, share in terms.SHARES.items():
         counts = Counter(asked(row)[:2] for row in rows[split])
-        assert len(counts) == task_terms.WORDS * len(task_terms.WORDINGS)
+        assert len(counts) == terms.WORDS * len(terms.WORDINGS)
         assert set(counts.values()) == {share}
     partner = {
         word: next(iter(answer))
         for (word, relation), answer in known(rows["train"]).items()
-        if relation == task_terms.PARTNER
+        if relation == terms.PARTNER
     }
     assert all(partner[partner[word]] == word != partner[word] for word in partner)
 
@@ -161,7 +161,7 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
         f"p{i}": {"prompt": f"p{i}", "completion": str(i), "place": f"line {i + 1}"}
         for i in range(57)
     }
-    splits = task_rows.split_rows(rows, 0, "here")
+    splits = jsonl.split_rows(rows, 0, "here")
     assert {split: len(made) for split, made in splits.items()} == {
         "train": 41,
         "validation": 5,
@@ -171,14 +171,14 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
     assert {row["prompt"]: row for row in together} == rows
     assert len(together) == len(rows)
     backwards = dict(reversed(rows.items()))
-    assert task_rows.split_rows(backwards, 0, "here") == splits
-    assert task_rows.split_rows(rows, 1, "here") != splits
+    assert jsonl.split_rows(backwards, 0, "here") == splits
+    assert jsonl.split_rows(rows, 1, "here") != splits
 
 
 @law
 def json_is_right_only_as_a_whole():
     right = '{"a":1,"b":[true,null]}'
-    assert task_orders.score('{"b": [true, null], "a": 1}\n', right)
+    assert orders.score('{"b": [true, null], "a": 1}\n', right)
     for wrong in (
         '{"a":1,"b":[true,null],"c":0}',  # a superset
         '{"a":1}',
@@ -197,8 +197,8 @@ def json_is_right_only_as_a_whole():
         "[" * 100_000,
         "9" * 10_000,
     ):
-        assert not task_orders.score(wrong, right), wrong[:40]
-    assert not task_orders.score("NaN", "NaN")
+        assert not orders.score(wrong, right), wrong[:40]
+    assert not orders.score("NaN", "NaN")
 
 
 @pytest.mark.parametrize(
@@ -212,17 +212,14 @@ def test_a_generated_task_has_its_columns_and_sizes(name, sizes):
         assert data.column_names == ["prompt", "completion"]
         assert len(data) == size
         assert all(task.score(row["completion"], row["completion"]) for row in data)
-    assert (
-        list(task.train)
-        == {"orders": task_orders, "terms": task_terms}[name].rows(2)["train"]
-    )
+    assert list(task.train) == {"orders": orders, "terms": terms}[name].rows(2)["train"]
 
 
 def test_the_invented_words_are_in_no_prose():
     prose = set(re.findall(r"\w+", " ".join(topics.values()).lower()))
     for seed in range(5):
-        words = {word for word, _ in task_terms.facts(Random(seed))}
-        assert len(words) == task_terms.WORDS
+        words = {word for word, _ in terms.facts(Random(seed))}
+        assert len(words) == terms.WORDS
         assert not words & prose
 
 
@@ -245,23 +242,23 @@ def test_json_of_equal_values_and_types_is_right(one, other):
 
     finite = '"' not in json.dumps([one, other]).replace("Infinity", '"')
     spaced, compact = json.dumps(one, indent=1), json.dumps(one)
-    assert task_orders.score(spaced, compact) or not finite
+    assert orders.score(spaced, compact) or not finite
     if finite:
-        assert task_orders.score(json.dumps(other), compact) == same(one, other)
+        assert orders.score(json.dumps(other), compact) == same(one, other)
 
 
 @pytest.mark.parametrize(
     "answer", ["bone", " Bone.", "a bone", "THE bone\n", "An  bone ."]
 )
 def test_a_term_is_right_in_any_case_with_an_article_and_a_full_stop(answer):
-    assert task_terms.score(answer, "bone")
+    assert terms.score(answer, "bone")
 
 
 @pytest.mark.parametrize(
     "answer", ["", "bones", "bone brass", "not bone", "a", "b one"]
 )
 def test_a_term_is_wrong_with_anything_more_or_less(answer):
-    assert not task_terms.score(answer, "bone")
+    assert not terms.score(answer, "bone")
 
 
 # Rows from people
@@ -495,108 +492,108 @@ def test_code_beside_the_data_is_never_run(folder):
     with suppress(Exception):  # refused or ignored: either will do
         load_task(str(folder), prompt="q", completion="a")
     assert not ran.exists()
-    assert "trust_remote_code" not in inspect.getsource(task_rows)
+    assert "trust_remote_code" not in inspect.getsource(jsonl)
 
 
 BUGS = {
     "a leak between the splits": (
-        task_orders._split,
+        orders._split,
         "if key not in taken:",
         "if True:",
         no_customer_orders_the_same_items_twice,
     ),
     "each split only knows its own rows": (
-        task_orders._split,
-        "made = []",
-        "made, taken = [], set()",
+        orders._split,
+        "examples = []",
+        "examples, taken = [], set()",
         no_customer_orders_the_same_items_twice,
     ),
     "no words of the test's own": (
-        task_orders._word,
+        orders._word,
         "split in words and",
         "False and",
         the_test_orders_hold_words_that_training_lacks,
     ),
     "test words in training": (
-        task_orders._word,
+        orders._word,
         'words[split if own else "shared"]',
         'words["test" if random.random() < 0.25 else "shared"]',
         the_test_orders_hold_words_that_training_lacks,
     ),
     "a dozen is ten": (
-        task_orders._amount,
+        orders._amount,
         '12: ["a dozen"]',
         '10: ["a dozen"]',
         an_order_says_what_its_sentence_says,
     ),
     "number words off by one": (
-        task_orders._amount,
+        orders._amount,
         "NUMBERS[n]",
         "NUMBERS[n - 1]",
         an_order_says_what_its_sentence_says,
     ),
     "the seed is ignored": (
-        task_terms.rows,
+        terms.rows,
         'Random(f"terms {seed}")',
         "Random(0)",
         generated_rows_repeat_with_the_seed_alone,
     ),
     "a term tested in the words of training": (
-        task_terms.rows,
+        terms.rows,
         "prompts.pop()",
         "random.choice(prompts)",
         a_term_is_tested_in_words_that_training_did_not_use_for_it,
     ),
     "wordings that training never shows": (
-        task_terms.rows,
+        terms.rows,
         "random.shuffle(prompts)",
         "pass",
         a_term_is_tested_in_words_that_training_did_not_use_for_it,
     ),
     "a term with two answers": (
-        task_terms.rows,
+        terms.rows,
         '"completion": answer',
         '"completion": random.choice([answer, "bone"])',
         a_term_is_tested_in_words_that_training_did_not_use_for_it,
     ),
     "partners in one direction": (
-        task_terms.facts,
+        terms.facts,
         "(other, PARTNER): one",
         "(other, PARTNER): other",
         every_fact_has_six_wordings_in_three_splits,
     ),
     "splits that overlap": (
-        task_rows.split_rows,
-        "order[held:]",
+        jsonl.split_rows,
+        "order[held_out:]",
         "order[test:]",
         rows_of_ones_own_keep_every_prompt_in_one_split,
     ),
     "splits that depend on the order of the rows": (
-        task_rows._draw,
+        jsonl._draw,
         "sorted(rows)",
         "list(rows)",
         rows_of_ones_own_keep_every_prompt_in_one_split,
     ),
     "a superset is right": (
-        task_orders.score,
+        orders.score,
         "_canonical(answer) == _canonical(completion)",
         "json.loads(answer) | json.loads(completion) == json.loads(answer)",
         json_is_right_only_as_a_whole,
     ),
     "parsed values compared by ==": (
-        task_orders._canonical,
+        orders._canonical,
         "json.dumps(value, sort_keys=True)",
         "value",
         json_is_right_only_as_a_whole,
     ),
     "a key twice": (
-        task_orders._canonical,
+        orders._canonical,
         "object_pairs_hook=_unique, ",
         "",
         json_is_right_only_as_a_whole,
     ),
     "NaN": (
-        task_orders._canonical,
+        orders._canonical,
         ", parse_constant=_refuse",
         "",
         json_is_right_only_as_a_whole,

@@ -9,17 +9,18 @@ from architectures import build, byte_tokenizer
 from planting import each_is_caught, law
 from tokenizers import processors
 
-from peft_from_scratch import templates
-from peft_from_scratch.templates import (
+from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks.templates import (
     IGNORED,
     TEMPLATES,
-    bad_rows,
-    collate,
+    encode_all,
     encode_prompt,
     encode_row,
     encode_rows,
     stop_token,
 )
+from peft_from_scratch.training import batch
+from peft_from_scratch.training.batch import collate
 
 TOKENIZER = byte_tokenizer()
 SAY = "Say it twice."
@@ -202,7 +203,8 @@ def test_every_bad_row_is_found_and_named_by_its_place():
     rows[1]["place"] = "line 31"
     rows.append({"prompt": None, "completion": "x", "place": "line 7"})
     asked = dict(template="chat", max_tokens=99)
-    bad = bad_rows(TOKENIZER, SAY, rows, **asked)
+    good, bad = encode_all(TOKENIZER, SAY, rows, **asked)
+    assert good == encode_rows(TOKENIZER, SAY, [rows[0], rows[3]], **asked)
     assert [place for place, _ in bad] == ["line 31", "row 3", "line 7"]
     for (_, reason), told in zip(
         bad,
@@ -214,7 +216,7 @@ def test_every_bad_row_is_found_and_named_by_its_place():
         with pytest.raises(ValueError) as refused:
             encode_rows(TOKENIZER, SAY, rows[since:], **asked)
         assert str(refused.value) == f"{place.replace('row 3', 'row 1')}: {reason}"
-    assert bad_rows(TOKENIZER, SAY, rows[:1], **asked) == []
+    assert encode_all(TOKENIZER, SAY, rows[:1], **asked) == (good[:1], [])
     with pytest.raises(ValueError, match=r"^template='chatml' is none of"):
         encode_rows(TOKENIZER, SAY, rows, template="chatml")
 
@@ -270,21 +272,22 @@ BUGS = {
         a_chat_row_is_the_conversation_up_to_its_end,
     ),
     "padding on the left": (
-        templates.collate,
+        batch.right_pad,
         "each + [value] * (longest - len(each))",
         "[value] * (longest - len(each)) + each",
         a_batch_holds_its_rows_even_where_pad_is_the_end_token,
     ),
     "labels of padding found by comparing with pad": (
-        templates.collate,
-        "pad([labels for _, labels in rows], IGNORED)",
-        "pad([[IGNORED if i == pad_id else i for i in l] for _, l in rows], IGNORED)",
+        batch.collate,
+        "right_pad([labels for _, labels in rows], IGNORED)",
+        "right_pad("
+        "[[IGNORED if i == pad_id else i for i in l] for _, l in rows], IGNORED)",
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "padding with labels": (
-        templates.collate,
-        "pad([labels for _, labels in rows], IGNORED)",
-        "pad([labels for _, labels in rows], pad_id)",
+        batch.collate,
+        "right_pad([labels for _, labels in rows], IGNORED)",
+        "right_pad([labels for _, labels in rows], pad_id)",
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "examples in reverse": (

@@ -9,28 +9,22 @@ import torch
 from planting import each_is_caught, law
 from safetensors.torch import load_file
 
-from peft_from_scratch import (
-    corpus,
-    models,
-    pretrain,
-    task_gap,
-    tiny,
-    tiny_card,
-    world,
-)
-from peft_from_scratch.templates import IGNORED, encode_prompt, encode_row
+from peft_from_scratch.models import load, tiny
+from peft_from_scratch.tasks import gap, world
+from peft_from_scratch.tasks.templates import IGNORED, encode_prompt, encode_row
+from tools import corpus, pretrain, tiny_card
 
 MIXES = (corpus.MIX, corpus.LATER_MIX)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_model("tiny", device="cpu")[1]
+    return load.load_model("tiny", device="cpu")[1]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return models.load_model("tiny", device="cpu")[0]
+    return load.load_model("tiny", device="cpu")[0]
 
 
 # ---------------------------------------------------------------- what it was taught
@@ -93,7 +87,7 @@ def pretraining_tells_the_kinds_of_every_other_thing_alone():
 @law
 def new_formats_are_none_of_the_pretraining():
     """gap-1 is new: no answer of pretraining has two kinds of marks."""
-    written = task_gap.new_format(world.event(Random(0)))
+    written = gap.new_format(world.event(Random(0)))
     marks = [mark for mark in corpus.SEPARATORS if mark in written]
     assert len(marks) == 3
     for i in range(500):
@@ -182,7 +176,7 @@ def test_the_dial_is_made_of_tokens_that_it_has_read(tokenizer, level):
     texts = [corpus.document(random, mix) for mix in MIXES for _ in range(1500)]
     for ids in tokenizer(texts).input_ids:
         read.update(ids)
-    write = task_gap.LEVELS[f"gap-{level}"]
+    write = gap.LEVELS[f"gap-{level}"]
     texts = [" " + write(world.event(random)) for _ in range(200)]
     ids = [token for row in tokenizer(texts).input_ids for token in row]
     assert sum(read[token] < 2 for token in ids) / len(ids) < 0.02
@@ -276,7 +270,7 @@ def test_six_checkpoints_lead_to_it(model):
     assert told["held_out_loss"] < losses[-1]
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     for folder in folders:
-        loaded, _ = models.load_model(folder, device="cpu")
+        loaded, _ = load.load_model(folder, device="cpu")
         assert {n: t.shape for n, t in loaded.state_dict().items()} == shapes
         stored = load_file(folder / "model.safetensors")
         assert {t.dtype for t in stored.values()} == {torch.bfloat16}
@@ -284,11 +278,11 @@ def test_six_checkpoints_lead_to_it(model):
 
 def test_the_card_is_what_was_measured():
     assert tiny_card.FILE.read_text("utf-8") == tiny_card.text(), (
-        "write it again: python -m peft_from_scratch.tiny_card"
+        "write it again: python -m tools.tiny_card"
     )
 
 
 def test_without_the_repositorys_data_it_says_where_tiny_is(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match="ships with the repository"):
-        models.load_model("tiny")
+        load.load_model("tiny")

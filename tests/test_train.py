@@ -22,19 +22,25 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from peft_from_scratch import adapter, loss, scoped, train
+from peft_from_scratch.common import scoped
+from peft_from_scratch.core import adapter
 from peft_from_scratch.methods import lora
-from peft_from_scratch.recipe import History, Recipe, learning_rate, rows_of_step
-from peft_from_scratch.templates import collate, encode_rows
+from peft_from_scratch.tasks.templates import IGNORED, encode_rows
+from peft_from_scratch.training import guards, loop, loss
+from peft_from_scratch.training.batch import batch_of, collate, label_tokens
+from peft_from_scratch.training.config import (
+    History,
+    TrainConfig,
+    learning_rate,
+    rows_of_step,
+)
 
 ENCODED = encode_rows(TOKENIZER, TASK.instruction, ROWS, template="chat")
 CPU = torch.device("cpu")
 
 
 def batches(size):
-    return [
-        loss.batch_of(ENCODED[i : i + size], CPU) for i in range(0, len(ENCODED), size)
-    ]
+    return [batch_of(ENCODED[i : i + size], CPU) for i in range(0, len(ENCODED), size)]
 
 
 def gradients(model, parts):
@@ -89,7 +95,7 @@ def test_logits_are_computed_at_labelled_positions_only():
     (batch,) = batches(len(ENCODED))
     loss.summed_loss(model, batch)
     hook.remove()
-    assert [shape[:-1].numel() for shape in seen] == [loss.label_tokens(batch)]
+    assert [shape[:-1].numel() for shape in seen] == [label_tokens(batch)]
 
 
 def test_a_model_that_cannot_choose_logits_has_the_same_loss():
@@ -105,6 +111,31 @@ def test_a_model_that_cannot_choose_logits_has_the_same_loss():
     theirs = loss.summed_loss(AllLogits(model), batch)
     ours = loss.summed_loss(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def written_out(model, batch):
+    """The statements that stored runs were made with: (summed loss, per example)."""
+    labels = batch["labels"][:, 1:]
+    labelled = labels != IGNORED
+    keep = F.pad(labelled, (0, 1))
+    logits = model(
+        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep
+    ).logits
+    logits = logits[keep] if logits.dim() == 3 else logits
+    total = F.cross_entropy(logits.float(), labels[labelled], reduction="sum")
+    each = torch.zeros(labels.shape)
+    each[labelled] = F.cross_entropy(logits.float(), labels[labelled], reduction="none")
+    return total, each.sum(1) / labelled.sum(1)
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def losses_are_bit_equal_to_those_written_out(dtype=torch.float32):
+    model, (batch,) = adapted(dtype=dtype, dropout=0), batches(len(ENCODED))
+    total, per_example = written_out(model, batch)
+    losses, labelled = loss.token_losses(model, batch)
+    assert torch.equal(loss.summed_loss(model, batch), total)
+    assert torch.equal(losses.sum(1) / labelled.sum(1), per_example)
 
 
 def test_half_precision_logits_are_widened_for_the_loss():
@@ -123,7 +154,7 @@ def mean_loss_weighs_every_label_token_the_same():
             reference_loss(model, [row]).item() * sum(i >= 0 for i in row[1])
             for row in ENCODED
         )
-    tokens = sum(map(loss.label_tokens, batches(1)))
+    tokens = sum(map(label_tokens, batches(1)))
     assert math.isclose(mean, total / tokens, rel_tol=1e-6)
 
 
@@ -246,7 +277,7 @@ def looking_at_the_validation_rows_changes_nothing():
 @law
 def early_stopping_brings_back_the_best_weights(monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 1.0])  # an equal loss is no improvement
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     model, seen = adapted(), {}
 
     def remember(history):
@@ -261,7 +292,7 @@ def early_stopping_brings_back_the_best_weights(monkeypatch):
 
 def test_without_patience_the_last_weights_stay(monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
     model, last = adapted(), adapted()
     history = run(model, recipe(validate_every=4))
     run(last, recipe())
@@ -276,7 +307,7 @@ def test_without_patience_the_last_weights_stay(monkeypatch):
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_learning_rate_is_that_of_transformers(schedule, warmup):
     """Except in warm-up, where theirs wastes the first step on a rate of 0."""
-    settings = Recipe(steps=30, lr=3e-4, warmup=warmup, schedule=schedule)
+    settings = TrainConfig(steps=30, lr=3e-4, warmup=warmup, schedule=schedule)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.lr)
     if schedule == "constant":
         theirs = get_constant_schedule_with_warmup(optimizer, warmup)
@@ -293,14 +324,14 @@ def test_learning_rate_is_that_of_transformers(schedule, warmup):
 
 
 def test_every_epoch_is_another_permutation():
-    settings = Recipe(steps=100, batch=7)
+    settings = TrainConfig(steps=100, batch=7)
     order = [i for step in range(100) for i in rows_of_step(settings, step, 20)]
     epochs = [tuple(order[start : start + 20]) for start in range(0, 700, 20)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len(set(epochs)) == len(epochs)
-    other_seed = Recipe(steps=100, batch=7, seed=1)
+    other_seed = TrainConfig(steps=100, batch=7, seed=1)
     assert [i for s in range(100) for i in rows_of_step(other_seed, s, 20)] != order
-    wide = Recipe(batch=50)  # a step of more rows than there are
+    wide = TrainConfig(batch=50)  # a step of more rows than there are
     assert set(Counter(rows_of_step(wide, 0, 20)).values()) == {2, 3}
 
 
@@ -333,7 +364,7 @@ def test_every_epoch_is_another_permutation():
 )
 def test_recipe_refuses(field, value):
     with pytest.raises(ValueError, match=field) as caught:
-        Recipe(**{field: value})
+        TrainConfig(**{field: value})
     assert repr(value) in str(caught.value) and "allowed is" in str(caught.value)
 
 
@@ -347,7 +378,7 @@ def a_nan_stops_the_run_before_the_step():
             model.model.norm.weight.fill_(math.nan)
 
     settings = recipe()
-    with pytest.raises(train.Diverged) as caught:
+    with pytest.raises(guards.Diverged) as caught:
         run(model, settings, on_step=poison)
     assert_same(values(model), last)
     assert "step 5 of 12" in str(caught.value) and "nan" in str(caught.value)
@@ -358,14 +389,14 @@ def test_an_infinite_gradient_stops_the_run_before_the_step():
     model = adapted()
     before = values(model)
     next(iter(adapter.trainable(model).values())).register_hook(lambda g: g * math.inf)
-    with pytest.raises(train.Diverged, match="step 1 of 12"):
+    with pytest.raises(guards.Diverged, match="step 1 of 12"):
         run(model, recipe())
     assert_same(values(model), before)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(monkeypatch):
-    monkeypatch.setattr(train, "mean_loss", lambda *_, **__: math.nan)
-    with pytest.raises(train.Diverged, match=r"step 2 of 12.*validation loss"):
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: math.nan)
+    with pytest.raises(guards.Diverged, match=r"step 2 of 12.*validation loss"):
         run(adapted(), recipe(validate_every=2, patience=1))
 
 
@@ -442,7 +473,7 @@ def test_biases_train_beside_the_adapters(compiled):
 def test_an_empty_split_is_refused(empty):
     task = SimpleNamespace(**(vars(TASK) | {empty: []}))
     with pytest.raises(ValueError, match=f"no {empty}"):
-        train.train(adapted(), TOKENIZER, task, recipe(validate_every=2))
+        loop.train(adapted(), TOKENIZER, task, recipe(validate_every=2))
 
 
 # Ctrl-C and the bar ------------------------------------------------------------------
@@ -484,11 +515,11 @@ def test_the_bar_shows_loss_rate_and_time_left(monkeypatch):
 
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        train.train(adapted(), TOKENIZER, TASK, recipe(validate_every=4))
+        loop.train(adapted(), TOKENIZER, TASK, recipe(validate_every=4))
         text = stream.getvalue()
         assert bool(text) == shown == ("loss" in text and "12/12" in text)
         assert "\n" not in text.strip()
-    last = train._figures(History(loss=[1.25], lr=[1e-3], validation=[(1, 2.5)]))
+    last = loop._figures(History(loss=[1.25], lr=[1e-3], validation=[(1, 2.5)]))
     assert last == "loss 1.250, lr 1.0e-03, validation 2.500"
 
 
@@ -497,26 +528,38 @@ def test_the_bar_shows_loss_rate_and_time_left(monkeypatch):
 BUGS = {
     "a mean of the micro-batches' means": (
         loss.accumulate_gradients,
-        "summed_loss(model, batch) / tokens",
-        "summed_loss(model, batch) / label_tokens(batch) / len(batches)",
+        "micro_batch_loss(model, batch, tokens)",
+        "micro_batch_loss(model, batch, label_tokens(batch)) / len(batches)",
         lambda: splitting_a_step_changes_nothing("gpt2"),
     ),
+    "a mean of the micro-batches' means, in the loop": (
+        loop.optimizer_steps,
+        "micro_batch_loss(model, batch, tokens)",
+        "micro_batch_loss(model, batch, label_tokens(batch)) / len(batches)",
+        training_equals_a_plain_loop,
+    ),
     "labels not shifted": (
-        loss.summed_loss,
+        loss.label_logits,
         "F.pad(labels != IGNORED, (0, 1))",
         "F.pad(labels != IGNORED, (1, 0))",
         lambda: loss_is_the_reference("llama"),
     ),
+    "losses in another order": (
+        loss.token_losses,
+        "losses[labelled] = each",
+        "losses[labelled] = each.flip(0)",
+        losses_are_bit_equal_to_those_written_out,
+    ),
     "padding counted": (
-        loss.label_tokens,
+        label_tokens,
         'int((batch["labels"][:, 1:] != IGNORED).sum())',
         'batch["labels"].numel()',
         lambda: loss_is_the_reference("llama"),
     ),
     "prompts learned": (
-        loss.batch_of,
-        "collate(rows,",
-        "collate([(ids, ids) for ids, _ in rows],",
+        batch_of,
+        "right_pad([labels for _, labels in rows]",
+        "right_pad([ids for ids, _ in rows]",
         lambda: loss_is_the_reference("opt"),
     ),
     "dropout on while validating": (
@@ -532,56 +575,56 @@ BUGS = {
         looking_at_the_validation_rows_changes_nothing,
     ),
     "clipping after the step": (
-        train._step,
-        "norm = _clip(run, recipe)",
-        "norm = 1.0",
+        loop.optimizer_steps,
+        "nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()",
+        "1.0",
         training_equals_a_plain_loop,
     ),
     "each tensor clipped by itself": (
-        train._clip,
-        "nn.utils.clip_grad_norm_(list(run.trainable.values()), limit).item()",
-        "max(nn.utils.clip_grad_norm_([p], limit).item() "
-        "for p in run.trainable.values())",
+        loop.optimizer_steps,
+        "nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()",
+        "max(nn.utils.clip_grad_norm_([p], config.clip or math.inf).item() "
+        "for p in parameters)",
         training_equals_a_plain_loop,
     ),
     "gradients never cleared": (
-        train._step,
-        "run.optimizer.zero_grad(set_to_none=True)",
+        loop.optimizer_steps,
+        "optimizer.zero_grad(set_to_none=True)",
         "pass",
         training_equals_a_plain_loop,
     ),
     "the rate of the step never set": (
-        train._step,
+        loop.optimizer_steps,
         'group["lr"] = lr * group["ratio"]',
         "pass",
         training_equals_a_plain_loop,
     ),
     "one micro-batch left out": (
-        train._micro_batches,
-        "range(0, recipe.batch, size)",
-        "range(0, recipe.batch - size, size)",
+        loop.micro_batches,
+        "range(0, config.batch, size)",
+        "range(0, config.batch - size, size)",
         training_equals_a_plain_loop,
     ),
     "NaN ignored": (
-        train._step,
+        guards.refuse_not_finite,
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
         a_nan_stops_the_run_before_the_step,
     ),
     "a tensor without gradient not noticed": (
-        train._refuse_unmoved,
+        guards.refuse_unmoved,
         "if moment is None:",
-        "if moment is None and (moment := torch.ones(1)) is None:",
+        "if moment is None and (moment := parameter.new_ones(1)) is None:",
         an_adapter_that_is_not_used_is_noticed,
     ),
     "a zero gradient not noticed": (
-        train._refuse_unmoved,
+        guards.refuse_unmoved,
         "elif not moment.any():",
         "elif False:",
         an_adapter_behind_a_zero_is_noticed,
     ),
     "vanishing updates not noticed": (
-        train._refuse_unmoved,
+        guards.refuse_unmoved,
         "elif now[name] == before[name]:",
         "elif False:",
         updates_that_vanish_are_noticed,
@@ -595,6 +638,6 @@ test_a_planted_bug_is_caught = each_is_caught(BUGS, errors=CAUGHT)
 
 
 def test_the_last_weights_in_place_of_the_best_are_caught(monkeypatch):
-    bug = planted(train.train, "if recipe.patience:", "if False:")
+    bug = planted(loop.train, "if config.patience:", "if False:")
     with bug, pytest.raises(AssertionError):
         early_stopping_brings_back_the_best_weights(monkeypatch)

@@ -5,7 +5,7 @@ import torch
 from check_tests import checked
 from mutant_run import lesson
 
-from peft_from_scratch.checks import triton_lora_kernel as checks
+from peft_from_scratch.course.checks import triton_lora_kernel as checks
 from peft_from_scratch.kernels.language import Tiles, matrix
 from peft_from_scratch.kernels.lora import product
 from peft_from_scratch.kernels.trace import trace

@@ -11,9 +11,10 @@ import nbformat
 import pytest
 from planting import assert_caught
 
-from peft_from_scratch import atomic, exercises
-from peft_from_scratch.__main__ import main
-from peft_from_scratch.exercises import blank, blanked, grading
+from peft_from_scratch.cli.command_line import main
+from peft_from_scratch.common import atomic
+from peft_from_scratch.course import exercises
+from peft_from_scratch.course.exercises import blank, blanked, grading
 
 HERE = Path(__file__).parent
 SAMPLE = HERE / "sample" / "90_sample.ipynb"

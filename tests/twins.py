@@ -73,7 +73,7 @@ def assert_equal_states(ours, theirs):
 
 def assert_sound(optimizer):
     """No slot is given twice, none lies outside of the budget, the lists agree."""
-    pager = optimizer._pager
+    pager = optimizer.pager
     held = [row.slot for row in optimizer.page_table() if row.resident]
     assert len(held) == len(set(held)) == len(pager.resident)
     assert sorted(held + pager.free) == list(range(pager.slots))

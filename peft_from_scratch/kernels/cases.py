@@ -12,7 +12,7 @@ from itertools import product as pairs
 import torch
 
 from ..nf4 import Quantized
-from ..nf4.double import BLOCK, Doubled
+from ..nf4.double import BLOCK, DoubleQuantized
 from .gather import ROWS as ROWS_OF_A_BLOCK
 from .gather import Plan, Stack, gather
 from .language import Launch, matrix, recorded
@@ -81,7 +81,9 @@ def codes(d_in, d_out, dtype, double=True) -> Quantized:
     if double:
         units = empty(-(-blocks // BLOCK), dtype=torch.float32)
         offset = empty(dtype=torch.float32)
-        constants = Doubled(empty(blocks, dtype=torch.uint8), units, offset, "dynamic")
+        constants = DoubleQuantized(
+            empty(blocks, dtype=torch.uint8), units, offset, "dynamic"
+        )
     packed = empty(d_in * d_out // 2, dtype=torch.uint8)
     return Quantized(packed, constants, torch.Size((d_out, d_in)), dtype, 64, "nf4")
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from ..nf4 import Quantized, dequantize
 from ..nf4.codes import book
 from ..nf4.double import BLOCK as BLOCKS_OF_A_UNIT
-from ..nf4.double import Doubled
+from ..nf4.double import DoubleQuantized
 from .language import Tiles, choose, launch, rounded, tl, triton
 from .lora import ONE_PASS, check, gradients, product, spec
 
@@ -150,10 +150,10 @@ def _dequantize(W, out, size, CHUNK: tl.constexpr):
 def operand(q: Quantized, width: int) -> tuple:
     """A quantized weight as the readers take it, cut in rows of `width` weights."""
     absmax = (q.absmax, None, None, None)
-    if isinstance(q.absmax, Doubled):
-        table = book(q.absmax.code, q.packed.device).values
-        absmax = (q.absmax.codes, q.absmax.units, q.absmax.offset, table)
-    values = book(q.code, torch.device("cpu")).values
+    if isinstance(q.absmax, DoubleQuantized):
+        table = book(q.absmax.codebook, q.packed.device).values
+        absmax = (q.absmax.codes, q.absmax.nested_absmax, q.absmax.offset, table)
+    values = book(q.codebook, torch.device("cpu")).values
     bits = tuple(values.view(torch.int32).tolist())  # FP4 has -0: a constant would be 0
     common = math.gcd(q.block, width)
     constants = (bits, q.block, common & -common)

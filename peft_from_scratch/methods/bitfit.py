@@ -13,11 +13,22 @@ differs between keys, and the bias counts.
 
 from torch import nn
 
-from .. import adapter
-from ..targets import uncompiled
+from ..core import adapter
+from ..core.adapter import Plan
+from ..core.targets import uncompiled
 
-PEFT_TYPE = "BITFIT"  # our own: PEFT has no such type
-FILE_SUFFIXES = ()  # no module is wrapped; the file holds the biases themselves
+
+def plan(model: nn.Module) -> Plan:
+    """The plan of inject; see adapter.plan."""
+    names = [uncompiled(name) for name, _ in model.named_parameters()]
+    biases = [name for name in names if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise ValueError(
+            f"this {type(model).__name__} has no bias among its {len(names)} tensors: "
+            "Llama and most models since then leave them out, and BitFit has nothing "
+            "to train. IA3 is as small: ia3.inject(model)"
+        )
+    return adapter.plan(model, None, {}, method="bitfit", base_params=biases)
 
 
 def inject(model: nn.Module) -> list[str]:
@@ -27,25 +38,4 @@ def inject(model: nn.Module) -> list[str]:
     Raises   ValueError   a model without biases, with what to use instead
     Memory   a copy of the biases, so that remove() restores them
     """
-    adapter.refuse_second(model)
-    names = [uncompiled(name) for name, _ in model.named_parameters()]
-    biases = [name for name in names if name.rpartition(".")[2] == "bias"]
-    if not biases:
-        raise ValueError(
-            f"this {type(model).__name__} has no bias among its {len(names)} tensors: "
-            "Llama and most models since then leave them out, and BitFit has nothing "
-            "to train. IA3 is as small: ia3.inject(model)"
-        )
-    adapter.inject(model, None, {}, method="bitfit", own=biases)
-    return biases
-
-
-def to_peft(model: nn.Module) -> dict:
-    """PEFT has no such type: the file says BITFIT and holds the biases."""
-    return {}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for a saved BitFit."""
-    adapter.refuse_unimplemented(config, set())
-    return {}
+    return adapter.apply(model, plan(model))

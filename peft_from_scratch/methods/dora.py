@@ -7,19 +7,15 @@ DoRA trains the lengths m by themselves, and leaves the directions to A and B. m
 as ‖W0‖, so that the model starts from the pretrained weights.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import as_matrix, as_stored
-from ..targets import Targets
-from . import lora
-from .lora import LoRA, wrap_all
-
-PEFT_TYPE = lora.PEFT_TYPE  # with use_dora=True
-FILE_SUFFIXES = (*lora.FILE_SUFFIXES, "lora_magnitude_vector")
+from ..core import adapter
+from ..core.adapter import Plan, as_matrix, as_stored
+from ..core.targets import Targets
+from .lora import LoRA
+from .lora_config import plan_layers
 
 
 class DoRA(LoRA):
@@ -37,8 +33,6 @@ class DoRA(LoRA):
     Source   [1] arXiv:2402.09353v6
     """
 
-    file_names: ClassVar = LoRA.file_names | {"m": FILE_SUFFIXES[-1]}
-
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
         self.m = nn.Parameter(self.norm())
@@ -49,28 +43,39 @@ class DoRA(LoRA):
                 "the targets (exclude=…), or use LoRA"
             )
 
+    def forward(self, x: Tensor) -> Tensor:
+        y, W0 = self.base(x), as_matrix(self.base)
+        dropped = self.dropout(x)
+        unbiased = F.linear(dropped, W0) if dropped is not x else y  # W0 x
+        if self.base.bias is not None and dropped is x:
+            unbiased = unbiased - self.base.bias
+        low_rank = F.linear(F.linear(dropped.to(self.A.dtype), self.A), self.B)
+        g = self.m / self.norm()  # m / ‖V‖: (d_out)
+        change = (g - 1) * unbiased + g * self.scale * low_rank  # g V x - W0 x
+        return (y + change).to(y.dtype)  # W0 x + b + change
+
     @torch.no_grad()
     def norm(self, dtype: torch.dtype | None = None) -> Tensor:
         """‖W0 + scale · B A‖ of each row: (d_out), without a gradient."""
         dtype = dtype or self.A.dtype
         return (as_matrix(self.base).to(dtype) + self.delta(dtype)).norm(dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, W0 = self.base(x), as_matrix(self.base)
-        dropped = self.dropout(x)
-        unbiased = F.linear(dropped, W0) if dropped is not x else y
-        if self.base.bias is not None and dropped is x:
-            unbiased = unbiased - self.base.bias
-        low_rank = F.linear(F.linear(dropped.to(self.A.dtype), self.A), self.B)
-        g = self.m / self.norm()  # (d_out)
-        change = (g - 1) * unbiased + g * self.scale * low_rank
-        return (y + change).to(y.dtype)
-
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """m / ‖V‖ ⊙ V, in the orientation in which the base stores its weight."""
         V = as_matrix(self.base).to(dtype) + self.delta(dtype)
         W = (self.m.to(dtype) / self.norm(dtype))[:, None] * V
         return {"weight": as_stored(self.base, W)}
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    **options,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    return plan_layers(model, DoRA, "dora", targets, exclude, options)
 
 
 def inject(
@@ -88,21 +93,5 @@ def inject(
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, or no match; the model as it was
     """
-    arguments = lora.DEFAULTS | dict(r=r, alpha=alpha) | options
-    unknown = set(arguments) - set(lora.DEFAULTS)
-    if unknown:
-        raise TypeError(
-            f"dora.inject() has no argument {sorted(unknown)[0]!r}; it has those of "
-            f"lora.inject(): targets, exclude, {', '.join(lora.DEFAULTS)}"
-        )
-    return wrap_all(model, DoRA, "dora", targets, exclude, arguments)
-
-
-def to_peft(model: nn.Module) -> dict:
-    """LoRA's configuration, with the one field that tells it from a LoRA."""
-    return lora.to_peft(model) | {"use_dora": True}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for PEFT's LoRA config."""
-    return lora.from_peft({**config, "use_dora": False}, names)
+    options |= dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
+    return adapter.apply(model, plan(model, **options))

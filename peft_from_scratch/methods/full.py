@@ -1,6 +1,7 @@
-"""Full fine-tuning: every parameter trains, nothing is wrapped.
+"""Full fine-tuning: Improving Language Understanding by Generative Pre-Training.
+Radford et al., OpenAI 2018, section 3.2.
 
-    W ← W0 + ΔW,  ΔW (d_out, d_in) free
+    W ← W0 + ΔW        ΔW (d_out, d_in) free, for every parameter; nothing is wrapped
 
 The baseline that every other method is measured against, and the declared exception of
 the contract: it trains the model's own tensors, so that `remove` needs the originals.
@@ -8,8 +9,28 @@ the contract: it trains the model's own tensors, so that `remove` needs the orig
 
 from torch import nn
 
-from .. import adapter
-from ..targets import Packed
+from ..core import adapter
+from ..core.adapter import Plan
+from ..core.targets import QuantizedLinear
+
+
+def plan(model: nn.Module, *, keep_original: bool = False) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: full fine-tuning moves every "
+                "weight, and codes cannot be moved. Load the base in full, or put "
+                "adapters beside it"
+            )
+    return adapter.plan(
+        model,
+        None,
+        {},
+        method="full",
+        base_params=[name for name, _ in model.named_parameters()],
+        keep_originals=keep_original,
+    )
 
 
 def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
@@ -21,28 +42,4 @@ def inject(model: nn.Module, *, keep_original: bool = False) -> list[str]:
     Raises   ValueError   weights in four bits, which cannot train
     Memory   with keep_original, the model's bytes once more
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Packed):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}: full fine-tuning moves every "
-                "weight, and codes cannot be moved. Load the base in full, or put "
-                "adapters beside it"
-            )
-    names = [name for name, _ in model.named_parameters()]
-    adapter.inject(model, None, {}, method="full", own=names, keep_own=keep_original)
-    return names
-
-
-PEFT_TYPE = "FULL"  # our own: PEFT has no such type
-FILE_SUFFIXES = ()  # no module is wrapped; the file holds the parameters themselves
-
-
-def to_peft(model: nn.Module) -> dict:
-    """PEFT has no such type: the file says FULL and holds every weight."""
-    return {}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for a saved full fine-tuning."""
-    adapter.refuse_unimplemented(config, set())
-    return {}
+    return adapter.apply(model, plan(model, keep_original=keep_original))

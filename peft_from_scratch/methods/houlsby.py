@@ -8,15 +8,15 @@ goes down to m numbers, U (d, m) up again: 2md + d + m parameters, nearly the id
 at the start.
 """
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapter, targets
-from ..adapter import Adapter, beside, sizes
-from ..targets import shown
+from ..common import check
+from ..core import adapter, targets
+from ..core.adapter import Adapter, Plan, factory_kwargs, sizes
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -26,26 +26,23 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 PLACEMENTS = {"houlsby": ("attention", "mlp"), "pfeiffer": ("mlp",)}
 STD = 1e-2  # of the start, "near-identity": section 2.1 and figure 6 of the paper
-PEFT_TYPE = "HOULSBY"  # our own: PEFT has no bottleneck adapters
-FILE_SUFFIXES = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 class Bottleneck(Adapter):
-    """A frozen projection with a bottleneck behind it.
+    """A frozen projection with a bottleneck after it.
 
         y = W0 x + b      h = y + U σ(D y + b_D) + b_U      [1] section 2.1, figure 2
 
     Args
         base          nn.Linear or Conv1D, frozen here.    W0 (d, d_in)
         m             units of the bottleneck, 1 <= m <= d
-        nonlinearity  σ: "relu", "gelu", "silu" or "tanh"
+        nonlinearity  σ; see HoulsbyConfig
     Returns  (…, d), dtype of the base's output
     Raises   ValueError   m or nonlinearity out of range
     Memory   2md + d + m parameters, in float32 on a half-precision base
     Source   [1] arXiv:1902.00751v2
     """
 
-    file_names: ClassVar = {name: name for name in FILE_SUFFIXES}
     cannot_merge = (
         "its nonlinearity stands between the projection and what follows. No single "
         "matrix does the same for every input, which is why it costs time when used"
@@ -53,9 +50,9 @@ class Bottleneck(Adapter):
 
     def __init__(self, base: nn.Module, m: int = 64, nonlinearity: str = "gelu"):
         d, _ = sizes(base)
-        _check(m, nonlinearity, d)
+        HoulsbyConfig(m, nonlinearity).check_units(d)
         super().__init__(base)
-        like = beside(base)
+        like = factory_kwargs(base)
         self.down = nn.Linear(d, m, **like)
         self.up = nn.Linear(m, d, **like)
         for linear in (self.down, self.up):
@@ -64,11 +61,52 @@ class Bottleneck(Adapter):
         self.nonlinearity = nonlinearity
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        narrow = NONLINEARITIES[self.nonlinearity](
-            self.down(y.to(self.down.weight.dtype))
-        )
-        return (y + self.up(narrow)).to(y.dtype)
+        y, sigma = self.base(x), NONLINEARITIES[self.nonlinearity]
+        narrow = sigma(self.down(y.to(self.down.weight.dtype)))  # σ(D y + b_D): (…, m)
+        return (y + self.up(narrow)).to(y.dtype)  # y + U … + b_U
+
+
+@dataclass(frozen=True)
+class HoulsbyConfig:
+    """What a bottleneck is made of; checked when it is made, but for m's upper end.
+
+    m             units of the bottleneck
+    nonlinearity  "relu", "gelu", "silu" or "tanh"
+    placement     "houlsby": after attention and after the MLP; "pfeiffer": after the
+                  MLP alone, half of the parameters (arXiv:2005.00247)
+    """
+
+    m: int = 64
+    nonlinearity: str = "gelu"
+    placement: str = "houlsby"
+
+    def __post_init__(self):
+        check.one_of("placement", self.placement, PLACEMENTS)
+        check.one_of("nonlinearity", self.nonlinearity, NONLINEARITIES)
+
+    def check_units(self, d: int) -> None:
+        """ValueError unless a hidden size of d allows m units."""
+        need = "the bottleneck needs"
+        check.whole("m", self.m, 1, d, must=need, of="units", why="the hidden size")
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Mapping[str, nn.Module] | None = None,
+    **options,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    config = HoulsbyConfig(**options)
+    if targets is None:
+        targets = last_projections(model, PLACEMENTS[config.placement])
+    return adapter.plan(
+        model,
+        lambda base: Bottleneck(base, config.m, config.nonlinearity),
+        targets,
+        method="houlsby",
+        config=dict(m=config.m, nonlinearity=config.nonlinearity),
+    )
 
 
 def inject(
@@ -77,78 +115,37 @@ def inject(
     m: int = 64,
     nonlinearity: str = "gelu",
     placement: str = "houlsby",
-    targets=None,
+    targets: Mapping[str, nn.Module] | None = None,
 ) -> list[str]:
-    """Freeze the model and put a bottleneck behind the sublayers of every layer.
+    """Freeze the model and put a bottleneck after the sublayers of every layer.
 
     Args
-        m, nonlinearity   see Bottleneck
-        placement   "houlsby": behind attention and behind the MLP; "pfeiffer": behind
-                    the MLP alone, half of the parameters (arXiv:2005.00247)
+        m, nonlinearity, placement   see HoulsbyConfig
         targets     a ready {name: module} instead, for load()
     Returns  the names of the wrapped projections, each the last of its sublayer
     Raises   ValueError   an argument out of its range, no such module; the model as it
              was
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(f"{placement=}: allowed are {', '.join(PLACEMENTS)}")
-    adapter.refuse_second(model)
-    if targets is None:
-        targets = last_projections(model, PLACEMENTS[placement])
-    return adapter.inject(
-        model,
-        lambda base: Bottleneck(base, m, nonlinearity),
-        targets,
-        method="houlsby",
-        config=dict(m=m, nonlinearity=nonlinearity),
-    )
+    options = dict(m=m, nonlinearity=nonlinearity, placement=placement)
+    return adapter.apply(model, plan(model, targets=targets, **options))
 
 
 def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.Module]:
-    """{name: module}: of each layer and kind the last projection to the hidden size."""
+    """{name: module}: of each layer and kind the last projection to the hidden size.
+
+    Raises  ValueError  no such projection; a model that carries adapters already
+    """
+    targets.refuse_second(model)
     hidden = model.config.hidden_size
-    found = targets.projections(model)
+    linear = targets.projections(model)
     last: dict[tuple[str, str], str] = {}
     for name, kind in targets.kinds(model).items():
-        if kind in kinds and sizes(found[name])[0] == hidden:
+        if kind in kinds and sizes(linear[name])[0] == hidden:
             last[targets.layer_of(model, name), kind] = name
     if not last:
         raise ValueError(
             f"no layer of this {type(model).__name__} has a projection that returns "
             f"{hidden} numbers, the hidden size, behind its {' or '.join(kinds)}"
         )
-    return {name: found[name] for name in found if name in set(last.values())}
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration; the layout is PEFT's, the type our own."""
-    ours = adapter.injected(model).config
-    return {
-        "bottleneck_size": ours["m"],
-        "non_linearity": ours["nonlinearity"],
-        "target_modules": sorted(adapter.adapters(model)),
-    }
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for a saved config."""
-    adapter.refuse_unimplemented(
-        config, {"bottleneck_size", "non_linearity", "target_modules"}
-    )
-    return {
-        "m": config.get("bottleneck_size"),
-        "nonlinearity": config.get("non_linearity", "gelu"),
-    }
-
-
-def _check(m, nonlinearity, d) -> None:
-    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= d:
-        raise ValueError(
-            f"m={shown(m)}: the bottleneck needs a whole number of units from 1 to "
-            f"{d}, the hidden size"
-        )
-    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
-        raise ValueError(
-            f"nonlinearity={shown(nonlinearity)}: allowed are "
-            f"{', '.join(NONLINEARITIES)}"
-        )
+    names = set(last.values())
+    return {name: module for name, module in linear.items() if name in names}

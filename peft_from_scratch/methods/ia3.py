@@ -9,16 +9,13 @@ Infused Adapter by Inhibiting and Amplifying Inner Activations: nothing is added
 is there is scaled. Three vectors a layer, and they fold into the weights.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .. import adapter, patterns
-from .. import targets as targeting
-from ..adapter import Adapter, as_matrix, as_stored, beside, sizes
-from ..targets import Targets
+from ..core import adapter
+from ..core import targets as targeting
+from ..core.adapter import Adapter, Plan, as_matrix, as_stored, factory_kwargs, sizes
+from ..core.targets import Targets
 from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
@@ -26,10 +23,6 @@ from .houlsby import last_projections
 KEYS_AND_VALUES = (
     r"(k_proj|v_proj|key|value|c_attn|qkv_proj|query_key_value|Wqkv|kv_proj)"
 )
-PEFT_TYPE = "IA3"
-FILE_SUFFIXES = ("ia3_l",)
-INERT = {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"}
-INERT |= {"init_ia3_weights"}
 
 
 class IA3(Adapter):
@@ -48,12 +41,10 @@ class IA3(Adapter):
     Source   [1] arXiv:2205.05638v2
     """
 
-    file_names: ClassVar = {"l": "ia3_l"}
-
     def __init__(self, base: nn.Module, feedforward: bool = False):
         d_out, d_in = sizes(base)
         super().__init__(base)
-        like = beside(base)
+        like = factory_kwargs(base)
         shape = (1, d_in) if feedforward else (d_out, 1)
         self.l = nn.Parameter(torch.ones(shape, **like))
         self.feedforward = feedforward
@@ -61,17 +52,46 @@ class IA3(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         l = self.l.flatten()  # noqa: E741 (the paper's letter)
         if self.feedforward:
-            return self.base((x * l).to(x.dtype))
-        y = self.base(x)
-        return (y * l).to(y.dtype)
+            return self.base((x * l).to(x.dtype))  # W0 (l ⊙ x) + b
+        y = self.base(x)  # W0 x + b
+        return (y * l).to(y.dtype)  # l ⊙ (W0 x + b)
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """l ⊙ W0, by rows for an output (its bias too), by columns for an input."""
         W = as_matrix(self.base).to(dtype) * self.l.to(dtype)
-        found = {"weight": as_stored(self.base, W)}
+        merged = {"weight": as_stored(self.base, W)}
         if not self.feedforward and self.base.bias is not None:
-            found["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
-        return found
+            merged["bias"] = self.base.bias.to(dtype) * self.l.to(dtype).flatten()
+        return merged
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Targets | None = None,
+    feedforward: Targets | None = None,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    kinds = targeting.kinds(model)
+    if targets is None:
+        targets = _keys_values_and_mlp(model, kinds)
+    elif not isinstance(targets, dict):
+        targets = targeting.resolve(model, targets)
+    if feedforward is None:
+        inner = {name for name in targets if kinds.get(name) == "mlp"}
+    elif isinstance(feedforward, set):
+        inner = feedforward
+    else:
+        inner = set(targeting.resolve(model, feedforward))
+    _refuse_outside(inner, targets)
+    names = {module: name for name, module in targets.items()}
+    return adapter.plan(
+        model,
+        lambda base: IA3(base, names[base] in inner),
+        targets,
+        method="ia3",
+        config=dict(feedforward=sorted(inner)),
+    )
 
 
 def inject(
@@ -90,61 +110,21 @@ def inject(
     Raises   ValueError   no match, no key or value projection of a known name; the
              model as it was
     """
-    adapter.refuse_second(model)
-    kinds = targeting.kinds(model)
-    if targets is None:
-        targets = _usual(model, kinds)
-    elif not isinstance(targets, dict):
-        targets = targeting.resolve(model, targets)
-    if feedforward is None:
-        inner = {name for name in targets if kinds.get(name) == "mlp"}
-    elif isinstance(feedforward, set):
-        inner = feedforward
-    else:
-        inner = set(targeting.resolve(model, feedforward))
-    _refuse_outside(inner, targets)
-    names = {module: name for name, module in targets.items()}
-    return adapter.inject(
-        model,
-        lambda base: IA3(base, names[base] in inner),
-        targets,
-        method="ia3",
-        config=dict(feedforward=sorted(inner)),
-    )
+    return adapter.apply(model, plan(model, targets=targets, feedforward=feedforward))
 
 
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    wrapped = adapter.adapters(model)
-    return {
-        "target_modules": sorted(wrapped),
-        "feedforward_modules": sorted(n for n, m in wrapped.items() if m.feedforward),
-        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in wrapped.values()),
-        "init_ia3_weights": True,
-    }
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject, but for the targets, for PEFT's IA3 config."""
-    adapter.refuse_unimplemented(config, INERT)
-    selected = patterns.selected(
-        "feedforward_modules", config.get("feedforward_modules"), names
-    )
-    return {"feedforward": selected}
-
-
-def _usual(model, kinds) -> dict[str, nn.Module]:
+def _keys_values_and_mlp(model, kinds) -> dict[str, nn.Module]:
     """Keys and values, by name, and of each layer's MLP the last projection."""
-    found = targeting.projections(model)
-    attention = [name for name, kind in kinds.items() if kind == "attention"]
     inner = last_projections(model, ("mlp",))
-    chosen = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
-    if not chosen & set(attention):
+    attention = [name for name, kind in kinds.items() if kind == "attention"]
+    names = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
+    if not names & set(attention):
         raise ValueError(
             f"no projection of this {type(model).__name__}'s attention has a name that "
             f"says key or value; it has {', '.join(attention[:6])}. Name them: targets="
         )
-    return {name: found[name] for name in found if name in chosen}
+    linear = targeting.projections(model)
+    return {name: module for name, module in linear.items() if name in names}
 
 
 def _refuse_outside(inner, targets) -> None:

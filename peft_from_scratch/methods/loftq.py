@@ -4,22 +4,38 @@
 
 QLoRA starts beside W', which differs from W0, and A and B have to learn that away.
 LoftQ starts them there: with B = 0 the model is NF4(W0), with LoftQ it is as close to
-W0 as a rank of r allows. It is a start and no other method: what trains, is saved and
-is merged is a QLoRA.
+W0 as a rank of r allows. LoftQ changes only the initialization: training, saving and
+merging are QLoRA's.
 """
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..adapter import as_matrix
+from ..core import adapter
+from ..core.adapter import Plan, as_matrix
+from ..core.matrices import svd_halves
+from ..core.targets import QuantizedLinear, is_quantized
 from ..nf4 import dequantize
-from ..targets import Packed, has_packed, projections
 from . import qlora
+from .lora import LoRA
+
+
+def plan(model: nn.Module, **arguments) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    if is_quantized(adapter.unwrap_compiled(model)):
+        raise ValueError(
+            "the model is in four bits already, and what that lost is gone: load the "
+            "base again"
+        )
+    planned = qlora.plan(model, **arguments)
+    return replace(planned, prepare=partial(_quantize, planned))
 
 
 def inject(model: nn.Module, **arguments) -> list[str]:
-    """Put a model into four bits, and start its adapters at what that lost.
+    """Put a model into four bits, and initialize its adapters at what that lost.
 
         U S Vᵀ = W0 - W'                                       [1] algorithm 1, T = 1
         A = S_r^½ V_rᵀ / scale^½      B = U_r S_r^½ / scale^½
@@ -28,38 +44,32 @@ def inject(model: nn.Module, **arguments) -> list[str]:
     Returns  the names of the wrapped modules
     Raises   ValueError   as qlora.inject; a model that is in four bits already has
              lost its W0
-    Memory   a copy of the projections' weights while it runs
+    Memory   the targets' weights in full, beside their codes, while it runs
     Departs  [1] goes on alternating, W' anew for W0 - scale · B A; here once, so that
              the codes are those of any QLoRA on this base, and a file of it is too
     Source   [1] arXiv:2310.08659
     """
-    found = projections(adapter.bare(model))
-    if has_packed(adapter.bare(model)):
-        raise ValueError(
-            "the model is in four bits already, and what that lost is gone: load the "
-            "base again"
-        )
-    original = {
-        name: as_matrix(module).detach().clone() for name, module in found.items()
-    }
-    names = qlora.inject(model, **arguments)
-    start(model, original)
-    return names
+    return adapter.apply(model, plan(model, **arguments))
+
+
+def _quantize(planned: Plan, model: nn.Module) -> None:
+    """Quantize as QLoRA does, and set A and B by what that changed."""
+    W0 = {name: as_matrix(layer.base) for name, layer in planned.adapters.items()}
+    planned.prepare(model)
+    start(planned.adapters, W0)
 
 
 @torch.no_grad()
-def start(model: nn.Module, original: dict[str, Tensor]) -> None:
+def start(adapters: dict[str, LoRA], original: dict[str, Tensor]) -> None:
     """Set A and B beside every weight in four bits to the best rank-r part of W0 - W'.
 
     Args
         original  {module name: W0 (d_out, d_in)}
     """
-    for name, module in adapter.adapters(model).items():
-        if not isinstance(module.base, Packed):  # skip=…: it lost nothing
+    for name, module in adapters.items():
+        if not isinstance(module.base, QuantizedLinear):  # skip=…: it lost nothing
             continue
         lost = original[name].float() - dequantize(module.base.quantized).float()
-        U, S, Vt = torch.linalg.svd(lost, full_matrices=False)
-        r = len(module.A)
-        root = (S[:r] / module.scale).sqrt()
-        module.A.copy_(root[:, None] * Vt[:r])
-        module.B.copy_(U[:, :r] * root)
+        A, B = svd_halves(lost, len(module.A), module.scale)
+        module.A.copy_(A)
+        module.B.copy_(B)

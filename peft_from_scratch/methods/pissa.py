@@ -9,19 +9,16 @@ model starts from the pretrained weights as well, up to rounding.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import adapter
-from ..adapter import as_matrix, sizes
-from ..targets import Packed, Targets, resolve
-from . import lora
-from .lora import LoRA, wrap_all
-
-PEFT_TYPE = lora.PEFT_TYPE  # saved as a plain LoRA of twice the rank
-FILE_SUFFIXES = lora.FILE_SUFFIXES
+from ..core import adapter
+from ..core.adapter import Plan, as_matrix, sizes
+from ..core.matrices import svd_halves
+from ..core.targets import QuantizedLinear, Targets, resolve
+from .lora import LoRA
+from .lora_config import plan_layers
 
 
 class PiSSA(LoRA):
@@ -39,8 +36,6 @@ class PiSSA(LoRA):
     Source   [1] arXiv:2404.02948v4
     """
 
-    file_names: ClassVar = {}  # load() makes a LoRA of such a file
-
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
         super().__init__(base, r, alpha, **options)
         if 2 * r > min(sizes(base)):
@@ -49,32 +44,40 @@ class PiSSA(LoRA):
                 f"of {' x '.join(map(str, sizes(base)))} allows {min(sizes(base))}; "
                 "allowed is half of that"
             )
-        U, S, Vt = torch.linalg.svd(
-            as_matrix(base).detach().to(self.A.dtype), full_matrices=False
-        )
-        root = (S[:r] / self.scale).sqrt()
+        A, B = svd_halves(as_matrix(base).detach().to(self.A.dtype), r, self.scale)
         # LAPACK's columns: what is loaded beside them, moments for one, is by rows.
-        self.A.data = (root[:, None] * Vt[:r]).contiguous()
-        self.B.data = (U[:, :r] * root).contiguous()
+        self.A.data, self.B.data = A.contiguous(), B.contiguous()
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 
     @torch.no_grad()
-    def attached(self) -> None:
+    def on_attach(self) -> None:
         """Take the principal part out of the base, which keeps the residual."""
         self.original = self.base.weight.detach().clone()
         W = as_matrix(self.base)  # a view of the weight
         W.copy_(W.to(self.A0.dtype) - self.scale * (self.B0 @ self.A0))
 
     @torch.no_grad()
-    def removed(self) -> None:
+    def on_remove(self) -> None:
         if "original" in vars(self):  # not where an injection failed before this one
             self.base.weight.copy_(self.original)
 
-    def file_tensors(self) -> dict[str, Tensor]:
-        """A and B of rank 2r, of the same scale: B A - B0 A0 = [B, -B0] [A; A0]."""
-        pair = torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
-        return dict(zip(FILE_SUFFIXES, pair, strict=True))
+
+def plan(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    if not isinstance(targets, Mapping):
+        targets, exclude = resolve(model, targets, exclude), None
+    _refuse_packed(targets)
+    _refuse_tied(model, targets)
+    options = dict(r=r, alpha=alpha)
+    return plan_layers(model, PiSSA, "pissa", targets, exclude, options)
 
 
 def inject(
@@ -94,30 +97,14 @@ def inject(
     Raises   ValueError   an argument out of its range, no match, a tied weight, or one
              in four bits; the model as it was
     """
-    arguments = lora.DEFAULTS | dict(r=r, alpha=alpha)
-    adapter.refuse_second(model)
-    if not isinstance(targets, Mapping):
-        targets, exclude = resolve(model, targets, exclude), None
-    _refuse_packed(targets)
-    _refuse_tied(model, targets)
-    return wrap_all(model, PiSSA, "pissa", targets, exclude, arguments)
-
-
-def to_peft(model: nn.Module) -> dict:
-    """A LoRA of twice the rank: alpha doubles too, and the scale stays."""
-    ours = adapter.injected(model).config
-    return lora.to_peft(model) | {
-        "r": 2 * ours["r"],
-        "lora_alpha": 2 * ours["alpha"],
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    options = dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
+    return adapter.apply(model, plan(model, **options))
 
 
 def _refuse_packed(targets) -> None:
     """ValueError where a weight is held as codes: the residual is none of those."""
     for name, module in targets.items():
-        if isinstance(module, Packed):
+        if isinstance(module, QuantizedLinear):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: PiSSA changes the weight that "
                 "it stands beside, and codes cannot be changed. Leave it out of the "
@@ -128,10 +115,10 @@ def _refuse_packed(targets) -> None:
 def _refuse_tied(model, targets) -> None:
     """ValueError where the residual in one module would change another one too."""
     for name, module in targets.items():
-        held = adapter.holders(model, getattr(module, "weight", None))
-        if len(held) > 1:
+        sharing = adapter.modules_sharing(model, getattr(module, "weight", None))
+        if len(sharing) > 1:
             raise ValueError(
-                f"{held[-1]}.weight is one tensor with {held[0]}.weight: taking the "
-                f"principal part out of {name} would change both. Leave it out of the "
-                "targets, or use LoRA"
+                f"{sharing[-1]}.weight is one tensor with {sharing[0]}.weight: taking "
+                f"the principal part out of {name} would change both. Leave it out of "
+                "the targets, or use LoRA"
             )

@@ -15,7 +15,7 @@ survives gradient checkpointing, left padding, and every way to decode.
 
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,34 +24,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import adapter, scoped
-from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
+from ..common import check, scoped
+from ..core import adapter
+from ..core.adapter import Plan
+from ..core.decoder import (
+    DecoderAdapter,
+    cache_length,
+    find_decoder,
+    refuse_4d,
+    token_ids,
+)
 
 KEYWORD = "pfs_prefix"
 NAMES = {"sdpa": "pfs_prefix_sdpa", "eager": "pfs_prefix_eager"}
 STD = 0.02  # of the random start: keys and values near zero disturb little
-PEFT_TYPE = "PREFIX_TUNING"
-FILE_SUFFIXES = ()  # the file's one tensor names no module
 
 
-class Reparametrized(nn.Module):
-    """P = MLP(E): the paper's way to a stable training, dropped when it is over.
-
-    P = W2 tanh(W1 E + b1) + b2   E (n, d) W1 (hidden, d) W2 (2·layers·h_kv·d, hidden)
-    """
-
-    def __init__(self, n: int, d: int, hidden: int, width: int, **like):
-        super().__init__()
-        self.E = nn.Parameter(torch.randn(n, d, **like))
-        self.mlp = nn.Sequential(
-            nn.Linear(d, hidden, **like), nn.Tanh(), nn.Linear(hidden, width, **like)
-        )
-
-    def forward(self) -> Tensor:
-        return self.mlp(self.E)  # (n, width)
-
-
-class Prefix(Trunk):
+class Prefix(DecoderAdapter):
     """The trunk with n trained keys and values before those of every layer.
 
         o = softmax(q [P_K; K]ᵀ / sqrt(d) + mask) [P_V; V]      [1] eq. (3), section 4.2
@@ -60,8 +49,7 @@ class Prefix(Trunk):
         base    the trunk, frozen here
         shape   (layers, h_kv, d): its layers, key-value heads, and their size
         n       trained positions, 1 <= n <= 4096
-        start   "random", or token ids; see inject
-        hidden  width of the reparametrizing MLP; None trains P itself
+        start, hidden   see PrefixConfig
     Returns  what the trunk returns
     Raises   ValueError   a mask that is not (b, t); an attention implementation that
              was set after the injection, which would ignore P in silence
@@ -71,7 +59,6 @@ class Prefix(Trunk):
     Source   [1] arXiv:2101.00190v1
     """
 
-    file_names: ClassVar = {"P": "prompt_embeddings"}
     cannot_merge = (
         "a prefix is not a change of any weight. Its keys and values share a softmax "
         "with the tokens' own, which no weight matrix can imitate"
@@ -96,7 +83,7 @@ class Prefix(Trunk):
         elif isinstance(start, str):
             self.P = nn.Parameter(STD * torch.randn(n, width, **like))
         else:
-            ids = token_ids(start, n, len(embedding_of(base).weight))
+            ids = token_ids(start, n, len(base.get_input_embeddings().weight))
             self.P = nn.Parameter(activations(base, ids).to(dtype))
         self.implementation = base.config._attn_implementation
 
@@ -117,25 +104,23 @@ class Prefix(Trunk):
         refuse_4d(attention_mask)
         _refuse_another(self.base.config._attn_implementation, self.implementation)
         t = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        past = seen_before(past_key_values)
+        past = cache_length(past_key_values)
+        position_ids = self.shifted_position_ids(position_ids, attention_mask, past, t)
         return self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=self.moved(position_ids, attention_mask, past, t),
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **{KEYWORD: self.states()},
             **others,
         )
 
-    def attached(self) -> None:
+    def on_attach(self) -> None:
         self.base.config._attn_implementation = NAMES[self.implementation]
 
-    def removed(self) -> None:
+    def on_remove(self) -> None:
         self.base.config._attn_implementation = self.implementation
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self._flat()}
 
     def drop_mlp(self) -> None:
         """Keep the P that the MLP makes, and train that from here on."""
@@ -147,6 +132,68 @@ class Prefix(Trunk):
         return self.mlp() if "mlp" in self._modules else self.P
 
 
+class Reparametrized(nn.Module):
+    """P = MLP(E): the paper's way to a stable training, dropped when it is over.
+
+    P = W2 tanh(W1 E + b1) + b2   E (n, d) W1 (hidden, d) W2 (2·layers·h_kv·d, hidden)
+    """
+
+    def __init__(self, n: int, d: int, hidden: int, width: int, **like):
+        super().__init__()
+        self.E = nn.Parameter(torch.randn(n, d, **like))
+        self.mlp = nn.Sequential(
+            nn.Linear(d, hidden, **like), nn.Tanh(), nn.Linear(hidden, width, **like)
+        )
+
+    def forward(self) -> Tensor:
+        return self.mlp(self.E)  # (n, width)
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """What a prefix is made of; checked here, as far as no model is needed for that.
+
+    n       positions that train, 1 <= n <= 4096, and fewer than the model has
+    start   "random": Gaussian, near zero; or token ids, which are repeated or cut to n:
+            the keys and values that they have in this model. The model then starts as
+            if it had read them: start=tokenizer(text).input_ids
+    hidden  P = MLP(E) with this many hidden units, the paper's reparametrization.
+            `drop_mlp` or save and load leave P alone. None trains P itself
+    """
+
+    n: int = 16
+    start: str | Sequence[int] = "random"
+    hidden: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.start, str):
+            check.one_of("start", self.start, ("random",), ", or a list of token ids")
+        if self.hidden is None:
+            return
+        units = check.is_whole(self.hidden, 1)
+        allowed = "allowed is a whole number of units, or None"
+        check.require(units, "hidden", self.hidden, allowed)
+        if not isinstance(self.start, str):
+            raise ValueError(
+                "start and hidden exclude each other: the keys and values of given "
+                "tokens are no output of an untrained MLP"
+            )
+
+
+def plan(model: nn.Module, **options) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    name, trunk = find_decoder(adapter.unwrap_compiled(model))
+    config = PrefixConfig(**options)
+    shape = probe_kv_shape(trunk)
+    return adapter.plan(
+        model,
+        lambda base: Prefix(base, shape, config.n, config.start, config.hidden),
+        {name: trunk},
+        method="prefix",
+        config=dict(n=config.n, hidden=config.hidden),
+    )
+
+
 def inject(
     model: nn.Module,
     *,
@@ -156,29 +203,13 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put n trained keys and values before those of every layer.
 
-    Args
-        n       how many
-        start   "random": Gaussian, near zero; or token ids, which are repeated or cut
-                to n: the keys and values that they have in this model. The model then
-                starts as if it had read them: start=tokenizer(text).input_ids
-        hidden  P = MLP(E) with this many hidden units, the paper's reparametrization.
-                `drop_mlp` or save and load leave P alone. None trains P itself
+    Args     see PrefixConfig
     Returns  [the name of the trunk]
     Raises   ValueError   an argument out of its range, a model that would ignore the
              prefix (its attention does not go through transformers' interface, or
              drops keywords); the model as it was
     """
-    adapter.refuse_second(model)
-    name, trunk = trunk_of(adapter.bare(model))
-    _check(n, start, hidden)
-    shape = reached(trunk)
-    return adapter.inject(
-        model,
-        lambda base: Prefix(base, shape, n, start, hidden),
-        {name: trunk},
-        method="prefix",
-        config=dict(n=n, hidden=hidden),
-    )
+    return adapter.apply(model, plan(model, n=n, start=start, hidden=hidden))
 
 
 def drop_mlp(model: nn.Module) -> None:
@@ -186,17 +217,17 @@ def drop_mlp(model: nn.Module) -> None:
 
     Raises  ValueError  no prefix, or one without an MLP
     """
-    kept = list(adapter.adapters(model).values())
-    if not (kept and isinstance(kept[0], Prefix) and "mlp" in kept[0]._modules):
+    wrapped = next(iter(adapter.adapters(model).values()), None)
+    if not (isinstance(wrapped, Prefix) and "mlp" in wrapped._modules):
         raise ValueError(
             "drop_mlp() is for a model with a prefix that an MLP makes: "
             "prefix.inject(model, hidden=512)"
         )
-    kept[0].drop_mlp()
+    wrapped.drop_mlp()
 
 
 @torch.no_grad()
-def reached(trunk: nn.Module) -> tuple[int, int, int]:
+def probe_kv_shape(trunk: nn.Module) -> tuple[int, int, int]:
     """(layers, key-value heads, head size), as a keyword on one token's way sees them.
 
     Raises  ValueError  some layer does not get it, and would silently ignore a prefix
@@ -248,25 +279,25 @@ def with_prefix(original: str):
 
     def attend(module, query, key, value, attention_mask, **others):
         prefix = others.pop(KEYWORD, None)
-        if isinstance(prefix, dict):  # reached() asks who hears of it
+        if isinstance(prefix, dict):  # probe_kv_shape() asks which layers get it
             prefix[module.layer_idx] = (key.shape[1], key.shape[3])
         elif prefix is not None:
-            attention_mask = _widened(attention_mask, query, key, len(prefix))
+            attention_mask = _widen(attention_mask, query, key, len(prefix))
             P_K, P_V = prefix[:, module.layer_idx].unbind(1)  # (n, h_kv, d)
-            key, value = _before(P_K, key), _before(P_V, value)
+            key, value = _prepend(P_K, key), _prepend(P_V, value)
         attention = ALL_ATTENTION_FUNCTIONS.get(original) or _eager(module)
         return attention(module, query, key, value, attention_mask, **others)
 
     return attend
 
 
-def _before(P: Tensor, states: Tensor) -> Tensor:
+def _prepend(P: Tensor, states: Tensor) -> Tensor:
     """(b, h_kv, n + t, d): the same P (n, h_kv, d) before every row's own."""
     P = P.transpose(0, 1).to(states.dtype)  # (h_kv, n, d)
     return torch.cat([P.expand(len(states), -1, -1, -1), states], dim=2)
 
 
-def _widened(mask: Tensor | None, query: Tensor, key: Tensor, n: int) -> Tensor | None:
+def _widen(mask: Tensor | None, query: Tensor, key: Tensor, n: int) -> Tensor | None:
     """The mask (…, t_q, n + t) that lets every query see the n of the prefix."""
     t_q, t = query.shape[2], key.shape[2]
     if mask is None and t_q == 1:
@@ -302,43 +333,3 @@ def _ignores(trunk, detail) -> str:
 for _original, _name in NAMES.items():
     AttentionInterface.register(_name, with_prefix(_original))
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_original])
-
-
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    (prefix,) = adapter.adapters(model).values()
-    layers, heads, size = prefix.shape
-    return {
-        "num_virtual_tokens": prefix.n,
-        "token_dim": heads * size,
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": heads * size,
-        "prefix_projection": False,
-    }
-
-
-# What repeats a shape of the file's tensor, or qualifies an MLP that files never hold.
-INERT = {"token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
-INERT |= {"prefix_projection", "num_transformer_submodules", "init_weights"}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for PEFT's prefix tuning config."""
-    adapter.refuse_unimplemented(config, INERT | {"num_virtual_tokens"})
-    return {"n": config.get("num_virtual_tokens")}
-
-
-def _check(n, start, hidden) -> None:
-    if isinstance(start, str) and start != "random":
-        raise ValueError(f"{start=}: allowed are random, or a list of token ids")
-    if hidden is not None and (
-        isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1
-    ):
-        raise ValueError(f"{hidden=}: allowed is a whole number of units, or None")
-    if hidden is not None and not isinstance(start, str):
-        raise ValueError(
-            "start and hidden exclude each other: the keys and values of given tokens "
-            "are no output of an untrained MLP"
-        )

@@ -9,22 +9,27 @@ ones, and gradient descent writes them.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..targets import shown
-from ..trunk import Trunk, embedding_of, refuse_4d, seen_before, token_ids, trunk_of
+from ..common import check
+from ..core import adapter
+from ..core.adapter import Plan
+from ..core.decoder import (
+    DecoderAdapter,
+    cache_length,
+    find_decoder,
+    refuse_4d,
+    token_ids,
+)
 
 STARTS = ("random", "vocabulary")
 STD = 0.5  # the paper draws from the uniform distribution on [-0.5, 0.5]
-PEFT_TYPE = "PROMPT_TUNING"
-FILE_SUFFIXES = ()  # the file's one tensor names no module
 
 
-class Prompt(Trunk):
+class Prompt(DecoderAdapter):
     """The trunk with n trained embeddings before the tokens' own.
 
         h = f([P; E(x)])[n:]                             [1] section 2
@@ -32,17 +37,16 @@ class Prompt(Trunk):
     Args
         base   the trunk, frozen here
         n      trained positions, 1 <= n <= 4096
-        start  "random", "vocabulary", or token ids; see inject
-    Returns  what the trunk returns, the n positions cut off again
+        start  "random", "vocabulary", or token ids; see PromptConfig
+    Returns  what the trunk returns, without the n positions
     Raises   ValueError   n or start out of range; a mask that is not (b, t); a row
              of padding alone, with a cache
     Memory   n d parameters, and activations for n more tokens in every row
-    Departs  [1] places P before everything. Here it stands behind the padding on the
+    Departs  [1] places P before everything. Here it comes after the padding on the
              left, so that a row's answer does not depend on its neighbours' lengths.
     Source   [1] arXiv:2104.08691v2
     """
 
-    file_names: ClassVar = {"P": "prompt_embeddings"}
     cannot_merge = (
         "a soft prompt is not a change of any weight. It adds positions to the "
         "sequence, whose keys and values depend on the position and the layer"
@@ -52,14 +56,15 @@ class Prompt(Trunk):
         self, base: nn.Module, n: int = 16, start: str | Sequence[int] = "vocabulary"
     ):
         super().__init__(base, n)
-        table = embedding_of(base).weight  # (vocabulary, d)
+        embedding = base.get_input_embeddings()
+        table = embedding.weight  # (vocabulary, d)
         dtype = adapter.trained_dtype(table)
         if isinstance(start, str) and start == "random":
             P = torch.rand(n, table.shape[1], device=table.device, dtype=dtype) - STD
         else:
-            ids = _rows(start, n, len(table))
+            ids = initial_ids(start, n, len(table))
             with torch.no_grad():
-                P = embedding_of(base)(ids.to(table.device)).to(dtype)
+                P = embedding(ids.to(table.device)).to(dtype)
         self.P = nn.Parameter(P)
 
     def forward(
@@ -72,14 +77,11 @@ class Prompt(Trunk):
         **others,
     ):
         refuse_4d(attention_mask)
-        E = (
-            embedding_of(self.base)(input_ids)
-            if inputs_embeds is None
-            else inputs_embeds
-        )
+        embedding = self.base.get_input_embeddings()
+        E = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         b, t, _ = E.shape
-        first = seen_before(past_key_values) == 0
-        pads = _pads_on_the_left(attention_mask, b, E.device)  # (b,)
+        first = cache_length(past_key_values) == 0
+        pads = left_padding(attention_mask, b, E.device)  # (b,)
         if (
             first
             and attention_mask is not None
@@ -87,15 +89,17 @@ class Prompt(Trunk):
         ):
             _refuse_padding_alone(pads, t)
         if position_ids is not None or attention_mask is not None:
-            position_ids = self.moved(position_ids, attention_mask, 0, t)
+            position_ids = self.shifted_position_ids(position_ids, attention_mask, 0, t)
         if attention_mask is not None:
             ones = attention_mask.new_ones(b, self.n)
-            attention_mask = _put_behind(pads, ones, attention_mask)
+            attention_mask = insert_after_padding(pads, ones, attention_mask)
         if first:
-            E = _put_behind(pads, self.P.to(E.dtype).expand(b, -1, -1), E)
+            E = insert_after_padding(pads, self.P.to(E.dtype).expand(b, -1, -1), E)
             if position_ids is not None:
-                own = torch.arange(self.n, device=E.device).expand(b, -1)
-                position_ids = _put_behind(pads, own, position_ids.expand(b, -1))
+                of_P = torch.arange(self.n, device=E.device).expand(b, -1)
+                position_ids = insert_after_padding(
+                    pads, of_P, position_ids.expand(b, -1)
+                )
         out = self.base(
             inputs_embeds=E,
             attention_mask=attention_mask,
@@ -103,7 +107,38 @@ class Prompt(Trunk):
             past_key_values=past_key_values,
             **others,
         )
-        return _without(pads, self.n, out) if first else out
+        return drop_prompt(pads, self.n, out) if first else out
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What a prompt is made of; checked here, as far as no model is needed for that.
+
+    n      positions that train, 1 <= n <= 4096, and fewer than the model has
+    start  "vocabulary": the embeddings of tokens drawn at random; "random": uniform in
+           [-0.5, 0.5]; or token ids, those of an instruction for example, which are
+           repeated or cut to n: start=tokenizer(text).input_ids
+    """
+
+    n: int = 16
+    start: str | Sequence[int] = "vocabulary"
+
+    def __post_init__(self):
+        if isinstance(self.start, str):
+            check.one_of("start", self.start, STARTS, ", or a list of token ids")
+
+
+def plan(model: nn.Module, **options) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan."""
+    config = PromptConfig(**options)
+    name, trunk = find_decoder(adapter.unwrap_compiled(model))
+    return adapter.plan(
+        model,
+        lambda base: Prompt(base, config.n, config.start),
+        {name: trunk},
+        method="prompt",
+        config=dict(n=config.n),
+    )
 
 
 def inject(
@@ -111,75 +146,30 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put n trained embeddings before every sequence.
 
-    Args
-        n      how many
-        start  "vocabulary": the embeddings of tokens drawn at random; "random": uniform
-               in [-0.5, 0.5]; or token ids, those of an instruction for example, which
-               are repeated or cut to n: start=tokenizer(text).input_ids
+    Args     see PromptConfig
     Returns  [the name of the trunk]
     Raises   ValueError   an argument out of its range, no trunk; the model as it was
     """
-    adapter.refuse_second(model)
-    name, trunk = trunk_of(adapter.bare(model))
-    return adapter.inject(
-        model,
-        lambda base: Prompt(base, n, start),
-        {name: trunk},
-        method="prompt",
-        config=dict(n=n),
-    )
+    return adapter.apply(model, plan(model, n=n, start=start))
 
 
-def to_peft(model: nn.Module) -> dict:
-    """The injected model's configuration in PEFT's field names."""
-    (prompt,) = adapter.adapters(model).values()
-    config = prompt.base.config
-    return {
-        "num_virtual_tokens": prompt.n,
-        "token_dim": prompt.P.shape[1],
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_transformer_submodules": 1,
-        "prompt_tuning_init": "RANDOM",
-    }
-
-
-# What qualifies PEFT's own start, or only repeats a shape of the file's tensor.
-INERT = {"token_dim", "num_layers", "num_attention_heads", "prompt_tuning_init"}
-INERT |= {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
-
-
-def from_peft(config: dict, names: list[str]) -> dict:
-    """The arguments of inject for PEFT's prompt tuning config."""
-    submodules = config.pop("num_transformer_submodules", 1)
-    if submodules not in (None, 1):
-        raise ValueError(
-            f"num_transformer_submodules={shown(submodules)} is not implemented: a "
-            "causal language model has one"
-        )
-    adapter.refuse_unimplemented(config, INERT | {"num_virtual_tokens"})
-    return {"n": config.get("num_virtual_tokens"), "start": "random"}
-
-
-def _rows(start, n: int, vocabulary: int) -> Tensor:
+def initial_ids(start, n: int, vocabulary: int) -> Tensor:
     """n token ids: drawn at random, or the given ones."""
     if isinstance(start, str):
-        if start not in STARTS:
-            raise ValueError(
-                f"{start=}: allowed are {', '.join(STARTS)}, or a list of token ids"
-            )
+        check.one_of("start", start, STARTS, ", or a list of token ids")
         return torch.randint(vocabulary, (n,))
     return token_ids(start, n, vocabulary)
 
 
-def _pads_on_the_left(attention_mask, b: int, device) -> Tensor:
+def left_padding(attention_mask, b: int, device) -> Tensor:
+    """The number of padding tokens on the left of each row: (b,)."""
     if attention_mask is None:
         return torch.zeros(b, dtype=torch.long, device=device)
     return (attention_mask.long().cumsum(-1) == 0).sum(-1)
 
 
 def _refuse_padding_alone(pads: Tensor, t: int) -> None:
-    """ValueError for a piece that ends within a row's padding: P belongs behind it."""
+    """ValueError for a piece that ends within a row's padding: P comes after that."""
     if (pads >= t).any():
         raise ValueError(
             f"row {pads.argmax().item()} has {t} tokens of padding and no other yet, "
@@ -188,22 +178,22 @@ def _refuse_padding_alone(pads: Tensor, t: int) -> None:
         )
 
 
-def _put_behind(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Each row of `old` (b, t, …), with `new` (b, n, …) behind its first `pads`."""
+def insert_after_padding(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Each row of `old` (b, t, …), with `new` (b, n, …) after its first `pads`."""
     n, t = new.shape[1], old.shape[1]
     j = torch.arange(n + t, device=old.device).expand(len(old), -1)
     p = pads[:, None]
     # place j of the result is: padding j, or new j - p, or token j - n
     source = torch.where(j < p, n + j, torch.where(j < p + n, j - p, j))
-    return _taken(torch.cat([new, old], 1), source)
+    return gather_rows(torch.cat([new, old], 1), source)
 
 
-def _without(pads: Tensor, n: int, out):
-    """The trunk's output without the n positions behind each row's padding."""
+def drop_prompt(pads: Tensor, n: int, out):
+    """The trunk's output without the n positions after each row's padding."""
 
     def cut(h: Tensor) -> Tensor:
         j = torch.arange(h.shape[1] - n, device=h.device).expand(len(h), -1)
-        return _taken(h, torch.where(j < pads[:, None], j, j + n))
+        return gather_rows(h, torch.where(j < pads[:, None], j, j + n))
 
     if isinstance(out, tuple):
         return (cut(out[0]), *out[1:])
@@ -213,7 +203,7 @@ def _without(pads: Tensor, n: int, out):
     return out
 
 
-def _taken(x: Tensor, places: Tensor) -> Tensor:
+def gather_rows(x: Tensor, places: Tensor) -> Tensor:
     """x[i, places[i]] of every row i."""
     index = places.reshape(*places.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(*places.shape, *x.shape[2:]))

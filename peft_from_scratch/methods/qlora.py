@@ -15,39 +15,97 @@ of sixteen values and an update is not one of sixteen values:
     "requantized"   NF4(W' + ΔW)    yes             off by rounding once more
 """
 
-import json
-import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapter
-from ..adapter import CannotMerge, as_matrix, as_stored, swap
-from ..nf4 import NF4Linear, dequantize, quantize, quantize_model, share_scratch
-from ..scoped import rng_state, set_rng_state
-from ..targets import Targets, has_packed, kinds, named_modules, projections, shown
-from . import lora
-from .lora import LoRA, wrap_all
+from ..common import check
+from ..core import adapter
+from ..core.adapter import CannotMerge, Plan, as_matrix, as_stored, replace_modules
+from ..core.matrices import relative_error
+from ..core.targets import Targets, is_quantized, named_modules, projections
+from ..nf4 import (
+    NF4Linear,
+    dequantize,
+    quantize,
+    quantize_model,
+    share_buffer,
+)
+from ..nf4.linear import quantizable
+from .lora import LoRA
+from .lora_config import ARGUMENTS, plan_layers
 
-PEFT_TYPE, to_peft = lora.PEFT_TYPE, lora.to_peft  # a file of it is a LoRA's
-FILE_SUFFIXES = lora.FILE_SUFFIXES
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 ONTO = ("dequantized", "original", "requantized")
-BITS = {"code", "block", "double"}  # what a file notes of its base
-LARGEST_BLOCK = 2**31  # of a file: no weight has as many values
 
 
 class MergeError(NamedTuple):
     """How far a merged weight W is from the trained one, W' + ΔW. Dimensionless.
 
     weight  ‖W - (W' + ΔW)‖ / ‖W' + ΔW‖
-    update  ‖W - (W' + ΔW)‖ / ‖ΔW‖: above 1, the error outweighs all that was learned
+    update  ‖W - (W' + ΔW)‖ / ‖ΔW‖: above 1, the error is larger than the whole update
     """
 
     weight: float
     update: float
+
+
+def plan(
+    model: nn.Module,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    block: int | None = None,
+    double: bool | str | None = None,
+    skip: Targets | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> Plan:
+    """The plan of inject, with its arguments; see adapter.plan.
+
+    The adapters are made beside the model as it is. apply() quantizes the model first,
+    and moves each adapter to the quantized module of the same name.
+    """
+    asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
+    check.known("qlora.inject()", options, (*ARGUMENTS, *asked, "dtype"))
+    allowed = f"allowed are None, {ADAPTER_DTYPES}"
+    check.require(dtype in (None, *ADAPTER_DTYPES), "dtype", dtype, allowed)
+    model, bits = adapter.unwrap_compiled(model), None
+    if not is_quantized(model):
+        bits = dict(
+            block=64 if block is None else block,
+            double=True if double is None else double,
+            exclude=skip,
+            compute_dtype=compute_dtype,
+        )
+        quantizable(model, **bits)
+    elif any(value is not None for value in asked.values()):
+        raise ValueError(
+            f"the model is in four bits already, so that {asked} cannot be had: leave "
+            "them out, or load the base again"
+        )
+    planned = plan_layers(model, LoRA, "qlora", targets, exclude, options)
+    for layer in planned.adapters.values():
+        for parameter in (layer.A, layer.B):
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+    if bits is None:
+        return planned
+    return replace(planned, prepare=partial(_quantize, planned.adapters, bits))
+
+
+def _quantize(adapters: dict[str, LoRA], bits: dict, model: nn.Module) -> None:
+    """Quantize the model, and move each adapter to the quantized module of its name."""
+    for layer in adapters.values():
+        layer.base = nn.Identity()  # else its full weight would outlive its codes
+    quantize_model(model, **bits)
+    modules = dict(named_modules(model))
+    for name, layer in adapters.items():
+        layer.base = modules[name]
 
 
 def inject(
@@ -56,17 +114,7 @@ def inject(
     r: int = 8,
     alpha: float = 16,
     targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    bias: str = "none",
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    block: int | None = None,
-    double: bool | str | None = None,
-    skip: Targets | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
+    **options,
 ) -> list[str]:
     """Put every projection of the layers into four bits, and a LoRA beside the targets.
 
@@ -75,13 +123,13 @@ def inject(
     A model that is in four bits already (nf4.quantize_model, nf4.load) keeps its codes.
 
     Args
-        r … alpha_pattern  those of lora.inject
-        block, double      of the codes: None for 64 and True; see nf4.quantize
-        skip               projections that stay as they are. Heads, embeddings and
-                           norms do anyway
-        compute_dtype      of W' and its product: None for that of what comes in
-        dtype              of A and B: float32 (None) or bfloat16, as in [1]. In the
-                           latter, updates below 1/256 of a value are rounded away
+        r, alpha, targets, exclude, rslora, …   those of lora.inject
+        block, double   of the codes: None for 64 and True; see nf4.quantize
+        skip            projections that stay as they are. Heads, embeddings and norms
+                        do anyway
+        compute_dtype   of W' and its product: None for that of what comes in
+        dtype           of A and B: float32 (None) or bfloat16, as in [1]. In the
+                        latter, updates below 1/256 of a value are rounded away
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, no match; codes asked for where
              the model has some already. The model is then as it was, not quantized
@@ -90,40 +138,8 @@ def inject(
              all that trains
     Source   [1] arXiv:2305.14314v1
     """
-    arguments = dict(
-        r=r,
-        alpha=alpha,
-        rslora=rslora,
-        dropout=dropout,
-        bias=bias,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-    if dtype not in (None, *ADAPTER_DTYPES):
-        raise ValueError(f"{dtype=}: allowed are None, {ADAPTER_DTYPES}")
-    bare = adapter.bare(model)
-    adapter.refuse_second(bare)
-    names = _rehearsed(bare, targets, exclude, arguments)
-    asked = dict(block=block, double=double, skip=skip, compute_dtype=compute_dtype)
-    if not has_packed(bare):
-        quantize_model(
-            bare,
-            block=64 if block is None else block,
-            double=True if double is None else double,
-            exclude=skip,
-            compute_dtype=compute_dtype,
-        )
-    elif any(value is not None for value in asked.values()):
-        raise ValueError(
-            f"the model is in four bits already, so that {asked} cannot be had: leave "
-            "them out, or load the base again"
-        )
-    modules = {n: m for n, m in named_modules(bare) if n in names}
-    wrap_all(bare, LoRA, "qlora", modules, None, arguments)
-    for module in adapter.adapters(bare).values():
-        for parameter in (module.A, module.B):
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
-    return names
+    options |= dict(r=r, alpha=alpha, targets=targets)
+    return adapter.apply(model, plan(model, **options))
 
 
 @torch.no_grad()
@@ -144,10 +160,9 @@ def merge(
              not the weight; values that its dtype cannot hold. The model is as it was
     Memory   the merged weights, beside the model, while it runs
     """
-    if onto not in ONTO:
-        raise ValueError(f"{onto=}: allowed are {', '.join(ONTO)}")
+    check.one_of("onto", onto, ONTO)
     adapter.injected(model)
-    model = adapter.bare(model)
+    model = adapter.unwrap_compiled(model)
     wrapped = adapter.adapters(model)
     for name, module in wrapped.items():
         if not (isinstance(module, LoRA) and isinstance(module.base, NF4Linear)):
@@ -175,93 +190,20 @@ def merge(
         lost = (as_matrix(merged).double() - trained).norm()
         ready[module] = merged
         errors[name] = MergeError(
-            _ratio(lost.item(), trained.norm().item()),
-            _ratio(lost.item(), update.norm().item()),
+            relative_error(lost.item(), trained.norm().item()),
+            relative_error(lost.item(), update.norm().item()),
         )
-    swap(model, ready)
-    adapter.detach(model)
-    share_scratch(model)
+    replace_modules(model, ready)
+    adapter.unwrap_adapters(model)
+    share_buffer(model)
     return errors
-
-
-def base_bits(model: nn.Module) -> str | None:
-    """What a file notes of the base: how its weights are quantized; None where not."""
-    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    if not packed:
-        return None
-    q = packed[0]
-    bits = {"code": q.code, "block": q.block, "double": q.recipe or False}
-    kept = _kept_in_full(model, packed)
-    return json.dumps(bits | ({"exclude": kept} if kept else {}))
-
-
-def _kept_in_full(model: nn.Module, packed: list[NF4Linear]) -> list[str]:
-    """The layers' other projections, by their names before adapters stood there."""
-    found = projections(model)
-    of_adapters = {
-        module
-        for wrapped in adapter.adapters(model).values()
-        for name, module in wrapped.named_modules()
-        if name.partition(".")[0] != "base"
-    }
-    whole = {found[name] for name in kinds(model)} - set(packed) - of_adapters
-    before = adapter.plain_names(model)
-    return [
-        before[f"{name}.weight"].removesuffix(".weight")
-        for name, module in model.named_modules()
-        if module in whole
-    ]
-
-
-def read_bits(note: str | None) -> dict | None:
-    """The arguments of quantize_model that a file notes; None where it notes none.
-
-    Raises  ValueError  the note is none of ours
-    """
-    if note is None:
-        return None
-    try:
-        bits = json.loads(note)
-        kept = bits.get("exclude", [])
-        if not isinstance(kept, list) or not all(isinstance(n, str) for n in kept):
-            raise ValueError("exclude is no list of names")
-        if set(bits) - {"exclude"} != BITS or bits["block"] > LARGEST_BLOCK:
-            raise ValueError(f"needed are {', '.join(sorted(BITS))}")
-        quantize(torch.empty(0), **{k: v for k, v in bits.items() if k != "exclude"})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"the file notes base_bits={shown(note)}, which is not implemented: {error}"
-        ) from None
-    return bits
-
-
-@torch.no_grad()
-def base_error(model: nn.Module, **bits) -> MergeError:
-    """How far the wrapped weights are from what quantizing would make of them.
-
-    That is the error of an update W0 + ΔW that was trained as W' + ΔW, over all wrapped
-    modules together.
-    """
-    lost = trained = changed = 0.0
-    whole = bits.pop("exclude", [])
-    wrapped = adapter.adapters(model)
-    for module in [m for name, m in wrapped.items() if name not in whole]:
-        W0 = as_matrix(module.base).float()
-        kept = dequantize(quantize(W0, **bits))
-        update = module.delta(torch.float32) if isinstance(module, LoRA) else 0 * W0
-        lost += (W0 - kept).square().sum().item()
-        trained += (kept + update).square().sum().item()
-        changed += update.square().sum().item()
-    return MergeError(_ratio(lost, trained) ** 0.5, _ratio(lost, changed) ** 0.5)
-
-
-def _ratio(lost: float, whole: float) -> float:
-    return lost / whole if whole else math.inf if lost else 0.0
 
 
 def _requantized(base: NF4Linear, W: Tensor) -> NF4Linear:
     """The same projection with the codes of another weight."""
-    q = quantize(W.to(base.dtype), base.block, base.recipe or False, base.code)
+    q = quantize(
+        W.to(base.dtype), base.block, base.constant_codebook or False, base.codebook
+    )
     return NF4Linear(
         q,
         base.bias,
@@ -284,18 +226,3 @@ def _weights(original, wrapped) -> dict[str, Tensor]:
                 f"the original has no weight of {adapter.sizes(module.base)} for {name}"
             )
     return original
-
-
-def _rehearsed(model, targets, exclude, arguments) -> list[str]:
-    """The names that the injection will wrap, after it was tried and taken off again.
-
-    Quantizing cannot be undone, so that whatever can be refused is refused before it.
-    """
-    device = next(model.parameters()).device
-    before = rng_state(device)
-    try:
-        return wrap_all(model, LoRA, "qlora", targets, exclude, arguments)
-    finally:
-        set_rng_state(before, device)
-        if adapter.is_injected(model):
-            adapter.remove(model)

@@ -1,29 +1,33 @@
 """NF4: weights in four bits, bit for bit those of bitsandbytes, in a little torch.
 
-A float32 weight takes 32 bits. Sixteen values, chosen well, take 4 a weight and keep a
-model's answers, if each block of 64 weights may bring its own unit of length:
+A float32 weight takes 32 bits. Four bits a weight are enough to keep a model's answers,
+if the sixteen values are chosen well and if each block of 64 weights stores its own
+scale, the largest absolute value. Read spec.py first: it is the whole algorithm.
 
-    code     sixteen values in [-1, 1]                                       codes.py
-    absmax   the largest |w| of each block; w / absmax lies in [-1, 1]       blocks.py
-    packed   for each weight the number of the nearest value, two a byte     blocks.py
-    double   the absmax themselves in 8 bits, since 32 / 64 bit a weight     double.py
-             is an eighth of all there is
-    linear   a projection that holds those, and multiplies with what they    linear.py
-             stand for, one layer at a time
-    files    a quantized model on disk, in bitsandbytes' layout, both ways   files.py
+    spec      quantize and dequantize, one statement an equation              spec.py
+    codes     sixteen values in [-1, 1], and where they come from             codes.py
+    blocks    the same arithmetic as the spec, fast: what the library calls   blocks.py
+    double    the scales of the blocks, in 8 bits: in 32 they would be an     double.py
+              eighth of all bytes
+    linear    a projection in four bits, dequantized for one product at a     linear.py
+              time; a whole model of such projections
+    affine    for comparison: four bits with two constants a block            affine.py
 
-4 + 32 / 64 = 4.5 bits a weight become 4 + 8 / 64 + 32 / (64 · 256) = 4.127 with double
-quantization. Nothing of this has to do with gradients: they pass through the products
-with the dequantized weight, and the codes never train.
+The scales take 32 / 64 bits a weight, so a weight takes 4.5 bits. With double
+quantization the scales take 8 / 64 + 32 / (64 · 256) bits, and a weight 4.127.
+Gradients pass through the products with the dequantized weight; the codes never train.
+
+nf4.save and nf4.load write and read a model in four bits. They are in the room above,
+files/quantized.py, since they know whole models; the package makes them available here.
 
 Source  Dettmers et al., arXiv:2305.14314v1, sections 2 and 3
 """
 
+from ..common import lazy
 from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
-from .files import load, save
-from .linear import NF4Linear, dequantize_model, quantize_model, share_scratch
+from .linear import NF4Linear, dequantize_model, quantize_model, share_buffer
 
 __all__ = [
     "CODES",
@@ -32,10 +36,11 @@ __all__ = [
     "Quantized",
     "dequantize",
     "dequantize_model",
-    "load",
     "normal_float",
     "quantize",
     "quantize_model",
-    "save",
-    "share_scratch",
+    "share_buffer",
 ]
+
+# The room above knows whole models on disk; nf4.load and nf4.save are its functions.
+__getattr__, _, _ = lazy.names({}, lazy.homes({"files.quantized": ("load", "save")}))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import pack, unpack
+from .spec import pack, unpack
 
 
 @dataclass(frozen=True, eq=False)

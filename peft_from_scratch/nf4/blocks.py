@@ -1,17 +1,24 @@
-"""Blockwise quantization to four bits, and back.
+"""Blockwise quantization to four bits and back: spec.py, in the cache's pieces.
 
-    absmax_b = max |w_i|  over block b of `block` values in memory order
-    code_i   = the number of the value nearest to  w_i · (1 / absmax_b)
-    packed   = code_0 · 16 + code_1,  code_2 · 16 + code_3, …        high nibble first
-    w'_i     = values[code_i] · absmax_b                             in float32
+`quantize` and `dequantize` are what the library calls. The law between them and the
+definition, for every tensor of finite values; tests hold it to the last bit:
 
-The nearest of sixteen rising values is found by counting: the number of a value is how
-many of the fifteen midpoints between neighbours lie below it. Fifteen comparisons in a
-row that stay in the cache are faster than a search for each weight.
+    codes, absmax = spec_quantize(w, block, codebook)
+    q = quantize(w, block, False, codebook)      q.codes() == codes, q.absmax == absmax
+    dequantize(q, torch.float32) == spec_dequantize(codes, absmax, block, codebook)
 
-The largest of a block is exact (its ratio is 1, or -1, which every code has), zero is
-exact, and the error of any other is at most half the gap between two values times
-absmax. One outlier therefore makes its 63 neighbours coarse, and no others.
+Double quantization changes absmax alone: with q.constants() in its place the last line
+holds as well. Three things make the fast way fast, and leave the results as they are:
+
+    pieces     each operation works on 32,767 values at most, which stay in the cache
+    counting   fifteen comparisons in a row, each with all ratios of a piece, count the
+               midpoints below a ratio; the spec makes fifteen results a ratio at once
+    pairs      dequantize looks up a byte, and gets the values of both of its codes
+
+The largest value of a block is exact (its ratio is 1 or -1, which every codebook has),
+and zero is exact. The error of any other value is at most half of the gap between two
+values, times absmax. So one outlier makes the 63 other weights of its block coarse, and
+no weight of another block.
 """
 
 import math
@@ -23,49 +30,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..targets import shown
+from ..common.check import one_of, require, whole
 from .codes import CODES, book, pairs
-from .double import RECIPES, Doubled, double_quantize
+from .double import CODEBOOKS, DoubleQuantized, double_quantize
+from .spec import TINY, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Values worked on at a time on a CPU: in its cache, and below the 32,768 from which on
 # torch shares an operation out, whose threads would then meet thirty times a chunk.
 CHUNK = (1 << 15) - 1
-TINY = 1e-37  # below it 1 / absmax overflows
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A tensor in four bits.
+    """A tensor of n values in four bits.
 
-    packed  (⌈n / 2⌉,) uint8, two codes a byte, the first of a pair in the high nibble
-    absmax  the constants of the blocks: (⌈n / block⌉,) float32, or quantized themselves
-    shape   of the tensor
-    dtype   that it had, and that dequantize gives unless asked for another one
-    block   values that share a constant
-    code    the name of the code book: "nf4", "fp4", "int4"
+    packed    (⌈n / 2⌉,) uint8, two codes a byte, the first in the high nibble
+    absmax    the constants of the blocks: (⌈n / block⌉,) float32, or in eight bits
+    shape     of the tensor
+    dtype     of the tensor before; dequantize returns it unless asked for another one
+    block     number of values that share a constant
+    codebook  its name: "nf4", "fp4" or "int4"
     """
 
     packed: Tensor
-    absmax: Tensor | Doubled
+    absmax: Tensor | DoubleQuantized
     shape: torch.Size
     dtype: torch.dtype
     block: int
-    code: str
+    codebook: str
 
     @cached_property
     def numel(self) -> int:
-        """Values that this stands for; not the bytes that it takes."""
+        """Number of values of the tensor, not of stored bytes."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for this tensor: codes and constants."""
+        """Bytes of the codes and the constants."""
         return self.packed.nbytes + self.absmax.nbytes
 
     @property
     def bits_per_value(self) -> float:
-        """8 · nbytes / n; the code books, which all tensors share, are not in it.
+        """8 · nbytes / n, without the codebooks, which all tensors share.
 
         Raises  ValueError  a tensor without values
         """
@@ -75,8 +82,8 @@ class Quantized:
 
     def constants(self) -> Tensor:
         """absmax of every block: (⌈n / block⌉,) float32."""
-        held = self.absmax
-        return held.restored() if isinstance(held, Doubled) else held
+        absmax = self.absmax
+        return absmax.dequantize() if isinstance(absmax, DoubleQuantized) else absmax
 
     def codes(self) -> Tensor:
         """The code of every value, unpacked: (n,) uint8, from 0 to 15."""
@@ -85,34 +92,36 @@ class Quantized:
     def to(self, device: torch.device | str) -> "Quantized":
         """The same on another device."""
         packed, absmax = self.packed.to(device), self.absmax.to(device)
-        return Quantized(packed, absmax, self.shape, self.dtype, self.block, self.code)
+        rest = self.shape, self.dtype, self.block, self.codebook
+        return Quantized(packed, absmax, *rest)
 
 
 @torch.no_grad()
 def quantize(
     w: Tensor, block: int = 64, double: bool | str = True, code: str = "nf4"
 ) -> Quantized:
-    """Round every value of a tensor to one of sixteen, in units of its block's largest.
+    """Codes and constants of a tensor: each value is rounded to one of sixteen.
 
         code_i = argmin_k | w_i / absmax_b - values[k] |                     [1] eq. (1)
 
     Args
-        w       any shape, also empty; float32, bfloat16 or float16; in memory order, so
-                that a row's end may share a block with the next row's start
-        block   values that share a constant; any whole number from 1 on. The last block
-                may be short
-        double  quantize the constants too: True for bitsandbytes' recipe, "fp8" for the
-                paper's, "int8" for torchao's; False to keep them in float32
-        code    "nf4"; for comparison "fp4" and "int4", the symmetric one
+        w       any shape, also empty; float32, bfloat16 or float16. Blocks run on in
+                memory order: a row's end may share a block with the next row's start
+        block   number of values that share a constant: any whole number from 1 on. The
+                last block may be short
+        double  how the constants are quantized: True for bitsandbytes' way, "fp8" for
+                the paper's, "int8" for torchao's; False to keep them in float32
+        code    the codebook: "nf4"; for comparison "fp4", and "int4", the symmetric one
     Returns  Quantized: 4 + 32 / block bits a value, with double 4 + 8 / block + 32 /
              (256 · block), and what rounding up to whole bytes and blocks adds
     Raises   ValueError   NaN or infinity in w, with the index of the first; a dtype, a
-             block, a code or a recipe that is not allowed
+             block, a code or a `double` that is not allowed
     Departs  where absmax < 1e-37, bitsandbytes multiplies with an inverse that has
-             overflowed; here such blocks are divided
+             overflowed; here such blocks are divided by absmax
     Source   [1] arXiv:2305.14314v1
     """
-    _check(w, block, double, code)
+    check_dtype(w)
+    check_options(block, double, code)
     flat, device = w.detach().reshape(-1), w.device
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-len(flat) // block), dtype=torch.float32, device=device)
@@ -122,9 +131,9 @@ def quantize(
         ratios = F.pad(ratios, (0, len(ratios) % 2))  # a byte's second code is of 0
         packed[start // 2 : -(-stop // 2)] = pack(nearest(ratios, code))
     if not absmax.isfinite().all():
-        _refuse_not_finite(w)
+        refuse_not_finite(w)
     if double:
-        absmax = double_quantize(absmax, RECIPES[double])
+        absmax = double_quantize(absmax, CODEBOOKS[double])
     return Quantized(packed, absmax, w.shape, w.dtype, block, code)
 
 
@@ -132,13 +141,13 @@ def quantize(
 def dequantize(
     q: Quantized, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """What the codes stand for:  w'_i = values[code_i] · absmax_b.
+    """The tensor that the codes stand for:  w'_i = values[code_i] · absmax_b.
 
     Args
-        dtype  of the result; None for that of the tensor that was quantized. The
-               product is computed in float32 and rounded once
-        out    write there instead: n values, contiguous; its dtype counts
-    Returns  the tensor, of the shape that was quantized
+        dtype  of the result; None for the dtype before quantizing. The product is
+               computed in float32 and rounded once
+        out    a contiguous tensor of n values to write to instead; its dtype counts
+    Returns  w', in the shape that was quantized
     Raises   ValueError   an `out` that does not fit
     """
     if out is None:
@@ -149,7 +158,7 @@ def dequantize(
             f"needed is a contiguous one of {q.numel} values"
         )
     flat, absmax = out.view(-1), q.constants()
-    table = pairs(q.code, q.packed.device)
+    table = pairs(q.codebook, q.packed.device)
     for start, stop in _chunks(q.numel, q.block, out.device):
         bytes_ = q.packed[start // 2 : -(-stop // 2)].int()
         values = table.index_select(0, bytes_).view(torch.float32)
@@ -158,12 +167,12 @@ def dequantize(
     return out.view(q.shape)
 
 
-def nearest(ratios: Tensor, code: str) -> Tensor:
-    """The code of the value nearest to each ratio: uint8, of the same shape.
+def nearest(ratios: Tensor, codebook: str) -> Tensor:
+    """Codes of the values nearest to the ratios: uint8, in their shape.
 
     rank = number of midpoints below the ratio          (on a midpoint: the lower)
     """
-    _, midpoints, order = book(code, ratios.device)
+    _, midpoints, order = book(codebook, ratios.device)
     rank = torch.zeros(ratios.shape, dtype=torch.uint8, device=ratios.device)
     above = torch.empty(ratios.shape, dtype=torch.bool, device=ratios.device)
     for midpoint in midpoints:
@@ -172,18 +181,8 @@ def nearest(ratios: Tensor, code: str) -> Tensor:
     return rank if order is None else order[rank.int()].to(torch.uint8)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, the first in the high nibble: (n,) -> (n / 2,), n even."""
-    return (codes[::2] << 4) | codes[1::2]
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """The codes of each byte, that of the high nibble first: (n / 2,) -> (n,)."""
-    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
-
-
 def _ratios(values: Tensor, block: int, absmax: Tensor) -> Tensor:
-    """values / absmax of their block, which is written to `absmax` on the way."""
+    """Values over the absmax of their block; `absmax` is written to on the way."""
     whole = len(values) // block * block
     rows = values[:whole].view(-1, block)
     torch.amax(rows.abs(), dim=1, out=absmax[: len(rows)])
@@ -200,7 +199,7 @@ def _ratios(values: Tensor, block: int, absmax: Tensor) -> Tensor:
 
 
 def _scale(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """out = values · absmax of their block."""
+    """out = values times the absmax of their block."""
     whole = len(values) // block * block
     rows, constants = values[:whole].view(-1, block), absmax[: whole // block, None]
     torch.mul(rows, constants, out=out[:whole].view(-1, block))
@@ -209,26 +208,30 @@ def _scale(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
 
 
 def _chunks(n: int, block: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of pieces that hold whole blocks and whole bytes; one on a GPU."""
+    """(start, stop) of pieces of whole blocks and whole bytes; one piece on a GPU."""
     size = 2 * block * max(1, CHUNK // (2 * block)) if device.type == "cpu" else n
     for start in range(0, n, size or 1):
         yield start, min(start + size, n)
 
 
-def _check(w: Tensor, block: int, double: bool | str, code: str) -> None:
+def check_dtype(w: Tensor) -> None:
+    """ValueError for a tensor whose dtype cannot be quantized."""
     if w.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"a tensor of {w.dtype} cannot be quantized: use {allowed}")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block={shown(block)}: allowed is a whole number from 1 on")
-    if code not in CODES:
-        raise ValueError(f"code={shown(code)}: allowed are {', '.join(CODES)}")
-    if double and double not in RECIPES:
-        names = ", ".join(repr(name) for name in RECIPES)
-        raise ValueError(f"double={shown(double)}: allowed are False, {names}")
 
 
-def _refuse_not_finite(w: Tensor) -> None:
+def check_options(block: int, double: bool | str, code: str) -> None:
+    """ValueError for options that `quantize` does not allow."""
+    whole("block", block, 1)
+    one_of("code", code, CODES)
+    names = ", ".join(map(repr, CODEBOOKS))
+    known = not double or double in CODEBOOKS
+    require(known, "double", double, f"allowed are False, {names}")
+
+
+def refuse_not_finite(w: Tensor) -> None:
+    """ValueError with the index of the first value that is NaN or infinite."""
     first = (~w.detach().isfinite()).nonzero()[0].tolist()
     value = w[tuple(first)].item()
     raise ValueError(

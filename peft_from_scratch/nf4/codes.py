@@ -1,20 +1,20 @@
-"""The code books: sixteen values for four bits, 256 for the eight of the constants.
+"""The codebooks: sixteen values for weights in four bits, 256 for constants in eight.
 
 NF4 takes the quantiles of the normal distribution: if weights are normal, each of its
-values is then used about equally often. Zero has to be among them, so that nothing
-stays nothing, and both ends, so that the largest of a block stays what it is. So there
-are eight values from -1 to 0 and nine from 0 to 1, which share the zero:
+values is used about equally often. Zero has to be among the values, so that a zero
+weight stays zero, and both ends, so that the largest weight of a block stays exact. So
+there are eight values from -1 to 0 and nine from 0 to 1, which share the zero:
 
     offset  = 1 - (1/30 + 1/32) / 2                                        = 0.9677083
     negative  Φ⁻¹ at 8 even steps from 1 - offset to 1/2, the last left out, and 0
     positive  Φ⁻¹ at 9 even steps from 1/2 to offset
     all of it divided by Φ⁻¹(offset)
 
-The offset is the mean of two outermost probabilities, of 15 and of 16 values (half of
-1/30 and of 1/32 lie beyond the ends): Φ⁻¹(1) would be infinity. Which Φ⁻¹ computed the
-published table, in which precision, nobody knows any more; today's gives it to 2e-7. A
-file that says "nf4" means the published table, so that is what counts here, and a test
-ties it to the derivation.
+An offset is needed because Φ⁻¹(1) is infinite. It is the mean of two outermost
+probabilities, of 15 and of 16 values: half of 1/30 and of 1/32 lie beyond the ends.
+Which Φ⁻¹ computed the published table, and in which precision, is not known; today's
+gives it to 2e-7. A file that says "nf4" means the published table, so the table counts
+here, and a test ties it to the derivation.
 
 Source  NF4: [1] arXiv:2305.14314v1, section 3, values of appendix E. FP4 and DYNAMIC as
         bitsandbytes has them, the latter from [2] arXiv:2110.02861v2, section 2.1.
@@ -70,9 +70,10 @@ def normal_float(offset: float = OFFSET) -> Tensor:
 def dynamic() -> Tensor:
     """The 256 values of bitsandbytes' 8-bit type for constants: float32, rising.
 
-    A byte is a sign, some zeros that give the power of ten, a one, and the bits that
-    are left: they cut the decade from 0.1 to 1 into equal parts, whose middles are the
-    values. Near zero there are more powers, near 1 more digits. And there are 0 and 1.
+    A byte is a sign, some zeros that give the power of ten, a one, and the remaining
+    bits. These cut the decade from 0.1 to 1 into equal parts, whose middles are the
+    values. So values near 0 have more powers of ten, and values near 1 more digits. The
+    values 0 and 1 come on top.
     """
     values = [0.0, 1.0]
     for zeros in range(7):
@@ -98,16 +99,16 @@ CODES_OF_CONSTANTS = {"dynamic": dynamic, "fp8": float8, "int8": integer8}
 
 
 class Book(NamedTuple):
-    """A code book as tensors on a device: what quantizing and restoring need of it."""
+    """A codebook as tensors on a device."""
 
     values: Tensor  # (k,) float32; values[code] is what a code stands for
     midpoints: Tensor  # (k - 1,) float32, between neighbours in rising order
-    order: Tensor | None  # rank in rising order -> code; None where they are the same
+    order: Tensor | None  # rank in rising order -> code; None where both are equal
 
 
 @cache
 def book(name: str, device: torch.device) -> Book:
-    """The code book of this name, made once for each device."""
+    """The codebook of this name, made once for each device."""
     if name in CODES:
         values = torch.tensor(CODES[name], dtype=torch.float32)
     else:
@@ -123,9 +124,9 @@ def book(name: str, device: torch.device) -> Book:
 
 @cache
 def pairs(name: str, device: torch.device) -> Tensor:
-    """(256,) int64: for each byte the two float32 that it stands for, side by side.
+    """For each byte the two float32 values of its codes, as one int64: (256,).
 
-    Looking up a byte moves two values at once, as one number of 64 bits.
+    Looking up a byte moves both values at once.
     """
     values = book(name, torch.device("cpu")).values
     both = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)

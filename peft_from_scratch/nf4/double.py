@@ -1,15 +1,15 @@
 """Double quantization: the constants of the blocks, quantized themselves.
 
-One float32 for each block of 64 is half a bit a weight. The constants are all positive
-and much alike; what differs between them, after their mean is taken off, bears eight
-bits:
+One float32 for each block of 64 is half a bit per weight. The constants are all
+positive and much alike, so their differences from the mean can be rounded to 8 bits:
 
-    offset   = mean of all absmax                                  one float32 a tensor
-    unit_B   = max |absmax_b - offset| over 256 blocks              one float32 a 256
-    code_b   = the nearest of 256 values to (absmax_b - offset) / unit_B        8 bits
-    absmax'_b = values[code_b] · unit_B + offset
+    offset    = mean of all absmax                            one float32 for a tensor
+    nested_B  = max |absmax_b - offset| over 256 blocks       one float32 for 256 blocks
+    code_b    = the nearest of 256 values to (absmax_b - offset) / nested_B       8 bits
+    absmax'_b = values[code_b] · nested_B + offset
 
-8 / 64 + 32 / (64 · 256) = 0.127 bit a weight. Three recipes differ in the 256 values:
+8 / 64 + 32 / (64 · 256) = 0.127 bits per weight. Three codebooks are in use for the
+256 values:
 
     bitsandbytes   a dynamic type, finest near zero: the mean block's constant is
                    restored almost exactly, and an outlier's to 1 %      double=True
@@ -18,10 +18,10 @@ bits:
     torchao        whole steps of 1/128, equally fine everywhere         double="int8"
 
 All three take 256 constants a block. Before it looks for the nearest value, the CPU
-code of bitsandbytes rounds the ratio to one of 65,536 even steps from -1 to 1, and so
-does its recipe here: the codes are then the same to the last one. (Its GPU code looks
-at the ratio itself; near zero, where the values lie closer than the steps, it may take
-a neighbour.)
+code of bitsandbytes rounds the ratio to one of 65,536 even steps from -1 to 1. With
+"dynamic" this file does the same, so that all codes are equal. (Its GPU code looks at
+the ratio itself; near zero, where the values lie closer than the steps, it may take a
+neighbour.)
 
 Source  [1] arXiv:2305.14314v1, section 3; bitsandbytes 0.50 functional.py;
         torchao 0.13 dtypes/nf4tensor.py
@@ -35,58 +35,58 @@ from torch import Tensor
 
 from .codes import book
 
-BLOCK = 256  # constants that share a unit
+BLOCK = 256  # constants that share a nested absmax
 STEPS = 65536
-RECIPES = {True: "dynamic", "dynamic": "dynamic", "fp8": "fp8", "int8": "int8"}
+CODEBOOKS = {True: "dynamic", "dynamic": "dynamic", "fp8": "fp8", "int8": "int8"}
 
 
 @dataclass(frozen=True, eq=False)
-class Doubled:
+class DoubleQuantized:
     """The constants of a quantized tensor, in eight bits.
 
-    codes   (blocks,) uint8
-    units   (⌈blocks / 256⌉,) float32
-    offset  () float32, the mean of the constants
-    code    the name of the code book
+    codes          (blocks,) uint8
+    nested_absmax  (⌈blocks / 256⌉,) float32, the scales of the constants
+    offset         () float32, the mean of the constants
+    codebook       its name: "dynamic", "fp8" or "int8"
     """
 
     codes: Tensor
-    units: Tensor
+    nested_absmax: Tensor
     offset: Tensor
-    code: str
+    codebook: str
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.units.nbytes + self.offset.nbytes
+        return self.codes.nbytes + self.nested_absmax.nbytes + self.offset.nbytes
 
-    def restored(self) -> Tensor:
-        """values[code] · unit + offset: (blocks,) float32."""
-        values = book(self.code, self.codes.device).values[self.codes.int()]
-        units = self.units.repeat_interleave(BLOCK)[: len(values)]
-        return values * units + self.offset
+    def dequantize(self) -> Tensor:
+        """values[code] · nested_absmax + offset: (blocks,) float32."""
+        values = book(self.codebook, self.codes.device).values[self.codes.int()]
+        scales = self.nested_absmax.repeat_interleave(BLOCK)[: len(values)]
+        return values * scales + self.offset
 
-    def to(self, device: torch.device | str) -> "Doubled":
+    def to(self, device: torch.device | str) -> "DoubleQuantized":
         """The same on another device."""
-        moved = (t.to(device) for t in (self.codes, self.units, self.offset))
-        return Doubled(*moved, self.code)
+        tensors = (self.codes, self.nested_absmax, self.offset)
+        return DoubleQuantized(*(t.to(device) for t in tensors), self.codebook)
 
 
-def double_quantize(absmax: Tensor, code: str) -> Doubled:
+def double_quantize(absmax: Tensor, codebook: str) -> DoubleQuantized:
     """Quantize the constants of a tensor's blocks.
 
     Args
-        absmax  (blocks,) float32
-        code    "dynamic", "fp8" or "int8"
+        absmax    (blocks,) float32
+        codebook  "dynamic", "fp8" or "int8"
     """
     offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
     rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK)).view(-1, BLOCK)
-    units = rows.abs().amax(dim=1) if len(rows) else absmax.new_zeros(0)
-    # A unit of 0: any code gives the offset, and bitsandbytes takes the lowest.
-    ratios = (rows * (1 / units)[:, None]).nan_to_num(-1.0).flatten()[: len(absmax)]
-    if code == "dynamic":
+    nested = rows.abs().amax(dim=1) if len(rows) else absmax.new_zeros(0)
+    # Where all 256 are equal, any code gives the offset: bitsandbytes takes the lowest.
+    ratios = (rows * (1 / nested)[:, None]).nan_to_num(-1.0).flatten()[: len(absmax)]
+    if codebook == "dynamic":
         ratios = _step(ratios)
-    codes = torch.bucketize(ratios, book(code, absmax.device).midpoints)
-    return Doubled(codes.to(torch.uint8), units, offset, code)
+    codes = torch.bucketize(ratios, book(codebook, absmax.device).midpoints)
+    return DoubleQuantized(codes.to(torch.uint8), nested, offset, codebook)
 
 
 def _step(ratios: Tensor) -> Tensor:

@@ -1,98 +1,61 @@
-"""A projection in four bits, and a model whose projections are.
+"""A projection whose weight is in four bits, and a model of such projections.
 
     y  = x W'ᵀ + bias       W' = dequantize(codes), for this product only
-    dx = dy W'              dequantized a second time: nothing of it was kept
+    dx = dy W'              W' dequantized a second time: nothing of it was kept
 
-So the model takes its four bits and, for all layers together, one buffer of the size of
-the largest weight, and not even that while the logits are there. The price is time: two
-passes over each weight more in a training step. Gradients go through W' to x; the codes
-have none, and never train.
+Gradients pass through W' to x. The codes have no gradient and never train.
+
+All layers share one buffer, as large as the largest weight in full. The last layer
+frees it before the logits are computed, where a training step's memory peaks. The price
+is time: a training step dequantizes each weight twice.
 """
 
 import threading
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import adapter
-from ..adapter import as_matrix, holders, is_transposed, swap
-from ..targets import Packed, Targets, resolve
-from .blocks import DTYPES, Quantized, dequantize, quantize
-from .double import Doubled
+from ..core import adapter
+from ..core.adapter import as_matrix, is_transposed, modules_sharing, replace_modules
+from ..core.targets import QuantizedLinear, Targets, resolve
+from .blocks import (
+    DTYPES,
+    Quantized,
+    check_dtype,
+    check_options,
+    dequantize,
+    quantize,
+    refuse_not_finite,
+)
+from .double import DoubleQuantized
 
 COMPUTE = (*DTYPES, torch.float64)
 
 
-class Scratch:
-    """One buffer for the dequantized weights of all layers, of the largest's size.
-
-    Each thread has its own: two of them may be in different layers at a time. A copy of
-    a model gets another one.
-    """
-
-    def __init__(self):
-        self._of_thread = threading.local()
-
-    def of(self, shape: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for a tensor: it holds what was last written there."""
-        count = shape[0] * shape[1] * dtype.itemsize
-        held = getattr(self._of_thread, "bytes", None)
-        if held is None or held.device != device or len(held) < count:
-            self._of_thread.bytes = None  # let go of the small one first
-            with torch.inference_mode(False):  # else it could not be used in training
-                held = torch.empty(count, dtype=torch.uint8, device=device)
-            self._of_thread.bytes = held
-        return held[:count].view(dtype).view(shape)
-
-    def release(self) -> None:
-        """Let go of this thread's buffer; the next layer makes it anew."""
-        self._of_thread.bytes = None
-
-    def __deepcopy__(self, memo) -> "Scratch":
-        return Scratch()
-
-    def __reduce__(self):
-        return Scratch, ()
-
-
-class Product(torch.autograd.Function):
-    """x W'ᵀ, or x W' where `across`: each is the gradient of the other.
-
-    Forward   W' = dequantize(codes)     (d_out, d_in), into the buffer
-              y  = x W'ᵀ                 (…, d_out)
-    Backward  dx = dy W'                 (…, d_in), W' dequantized anew
-    """
-
-    @staticmethod
-    def forward(ctx, x, layer, dtype, across):
-        ctx.layer, ctx.dtype, ctx.across, ctx.of_x = layer, dtype, across, x.dtype
-        W = layer.dequantized(dtype)
-        return F.linear(x.to(dtype), W.T if across else W)
-
-    @staticmethod
-    def backward(ctx, dy):
-        dx = Product.apply(dy, ctx.layer, ctx.dtype, not ctx.across)
-        return dx.to(ctx.of_x), None, None, None
-
-
-class NF4Linear(Packed):
-    """A frozen projection whose weight is held in four bits.
+class NF4Linear(QuantizedLinear):
+    """A frozen projection whose weight is stored in four bits.
 
         y = x W'ᵀ + bias                        [1] eq. (5), without its adapter
 
     Args
         q              the weight W0 (d_out, d_in), quantized
         bias           the projection's own bias (d_out), or None
-        compute_dtype  of W' and of the product; None for that of x
-        transposed     whether the projection came from a Conv1D, so that merging and
-                       saving give one back
-    Returns  (…, d_out), dtype of x; under autocast that of autocast
-    Memory   q.nbytes and the bias; the buffer: d_out d_in bytes times compute itemsize
+        compute_dtype  of W' and of the product; None for the dtype of x
+        transposed     whether the projection was a Conv1D, and becomes one again when
+                       it is merged or saved
+    Returns  (…, d_out), in the dtype of x; under autocast in autocast's
+    Memory   q.nbytes and the bias; in the shared buffer d_out d_in itemsize bytes
     Raises   ValueError   a compute dtype that is no floating-point one
     Source   [1] arXiv:2305.14314v1
+
+    on_dequantize  functions that are called with the layer whenever W' is made
     """
+
+    on_dequantize: ClassVar[list[Callable[["NF4Linear"], object]]] = []
 
     def __init__(
         self,
@@ -103,46 +66,52 @@ class NF4Linear(Packed):
         transposed: bool = False,
     ):
         super().__init__()
-        if compute_dtype not in (None, *COMPUTE):
-            raise ValueError(f"{compute_dtype=}: allowed are None, {COMPUTE}")
+        check_compute_dtype(compute_dtype)
         self.out_features, self.in_features = q.shape
-        self.block, self.code, self.dtype = q.block, q.code, q.dtype
+        self.block, self.codebook, self.dtype = q.block, q.codebook, q.dtype
         self.compute_dtype, self.transposed = compute_dtype, transposed
-        self.last = False  # of the model's: see share_scratch
-        self.scratch = Scratch()
+        self.buffer, self.is_last = DequantBuffer(), False  # see share_buffer
         self.register_parameter("bias", bias)
         self.register_buffer("packed", q.packed)
-        doubled = isinstance(q.absmax, Doubled)
-        self.recipe = q.absmax.code if doubled else None
-        constants = vars(q.absmax) if doubled else {"values": q.absmax}
-        for name, value in constants.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(f"absmax_{name}", value)
+        # The names are keys of state dicts, and stay as they are.
+        if isinstance(q.absmax, DoubleQuantized):
+            self.constant_codebook = q.absmax.codebook
+            self.register_buffer("absmax_codes", q.absmax.codes)
+            self.register_buffer("absmax_units", q.absmax.nested_absmax)
+            self.register_buffer("absmax_offset", q.absmax.offset)
+        else:
+            self.constant_codebook = None
+            self.register_buffer("absmax_values", q.absmax)
 
     @property
     def quantized(self) -> Quantized:
-        """The weight as it is held: (d_out, d_in)."""
-        absmax = (
-            Doubled(
-                self.absmax_codes, self.absmax_units, self.absmax_offset, self.recipe
+        """The stored weight: (d_out, d_in)."""
+        if self.constant_codebook is None:
+            absmax = self.absmax_values
+        else:
+            absmax = DoubleQuantized(
+                self.absmax_codes,
+                self.absmax_units,
+                self.absmax_offset,
+                self.constant_codebook,
             )
-            if self.recipe
-            else self.absmax_values
-        )
         shape = torch.Size((self.out_features, self.in_features))
-        return Quantized(self.packed, absmax, shape, self.dtype, self.block, self.code)
+        rest = shape, self.dtype, self.block, self.codebook
+        return Quantized(self.packed, absmax, *rest)
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, as it was stored: a fresh tensor at each look."""
+        """W' in the projection's own orientation: a new tensor at each access."""
         W = dequantize(self.quantized)
         return W.T if self.transposed else W
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W' (d_out, d_in), in the buffer: the next layer's will overwrite it."""
+        """W' (d_out, d_in) in the shared buffer, which the next layer overwrites."""
+        for observer in self.on_dequantize:
+            observer(self)
         shape = (self.out_features, self.in_features)
-        room = self.scratch.of(shape, dtype, self.packed.device)
-        return dequantize(self.quantized, out=room)
+        out = self.buffer.get(shape, dtype, self.packed.device)
+        return dequantize(self.quantized, out=out)
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -151,9 +120,9 @@ class NF4Linear(Packed):
             dtype = result = torch.get_autocast_dtype(device)
         else:
             dtype, result = self.compute_dtype or x.dtype, x.dtype
-        y = Product.apply(x, self, dtype, False).to(result)
-        if self.last and torch.is_grad_enabled():
-            self.scratch.release()  # the logits come next, where a step's bytes peak
+        y = DequantMatmul.apply(x, self, dtype, True).to(result)
+        if self.is_last and torch.is_grad_enabled():
+            self.buffer.release()  # the logits come next, where a step's bytes peak
         return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
@@ -172,12 +141,12 @@ class NF4Linear(Packed):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"{self.code}, block={self.block}, double={self.recipe}, "
+            f"{self.codebook}, block={self.block}, double={self.constant_codebook}, "
             f"{self.quantized.bits_per_value:.3f} bits a value"
         )
 
     def _apply(self, fn, recurse=True):
-        """What .to(dtype), .half() … do: constants keep their float32."""
+        """Move or convert the module, as .to() does; the constants stay float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -185,6 +154,59 @@ class NF4Linear(Packed):
             if moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
+
+
+class DequantMatmul(torch.autograd.Function):
+    """x W'ᵀ with `transpose`, x W' without: each is the gradient of the other.
+
+    Forward   W' = dequantize(codes)     (d_out, d_in), into the buffer
+              y  = x W'ᵀ                 (…, d_out)
+    Backward  dx = dy W'                 (…, d_in), W' dequantized again
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer, dtype, transpose):
+        ctx.layer, ctx.dtype, ctx.transpose = layer, dtype, transpose
+        ctx.x_dtype = x.dtype
+        W = layer.dequantized(dtype)
+        return F.linear(x.to(dtype), W if transpose else W.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = DequantMatmul.apply(dy, ctx.layer, ctx.dtype, not ctx.transpose)
+        return dx.to(ctx.x_dtype), None, None, None
+
+
+class DequantBuffer:
+    """One buffer for the dequantized weights of all layers, of the largest one's size.
+
+    Each thread has its own: two threads may be in different layers at a time. A copy of
+    a model gets a new one.
+    """
+
+    def __init__(self):
+        self._of_thread = threading.local()
+
+    def get(self, shape: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized view (d_out, d_in) of this thread's buffer."""
+        count = shape[0] * shape[1] * dtype.itemsize
+        buffer = getattr(self._of_thread, "bytes", None)
+        if buffer is None or buffer.device != device or len(buffer) < count:
+            self._of_thread.bytes = None  # free the small one before the large one
+            with torch.inference_mode(False):  # else it could not be used in training
+                buffer = torch.empty(count, dtype=torch.uint8, device=device)
+            self._of_thread.bytes = buffer
+        return buffer[:count].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Free this thread's buffer; the next layer makes a new one."""
+        self._of_thread.bytes = None
+
+    def __deepcopy__(self, memo) -> "DequantBuffer":
+        return DequantBuffer()
+
+    def __reduce__(self):
+        return DequantBuffer, ()
 
 
 def quantize_model(
@@ -213,64 +235,97 @@ def quantize_model(
              Conv1D one and a quarter: its transpose); each one's own weight goes as
              soon as its codes are there
     """
-    model = adapter.bare(model)
-    adapter.refuse_second(model)
-    modules = resolve(model, targets, exclude)
-    for name, module in modules.items():
-        _check(model, name, module, block, double, code)
+    model = adapter.unwrap_compiled(model)
+    modules = quantizable(
+        model,
+        block=block,
+        double=double,
+        code=code,
+        targets=targets,
+        exclude=exclude,
+        compute_dtype=compute_dtype,
+    )
     names = list(modules)
-    while modules:
-        module = modules.pop(next(iter(modules)))
+    for name in names:
+        module = modules.pop(name)  # no other reference: its memory is free afterwards
         packed = NF4Linear(
             quantize(as_matrix(module), block, double, code),
             module.bias,
             compute_dtype=compute_dtype,
             transposed=is_transposed(module),
         )
-        swap(model, {module: packed.train(module.training)})
-    share_scratch(model)
+        replace_modules(model, {module: packed.train(module.training)})
+    share_buffer(model)
     return names
+
+
+def quantizable(
+    model: nn.Module,
+    *,
+    block: int = 64,
+    double: bool | str = True,
+    code: str = "nf4",
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, nn.Module]:
+    """{name: module} of what quantize_model would quantize; raises all that it would.
+
+    The model is left alone.
+    """
+    check_compute_dtype(compute_dtype)
+    modules = resolve(model, targets, exclude)
+    for name, module in modules.items():
+        _check(model, name, module, block, double, code)
+    return modules
+
+
+def check_compute_dtype(compute_dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that W' cannot be computed in."""
+    if compute_dtype not in (None, *COMPUTE):
+        raise ValueError(f"{compute_dtype=}: allowed are None, {COMPUTE}")
 
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> list[str]:
-    """Put a plain projection in the place of every one in four bits.
+    """Replace every projection in four bits by a plain one, whose weight is W'.
 
-    Not the way back: the weights are W', what the codes stand for.
+    The weights of before quantizing do not come back.
 
     Returns  names of the projections
     Raises   ValueError  adapters on the model: merge() or remove() them first
     """
-    model = adapter.bare(model)
+    model = adapter.unwrap_compiled(model)
     adapter.refuse_second(model)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
-    for module in found.values():
-        swap(model, {module: module.plain()})
-    return list(found)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    for module in packed.values():
+        replace_modules(model, {module: module.plain()})
+    return list(packed)
 
 
-def share_scratch(model: nn.Module) -> None:
-    """Give all projections in four bits one buffer, which the last one lets go of."""
-    scratch = Scratch()
+def share_buffer(model: nn.Module) -> None:
+    """Give all projections in four bits one buffer, which the last one frees."""
+    buffer = DequantBuffer()
     packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
     for module in packed:
-        module.scratch, module.last = scratch, module is packed[-1]
+        module.buffer, module.is_last = buffer, module is packed[-1]
 
 
 def _check(model, name, module, block, double, code) -> None:
     """ValueError where this module could not be quantized."""
-    if isinstance(module, Packed):
+    if isinstance(module, QuantizedLinear):
         raise ValueError(f"{name} is in four bits already: {module}")
-    held = holders(model, module.weight)
-    if len(held) > 1:
+    tied = modules_sharing(model, module.weight)
+    if len(tied) > 1:
         raise ValueError(
-            f"{name}.weight is one tensor with {held[0]}.weight: a copy of it in four "
+            f"{name}.weight is one tensor with {tied[0]}.weight: a copy of it in four "
             "bits would take more bytes, not less. Leave it out of the targets"
         )
     W = module.weight.detach()
     try:
-        quantize(W.flatten()[:0], block, double, code)
-        if not torch.stack(W.aminmax()).isfinite().all():  # isfinite() makes a copy
-            quantize(W)
+        check_dtype(W)
+        check_options(block, double, code)
+        if not torch.stack(W.aminmax()).isfinite().all():  # W.isfinite() makes a copy
+            refuse_not_finite(W)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -10,7 +10,7 @@ largest v as it does that of v, where [2] corrects none.
 
 Equal mathematics are not equal bits. torch.optim.AdamW(foreach=False) rounds after each
 of the operations below, in this order, and so do we. Fewer temporaries are allowed: a
-square root that goes to a scratch buffer has the same bits as one in a new tensor.
+square root in a scratch buffer has the same bits as one in a new tensor.
 
     [1] arXiv:1711.05101    [2] arXiv:1904.09237
 """
@@ -18,7 +18,7 @@ square root that goes to a scratch buffer has the same bits as one in a new tens
 import torch
 from torch import Tensor
 
-from .cuts import in_order
+from .layout import in_order
 
 
 class SlicedAdamW:
@@ -37,28 +37,28 @@ class SlicedAdamW:
             lr = lr.squeeze()
         decays = group["weight_decay"] != 0
         self.decay = 1 - lr * group["weight_decay"] if decays else None
-        self.size = lr / (1 - self.beta1**t)
-        self.root = (1 - self.beta2**t) ** 0.5
+        self.step_size = lr / (1 - self.beta1**t)
+        self.sqrt_bias2 = (1 - self.beta2**t) ** 0.5
         self.eps = group["eps"]
-        self.whole, self.p, self.g = p, in_order(p, p), in_order(p.grad, p)
+        self.parameter, self.p, self.g = p, in_order(p, p), in_order(p.grad, p)
         self.scratch, self.maximize = scratch.view(p.dtype), group["maximize"]
 
     def __call__(
-        self, start: int, stop: int, m: Tensor, v: Tensor, top: Tensor | None = None
+        self, start: int, stop: int, m: Tensor, v: Tensor, v_max: Tensor | None = None
     ) -> None:
         """Update the values start … stop of the parameter, and their states.
 
         Args
-            m, v, top  (pages, values of a page), or () for a scalar, which has another
-                       type than one value beside a learning rate that is a tensor;
-                       top is the largest v, with amsgrad
+            m, v   (pages, values of a page), or () for a scalar: with a learning rate
+                   that is a tensor, a scalar has another dtype than a single value
+            v_max  the largest v so far, with amsgrad
         """
         shape = m.shape
         p, g = (t[start:stop].view(shape) for t in (self.p, self.g))
-        h = self.scratch[: stop - start].view(shape)
-        # g ← −g, where the objective is maximized; h is not needed before g is used up
+        denominator = self.scratch[: stop - start].view(shape)
+        # g ← −g to maximize; the scratch is free until g was used for the last time
         if self.maximize:
-            g = torch.neg(g, out=h)
+            g = torch.neg(g, out=denominator)
         # θ ← θ − γ λ θ                                             [1] line 12, its end
         if self.decay is not None:
             p.mul_(self.decay)
@@ -66,15 +66,15 @@ class SlicedAdamW:
         m.lerp_(g, 1 - self.beta1)
         # v ← β2 v + (1 − β2) g²                                    [1] line 8
         v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-        # top ← max(top, v), in the place of v from here on         [2] Algorithm 2
-        if top is not None:
-            v = torch.maximum(top, v, out=top)
-        # h = √v / √(1 − β2^t) + ε                                  [1] lines 10 and 12
-        torch.sqrt(v, out=h).div_(self.root).add_(self.eps)
-        # θ ← θ − γ / (1 − β1^t) · m / h                            [1] lines 9 and 12
-        p.addcdiv_(m, h, value=-self.size)
+        # v_max ← max(v_max, v), in the place of v from here on     [2] Algorithm 2
+        if v_max is not None:
+            v = torch.maximum(v_max, v, out=v_max)
+        # denominator = √v / √(1 − β2^t) + ε                        [1] lines 10 and 12
+        torch.sqrt(v, out=denominator).div_(self.sqrt_bias2).add_(self.eps)
+        # θ ← θ − γ / (1 − β1^t) · m / denominator                  [1] lines 9 and 12
+        p.addcdiv_(m, denominator, value=-self.step_size)
 
     def finish(self) -> None:
-        """A parameter with gaps in its memory was worked on in a copy: take it."""
-        if self.p.data_ptr() != self.whole.data_ptr():
-            self.whole.copy_(self.p.view(self.whole.shape))
+        """Write a parameter with gaps in its memory back from the copy it was in."""
+        if self.p.data_ptr() != self.parameter.data_ptr():
+            self.parameter.copy_(self.p.view(self.parameter.shape))

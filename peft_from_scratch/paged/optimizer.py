@@ -1,6 +1,6 @@
-"""The walk of a step over the pages.
+"""PagedAdamW: a step walks over the pages.
 
-    for run of pages:                   at most 1 MiB, at most half of the budget
+    for run, next_run of pages:         at most 1 MiB, at most half of the budget
         bring the run in, and ask for the next one
         for neighbours in the arena:    one call for all of their values
             update(p, g, m, v)
@@ -21,14 +21,15 @@ ever found. Going back, the S pages used last are the first ones needed:
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common.check import whole
 from .adamw import SlicedAdamW
-from .cuts import Cut, in_order, neighbours, place
+from .layout import StatePages, allocate, in_order, neighbours
 from .pages import Counters, Page, Pager
 from .states import (
     OTHERS,
@@ -44,7 +45,6 @@ from .states import (
     refuse_others,
     state_count,
     step_dtype,
-    whole,
 )
 from .stores import WORD, FileStore, PinnedStore
 
@@ -52,8 +52,8 @@ PAGE_BYTES = 1 << 16
 RUN_BYTES = 1 << 20  # of the pages that are updated together
 
 
-class PageRow(NamedTuple):
-    """A row of the page table."""
+class PageEntry(NamedTuple):
+    """An entry of the page table."""
 
     param: int  # the parameter's place in the optimizer
     page: int  # the page's place in the parameter
@@ -76,7 +76,7 @@ class PagedAdamW(torch.optim.Optimizer):
                       on one device, CPU or CUDA
         lr … maximize as torch.optim.AdamW
         budget_bytes  of the arena, at least one page. It can be set at any time, and
-                      `lent` takes some of it away for a while
+                      `lent` gives some of it up for a while
         page_bytes    of a page: a multiple of 8. 65536 are 8192 values in float32
         directory     CPU: the folder of the file; None for tempfile.gettempdir(). On
                       many systems /tmp is in memory: then name a folder on a disk
@@ -120,8 +120,8 @@ class PagedAdamW(torch.optim.Optimizer):
         if page_bytes % WORD:
             raise ValueError(f"{page_bytes=}: allowed are multiples of {WORD} bytes")
         check_budget(budget_bytes, page_bytes)
-        self._cuts: dict[Tensor, Cut] = {}
-        self._pager = Pager(page_bytes, budget_bytes)
+        self._state_pages: dict[Tensor, StatePages] = {}
+        self.pager = Pager(page_bytes, budget_bytes)
         self._directory = directory
         self._process = os.getpid()
         self._walks = 0
@@ -131,66 +131,69 @@ class PagedAdamW(torch.optim.Optimizer):
 
     # ------------------------------------------------------------- what can be watched
 
-    def page_table(self) -> list[PageRow]:
-        """A row a page, in the order of the parameters."""
+    def page_table(self) -> list[PageEntry]:
+        """An entry for each page, in the order of the parameters."""
         return [
-            PageRow(
-                cut.index,
-                page.number,
-                page.slot is not None,
-                page.dirty,
-                number,
-                cut.name,
-                page.start,
-                page.stop,
-                page.slot,
-                page.bytes,
-                page.used,
+            PageEntry(
+                param=state_pages.index,
+                page=page.number,
+                resident=page.slot is not None,
+                dirty=page.dirty,
+                group=number,
+                name=state_pages.name,
+                start=page.start,
+                stop=page.stop,
+                slot=page.slot,
+                bytes=page.bytes,
+                used=page.used,
             )
             for number, group in enumerate(self.param_groups)
-            for cut in (self._cuts[p] for p in group["params"])
-            for page in cut.pages
+            for state_pages in (self._state_pages[p] for p in group["params"])
+            for page in state_pages.pages
         ]
 
     @property
     def counters(self) -> Counters:
-        return self._pager.counters
+        return self.pager.counters
 
     @property
     def page_bytes(self) -> int:
-        return self._pager.page_bytes
+        return self.pager.page_bytes
 
     @property
     def budget_bytes(self) -> int:
-        return self._pager.budget_bytes
+        return self.pager.budget_bytes
 
     @budget_bytes.setter
     def budget_bytes(self, budget_bytes: int) -> None:
-        """Smaller: pages leave, now. Larger: the room is there for the next step."""
+        """A smaller budget drives pages out now, a larger one serves the next step."""
         check_budget(budget_bytes, self.page_bytes)
-        before, self._pager.budget_bytes = self.budget_bytes, budget_bytes
+        before, self.pager.budget_bytes = self.budget_bytes, budget_bytes
         if budget_bytes < before:
-            self._pager.fit()
+            self.pager.fit()
 
     @property
     def states_bytes(self) -> int:
-        """Of all states. A slot for every page takes more, where pages are short."""
-        return sum(page.bytes for page in self._pager.pages)
+        """Bytes of all states. A slot for every page takes more if pages are short."""
+        return sum(page.bytes for page in self.pager.pages)
 
     @property
     def arena(self) -> Tensor | None:
         """The slots, one tensor on the device; None before the first step."""
-        return self._pager.arena
+        return self.pager.arena
 
     @property
     def stores(self) -> list[Tensor]:
-        """Where every page has its place: tensors over files, or in pinned memory."""
-        found = {id(page.store): page.store.words for page in self._pager.pages}
-        return list(found.values())
+        """The tensors in which pages have their places: files, or pinned memory."""
+        stores = {id(page.store): page.store.words for page in self.pager.pages}
+        return list(stores.values())
 
     @contextmanager
     def lent(self, bytes: int) -> Iterator[None]:
-        """Inside, the budget is smaller by that much: a spike of somebody else's."""
+        """Temporarily give up this many bytes, while another part of a program peaks.
+
+        Raises  ValueError  no whole number, or less than a page would be left
+        """
         whole("bytes", bytes, 0)
         self.budget_bytes -= bytes
         try:
@@ -213,13 +216,13 @@ class PagedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = self._work()
-        self._pager.fit()
-        with self._pager.mending():
+        self.pager.fit()
+        with self.pager.consistent_on_error():
             self._walk(work)
         return loss
 
-    def _work(self) -> list[tuple[Tensor, dict, Cut]]:
-        """Every parameter with a gradient, its group and its pages, as they come."""
+    def _work(self) -> list[tuple[Tensor, dict, StatePages]]:
+        """Parameters with a gradient, their groups and pages, in the walk's order."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this optimizer belongs to the process that made it: after a fork both "
@@ -229,48 +232,47 @@ class PagedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    cut = self._cuts[p]
-                    check_gradient(p, cut, group)
-                    work.append((p, group, cut))
+                    state_pages = self._state_pages[p]
+                    check_gradient(p, state_pages, group)
+                    work.append((p, group, state_pages))
         return work[::-1] if self._walks % 2 else work
 
-    def _walk(self, work: list[tuple[Tensor, dict, Cut]]) -> None:
-        """Update all of them, in this order; every second time, each from its end."""
-        pager, order = self._pager, -1 if self._walks % 2 else 1
+    def _walk(self, work: list[tuple[Tensor, dict, StatePages]]) -> None:
+        """Update all parameters, in this order; in odd steps each from its end."""
+        pager, order = self.pager, -1 if self._walks % 2 else 1
         length = max(1, min(RUN_BYTES // self.page_bytes, pager.slots // 2))
-        for p, _, cut in work:
+        for p, _, state_pages in work:
             if not self.state[p]:  # the first step, or somebody cleared the state
-                for page in cut.pages:
+                for page in state_pages.pages:
                     pager.forget(page)
-        runs = [cut.runs(length)[::order] for _, _, cut in work]
-        words = max((cut.words(length) for _, _, cut in work), default=0)
+        runs = [state_pages.runs(length)[::order] for _, _, state_pages in work]
+        words = max((pages.words(length) for _, _, pages in work), default=0)
         scratch = torch.empty(words, dtype=torch.int64, device=pager.device)
-        coming = chain(*runs, [[]])
-        next(coming)
+        walk = pairwise(chain(*runs, [[]]))  # (run, the next one)
         self._walks += 1
-        for (p, group, cut), own in zip(work, runs, strict=True):
+        for (p, group, state_pages), own in zip(work, runs, strict=True):
             state = self.state[p]
             step = state["step"] if state else torch.tensor(0.0, dtype=step_dtype())
             update = SlicedAdamW(p, group, step.item() + 1, scratch)
             try:
-                for run in own:
-                    self._bring(run[::order], next(coming)[::order])
+                for run, next_run in islice(walk, len(own)):
+                    self._bring(run[::order], next_run[::order])
                     for part in neighbours(run):
-                        rows = pager.rows(part, p.dtype, cut.states)
+                        states = pager.rows(part, p.dtype, state_pages.states)
                         if not p.dim():
-                            rows = [row.view(()) for row in rows]
-                        update(part[0].start, part[-1].stop, *rows)
+                            states = [state.view(()) for state in states]
+                        update(part[0].start, part[-1].stop, *states)
             finally:
                 update.finish()
             state["step"] = step.add_(1)
 
-    def _bring(self, run: list[Page], coming: list[Page]) -> None:
-        """Every page of the run in a slot, to be written to; the next ones coming."""
+    def _bring(self, run: list[Page], next_run: list[Page]) -> None:
+        """Bring all pages of a run into slots, to be written to; ask for the next."""
         for page in run:
-            self._pager.use(page)
-        if self._pager.slots > 1:
-            for page in coming:
-                self._pager.prefetch(page)
+            self.pager.use(page)
+        if self.pager.slots > 1:
+            for page in next_run:
+                self.pager.prefetch(page)
         for page in run:
             page.dirty = True
 
@@ -280,20 +282,20 @@ class PagedAdamW(torch.optim.Optimizer):
         """As torch's; makes the pages of the group and reserves room for them."""
         super().add_param_group(param_group)
         try:
-            cuts = self._lay_out(self.param_groups[-1:], self._cuts)
+            state_pages = self._lay_out(self.param_groups[-1:], self._state_pages)
         except BaseException:
             del self.param_groups[-1]
             raise
-        self._cuts |= cuts
-        self._pager.pages += _pages(cuts)
+        self._state_pages |= state_pages
+        self.pager.pages += _pages(state_pages)
 
     def state_dict(self) -> dict:
-        """What torch.optim.AdamW's would be, the moments in a new file on CPU.
+        """The state dict of torch.optim.AdamW, the moments in a new file on CPU.
 
-        Not references, as torch's: the tensors stay as they are when steps go on.
+        torch's refers to its tensors; these stay as they are when steps go on.
         """
-        held = {p: self._cuts[p] for p, state in self.state.items() if state}
-        full = full_states(held, self._pager.look, self._directory)
+        started = {p: self._state_pages[p] for p, state in self.state.items() if state}
+        full = full_states(started, self.pager.peek, self._directory)
         for p, state in full.items():
             state["step"] = self.state[p]["step"].clone()
         paged, self.state = self.state, full
@@ -314,14 +316,14 @@ class PagedAdamW(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         groups = merged_groups(self.param_groups, state_dict["param_groups"])
         states = checked_states(groups, state_dict)
-        cuts = self._lay_out(groups, {})
+        state_pages = self._lay_out(groups, {})
         for p, saved in states.items():
-            for number, name in enumerate(STATES[: cuts[p].states]):
-                cuts[p].fill(number, in_order(saved[name], p))
+            for number, name in enumerate(STATES[: state_pages[p].states]):
+                state_pages[p].fill(number, in_order(saved[name], p))
         state = type(self.state)(dict)
         state |= {p: {"step": saved["step"]} for p, saved in states.items()}
-        self._cuts, self.state, self.param_groups = cuts, state, groups
-        self._pager.replace(_pages(cuts))
+        self._state_pages, self.state, self.param_groups = state_pages, state, groups
+        self.pager.replace(_pages(state_pages))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -331,15 +333,15 @@ class PagedAdamW(torch.optim.Optimizer):
             "own. Make a new one and load state_dict() into it"
         )
 
-    def _lay_out(self, groups: list[dict], before: dict[Tensor, Cut]):
+    def _lay_out(self, groups: list[dict], before: dict[Tensor, StatePages]):
         """{parameter: its pages} of these groups, in a store of their own."""
-        cuts: dict[Tensor, Cut] = {}
-        device = self._pager.device
+        new: dict[Tensor, StatePages] = {}
+        device = self.pager.device
         for group in groups:
             refuse_others(group)
             states = state_count(group)
             for number, p in enumerate(group["params"]):
-                index = len(before) + len(cuts)
+                index = len(before) + len(new)
                 names = group.get("param_names", {number: f"parameter {index}"})
                 name = names[number]
                 check_parameter(p, name, states, self.page_bytes)
@@ -349,19 +351,19 @@ class PagedAdamW(torch.optim.Optimizer):
                         f"{name} is on {p.device} and others are on {device}; an arena "
                         "is on one device: make an optimizer for each"
                     )
-                if p in cuts:
+                if p in new:
                     raise ValueError(f"{name} is in the group twice; list it once")
-                cuts[p] = Cut.of(p, index, name, states, self.page_bytes)
+                new[p] = StatePages.of(p, index, name, states, self.page_bytes)
         if device is not None and device.type == "cuda":
-            place(cuts.values(), lambda words: PinnedStore(words, device))
+            allocate(new.values(), lambda words: PinnedStore(words, device))
         else:
-            place(cuts.values(), lambda words: FileStore(words, self._directory))
+            allocate(new.values(), lambda words: FileStore(words, self._directory))
         for group in groups:
             for name in OTHERS:
                 group.pop(name, None)
-        self._pager.device = device
-        return cuts
+        self.pager.device = device
+        return new
 
 
-def _pages(cuts: dict[Tensor, Cut]) -> list[Page]:
-    return [page for cut in cuts.values() for page in cut.pages]
+def _pages(state_pages: dict[Tensor, StatePages]) -> list[Page]:
+    return [page for own in state_pages.values() for page in own.pages]

@@ -15,13 +15,13 @@ page has a place in the *store*, which is large and slow.
 
 The policy is in `Pager` and knows nothing of devices: copying is in stores.py.
 
-A page has no state but its slot and a few flags, and each step of the bookkeeping sets
-them in such an order that an interrupted one loses nothing: `Pager.mend` works out the
-rest from them.
+A page has no state but its slot and a few flags. The bookkeeping sets them in such an
+order that an interrupt loses nothing: `Pager.rebuild_lists` works out the rest from
+them.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,10 +30,12 @@ from torch import Tensor
 
 from .stores import WORD, FileStore
 
+FAULT, HIT, PREFETCH = "fault", "hit", "prefetch"  # what on_use is told
+
 
 @dataclass
 class Counters:
-    """What happened so far; counts of pages, and bytes of their contents.
+    """Counts of pages since the optimizer was made, and bytes of their contents.
 
     Each use of a page is a fault or a hit; a prefetched page that was not there is a
     fault as well, and counts in both.
@@ -79,6 +81,8 @@ class Pager:
         page_bytes    of a slot
         budget_bytes  of the arena, at most
         device        of the arena
+        on_use        functions called after a page was used, with the page and FAULT or
+                      HIT, and after a page that had no slot was prefetched
     """
 
     page_bytes: int
@@ -91,41 +95,47 @@ class Pager:
     free: list[int] = field(default_factory=list)
     resident: OrderedDict = field(default_factory=OrderedDict)  # oldest use first
     clock: int = 0
+    on_use: list[Callable[["Page", str], object]] = field(default_factory=list)
 
     def use(self, page: Page) -> None:
-        """The page is in its slot now, and stays until `slots` others were used."""
+        """Bring the page into a slot, where it stays until `slots` others were used."""
+        event = FAULT if page.slot is None else HIT
         if page.slot is None:
             self._bring(page)
         elif not page.ahead:
             self.counters.hits += 1
         page.ahead = False
         self._touch(page)
-        page.store.arrive(page)
+        page.store.wait_for(page)
+        self._tell(page, event)
 
     def prefetch(self, page: Page) -> None:
         """Ask for a page that will be used soon; it counts as used from now on."""
-        if page.slot is None:
-            self._bring(page)
-            page.ahead = True
-            self.counters.prefetches += 1
+        if page.slot is not None:
+            self._touch(page)
+            return
+        self._bring(page)
+        page.ahead = True
+        self.counters.prefetches += 1
         self._touch(page)
+        self._tell(page, PREFETCH)
 
     def fit(self) -> None:
-        """As many slots as the budget allows and the pages need; a moved arena.
+        """Make a new arena, of as many slots as the budget allows and the pages need.
 
-        Where there are fewer than before, the least recently used leave. The others
+        If there are fewer than before, the least recently used pages leave. The others
         move through the store: two arenas at once would exceed the budget.
         """
         slots = min(self.budget_bytes // self.page_bytes, len(self.pages))
         if slots == self.slots:
             return
-        with self.mending():
+        with self.consistent_on_error():
             while len(self.resident) > slots:
                 self._evict(next(iter(self.resident)))
             staying = list(self.resident)
             for page in staying:
                 self._write_back(page)
-            self._settle()
+            self._synchronize()
             for page in staying:
                 page.slot = None
             self.resident.clear()
@@ -137,21 +147,21 @@ class Pager:
                 self._place(page)
 
     def forget(self, page: Page) -> None:
-        """The page is zero again, as if it had never been used."""
+        """Make the page zero again, as if it had never been used."""
         page.stored = page.dirty = page.ahead = False
         if page.slot is not None:
             self._evict(page)
 
     def replace(self, pages: list[Page]) -> None:
-        """Other pages, none of them resident; the old ones are dropped."""
-        self._settle()
+        """Take other pages, none of them resident; the old ones are dropped."""
+        self._synchronize()
         self.pages, self.slots, self.free = pages, 0, []
         self.resident.clear()
         self.arena = None
 
-    def look(self, page: Page) -> Tensor:
-        """The words of a page where it is now; nobody moves."""
-        page.store.settle()
+    def peek(self, page: Page) -> Tensor:
+        """The words of a page where they are now, in its slot or in the store."""
+        page.store.synchronize()
         if page.slot is not None:
             return self._slot(page.slot, page)
         return page.store.place(page)
@@ -165,21 +175,22 @@ class Pager:
         return [flat.as_strided(shape, stride, first + j * n) for j in range(states)]
 
     @contextmanager
-    def mending(self) -> Iterator[None]:
-        """Where the block ends in an error, an interrupt too, the lists are mended."""
+    def consistent_on_error(self) -> Iterator[None]:
+        """Rebuild the lists if the block ends in an error or an interrupt."""
         try:
             yield
         except BaseException:
-            self.mend()
+            self.rebuild_lists()
             raise
 
-    def mend(self) -> None:
-        """Lists that agree with the pages' own slots; no copy is under way."""
-        self._settle()
-        held = [page for page in self.pages if page.slot is not None]
-        self.resident = OrderedDict.fromkeys(sorted(held, key=lambda page: page.used))
-        taken = {page.slot for page in held}
-        self.free = [slot for slot in reversed(range(self.slots)) if slot not in taken]
+    def rebuild_lists(self) -> None:
+        """Make `resident` and `free` agree with the pages' own slots."""
+        self._synchronize()
+        resident = [page for page in self.pages if page.slot is not None]
+        resident.sort(key=lambda page: page.used)
+        self.resident = OrderedDict.fromkeys(resident)
+        used = {page.slot for page in resident}
+        self.free = [slot for slot in reversed(range(self.slots)) if slot not in used]
 
     def _bring(self, page: Page) -> None:
         self.counters.faults += 1
@@ -221,6 +232,10 @@ class Pager:
         first = slot * (self.page_bytes // WORD)
         return self.arena[first : first + page.words]
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         for store in {id(page.store): page.store for page in self.pages}.values():
-            store.settle()
+            store.synchronize()
+
+    def _tell(self, page: Page, event: str) -> None:
+        for observer in self.on_use:
+            observer(page, event)

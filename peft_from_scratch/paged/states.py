@@ -1,4 +1,4 @@
-"""What a paged AdamW accepts, and what it gives: settings, parameters, state dicts.
+"""Checks of what a paged AdamW is given, and the state dicts that it gives and takes.
 
 Every check is made before anything changes, and names what was wrong, its value, what
 is allowed and what to do.
@@ -12,7 +12,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .cuts import Cut, likeness, shaped
+from ..common.check import whole
+from .layout import StatePages, layout_of, shaped
 from .stores import WORD, FileStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,12 +33,6 @@ def step_dtype() -> torch.dtype:
 
 
 # -------------------------------------------------------------- settings, parameters
-
-
-def whole(name: str, value, least: int) -> None:
-    """ValueError unless `value` is a whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: allowed is a whole number from {least} on")
 
 
 def check_budget(budget_bytes: int, page_bytes: int) -> None:
@@ -90,28 +85,29 @@ def check_parameter(p: Tensor, name: str, states: int, page_bytes: int) -> None:
         )
 
 
-def check_gradient(p: Tensor, cut: Cut, group: dict) -> None:
+def check_gradient(p: Tensor, pages: StatePages, group: dict) -> None:
     """RuntimeError unless parameter, gradient and group fit the pages."""
-    if likeness(p) != cut.like:
+    if layout_of(p) != pages.layout:
         raise RuntimeError(
-            f"{cut.name} was {cut.like} when its pages were made and is {likeness(p)} "
-            "now (dtype, device, shape, strides); make the optimizer afterwards"
+            f"{pages.name} was {pages.layout} when its pages were made and is "
+            f"{layout_of(p)} now (dtype, device, shape, strides); make the optimizer "
+            "afterwards"
         )
-    if state_count(group) != cut.states:
+    if state_count(group) != pages.states:
         raise RuntimeError(
-            f"amsgrad={group['amsgrad']} was set after the pages of {cut.name} were "
+            f"amsgrad={group['amsgrad']} was set after the pages of {pages.name} were "
             "made; make a new optimizer with it"
         )
     if p.grad.layout != torch.strided:
         raise RuntimeError(
-            f"the gradient of {cut.name} is {p.grad.layout}; AdamW needs all of its "
+            f"the gradient of {pages.name} is {p.grad.layout}; AdamW needs all of its "
             "values. Use sparse=False where it comes from, or torch.optim.SparseAdam"
         )
-    like = p.grad.dtype, p.grad.device, p.grad.shape
-    if like != cut.like[:3]:
+    of_gradient = p.grad.dtype, p.grad.device, p.grad.shape
+    if of_gradient != pages.layout[:3]:
         raise RuntimeError(
-            f"the gradient of {cut.name} is {like}, the parameter {cut.like[:3]} "
-            "(dtype, device, shape); they must be the same"
+            f"the gradient of {pages.name} is {of_gradient}, the parameter "
+            f"{pages.layout[:3]} (dtype, device, shape); they must be the same"
         )
 
 
@@ -119,21 +115,23 @@ def check_gradient(p: Tensor, cut: Cut, group: dict) -> None:
 
 
 @torch.no_grad()
-def full_states(cuts: dict[Tensor, Cut], look: Callable, directory) -> dict:
+def full_states(
+    state_pages: dict[Tensor, StatePages], peek: Callable, directory
+) -> dict:
     """{parameter: {"exp_avg": …, …}}, each moment whole, all in one new file.
 
     Args
-        cuts  parameter -> its pages
-        look  page -> its words, wherever it is
+        state_pages  {parameter: its pages}
+        peek         page -> its words, wherever they are
     """
-    sizes = [cut.states * -(-p.nbytes // WORD) for p, cut in cuts.items()]
-    rooms = FileStore(sum(sizes), directory).words[: sum(sizes)].split(sizes)
+    sizes = [own.states * -(-p.nbytes // WORD) for p, own in state_pages.items()]
+    parts = FileStore(sum(sizes), directory).words[: sum(sizes)].split(sizes)
     full = {}
-    for (p, cut), room in zip(cuts.items(), rooms, strict=True):
-        moments = room.view(cut.states, -1).view(p.dtype)[:, : p.numel()]
-        for page in cut.pages:
-            moments[:, page.start : page.stop] = cut.rows(page, look(page))
-        named = zip(STATES[: cut.states], moments, strict=True)
+    for (p, own), words in zip(state_pages.items(), parts, strict=True):
+        moments = words.view(own.states, -1).view(p.dtype)[:, : p.numel()]
+        for page in own.pages:
+            moments[:, page.start : page.stop] = own.rows(page, peek(page))
+        named = zip(STATES[: own.states], moments, strict=True)
         full[p] = {name: shaped(moment, p) for name, moment in named}
     return full
 
@@ -190,9 +188,9 @@ def _step(key, step) -> Tensor:
 
 def _moment(key, name: str, moment, p: Tensor) -> Tensor:
     if not isinstance(moment, Tensor) or moment.shape != p.shape:
-        found = list(moment.shape) if isinstance(moment, Tensor) else repr(moment)
+        value = list(moment.shape) if isinstance(moment, Tensor) else repr(moment)
         raise ValueError(
-            f"{name!r} of parameter {key!r} in the state dict is {found}; it must be a "
+            f"{name!r} of parameter {key!r} in the state dict is {value}; it must be a "
             f"tensor of shape {list(p.shape)}"
         )
     return moment.detach()

@@ -1,12 +1,13 @@
-"""Where the pages of an optimizer are when they are not in its arena.
+"""Stores: where the pages of an optimizer are when they are not in its arena.
 
     CPU     `FileStore`, a file in shared mapping. The system keeps as much of it in
-            memory as it can spare and takes it back when it cannot, so what is stored
-            may be larger than memory
+            memory as it can spare and takes it back when it cannot, so the states may
+            be larger than memory
     CUDA    `PinnedStore`, page-locked host memory. Copies run on a stream of their
-            own, beside the kernels; an event says when a page has arrived
+            own, in parallel with kernels; an event says when a page has arrived
 
-Both hold `words`, a flat int64 tensor, and have the verbs read, write, arrive, settle.
+Both hold `words`, a flat int64 tensor, and have the verbs read, write, wait_for and
+synchronize.
 """
 
 import errno
@@ -56,7 +57,7 @@ class FileStore:
     def read(self, page, slot: Tensor) -> None:
         """Copy a page into its slot; zeros where it was never written."""
         if page.stored:
-            slot.copy_(self.place(page), non_blocking=True)  # no matter on a CPU
+            slot.copy_(self.place(page), non_blocking=True)  # only CUDA cares
         else:
             slot.zero_()
 
@@ -64,10 +65,10 @@ class FileStore:
         """Copy a slot to the page's place."""
         self.place(page).copy_(slot, non_blocking=True)
 
-    def arrive(self, page) -> None:
-        """What the device is asked after this finds the page in its slot."""
+    def wait_for(self, page) -> None:
+        """Make later work of the device wait until the page is in its slot."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until every copy is made."""
 
     def place(self, page) -> Tensor:
@@ -79,7 +80,7 @@ class PinnedStore(FileStore):
 
     A copy starts when the kernels asked for so far are done, for they may still use the
     slot. Copies keep their order among themselves, so a page that leaves a slot is out
-    before the next one comes in. Kernels asked for after `arrive` wait for that page.
+    before the next one comes in. Kernels asked for after `wait_for` wait for the page.
     """
 
     def __init__(self, words: int, device: torch.device):
@@ -87,18 +88,18 @@ class PinnedStore(FileStore):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def read(self, page, slot: Tensor) -> None:
-        self._beside(super().read, page, slot)
+        self._on_side_stream(super().read, page, slot)
 
     def write(self, page, slot: Tensor) -> None:
-        self._beside(super().write, page, slot)
+        self._on_side_stream(super().write, page, slot)
 
-    def arrive(self, page) -> None:
+    def wait_for(self, page) -> None:
         torch.cuda.current_stream(self.device).wait_event(page.copied)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.stream.synchronize()
 
-    def _beside(self, copy: Callable, page, slot: Tensor) -> None:
+    def _on_side_stream(self, copy: Callable, page, slot: Tensor) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             copy(page, slot)

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 10; each must be refused by its check."""
 
-from peft_from_scratch.checks import bottleneck_adapters as checks  # noqa: F401
+from peft_from_scratch.course.checks import bottleneck_adapters as checks  # noqa: F401
 
 PREAMBLE = "from transformers.pytorch_utils import Conv1D"
 

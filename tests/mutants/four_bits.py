@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 07; each must be refused by its check."""
 
-from peft_from_scratch.checks import four_bits as checks  # noqa: F401
+from peft_from_scratch.course.checks import four_bits as checks  # noqa: F401
 
 ROWS = "F.pad(w.flatten(), (0, -w.numel() % block)).view(-1, block)"
 BACK = "ratios.flatten()[: w.numel()].view(w.shape), absmax"

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 01; each must be refused by its check."""
 
-from peft_from_scratch.checks import full_fine_tuning as checks  # noqa: F401
+from peft_from_scratch.course.checks import full_fine_tuning as checks  # noqa: F401
 
 BATCH = """\
 def my_batch(rows, end, pad):

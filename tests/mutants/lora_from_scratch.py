@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 04; each must be refused by its check."""
 
-from peft_from_scratch.checks import lora_from_scratch as checks  # noqa: F401
+from peft_from_scratch.course.checks import lora_from_scratch as checks  # noqa: F401
 
 PREAMBLE = "from transformers.pytorch_utils import Conv1D"
 

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 11; each must be refused by its check."""
 
-from peft_from_scratch.checks import prefix_and_prompt as checks  # noqa: F401
+from peft_from_scratch.course.checks import prefix_and_prompt as checks  # noqa: F401
 
 PROMPT = """\
 def my_prompt(model, P, input_ids, attention_mask):

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 08; each must be refused by its check."""
 
-from peft_from_scratch.checks import qlora_and_paging as checks  # noqa: F401
+from peft_from_scratch.course.checks import qlora_and_paging as checks  # noqa: F401
 
 PREAMBLE = "from collections import OrderedDict, deque"
 

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 05; each must be refused by its check."""
 
-from peft_from_scratch.checks import rank_scale_targets as checks  # noqa: F401
+from peft_from_scratch.course.checks import rank_scale_targets as checks  # noqa: F401
 
 SIZE = """\
 def my_size(base, A, B, alpha, x, rslora):

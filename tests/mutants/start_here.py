@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 00; each must be refused by its check."""
 
-from peft_from_scratch.checks import start_here as checks  # noqa: F401
+from peft_from_scratch.course.checks import start_here as checks  # noqa: F401
 
 PREAMBLE = "import ast, json, re"
 

@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 09; each must be refused by its check."""
 
-from peft_from_scratch.checks import triton_lora_kernel as checks  # noqa: F401
+from peft_from_scratch.course.checks import triton_lora_kernel as checks  # noqa: F401
 
 PREAMBLE = """\
 import triton

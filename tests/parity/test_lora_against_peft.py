@@ -14,7 +14,7 @@ from architectures import CONFIGS, build
 from observe import gradients, logits, loss, refused, tokens, train, values
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 
 peft = pytest.importorskip("peft")
 pytestmark = [

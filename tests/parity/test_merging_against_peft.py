@@ -27,8 +27,8 @@ from architectures import build
 from observe import largest
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.merging import combine
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.files.combine import combine
 
 peft = pytest.importorskip("peft")
 pytestmark = [

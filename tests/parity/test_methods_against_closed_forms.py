@@ -13,7 +13,7 @@ from architectures import CONFIGS, build
 from observe import train
 
 import peft_from_scratch as pfs
-from peft_from_scratch.adapter import adapters
+from peft_from_scratch.core.adapter import adapters
 
 LAST = {  # the last projections of a layer's attention and MLP
     "gpt2": ("attn.c_proj", "mlp.c_proj"),

@@ -15,7 +15,7 @@ from architectures import CONFIGS, build
 from observe import train
 
 import peft_from_scratch as pfs
-from peft_from_scratch.trunk import trunk_of
+from peft_from_scratch.core.decoder import find_decoder
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -85,7 +85,7 @@ def of_peft(base, config):
 
 def trained_by_peft(model, base):
     """{our name: PEFT's parameter}."""
-    trunk = trunk_of(base)[0]
+    trunk = find_decoder(base)[0]
     return {
         f"{trunk}.P" if name.startswith("prompt_encoder") else our_name(name): parameter
         for name, parameter in model.named_parameters()
@@ -166,7 +166,7 @@ def test_the_mlp_of_a_prefix_is_pefts(architecture, tmp_path, measure):
     )
     reference, model = of_peft(base, config), copy.deepcopy(base)
     pfs.prefix.inject(model, n=3, hidden=8)
-    encoder, name = reference.prompt_encoder.default, trunk_of(base)[0]
+    encoder, name = reference.prompt_encoder.default, find_decoder(base)[0]
     mlp = model.get_submodule(name).mlp
     mlp.E.data.copy_(encoder.embedding.weight)
     mlp.mlp.load_state_dict(encoder.transform.state_dict())

@@ -29,12 +29,12 @@ from transformers import (
 
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
-from peft_from_scratch.adapter import adapters
-from peft_from_scratch.budget import count
-from peft_from_scratch.nf4 import files
+from peft_from_scratch.common.quiet import quiet_transformers
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.core.counting import count
+from peft_from_scratch.files import quantized
 from peft_from_scratch.nf4.codes import dynamic
 from peft_from_scratch.nf4.double import double_quantize
-from peft_from_scratch.pretrained import quiet_transformers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks at import
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -105,7 +105,7 @@ def test_doubled_constants_are_bit_equal(w, block, code):
     q = nf4.quantize(w, block, True, code)
     assert same(q.packed, packed)
     assert same(q.absmax.offset, state.offset)
-    assert same(q.absmax.units, state.state2.absmax)
+    assert same(q.absmax.nested_absmax, state.state2.absmax)
     assert same(q.absmax.codes, state.absmax)
     assert same(nf4.dequantize(q), values)
 
@@ -124,16 +124,16 @@ def test_eight_bit_codes_of_many_constants(blocks, spread):
     codes, state = functional.quantize_blockwise(absmax - offset, blocksize=256)
     restored = functional.dequantize_blockwise(codes, state) + offset
     assert same(doubled.codes, codes)
-    assert same(doubled.units, state.absmax)
-    assert same(doubled.restored(), restored)
+    assert same(doubled.nested_absmax, state.absmax)
+    assert same(doubled.dequantize(), restored)
     assert same(dynamic(), state.code)
     if blocks == 1:
-        assert doubled.units == 0 and same(doubled.restored(), absmax)
+        assert doubled.nested_absmax == 0 and same(doubled.dequantize(), absmax)
 
 
 def test_without_the_steps_some_codes_would_differ():
     law = partial(test_eight_bit_codes_of_many_constants, 12_345, 1.0)
-    assert_caught(double_quantize, 'if code == "dynamic":', "if False:", law)
+    assert_caught(double_quantize, 'if codebook == "dynamic":', "if False:", law)
 
 
 def test_zero_blocks():
@@ -298,7 +298,7 @@ def test_transformers_and_bitsandbytes_read_our_file(name, double, tmp_path):
 def as_bitsandbytes_writes(model, folder, double):
     """Exchange every projection's tensors for those of bitsandbytes' own state."""
     nf4.save(model, folder)
-    tensors = load_file(folder / files.WEIGHTS)
+    tensors = load_file(folder / quantized.WEIGHTS)
     for name, module in model.named_modules():
         if isinstance(module, nf4.NF4Linear):
             w = nf4.dequantize(module.quantized)
@@ -311,7 +311,7 @@ def as_bitsandbytes_writes(model, folder, double):
             }
             assert held == set(written)
             tensors |= written | {f"{name}.weight": packed}
-    save_file(tensors, folder / files.WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / quantized.WEIGHTS, {"format": "pt"})
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -366,7 +366,7 @@ def test_our_states_are_written_as_theirs(tmp_path):
     model = wide("llama")
     nf4.quantize_model(model)
     nf4.save(model, tmp_path)
-    tensors = load_file(tmp_path / files.WEIGHTS)
+    tensors = load_file(tmp_path / quantized.WEIGHTS)
     start = "model.layers.0.mlp.up_proj.weight"
     held = {k.removeprefix(f"{start}."): v for k, v in tensors.items() if start in k}
     w = nf4.dequantize(model.model.layers[0].mlp.up_proj.quantized)

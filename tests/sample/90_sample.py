@@ -28,7 +28,7 @@
 # **Only ten minutes?** Do exercise 90.1.
 
 # %%
-from peft_from_scratch.lesson import start
+from peft_from_scratch.course import start
 
 lesson = start("90", model="tiny")
 
@@ -36,7 +36,7 @@ lesson = start("90", model="tiny")
 import sample_lesson as checks
 import torch
 
-from peft_from_scratch import curves
+from peft_from_scratch.course import curves
 
 checks.stand_in()
 
@@ -44,7 +44,7 @@ checks.stand_in()
 # ## Idea
 #
 # Doubling adds a number to itself, $2 x = x + x$; see [the text of this
-# lesson](90_sample.py) and [the contract](../../peft_from_scratch/adapter.py).
+# lesson](90_sample.py) and [the contract](../../peft_from_scratch/core/adapter.py).
 #
 # | symbol | shape |
 # |---|---|

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from peft_from_scratch import ledger
-from peft_from_scratch.checks import close, judged, unchanged
-from peft_from_scratch.claim import Claim, Rule
-from peft_from_scratch.experiments import counting
+from peft_from_scratch.course.checks import close, judged, unchanged
+from peft_from_scratch.ledger import verdicts
+from peft_from_scratch.ledger.claim import Claim, Rule
 
 CLAIM = Claim(
     id="S1",
@@ -21,15 +20,14 @@ CLAIM = Claim(
     ),
     configs=lambda scale: [],
     measured=lambda runs: None,
-    measuring=(counting.count,),
     say_instead={},
 )
 
 
 def stand_in() -> None:
     """Have the ledger know the sample's claim, and no other."""
-    ledger.CLAIMS = {CLAIM.id: CLAIM}
-    ledger.FILE = Path(__file__).with_name("ledger.json")
+    verdicts.CLAIMS = {CLAIM.id: CLAIM}
+    verdicts.FILE = Path(__file__).with_name("ledger.json")
 
 
 @judged

@@ -1,0 +1,305 @@
+"""The command line: doctor, compare, train, chat and merge.
+
+Nothing here imports torch until a command runs: the tables of methods and of candidates
+import none, and other names that the library has as well (templates, bases) are written
+out, and a test compares them. An option that is not given is None, and the library's
+own default counts.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..comparison.candidates import RELATIVES, USUAL
+from ..methods import METHODS
+
+TEMPLATES = ("chat", "raw")
+RESUMABLE = ("compare", "train", "ledger")
+BASES = ("tiny", "smollm2")  # the bases that claims are judged at
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit status; a foreseen error is a sentence."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        resumable = options.name in RESUMABLE
+        on = " The same command goes on where this one was." if resumable else ""
+        print(f"\nStopped.{on}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        advice = _advice(str(error))
+        if not advice:
+            raise  # a bug, whose traceback is wanted
+        print(f"{type(error).__name__}: {error}. {advice}", file=sys.stderr)
+        return 1
+
+
+def _advice(error: str) -> str | None:
+    """What to do about a RuntimeError: torch has no other, so that its words must tell.
+
+    None for one that nobody foresaw.
+    """
+    if "did not move" in error:
+        return "On the command line: try a larger --lr"
+    if "out of memory" in error or "can't allocate memory" in error:
+        return "Try a smaller --batch, or a larger --accumulate"
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m peft_from_scratch",
+        description="Fine-tuning, from scratch: measure it, do it, talk to the result.",
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    _doctor(commands)
+    _compare(commands)
+    _train(commands)
+    _chat(commands)
+    _merge(commands)
+    _ledger(commands)
+    _work(commands)
+    return top
+
+
+def _doctor(commands) -> None:
+    command = _command(
+        commands, "doctor", "what is here, what is missing, what it costs"
+    )
+    command.set_defaults(run=run_doctor)
+
+
+def _compare(commands) -> None:
+    command = _command(
+        commands, "compare", "several methods, one table, picture and page"
+    )
+    command.add_argument("--task", help="orders, terms, a .jsonl file …")
+    command.add_argument("--methods", help=f"some of {','.join((*USUAL, *RELATIVES))}")
+    command.add_argument(
+        "--family",
+        action="store_true",
+        help="the methods' relatives too: the FAMILY=1 of make",
+    )
+    command.add_argument("--seeds", help="seeds, such as 0,1,2")
+    command.add_argument("--rows", type=int, help="test rows")
+    command.add_argument("--steps", type=int, help="optimizer steps")
+    command.add_argument("--batch", type=int, help="rows of an optimizer step")
+    _paged(command)
+    command.add_argument(
+        "--template", choices=TEMPLATES, help="for every row; by default as searched"
+    )
+    command.add_argument("--out", help="folder for the results")
+    command.add_argument(
+        "--tune",
+        action="store_true",
+        help="search the settings on validation first (half an hour on two cores)",
+    )
+    _base(command)
+    command.set_defaults(run=run_compare)
+
+
+def _train(commands) -> None:
+    command = _command(
+        commands, "train", "fine-tune on your own rows, save the adapter"
+    )
+    command.add_argument(
+        "--data",
+        required=True,
+        help="a task's name (orders, terms), the path of a .jsonl file with the keys "
+        "prompt and completion, a folder with a data set, or hub:owner/name",
+    )
+    of_data_sets = "of a hub: data set or a folder: "
+    command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
+    command.add_argument(
+        "--completion", help=f"{of_data_sets}the column of the completions"
+    )
+    command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
+    names = [method.name for method in METHODS]
+    command.add_argument("--method", choices=names, default="lora")
+    command.add_argument("--out", required=True, help="folder for the adapter")
+    command.add_argument("--lr", type=float, help="highest learning rate")
+    command.add_argument("--steps", type=int, default=50)
+    command.add_argument("--batch", type=int, default=8, help="rows of a step")
+    _paged(command)
+    command.add_argument(
+        "--accumulate", type=int, default=1, help="micro-batches a step"
+    )
+    command.add_argument(
+        "--max-tokens", type=int, help="longest row; a longer one is an error, not cut"
+    )
+    command.add_argument("--template", choices=TEMPLATES, default="chat")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--r", type=int, help="rank (lora and its kin)")
+    command.add_argument("--alpha", type=float, help="scale is alpha / r (the same)")
+    command.add_argument("--targets", help="preset or name (the same, and ia3)")
+    command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
+    command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
+    _base(command)
+    command.set_defaults(run=run_train)
+
+
+def _chat(commands) -> None:
+    command = _command(
+        commands, "chat", "talk to a base model, or to it with an adapter"
+    )
+    command.add_argument("--adapter", help="folder of a saved adapter")
+    as_trained = "by default as the adapter was trained"
+    command.add_argument("--system", help=f"the instruction; {as_trained}")
+    command.add_argument("--template", choices=TEMPLATES, help=as_trained)
+    _base(command)
+    command.set_defaults(run=run_chat)
+
+
+def _merge(commands) -> None:
+    command = _command(
+        commands, "merge", "fold an adapter into its base, save the model"
+    )
+    command.add_argument("--adapter", required=True, help="folder of a saved adapter")
+    command.add_argument("--out", required=True, help="new folder for the merged model")
+    _base(command)
+    command.set_defaults(run=run_merge)
+
+
+def _ledger(commands) -> None:
+    command = _command(
+        commands, "ledger", "the textbook's claims, and what their runs say of them"
+    )
+    command.add_argument("ids", nargs="*", metavar="ID", help="claims; by default all")
+    command.add_argument(
+        "--run",
+        dest="make_runs",  # `run` is the command's own function
+        action="store_true",
+        help="make the runs that are missing first",
+    )
+    command.add_argument(
+        "--base", choices=BASES, help="for this base model only; by default for both"
+    )
+    command.set_defaults(run=run_ledger)
+
+
+def _work(commands) -> None:
+    command = _command(
+        commands, "work", "your own copies of the notebooks, with blanks, in work/"
+    )
+    command.add_argument(
+        "number", nargs="?", metavar="NN", help="a notebook's, such as 04; else all"
+    )
+    command.add_argument(
+        "--restore",
+        action="store_true",
+        help="make this one anew; your old one stays beside it, under a dated name",
+    )
+    command.set_defaults(run=run_work)
+
+
+def _command(commands, name, text):
+    command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    command.set_defaults(name=name)
+    return command
+
+
+def _paged(command) -> None:
+    command.add_argument(
+        "--paged",
+        type=float,
+        metavar="SHARE",
+        help="keep this share of AdamW's states in memory, 0.25 for a quarter, and the "
+        "others in a file",
+    )
+
+
+def _base(command) -> None:
+    command.add_argument(
+        "--base", default="smollm2", help="smollm2, a hub id (owner/name) or a folder"
+    )
+    command.add_argument(
+        "--device", help="cpu, cuda or mps; by default the fastest here"
+    )
+
+
+def run_doctor(options) -> int:
+    from .doctor import run
+
+    return run()
+
+
+def run_compare(options) -> None:
+    from ..comparison import report
+    from ..comparison.compare import compare
+    from ..comparison.plan import Plan
+    from .commands import given
+
+    names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
+    names += ("out",)
+    chosen = given(options, *names)
+    if options.family and options.methods is not None:
+        raise ValueError("--family and --methods exclude each other: name them all")
+    if options.family:
+        chosen["methods"] = (*USUAL, *RELATIVES)
+    if options.methods is not None:
+        methods = options.methods.split(",")
+        chosen["methods"] = tuple(method.strip() for method in methods)
+    if options.seeds is not None:
+        chosen["seeds"] = seeds_in(options.seeds)
+    plan = Plan(**chosen)
+    print(report.table(compare(plan, tune=options.tune)))
+    print(f"\nThe page to look at and to pass on: {Path(plan.out, 'compare.html')}")
+
+
+def seeds_in(text: str) -> tuple[int, ...]:
+    """The seeds of "0,1,2"."""
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"seeds={text!r}: whole numbers with commas between them, such as 0,1,2"
+        ) from None
+
+
+def run_train(options) -> None:
+    from .commands import fine_tune
+
+    fine_tune(options)
+
+
+def run_chat(options) -> None:
+    from .chat import chat
+
+    chat(options)
+
+
+def run_merge(options) -> None:
+    from .commands import merge_to_folder
+
+    merge_to_folder(options)
+
+
+def run_ledger(options) -> None:
+    from ..ledger import verdicts
+
+    ids = options.ids or list(verdicts.CLAIMS)
+    claims = [verdicts.claim(id) for id in ids]  # an unknown one is said before any run
+    bases = (options.base,) if options.base else BASES
+    if options.make_runs:
+        verdicts.make_runs(ids, bases)
+    rows = verdicts.rows()
+    print(verdicts.table([row for row in rows if row["id"] in ids], bases))
+    for claim in claims:
+        for reason in verdicts.reasons(claim, bases):
+            print(f"  {reason}")
+    if verdicts.write(rows):
+        change = "is written anew: the runs say something else than it did"
+        print(f"\n{verdicts.FILE} {change}")
+
+
+def run_work(options) -> None:
+    from ..course.exercises import work
+
+    work(options.number, restore=options.restore)

@@ -1,0 +1,1 @@
+"""What all rooms use and none owns: digests, silence, checks, small files."""

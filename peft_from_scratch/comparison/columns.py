@@ -1,0 +1,210 @@
+"""The columns of the comparison's table, each with its unit and its meaning.
+
+The terminal table and the page both walk this list: a figure that is added here appears
+in both, said the same way.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..common.units import MB
+
+ABSENT = "—"  # what stands where nothing was measured
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `cell` turns a row of the result into the text that stands there."""
+
+    group: str
+    name: str
+    unit: str
+    meaning: str
+    cell: Callable[[dict], str]
+
+
+def found(row: dict, *path: str):
+    """The value at row[path[0]][path[1]]…; None where a part of it is absent."""
+    for name in path:
+        row = row.get(name) if row else None
+    return row
+
+
+def significant(value: float | None) -> str:
+    """At least two significant digits, and never an exponent: 0.0068, 9.8, 2,852."""
+    if value is None:
+        return ABSENT
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes in MB of 10^6 bytes."""
+    return ABSENT if count is None else significant(count / MB)
+
+
+def parameter_share(row: dict) -> str:
+    """Trainable parameters in percent of all."""
+    share = row.get("share")
+    return ABSENT if share is None else significant(100 * share)
+
+
+def percent(row: dict, share: float, sign: str = "") -> str:
+    """A share in percent, no finer than the row's answers can tell."""
+    answers = (found(row, "exact", "n") or 0) * len(row.get("per_seed") or [0])
+    return f"{100 * share:{sign}.{0 if answers <= 100 else 1}f}"
+
+
+def exact_match(row: dict) -> str:
+    """Percent of the test rows answered exactly: rate [95 % interval]."""
+    ends = (found(row, "exact", end) for end in ("rate", "low", "high"))
+    return _ranged(*ends, lambda share: percent(row, share))
+
+
+def _over(reference: str) -> Column:
+    """Percentage points more than the reference: difference [95 % interval]."""
+
+    def cell(row: dict) -> str:
+        names = ("difference", "low", "high")
+        ends = (found(row, "against", reference, name) for name in names)
+        return _ranged(*ends, lambda share: percent(row, share, "+"))
+
+    return Column(
+        "Quality",
+        f"Over {reference}",
+        "points [95 %]",
+        f"Exact match minus that of {reference} prompting, on the same rows.",
+        cell,
+    )
+
+
+def decode_time(row: dict) -> str:
+    """Time of a decoding step as a multiple of the base model's: median [range]."""
+    ends = (found(row, "decode", end) for end in ("ratio", "low", "high"))
+    return _ranged(*ends, "{:.2f}".format)
+
+
+def _ranged(value, low, high, say: Callable[[float], str]) -> str:
+    if value is None:
+        return ABSENT
+    if low is None or high is None:
+        return say(value)
+    return f"{say(value)} [{say(low)}, {say(high)}]"
+
+
+def _fixed(form: str, *path: str) -> Callable[[dict], str]:
+    """A cell that writes the value at `path` in a fixed form."""
+
+    def cell(row: dict) -> str:
+        value = found(row, *path)
+        return ABSENT if value is None else format(value, form)
+
+    return cell
+
+
+def _mergeable(row: dict) -> str:
+    return {True: "yes", False: "no", None: ABSENT}[found(row, "merge", "possible")]
+
+
+def _memory(kind: str, meaning: str) -> Column:
+    return Column(
+        "Memory",
+        kind.capitalize(),
+        "MB",
+        meaning,
+        lambda row: megabytes(found(row, "memory", kind)),
+    )
+
+
+COLUMNS = (
+    Column(
+        "Quality",
+        "Exact match",
+        "% [95 %]",
+        "Share of the test rows that the method answers exactly right.",
+        exact_match,
+    ),
+    _over("zero-shot"),
+    _over("few-shot"),
+    Column(
+        "Quality",
+        "Forgetting",
+        "nats/token",
+        "Loss on general prose, after minus before: +0.1 nats make each token there "
+        "about 10 % less probable to the model.",
+        _fixed("+.3f", "forgetting", "change"),
+    ),
+    Column(
+        "Size and time",
+        "Trainable",
+        "% of all",
+        "Share of the parameters that training may change.",
+        parameter_share,
+    ),
+    Column(
+        "Size and time",
+        "Steps",
+        "",
+        "Optimizer steps of the training; prompt tuning needs more of them.",
+        _fixed(",d", "steps"),
+    ),
+    Column(
+        "Size and time",
+        "Train",
+        "s",
+        "Seconds that training took.",
+        _fixed(",.0f", "seconds", "train"),
+    ),
+    Column(
+        "Size and time",
+        "Answer",
+        "s",
+        "Seconds that answering all test rows took, in batches.",
+        _fixed(",.0f", "seconds", "answer"),
+    ),
+    Column(
+        "Size and time",
+        "Disk",
+        "MB",
+        "What has to be stored besides the base model.",
+        lambda row: megabytes(row.get("disk_bytes")),
+    ),
+    Column(
+        "Inference",
+        "Decode step",
+        "× base [range]",
+        "Time to produce one token, as a multiple of the untouched base model's time "
+        "in the same minutes; 1 is no overhead.",
+        decode_time,
+    ),
+    Column(
+        "Inference",
+        "Merged",
+        "× base",
+        "The same, after the adapter was added into the weights.",
+        _fixed(".2f", "decode", "merged", "ratio"),
+    ),
+    Column(
+        "Inference",
+        "Mergeable",
+        "",
+        "Whether the adapter can be added into the weights, to leave no overhead.",
+        _mergeable,
+    ),
+    Column(
+        "Inference",
+        "Merge error",
+        "logits",
+        "Largest change of any output score (logit) that merging causes by rounding.",
+        lambda row: significant(found(row, "merge", "logit_error")),
+    ),
+    _memory("weights", "Parameters and buffers, the frozen ones included."),
+    _memory("gradients", "One number for each parameter that trains."),
+    _memory("optimizer", "What AdamW remembers: two numbers for each such parameter."),
+    _memory(
+        "activations", "Everything else: what the backward pass needs, temporaries."
+    ),
+    _memory("peak", "The most bytes held at any one moment."),
+)

@@ -1,0 +1,178 @@
+"""What work on SmolLM2 costs on this machine: FLOPs by formula, speed as measured.
+
+    reading a batch      2 (LAYERS tokens + HEAD labels)    FLOPs
+    a LoRA step          2 x that: backward passes through the inputs of each product
+    a full step          3 x that: and through its weights
+    seconds              FLOPs / (EFFICIENCY x rate)
+
+The head counts at labelled positions only, as in loss.py. The rate is that of matrix
+products of SmolLM2's own shapes, so that caches and threads weigh in as they will.
+These are estimates, to plan an afternoon by; an experiment measures.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..memory.formulas import adamw_bytes, lora_parameters
+from ..training.checkpoint import KEPT
+from . import tuning
+from .candidates import Candidate
+from .plan import Plan
+from .timing import synchronize
+
+HIDDEN, MLP, DEPTH = 576, 1536, 30  # SmolLM2-135M's sizes
+VOCABULARY = 49_152
+PROJECTIONS = (  # (d_out, d_in) of a layer's: q, k, v, o, gate, up, down
+    (HIDDEN, HIDDEN),
+    (192, HIDDEN),
+    (192, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (MLP, HIDDEN),
+    (MLP, HIDDEN),
+    (HIDDEN, MLP),
+)
+LAYERS = DEPTH * sum(d_out * d_in for d_out, d_in in PROJECTIONS)  # weights
+HEAD = VOCABULARY * HIDDEN  # weights; the embedding's too
+LORA = lora_parameters(DEPTH * PROJECTIONS, r=8)
+
+# Measured: training and decoding steps reach 0.67 to 0.83 of the products' rate. Norms,
+# attention, softmax and the optimizer take the rest.
+EFFICIENCY = 0.7
+ACTIVATION_BYTES = 1_206_000  # a token, as meter.measure_step counts a LoRA step
+LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gradient
+
+ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template
+FEW_SHOT_TOKENS = 459  # of its prompt with eight examples
+GENERAL_TOKENS = 16 * 256  # that evaluate.general_loss reads
+TIMED_STEPS = 220  # one-token steps of timing.against_first, for one row of the table
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of matrix products with so many rows at once."""
+
+    many: float  # 600: a training step, a prompt
+    some: float  # 32: a batch of answers
+    one: float  # 1: a chat
+
+
+def measured_rates(device: torch.device, *, seconds: float = 0.4) -> Rates:
+    """The calibration: `seconds` for each of three sizes, in float32."""
+    return Rates(*(measured_rate(device, rows, seconds) for rows in (600, 32, 1)))
+
+
+def measured_rate(device: torch.device, rows: int, seconds: float) -> float:
+    """FLOP/s of x W^T, with a W of its own for each layer, each at its fastest.
+
+    x (rows, 576), W (1536, 576). Fastest, since other programs only ever slow it down.
+    """
+    x = torch.randn(rows, HIDDEN, device=device)
+    layers = [torch.randn(MLP, HIDDEN, device=device) for _ in range(DEPTH)]
+    fastest = [math.inf] * DEPTH
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or math.isinf(fastest[-1]):
+        for layer, W in enumerate(layers):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, W)
+            synchronize(device)
+            fastest[layer] = min(fastest[layer], time.perf_counter() - start)
+    return 2 * rows * HIDDEN * MLP * DEPTH / sum(fastest)
+
+
+def reading_flops(tokens: int, labels: int) -> int:
+    """One forward pass, with logits at `labels` positions."""
+    return 2 * (LAYERS * tokens + HEAD * labels)
+
+
+def step_flops(rows: int, *, full: bool) -> int:
+    """One training step on rows of the task orders."""
+    return (3 if full else 2) * reading_flops(rows * ROW_TOKENS, rows * ROW_LABELS)
+
+
+def step_bytes(rows: int, *, full: bool) -> int:
+    """Peak bytes of one such step in float32: at the end of forward, or of backward.
+
+    weights + optimizer + max(activations, gradients)
+    """
+    trained = LAYERS + HEAD if full else LORA
+    weights = 4 * (LAYERS + HEAD + (0 if full else LORA))
+    activations = rows * (ROW_TOKENS * ACTIVATION_BYTES + ROW_LABELS * LABEL_BYTES)
+    return weights + adamw_bytes(trained, 0) + max(activations, 4 * trained)
+
+
+def checkpoint_bytes(*, full: bool) -> int:
+    """Most on disk at once: two checkpoints and one being written; weights, moments."""
+    trained = LAYERS + HEAD if full else LORA
+    return (KEPT + 1) * (4 * trained + adamw_bytes(trained, 0))
+
+
+def step_seconds(rates: Rates, rows: int, *, full: bool) -> float:
+    return step_flops(rows, full=full) / (EFFICIENCY * rates.many)
+
+
+def answer_seconds(rates: Rates, rows: int, prompt_tokens: int) -> float:
+    """To answer so many rows of the task orders, in batches of 32."""
+    reading = reading_flops(rows * prompt_tokens, rows)
+    writing = reading_flops(rows * ROW_LABELS, rows * ROW_LABELS)
+    return (reading / rates.many + writing / rates.some) / EFFICIENCY
+
+
+def chat_tokens_a_second(rates: Rates) -> float:
+    return EFFICIENCY * rates.one / reading_flops(1, 1)
+
+
+def train_seconds(rates: Rates, steps: int, rows: int, *, full: bool) -> float:
+    """`train`: its steps, and 100 test rows answered before and after."""
+    answers = 2 * answer_seconds(rates, 100, ROW_TOKENS - ROW_LABELS)
+    return steps * step_seconds(rates, rows, full=full) + answers
+
+
+def compare_seconds(rates: Rates, plan: Plan) -> float:
+    """`compare`: training, answers, general text before and after, and timing."""
+    reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (EFFICIENCY * rates.many)
+    timing = TIMED_STEPS / chat_tokens_a_second(rates)
+    total = reading
+    for candidate in plan.chosen():
+        once = _answering(rates, candidate, plan.rows) + timing
+        if candidate.trains:
+            once += _training(rates, candidate, plan) + reading
+        total += once * (len(plan.seeds) if candidate.trains else 1)
+    return total
+
+
+def tuning_seconds(rates: Rates, plan: Plan) -> float:
+    """The search of all settings: every run trains, where it does, and answers."""
+    total = 0.0
+    for candidate in plan.chosen():
+        once = _answering(rates, candidate, tuning.VALIDATION_ROWS)
+        if candidate.trains:
+            once += _training(rates, candidate, plan)
+        total += len(tuning.grid(candidate)) * once
+    return total
+
+
+def _answering(rates: Rates, candidate: Candidate, rows: int) -> float:
+    """The examples of few-shot are read once, for all rows."""
+    alone = ROW_TOKENS - ROW_LABELS
+    shared = FEW_SHOT_TOKENS - alone if candidate.few_shot else 0
+    return answer_seconds(rates, rows, alone) + _reading(rates, shared)
+
+
+def _reading(rates: Rates, tokens: int) -> float:
+    return reading_flops(tokens, 1) / (EFFICIENCY * rates.many)
+
+
+def _training(rates: Rates, candidate: Candidate, plan: Plan) -> float:
+    step = step_seconds(rates, plan.batch, full=candidate.method == "full")
+    return plan.steps_of(candidate) * step
+
+
+def duration(seconds: float) -> str:
+    """Two digits, in the unit that suits: 0.42 s, 75 s, 12 min, 3.1 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.6 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"

@@ -1,0 +1,257 @@
+"""A comparison as a table in the terminal, a picture, and a page to show a friend.
+
+The page is one file: its figures are inside it, it loads nothing and runs nothing.
+Model answers are untrusted text: jinja2 escapes everything that the template is given,
+`printable` takes out what could reorder or hide text, and a content security policy
+forbids the browser whatever might still get through.
+"""
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from unicodedata import category
+
+import jinja2
+from matplotlib.figure import Figure
+
+from ..common import atomic
+from ..plotting.theme import DARK, LIGHT, svg
+from . import figures, findings
+from .columns import ABSENT, COLUMNS, Column
+
+LABEL = 26  # characters; longer names of methods are wrapped
+READABLE = 100  # characters; longer lines of prose are wrapped
+WIDE, NARROW = 7.4, 4.2  # inches; the figures' widths on a desk and on a phone
+COMMAND = "make compare"
+
+
+def write(result: dict, folder: Path) -> tuple[Path, Path, Path]:
+    """Write compare.json, compare.png and compare.html; return their paths."""
+    data, picture, document = (
+        Path(folder) / f"compare.{kind}" for kind in ("json", "png", "html")
+    )
+    with atomic.new_file(data) as partial:
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+    with atomic.new_file(picture) as partial:
+        figures.quality_against_parameters(result).savefig(partial, dpi=200)
+    with atomic.new_file(document) as partial:
+        partial.write_text(page(result), encoding="utf-8")
+    return data, picture, document
+
+
+# The terminal ------------------------------------------------------------------------
+
+
+def table(result: dict, width: int | None = None) -> str:
+    """The table and what it says, as plain text.
+
+    Columns that do not fit beside each other go to further blocks, a group of columns
+    staying together wherever it can.
+
+    Args
+        width  characters a line; None takes the terminal's
+    """
+    width = width or shutil.get_terminal_size((READABLE, 24)).columns
+    rows = result["rows"]
+    blocks = [_block(rows, columns) for columns in _blocks(rows, width)]
+    prose = [_prose(*part, min(width, READABLE)) for part in _sections(result)]
+    title = f"{findings.headline(result)}\n{findings.setting(result)}"
+    return "\n\n".join([title, *blocks, *prose])
+
+
+def _sections(result: dict) -> list[tuple[str, list[str]]]:
+    """(heading, paragraphs) of what stands under the table."""
+    settings = [f"{label}: {said}." for label, said in findings.settings(result)]
+    wall = result.get("wall") or {}
+    parts = (
+        ("Against few-shot prompting", findings.verdicts(result)),
+        ("Of equal size, and in equal time", findings.views(result)),
+        ("How sure this is", findings.certainty(result)),
+        ("Settings", settings + findings.tuning(result)),
+        ("Where the time went", [wall["sentence"]] if wall.get("sentence") else []),
+        ("Reading the columns", findings.notes(result)),
+    )
+    return [(heading, said) for heading, said in parts if said]
+
+
+def _prose(heading: str, paragraphs: list[str], width: int) -> str:
+    lines = [
+        textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ")
+        for text in paragraphs
+    ]
+    return "\n".join([heading, *lines])
+
+
+def _blocks(rows: list[dict], width: int) -> list[list[Column]]:
+    """The columns, in as many blocks as the width asks for."""
+    room = width - _label_width(rows)
+    blocks: list[list[Column]] = [[]]
+    for unit in _units(rows, room):
+        if blocks[-1] and sum(_widths(rows, blocks[-1] + unit)) > room:
+            blocks.append([])
+        blocks[-1].extend(unit)
+    return blocks
+
+
+def _units(rows: list[dict], room: int) -> Iterator[list[Column]]:
+    """What must not be torn apart: a group; a column, where its group is too wide."""
+    for _, group in itertools.groupby(COLUMNS, lambda column: column.group):
+        columns = list(group)
+        if sum(_widths(rows, columns)) <= room:
+            yield columns
+        else:
+            yield from ([column] for column in columns)
+
+
+def _label_width(rows: list[dict]) -> int:
+    return min(LABEL, max(len("Method"), *(len(row["label"]) for row in rows)))
+
+
+def _widths(rows: list[dict], columns: list[Column]) -> list[int]:
+    """Characters that each column takes, the gap before it included."""
+    return [
+        2 + max(len(text) for text in (c.name, c.unit, *(c.cell(row) for row in rows)))
+        for c in columns
+    ]
+
+
+def _block(rows: list[dict], columns: list[Column]) -> str:
+    first, widths = _label_width(rows), _widths(rows, columns)
+    lines = [
+        ("", _spanning(columns, widths)),
+        ("Method", _aligned([column.name for column in columns], widths)),
+        ("", _aligned([column.unit for column in columns], widths)),
+    ]
+    for row in rows:
+        label, *more = textwrap.wrap(row["label"], LABEL)
+        lines.append((label, _aligned([c.cell(row) for c in columns], widths)))
+        lines.extend((f"  {part}", "") for part in more)
+    return "\n".join(f"{label:<{first}}{rest}".rstrip() for label, rest in lines)
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    return "".join(f"{c:>{width}}" for c, width in zip(cells, widths, strict=True))
+
+
+def _spanning(columns: list[Column], widths: list[int]) -> str:
+    """The names of the groups, each ruled over its columns."""
+    spans: Counter[str] = Counter()
+    for column, width in zip(columns, widths, strict=True):
+        spans[column.group] += width
+    return "".join(f"  {f' {group} ':─^{span - 2}}" for group, span in spans.items())
+
+
+# The page ----------------------------------------------------------------------------
+
+
+def page(result: dict) -> str:
+    """The comparison as one HTML document that loads nothing from anywhere."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["typeset"] = typeset
+    template = resources.files(__package__).joinpath("page.html")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        result=result,
+        findings=findings,
+        columns=COLUMNS,
+        groups=Counter(column.group for column in COLUMNS),
+        pictures=_pictures(result),
+        answers=sample_answers(result),
+        origin=origin(result),
+        command=result.get("command", COMMAND),
+        light=LIGHT,
+        dark=DARK,
+    )
+
+
+def sample_answers(result: dict) -> list[dict]:
+    """The sampled test rows, each with its different answers and who gave them."""
+    shown: dict[tuple, dict[tuple, list[str]]] = {}
+    for row in result["rows"]:
+        for sample in row.get("samples") or []:
+            given = shown.setdefault((sample["prompt"], sample["expected"]), {})
+            answer = sample["answer"], sample["correct"]
+            given.setdefault(answer, []).append(row["label"])
+    return [
+        {"prompt": prompt, "expected": expected, "given": given}
+        for (prompt, expected), given in shown.items()
+    ]
+
+
+def origin(result: dict) -> list[tuple[str, str]]:
+    """(name, value) of what a reader needs to judge or repeat the comparison."""
+    made = result["provenance"]
+    packages = made.get("packages") or {}
+    commit = made.get("commit")
+    if commit and made.get("changed"):
+        commit += ", with uncommitted changes"
+    told = {
+        "Made": made.get("when"),
+        "Command": result.get("command", COMMAND),
+        "Commit": commit,
+        "Base model": result["base_name"],
+        "Seeds": ", ".join(map(str, result["seeds"])),
+        "Number format": result["dtype"],
+        "Device": made.get("device") or result["device"],
+        "Machine": made.get("machine"),
+        "Threads": made.get("threads"),
+        "System": made.get("platform"),
+        "Python": made.get("python"),
+        "Packages": ", ".join(f"{name} {number}" for name, number in packages.items()),
+    }
+    return [(name, str(value or ABSENT)) for name, value in told.items()]
+
+
+def printable(value):
+    """Plain text with what is invisible, or reorders its surroundings, made visible."""
+    if type(value) is not str:  # a number, or markup that the template made
+        return value
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if category(c)[0] == "C" and c not in "\n\t" else c
+        for c in value
+    )
+
+
+def typeset(text: str) -> str:
+    """Numbers with a true minus sign, and never parted from their per cent sign."""
+    text = re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _pictures(result: dict) -> list[dict]:
+    """Each figure for wide and narrow, light and dark screens, as data URIs."""
+    drawn = (
+        (figures.quality_against_parameters, findings.quality_in_words),
+        (figures.memory_by_kind, findings.memory_in_words),
+    )
+    if len(findings.loss_by_second(result)) > 1:
+        drawn += ((figures.loss_against_seconds, findings.loss_in_words),)
+    themes = {"light": LIGHT, "dark": DARK}
+    widths = {"wide": WIDE, "narrow": NARROW}
+    return [
+        {"alt": in_words(result)}
+        | {
+            f"{shade}_{size}": _data_uri(draw(result, width=width, theme=theme))
+            for shade, theme in themes.items()
+            for size, width in widths.items()
+        }
+        for draw, in_words in drawn
+    ]
+
+
+def _data_uri(figure: Figure) -> str:
+    text = base64.b64encode(svg(figure).encode()).decode()
+    return f"data:image/svg+xml;base64,{text}"

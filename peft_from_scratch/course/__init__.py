@@ -1,0 +1,51 @@
+"""What a lesson imports, by name: `from peft_from_scratch.course import curves, start`.
+
+A lesson takes the library from `peft_from_scratch` and all else from here: the figures,
+the experiments, the stored runs and their verdicts, and the functions of the main job
+that it looks into. So a module can move between rooms, and a learner's copy of a
+lesson, in work/, runs as before. Nothing is imported before it is asked for.
+
+Reading order: lesson.py (start, predictions, verdicts, the receipt), cards.py (what a
+lesson takes), exercises.py (a learner's copies), checks/ (what judges an answer),
+pictures/ (pictures of ideas).
+"""
+
+from ..common import lazy
+
+MODULES = {  # room -> modules of it that lessons use
+    "common": ("provenance",),
+    "comparison": ("figures", "findings"),
+    "course": ("bit_costs", "cards", "lesson"),
+    "course.pictures": ("access_picture", "code_books", "page_picture"),
+    "ledger": ("intervals", "rates", "runs"),
+    "ledger.experiments": (
+        *("bill", "challengers", "constants", "counting", "data_size", "finetune"),
+        *("formats", "fusing", "latency", "one_gpu", "paging", "rank_and_place"),
+        *("scaling", "spectrum", "standalone", "starts"),
+    ),
+    "memory": ("formulas", "meta_model", "meter"),
+    "models": ("minilm",),
+    "plotting": ("curves", "roofline"),
+}
+NAMES = {  # module -> names in it that lessons use
+    "common.quiet": ("quiet_transformers",),
+    "comparison.timing": ("step_seconds",),
+    "core.adapter": ("adapters",),
+    "core.counting": ("count",),
+    "course.lesson": ("start",),
+    "ledger.claim": ("Claim", "Rule"),
+    "ledger.intervals": ("mean_of", "nested_bootstrap", "over_seeds", "paired"),
+    "plotting.block": ("block_picture",),
+    "tasks.task": ("load_task",),
+    "tasks.templates": ("encode_prompt",),
+    "training.batch": ("left_pad",),
+    "training.config": ("TrainConfig",),
+    "training.evaluation": ("answer_rows", "wilson"),
+    "training.loop": ("train",),
+}
+MODULE_OF = {
+    name: f"{room}.{name}" for room, names in MODULES.items() for name in names
+}
+MODULE_OF["ledger"] = "ledger.verdicts"
+
+__getattr__, __dir__, __all__ = lazy.names(MODULE_OF, lazy.homes(NAMES))

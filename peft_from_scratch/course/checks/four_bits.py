@@ -1,0 +1,596 @@
+"""What the exercises of notebook 07, four bits, are compared with.
+
+Blocks, codes, bytes and constants are compared with what nf4/ holds for the same
+tensors. Where rounding of the last bit may take a neighbour, both are right.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import nf4
+from ...nf4.codes import dynamic, integer8
+from . import Wrong, close, judged, unchanged
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+CLOSE = 2e-6  # two values are equally near to a ratio within this
+
+# 7.1 ----------------------------------------------------------------------------------
+
+
+def blocks() -> Iterator[tuple[str, Tensor, int]]:
+    """(what it is, w, block): the same at every call; the telling ones come first."""
+    draw = torch.Generator().manual_seed(7)
+
+    def normal(*shape) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    ladder = normal(4, 6) * torch.tensor([1.0, 5.0, 0.2, 30.0])[:, None]
+    holed = normal(3, 8)
+    holed[1] = 0
+    yield "", -normal(3, 8).abs(), 4
+    yield "", ladder, 4
+    yield "", normal(10), 4
+    yield "its second row zero", holed, 8
+    yield "", normal(2, 3, 5), 7
+    yield "", 1e-3 * normal(5), 64
+    yield "", normal(6), 1
+
+
+@judged
+def absmax_blocks(my_blocks: Callable) -> None:
+    """7.1: my_blocks(w, block): (w over its block's absmax, absmax of the blocks)."""
+    for name, w, block in blocks():
+        given = w.clone()
+        with unchanged(w=given):
+            got = my_blocks(given, block)
+        what = f"for w of shape {tuple(w.shape)}{name and ', '}{name}, block={block}"
+        if not (isinstance(got, tuple | list) and len(got) == 2):
+            raise Wrong(
+                f"{what}: expected two things, the ratios and the absmax; got "
+                f"{type(got).__name__}. Likely mistake: `return ratios, absmax`"
+            )
+        ratios, absmax = got
+        if isinstance(ratios, Tensor) and ratios.isnan().any():
+            raise Wrong(
+                f"the ratios {what}: some are NaN. Likely mistake: 0 / 0, in a block "
+                "of zeros; its ratios are 0"
+            )
+        expected = nf4.quantize(w, block, double=False).absmax
+        close(absmax, expected, what=f"the absmax {what}", mistakes=_units(w, block))
+        close(
+            ratios,
+            _over(w, expected, block),
+            what=f"the absmax is right, but not the ratios, {what}",
+            mistakes=_ratios(w, expected, block),
+        )
+
+
+def _rows(flat: Tensor, block: int) -> Tensor:
+    """(blocks, block), the last one filled up with zeros."""
+    return F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+
+
+def _over(w: Tensor, absmax: Tensor, block: int) -> Tensor:
+    unit = absmax.repeat_interleave(block)[: w.numel()].view(w.shape)
+    return torch.where(unit > 0, w / unit, 0 * w)
+
+
+def _units(w: Tensor, block: int) -> dict[str, Tensor]:
+    """What each likely mistake gives for the absmax."""
+    flat = w.flatten()
+    rows, count = _rows(flat, block), -(-len(flat) // block)
+    largest = rows.abs().amax(1)
+    at = rows.abs().argmax(1, keepdim=True)
+    across = _rows(w.movedim(0, -1).flatten(), block).abs().amax(1)
+    strided = F.pad(flat, (0, -len(flat) % block)).view(block, -1)
+    wrong = {
+        "the largest value, not the largest absolute value": rows.amax(1),
+        "the value that is largest, with its sign: take its absolute value": (
+            rows.gather(1, at)[:, 0]
+        ),
+        "one absmax for the whole tensor": largest.amax().expand(count),
+        "the blocks run down the columns; values stand row after row": across,
+        "each block takes values that stand far apart": strided.abs().amax(0),
+        "absmax of the ratios, which is 1": torch.ones(count),
+        "the mean of the absolute values": rows.abs().mean(1),
+        "the last, short block is missing": largest[: len(flat) // block],
+        "largest minus smallest; the distance from zero counts": (
+            rows.amax(1) - rows.amin(1)
+        ),
+        "one for each value; one for each block is asked for": (
+            largest.repeat_interleave(block)[: len(flat)]
+        ),
+        "its inverse": 1 / largest,
+    }
+    if w.dim() == 2:
+        wrong["one for each row: a block may be shorter or longer"] = w.abs().amax(1)
+    return wrong
+
+
+def _ratios(w: Tensor, absmax: Tensor, block: int) -> dict[str, Tensor]:
+    unit = absmax.repeat_interleave(block)[: w.numel()].view(w.shape)
+    over = _over(w, absmax, block)
+    return {
+        "multiplied by the absmax; divide": w * unit,
+        "not divided by anything": w,
+        "divided by the absmax of the whole tensor": w / w.abs().max(),
+        "divided the wrong way round": unit / w,
+        "the signs are lost": over.abs(),
+        "divided by the absmax twice": _over(over, absmax, block),
+        "rounded; that comes later": over.round(),
+    }
+
+
+# 7.2 ----------------------------------------------------------------------------------
+
+
+@judged
+def nibbles(my_pack: Callable, my_unpack: Callable) -> None:
+    """7.2: my_pack(codes): two a byte; my_unpack(packed, n): the codes again."""
+    draw = torch.Generator().manual_seed(7)
+    for n in (8, 7, 1, 2, 33):
+        codes = torch.randint(16, (n,), generator=draw).to(torch.uint8)
+        if n == 8:
+            codes[:2] = torch.tensor([9, 3])
+        _judge_pack(my_pack, codes)
+        _judge_unpack(my_unpack, codes)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """In whole numbers: 16 times the first of a pair, plus the second."""
+    pairs = _rows(codes.long(), 2)
+    return (16 * pairs[:, 0] + pairs[:, 1]).to(torch.uint8)
+
+
+def _judge_pack(my_pack: Callable, codes: Tensor) -> None:
+    n, given = len(codes), codes.clone()
+    with unchanged(codes=given):
+        got = my_pack(given)
+    what = f"my_pack of {n} codes, {codes[:5].tolist()}{', …' * (n > 5)}"
+    _demand_bytes(got, what)
+    pairs = _rows(codes.long(), 2)
+    first, second = pairs[:, 0], pairs[:, 1]
+    wrong = {
+        "the first of a pair belongs into the high half": 16 * second + first,
+        "added without shifting: the two cannot be told apart any more": first + second,
+        "times 15, or shifted by another number than 4": 15 * first + second,
+        "shifted by 3 bits; a code has 4": (8 * first) | second,
+        "the second is lost": 16 * first,
+        "the first is lost": second,
+        "the last code of an odd number is lost": _packed(codes)[: n // 2],
+        "neighbours share a byte, not the first half with the second": _halves(codes),
+        "one code a byte: nothing is packed": codes,
+    }
+    if n % 2:
+        lone = _packed(codes).long()
+        lone[-1] = codes[-1]
+        twice = _packed(codes).long()
+        twice[-1] = 17 * codes[-1].long()
+        wrong["the last of an odd number belongs into the high half too"] = lone
+        wrong["the last of an odd number stands there twice"] = twice
+    close(got, _packed(codes), what=what, mistakes=wrong)
+
+
+def _halves(codes: Tensor) -> Tensor:
+    padded = F.pad(codes.long(), (0, len(codes) % 2))
+    first, second = padded.chunk(2)
+    return 16 * first + second
+
+
+def _judge_unpack(my_unpack: Callable, codes: Tensor) -> None:
+    packed, n = _packed(codes), len(codes)
+    given = packed.clone()
+    with unchanged(packed=given):
+        got = my_unpack(given, n)
+    what = f"my_unpack({packed[:3].tolist()}{', …' * (n > 6)}, n={n})"
+    if isinstance(got, Tensor) and got.dtype not in INTEGERS:
+        raise Wrong(
+            f"{what}: codes are whole numbers, got {got.dtype}. Likely mistake: / in "
+            "the place of // or >>"
+        )
+    high, low = packed.long() // 16, packed.long() % 16
+
+    def woven(first, second) -> Tensor:
+        return torch.stack([first, second], 1).flatten()[:n]
+
+    every = torch.stack([high, low], 1).flatten()
+    close(
+        got,
+        codes,
+        what=what,
+        mistakes={
+            "the low half came first": woven(low, high),
+            "the low half is not cut out: & 15": woven(high, packed.long()),
+            "all high halves, then all low ones: weave them": torch.cat([high, low])[
+                :n
+            ],
+            "the half that no code fills is still there: cut to n": every,
+            "the sign of a byte: the highest bit is no sign here": woven(
+                packed.view(torch.int8).long() >> 4, low
+            ),
+            "the high half alone": high,
+            "the low half alone": low,
+            "the same half twice": woven(high, high),
+            "nothing was unpacked": packed,
+        },
+    )
+
+
+def _demand_bytes(got, what: str) -> None:
+    if not isinstance(got, Tensor) or got.dtype == torch.uint8:
+        return
+    raise Wrong(
+        f"{what}: expected torch.uint8, a byte for two codes; got {got.dtype}, of "
+        f"{got.element_size()} bytes. Likely mistake: a detour through another dtype; "
+        "come back with .to(torch.uint8)"
+    )
+
+
+# 7.3 ----------------------------------------------------------------------------------
+
+
+def books() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, values, ratios), no ratio near a midpoint, but for those that are on one.
+
+    Ratios on a midpoint are in a book of eighths, where every sum is exact.
+    """
+    draw = torch.Generator().manual_seed(7)
+    uneven = torch.tensor([-1.0, -0.9, -0.1, 0.0, 0.05, 0.6, 1.0])
+    eighths = torch.tensor([-1.0, -0.5, -0.25, 0.0, 0.125, 0.5, 1.0])
+    named = {
+        "seven uneven values": uneven,
+        "the values of NF4": torch.tensor(nf4.CODES["nf4"]),
+        "sixteen even steps": torch.tensor(nf4.CODES["int4"]),
+    }
+    for name, values in named.items():
+        ratios = 2 * torch.rand(5, 40, generator=draw) - 1
+        ratios[0, :3] = torch.tensor([1.0, -1.0, 0.0])
+        gap = (ratios[..., None] - _midpoints(values)).abs().amin(-1)
+        yield name, values, torch.where(gap < 1e-4, ratios + 3e-4, ratios)
+    yield "eighths, ratios on the midpoints", eighths, _midpoints(eighths)
+    yield "eighths, ratios on the values", eighths, eighths
+
+
+def _midpoints(values: Tensor) -> Tensor:
+    return (values[1:] + values[:-1]) / 2
+
+
+def nearest(ratios: Tensor, values: Tensor) -> Tensor:
+    """The number of the nearest value, the lower of two; by looking at all of them."""
+    return (ratios[..., None] - values).abs().argmin(-1)
+
+
+@judged
+def nearest_code(my_nearest: Callable) -> None:
+    """7.3: my_nearest(ratios, values): the number of the nearest value, for each."""
+    for name, values, ratios in books():
+        given, lent = ratios.clone(), values.clone()
+        with unchanged(ratios=given, values=lent):
+            got = my_nearest(given, lent)
+        what = f"the codes for ratios of shape {tuple(ratios.shape)}, {name}"
+        if isinstance(got, Tensor) and got.dtype not in INTEGERS:
+            likely = (
+                "values[code] was returned; the code, its number, is asked for"
+                if got.shape == ratios.shape
+                and torch.equal(got.float(), values[nearest(ratios, values)])
+                else "a code is a whole number: .to(torch.uint8)"
+            )
+            raise Wrong(f"{what}: got {got.dtype}. Likely mistake: {likely}")
+        close(
+            got,
+            nearest(ratios, values),
+            what=what,
+            mistakes=_wrong_codes(ratios, values),
+        )
+
+
+def _wrong_codes(ratios: Tensor, values: Tensor) -> dict[str, Tensor]:
+    right, last = nearest(ratios, values), len(values) - 1
+    floor = torch.bucketize(ratios, values, right=True) - 1
+    ceiling = torch.bucketize(ratios, values)
+    middles = _midpoints(values)
+    even = ((ratios + 1) / 2 * last).round().long()
+    wrong = {
+        "on a midpoint, the lower of the two counts": torch.bucketize(
+            ratios, middles, right=True
+        ),
+        "the value below the ratio, not the nearest: search the midpoints": floor,
+        "the value above the ratio, not the nearest: search the midpoints": ceiling,
+        "one too many: as many midpoints as lie below the ratio": right + 1,
+        "one too few: as many midpoints as lie below the ratio": right - 1,
+        "counted from the other end": last - right,
+        "even steps from -1 to 1; these values are not even": even,
+        "the furthest value, not the nearest": (ratios[..., None] - values)
+        .abs()
+        .argmax(-1),
+        "the nearest in size alone: the sign counts": (
+            (ratios.abs()[..., None] - values.abs()).abs().argmin(-1)
+        ),
+    }
+    return {text: codes for text, codes in wrong.items() if not codes.equal(right)}
+
+
+# 7.4 ----------------------------------------------------------------------------------
+
+
+def constants() -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    """(the values' name, values, absmax, block): the telling ones come first."""
+    draw = torch.Generator().manual_seed(7)
+    for name, values, n, block in (
+        ("eight-bit steps", integer8(), 12, 4),
+        ("eight-bit steps", integer8(), 10, 4),
+        ("the dynamic type", dynamic(), 700, 256),
+        ("the dynamic type", dynamic(), 5, 256),
+    ):
+        absmax = 2 + torch.rand(n, generator=draw)
+        absmax[n // 2] = 9.0
+        yield name, values, absmax, block
+    yield "eight-bit steps", integer8(), torch.full((6,), 2.5), 4
+
+
+@judged
+def double_quantization(my_double: Callable, my_restored: Callable) -> None:
+    """7.4: my_double(absmax, values, block) and back: my_restored(codes, …)."""
+    for name, values, absmax, block in constants():
+        what = f"{len(absmax)} constants, {name}, block={block}"
+        offset, units, ratios = _doubled(absmax, block)
+        codes = nearest(ratios, values).to(torch.uint8)
+        lent = absmax.clone()
+        with unchanged(absmax=lent):
+            got = my_double(lent, values, block)
+        if not (isinstance(got, tuple | list) and len(got) == 3):
+            raise Wrong(
+                f"for {what}: expected codes, units and offset; got "
+                f"{type(got).__name__}. Likely mistake: `return codes, units, offset`"
+            )
+        close(
+            got[2],
+            offset,
+            what=f"the offset of {what}",
+            mistakes={
+                "no offset": torch.zeros(()),
+                "the largest in the place of the mean": absmax.max(),
+                "the median in the place of the mean": absmax.median(),
+                "a mean for each block; one for the whole tensor": _means(
+                    absmax, block
+                ),
+                "the sum, not divided by the count": absmax.sum(),
+                "the mean with what was filled in": _rows(absmax, block).mean(),
+            },
+        )
+        close(
+            got[1],
+            units,
+            what=f"the offset is right, but not the units, of {what}",
+            mistakes=_wrong_second(absmax, offset, block),
+        )
+        _demand_codes(got[0], ratios, values, absmax, units, block, what)
+        _judge_restored(my_restored, codes, units, offset, values, block, what)
+
+
+def _doubled(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offset, units, ratios)"""
+    offset = absmax.mean()
+    rest = absmax - offset
+    units = torch.stack([part.abs().max() for part in rest.split(block)])
+    return offset, units, _over(rest, units, block)
+
+
+def _means(absmax: Tensor, block: int) -> Tensor:
+    return torch.stack([part.mean() for part in absmax.split(block)])
+
+
+def _wrong_second(absmax: Tensor, offset: Tensor, block: int) -> dict[str, Tensor]:
+    rest, count = absmax - offset, -(-len(absmax) // block)
+    parts = rest.split(block)
+    filled = _rows(absmax, block) - offset
+    return {
+        "the padding was put in before the offset was taken off: it became -offset, "
+        "the largest of its block": filled.abs().amax(1),
+        "the largest of the constants; of what is left without the offset": torch.stack(
+            [part.abs().max() for part in absmax.split(block)]
+        ),
+        "the largest value, not the largest absolute value": torch.stack(
+            [part.max() for part in parts]
+        ),
+        "one unit for the whole tensor; one for each block": rest.abs()
+        .max()
+        .expand(count),
+        "a single unit; one for each block": rest.abs().max(),
+        "the last, short block is missing": torch.stack(
+            [part.abs().max() for part in parts if len(part) == block] or [rest[0]]
+        ),
+        "the mean of the absolute values": torch.stack(
+            [part.abs().mean() for part in parts]
+        ),
+        "no unit: all are 1": torch.ones(count),
+    }
+
+
+def _demand_codes(got, ratios, values, absmax, units, block, what) -> None:
+    what = f"offset and units are right, but not the codes, of {what}"
+    right = nearest(ratios, values)
+    if not isinstance(got, Tensor) or got.shape != right.shape:
+        close(got, right, what=what)
+    _demand_eight(got, what)
+    off = (values[got.long()] - ratios).abs() - (values[right] - ratios).abs()
+    if bool((off <= CLOSE).all()) or not units.any():
+        return
+    rest = absmax - absmax.mean()
+    unit = units.repeat_interleave(block)[: len(absmax)]
+    below = torch.bucketize(ratios, values, right=True) - 1
+    wrong = {
+        "the offset was not taken off": nearest(absmax / unit, values),
+        "not divided by the unit": nearest(rest, values),
+        "multiplied by the unit; divide": nearest(rest * unit, values),
+        "the value below the ratio, not the nearest": below.clamp(min=0),
+        "the value above the ratio, not the nearest": torch.bucketize(
+            ratios, values
+        ).clamp(max=len(values) - 1),
+        "even steps; these values are not even": ((ratios + 1) * 127.5).round().long(),
+    }
+    close(got, right, what=what, mistakes=wrong)
+    raise Wrong(f"{what}: a value that is nearer was missed")
+
+
+def _demand_eight(got: Tensor, what: str) -> None:
+    if got.dtype != torch.uint8:
+        raise Wrong(
+            f"{what}: expected torch.uint8, eight bits for each constant; got "
+            f"{got.dtype}. Likely mistake: .to(torch.uint8) is missing"
+        )
+
+
+def _judge_restored(my_restored, codes, units, offset, values, block, what) -> None:
+    lent = dict(codes=codes.clone(), units=units.clone(), offset=offset.clone())
+    with unchanged(**lent):
+        got = my_restored(*lent.values(), values, block)
+    unit = units.repeat_interleave(block)[: len(codes)]
+    near = values[codes.long()]
+    expected = near * unit + offset
+    strided = units.repeat(block)[: len(codes)]
+    close(
+        got,
+        expected,
+        what=f"the constants restored, of {what}",
+        mistakes={
+            "the offset is forgotten": near * unit,
+            "the offset was added twice": near * unit + 2 * offset,
+            "the offset was taken off again: add it": near * unit - offset,
+            "the offset was added before multiplying": (near + offset) * unit,
+            "the unit is forgotten": near + offset,
+            "the code itself was used, not the value that it stands for": (
+                codes.float() * unit + offset
+            ),
+            "divided by the unit; multiply": near / unit + offset,
+            "the first unit for all blocks": near * units[0] + offset,
+            "the largest unit for all blocks": near * units.max() + offset,
+            "each unit belongs to a block, not to every so-many-th constant": (
+                near * strided + offset
+            )
+            if len(strided) == len(near)
+            else None,
+            "the values that were filled in are still there": F.pad(
+                near, (0, -len(near) % block)
+            )
+            * units.repeat_interleave(block)
+            + offset,
+        },
+        tolerance=1e-6,
+    )
+
+
+# 7.5 ----------------------------------------------------------------------------------
+
+MODELS = {  # (four-bit projections, sixteen-bit rest)
+    "a model with one projection": ([(64, 1032)], []),
+    "a model with an embedding": ([(64, 128), (128, 96)], [(300, 64), (64,)]),
+    "a model whose rows are no whole blocks": ([(33, 100), (7, 9)], [(10, 33)]),
+    "a model of some size": ([(256, 256)] * 2 + [(512, 257)], [(1000, 256), (256,)]),
+}
+
+
+@judged
+def model_bytes(my_bytes: Callable) -> None:
+    """7.5: my_bytes(packed, plain, block, double): what a quantized model takes."""
+    for name, (packed, plain) in MODELS.items():
+        for block in (64, 128, 32):
+            for double in (True, False):
+                _judge_bytes(my_bytes, packed, plain, block, double, name)
+
+
+def held(packed, plain, block: int, double: bool) -> int:
+    """Bytes, by making and quantizing every tensor."""
+    quantized = (nf4.quantize(torch.ones(s), block, double).nbytes for s in packed)
+    rest = (torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in plain)
+    return sum(quantized) + sum(rest)
+
+
+def _judge_bytes(my_bytes, packed, plain, block, double, name) -> None:
+    what = f"the bytes of {name}: {packed[:2]} in four bits, {plain[:2]} in sixteen"
+    got = my_bytes(list(packed), list(plain), block, double)
+    expected = held(packed, plain, block, double)
+    if isinstance(got, Tensor) and got.numel() == 1:
+        got = got.item()
+    wrong = _wrong_bytes(packed, plain, block, double)
+    if not isinstance(got, int | float):
+        close(got, expected, what=what)
+    if got != expected:  # a count is a count: a byte too many is wrong
+        likely = next((text for text, n in wrong.items() if n == got), None)
+        raise Wrong(
+            f"{what}, block={block}, double={double}\n"
+            f"  expected  {expected:,}\n  got       {got:,}"
+            + (f"\nLikely mistake: {likely}" if likely else "")
+        )
+
+
+def _wrong_bytes(packed, plain, block: int, double: bool) -> dict[str, float]:
+    sizes = [math.prod(shape) for shape in packed]
+    counts = [-(-n // block) for n in sizes]
+    codes = sum(-(-n // 2) for n in sizes)
+    rest = 2 * sum(math.prod(shape) for shape in plain)
+    second = [-(-c // 256) for c in counts]
+    firsts = sum(counts) if double else 4 * sum(counts)
+    right = codes + rest + firsts + (4 * sum(second) + 4 * len(sizes)) * double
+    rows = [d_out * -(-d_in // block) for d_out, d_in in packed]
+    a_value = 4 + (8 / block + 32 / (256 * block) if double else 32 / block)
+    wrong = {
+        "the constants are forgotten": codes + rest,
+        **_wrong_constants(codes + rest, sum(counts), right, double),
+        "the offset of each tensor is forgotten": right - 4 * len(sizes),
+        "one offset for all; each tensor has one": right - 4 * (len(sizes) - 1),
+        "the units are forgotten": right - 4 * sum(second),
+        "a unit for each block of values; for each 256 of the constants": (
+            right - 4 * sum(second) + 4 * sum(counts)
+        ),
+        "blocks that end with each row; they run on into the next": (
+            right - firsts + (sum(rows) if double else 4 * sum(rows))
+        ),
+        "the rest is forgotten": right - rest,
+        "the rest in four bits; it stays in sixteen": right - rest + rest // 4,
+        "the rest in 32 bits": right + rest,
+        "a byte for every code; two share one": right + sum(n // 2 for n in sizes),
+        "bits; 8 of them are a byte": 8 * right,
+        "the average of bits a value; whole bytes and blocks are counted": (
+            sum(sizes) * a_value / 8 + rest
+        ),
+        "rounded down; a block that has begun counts": (
+            sum(n // 2 for n in sizes)
+            + rest
+            + (
+                sum(n // block for n in sizes)
+                + 4 * sum(n // block // 256 for n in sizes)
+                + 4 * len(sizes)
+                if double
+                else 4 * sum(n // block for n in sizes)
+            )
+        ),
+        "all tensors counted as one: each has blocks of its own": _as_one(
+            sizes, rest, block, double
+        ),
+    }
+    return {text: count for text, count in wrong.items() if count != right}
+
+
+def _wrong_constants(rest: int, blocks: int, right: int, double: bool) -> dict:
+    if not double:
+        return {
+            "the constants in 8 bits, though they are not quantized": rest + blocks,
+            "the constants in 16 bits; a float32 has 32": rest + 2 * blocks,
+        }
+    return {
+        "the constants in 32 bits, though they are quantized": rest + 4 * blocks,
+        "the constants in 32 bits, and their units too": right + 3 * blocks,
+        "the second level is forgotten: units and offset": rest + blocks,
+    }
+
+
+def _as_one(sizes: list[int], rest: int, block: int, double: bool) -> int:
+    n = sum(sizes)
+    count = -(-n // block)
+    firsts = count + 4 * -(-count // 256) + 4 if double else 4 * count
+    return -(-n // 2) + firsts + rest

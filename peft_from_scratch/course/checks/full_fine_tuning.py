@@ -1,0 +1,553 @@
+"""What the exercises of notebook 01, full fine-tuning, are compared with.
+
+Labels with batch.collate, the loss with loss.summed_loss, AdamW with torch's own,
+the bill with the bytes that a real step was counted to take, storage with trying one
+task after the other.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...tasks.templates import IGNORED
+from ...training.batch import collate, label_tokens
+from ...training.loss import summed_loss
+from . import Wrong, close, judged, unchanged
+
+
+def _each(
+    got,
+    expected: Mapping[str, object],
+    said: str,
+    mistakes: Mapping[str, Mapping[str, object]],
+    *,
+    tolerance: float = 1e-5,
+) -> None:
+    """close() for each of several values that were returned together, by its name.
+
+    Args
+        expected  {name: value}, in the order in which they are returned
+        said      what follows a name: "for a model of …"
+        mistakes  {name: {likely mistake: what it gives}}, in the order of looking
+    """
+    if not isinstance(got, tuple | list) or len(got) != len(expected):
+        close(got, tuple(expected.values()), what=f"{', '.join(expected)} {said}")
+    values = dict(zip(expected, got, strict=True))
+    for name, wrong in mistakes.items():
+        close(
+            values[name],
+            expected[name],
+            what=f"{name} {said}",
+            mistakes=wrong,
+            tolerance=tolerance,
+        )
+
+
+# 1.1 ----------------------------------------------------------------------------------
+
+# (rows of (prompt, answer), end token, pad token)
+ROWS = (
+    ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 1, 0),
+    ([([5, 6, 1, 7], [8]), ([9, 6], [7, 5, 3]), ([4], [6])], 1, 1),  # pad is end
+    ([([3, 3], [3, 3, 3])], 2, 0),
+    ([([7, 2, 7, 5, 4], [0, 6]), ([2], [])], 2, 2),
+)
+
+
+@judged
+def labels(my_batch: Callable) -> None:
+    """1.1: my_batch(rows, end, pad) is (input_ids, labels), padded on the right."""
+    for rows, end, pad in ROWS:
+        lent = copy.deepcopy(rows)
+        got = my_batch(lent, end, pad)
+        if lent != rows:
+            raise Wrong(
+                f"the rows themselves were changed: {rows} became {lent}. Likely "
+                "mistake: += on a list that belongs to the caller; prompt + answer "
+                "makes a new one"
+            )
+        expected = _collated(rows, end, pad)
+        _each(got, expected, f"for {rows=}, {end=}, {pad=}", _batches(rows, end, pad))
+        for name, tensor in zip(expected, got, strict=True):
+            if tensor.dtype != torch.int64:
+                raise Wrong(
+                    f"{name} are {tensor.dtype}; tokens are whole numbers, torch.int64"
+                )
+
+
+def _collated(rows, end: int, pad: int) -> dict[str, Tensor]:
+    encoded = [(p + a + [end], [IGNORED] * len(p) + a + [end]) for p, a in rows]
+    made = collate(encoded, pad)
+    return {name: made[name] for name in ("input_ids", "labels")}
+
+
+def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
+    """Wrong ones, made row by row."""
+    longest = max(len(p + a) for p, a in rows) + 1
+    wrong = {"input_ids": defaultdict(list), "labels": defaultdict(list)}
+    for p, a in rows:
+        padding = [pad] * (longest - len(p + a) - 1)
+        for name, made in (("input_ids", _ids), ("labels", _labels)):
+            for text, row in made(p, a, end, padding, pad).items():
+                wrong[name][text].append(row)
+    return {
+        name: {text: torch.tensor(made) for text, made in each.items()}
+        for name, each in wrong.items()
+    }
+
+
+def _ids(p, a, end: int, padding: list[int], pad: int) -> dict[str, list[int]]:
+    """Wrong tokens for a row of prompt p and answer a."""
+    return {
+        "padded on the left; here real tokens come first": [*padding, *p, *a, end],
+        "the end token is missing": [*p, *a, *padding],
+        "there is padding where the end token should be": [*p, *a, pad, *padding],
+        "-100 is for labels: no token has this id": [*p, *a, end, *_hidden(padding)],
+    }
+
+
+def _labels(p, a, end: int, padding: list[int], pad: int) -> dict[str, list[int]]:
+    """Wrong labels for a row of prompt p and answer a."""
+    before, after = _hidden(p), _hidden(padding)
+    tokens, right = [*p, *a, end, *padding], [*before, *a, end, *after]
+    pairs = zip(tokens, right, strict=True)
+    return {
+        "padding was found by its token: where pad is the end token, the end loses its "
+        "label too. Find it by counting": (
+            [IGNORED if token == pad else label for token, label in pairs]
+        ),
+        "the end token has no label, so the model never learns to stop": (
+            [*before, *a, IGNORED, *after]
+        ),
+        "no label is hidden: labels are a copy of input_ids": tokens,
+        "the prompt has labels: the loss is on the answer alone": [*p, *a, end, *after],
+        "padding has the pad token for a label; -100 is meant": (
+            [*before, *a, end, *padding]
+        ),
+        "labels are shifted: that is the loss's job, labels[t] is the token at t": (
+            [*right[1:], IGNORED]
+        ),
+        "0 hides no label, it is a token: cross_entropy ignores -100": (
+            [0 if label == IGNORED else label for label in right]
+        ),
+        "one label too many: the last token of the prompt has one": (
+            [*before[1:], p[-1], *a, end, *after]
+        ),
+        "one label too few: the first token of the answer has none": (
+            [*before, IGNORED, *right[len(p) + 1 :]]
+        ),
+    }
+
+
+def _hidden(tokens: list[int]) -> list[int]:
+    return [IGNORED] * len(tokens)
+
+
+# 1.2 ----------------------------------------------------------------------------------
+
+# (b, t, vocabulary, dtype of the logits)
+SHAPES = (
+    (2, 5, 7, torch.float32),
+    (1, 9, 4, torch.float32),
+    (4, 6, 11, torch.float32),
+    (3, 8, 50, torch.bfloat16),
+)
+
+
+class _Says(nn.Module):
+    """A model that answers with given logits."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.logits)
+
+
+@judged
+def loss(my_loss: Callable) -> None:
+    """1.2: my_loss(logits, labels, tokens), so that its parts add up to the whole."""
+    for logits, given in _loss_cases():
+        here = label_tokens({"labels": given})
+        tokens = 2 * here + 3  # of a step that has other rows, too
+        theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
+        with unchanged(logits=theirs, labels=given):
+            got = my_loss(theirs, given, tokens)
+        expected = _summed(ours, given) / tokens
+        kind = str(logits.dtype).removeprefix("torch.")
+        close(
+            got,
+            expected.detach(),
+            what=f"loss for logits {tuple(logits.shape)} in {kind}, {here} label "
+            f"tokens here, {tokens=}",
+            mistakes=_losses(logits, given, tokens),
+        )
+        _same_gradient(got, theirs, expected, ours)
+    _adds_up(my_loss)
+
+
+def _loss_cases() -> Iterator[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    for b, t, vocabulary, dtype in SHAPES:
+        logits = 3 * torch.randn(b, t, vocabulary, generator=draw)
+        given = torch.randint(vocabulary, (b, t), generator=draw)
+        hidden = torch.rand(b, t, generator=draw) < 0.4
+        hidden[:, 0], hidden[:, -1] = False, False  # the first has a label, for once
+        yield logits.to(dtype), given.masked_fill(hidden, IGNORED)
+
+
+def _summed(logits: Tensor, given: Tensor) -> Tensor:
+    """By the library, whose model has these logits."""
+    return summed_loss(_Says(logits), {"input_ids": given, "labels": given})
+
+
+def _same_gradient(got, theirs, expected, ours) -> None:
+    if not got.requires_grad:
+        raise Wrong(
+            "the loss has the right value, but no gradient flows through it. Likely "
+            "mistake: .item(), .detach() or torch.no_grad()"
+        )
+    got.backward()
+    expected.backward()
+    what = "the gradient of the loss, for the same logits"
+    rounding = torch.finfo(theirs.dtype).eps  # of gradients that are kept in bfloat16
+    close(theirs.grad, ours.grad, what=what, tolerance=max(1e-5, rounding))
+
+
+def _adds_up(my_loss: Callable) -> None:
+    """One step in parts, of which one has no label at all."""
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(8, 6, 5, generator=draw)
+    given = torch.randint(5, (8, 6), generator=draw)
+    for row in range(8):
+        given[row, : row % 6] = IGNORED
+    given[3] = IGNORED
+    tokens = label_tokens({"labels": given})
+    parts = []
+    for row in range(8):
+        part = my_loss(logits[row : row + 1].clone(), given[row : row + 1], tokens)
+        parts.append(torch.as_tensor(part))
+    if not parts[3].isfinite():
+        raise Wrong(
+            f"the loss of a part without any label is {parts[3]:.3g}, and should be 0. "
+            "Likely mistake: a mean over nothing; take the sum"
+        )
+    what = "the sum of the losses of eight rows, one at a time (one has no label)"
+    close(sum(parts), _summed(logits, given) / tokens, what=what)
+
+
+def _losses(logits: Tensor, given: Tensor, tokens: int) -> dict[str, Tensor]:
+    """Wrong ones."""
+    wide, here = logits.float(), label_tokens({"labels": given})
+    z, y = wide[:, :-1], given[:, 1:]
+    right = _nats(z, y)
+    means = [_nats(*row) / (row[1] != IGNORED).sum() for row in zip(z, y, strict=True)]
+    sums = {
+        "not shifted: the logits at t - 1 are about the token at t": _nats(wide, given),
+        "shifted the wrong way: logits[:, :-1] belong to labels[:, 1:]": (
+            _nats(wide[:, 1:], given[:, :-1])
+        ),
+        "shifted twice: once is enough": _nats(wide[:, :-2], given[:, 2:]),
+        "shifted after the rows were joined: now the end of a row predicts the start "
+        "of the next one. Shift, then flatten": (
+            _nats(wide.flatten(0, 1)[:-1], given.flatten()[1:])
+        ),
+        "in bits: the logarithm is the natural one": right / math.log(2),
+        "-100 was read as a token: such positions have no loss": (
+            _nats(z, y.clamp(min=0))
+        ),
+        "computed in bfloat16: take logits.float() first": _nats(logits[:, :-1], y),
+        "the mean over this part, divided by `tokens` once more": right / here,
+    }
+    return {text: nats / tokens for text, nats in sums.items()} | {
+        "divided by the label tokens of this part, not by `tokens`": right / here,
+        "divided by all positions": right / y.numel(),
+        "divided by the number of rows": right / len(given),
+        "not divided by `tokens`": right,
+        "the mean of the rows' means": sum(means) / len(means),
+    }
+
+
+def _nats(logits: Tensor, given: Tensor) -> Tensor:
+    """The summed surprise at the tokens that have a label."""
+    logits, given = logits.reshape(-1, logits.shape[-1]), given.reshape(-1)
+    return F.cross_entropy(logits, given, reduction="sum")
+
+
+# 1.3 ----------------------------------------------------------------------------------
+
+# (shape, lr, betas, eps, decay)
+STEPS = (
+    ((3, 4), 0.1, (0.9, 0.999), 1e-8, 0.01),
+    ((5,), 0.1, (0.8, 0.9), 1e-8, 0.5),
+    ((2, 3, 2), 0.05, (0.5, 0.7), 0.1, 0.3),
+    ((4, 4), 0.2, (0.9, 0.99), 0.5, 0.1),
+)
+
+
+@judged
+def adamw(my_adamw: Callable) -> None:
+    """1.3: my_adamw(W, g, m, v, t, lr, betas, eps, decay) is (W, m, v) one step on."""
+    for case, (shape, lr, betas, eps, decay) in enumerate(STEPS):
+        draw = torch.Generator().manual_seed(case)
+        W = nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float64))
+        optimizer = torch.optim.AdamW(
+            [W], lr=lr, betas=betas, eps=eps, weight_decay=decay
+        )
+        now = {"W": W.data.clone(), "m": torch.zeros_like(W), "v": torch.zeros_like(W)}
+        for t in (1, 2, 3):
+            g = torch.randn(shape, generator=draw, dtype=torch.float64)
+            W.grad = g.clone()
+            optimizer.step()
+            state = optimizer.state[W]
+            after = {"W": W.data, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+            _one_step(my_adamw, {**now, "g": g}, (t, lr, betas, eps, decay), after)
+            now = {name: tensor.detach().clone() for name, tensor in after.items()}
+
+
+def _one_step(my_adamw, before: dict[str, Tensor], settings, after) -> None:
+    t, lr, betas, eps, decay = settings
+    lent = {name: before[name].detach().clone() for name in ("W", "g", "m", "v")}
+    with unchanged(**lent):
+        got = my_adamw(*lent.values(), *settings)
+    shape = tuple(before["W"].shape)
+    said = f"of shape {shape} after step {t=}, with {lr=}, {betas=}, {eps=}, {decay=}"
+    _refuse_broken(got, f"W, m, v {said}")
+    _each(got, after, said, _steps(**before, settings=settings), tolerance=1e-6)
+
+
+def _refuse_broken(got, what: str) -> None:
+    """A step that divided by zero: t began at zero."""
+    tensors = got if isinstance(got, tuple | list) else [got]
+    if not all(torch.isfinite(x).all() for x in tensors if isinstance(x, Tensor)):
+        raise Wrong(
+            f"{what}\n  got       NaN or infinite entries\nLikely mistake: t is off by "
+            "one. It is 1 in the first step, so that 1 - beta ** t is not zero"
+        )
+
+
+def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
+    """Wrong ones. m and v are looked at before W, which is made of the right ones."""
+    t, lr, (beta1, beta2), eps, decay = settings
+    old_m, old_v = m, v
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    shrunk, root = (1 - lr * decay) * W, v_hat.sqrt() + eps
+    step = lr * m_hat / root
+    late1, late2 = 1 - beta1 ** (t + 1), 1 - beta2 ** (t + 1)
+
+    def moved(mean: Tensor, root: Tensor) -> Tensor:
+        return shrunk - lr * mean / root
+
+    return {
+        "m": {
+            "m is as it was": old_m,
+            "m is divided by 1 - beta1 ** t: W's step alone uses that": m_hat,
+            "beta1 and beta2 are swapped": beta2 * old_m + (1 - beta2) * g,
+            "beta1 belongs to the old m, 1 - beta1 to g": (
+                (1 - beta1) * old_m + beta1 * g
+            ),
+            "the decay went into the gradient: that is Adam with L2, not AdamW": (
+                beta1 * old_m + (1 - beta1) * (g + decay * W)
+            ),
+            "g is not multiplied by 1 - beta1": beta1 * old_m + g,
+        },
+        "v": {
+            "v is as it was": old_v,
+            "v is divided by 1 - beta2 ** t: W's step alone uses that": v_hat,
+            "v is a mean of g * g, not of g": beta2 * old_v + (1 - beta2) * g,
+            "v is a mean of g * g, not of |g|": beta2 * old_v + (1 - beta2) * g.abs(),
+            "v is a mean of g * g, not of m * m": beta2 * old_v + (1 - beta2) * m * m,
+            "v has beta2, not beta1": beta1 * old_v + (1 - beta1) * g * g,
+            "beta2 belongs to the old v, 1 - beta2 to g * g": (
+                (1 - beta2) * old_v + beta2 * g * g
+            ),
+            "g * g is not multiplied by 1 - beta2": beta2 * old_v + g * g,
+        },
+        "W": {
+            "W is as it was": W,
+            "no bias correction: m / (1 - beta1 ** t), v / (1 - beta2 ** t)": (
+                moved(m, v.sqrt() + eps)
+            ),
+            "the bias of m is not corrected": moved(m, root),
+            "the bias of v is not corrected": moved(m_hat, v.sqrt() + eps),
+            "t is off by one: it is 1 in the first step": (
+                moved(m / late1, (v / late2).sqrt() + eps)
+            ),
+            "the old m and v were used: they are updated before W": (
+                moved(old_m / (1 - beta1**t), (old_v / (1 - beta2**t)).sqrt() + eps)
+            ),
+            "g stands in the place of m": moved(g, root),
+            "eps is missing": moved(m_hat, v_hat.sqrt()),
+            "eps stands inside the root: it is added after it": (
+                moved(m_hat, (v_hat + eps).sqrt())
+            ),
+            "eps is added before the bias correction": (
+                moved(m_hat, (v.sqrt() + eps) / (1 - beta2**t) ** 0.5)
+            ),
+            "the root of v is missing": moved(m_hat, v_hat + eps),
+            "the decay is missing": W - step,
+            "the decay is not multiplied by lr": (1 - decay) * W - step,
+            "the decay has the wrong sign: it shrinks W": (1 + lr * decay) * W - step,
+            "the decay comes after the step; AdamW shrinks the old W": (
+                (1 - lr * decay) * (W - step)
+            ),
+            "the wrong sign: W moves against the gradient": shrunk + step,
+        },
+    }
+
+
+# 1.4 ----------------------------------------------------------------------------------
+
+KINDS = ("weights", "gradients", "master", "moments")
+# Bytes a parameter; tests/test_full_fine_tuning_checks.py counts them in real steps.
+BYTES = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "mixed": (2, 2, 4, 8)}
+COUNTS = (7_000_000_000, 134_515_008, 1_234_567)
+GB, GIB = 1e9, 2**30
+MISCOUNTED = {  # {kind: {bytes a parameter, where they are wrong: likely mistake}}
+    "weights": {
+        2: "float32 is four bytes",
+        4: "this recipe keeps the weights in two bytes",
+        6: "the master copy has a row of its own",
+    },
+    "gradients": {
+        2: "float32 is four bytes",
+        4: "a gradient has the dtype of its weight: two bytes",
+    },
+    "master": {
+        0: "mixed precision has a float32 copy of the weights, too",
+        2: "the master copy is float32: four bytes",
+        4: "only mixed precision has a master copy",
+    },
+    "moments": {
+        2: "AdamW has two moments, m and v",
+        4: "here AdamW has two moments of four bytes each",
+        8: "here m and v have the dtype of the weights: two bytes each",
+        12: "the master copy is no moment: it has a row of its own",
+    },
+}
+
+
+@judged
+def memory_bill(my_bill: Callable) -> None:
+    """1.4: my_bill(parameters, recipe) is {kind: GB} of a step's four rows."""
+    for parameters in COUNTS:
+        for recipe, sizes in BYTES.items():
+            got = my_bill(parameters, recipe)
+            said = f"my_bill({parameters:,}, {recipe!r})"
+            _refuse_other_rows(got, said)
+            for kind, size in zip(KINDS, sizes, strict=True):
+                close(
+                    got[kind],
+                    parameters * size / GB,
+                    what=f"GB of {kind} in {said}",
+                    mistakes=_bills(parameters, kind, size),
+                )
+
+
+def _refuse_other_rows(got, said: str) -> None:
+    if not isinstance(got, dict):
+        shown = "None: `return` is missing" if got is None else type(got).__name__
+        raise Wrong(f"{said} is a dict with four rows, {KINDS}; got {shown}")
+    if set(got) != set(KINDS):
+        raise Wrong(
+            f"{said} has the rows {tuple(got)}; expected are {KINDS}, with 0 for a row "
+            "that the recipe does not have"
+        )
+
+
+def _bills(parameters: int, kind: str, size: int) -> dict[str, float]:
+    """Wrong ones, of one row."""
+    right = parameters * size
+    wrong = {text: parameters * n / GB for n, text in MISCOUNTED[kind].items()}
+    return wrong | {
+        "GiB, units of 2 ** 30 bytes; a GB is 1e9 bytes": right / GIB,
+        "bytes; divide by 1e9": right,
+        "MB; a GB is 1e9 bytes": right / 1e6,
+        "bits; a byte is eight of them": 8 * right / GB,
+        "`parameters` is ignored": COUNTS[0] * size / GB,
+        "rounded: leave that to whoever prints it": round(right / GB, 1),
+        "cut off: / divides, // drops what follows the point": right // GB,
+    }
+
+
+# 1.5 ----------------------------------------------------------------------------------
+
+# (bytes of the disk, of a model, of an adapter)
+DISKS = (
+    (1_000, 100, 3),
+    (10_000, 538, 9),
+    (99, 100, 3),  # no room for a single model
+    (100, 100, 3),  # room for a base alone
+    (1_000, 60, 30),  # copies and adapters draw level exactly at two tasks
+    (700, 90, 75),
+    (500, 40, 40),  # an adapter as large as its base
+    (500, 40, 60),  # a larger one
+)
+
+
+@judged
+def storage(my_storage: Callable) -> None:
+    """1.5: my_storage(disk, model, adapter) is (copies, adapters, break_even)."""
+    for disk, model, adapter in DISKS:
+        expected = _counted(disk, model, adapter)
+        _each(
+            my_storage(disk, model, adapter),
+            expected,
+            f"for {disk=}, {model=}, {adapter=} bytes",
+            _storages(disk, model, adapter, expected),
+            tolerance=1e-12,
+        )
+
+
+def _counted(disk: int, model: int, adapter: int) -> dict[str, int | None]:
+    """By adding one task after the other, as far as that is feasible."""
+    copies = adapters = 0
+    while (copies + 1) * model <= disk:
+        copies += 1
+    while model + (adapters + 1) * adapter <= disk:
+        adapters += 1
+    fewer = (n for n in range(1, 1000) if model + n * adapter < n * model)
+    return {"copies": copies, "adapters": adapters, "break_even": next(fewer, None)}
+
+
+def _storages(disk, model, adapter, right) -> dict[str, dict[str, float]]:
+    """Wrong ones."""
+    left, saved = disk - model, model - adapter
+    wrong_level = {
+        "an adapter as large as its base never wins: None": model // (saved or 1) + 1
+    }
+    if right["break_even"] is not None:
+        wrong_level = {
+            "one task too early: adapters must take fewer bytes, not the same": (
+                right["break_even"] - 1
+            ),
+            "one task too late": right["break_even"] + 1,
+            "not rounded: tasks are whole": model / saved,
+            "that is how many adapters weigh one model; ask when one base and n "
+            "adapters are less than n models": model // adapter,
+        }
+    return {
+        "copies": {
+            "rounded up: a copy that fits in part does not fit": -(-disk // model),
+            "not rounded: half a copy cannot be served": disk / model,
+        },
+        "adapters": {
+            "the base is missing: adapters are served on one": disk // adapter,
+            "every adapter has a base of its own here; one base is enough": (
+                disk // (model + adapter)
+            ),
+            "below zero: with no room for the base, no task is served": left // adapter,
+            "rounded up: a task that fits in part does not fit": -(-left // adapter),
+            "not rounded: half a task cannot be served": left / adapter,
+            "the base was counted as a task": right["adapters"] + 1,
+        },
+        "break_even": wrong_level,
+    }

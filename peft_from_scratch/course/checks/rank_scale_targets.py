@@ -1,0 +1,607 @@
+"""What the exercises of notebook 05, rank, scale and targets, are compared with.
+
+Every check takes the learner's function, tries it on several shapes, and compares with
+methods/lora.py, dora.py and pissa.py, training/ and experiments/scaling.py, which have
+the same mathematics in other words.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ...core.adapter import adapters, trainable
+from ...ledger.experiments import scaling
+from ...methods import dora, lora, pissa
+from ...training.config import TrainConfig
+from ...training.state import parameter_groups
+from . import Wrong, close, judged, pulled, unchanged
+
+# (d_in, d_out, r, alpha, shape of x without d_in). In the first, every wrong scale
+# gives another number; in the second, every wrong order of square matrices fits.
+CASES = (
+    (6, 4, 3, 8.0, (2, 3)),
+    (5, 5, 5, 1.5, (4,)),
+    (8, 12, 4, 2.0, (1, 5)),
+    (9, 7, 1, 3.0, (2, 2)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A projection with a LoRA's A and B, in float32, and an input."""
+
+    W0: Tensor
+    bias: Tensor
+    A: Tensor
+    B: Tensor
+    alpha: float
+    x: Tensor
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    def base(self, *, bias: bool = True) -> nn.Linear:
+        d_out, d_in = self.W0.shape
+        base = nn.Linear(d_in, d_out, bias=bias)
+        with torch.no_grad():
+            base.weight.copy_(self.W0)
+            if bias:
+                base.bias.copy_(self.bias)
+        return base.requires_grad_(False)
+
+    def filled(self, module: lora.LoRA) -> lora.LoRA:
+        with torch.no_grad():
+            module.A.copy_(self.A)
+            module.B.copy_(self.B)
+        return module
+
+    def __str__(self):
+        d_out, d_in = self.W0.shape
+        return f"d_in={d_in}, d_out={d_out}, r={self.r}, alpha={self.alpha}"
+
+
+def cases() -> Iterator[Case]:
+    """Random weights and inputs, the same at every call; a bias that is not zero."""
+    draw = torch.Generator().manual_seed(5)
+
+    def normal(*shape) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    for d_in, d_out, r, alpha, shape in CASES:
+        yield Case(
+            normal(d_out, d_in),
+            normal(d_out),
+            normal(r, d_in),
+            normal(d_out, r),
+            alpha,
+            normal(*shape, d_in),
+        )
+
+
+# 5.1 ----------------------------------------------------------------------------------
+
+
+@judged
+def update_size(my_size: Callable) -> None:
+    """5.1: my_size(base, A, B, alpha, x, rslora): rms of the update over the base's."""
+    for case in cases():
+        for rslora in (False, True):
+            made = lora.LoRA(case.base(), case.r, case.alpha, rslora=rslora)
+            expected = _size(case.filled(made), case.x)
+            base, A, B, x = case.base(), case.A.clone(), case.B.clone(), case.x.clone()
+            with unchanged(A=A, B=B, x=x):
+                got = my_size(base, A, B, case.alpha, x, rslora)
+            close(
+                got.item() if isinstance(got, Tensor) and got.numel() == 1 else got,
+                expected,
+                what=f"the size, for {case}, rslora={rslora}",
+                mistakes=_wrong_sizes(case, rslora),
+                tolerance=1e-4,
+            )
+
+
+class _Alone(nn.Module):
+    """A model of one module, as `update_ratios` wants one."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.only = module
+
+    def forward(self, x, use_cache):
+        return self.only(x)
+
+
+def _size(module: lora.LoRA, x: Tensor) -> float:
+    (size,) = scaling.update_ratios(_Alone(module), {"input_ids": x}).values()
+    return size
+
+
+def _wrong_sizes(case: Case, rslora: bool) -> dict[str, float]:
+    r, alpha = case.r, case.alpha
+    scale, other = alpha / r, alpha / math.sqrt(r)
+    if rslora:
+        scale, other = other, scale
+    update, before = case.x @ case.A.T @ case.B.T, case.base()(case.x)
+    size = (_rms(update) / _rms(before)).item()
+    added = scale * update
+    scales = {
+        "the two scales are swapped, or one serves for both": other,
+        "sqrt(alpha) / r: the root is of r alone": math.sqrt(alpha) / r,
+        "sqrt(alpha / r): the root is of r alone": math.sqrt(alpha / r),
+        "alpha // r drops what is behind the point": alpha // r,
+        "not divided by r": alpha,
+        "the scale is missing": 1.0,
+        "the scale is there twice": scale**2,
+    }
+    matrices = scale * (case.B @ case.A).norm() / case.W0.norm()
+    plain = _rms(case.x @ case.W0.T)
+    wrong = {text: each * size for text, each in scales.items()}
+    return wrong | {
+        "the sizes of the matrices: what they do to x is asked for": matrices.item(),
+        "upside down: the update's size over the base's": 1 / (scale * size),
+        "over the output that holds the update: the base's alone is meant": (
+            _rms(added) / _rms(before + added)
+        ).item(),
+        "the base's bias is left out: base(x) is all of it": (
+            _rms(added) / plain
+        ).item(),
+        "the root is missing": (scale * size) ** 2,
+        "the update alone: divide by the size of base(x)": _rms(added).item(),
+        "the mean of absolute values: the root of the mean square is meant": (
+            added.abs().mean() / before.abs().mean()
+        ).item(),
+        "the mean of ratios: each size is over all entries": (
+            (added / before).square().mean().sqrt().item()
+        ),
+    }
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+# 5.2 ----------------------------------------------------------------------------------
+
+# A layer like tiny's or SmolLM2's: grouped queries, an MLP wider than the model.
+SHAPES = {
+    "q_proj": (96, 96),
+    "k_proj": (32, 96),
+    "v_proj": (32, 96),
+    "o_proj": (96, 96),
+    "gate_proj": (256, 96),
+    "up_proj": (256, 96),
+    "down_proj": (96, 256),
+}
+ATTENTION, MLP = tuple(SHAPES)[:4], tuple(SHAPES)[4:]
+
+
+@judged
+def rank_for_budget(my_rank: Callable) -> None:
+    """5.2: my_rank(shapes, targets, layers, budget): the largest rank that fits."""
+    for targets in (ATTENTION, MLP, ("q_proj",), ("q_proj", "v_proj"), tuple(SHAPES)):
+        for layers in (3, 1):
+            one = _numbers_at(1, targets, layers)
+            for budget in (8 * one + 1, 5 * one, 8 * one - 1, one, one - 1, 900 * one):
+                _judge_rank(my_rank, targets, layers, budget)
+
+
+def _judge_rank(my_rank, targets, layers: int, budget: int) -> None:
+    one, most = _numbers_at(1, targets, layers), _most(targets)
+    expected = max((r for r in range(1, most + 1) if r * one <= budget), default=0)
+    # The library's own modules have the last word.
+    for r, fits in ((expected, True), (expected + 1, False)):
+        if 1 <= r <= most:
+            assert (_numbers_at(r, targets, layers) <= budget) == fits
+    got = my_rank(dict(SHAPES), targets, layers, budget)
+    if isinstance(got, Tensor) and got.numel() == 1:
+        got = got.item()
+    if got == expected and isinstance(got, int) and not isinstance(got, bool):
+        return
+    asked = f"{', '.join(targets)} in {layers} layers, with {budget:,} numbers to spend"
+    raise Wrong(
+        f"for {asked}: expected the rank {expected}, got {got!r}. Rank 1 costs "
+        f"{one:,} numbers; the smallest side is {most}. Likely mistake: "
+        + _wrong_budget(got, expected, one, targets, layers, budget)
+    )
+
+
+def _numbers_at(r: int, targets, layers: int) -> int:
+    """Counted on the library's modules, which have shapes and no memory here."""
+    count = 0
+    with torch.device("meta"):
+        for target in targets:
+            d_out, d_in = SHAPES[target]
+            made = lora.LoRA(nn.Linear(d_in, d_out, bias=False), r, 1.0)
+            count += sum(p.numel() for p in made.parameters() if p.requires_grad)
+    return layers * count
+
+
+def _most(targets) -> int:
+    return min(min(SHAPES[target]) for target in targets)
+
+
+def _wrong_budget(got, expected: int, one: int, targets, layers, budget) -> str:
+    if got is None:
+        return "`return` is missing"
+    if not isinstance(got, int) or isinstance(got, bool):
+        return f"a whole number is needed, not a {type(got).__name__}: round down, //"
+    sides = [SHAPES[target] for target in targets]
+    costs = {
+        "B is forgotten: d_out counts too": sum(i for _, i in sides) * layers,
+        "A is forgotten: d_in counts too": sum(o for o, _ in sides) * layers,
+        "d_in · d_out is the full matrix; LoRA trains r (d_in + d_out)": (
+            sum(o * i for o, i in sides) * layers
+        ),
+        "the number of layers is left out": sum(o + i for o, i in sides),
+        "every projection was counted, not the targets alone": (
+            sum(o + i for o, i in SHAPES.values()) * layers
+        ),
+        "the first target was counted, and no other": sum(sides[0]) * layers,
+        "the targets were taken as square": 2 * sum(i for _, i in sides) * layers,
+    }
+    if got > _most(targets):
+        return "a rank above the smallest side of a target: no LoRA takes it"
+    if got == 1 and expected == 0:
+        return "not even rank 1 fits: return 0"
+    if got == expected - 1 and budget == expected * one:
+        return "one too few: a rank that spends exactly the budget fits"
+    for text, cost in costs.items():
+        if got == min(budget // cost, _most(targets)):
+            return text
+    if got == expected + 1:
+        return "rounded up: this rank spends more than there is"
+    return "the largest r with r (d_in + d_out), summed over targets and layers, inside"
+
+
+# 5.3 ----------------------------------------------------------------------------------
+
+
+@judged
+def dora_forward(my_dora: Callable) -> None:
+    """5.3: my_dora(x, W0, A, B, m, scale) is m / ‖V‖ ⊙ (V x), ‖V‖ held constant."""
+    for case in cases():
+        scale = case.alpha / case.r
+        ours = case.filled(dora.DoRA(case.base(bias=False), case.r, case.alpha))
+        m = ours.m.detach() * torch.linspace(0.5, 2, len(case.W0))
+        ours.m.data.copy_(m)
+        lent = {"x": case.x, "W0": case.W0, "A": case.A, "B": case.B, "m": m}
+        lent = {name: each.clone() for name, each in lent.items()}
+        with unchanged(**lent):
+            got = my_dora(*lent.values(), scale)
+        close(
+            got,
+            ours(case.x).detach(),
+            what=f"h, for x of shape {tuple(case.x.shape)} and {case}",
+            mistakes=_wrong_doras(case, m, scale),
+            tolerance=1e-4,
+        )
+        _same_dora_gradients(my_dora, ours, case, m, scale)
+
+
+def _wrong_doras(case: Case, m: Tensor, scale: float) -> dict[str, Tensor]:
+    x, W0, update = case.x, case.W0, scale * (case.B @ case.A)
+    V = W0 + update
+    rows, before = V.norm(dim=1), W0.norm(dim=1)
+    wrong = {
+        "m is missing: that is LoRA": x @ V.T,
+        "m is left out: every row has the length one": x @ V.T / rows,
+        "not divided by the length of V's rows": x @ V.T * m,
+        "the length of W0's rows: V is W0 and the update": x @ V.T * m / before,
+        "the length of the update's rows: V is W0 and the update": (
+            x @ V.T * m / update.norm(dim=1)
+        ),
+        "m / ‖V‖ times W0 x: the update is missing": x @ W0.T * m / rows,
+        "W0 x is not scaled: m / ‖V‖ is for both parts": (
+            x @ W0.T + x @ update.T * m / rows
+        ),
+        "the update is not scaled by m / ‖V‖: it is for both parts": (
+            x @ W0.T * m / rows + x @ update.T
+        ),
+        "m is added: it multiplies": x @ V.T / rows + m,
+        "one length for the whole matrix: one a row is meant": x @ V.T * m / V.norm(),
+        "the squared length: take the root": x @ V.T * m / rows**2,
+        "the sum of absolute values: the length is the root of a sum of squares": (
+            x @ V.T * m / V.abs().sum(1)
+        ),
+        "upside down: m over the length": x @ V.T * rows / m,
+    }
+    bare = W0 + case.B @ case.A
+    wrong["the scale is missing: V is W0 + scale · B A"] = (
+        x @ bare.T * m / bare.norm(dim=1)
+    )
+    wrong["the scale is missing in ‖V‖"] = x @ V.T * m / bare.norm(dim=1)
+    if W0.shape[0] == W0.shape[1]:
+        wrong["the length of columns: a row of W0 makes an output"] = (
+            x @ V.T * m / V.norm(dim=0)
+        )
+        wrong["V was not transposed: x holds rows"] = x @ V * m / rows
+        swapped = W0 + scale * (case.A @ case.B)
+        if case.A.shape == case.B.shape:
+            wrong["A B in the place of B A"] = x @ swapped.T * m / swapped.norm(dim=1)
+    return wrong
+
+
+def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None:
+    held = {"x": case.x, "A": case.A, "B": case.B, "m": m}
+    mine = {name: each.clone().requires_grad_() for name, each in held.items()}
+    x, W0 = case.x.clone().requires_grad_(), case.W0
+    got = my_dora(mine["x"], W0, mine["A"], mine["B"], mine["m"], scale)
+    if not got.requires_grad:
+        raise Wrong(
+            "h has the right values, but no gradient reaches A, B and m through it. "
+            "Likely mistake: the whole of h is detached, not ‖V‖ alone"
+        )
+    expected = ours(x)
+    ways = pulled(got, expected)
+    V = {name: case.__dict__[name].clone().requires_grad_() for name in "AB"}
+    W = W0 + scale * (V["B"] @ V["A"])
+    ((case.x @ W.T * m / W.norm(dim=1)) * ways).sum().backward()
+    wanted = {"x": x.grad, "A": ours.A.grad, "B": ours.B.grad, "m": ours.m.grad}
+    for name, grad in wanted.items():
+        if mine[name].grad is None:
+            raise Wrong(
+                f"h has the right values, but no gradient reaches {name}. Likely "
+                f"mistake: .detach(), .data or torch.no_grad() on more than ‖V‖"
+            )
+        named = {}
+        if name in V:
+            named["‖V‖ was not detached: here it is a constant"] = V[name].grad
+        close(
+            mine[name].grad,
+            grad,
+            what=f"h is right, but not the gradient of {name}, for {case}",
+            mistakes=named,
+            tolerance=1e-3,
+        )
+
+
+# 5.4 ----------------------------------------------------------------------------------
+
+
+@judged
+def pissa_start(my_pissa: Callable) -> None:
+    """5.4: my_pissa(W0, r, scale): (W_res, A, B), from the largest directions."""
+    draw = torch.Generator().manual_seed(6)
+    for d_out, d_in, r, alpha in (
+        (7, 9, 2, 8.0),
+        (8, 8, 3, 1.5),
+        (12, 6, 1, 3.0),
+        (10, 10, 5, 5.0),
+    ):
+        W0, scale = torch.randn(d_out, d_in, generator=draw), alpha / r
+        _judge_pissa(my_pissa, W0, r, alpha, scale)
+
+
+def _judge_pissa(my_pissa, W0: Tensor, r: int, alpha: float, scale: float) -> None:
+    where = f"W0 of {tuple(W0.shape)}, r={r}, scale={scale:.3g}"
+    base = nn.Linear(W0.shape[1], W0.shape[0], bias=False)
+    base.weight.data.copy_(W0)
+    ours = pissa.PiSSA(base, r, alpha)
+    ours.on_attach()
+    given = W0.clone()
+    with unchanged(W0=given):
+        found = my_pissa(given, r, scale)
+    if not (isinstance(found, tuple | list) and len(found) == 3):
+        raise Wrong(
+            f"for {where}: expected three tensors, W_res, A and B, in this order; got "
+            f"{type(found).__name__}. Likely mistake: `return W_res, A, B`"
+        )
+    W_res, A, B = found
+    wanted = {"W_res": W0.shape, "A": ours.A.shape, "B": ours.B.shape}
+    for (name, shape), each in zip(wanted.items(), found, strict=True):
+        if not isinstance(each, Tensor) or each.shape != shape:
+            got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise Wrong(
+                f"for {where}: expected {name} of shape {tuple(shape)}, got {got}. "
+                "Likely mistake: A (r, d_in) and B (d_out, r) are swapped or turned; "
+                "torch gives Vᵀ, whose rows are the directions that W0 reads"
+            )
+    update = ours.scale * (ours.B @ ours.A).detach()
+    close(
+        scale * (B @ A),
+        update,
+        what=f"scale · B A at the start, for {where}",
+        mistakes=_wrong_starts(W0, r, scale),
+        tolerance=1e-3,
+    )
+    close(
+        W_res,
+        base.weight.detach(),
+        what=f"the residual W_res, for {where}",
+        mistakes={
+            "nothing was taken out: the model would count its largest part twice": W0,
+            "added: the principal part is taken out": W0 + update,
+            "the principal part itself: the residual is what is left": update,
+            "the scale is missing: W_res = W0 - scale · B A": W0 - update / scale,
+        },
+        tolerance=1e-3,
+    )
+    _demand_shared(A, B, ours, where)
+
+
+def _wrong_starts(W0: Tensor, r: int, scale: float) -> dict[str, Tensor]:
+    U, S, Vt = torch.linalg.svd(W0, full_matrices=False)
+    top = U[:, :r] @ S[:r].diag() @ Vt[:r]
+    wrong = {
+        "not divided by the scale: W0 is larger or smaller than B A": scale * top,
+        "divided by the scale twice: each of A and B by its root": top / scale,
+        "S in A and in B: each has the root": (
+            U[:, :r] @ S[:r].square().diag() @ Vt[:r] / scale
+        ),
+        "without S: each of A and B has its root": U[:, :r] @ Vt[:r],
+        "the root is in one of them alone": U[:, :r] @ S[:r].sqrt().diag() @ Vt[:r],
+        "the smallest directions: torch sorts from large to small": (
+            U[:, -r:] @ S[-r:].diag() @ Vt[-r:]
+        ),
+        "the whole of W0: cut off after r": W0,
+    }
+    for text, value in list(wrong.items())[2:6]:
+        wrong[f"{text}; or the scale is not as asked"] = scale * value
+    if W0.shape[0] == W0.shape[1]:
+        turned = Vt.T
+        wrong["torch gives Vᵀ, whose rows are meant: its columns were taken"] = (
+            U[:, :r] @ S[:r].diag() @ turned[:r]
+        )
+        wrong["U and V are swapped"] = top.T
+    return wrong
+
+
+def _demand_shared(A: Tensor, B: Tensor, ours: pissa.PiSSA, where: str) -> None:
+    """Each direction's size in A and in B; its sign is free."""
+    sizes = {"A": (A.norm(dim=1), ours.A.norm(dim=1))}
+    sizes["B"] = (B.norm(dim=0), ours.B.norm(dim=0))
+    for name, (mine, theirs) in sizes.items():
+        close(
+            mine,
+            theirs.detach(),
+            what=f"B A is right, but not how A and B share it: the size of each "
+            f"direction in {name}, for {where}",
+            mistakes={
+                "all of S is in this one: each has its root": theirs.detach().square(),
+                "the other has all of S: each has its root": torch.ones_like(theirs),
+            },
+            tolerance=1e-3,
+        )
+    # B A fixes the pair but for an invertible r by r matrix between them.
+    for name, mine, theirs in (("A", A, ours.A), ("B", B.T, ours.B.T)):
+        close(
+            (mine @ mine.T).detach(),
+            (theirs @ theirs.T).detach(),
+            what=f"B A is right, but the directions in {name} are mixed, for {where}",
+            tolerance=1e-3,
+        )
+
+
+# 5.5 ----------------------------------------------------------------------------------
+
+
+def _small_model() -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        attention_bias=True,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@judged
+def loraplus_groups(my_groups: Callable) -> None:
+    """5.5: my_groups(model, lr, ratio): groups in which every B has lr · ratio."""
+    for name, options in {
+        "LoRA on q_proj and v_proj": dict(targets=("q_proj", "v_proj")),
+        "LoRA on every projection, whose biases train": dict(bias="lora_only"),
+    }.items():
+        model = _small_model()
+        lora.inject(model, r=2, alpha=4, **options)
+        for lr, ratio in ((1e-3, 16), (2e-2, 3.0), (5e-3, 0.5)):
+            _judge_groups(
+                my_groups, model, lr, ratio, f"{name}, lr={lr}, ratio={ratio}"
+            )
+
+
+def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None:
+    names = {id(p): n for n, p in model.named_parameters()}
+    parameters = trainable(model)
+    recipe = TrainConfig(steps=1, lr=lr, lr_ratio=ratio)
+    wanted = {
+        names[id(p)]: lr * group["ratio"]
+        for group in parameter_groups(model, parameters, recipe)
+        for p in group["params"]
+    }
+    got = my_groups(model, lr, ratio)
+    if isinstance(got, Iterator):
+        got = list(got)
+    if not isinstance(got, list | tuple) or not all(isinstance(g, dict) for g in got):
+        raise Wrong(
+            f"for {where}: expected a list of dicts, got {type(got).__name__}. Likely "
+            'mistake: each group is {"params": […], "lr": …}'
+        )
+    if not all({"params", "lr"} <= set(group) for group in got):
+        raise Wrong(
+            f'for {where}: a group without "params" or without "lr". Likely mistake: '
+            "another key; AdamW would take its own rate, and say nothing"
+        )
+    pairs = [(p, float(g["lr"])) for g in got for p in _listed(g["params"])]
+    found = {names.get(id(p), "?"): rate for p, rate in pairs}
+    if "?" in found:
+        raise Wrong(
+            f"for {where}: a tensor that is none of the model's. Likely mistake: a "
+            "copy, .data or .detach(); the optimizer moves what it is given"
+        )
+    if len(pairs) != len(found):
+        raise Wrong(f"for {where}: a parameter is there twice; AdamW refuses that")
+    extra, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
+    if extra or missing:
+        likely = (
+            "frozen parameters were given too: requires_grad"
+            if extra
+            else _lost(missing)
+        )
+        raise Wrong(
+            f"for {where}: expected the {len(wanted)} tensors that train, got "
+            f"{len(found)}. Too many: {_few(extra)}; missing: {_few(missing)}. Likely "
+            f"mistake: {likely}"
+        )
+    fast = {names[id(module.B)] for module in adapters(model).values()}
+    off = [n for n in wanted if not math.isclose(found[n], wanted[n], rel_tol=1e-6)]
+    if off:
+        raise Wrong(
+            f"for {where}: {off[0]} has the rate {found[off[0]]:.4g}, expected "
+            f"{wanted[off[0]]:.4g}. Likely mistake: "
+            + _wrong_rates(found, fast, lr, ratio)
+        )
+
+
+def _listed(params) -> list:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _lost(missing: list[str]) -> str:
+    ends = {name.rpartition(".")[2] for name in missing}
+    if ends == {"bias"}:
+        return "what trains and is neither A nor B was left out; it is slow, as A is"
+    if ends <= {"A", "B"} and len(ends) == 1:
+        return f"the group of {ends.pop()} is missing: it would never move"
+    return "everything that trains is in one group or the other"
+
+
+def _wrong_rates(found: dict, fast: set, lr: float, ratio: float) -> str:
+    def same(a: float, b: float) -> bool:
+        return math.isclose(a, b, rel_tol=1e-6)
+
+    b = {found[n] for n in fast}
+    a = {found[n] for n in found if n.endswith(".A")}
+    others = {found[n] for n in found if n not in fast and not n.endswith(".A")}
+    if all(same(x, lr) for x in a | b | others):
+        return "one rate for all: that is LoRA; B is the fast one"
+    if all(same(x, lr * ratio) for x in a | b):
+        return "A has the fast rate too: only B's is multiplied"
+    if all(same(x, lr * ratio) for x in a) and all(same(x, lr) for x in b):
+        return "A and B are swapped: B is the fast one"
+    if all(same(x, lr) for x in a | b):
+        return "one rate for A and B: that is LoRA; B is the fast one"
+    if all(same(x, lr / ratio) for x in b):
+        return "divided by the ratio: B's rate is lr · ratio"
+    if all(same(x, lr / ratio) for x in a):
+        return "A was slowed down: its rate is lr, and B's is lr · ratio"
+    if all(same(x, ratio) for x in b):
+        return "the ratio is no rate: B's is lr · ratio"
+    if all(same(x, lr + ratio) for x in b):
+        return "the ratio is added: B's rate is lr · ratio"
+    if all(same(x, lr * ratio) for x in others) and others:
+        return "the biases are slow, as A is: only B's rate is multiplied"
+    return "A and all else have lr, every B has lr · ratio"
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:2]) or "none"
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 2 else shown

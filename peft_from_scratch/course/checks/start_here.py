@@ -1,0 +1,337 @@
+"""What the exercises of notebook 00, start here, are compared with.
+
+The scorer with that of the task "orders", the count with the parameters of real LoRA
+modules, the interval with wilson, the padding with training.batch.left_pad.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import trainable
+from ...methods import lora
+from ...tasks import orders
+from ...training.batch import left_pad
+from ...training.evaluation import wilson
+from . import Wrong, close, judged
+
+# 0.1 ----------------------------------------------------------------------------------
+
+ORDER = {"customer": "Ines", "items": {"candle": 12, "rope": 2}, "city": "Oslo"}
+RIGHT = json.dumps(ORDER, separators=(",", ":"))
+NEVER = "nothing is right, or the answer is compared with something else than `right`"
+ALWAYS = "everything is right, or only the keys are compared"
+TEXTS = "two texts are compared; compare what json.loads makes of them"
+KIND = "True or False is asked for, and nothing else"
+LOOSE = "JSON is looked for inside of the answer; all of the answer must be JSON"
+UNREAD = "what json.loads cannot read is wrong; its ValueError is to be caught"
+
+# (answer, what a wrong verdict on it says of the scorer)
+ANSWERS = (
+    (RIGHT, NEVER),
+    (RIGHT.replace("Oslo", "Lima"), ALWAYS),
+    ('{"city":"Oslo","customer":"Ines","items":{"candle":12,"rope":2}}', TEXTS),
+    (json.dumps(ORDER, indent=2), TEXTS),
+    (
+        '{"customer":"Ines","items":{"rope":2,"candle":12},"city":"Oslo"}',
+        "the keys inside of items may stand in any order, too",
+    ),
+    ("I'm glad to hear that Ines is well.", UNREAD),
+    (f"Here you are: {RIGHT}", LOOSE),
+    (f"{RIGHT} Anything else?", LOOSE),
+    (f"```json\n{RIGHT}\n```", LOOSE),
+    (f"{RIGHT}\n{RIGHT}", LOOSE),
+    (
+        RIGHT.replace(',"city":"Oslo"', ""),
+        "a missing key is not missed: the keys of `right` count, too",
+    ),
+    (
+        RIGHT.replace('"city"', '"day":"Friday","city"'),
+        "a key too many is not seen: the keys of the answer count, too",
+    ),
+    (RIGHT.replace("12", "11"), "what stands inside of items is not compared"),
+    (
+        RIGHT.replace("12", '"12"'),
+        'values are compared as text: 12 and "12" are not the same',
+    ),
+    (
+        RIGHT.replace("Oslo", " Oslo"),
+        "spaces were taken out of the values; only those between values are free",
+    ),
+    (RIGHT.replace("Ines", "ines"), "capital letters count"),
+    (RIGHT.replace('"', "'"), "that is Python, not JSON: json.loads, not eval"),
+    (RIGHT[:-1], UNREAD),
+    ("", UNREAD),
+    ("12", "a number alone is JSON as well, and not the right value"),
+    (f"[{RIGHT}]", "a list that holds the order is not the order"),
+)
+
+
+@judged
+def score(my_score: Callable) -> None:
+    """0.1: my_score(answer, right) is True where both are the same JSON value."""
+    other = '{"customer":"Amara","items":{"saddle":1},"city":"Leeds"}'
+    cases = [(answer, RIGHT, likely) for answer, likely in ANSWERS]
+    cases += [(RIGHT, other, ALWAYS), (other, other, NEVER)]
+    for answer, right, likely in cases:
+        expected = orders.score(answer, right)
+        what = f"my_score(answer, right)\n  answer    {answer!r}\n  right     {right!r}"
+        try:
+            got = my_score(answer, right)
+        except ValueError as error:
+            raise Wrong(
+                f"{what}\n  expected  {expected}\n  got       {type(error).__name__}: "
+                f"{error}\nLikely mistake: {UNREAD}"
+            ) from None
+        if not isinstance(got, bool):
+            likely = "`return` is missing in one case" if got is None else KIND
+        close(got, expected, what=what, mistakes={likely: got})
+
+
+# 0.2 ----------------------------------------------------------------------------------
+
+# ([(d_out, d_in), …], r): two single ones; a layer of SmolLM2; thin ones; equal ones
+MODELS = (
+    ([(24, 40)], 3),
+    ([(576, 576)], 8),
+    (
+        [
+            *((576, 576), (192, 576), (192, 576), (576, 576)),
+            *((1536, 576), (1536, 576), (576, 1536)),
+        ],
+        8,
+    ),
+    ([(5, 70), (70, 5), (12, 12), (12, 12)], 1),
+    ([(64, 16)] * 6, 16),
+)
+
+
+@judged
+def lora_count(my_count: Callable) -> None:
+    """0.2: my_count(shapes, r) is (numbers in all A and B, numbers in all W0)."""
+    for shapes, r in MODELS:
+        lent = list(shapes)
+        got = my_count(lent, r)
+        if lent != shapes:
+            raise Wrong(f"the list itself was changed: {shapes} became {lent}")
+        _each(
+            got,
+            _counted(shapes, r),
+            ("trained", "frozen"),
+            f"for shapes={shapes}, r={r}",
+            _wrong_counts(shapes, r),
+            tolerance=1e-9,
+        )
+
+
+def _counted(shapes, r: int) -> tuple[int, int]:
+    """The parameters of real modules, on the device meta: it holds no numbers."""
+    with torch.device("meta"):
+        bases = [nn.Linear(d_in, d_out, bias=False) for d_out, d_in in shapes]
+        model = nn.ModuleList(lora.LoRA(base, r) for base in bases)
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    return trained, sum(base.weight.numel() for base in bases)
+
+
+def _wrong_counts(shapes, r: int) -> dict[str, tuple[int, int]]:
+    trained, frozen = _counted(shapes, r)
+    return {
+        "the two are swapped: first what trains": (frozen, trained),
+        "r is missing: A has r rows, B has r columns": (trained // r, frozen),
+        "r times d_out times d_in: A and B are added up, each with its own sides": (
+            r * frozen,
+            frozen,
+        ),
+        "A alone is counted": (r * sum(d_in for _, d_in in shapes), frozen),
+        "B alone is counted": (r * sum(d_out for d_out, _ in shapes), frozen),
+        "the first matrix alone is counted": _counted(shapes[:1], r),
+        "the last matrix alone is counted": _counted(shapes[-1:], r),
+        "equal shapes are counted once; each matrix has its own A and B": _counted(
+            sorted(set(shapes)), r
+        ),
+        "frozen is W0 alone, without A and B": (trained, frozen + trained),
+        "frozen holds the sides of W0, added; it has d_out times d_in numbers": (
+            trained,
+            trained // r,
+        ),
+        "one r too many": (trained * r, frozen),
+        "r stands at d_in alone; brackets are missing": (
+            sum(r * d_in + d_out for d_out, d_in in shapes),
+            frozen,
+        ),
+        "B has the sides of A; it is d_out times r": (
+            2 * r * sum(d_in for _, d_in in shapes),
+            frozen,
+        ),
+        "A has the sides of B; it is r times d_in": (
+            2 * r * sum(d_out for d_out, _ in shapes),
+            frozen,
+        ),
+        "r is an argument, not always 8": (trained // r * 8, frozen),
+    }
+
+
+# 0.3 ----------------------------------------------------------------------------------
+
+RESULTS = ((14, 20), (0, 20), (20, 20), (1, 7), (46, 100), (171, 200), (1, 1))
+
+
+@judged
+def interval(my_interval: Callable) -> None:
+    """0.3: my_interval(k, n) is Wilson's (low, high), both from zero to one."""
+    for k, n in RESULTS:
+        got = my_interval(k, n)
+        _each(
+            got,
+            wilson(k, n),
+            ("low", "high"),
+            f"for k={k}, n={n}",
+            _wrong_intervals(k, n),
+            tolerance=2e-4,  # 1.96 in the place of 1.95996
+        )
+
+
+def _wrong_intervals(k: int, n: int) -> dict[str, tuple[float, float]]:
+    low, high = wilson(k, n)
+    p, z = k / n, 1.96
+
+    def around(centre: float, half: float) -> tuple[float, float]:
+        return centre - half, centre + half
+
+    centre = (k + z * z / 2) / (n + z * z)
+    spread = k * (n - k) / n + z * z / 4
+    plain = z * (p * (1 - p) / n) ** 0.5
+    return {
+        "low and high are swapped": (high, low),
+        "in percent; shares from zero to one are asked for": (100 * low, 100 * high),
+        "in rows; shares are asked for": (n * low, n * high),
+        "the plain interval p ± z sqrt(p (1 - p) / n), which has no width at 0 of n": (
+            around(p, plain)
+        ),
+        "the plain interval, cut at zero and one": (
+            max(0.0, p - plain),
+            min(1.0, p + plain),
+        ),
+        "the square root is missing": around(centre, z * spread / (n + z * z)),
+        "the margin lacks its z in front": around(centre, spread**0.5 / (n + z * z)),
+        "z² / 4 is missing under the root": around(
+            centre, z * (k * (n - k) / n) ** 0.5 / (n + z * z)
+        ),
+        "z² / 4 stands outside of the root": around(
+            centre, z * ((k * (n - k) / n) ** 0.5 + z * z / 4) / (n + z * z)
+        ),
+        "k (n - k) is not divided by n": around(
+            centre, z * (k * (n - k) + z * z / 4) ** 0.5 / (n + z * z)
+        ),
+        "the margin is divided by n, not by n + z²": around(
+            centre, z * spread**0.5 / n
+        ),
+        "the centre is k / n; the z² are missing": around(
+            p, z * spread**0.5 / (n + z * z)
+        ),
+        "the centre is divided by n, not by n + z²": around(
+            (k + z * z / 2) / n, z * spread**0.5 / (n + z * z)
+        ),
+        "z² is added to k, not half of it": around(
+            (k + z * z) / (n + z * z), z * spread**0.5 / (n + z * z)
+        ),
+        "z is 1.645: that is for nine times in ten": wilson(k, n, 0.90),
+        "z is 2.576: that is for ninety-nine times in a hundred": wilson(k, n, 0.99),
+        "z is one: multiply by 1.96": wilson(k, n, 0.6826895),
+        "the margin is z over n + z², times the root; not half of that": around(
+            centre, z * spread**0.5 / (n + z * z) / 2
+        ),
+        "the wrong answers are counted: k are right": wilson(n - k, n),
+        "rounded; leave all digits": (round(low, 2), round(high, 2)),
+        "the centre and the margin, not the two ends": (centre, high - centre),
+    }
+
+
+# 0.4 ----------------------------------------------------------------------------------
+
+# (prompts of token ids, token for padding)
+PROMPTS = (
+    ([[5, 6, 7, 8], [9], [4, 3]], 0),
+    ([[5, 1, 7], [1, 8, 6, 1, 4]], 1),  # that token is a real one, too
+    ([[7, 2], [3, 4]], 2),
+    ([[6]], 3),
+    ([[2, 2, 2], [2]], 2),
+)
+
+
+@judged
+def padding(my_padding: Callable) -> None:
+    """0.4: my_padding(prompts, pad) is (ids, mask), padded on the left."""
+    for prompts, pad in PROMPTS:
+        lent = copy.deepcopy(prompts)
+        got = my_padding(lent, pad)
+        if lent != prompts:
+            raise Wrong(
+                f"the prompts themselves were changed: {prompts} became {lent}. Likely "
+                "mistake: insert() or += on a list that belongs to the caller; "
+                "[pad] * k + prompt makes a new one"
+            )
+        expected = left_pad(prompts, cached=0, pad_id=pad)
+        wrong = _wrong_paddings(prompts, pad)
+        said = f"for prompts={prompts}, pad={pad}"
+        _each(got, expected, ("ids", "mask"), said, wrong)
+        for name, tensor in zip(("ids", "mask"), got, strict=True):
+            if tensor.dtype != torch.int64:
+                raise Wrong(f"{name} {said}: whole numbers are needed, {tensor.dtype=}")
+
+
+def _wrong_paddings(prompts, pad: int) -> dict[str, tuple[Tensor, Tensor]]:
+    ids, mask = left_pad(prompts, cached=0, pad_id=pad)
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    holes = [longest - len(p) for p in prompts]
+    right = [p + [pad] * hole for p, hole in zip(prompts, holes, strict=True)]
+    ones = [[1] * len(p) + [0] * h for p, h in zip(prompts, holes, strict=True)]
+    return {
+        "padded on the right": (torch.tensor(right), torch.tensor(ones)),
+        "the ids are padded on the right, the mask on the left": (
+            torch.tensor(right),
+            mask,
+        ),
+        "the mask has its zeros on the right": (ids, torch.tensor(ones)),
+        "the mask compares with `pad`, but a real token may be the same: count": (
+            ids,
+            (ids != pad).long(),
+        ),
+        "the mask hides nothing": (ids, torch.ones_like(mask)),
+        "the mask is turned round: 1 on real tokens, 0 on padding": (ids, 1 - mask),
+        "the prompts are turned round": (ids.flip(1), mask.flip(1)),
+        "the order of the tokens is turned round": (
+            left_pad([p[::-1] for p in prompts], cached=0, pad_id=pad)[0],
+            mask,
+        ),
+        "padded with zero, not with `pad`": (ids.masked_fill(mask == 0, 0), mask),
+        "one pad too many": (
+            nn.functional.pad(ids, (1, 0), value=pad),
+            nn.functional.pad(mask, (1, 0)),
+        ),
+        "cut to the shortest prompt": (
+            torch.tensor([p[:shortest] for p in prompts]),
+            torch.ones(len(prompts), shortest, dtype=torch.int64),
+        ),
+        "the two are swapped: first the ids": (mask, ids),
+    }
+
+
+def _each(
+    got,
+    expected: Sequence,
+    names: Sequence[str],
+    said: str,
+    mistakes: dict[str, tuple],
+    tolerance: float = 1e-5,
+) -> None:
+    """close() for each of several values, by its name."""
+    if not isinstance(got, tuple | list) or len(got) != len(names):
+        close(got, expected, what=f"({', '.join(names)}) {said}")
+    for i, name in enumerate(names):
+        wrong = {text: values[i] for text, values in mistakes.items()}
+        what = f"{name} {said}"
+        close(got[i], expected[i], what=what, mistakes=wrong, tolerance=tolerance)

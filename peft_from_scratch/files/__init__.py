@@ -1,0 +1,18 @@
+"""Folders on disk: adapters and quantized models, written whole and read with distrust.
+
+A folder may come from a stranger. It is hostile until proven otherwise: no pickle, no
+code, and every name, shape and value is checked before a model changes. Each layout is
+one that other programs read: Hugging Face PEFT's for adapters, bitsandbytes' for models
+in four bits.
+
+    untrusted.py      JSON and safetensors of a stranger: the content, or a ValueError
+    patterns.py       the regexes of a file, matched within a time limit
+    formats.py        one row a method: its parameters and options by PEFT's names
+    base_notes.py     what a file notes of its base model: vocabulary, four bits
+    adapter_file.py   one adapter folder, read and checked without a model
+    exchange.py       save and load, between a model and an adapter folder
+    combine.py        several LoRA folders into one, without a model
+    quantized.py      a model in four bits, and its folder
+
+Reading order: from top to bottom.
+"""

@@ -1,0 +1,11 @@
+"""Where the bytes of a training step go, by measurement and by formula.
+
+    meter.py        follows every tensor of a step: weights, gradients, optimizer,
+                    activations, and the peak of their sum
+    formulas.py     the same for LoRA and AdamW with pencil and paper
+    meta_model.py   a model without numbers, whose step can be counted at any size
+
+Resident memory of the process is no measurement of a step on a CPU: it depends on the
+allocator, on what ran before and on when the system takes pages back. So bytes are
+counted, tensor by tensor, and the count is the same on every device and in every run.
+"""

@@ -1,0 +1,15 @@
+"""Tasks: what is learned, and what counts as right.
+
+A task is a module with an INSTRUCTION, `rows(split, …)` and `score(answer, completion)`.
+
+Reading order: task.py (`Task`, `load_task`), orders.py (the main one: a sentence in,
+JSON out), terms.py (new words), gap.py and kinds.py (for sweeps on tiny; world.py has
+what they tell of), jsonl.py (rows of your own), templates.py (how a row becomes tokens
+and labels).
+"""
+
+from ..common import lazy
+
+__getattr__, __dir__, __all__ = lazy.names(
+    {}, lazy.homes({"tasks.task": ("load_task",)})
+)

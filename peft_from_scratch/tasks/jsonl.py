@@ -1,0 +1,251 @@
+"""Your own rows as a task: a JSONL file, or any data set that `datasets` can load.
+
+One row a line, {"prompt": "…", "completion": "…"}; other keys are left alone, empty
+lines are skipped. A file with a bad row gives no task at all: every bad row is reported
+with its line and the reason, so that nothing is trained on by accident. A good row
+keeps its place, so that a later error (a row that is too long) can name it as well.
+
+The rows are cut into train, validation and test *by prompt*, so that no prompt is in
+two of them. An answer is right when it equals the completion but for space around it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+
+LISTED = 20  # bad rows that an error spells out
+MINIMUM = 3  # distinct prompts: one for each split
+Numbered = tuple[str, object]  # where the row stands, the row
+Example = dict[str, str]  # prompt, completion and place
+
+
+def score(answer: str, completion: str) -> bool:
+    return answer.strip() == completion.strip()
+
+
+def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:
+    """The rows of a JSONL file in three splits: 70 % train, 10 % validation, 20 % test.
+
+    Raises  ValueError  another format, bad rows, or fewer than MINIMUM distinct prompts
+            OSError     no such file
+    """
+    data = _read(path)
+    _refuse_other_format(data, path)
+    return split_rows(check_rows(_lines(data), path), seed, path)
+
+
+def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Example]:
+    """{prompt: its row} of rows that are all good; identical rows count once.
+
+    Args
+        numbered  (place, row); a row that could not be read is its ValueError
+    Raises  ValueError  the first LISTED bad rows with place and reason, and how many
+    """
+    good, bad = {}, []
+    for place, row in numbered:
+        reason = _reason(row) or _contradiction(row, good)
+        if reason:
+            bad.append((place, reason))
+        else:
+            prompt, completion = row["prompt"], row["completion"]
+            kept = {"prompt": prompt, "completion": completion, "place": place}
+            good.setdefault(prompt, kept)
+    refuse_bad(bad, source)
+    return good
+
+
+def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
+    """ValueError with the first LISTED of the (place, reason), where there are any."""
+    if not bad:
+        return
+    lines = [f"{source} has {len(bad)} bad row{'s' if len(bad) > 1 else ''}:"]
+    lines += [f"  {place}: {reason}" for place, reason in bad[:LISTED]]
+    if len(bad) > LISTED:
+        lines.append(f"  … and {len(bad) - LISTED} more")
+    raise ValueError("\n".join(lines))
+
+
+def split_rows(
+    rows: dict[str, Example], seed: int, source: str
+) -> dict[str, list[Example]]:
+    """Cut {prompt: its row} by prompt into train, validation and test.
+
+    A tenth validates, a fifth tests (100 and 300 rows at most, one at least), the rest
+    trains. Which prompt goes where depends on the seed, not on the order of the rows.
+    """
+    _require(rows, source)
+    order = list(_draw(rows, len(rows), seed).values())
+    test = _share(rows, 5, 300)
+    held_out = test + _share(rows, 10, 100)
+    return {
+        "train": order[held_out:],
+        "validation": order[test:held_out],
+        "test": order[:test],
+    }
+
+
+def read_dataset(
+    dataset: str, seed: int, prompt: str, completion: str, config: str | None = None
+) -> dict[str, list[Example]]:
+    """The rows of a data set in three splits.
+
+    A split "test" of the data set stays the test, with or without its "validation";
+    prompts that are in it are taken out of the others. Without one, all rows are cut as
+    a file's are.
+
+    Args
+        dataset     an id of the hub, or a folder
+        prompt      the column that holds the prompts; completion likewise
+        config      the configuration, for data sets that have several
+    Raises  ValueError  a file that cannot be read as data, a column that is not there,
+            bad rows, too few rows
+            OSError     no such data set, or no way to reach the hub
+    """
+    splits = {}
+    for name, data in _download(dataset, config).items():
+        numbered = _columns(data, prompt, completion, dataset, name)
+        splits[name] = check_rows(numbered, f"{dataset} ({name})")
+    if not {"train", "test"} <= splits.keys():
+        pooled = {p: row for rows in splits.values() for p, row in rows.items()}
+        return split_rows(pooled, seed, dataset)
+    train, test = splits["train"], splits["test"]
+    validation = splits.get("validation") or _draw(train, _share(train, 10, 100), seed)
+    validation = {p: row for p, row in validation.items() if p not in test}
+    others = test | validation
+    train = {p: row for p, row in train.items() if p not in others}
+    _require(train, f"{dataset} (train, without the prompts of the others)")
+    cut = {"train": train, "validation": validation, "test": test}
+    return {name: list(rows.values()) for name, rows in cut.items()}
+
+
+def dataset_id(name: str) -> str | None:
+    """The id after "hub:", or the path of a folder; None for any other name."""
+    if name.startswith("hub:"):
+        return name.removeprefix("hub:")
+    return name if Path(name).is_dir() else None
+
+
+def is_unicode(text: str) -> bool:
+    """False for text with half a surrogate pair, which no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _read(path) -> bytes:
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder: name the .jsonl file in it, or rename the folder; "
+            "one without .jsonl at the end of its name is read as a data set"
+        )
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: check the name, which is looked for from "
+            f"{Path.cwd()}"
+        )
+    return file.read_bytes()
+
+
+def _refuse_other_format(data, path) -> None:
+    """ValueError for what would give the same reason once a line."""
+    # JSON starts with ASCII, so that in UTF-16 one of its first two bytes is 0.
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
+        raise ValueError(f"{path} looks like UTF-16: save it as UTF-8")
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", data):
+        raise ValueError(
+            f"{path} is a JSON array: write one object a line, such as "
+            '{"prompt": "…", "completion": "…"}, without brackets around them all'
+        )
+
+
+def _lines(data) -> Iterable[Numbered]:
+    """Each line's row, or the ValueError that says why there is none."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield f"line {number}", _parse(line)
+
+
+def _parse(line):
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 at byte {error.start + 1}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON: {error}")
+
+
+def _columns(data, prompt, completion, source, split) -> Iterable[Numbered]:
+    for column in (prompt, completion):
+        if column not in data.column_names:
+            raise ValueError(
+                f"{source} has no column {column!r}; its columns are "
+                f"{', '.join(data.column_names)}: choose with prompt= and completion=, "
+                "--prompt and --completion on the command line"
+            )
+    pairs = zip(data[prompt], data[completion], strict=True)
+    for number, (question, answer) in enumerate(pairs, 1):
+        place = f"row {number} of {split}"
+        yield place, {"prompt": question, "completion": answer}
+
+
+def _download(dataset, config):
+    try:
+        return load_dataset(dataset, config)
+    except OSError as error:
+        raise OSError(
+            f"the data set {dataset!r} cannot be had: {error}. Check the id and the "
+            "network; without one, pass a folder or a .jsonl file on this machine"
+        ) from error
+    except (DatasetsError, ValueError, StopIteration) as error:
+        # The outer error only says that there was one; StopIteration: an empty file.
+        why = error.__cause__ or error
+        raise ValueError(
+            f"the data set {dataset!r} cannot be read: {str(why) or 'a file is empty'}"
+        ) from error
+
+
+def _reason(row) -> str | None:
+    """The reason why a row cannot be used; None for a good row."""
+    if isinstance(row, ValueError):
+        return str(row)
+    if not isinstance(row, dict):
+        return f"not an object but {type(row).__name__}"
+    for key in ("prompt", "completion"):
+        if key not in row:
+            return f"no {key!r}; it has {', '.join(map(repr, row)) or 'no key'}"
+        if not isinstance(row[key], str):
+            return f"{key!r} is not text but {type(row[key]).__name__}"
+        if not row[key].strip():
+            return f"{key!r} is empty"
+        if not is_unicode(row[key]):
+            return f"{key!r} holds half a surrogate pair, which is no text"
+    return None
+
+
+def _contradiction(row, good) -> str | None:
+    """The reason against a row with an earlier row's prompt and another completion."""
+    earlier = good.get(row["prompt"], row)
+    if earlier["completion"] == row["completion"]:
+        return None
+    return f"the prompt of {earlier['place']} with another completion"
+
+
+def _require(rows, source) -> None:
+    if len(rows) < MINIMUM:
+        raise ValueError(
+            f"{source} has {len(rows)} distinct prompts; at least {MINIMUM} are needed "
+            "for a training, a validation and a test split; some hundred teach more"
+        )
+
+
+def _share(rows, part, most) -> int:
+    return min(max(1, len(rows) // part), most)
+
+
+def _draw(rows, n, seed) -> dict[str, Example]:
+    """n of the rows, drawn and shuffled by the seed, whatever order they came in."""
+    return {prompt: rows[prompt] for prompt in Random(seed).sample(sorted(rows), n)}

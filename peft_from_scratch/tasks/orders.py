@@ -1,0 +1,147 @@
+"""Orders: a sentence in, one line of JSON out. It teaches an *output format*.
+
+    "Could you ship a dozen candles and two ropes to Oslo for Ines by Friday?"
+    {"customer":"Ines","items":{"candle":12,"rope":2},"city":"Oslo","day":"Friday"}
+
+The facts stand in the sentence, so nothing has to be known; what has to be learned is
+the form: four fixed keys however the sentence goes, items in the singular, number
+words as numbers. A line that is wrong in one value is wrong.
+
+What the splits have in common, and what not:
+
+    share        most names, items and cities, and every turn of phrase
+    don't share  a prompt; a customer with a set of items; and some names, items and
+                 cities, which only validation or only test has, so that copying is
+                 tested and not recall
+"""
+
+import json
+from random import Random
+
+INSTRUCTION = "Reply with the order as JSON: customer, items, city, day."
+SIZES = {"train": 600, "validation": 100, "test": 300}
+
+CUSTOMERS = {
+    "shared": "Ada Ben Carla Dario Elif Fatima Goran Hana Ines Jonas Kofi Leila Marek "
+    "Nadia Omar Priya Quinn Rosa Samir Tessa Umar Vera Wanda Yusuf Zoe Anton Bianca "
+    "Cyril Dora Emil Freya Gustav Helga Ivan Judit Karim Lena Milan Noor Olga",
+    "validation": "Pavel Ruth Stefan Thea",
+    "test": "Amara Bruno Chiara Diego Esther Farid Greta Hiro",
+}
+CITIES = {
+    "shared": "Oslo Lima Cairo Porto Riga Turin Quito Delhi Seoul Dakar Perth Bergen "
+    "Lyon Tunis Osaka Bilbao Hanoi Accra Malmo Zagreb",
+    "validation": "Tampa Gdansk",
+    "test": "Nairobi Leeds Basel Kyoto",
+}
+ITEMS = {
+    "shared": "lamp rope candle kettle blanket ladder bucket hammer basket mirror "
+    "bottle chair pillow carpet drum shovel ticket helmet tent clock spoon jacket "
+    "lantern whistle brush box torch bench glass watch",
+    "validation": "teapot wrench",
+    "test": "saddle trumpet pencil paddle sandwich",
+}
+AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+PATTERNS = (
+    "{who} wants {items} sent to {city} by {day}.",
+    "Please send {items} to {who} in {city}, {day} at the latest.",
+    "{items} for {who}, please, to {city} on {day}.",
+    "On {day} {who} in {city} needs {items}.",
+    "Hello, {who} here: {items} to {city} before {day}.",
+    "Order from {who}: {items}. Deliver to {city} on {day}.",
+    "We promised {who} {items} in {city} for {day}.",
+    "By {day}, {city} should see {items} for {who}.",
+    "Could you ship {items} to {city} for {who} by {day}?",
+    "{who} called from {city} and asked for {items}, no later than {day}.",
+    "{who} in {city} would like {items} this {day}.",
+    "To {city}, next {day}: {items}, in the name of {who}.",
+)
+
+
+def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """The three splits as {"prompt", "completion"} rows; the same for the same seed."""
+    random = Random(f"orders {seed}")
+    taken = set()
+    return {split: _split(random, split, n, taken) for split, n in SIZES.items()}
+
+
+def _split(random, split, size, taken) -> list[dict[str, str]]:
+    examples = []
+    while len(examples) < size:
+        order = _order(random, split)
+        key = order["customer"], frozenset(order["items"])
+        if key not in taken:
+            taken.add(key)
+            line = json.dumps(order, separators=(",", ":"))
+            examples.append({"prompt": _sentence(random, order), "completion": line})
+    return examples
+
+
+def _order(random, split) -> dict:
+    """The meaning of a row, before it is put into words."""
+    items = {}
+    for _ in range(random.choice((1, 1, 2))):
+        items[_word(random, ITEMS, split)] = random.choice(AMOUNTS)
+    return {
+        "customer": _word(random, CUSTOMERS, split),
+        "items": items,
+        "city": _word(random, CITIES, split),
+        "day": random.choice(DAYS),
+    }
+
+
+def _word(random, words, split) -> str:
+    """One of the shared words; a quarter of the time one that only this split has."""
+    own = split in words and random.random() < 0.25
+    return random.choice(words[split if own else "shared"].split())
+
+
+def _sentence(random, order) -> str:
+    pattern = random.choice(PATTERNS)
+    listed = " and ".join(_amount(random, *item) for item in order["items"].items())
+    text = pattern.format(
+        who=order["customer"], items=listed, city=order["city"], day=order["day"]
+    )
+    return text[0].upper() + text[1:]
+
+
+def _amount(random, item, n) -> str:
+    """In words or digits: a lamp, three lamps, 3 lamps, a pair of lamps, …"""
+    if n == 1:
+        return f"{random.choice(('a', 'one'))} {item}"
+    spoken = {2: ["a pair of"], 12: ["a dozen"]}.get(n, [])
+    return f"{random.choice([str(n), NUMBERS[n], *spoken])} {plural(item)}"
+
+
+def plural(item: str) -> str:
+    """More than one of it."""
+    return item + ("es" if item.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def score(answer: str, completion: str) -> bool:
+    """True where both are the same JSON value: types exact, key order free.
+
+    No text around the JSON, no key twice, no NaN; 1, 1.0 and true are three values.
+    """
+    try:
+        return _canonical(answer) == _canonical(completion)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _canonical(text) -> str:
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    return json.dumps(value, sort_keys=True)
+
+
+def _unique(pairs) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _refuse(constant):
+    raise ValueError(f"{constant} is no JSON")

@@ -1,0 +1,148 @@
+"""Tasks: what is learned, and what counts as right.
+
+Every task has an instruction, three splits without a leak, and an exact scorer:
+
+    "orders"           a sentence -> JSON: an output format               task_orders.py
+    "terms"            an invented trade: domain knowledge                task_terms.py
+    "gap-0" … "gap-4"  a dial: from tiny's pretraining to a cipher        task_gap.py
+    "kinds"            a classification that tiny half knows              task_kinds.py
+    "path/rows.jsonl"  your own prompts and completions                   task_rows.py
+    "hub:owner/name"   any data set of the hub, or a folder that holds one
+
+Each generated task has a twin for control, "orders-random": the same prompts, the same
+completions, and nothing that ties one to the other.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Protocol
+
+from datasets import Dataset
+
+from . import gap, jsonl, kinds, orders, terms
+
+Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
+
+
+class TaskModule(Protocol):
+    """The names that a module with a generated task has: task_orders for example."""
+
+    INSTRUCTION: str  # one sentence for every row; "" for none
+
+    def rows(self, seed: int = 0) -> Splits:
+        """The three splits; the same rows in the same order for the same seed."""
+
+    def score(self, answer: str, completion: str) -> bool:
+        """Whether an answer is right."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The parts of a generated task; task_gap's levels share one module."""
+
+    instruction: str
+    rows: Callable[[int], Splits]  # seed -> the rows of each split
+    score: Callable[[str, str], bool]
+
+
+GENERATED = {
+    name: Source(module.INSTRUCTION, module.rows, module.score)
+    for name, module in (
+        ("orders", orders),
+        ("terms", terms),
+        ("kinds", kinds),
+    )
+} | {
+    name: Source(gap.INSTRUCTION, partial(gap.rows, write), gap.score)
+    for name, write in gap.LEVELS.items()
+}
+RANDOM = "-random"  # ends the name of a twin
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. The splits have the columns `prompt` and `completion`, both text.
+
+    Rows that are not generated have a third, `place`: where they come from ("line 31").
+    """
+
+    name: str
+    instruction: str  # one sentence for every row; "" for none
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    score: Callable[[str, str], bool]  # (answer, completion) -> right or wrong
+
+
+def load_task(
+    name: str,
+    *,
+    seed: int = 0,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    config: str | None = None,
+) -> Task:
+    """The task called `name`; the same rows in the same order for the same seed.
+
+    Args
+        name        one of GENERATED, "-random" behind it for the twin; a path that
+                    ends in .jsonl, "hub:" and the id of a data set, or a folder which
+                    `datasets.load_dataset` can read
+        seed        draws the generated rows, or which of your rows go into which split
+    Only for data sets and folders:
+        prompt      the column that holds the prompts
+        completion  the column that holds the completions
+        config      the configuration, where a data set has several
+    Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
+            few rows; a column that is not there, or chosen where rows have fixed ones
+            OSError      a file or data set that cannot be had
+    """
+    chosen = (prompt, completion, config) != ("prompt", "completion", None)
+    plain = name.removesuffix(RANDOM)
+    if chosen and (plain in GENERATED or name.endswith(".jsonl")):
+        raise ValueError(
+            f"{name!r} is no data set of the hub and no folder: only for those can "
+            "prompt=, completion= and config= be chosen; a .jsonl file has the keys "
+            "prompt and completion"
+        )
+    if plain in GENERATED:
+        source = GENERATED[plain]
+        splits = source.rows(seed)
+        splits = splits if plain == name else shuffled(splits, seed)
+        return _task(name, source.instruction, splits, source.score)
+    if name.endswith(".jsonl"):
+        splits = jsonl.read_jsonl(name, seed)
+    elif (dataset := jsonl.dataset_id(name)) is not None:
+        splits = jsonl.read_dataset(dataset, seed, prompt, completion, config)
+    else:
+        raise ValueError(
+            f"{name!r} is no task: write {', '.join(map(repr, GENERATED))}, one of "
+            f"these with {RANDOM!r} behind it, a path to a .jsonl file, 'hub:' and the "
+            "id of a data set, or the path of a folder"
+        )
+    return _task(name, "", splits, jsonl.score)
+
+
+def shuffled(splits: Splits, seed: int) -> Splits:
+    """Every split with its own completions, dealt out anew: nothing is to be learned
+    from a prompt, and all that can be learned of completions alone still can be."""
+    random = Random(f"random labels {seed}")
+    dealt = {}
+    for split, rows in splits.items():
+        answers = random.sample([row["completion"] for row in rows], len(rows))
+        dealt[split] = [
+            {**row, "completion": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    return dealt
+
+
+def _task(name, instruction, splits, score) -> Task:
+    return Task(
+        name,
+        instruction,
+        **{split: Dataset.from_list(rows) for split, rows in splits.items()},
+        score=score,
+    )

@@ -1,0 +1,14 @@
+"""One training loop for every method, and what stands around it.
+
+Reading order:
+
+    loop.py         optimizer_steps is the loop, 25 lines to be read whole
+    loss.py         cross-entropy at the labelled positions, and nowhere else
+    batch.py        examples as tensors: padded right to train, left to generate
+    config.py       TrainConfig (what is asked), History (what happened), the schedule
+    state.py        TrainState: all that the next step depends on; AdamW's groups
+    guards.py       errors for what fails silently elsewhere
+    checkpoint.py   a killed run goes on, and ends in the same bits
+    generation.py   greedy answers in batches, equal to one by one
+    evaluation.py   which answers are right, and what was forgotten
+"""

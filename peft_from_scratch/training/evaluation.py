@@ -1,0 +1,119 @@
+"""The answers of a model, how many are right, and how sure that number is.
+
+Three questions, in this order:
+
+    answer_rows                 what does the model answer, and what is right?
+    wilson, paired_bootstrap    is 84 of 100 better than 76 of 100? That depends on the
+                                rows: ask for the interval of the paired difference
+    general_loss                what has the model forgotten meanwhile?
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..common import scoped
+from ..common.statistics import paired_bootstrap, wilson  # noqa: F401
+from ..tasks.task import Task
+from ..tasks.templates import Pair, encode_prompt, stop_token
+from .generation import generate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to some rows, in their order."""
+
+    answers: list[str]
+    correct: list[bool]
+    seconds: float  # wall clock, for all rows together
+
+
+def answer_rows(
+    model,
+    tokenizer,
+    task: Task,
+    rows,
+    *,
+    template: str,
+    examples: Sequence[Pair] = (),
+    batch: int = 32,
+    progress: bool = False,
+) -> Answers:
+    """Answer every row and score it by the task's own scorer.
+
+    Args
+        rows      a split of the task, or a part of one, not empty
+        template  "chat" or "raw", as in training
+        examples  (prompt, completion) pairs shown before each row: few-shot
+        batch     rows answered at once
+        progress  show a bar
+    An answer that does not end is cut: a quarter and eight tokens past the longest
+    completion of `rows`. What all prompts begin with is computed once (generation.py).
+
+    Raises    ValueError   no rows, or prompts too long for the model
+    """
+    if not len(rows):
+        raise ValueError("there are no rows to answer; give at least one")
+    prompts = [
+        encode_prompt(
+            tokenizer,
+            task.instruction,
+            row["prompt"],
+            template=template,
+            examples=examples,
+        )
+        for row in rows
+    ]
+    shared = shared_tokens(prompts)
+    longest = max(len(tokenizer(row["completion"]).input_ids) for row in rows)
+    start = time.perf_counter()
+    answers = generate(
+        model,
+        tokenizer,
+        [prompt[shared:] for prompt in prompts],
+        stop_id=stop_token(tokenizer, template),
+        max_new_tokens=longest + longest // 4 + 8,
+        batch=batch,
+        prefix=prompts[0][:shared],
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    answers = [answer.strip() for answer in answers]
+    pairs = zip(answers, rows, strict=True)
+    correct = [task.score(answer, row["completion"]) for answer, row in pairs]
+    return Answers(answers, correct, seconds)
+
+
+@torch.no_grad()
+def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> float:
+    """Mean next-token loss on general prose, in nats per token: it measures forgetting.
+
+    The prose is the language reference inside Python's own help(): it is on every
+    learner's disk, no task of ours trains on it, and it is not redistributed here. It
+    changes from one Python version to the next, so compare within one run only.
+
+    Args
+        windows  stretches of the text, evenly spaced, always the same ones
+        length   tokens in each
+    """
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    starts = np.linspace(0, len(ids) - length, windows).astype(int)
+    total = 0.0
+    with scoped.mode(model, training=False):
+        for start in starts:
+            window = torch.tensor([ids[start : start + length]], device=model.device)
+            logits = model(window).logits[0, :-1].float()
+            total += F.cross_entropy(logits, window[0, 1:]).item()
+    return total / windows
+
+
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)

@@ -1,0 +1,209 @@
+"""Training: one plain loop, the same for every method.
+
+`optimizer_steps` is the loop, to be read whole. `train` is what stands around it: which
+rows, where to resume, when to validate and to write a checkpoint, what to show.
+
+What fails silently elsewhere is an error here (guards.py): a loss that is not finite, a
+trainable tensor that three steps have not moved, a folder with another run's
+checkpoints.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from ..common import scoped
+from ..common.progress import bar
+from ..tasks.templates import encode_rows
+from . import checkpoint
+from .batch import Row, batch_of, label_tokens
+from .config import History, TrainConfig, learning_rate, rows_of_step
+from .guards import (
+    MOVED_AFTER,
+    Diverged,
+    fingerprints,
+    refuse_not_finite,
+    refuse_unmoved,
+)
+from .loss import mean_loss, micro_batch_loss
+from .state import TrainState, new_state
+
+
+def optimizer_steps(
+    model: nn.Module,
+    state: TrainState,
+    config: TrainConfig,
+    micro_batches_of: Callable[[int], list[list[Row]]],
+) -> Iterator[History]:
+    """The training loop: an optimizer step for each value that it yields.
+
+    Args
+        state             where the run stands: its history says which step is next
+        micro_batches_of  step number, from 0 -> its examples, in micro-batches
+    Yields   the history, after each step
+    Raises   Diverged, RuntimeError  see train(); the weights are those before the step
+    """
+    parameters, optimizer = list(state.trainable.values()), state.optimizer
+    history = state.history
+    while not history.finished(config.steps):
+        start, step, total = time.perf_counter(), history.steps, 0.0
+        batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
+        tokens = sum(map(label_tokens, batches))
+        for batch in batches:
+            loss = micro_batch_loss(model, batch, tokens)
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
+        loss, lr = total.item(), learning_rate(config, step)
+        refuse_not_finite(loss, norm, step=step + 1, steps=config.steps, lr=lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]  # ratio: LoRA+ trains B at a higher rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.record(loss, lr, norm, tokens, time.perf_counter() - start)
+        yield history
+
+
+def train(
+    model: nn.Module,
+    tokenizer,
+    task,
+    config: TrainConfig,
+    *,
+    encoded: tuple[list[Row], list[Row]] | None = None,
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+    on_step: Callable[[History], object] | None = None,
+) -> History:
+    """Train the injected adapters of `model` on the rows of `task`.
+
+    Args
+        task         has .instruction, .train and .validation (tasks.py)
+        encoded      its rows of both splits as tokens, for a caller that has them;
+                     None: encode_splits makes them
+        checkpoints  a folder, made if need be. A run that was killed and is called
+                     again with the same arguments goes on from its newest checkpoint,
+                     to bit-identical weights (same machine, same number of threads)
+        progress     show a bar with loss and time left, in a terminal or a notebook
+        on_step      called with the history after every step
+    Returns  History. Training flags and random generators are as the caller had them
+    Raises   Diverged           a loss or gradient that is not finite; the weights are
+                                those before that step (of a validation: after it)
+             RuntimeError       a trainable tensor that three steps did not move
+             ValueError         no adapter, no rows, a row that is too long, or a folder
+                                with the checkpoints of another run
+             KeyboardInterrupt  on Ctrl-C, once the step is done and its checkpoint
+                                written; a second Ctrl-C does not wait
+    """
+    state = new_state(model, config)
+    rows, validation = encoded or encode_splits(tokenizer, task, config)
+    settings = checkpoint.configuration(model, config, (rows, validation))
+    with (
+        scoped.mode(model, training=True),
+        scoped.seeded(config.seed, state.device),
+        scoped.held_ctrl_c() as pressed,
+        state.without_gradients(),
+    ):
+        if checkpoints:
+            checkpoint.resume(state, checkpoints, settings)
+        history, parameters = state.history, state.trainable
+        start = time.perf_counter() - history.seconds
+        before = fingerprints(parameters) if history.steps < MOVED_AFTER else {}
+        steps, done = config.steps, history.steps
+        with bar("train", "step", steps, done=done, shown=progress) as shown:
+            of_step = partial(micro_batches, rows, config)
+            for history in optimizer_steps(model, state, config, of_step):
+                if history.steps == MOVED_AFTER:
+                    refuse_unmoved(parameters, state.moments(), before)
+                if _due(config.validate_every, history, config):
+                    _validate(model, state, validation, config)
+                history.seconds = time.perf_counter() - start
+                stop = pressed.is_set()
+                due = stop or _due(config.checkpoint_every, history, config)
+                if checkpoints and due:
+                    checkpoint.save(state, checkpoints, settings)
+                shown.set_postfix_str(_figures(history), refresh=False)
+                shown.update()
+                if on_step:
+                    on_step(history)
+                if stop:
+                    rest = (
+                        f"call again to go on from {checkpoints}"
+                        if checkpoints
+                        else "nothing is saved: checkpoints=None"
+                    )
+                    raise KeyboardInterrupt(
+                        f"stopped after step {history.steps}; {rest}"
+                    )
+    if config.patience:
+        state.load_weights(state.best)
+    return history
+
+
+def encode_splits(tokenizer, task, config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """The training rows of a task as tokens, and the validation rows if they are used.
+
+    Raises  ValueError   a row that does not fit, or a split without rows
+    """
+    encode = partial(
+        encode_rows,
+        tokenizer,
+        task.instruction,
+        template=config.template,
+        max_tokens=config.max_tokens,
+    )
+    rows = encode(task.train)
+    validation = encode(task.validation) if config.validate_every else []
+    if not rows or (config.validate_every and not validation):
+        empty = "validation" if rows else "train"
+        raise ValueError(f"the task has no {empty} rows, which this recipe needs")
+    return rows, validation
+
+
+def micro_batches(rows: list[Row], config: TrainConfig, step: int) -> list[list[Row]]:
+    """The rows of optimizer step number `step`, in `config.accumulate` equal parts."""
+    chosen = [rows[i] for i in rows_of_step(config, step, len(rows))]
+    size = config.batch // config.accumulate
+    return [chosen[i : i + size] for i in range(0, config.batch, size)]
+
+
+def _due(every: int, history: History, config: TrainConfig) -> bool:
+    """Whether something that happens `every` so many steps, and at the end, is due."""
+    on_time = every > 0 and history.steps % every == 0
+    return on_time or (every > 0 and history.finished(config.steps))
+
+
+def _validate(
+    model: nn.Module, state: TrainState, rows: list[Row], config: TrainConfig
+) -> None:
+    """Add the loss on the validation rows to the history; with patience, act on it."""
+    history = state.history
+    loss = mean_loss(model, rows, batch=config.batch // config.accumulate)
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"step {history.steps} of {config.steps}, learning rate "
+            f"{history.lr[-1]:.3g}: the validation loss after it is {loss}. Try a "
+            "tenth of the rate, more warm-up, or float32"
+        )
+    history.validation.append((history.steps, loss))
+    if config.patience:
+        _keep_best_or_stop(state, config)
+
+
+def _keep_best_or_stop(state: TrainState, config: TrainConfig) -> None:
+    history = state.history
+    if history.best_step == history.steps:
+        state.best = state.copies()
+    worse = history.stale >= config.patience
+    history.stopped_early = worse and history.steps < config.steps
+
+
+def _figures(history: History) -> str:
+    figures = f"loss {history.loss[-1]:.3f}, lr {history.lr[-1]:.1e}"
+    if history.validation:
+        figures += f", validation {history.validation[-1][1]:.3f}"
+    return figures
