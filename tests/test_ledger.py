@@ -271,9 +271,10 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
 
 def test_importing_the_ledger_imports_no_experiment():
     code = (
-        "import sys; from peft_from_scratch import experiments, ledger;"
-        "known = [n for n in sys.modules if n.startswith(experiments.__name__ + '.')];"
-        "assert not known, known; assert 'L1' in ledger.CLAIMS and ledger.claims()"
+        "import sys; from importlib import import_module;"
+        f"ledger = import_module({ledger.__name__!r});"
+        f"loaded = [n for n in sys.modules if n.startswith({experiments.__name__!r})];"
+        f"assert loaded == [{experiments.__name__!r}]; assert 'L1' in ledger.CLAIMS"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=runs.provenance.ROOT)
 

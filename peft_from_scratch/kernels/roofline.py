@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..plotting.draw import frame, legend, name_y, point
 from ..plotting.theme import BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
-from .count import Count, count, fused, unfused
+from .count import LaunchCost, count, fused, unfused
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ def peak(device: Device, dtype: torch.dtype) -> float:
     return device.plain if dtype == torch.float32 else device.matrix
 
 
-def seconds(counted: Count, device: Device, dtype: torch.dtype) -> float:
+def seconds(cost: LaunchCost, device: Device, dtype: torch.dtype) -> float:
     """The bound of one launch, with each operand read once."""
-    for_flops = counted.flops / peak(device, dtype)
-    return max(for_flops, counted.compulsory / device.bandwidth)
+    for_flops = cost.flops / peak(device, dtype)
+    return max(for_flops, cost.compulsory / device.bandwidth)
 
 
-def bound(counts: Iterable[Count], device: Device, dtype: torch.dtype) -> float:
+def bound(counts: Iterable[LaunchCost], device: Device, dtype: torch.dtype) -> float:
     """The bound of launches in a row, seconds."""
-    return sum(seconds(counted, device, dtype) for counted in counts)
+    return sum(seconds(cost, device, dtype) for cost in counts)
 
 
-def counts_of(shape: tuple, r: int, dtype: torch.dtype) -> list[Count]:
-    """What each launch of lora_linear moves and computes."""
+def counts_of(shape: tuple, r: int, dtype: torch.dtype) -> list[LaunchCost]:
+    """The cost of each launch of lora_linear."""
     return [count(launch) for launch in fused(*shape, r, dtype)]
 
 
@@ -116,17 +116,17 @@ def places(device: Device, r: int, dtype: torch.dtype) -> dict[str, list[tuple]]
 
     FLOPs are those that the product needs: work done twice does not count.
     """
-    found: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
+    points: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
     for shape in PLACES:
         ours, theirs = counts_of(shape, r, dtype), unfused(*shape, r, dtype)
         needed, issued = sum(c.needed for c in theirs), sum(c.issued for c in ours)
         for kind, counts in ((FUSED, ours), (UNFUSED, theirs)):
-            moved = sum(counted.compulsory for counted in counts)
+            moved = sum(cost.compulsory for cost in counts)
             rate = needed / bound(counts, device, dtype)
-            found[kind].append((needed / moved, rate))
+            points[kind].append((needed / moved, rate))
         top = min(peak(device, dtype), needed / issued * device.bandwidth)
-        found[UNCACHED].append((needed / issued, top))
-    return found
+        points[UNCACHED].append((needed / issued, top))
+    return points
 
 
 def figure(
@@ -141,13 +141,13 @@ def figure(
     """The devices' roofs, and the LoRA product under the roof of one, each way."""
     shown = places(device, r, dtype)
     letters = dict(zip("abcd", PLACES, strict=True))
-    told = [f"{x}: {m:,} x {k:,} → {n:,}" for x, (m, k, n) in letters.items()]
+    shapes = [f"{x}: {m:,} x {k:,} → {n:,}" for x, (m, k, n) in letters.items()]
     with style(theme):
         handles = [point(mark, theme, label=kind) for kind, mark in KINDS.items()]
         page, axes = frame(
             "Fusing lifts prompts and training steps; decoding waits for W either way",
             f"The LoRA product of rank {r}, rows x d_in → d_out, under the roof of the "
-            f"{device.name} (thick). {'; '.join(told)}. FLOPs are those that the "
+            f"{device.name} (thick). {'; '.join(shapes)}. FLOPs are those that the "
             "product needs.",
             width,
             3.6,
@@ -198,15 +198,15 @@ def _roof(axes, device: Device, top: float, thick: bool, theme: Theme) -> None:
 
 
 def alt(r: int = 16, dtype: torch.dtype = torch.bfloat16, device=SHOWN) -> str:
-    """The figure in words, for who does not see it."""
-    shown, told = places(device, r, dtype), []
+    """The figure in words, for readers who cannot see it."""
+    shown, parts = places(device, r, dtype), []
     for i, (m, d_in, d_out) in enumerate(PLACES):
         here = {kind: rows[i] for kind, rows in shown.items()}
         rates = [f"{kind} {rate / 1e12:,.3g}" for kind, (_, rate) in here.items()]
         many = "1 row" if m == 1 else f"{m:,} rows"
-        told.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
+        parts.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
     return (
         f"Roofline: reachable TFLOP/s against FLOPs per byte, both logarithmic, with "
         f"the roofs of {', '.join(d.name for d in DEVICES)}. The LoRA product of rank "
-        f"{r} on the {device.name}. {'; '.join(told)}"
+        f"{r} on the {device.name}. {'; '.join(parts)}"
     )
