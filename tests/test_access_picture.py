@@ -107,7 +107,7 @@ def the_picture_outlines_the_footprint():
 
 BUGS = {
     "an element twice in a block counts once": Bug(
-        pictures._counted,
+        pictures._count,
         "np.add.at(total, access.elements, 1)",
         "total[:] = 1",
         each_element_is_counted_as_often_as_its_blocks,

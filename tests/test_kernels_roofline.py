@@ -5,7 +5,7 @@ import torch
 from planting import assert_caught, each_is_caught, law
 
 from peft_from_scratch.kernels import roofline
-from peft_from_scratch.kernels.count import Count
+from peft_from_scratch.kernels.count import LaunchCost
 from peft_from_scratch.kernels.roofline import DEVICES, FUSED, UNFUSED
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.ledger.experiments import fusing
@@ -19,8 +19,8 @@ TINY = roofline.Device("none", matrix=100.0, plain=10.0, bandwidth=5.0, source="
 
 @law
 def the_slower_of_two_bounds():
-    waits = Count(compulsory=50, flops=100)  # 10 s for bytes, 1 s for FLOPs
-    works = Count(compulsory=50, flops=5000)
+    waits = LaunchCost(compulsory=50, flops=100)  # 10 s for bytes, 1 s for FLOPs
+    works = LaunchCost(compulsory=50, flops=5000)
     assert roofline.seconds(waits, TINY, BF16) == 10
     assert roofline.seconds(works, TINY, BF16) == 50
     assert roofline.seconds(works, TINY, torch.float32) == 500
@@ -117,7 +117,7 @@ def test_k1_is_the_share_of_worthwhile_cases(saving, value, verdict):
 
 def a_saving_is_of_the_rivals_bound():
     found = fusing.saved(
-        (4096, 576, 576), 16, lambda *case: [Count(flops=10**12)], TINY
+        (4096, 576, 576), 16, lambda *case: [LaunchCost(flops=10**12)], TINY
     )
     ours = roofline.bound(roofline.counts_of((4096, 576, 576), 16, BF16), TINY, BF16)
     assert found == pytest.approx(100 * (1 - ours / 1e10), abs=1e-2)

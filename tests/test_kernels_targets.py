@@ -54,7 +54,7 @@ def test_another_tile_or_kernel_is_another_fingerprint(monkeypatch):
     for old, new, differs in (
         ("total *= scale", "total *= 2 * scale", True),
         ("total *= scale", "total *= scale  # as it is", False),
-        ('"""y = x W^T, + h B^T', '"""Another word. y = x W^T, + h B^T', False),
+        ('"""y = x W^T, plus h B^T', '"""Another word. y = x W^T, + h B^T', False),
     ):
         assert source.count(old) == 1
         with mock.patch.object(gpu_targets.inspect, "getsource") as read:
