@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -358,8 +359,9 @@ def test_a_grid_from_the_kernels_counts_too(monkeypatch):
 
 def test_an_option_of_a_method_changes_all_that_fine_tune(monkeypatch):
     before = hashes()
-    inject, options = finetune.METHODS["lora"]
-    monkeypatch.setitem(finetune.METHODS, "lora", (inject, options | {"r": 4}))
+    kind = finetune.METHODS["lora"]
+    method = replace(kind.method, hyper={**kind.method.hyper, "r": 4})
+    monkeypatch.setitem(finetune.METHODS, "lora", replace(kind, method=method))
     assert {"L3", "L5", "L6", "L7", "L8", "F4", "Q4", "A2"} <= changed(before)
     assert not changed(before) & {"F1", "L4", "Q3", "K1", "A1"}
 

@@ -1,4 +1,4 @@
-"""The walls between the rooms: a wrong import is named, with the wall that it breaks."""
+"""The walls between rooms: a wrong import is named, with the wall that it breaks."""
 
 import shutil
 import subprocess
