@@ -738,8 +738,8 @@ BUGS = {
     ),
     "the error shows one shape twice": Bug(
         combining._refuse_other_bases,
-        "of {shortened(fact)} in",
-        "of {shortened(before)} in",
+        "{shortened(fact)} in",
+        "{shortened(before)} in",
         different_bases_are_refused,
     ),
     "a rank that is too large is cut in silence": Bug(
