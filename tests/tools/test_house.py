@@ -138,7 +138,7 @@ def imported(folder):
     providers = packages_distributions()
     folders = ("tests/**", "notebooks", "benchmarks")
     files = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
-    ours = {path.stem for path in files} | {PACKAGE, "tools"}
+    ours = {path.stem for path in files} | {PACKAGE, "laws", "tools"}
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in modules(ast.parse(path.read_text("utf-8"))):
