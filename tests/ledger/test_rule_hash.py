@@ -17,9 +17,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from planting import planted
 
 import peft_from_scratch
+from peft_from_scratch import methods
 from peft_from_scratch.common import statistics
 from peft_from_scratch.kernels import cases
 from peft_from_scratch.ledger import experiments, rule_hash, runs, verdicts
@@ -357,13 +359,20 @@ def test_a_grid_from_the_kernels_counts_too(monkeypatch):
     assert changed(before) == {"K1"}
 
 
-def test_an_option_of_a_method_changes_all_that_fine_tune(monkeypatch):
+def test_an_option_of_a_variant_changes_all_that_fine_tune(monkeypatch):
     before = hashes()
-    kind = finetune.METHODS["lora"]
-    method = replace(kind.method, hyper={**kind.method.hyper, "r": 4})
-    monkeypatch.setitem(finetune.METHODS, "lora", replace(kind, method=method))
+    half = replace(finetune.VARIANTS["qlora-bf16"], options={"dtype": torch.float16})
+    monkeypatch.setitem(finetune.VARIANTS, "qlora-bf16", half)
     assert {"L3", "L5", "L6", "L7", "L8", "F4", "Q4", "A2"} <= changed(before)
     assert not changed(before) & {"F1", "L4", "Q3", "K1", "A1"}
+
+
+def test_a_new_method_and_another_color_change_no_rule(monkeypatch):
+    before, lora = hashes(), methods.named("lora")
+    rows = *methods.METHODS, replace(lora, name="shift"), replace(lora, color="green")
+    monkeypatch.setattr(methods, "METHODS", rows)
+    monkeypatch.setattr(finetune, "METHODS", rows)
+    assert not changed(before)
 
 
 class Tidied(ast.NodeTransformer):

@@ -22,8 +22,7 @@ from ...common import scoped
 from ...common.digest import digest
 from ...core import counting
 from ...core.adapter import adapters, remove
-from ...methods import METHODS as TABLE
-from ...methods import Method, loftq, named
+from ...methods import METHODS, loftq, named
 from ...models.load import load_model
 from ...nf4 import quantize_model
 from ...tasks.task import Task, load_task
@@ -43,13 +42,16 @@ ALIASES = {"n": "positions"}  # a run's n is its training rows
 class Kind:
     """What a configuration's "method" stands for: a method of the table, or a variant.
 
+    A method is here by its name. So a new method in the table, or another label and
+    color of one, changes no rule's hash (rule_hash.py).
+
     Args
-        method   of the table; None: nothing is injected
+        method   name of one of the table; None: nothing is injected
         options  further arguments of the injection
         inject   takes the place of the method's inject
     """
 
-    method: Method | None
+    method: str | None
     options: Mapping[str, object] = field(default_factory=dict)
     inject: Callable | None = None
 
@@ -58,29 +60,28 @@ class Kind:
         """The method's entries in a configuration, with their defaults."""
         if self.method is None:
             return {}
-        return {ALIASES.get(k, k): value for k, value in self.method.hyper.items()}
+        hyper = named(self.method).hyper
+        return {ALIASES.get(name, name): value for name, value in hyper.items()}
 
     def injected(self, model: nn.Module, config: dict) -> None:
         """Inject the method into the model as the configuration says."""
-        inject = self.inject or (self.method and self.method.module.inject)
+        inject = self.inject or (self.method and named(self.method).module.inject)
         if inject:
-            names = self.method.hyper if self.method else ()
+            names = named(self.method).hyper if self.method else ()
             values = {name: config[ALIASES.get(name, name)] for name in names}
             inject(model, **self.options, **values)
 
 
 LORA = dict(named("lora").hyper)
-_LORA, _QLORA = Kind(named("lora")), Kind(named("qlora"))
-METHODS: dict[str, Kind] = {
+VARIANTS: dict[str, Kind] = {
     "base": Kind(None),  # nothing is added and nothing trains
-    **{method.name: Kind(method) for method in TABLE},
-    "rslora": Kind(named("lora"), {"rslora": True}),
-    "lora-frozen": _LORA,  # control: A and B random, and never trained
-    "qlora-loftq": Kind(named("qlora"), inject=loftq.inject),  # starts at what NF4 lost
-    "qlora-bf16": Kind(named("qlora"), {"dtype": torch.bfloat16}),
-    "qlora-frozen": _QLORA,  # control, as lora-frozen
+    "rslora": Kind("lora", {"rslora": True}),
+    "lora-frozen": Kind("lora"),  # control: A and B random, and never trained
+    "qlora-loftq": Kind("qlora", inject=loftq.inject),  # starts at what NF4 lost
+    "qlora-bf16": Kind("qlora", {"dtype": torch.bfloat16}),
+    "qlora-frozen": Kind("qlora"),  # control, as lora-frozen
     "nf4-base": Kind(None, inject=quantize_model),  # in four bits, and nothing trains
-    "lora-transplanted": _LORA,  # trained in full, tested in four bits
+    "lora-transplanted": Kind("lora"),  # trained in full, tested in four bits
 }
 FROZEN = ("lora-frozen", "qlora-frozen")
 UNTRAINED = ("base", "nf4-base", *FROZEN)
@@ -88,6 +89,24 @@ TRANSPLANTED = "lora-transplanted"
 RECIPE = ("warmup", "schedule", "weight_decay", "clip", "validate_every", "patience")
 TEST, VALIDATION = 200, 100  # rows
 LAST = 10  # steps whose mean is the training loss at the end
+
+
+def kind_of(method: str) -> Kind:
+    """The variant, or the method of the table, of this name.
+
+    Raises  ValueError  there is neither; the message holds the names
+    """
+    if method in VARIANTS:
+        return VARIANTS[method]
+    try:
+        return Kind(named(method).name)
+    except ValueError:
+        raise ValueError(f"{method=}: allowed are {_every_name()}") from None
+
+
+def _every_name() -> str:
+    methods = (method.name for method in METHODS)
+    return ", ".join(dict.fromkeys(["base", *methods, *VARIANTS]))
 
 
 def run(**arguments) -> dict:
@@ -115,7 +134,7 @@ def config(
     """The configuration of a run, with every default filled in.
 
     Args
-        method      one of METHODS
+        method      the name of a method, or one of VARIANTS
         seed        draws the rows, their order and the adapter's start
         n           training rows; a smaller n has a part of the rows of a larger one
         test        test rows, the first ones; and `validation` rows likewise
@@ -126,9 +145,7 @@ def config(
                     validate_every, patience
     Raises   ValueError   an unknown method, or a hyperparameter that neither has
     """
-    if method not in METHODS:
-        raise ValueError(f"{method=}: allowed are {', '.join(METHODS)}")
-    defaults = METHODS[method].hyper
+    defaults = kind_of(method).hyper
     allowed = (*defaults, *RECIPE)
     if unknown := [name for name in hyper if name not in allowed]:
         raise ValueError(
@@ -220,7 +237,7 @@ def train_model(
 ) -> tuple[History, str | None]:
     """Inject the method and train; (history, why it diverged, or None)."""
     torch.manual_seed(config["seed"])
-    METHODS[config["method"]].injected(model, config)
+    kind_of(config["method"]).injected(model, config)
     if config["method"] in FROZEN:
         randomize(model)
     if config["method"] in UNTRAINED:
@@ -250,7 +267,7 @@ def transplant(model: nn.Module, config: dict) -> None:
     """Put the model's LoRA, as it is, beside the same base in four bits."""
     trained = {n: (m.A.clone(), m.B.clone()) for n, m in adapters(model).items()}
     remove(model)
-    _QLORA.injected(model, config)
+    kind_of("qlora").injected(model, config)
     for name, module in adapters(model).items():
         for parameter, value in zip((module.A, module.B), trained[name], strict=True):
             parameter.copy_(value)
