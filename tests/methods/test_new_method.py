@@ -29,16 +29,16 @@ PLACE = re.compile(
 COMMANDS = re.compile(r"^ {4}\.venv/bin/python (-m \S+)$", re.MULTILINE)
 # Of the tests of everything that lists methods, those that a new one could fail.
 CHECKS = {
-    "test_contract": "(shift-llama or shift-gpt2) and not fp64",
-    "test_block": "shift or None-light or shipped or look or named",
-    "test_readme": "tables",
-    "test_commands": "parser or heavy or saved or left_open",
-    "test_compare": "settings_before or in_their_order or as_many_rates",
+    "methods/test_contract": "(shift-llama or shift-gpt2) and not fp64",
+    "course/test_block": "shift or None-light or shipped or look or named",
+    "tools/test_readme": "tables",
+    "cli/test_commands": "parser or heavy or saved or left_open",
+    "comparison/test_compare": "settings_before or in_their_order or as_many_rates",
 }
 SCRIPT = """
 import sys, tempfile
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/helpers")
 import architectures, torch
 import peft_from_scratch as pfs
 from peft_from_scratch.comparison.adapt import adapt
@@ -175,19 +175,19 @@ def test_nothing_else_is_changed_by_hand(project):
 
 def test_the_new_method_keeps_the_laws_and_every_table_knows_it(project):
     folder, _ = project
-    chosen = [f"{file} and ({tests})" for file, tests in CHECKS.items()]
+    chosen = [f"{Path(file).name} and ({tests})" for file, tests in CHECKS.items()]
     told = ran(
         folder,
         *("-m", "pytest", "-v", "-x", "-p", "no:cacheprovider"),
         *(f"tests/{file}.py" for file in CHECKS),
         *("-k", " or ".join(f"({tests})" for tests in chosen)),
     )
-    passed = re.findall(r"^tests/(test_\w+)\.py::(\S+) PASSED", told, re.MULTILINE)
+    passed = re.findall(r"^tests/(\w+/test_\w+)\.py::(\S+) PASSED", told, re.MULTILINE)
     assert {file for file, _ in passed} == set(CHECKS)
     of_shift = [file for file, test in passed if "shift" in test]
-    assert of_shift.count("test_contract") >= 30  # laws, on two architectures
-    assert of_shift.count("test_block") >= 4
-    assert of_shift.count("test_compare") == 1
+    assert of_shift.count("methods/test_contract") >= 30  # laws, on two architectures
+    assert of_shift.count("course/test_block") >= 4
+    assert of_shift.count("comparison/test_compare") == 1
 
 
 def test_the_new_method_is_saved_compared_and_run_as_an_experiment(project):
