@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on CPU
 
 import copy
+import functools
 import logging
 import random
 
@@ -44,8 +45,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """The ledger keeps its runs in a folder of the test's own."""
+    """The ledger keeps its runs in a folder of the test's own.
+
+    Where they were made is asked once: it takes two calls of git.
+    """
     monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
+    once = functools.cache(runs.provenance.provenance)
+    monkeypatch.setattr(runs.provenance, "provenance", once)
 
 
 @pytest.fixture(scope="session")

@@ -164,17 +164,14 @@ def of_one_kind():
         yield from absmax[:12] * on_midpoints
 
 
+@law
+@pytest.mark.parametrize("dtype", HALF)
 def the_definition_and_the_library_are_bit_equal(dtype=torch.float32):
     for w in of_one_kind():
         w = w.to(dtype)
         for block in (1, 3, 16, 64, 100) if w.isfinite().all() else ():
             for code in nf4.CODES:
                 assert_equal_to_the_spec(w, block, code)
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_the_definition_and_the_library_are_bit_equal(dtype):
-    the_definition_and_the_library_are_bit_equal(dtype)
 
 
 @pytest.mark.parametrize("code", nf4.CODES)

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from planting import planted
+from planting import law, planted
 
 from peft_from_scratch.common import statistics
 from peft_from_scratch.kernels import cases
@@ -233,6 +233,7 @@ def what_is_tidied_is_free(folder):
     assert not changed
 
 
+@law
 def what_is_computed_counts(folder):
     hashes = {name: hash_of(folder, edits) for name, edits in CHANGES.items()}
     hashes["nothing"] = hash_of(folder)
@@ -242,10 +243,6 @@ def what_is_computed_counts(folder):
 @pytest.mark.parametrize("what", FREE)
 def test_what_is_tidied_is_free(tmp_path, what):
     assert hash_of(tmp_path, FREE[what]) == hash_of(tmp_path)
-
-
-def test_what_is_computed_counts(tmp_path):
-    what_is_computed_counts(tmp_path)
 
 
 REDUCTION, CODE = rule_hash._Reduction, rule_hash._Code
