@@ -64,7 +64,7 @@ lab: $(MODEL) ## your own copies of the notebooks, in work/, in JupyterLab
 
 notebooks: $(MODEL) ## run the notebooks' text forms, store what comes out
 	$(BIN)/python notebooks/build.py $(NB)
-	$(BIN)/python tests/mutant_run.py --write
+	$(BIN)/python tests/helpers/try_answers.py --write
 
 bench: $(MODEL) ## the benchmarks: ratios, measured side by side
 	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \

@@ -2,7 +2,7 @@
 
     rule(notebook, text)    the stored notebook, and what its text form makes of it
 
-build.py writes no notebook that breaks one; tests/test_notebooks.py holds every stored
+build.py writes no notebook that breaks one; test_notebooks.py holds every stored
 notebook to them, and shows every rule a notebook that breaks it. TEXT_RULES need no
 outputs: they also judge a text form that has not been run.
 """

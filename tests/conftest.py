@@ -10,12 +10,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on CPU
 
 import copy
 import functools
 import logging
 import random
+from pathlib import Path
 
 import architectures
 import numpy
@@ -25,9 +25,23 @@ import torch
 from peft_from_scratch import load_model
 from peft_from_scratch.ledger import runs
 
+TESTS = Path(__file__).parent
+
 # At import it asks for a package that would fetch kernels from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests get the markers of their folders, and run in the markers' order."""
+    rooms = [line.partition(":")[0] for line in config.getini("markers")]
+    rooms = [room for room in rooms if (TESTS / room).is_dir()]
+    for item in items:
+        for folder in item.path.relative_to(TESTS).parts[:-1]:
+            if folder in rooms:
+                item.add_marker(folder)
+    first = {room: place for place, room in enumerate(rooms)}
+    items.sort(key=lambda item: first.get(item.path.relative_to(TESTS).parts[0], -1))
 
 
 @pytest.fixture(autouse=True)

@@ -158,8 +158,8 @@ def against_plain(make: Callable) -> str:
         launches = fused(*shape, r, BF16, make)
         ours, alone = total(launches), count(plain(launches))
         issued = ours.issued / alone.issued
-        told = f"{issued:.3f}" if issued <= LIMIT else f"**{issued:.3f}**"
-        return f"{told}, {ours.compulsory / alone.compulsory:.2f}"
+        text = f"{issued:.3f}" if issued <= LIMIT else f"**{issued:.3f}**"
+        return f"{text}, {ours.compulsory / alone.compulsory:.2f}"
 
     return _by_rank(SHAPES, cell)
 

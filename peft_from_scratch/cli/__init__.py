@@ -1,5 +1,6 @@
 """The command line: `python -m peft_from_scratch --help`.
 
-Reading order: commands.py (train and merge), chat.py (talk to a model), doctor.py (what
-is here, what is missing, and what work costs on this machine).
+Reading order: command_line.py (the commands and their options; it imports nothing heavy
+until a command runs), commands.py (train and merge), chat.py (talk to a model),
+doctor.py (what is here, what is missing, and what work costs on this machine).
 """

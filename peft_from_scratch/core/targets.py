@@ -155,7 +155,8 @@ def refuse_no_mapping(field: str, pattern) -> None:
     """ValueError unless it is {name or regex: value}, or None."""
     if not isinstance(pattern, Mapping | None):
         raise ValueError(
-            f"{field}={shortened(pattern)} is no mapping {{module name or regex: value}}"
+            f"{field}={shortened(pattern)} is no mapping "
+            "{module name or regex: value}"
         )
 
 

@@ -59,9 +59,9 @@ class Steps:
         seed: int = 0,
     ):
         self.model, tokenizer = load_model(base, device="cpu")
-        found = load_task(task)
-        first = found.train.select(range(min(64, len(found.train))))
-        encoded = encode_rows(tokenizer, found.instruction, first, template=template)
+        loaded = load_task(task)
+        first = loaded.train.select(range(min(64, len(loaded.train))))
+        encoded = encode_rows(tokenizer, loaded.instruction, first, template=template)
         self.batches = [encoded[i : i + rows] for i in range(0, len(encoded), rows)]
         torch.manual_seed(seed)
         method.inject(self.model, r=r, alpha=2 * r)
@@ -105,17 +105,17 @@ def held(model: nn.Module) -> dict[str, int]:
 
 def kept(product: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Bytes that autograd keeps of product(x) until the backward pass; x is not one."""
-    found = {}
+    sizes = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata != x.untyped_storage()._cdata:
-            found[storage._cdata] = storage.nbytes()
+            sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         product(x)
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def dequantized(step: Callable[[], object]) -> int:

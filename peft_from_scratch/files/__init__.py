@@ -12,6 +12,7 @@ in four bits.
     adapter_file.py   one adapter folder, read and checked without a model
     exchange.py       save and load, between a model and an adapter folder
     combine.py        several LoRA folders into one, without a model
+    pretrained.py     a base model's folder, if no tensor in it is missing
     quantized.py      a model in four bits, and its folder
 
 Reading order: from top to bottom.

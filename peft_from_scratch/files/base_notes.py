@@ -62,7 +62,8 @@ def read_bits(note: str | None) -> dict | None:
         _check_bits(bits)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"the file notes base_bits={shortened(note)}, which is not implemented: {error}"
+            f"the file notes base_bits={shortened(note)}, which is not implemented: "
+            f"{error}"
         ) from None
     return bits
 
@@ -92,8 +93,8 @@ def warning_of_bits(
     if bits and not here:
         error = base_error(model, **bits)
         return (
-            f"{trained} four bits ({shortened(note)}), and this model has them in full: "
-            f"they differ by {error.weight:.1%} of their norm, which is "
+            f"{trained} four bits ({shortened(note)}), and this model has them in "
+            f"full: they differ by {error.weight:.1%} of their norm, which is "
             f"{error.update:.2g} times that of the update. For the model that was "
             "trained, nf4.quantize_model() first"
         )

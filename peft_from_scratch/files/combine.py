@@ -285,8 +285,9 @@ def _refuse_other_bases(adapters: Sequence[_Lora]) -> None:
             before, place = first.setdefault(what, (fact, folder))
             if before != fact:
                 raise ValueError(
-                    f"{what} is of {shortened(before)} in {place} and of {shortened(fact)} in "
-                    f"{folder}: adapters of different base models have no sum"
+                    f"{what} is of {shortened(before)} in {place} and of "
+                    f"{shortened(fact)} in {folder}: adapters of different base models "
+                    "have no sum"
                 )
 
 
@@ -309,8 +310,8 @@ def _refuse_ranks(name, parts, how, r) -> None:
         )
     if how in CUTS and r > bound:
         raise ValueError(
-            f"r={shortened(r)}: {name} allows a rank of at most {bound}, the smaller side "
-            "of its weight"
+            f"r={shortened(r)}: {name} allows a rank of at most {bound}, the smaller "
+            "side of its weight"
         )
 
 
@@ -330,8 +331,8 @@ def _config_of(file: AdapterFile) -> LoRAConfig:
     if file.format is not LORA:
         raise ValueError(
             f"{file.folder}: peft_type={file.format.peft_type!r} with "
-            f"use_dora={shortened(file.config.get('use_dora', False))}: only plain LoRA "
-            "is a sum of products; merge the others into a model"
+            f"use_dora={shortened(file.config.get('use_dora', False))}: only plain "
+            "LoRA is a sum of products; merge the others into a model"
         )
     with about(str(file.folder)):
         config = LoRAConfig(**file.arguments())

@@ -193,8 +193,8 @@ def _modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(
-            f"the file adapts {shortened(unknown[0])} ({len(unknown)} such), which this "
-            f"{type(model).__name__} does not have; it was made for another model"
+            f"the file adapts {shortened(unknown[0])} ({len(unknown)} such), which "
+            f"this {type(model).__name__} does not have; it was made for another model"
         )
     return {name: module for name, module in modules.items() if name in names}
 

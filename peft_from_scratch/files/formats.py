@@ -183,8 +183,8 @@ def refuse_unimplemented(config: Mapping, implemented: Collection[str]) -> None:
         default = value is False or value in (None, "", [], {})  # 0 is a layer's index
         if name not in implemented and not default:
             raise ValueError(
-                f"adapter_config.json sets {name[:99]}={shortened(value)}, which is not "
-                "implemented here; loading without it would give another model"
+                f"adapter_config.json sets {name[:99]}={shortened(value)}, which is "
+                "not implemented here; loading without it would give another model"
             )
 
 

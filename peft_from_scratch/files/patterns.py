@@ -51,8 +51,8 @@ def match_all(
         return (_matches_in_time if repeats else _matches)(whole, names)
     except (TimeoutError, subprocess.TimeoutExpired):
         raise ValueError(
-            f"a pattern of {shortened(list(patterns))} takes more than {SECONDS:.0f} s to "
-            "match this model's module names; write the names out instead"
+            f"a pattern of {shortened(list(patterns))} takes more than {SECONDS:.0f} s "
+            "to match this model's module names; write the names out instead"
         ) from None
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(

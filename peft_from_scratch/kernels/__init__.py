@@ -2,7 +2,9 @@
 
 Reading order: language.py (Triton or its absence, the shared pieces), lora.py (the
 product and its gradients), nf4.py (the same on a weight in four bits), gather.py (many
-adapters in one product, for serving); trace.py counts what they read and write.
+adapters in one product, for serving). Without a GPU: trace.py counts what a launch
+reads and writes, count.py has the formulas, cases.py names the launches that are
+counted and compiled, gpu_targets.py compiles them, roofline.py bounds their times.
 """
 
 from .gather import Plan, Stack, gather_lora

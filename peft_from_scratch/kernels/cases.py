@@ -29,14 +29,14 @@ SHAPES = tuple((m, *sizes) for sizes in PROJECTIONS for m in ROWS)  # m, d_in, d
 
 
 @dataclass(frozen=True)
-class Case:
-    """Launches under a name."""
+class KernelCase:
+    """A name for the launches of one use of a kernel."""
 
     name: str
     make: Callable[[], object]
 
     def launches(self) -> list[Launch]:
-        """Those that `make` would make; nothing runs."""
+        """The launches of `make`; nothing runs."""
         with recorded() as log:
             self.make()
         return log
@@ -113,11 +113,11 @@ def gathered(m, d_in, d_out, r, dtype, rows) -> None:
     gather(y, x, stack, Plan.of(torch.arange(m) % 2, x, stack, rows))
 
 
-def _case(what: str, *shape, make=lora, **more) -> Case:
+def _case(what: str, *shape, make=lora, **more) -> KernelCase:
     *sizes, r, dtype = shape
     m, d_in, d_out = sizes
     name = f"{what} {m} x {d_in} -> {d_out}, r {r}, {dtype}"
-    return Case(name, lambda: make(*sizes, r, DTYPES[dtype], **more))
+    return KernelCase(name, lambda: make(*sizes, r, DTYPES[dtype], **more))
 
 
 CASES = (

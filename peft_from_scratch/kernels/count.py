@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 
 from . import lora
-from .cases import Case, empty, forward
+from .cases import KernelCase, empty, forward
 from .language import Launch, Tiles, matrix, recorded
 
 
 @dataclass(frozen=True)
-class Count:
-    """Of one launch, or the sum over several. Bytes, floating-point operations."""
+class LaunchCost:
+    """Bytes and floating-point operations of one launch, or the sum over several."""
 
     loads: int = 0
     stores: int = 0
@@ -42,13 +42,13 @@ class Count:
     def issued(self) -> int:
         return self.loads + self.stores
 
-    def __add__(self, other: "Count") -> "Count":
+    def __add__(self, other: "LaunchCost") -> "LaunchCost":
         pairs = zip(_fields(self), _fields(other), strict=True)
-        return Count(*(a + b for a, b in pairs))
+        return LaunchCost(*(a + b for a, b in pairs))
 
 
-def count(launch: Launch) -> Count:
-    """What a launch moves and computes.
+def count(launch: Launch) -> LaunchCost:
+    """The cost of a launch.
 
     Raises   ValueError   a kernel, or a reader of W, that has no formula here
     """
@@ -58,13 +58,13 @@ def count(launch: Launch) -> Count:
     return FORMULAS[name](launch.arguments, launch.constants, launch.grid)
 
 
-def total(launches: Iterable[Launch]) -> Count:
+def total(launches: Iterable[Launch]) -> LaunchCost:
     """The sum, with nothing left in a cache from one launch to the next."""
-    return sum(map(count, launches), Count())
+    return sum(map(count, launches), LaunchCost())
 
 
-def _product(given: dict, constants: dict, grid: tuple) -> Count:
-    m, n, k, r = (given[size] for size in ("m_size", "n_size", "k_size", "r"))
+def _product(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
+    m, n, k, r = (arguments[size] for size in ("m_size", "n_size", "k_size", "r"))
     update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
     down = math.ceil(m / BM)
     programs = grid[0] // down  # side by side
@@ -76,7 +76,7 @@ def _product(given: dict, constants: dict, grid: tuple) -> Count:
         "A": (r * k, fused and programs * down),
         "B": (n * r, (fused or read) and down),
         "h": (m * r, read and blocks),
-        "bias": (n, given["bias"] is not None and down),
+        "bias": (n, arguments["bias"] is not None and down),
     }
     stored = {"y": m * n} | ({"h": m * r} if constants["KEEP"] else {})
     rank = constants["RANK"] if fused else math.ceil(r / 64) * 64 if read else 0
@@ -84,16 +84,16 @@ def _product(given: dict, constants: dict, grid: tuple) -> Count:
     whole = height * BN * (columns * depth + blocks * rank)
     whole += fused * programs * height * rank * depth
     needed = m * n * k + fused * m * r * k + (fused or read) * m * n * r
-    others = _moved(given, moved, stored, 2 * whole, 2 * needed)
-    return others + _weight(given["W"], constants, n, k, down)
+    others = _moved(arguments, moved, stored, 2 * whole, 2 * needed)
+    return others + _weight(arguments["W"], constants, n, k, down)
 
 
-def _weight(W: tuple, constants: dict, n: int, k: int, down: int) -> Count:
+def _weight(W: tuple, constants: dict, n: int, k: int, down: int) -> LaunchCost:
     """W's part: each row of blocks of y reads all of it, as its reader does."""
     reader, BN, BK = constants["LOAD"].fn.__name__, constants["BN"], constants["BK"]
     if reader == "dense":
         once = n * k * _itemsize(W)
-        return Count(loads=down * once, compulsory=once)
+        return LaunchCost(loads=down * once, compulsory=once)
     if reader == "unpacked":
         rows, width, most = n, k, BK
     elif reader == "unpacked_across":  # the bytes run along n
@@ -104,43 +104,43 @@ def _weight(W: tuple, constants: dict, n: int, k: int, down: int) -> Count:
     run = min(step.value, most)  # weights that share a load of their constant
     codes = rows * (math.ceil(width / 2) if run > 1 else width)
     asked = rows * math.ceil(width / run)
-    held = [t for t in (packed, absmax, *doubled) if t is not None]
+    tensors = [t for t in (packed, absmax, *doubled) if t is not None]
     blocks = math.ceil(n / BN) * math.ceil(k / BK)
     each = absmax.element_size() * asked
     if doubled[0] is not None:  # its unit and its value, and the offset for a block
         each += 4 * (2 * asked + blocks)
-    return Count(
+    return LaunchCost(
         loads=down * (codes + each),
-        compulsory=sum(t.numel() * t.element_size() for t in held),
+        compulsory=sum(t.numel() * t.element_size() for t in tensors),
     )
 
 
-def _over_rows(given: dict, constants: dict, grid: tuple) -> Count:
-    m, r, width, rows = (given[name] for name in ("m_size", "r", "width", "rows"))
+def _over_rows(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
+    m, r, width, rows = (arguments[name] for name in ("m_size", "r", "width", "rows"))
     moved = {"U": (m * r, grid[1]), "V": (m * width, grid[0])}
     stored = {"shares": grid[2] * r * width}
     BM, whole = constants["BM"], 0
     for share in range(grid[2]):
-        held = min(rows, m - share * rows)
-        whole += math.ceil(held / BM) * BM
+        rows_here = min(rows, m - share * rows)
+        whole += math.ceil(rows_here / BM) * BM
     whole *= grid[0] * constants["BR"] * grid[1] * constants["BW"]
-    return _moved(given, moved, stored, 2 * whole, 2 * m * r * width)
+    return _moved(arguments, moved, stored, 2 * whole, 2 * m * r * width)
 
 
-def _add_up(given: dict, constants: dict, grid: tuple) -> Count:
-    size, adds = given["size"], given["count"] * given["size"]
-    return _moved(given, {"shares": (adds, 1)}, {"out": size}, adds, adds)
+def _add_up(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
+    size, adds = arguments["size"], arguments["count"] * arguments["size"]
+    return _moved(arguments, {"shares": (adds, 1)}, {"out": size}, adds, adds)
 
 
 FORMULAS = {"_product": _product, "_over_rows": _over_rows, "_add_up": _add_up}
 
 
-def _moved(given, moved: dict, stored: dict, flops: int, needed: int) -> Count:
+def _moved(arguments, moved: dict, stored: dict, flops: int, needed: int) -> LaunchCost:
     def bytes_of(name: str, elements: int) -> int:
-        return elements * _itemsize(given[name])
+        return elements * _itemsize(arguments[name])
 
     loaded = {name: size for name, (size, times) in moved.items() if times}
-    return Count(
+    return LaunchCost(
         loads=sum(
             bytes_of(name, size * moved[name][1]) for name, size in loaded.items()
         ),
@@ -155,8 +155,8 @@ def _itemsize(operand) -> int:
     return (operand[0] if isinstance(operand, tuple) else operand).element_size()
 
 
-def _fields(counted: Count) -> tuple[int, ...]:
-    return tuple(vars(counted).values())
+def _fields(cost: LaunchCost) -> tuple[int, ...]:
+    return tuple(vars(cost).values())
 
 
 # What the fused product is compared with ----------------------------------------------
@@ -164,12 +164,12 @@ def _fields(counted: Count) -> tuple[int, ...]:
 
 def fused(m, d_in, d_out, r, dtype, make=forward) -> list[Launch]:
     """The launches of lora_linear, or with make=for_dx those of its dx."""
-    return Case("", lambda: make(m, d_in, d_out, r, dtype)).launches()
+    return KernelCase("", lambda: make(m, d_in, d_out, r, dtype)).launches()
 
 
 def plain(launches: list[Launch]) -> Launch:
     """x W^T alone in the same blocks: the last of these launches without an update."""
-    given, constants = launches[-1].arguments, launches[-1].constants
+    arguments, constants = launches[-1].arguments, launches[-1].constants
     tiles = Tiles(
         *(constants[name] for name in ("BM", "BN", "BK")),
         group=constants["GROUP"],
@@ -177,11 +177,13 @@ def plain(launches: list[Launch]) -> Launch:
         stages=launches[-1].stages,
     )
     with recorded() as log:
-        lora.product(given["x"][0], given["W"], given["n_size"], tiles=tiles)
+        lora.product(
+            arguments["x"][0], arguments["W"], arguments["n_size"], tiles=tiles
+        )
     return log[0]
 
 
-def unfused(m, d_in, d_out, r, dtype) -> list[Count]:
+def unfused(m, d_in, d_out, r, dtype) -> list[LaunchCost]:
     """x W^T, then h = x A^T, then h B^T, then their sum: each step on its own."""
     x, h = empty(m, d_in, dtype=dtype), empty(m, r, dtype=dtype)
     steps = []
@@ -193,7 +195,7 @@ def unfused(m, d_in, d_out, r, dtype) -> list[Count]:
     return [*steps, _sum(m * d_out, dtype)]
 
 
-def in_three(m, d_in, d_out, r, dtype) -> list[Count]:
+def in_three(m, d_in, d_out, r, dtype) -> list[LaunchCost]:
     """The same, better: h B^T is added to x W^T where it is computed (addmm)."""
     wide, low, back, add = unfused(m, d_in, d_out, r, dtype)
     extra = m * d_out * dtype.itemsize  # x W^T, read again
@@ -203,10 +205,10 @@ def in_three(m, d_in, d_out, r, dtype) -> list[Count]:
         "flops": add.flops,
         "needed": add.needed,
     }
-    return [wide, low, back + Count(**more)]
+    return [wide, low, back + LaunchCost(**more)]
 
 
-def _sum(elements: int, dtype: torch.dtype) -> Count:
+def _sum(elements: int, dtype: torch.dtype) -> LaunchCost:
     """y + scale u, read twice and written."""
     size = elements * dtype.itemsize
-    return Count(2 * size, size, 3 * size, 2 * elements, 2 * elements)
+    return LaunchCost(2 * size, size, 3 * size, 2 * elements, 2 * elements)

@@ -33,7 +33,7 @@ from ..common.digest import digest
 from ..common.progress import bar
 from ..common.provenance import ROOT, package_version
 from . import language
-from .cases import CASES, NAMES, SAMPLE, Case
+from .cases import CASES, NAMES, SAMPLE, KernelCase
 from .language import INTERPRETED, Launch
 
 RESULT = ROOT / "data" / "results" / "kernels.json"
@@ -76,33 +76,33 @@ def compiled(launch: Launch, target: str) -> dict:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget(*TARGETS[target])
-    made, options = source(launch, target)
-    binary = triton.compile(made, target=target, options=options)
+    compilable, options = source(launch, target)
+    binary = triton.compile(compilable, target=target, options=options)
     read = nvidia if target.backend == "cuda" else amd
     return read(binary.asm) | {"shared": binary.metadata.shared}
 
 
 def nvidia(assembly: dict) -> dict:
     """What cuobjdump says of a cubin, and the instructions of its PTX."""
-    found = resources(_cuobjdump(assembly["cubin"]))
+    usage = resources(_cuobjdump(assembly["cubin"]))
     names = instructions(assembly["ptx"], "cuda")
     dtypes = operands(assembly["ttgir"])
-    told = [n + "." + "/".join(dtypes) if "kind::f16" in n else n for n in names]
-    return found | {"instructions": told}
+    kinds = [n + "." + "/".join(dtypes) if "kind::f16" in n else n for n in names]
+    return usage | {"instructions": kinds}
 
 
-def resources(told: str) -> dict:
+def resources(report: str) -> dict:
     """{registers, spilled} from cuobjdump --dump-resource-usage."""
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
-    registers, stack, local = map(int, found.groups())
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    registers, stack, local = map(int, match.groups())
     return {"registers": registers, "spilled": stack + local}
 
 
 def operands(ttgir: str) -> list[str]:
     """The dtypes that tcgen05's products read: its kind::f16 is fp16 and bf16 alike."""
     lines = [line for line in ttgir.splitlines() if "ttng.tc_gen5_mma" in line]
-    found = {t for line in lines for t in re.findall(r"memdesc<[\dx]+x(b?f\d+)", line)}
-    return sorted(found - {"f32"})
+    dtypes = {t for line in lines for t in re.findall(r"memdesc<[\dx]+x(b?f\d+)", line)}
+    return sorted(dtypes - {"f32"})
 
 
 def amd(assembly: dict) -> dict:
@@ -122,9 +122,9 @@ def amd(assembly: dict) -> dict:
 
 def instructions(assembly: str, backend: str) -> list[str]:
     """The kinds of matrix instructions in it, without their layout."""
-    found = set(re.findall(MATRIX[backend], assembly))
+    kinds = set(re.findall(MATRIX[backend], assembly))
     noise = r"\.(sync|aligned|row|col|cta_group::1)\b"
-    return sorted(re.sub(noise, "", name) for name in found)
+    return sorted(re.sub(noise, "", name) for name in kinds)
 
 
 def _cuobjdump(cubin: bytes) -> str:
@@ -143,7 +143,7 @@ def _cuobjdump(cubin: bytes) -> str:
 # All of them --------------------------------------------------------------------------
 
 
-def rows(cases: Iterable[Case]) -> list[dict]:
+def rows(cases: Iterable[KernelCase]) -> list[dict]:
     """A row for each launch that compiles to something of its own.
 
     Raises   RuntimeError   Triton interprets in this process: see `elsewhere`
@@ -155,23 +155,24 @@ def rows(cases: Iterable[Case]) -> list[dict]:
         )
     from triton.backends.compiler import GPUTarget
 
-    found: dict[str, tuple[Launch, list[str]]] = {}
+    launches: dict[str, tuple[Launch, list[str]]] = {}
     for case in cases:
         for launch in case.launches():
-            made, _ = source(launch, GPUTarget(*TARGETS["sm_80"]))
+            compilable, _ = source(launch, GPUTarget(*TARGETS["sm_80"]))
             options = launch.warps, launch.stages
-            names = found.setdefault(made.hash() + str(options), (launch, []))[1]
+            key = compilable.hash() + str(options)
+            names = launches.setdefault(key, (launch, []))[1]
             if case.name not in names:
                 names.append(case.name)
-    made = []
-    with bar("compiling", "kernel", len(found) * len(TARGETS)) as told:
-        for launch, names in found.values():
+    table = []
+    with bar("compiling", "kernel", len(launches) * len(TARGETS)) as progress:
+        for launch, names in launches.values():
             on = {}
             for target in TARGETS:
                 on[target] = compiled(launch, target)
-                told.update()
-            made.append(described(launch) | {"targets": on, "cases": names})
-    return made
+                progress.update()
+            table.append(described(launch) | {"targets": on, "cases": names})
+    return table
 
 
 def described(launch: Launch) -> dict:
@@ -199,7 +200,7 @@ def described(launch: Launch) -> dict:
     }
 
 
-def result(cases: Iterable[Case] = CASES) -> dict:
+def result(cases: Iterable[KernelCase] = CASES) -> dict:
     """What data/results/kernels.json holds."""
     return {
         "made_of": fingerprint(),
@@ -223,7 +224,7 @@ def elsewhere(*arguments: str) -> dict:
 # Whether the file is current ----------------------------------------------------------
 
 
-def fingerprint(cases: Iterable[Case] = CASES) -> str:
+def fingerprint(cases: Iterable[KernelCase] = CASES) -> str:
     """Another one as soon as a kernel's code, a tile or a shape changes.
 
     Comments, docstrings and what is around the kernels do not count.
@@ -234,25 +235,25 @@ def fingerprint(cases: Iterable[Case] = CASES) -> str:
         values = (launch.kernel, *launch.constants.values())
         modules |= {value.fn.__module__ for value in values if hasattr(value, "fn")}
     code = [text for name in sorted(modules) for text in kernels_of(name)]
-    told = [
+    parts = [
         [name, launch.grid, described(launch), _numbers(launch.arguments)]
         for name, launch in launches
     ]
-    return digest(code, told)
+    return digest(code, parts)
 
 
 def kernels_of(module: str) -> list[str]:
     """The code of a module's Triton functions, without comments and docstrings."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
-    found = []
+    functions = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and any(
             "triton" in ast.unparse(decorator) for decorator in node.decorator_list
         ):
             if ast.get_docstring(node) is not None:
                 del node.body[0]
-            found.append(ast.unparse(node))
-    return found
+            functions.append(ast.unparse(node))
+    return functions
 
 
 def _numbers(value):
@@ -277,9 +278,9 @@ def main() -> None:
         return
     if asked.sample:
         parser.error("--sample is no whole result: say with --into where it goes")
-    made = elsewhere()
+    kernels = elsewhere()
     with atomic.new_file(RESULT) as partial:
-        partial.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+        partial.write_text(json.dumps(kernels, indent=1) + "\n", "utf-8")
     print("compiled; now the page made of it: python -m tools.kernels_page")
 
 

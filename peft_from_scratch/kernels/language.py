@@ -87,12 +87,12 @@ _observer: ContextVar[Callable | None] = ContextVar("observer", default=None)
 
 
 def launch(kernel, grid, arguments: dict, constants: dict, warps=4, stages=1) -> None:
-    """Run a kernel, or within `recorded()` write down that it would be run."""
-    told = Launch(kernel, grid, arguments, constants, warps, stages)
+    """Run a kernel, or within `recorded()` write its launch down instead."""
+    asked = Launch(kernel, grid, arguments, constants, warps, stages)
     if (observer := _observer.get()) is not None:
-        observer(told)
+        observer(asked)
     if (log := _recorder.get()) is not None:
-        log.append(told)
+        log.append(asked)
         return
     kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
 

@@ -89,7 +89,10 @@ def _product(
     SWEEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y = x W^T, + h B^T + bias where there are such; h = scale x A^T."""
+    """y = x W^T, plus h B^T if there is an update, plus bias if there is one.
+
+    h = scale x A^T
+    """
     dtype = x[0].dtype.element_ty
     down, along = tl.cdiv(m_size, BM), tl.cdiv(n_size, BN * SWEEP)
     row, column = grouped(tl.program_id(0), down, along, GROUP)
@@ -300,7 +303,7 @@ def over_rows(U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(wanted, dy, x, A, B, h, bias, scale, across) -> tuple:
-    """(dx, dA, dB, dbias), those that are `wanted` and None for the others.
+    """dx, dA, dB and dbias, each None unless it is wanted.
 
     Args
         wanted  four booleans
@@ -407,10 +410,10 @@ def check(x, W, A, B, scale, bias, dtypes=DTYPES) -> None:
         "B": (B.shape, (d_out, r)),
         "bias": (None if bias is None else bias.shape, bias is not None and (d_out,)),
     }
-    for name, (found, fits) in shapes.items():
-        if found is not None and tuple(found) != fits:
+    for name, (shape, fits) in shapes.items():
+        if shape is not None and tuple(shape) != fits:
             raise ValueError(
-                f"{name} ends in {tuple(found)}; {fits} fits W {tuple(W.shape)} and "
+                f"{name} ends in {tuple(shape)}; {fits} fits W {tuple(W.shape)} and "
                 f"A {tuple(A.shape)}"
             )
     if not 1 <= r <= LARGEST:

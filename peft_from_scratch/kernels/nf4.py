@@ -33,12 +33,12 @@ from torch.nn import functional as F
 
 from ..nf4 import Quantized, dequantize
 from ..nf4.codes import book
-from ..nf4.double import BLOCK as BLOCKS_OF_A_UNIT
+from ..nf4.double import BLOCK as CONSTANTS_OF_A_BLOCK
 from ..nf4.double import DoubleQuantized
 from .language import Tiles, choose, launch, rounded, tl, triton
 from .lora import ONE_PASS, check, gradients, product, spec
 
-UNIT = tl.constexpr(BLOCKS_OF_A_UNIT)
+UNIT = tl.constexpr(CONSTANTS_OF_A_BLOCK)
 CHUNK = 1024  # values that one program dequantizes
 
 
@@ -220,14 +220,13 @@ class NF4Product(torch.autograd.Function):
 def nf4_dequantize(
     q: Quantized, dtype: torch.dtype | None = None, backend: str | None = None
 ) -> Tensor:
-    """What the codes stand for, W' = values[code] · absmax, by one kernel.
+    """The weight that the codes stand for, W' = values[code] · absmax, by one kernel.
 
     Args
-        q        any shape, block, code book and recipe for the constants
-        dtype    float32, float16 or bfloat16; None for that of the tensor that was
-                 quantized
+        q        any shape, block and codebooks
+        dtype    float32, float16 or bfloat16; None for the dtype before quantizing
         backend  None: Triton on CUDA, nf4.dequantize elsewhere; or "torch", "triton"
-    Returns  the tensor, bit for bit that of nf4.dequantize
+    Returns  the tensor, with the bits of nf4.dequantize
     Raises   ValueError     a dtype, device or backend that is not allowed, named
              MissingTriton  backend="triton" where Triton is not installed
     Memory   the result; nothing else is written
@@ -260,8 +259,8 @@ def nf4_lora_linear(
 
     Args
         x        (…, d_in), float32, float16 or bfloat16; any strides
-        q        W (d_out, d_in), quantized: any block, code book and recipe for the
-                 constants. Fast where d_in is even and a multiple of the block
+        q        W (d_out, d_in), quantized: any block and codebooks. Fast where d_in is
+                 even and a multiple of the block
         A, B     (r, d_in), (d_out, r), 1 <= r <= 256; x's dtype or float32. Both None:
                  no update
         scale    a number, alpha / r

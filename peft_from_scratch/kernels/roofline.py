@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .count import Count, count, fused, unfused
+from .count import LaunchCost, count, fused, unfused
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ def peak(device: Device, dtype: torch.dtype) -> float:
     return device.plain if dtype == torch.float32 else device.matrix
 
 
-def seconds(counted: Count, device: Device, dtype: torch.dtype) -> float:
+def seconds(cost: LaunchCost, device: Device, dtype: torch.dtype) -> float:
     """The bound of one launch, with each operand read once."""
-    for_flops = counted.flops / peak(device, dtype)
-    return max(for_flops, counted.compulsory / device.bandwidth)
+    for_flops = cost.flops / peak(device, dtype)
+    return max(for_flops, cost.compulsory / device.bandwidth)
 
 
-def bound(counts: Iterable[Count], device: Device, dtype: torch.dtype) -> float:
+def bound(counts: Iterable[LaunchCost], device: Device, dtype: torch.dtype) -> float:
     """The bound of launches in a row, seconds."""
-    return sum(seconds(counted, device, dtype) for counted in counts)
+    return sum(seconds(cost, device, dtype) for cost in counts)
 
 
-def counts_of(shape: tuple, r: int, dtype: torch.dtype) -> list[Count]:
-    """What each launch of lora_linear moves and computes."""
+def counts_of(shape: tuple, r: int, dtype: torch.dtype) -> list[LaunchCost]:
+    """The cost of each launch of lora_linear."""
     return [count(launch) for launch in fused(*shape, r, dtype)]
 
 
@@ -112,14 +112,14 @@ def places(device: Device, r: int, dtype: torch.dtype) -> dict[str, list[tuple]]
 
     FLOPs are those that the product needs: work done twice does not count.
     """
-    found: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
+    points: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
     for shape in PLACES:
         ours, theirs = counts_of(shape, r, dtype), unfused(*shape, r, dtype)
         needed, issued = sum(c.needed for c in theirs), sum(c.issued for c in ours)
         for kind, counts in ((FUSED, ours), (UNFUSED, theirs)):
-            moved = sum(counted.compulsory for counted in counts)
+            moved = sum(cost.compulsory for cost in counts)
             rate = needed / bound(counts, device, dtype)
-            found[kind].append((needed / moved, rate))
+            points[kind].append((needed / moved, rate))
         top = min(peak(device, dtype), needed / issued * device.bandwidth)
-        found[UNCACHED].append((needed / issued, top))
-    return found
+        points[UNCACHED].append((needed / issued, top))
+    return points

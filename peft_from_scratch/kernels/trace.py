@@ -1,4 +1,4 @@
-"""What a kernel reads and writes, element by element, as the interpreter runs it.
+"""Loads and stores of a kernel, element by element, as the interpreter runs it.
 
     with trace() as seen:
         lora_linear(x, W, A, B, scale, backend="triton")
@@ -39,7 +39,7 @@ class Trace:
     accesses: list[Access] = field(default_factory=list)
 
     def of(self, kind: str | None = None, tensor: str | None = None) -> list[Access]:
-        """Those of a kind ("load", "store") and of a tensor; None: of any."""
+        """The accesses of a kind ("load", "store") and of a tensor; None: of any."""
         return [
             a
             for a in self.accesses
@@ -54,11 +54,11 @@ class Trace:
         distinct: bool = False,
     ) -> int:
         """Bytes issued, or of distinct elements (once read, once written)."""
-        found = self.of(kind, tensor)
+        accesses = self.of(kind, tensor)
         if not distinct:
-            return sum(len(a.elements) * a.itemsize for a in found)
+            return sum(len(a.elements) * a.itemsize for a in accesses)
         groups: dict[tuple, list] = {}
-        for a in found:
+        for a in accesses:
             groups.setdefault((a.kind, a.tensor, a.itemsize), []).append(a.elements)
         return sum(
             len(np.unique(np.concatenate(elements))) * key[2]

@@ -1,7 +1,10 @@
 """The claims ledger: what the textbook says, tried by experiments, and the verdicts.
 
-Reading order: claim.py (a claim and the rule that decides it), runs.py (runs, kept by
-the hash of their configuration), experiments/ (one file an experiment), rates.py and
-intervals.py (what they share), verdicts.py (every claim's verdict, computed from the
-stored runs).
+claim.py       a claim, and the rule that decides it
+rule_hash.py   the hash of what a rule computes, and not of how it is written
+runs.py        runs, kept by the hash of their configuration
+experiments/   one file an experiment
+rates.py       the same search of the learning rate for every method
+intervals.py   intervals over runs that are paired by seed and row
+verdicts.py    every claim's verdict, computed from the stored runs
 """

@@ -3,6 +3,8 @@
     meter.py        follows every tensor of a step: weights, gradients, optimizer,
                     activations, and the peak of their sum
     formulas.py     the same for LoRA and AdamW with pencil and paper
+    step_bill.py    one step as a bill: learning and updating, counted one by one
+    mixed_adamw.py  AdamW on float32 masters of half-precision weights
     meta_model.py   a model without numbers, whose step can be counted at any size
 
 Resident memory of the process is no measurement of a step on a CPU: it depends on the

@@ -7,8 +7,8 @@ both. `LowRankUpdate` adds into the base's output in place, and writes its gradi
 out. It also computes the products that have r columns as their transposes, with r rows:
 on a CPU the same numbers in less than half of the time (benchmarks/lora_step.py).
 
-The law that ties both together is in tests/test_lora.py: values and gradients of the
-fast way equal those of the equation, to 1e-12 in float64.
+The law that ties both together is in tests/methods/test_lora.py: values and gradients
+of the fast way equal those of the equation, to 1e-12 in float64.
 """
 
 import torch

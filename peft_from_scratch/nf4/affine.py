@@ -44,8 +44,8 @@ class Affine:
     @property
     def bits_per_value(self) -> float:
         """8 · bytes held / n."""
-        held = self.packed.nbytes + self.low.nbytes + self.step.nbytes
-        return 8 * held / self.shape.numel()
+        nbytes = self.packed.nbytes + self.low.nbytes + self.step.nbytes
+        return 8 * nbytes / self.shape.numel()
 
     def dequantize(self) -> Tensor:
         """low + code · step: float32, of the tensor's shape."""

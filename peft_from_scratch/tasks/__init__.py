@@ -1,6 +1,6 @@
 """Tasks: what is learned, and what counts as right.
 
-A task is a module with an INSTRUCTION, `rows(split, …)` and `score(answer, completion)`.
+A task is a module with an INSTRUCTION, `rows(split, …)` and a scorer.
 
 Reading order: task.py (`Task`, `load_task`), orders.py (the main one: a sentence in,
 JSON out), terms.py (new words), gap.py and kinds.py (for sweeps on tiny; world.py has

@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from observe import tokens
+from model_state import tokens
 
 import peft_from_scratch as pfs
 

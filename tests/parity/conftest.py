@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 @pytest.fixture
 def measure(record_property):
     """measure(what, ours, theirs): keep the difference, and fail above `allowed`."""
-    from observe import largest
+    from model_state import largest
 
     def check(what, ours, theirs, allowed=1e-5):
         difference = largest(ours, theirs)

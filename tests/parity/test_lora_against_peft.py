@@ -11,7 +11,7 @@ import pytest
 import torch
 from against import our_name, quietly
 from architectures import CONFIGS, build
-from observe import gradients, logits, loss, refused, tokens, train, values
+from model_state import gradients, logits, loss, refused, tokens, train, values
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.adapter import adapters

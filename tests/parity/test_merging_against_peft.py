@@ -24,7 +24,7 @@ import pytest
 import torch
 from against import answers, quietly
 from architectures import build
-from observe import largest
+from model_state import largest
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.adapter import adapters

@@ -12,7 +12,7 @@ import pytest
 import torch
 from against import answers, gradients_of, our_name, ours, quietly
 from architectures import CONFIGS, build
-from observe import train
+from model_state import train
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.decoder import find_decoder

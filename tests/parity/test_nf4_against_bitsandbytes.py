@@ -17,7 +17,7 @@ from against import answers, gradients_of, our_name, ours, quietly
 from architectures import SHARED
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from observe import assert_same, largest, logits, loss, train
+from model_state import assert_same, largest, logits, loss, train
 from planting import assert_caught
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -67,7 +67,7 @@ def same(found, reference):
 def tensors(draw):
     """Normal values of many sizes, whole blocks of zeros and single outliers in them.
 
-    Blocks whose largest is below 1e-37 are where we differ: test_nf4.py.
+    Blocks whose largest is below 1e-37 are where we differ: test_blocks.py.
     """
     dtype = draw(st.sampled_from(DTYPES))
     n = draw(st.one_of(st.integers(1, 9), st.integers(1, 9000)))

@@ -407,7 +407,7 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
 # 1.4 ----------------------------------------------------------------------------------
 
 KINDS = ("weights", "gradients", "master", "moments")
-# Bytes a parameter; tests/test_full_fine_tuning_checks.py counts them in real steps.
+# Bytes a parameter; test_full_fine_tuning_checks.py counts them in real steps.
 BYTES = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "mixed": (2, 2, 4, 8)}
 COUNTS = (7_000_000_000, 134_515_008, 1_234_567)
 GB, GIB = 1e9, 2**30

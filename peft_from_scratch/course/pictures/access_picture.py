@@ -1,4 +1,4 @@
-"""Which program reads what, in a picture: from a trace, so it shows what happened.
+"""Pictures of which program reads what, drawn from a trace of a real run.
 
     with trace() as seen:
         product(x, matrix(W), n, A=A, B=B)
@@ -39,28 +39,28 @@ PLACES = {  # (column, row) in the table, and whether it is drawn transposed
 def counts(
     seen: Trace, name: str, tensor: torch.Tensor, program: int | None = None
 ) -> np.ndarray:
-    """How often each element was read, or written where it was never read.
+    """The number of reads of each element, or of writes if none was ever read.
 
     Args
         tensor   the tensor of that name, a matrix of any strides
-        program  count this one's accesses alone; None: those of all
+        program  count the accesses of this program alone; None: of all programs
     Returns  whole numbers, of the tensor's shape
     """
-    found = seen.of("load", name) or seen.of("store", name)
-    found = [a for a in found if program in (None, a.program[0])]
-    return _counted(found, tensor)
+    accesses = seen.of("load", name) or seen.of("store", name)
+    accesses = [a for a in accesses if program in (None, a.program[0])]
+    return _count(accesses, tensor)
 
 
-def _counted(found: list[Access], tensor: torch.Tensor) -> np.ndarray:
+def _count(accesses: list[Access], tensor: torch.Tensor) -> np.ndarray:
     places = positions(tensor)
     total = np.zeros(places.max() + 1, np.int64)
-    for access in found:
+    for access in accesses:
         np.add.at(total, access.elements, 1)
     return total[places]
 
 
 def positions(tensor: torch.Tensor) -> np.ndarray:
-    """Where each element lies, counted in elements from the tensor's first."""
+    """The place of each element, in elements from the tensor's first."""
     down, along = (np.arange(size) for size in tensor.shape)
     return down[:, None] * tensor.stride(0) + along[None, :] * tensor.stride(1)
 
@@ -110,14 +110,14 @@ def picture(
     """
     if unknown := set(tensors) - set(PLACES):
         raise ValueError(f"{sorted(unknown)} have no place; {', '.join(PLACES)} have")
-    found = {name: counts(seen, name, tensor) for name, tensor in tensors.items()}
-    spots, across, down = _layout({n: found[n].shape for n in found})
-    most = max(count.max() for count in found.values())
+    reads = {name: counts(seen, name, tensor) for name, tensor in tensors.items()}
+    spots, across, down = _layout({n: reads[n].shape for n in reads})
+    most = max(count.max() for count in reads.values())
     with style(theme):
         height = (width - 0.6) * down / across
         figure, axes = frame(title, subtitle, width, height, FOOT, theme)
         _bare(axes, across, down)
-        for name, count in found.items():
+        for name, count in reads.items():
             own = counts(seen, name, tensors[name], program) > 0
             turned = PLACES[name][2]
             _draw(axes, spots[name], count.T if turned else count, most, theme)
@@ -194,7 +194,7 @@ def _name(axes: Axes, spot: tuple, name: str, count: np.ndarray) -> None:
 
 
 def words(seen: Trace, tensors: Mapping[str, torch.Tensor]) -> str:
-    """What the picture shows, for those who do not see it: "x 6 x, W 3 x, y 1 x"."""
+    """The picture in words, for readers who cannot see it: "x 6 x, W 3 x, y 1 x"."""
     return ", ".join(f"{n} {often(counts(seen, n, t))}" for n, t in tensors.items())
 
 

@@ -1,0 +1,1 @@
+"""Laws of the contract, of the verbs, and of the choice of modules."""

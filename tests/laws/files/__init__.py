@@ -1,0 +1,1 @@
+"""Laws of files: what is saved is what is loaded; what is broken is refused."""

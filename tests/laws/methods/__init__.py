@@ -1,0 +1,1 @@
+"""Laws of the methods, one module each, and the table of methods."""

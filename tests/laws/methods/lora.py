@@ -1,0 +1,195 @@
+"""Laws of LoRA: its closed form, its start, its precisions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import build
+from model_state import largest, logits, loss, refused
+from planting import law
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peft_from_scratch as pfs
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.methods import lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
+
+DOUBLE = dict(dtype=torch.float64)
+
+
+def adapted(d_in, d_out, r, *, kind=nn.Linear, bias=True, dtype=torch.float64, **how):
+    """A LoRA with random B, its base an nn.Linear or a Conv1D of (d_in, d_out)."""
+    torch.manual_seed(0)
+    base = nn.Linear(d_in, d_out, bias) if kind is nn.Linear else Conv1D(d_out, d_in)
+    lora = LoRA(base.to(dtype), r, **how)
+    nn.init.normal_(lora.B)
+    nn.init.normal_(base.bias) if base.bias is not None else None
+    return lora
+
+
+def closed_form(lora, x, scale):
+    W = lora.base.weight if isinstance(lora.base, nn.Linear) else lora.base.weight.T
+    bias = 0 if lora.base.bias is None else lora.base.bias
+    return x @ (W + scale * lora.B @ lora.A).T + bias
+
+
+def forward_is_the_equation(
+    d_in=4, d_out=5, leading=(2, 3), r=2, kind=nn.Linear, bias=True, transposed=False
+):
+    lora = adapted(d_in, d_out, r, kind=kind, bias=bias, alpha=5)
+    if transposed and len(leading) > 1 and kind is nn.Linear:  # Conv1D wants no view
+        x = torch.randn(*leading[::-1], d_in, **DOUBLE)
+        x = x.permute(*reversed(range(len(leading))), -1)
+    else:
+        x = torch.randn(*leading, d_in, **DOUBLE)
+    expected = closed_form(lora, x, 5 / r)
+    assert lora(x).shape == expected.shape
+    torch.testing.assert_close(lora(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def gradients_are_those_of_the_equation(
+    d_in=4, d_out=5, leading=(2, 3), r=2, *, kind=nn.Linear
+):
+    """dx, dA and dB, against autograd on the plain expression."""
+    lora = adapted(d_in, d_out, r, kind=kind, alpha=3)
+    x = torch.randn(*leading, d_in, **DOUBLE).requires_grad_()
+    dy = torch.randn(*leading, d_out, **DOUBLE)
+    wanted = (x, lora.A, lora.B)
+    ours = torch.autograd.grad(lora(x), wanted, dy)
+    expected = torch.autograd.grad(closed_form(lora, x, 3 / r), wanted, dy)
+    for got, right in zip(ours, expected, strict=True):
+        assert torch.allclose(got, right, rtol=1e-11, atol=1e-12)
+
+
+@law
+@pytest.mark.parametrize("needs", ["yxAB", "yAB", "xAB", "AB", "yx", "A"])
+def both_derivatives_are_those_of_finite_differences(needs="yxAB"):
+    torch.manual_seed(0)
+    shapes = dict(y=(2, 3, 5), x=(2, 3, 4), A=(2, 4), B=(5, 2))
+    inputs = [
+        torch.randn(shape, **DOUBLE).requires_grad_(name in needs)
+        for name, shape in shapes.items()
+    ]
+
+    def update(y, x, A, B):
+        return LowRankUpdate.apply(y.clone(), x, A, B, 1.7)
+
+    assert torch.autograd.gradcheck(update, inputs, raise_exception=False)
+    assert torch.autograd.gradgradcheck(update, inputs, raise_exception=False)
+
+
+@law
+def every_argument_reaches_every_module():
+    model = build("gpt2")
+    pfs.lora.inject(
+        model,
+        r=4,
+        alpha=3,
+        rslora=True,
+        dropout=0.25,
+        rank_pattern={"c_fc": 9, r".*\.1\..*": 2},  # the first match decides
+        alpha_pattern={"transformer.h.0.attn.c_proj": 5},
+    )
+    for name, module in adapters(model).items():
+        r = 9 if "c_fc" in name else 2 if ".1." in name else 4
+        alpha = 5 if name == "transformer.h.0.attn.c_proj" else 3
+        assert module.A.shape[0] == module.B.shape[1] == r, name
+        assert module.scale == alpha / math.sqrt(r)
+        assert getattr(module.dropout, "p", 0.0) == 0.25
+
+
+@law
+def starts_gaussian_of_variance_one_third_over_d_in():
+    torch.manual_seed(0)
+    lora = LoRA(nn.Linear(400, 300), r=64)
+    A = lora.A.detach().double()
+    deviation = 1 / math.sqrt(3 * 400)
+    n = A.numel()
+    assert abs(A.mean()) < 5 * deviation / math.sqrt(n)
+    assert abs(A.var() / deviation**2 - 1) < 5 * math.sqrt(2 / n)
+    kurtosis = (A / deviation).pow(4).mean()  # 3 for a Gaussian, 1.8 for a uniform draw
+    assert abs(kurtosis - 3) < 5 * math.sqrt(96 / n)
+    assert torch.count_nonzero(lora.B) == 0
+
+
+@law
+def dropout_falls_on_the_input_of_A_in_training_only():
+    lora = adapted(6, 5, 3, alpha=3, dropout=0.5)
+    x = torch.randn(40, 6, **DOUBLE)
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones_like(x), 0.5)
+    torch.manual_seed(3)
+    trained = lora.train()(x)
+    assert torch.allclose(trained, lora.base(x) + (x * mask) @ (lora.B @ lora.A).T)
+    assert torch.allclose(lora.eval()(x), closed_form(lora, x, 1.0))
+
+
+@law
+def a_failed_injection_leaves_no_trace():
+    """k_proj's bound is 16 and it comes second: q_proj had been wrapped by then."""
+    model = build("llama")
+    next(model.parameters()).requires_grad_(False)
+    with refused(model, "20", "16"):
+        pfs.lora.inject(model, r=20)
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def half_precision_keeps_the_adapter_in_fp32(dtype=torch.bfloat16):
+    model = build("llama", dtype=dtype)
+    pfs.lora.inject(model)
+    assert all(p.dtype == torch.float32 for p in pfs.trainable(model).values())
+    before = {n: p.detach().clone() for n, p in pfs.trainable(model).items()}
+    optimizer = torch.optim.Adam(pfs.trainable(model).values(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        total = loss(model.train())
+        total.backward()
+        optimizer.step()
+    assert total.isfinite()
+    assert logits(model).dtype == dtype
+    for name, parameter in pfs.trainable(model).items():
+        # 1e-4 on entries of 1e-1 is below bf16's resolution: it must not be lost
+        moved = (parameter != before[name]).double().mean()
+        assert moved > 0.99, name
+
+
+def keep_nothing(module, args, out):
+    """A hook on the base: with one, LoRA computes its equation as it is written."""
+
+
+@law
+def fast_equals_plain():
+    """Values and gradients of both ways, in every precision and with dropout."""
+    close = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+    for dtype, bound in close.items():
+        for kind in (nn.Linear, Conv1D):
+            how = dict(kind=kind, dtype=dtype, alpha=5, dropout=0.3)
+            fast, plain = (adapted(6, 5, 3, **how).train() for _ in range(2))
+            plain.base.register_forward_hook(keep_nothing)
+            assert lora_fast.is_safe(fast.base) and not lora_fast.is_safe(plain.base)
+            outcomes = []
+            for lora in (fast, plain):
+                torch.manual_seed(1)
+                x = torch.randn(2, 4, 6, dtype=dtype).requires_grad_()
+                y = lora(x)
+                wanted = (x, lora.A, lora.B)
+                grads = torch.autograd.grad(y, wanted, torch.randn_like(y))
+                outcomes.append(dict(zip("yxAB", (y.detach(), *grads), strict=True)))
+            ours, theirs = outcomes
+            for key, right in theirs.items():
+                assert ours[key].dtype == right.dtype
+                assert largest(ours[key], right) < bound, (dtype, key)
+
+
+@law
+def what_a_hook_has_kept_is_not_written_into():
+    lora, kept = adapted(8, 8, 2), []
+    lora.base.register_forward_hook(lambda module, args, out: kept.append(out))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    y = lora(x)
+    assert torch.equal(kept[0], nn.functional.linear(x, *lora.base.parameters()))
+    assert largest(y, closed_form(lora, x, lora.scale)) < 1e-12

@@ -1,0 +1,1 @@
+"""Laws of four bits a value."""

@@ -1,0 +1,519 @@
+"""Bugs planted in the contract, LoRA, merging and the files: a law catches each.
+
+A test that passes with the feature broken is worse than none. So every row below breaks
+one line of the library, names the law that must notice, and first runs that law on the
+sound code. The training loop's bugs are in test_loop.py, those of the other methods in
+test_method_bugs.py.
+"""
+
+from functools import partial
+
+from laws.core import adapter as verbs
+from laws.core import contract as laws
+from laws.core import targets as targeting
+from laws.core.contract import Method
+from laws.files import refused_files as hostile
+from laws.files import save_and_load as files
+from laws.methods import lora as lora_laws
+from laws.methods.one_row import contract
+from laws.methods.table import lora, low_rank
+from planting import Bug, each_is_caught
+
+from peft_from_scratch.common import atomic
+from peft_from_scratch.core import adapter, targets
+from peft_from_scratch.core.adapter import Adapter
+from peft_from_scratch.files import exchange, formats, patterns
+from peft_from_scratch.files.adapter_file import AdapterFile
+from peft_from_scratch.files.formats import Format
+from peft_from_scratch.methods import lora as method
+from peft_from_scratch.methods import lora_config, lora_fast
+from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.lora_fast import LowRankUpdate
+
+SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
+
+
+def broken(name):
+    return partial(hostile.a_broken_file_is_refused, name=name)
+
+
+def written(variant):
+    return partial(files.a_round_trip_is_bit_equal, variant=variant)
+
+
+LORA = {
+    "alpha is not divided by the rank": Bug(
+        LoRA.__init__, "alpha / (", "alpha / bool(", lora_laws.forward_is_the_equation
+    ),
+    "rsLoRA divides by r": Bug(
+        LoRA.__init__,
+        "math.sqrt(r) if",
+        "r if",
+        lora_laws.every_argument_reaches_every_module,
+    ),
+    "B starts random": Bug(
+        LoRA.__init__,
+        "torch.zeros(",
+        "torch.randn(",
+        contract(laws.starts_from_the_pretrained_model),
+    ),
+    "A starts at zero too": Bug(
+        LoRA.__init__,
+        "torch.randn(r, d_in, **like)",
+        "torch.zeros(r, d_in, **like)",
+        contract(laws.every_tensor_moves_after_an_evaluation),
+    ),
+    "A starts three times too wide": Bug(
+        LoRA.__init__,
+        "sqrt(3 * d_in)",
+        "sqrt(d_in)",
+        lora_laws.starts_gaussian_of_variance_one_third_over_d_in,
+    ),
+    "adapter in half precision": Bug(
+        adapter.trained_dtype,
+        "itemsize >= 4",
+        "itemsize >= 2",
+        lora_laws.half_precision_keeps_the_adapter_in_fp32,
+    ),
+    "dropout on the base's input as well": Bug(
+        LoRA.forward,
+        "y, x = self.base(x), self.dropout(x)",
+        "x = self.dropout(x); y = self.base(x)",
+        lora_laws.dropout_falls_on_the_input_of_A_in_training_only,
+    ),
+    "dropout in evaluation": Bug(
+        LoRA.forward,
+        "self.dropout(x)",
+        "F.dropout(x, 0.5)",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "evaluation writes into the base": Bug(
+        LoRA.forward,
+        "y, x =",
+        "self.training or self.base.weight.data.add_(self.delta()); y, x =",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "evaluation keeps the A of its first call": Bug(
+        LoRA.forward,
+        "(y, x, self.A,",
+        "(y, x, self.A if self.training else "
+        "self.__dict__.setdefault('kept', self.A.detach().clone()),",
+        contract(laws.state_dict_is_the_whole_state),
+    ),
+    "gradient of A without the scale": Bug(
+        LowRankUpdate.backward,
+        "dh = torch.mm(B.T, dy_rows.T).T * ctx.scale",
+        "dh = torch.mm(B.T, dy_rows.T).T",
+        lora_laws.gradients_are_those_of_the_equation,
+    ),
+    "gradient of B without the scale": Bug(
+        LowRankUpdate.backward,
+        "_rows(h).T.to(B.dtype), dy_rows).T * ctx.scale",
+        "_rows(h).T.to(B.dtype), dy_rows).T",
+        lora_laws.gradients_are_those_of_the_equation,
+    ),
+    "no gradient for the layers below": Bug(
+        LowRankUpdate.backward,
+        "if ctx.needs_input_grad[1]",
+        "if False",
+        lora_laws.both_derivatives_are_those_of_finite_differences,
+    ),
+    "second derivative forgets x A": Bug(
+        LowRankUpdate.backward,
+        "if torch.is_grad_enabled():",
+        "if False:",
+        lora_laws.both_derivatives_are_those_of_finite_differences,
+    ),
+    "the equation without its scale": Bug(
+        LoRA.forward,
+        "y + self.scale * F",
+        "y + F",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale": Bug(
+        LowRankUpdate.forward,
+        "_rows(h), B.T, alpha=scale",
+        "_rows(h), B.T",
+        lora_laws.fast_equals_plain,
+    ),
+    "the fast way without its scale, in half precision": Bug(
+        LowRankUpdate.forward,
+        "F.linear(h, B), alpha=scale",
+        "F.linear(h, B)",
+        lora_laws.fast_equals_plain,
+    ),
+    "what a hook has kept is written into": Bug(
+        lora_fast.is_safe,
+        " or base._forward_hooks",
+        "",
+        lora_laws.what_a_hook_has_kept_is_not_written_into,
+    ),
+    "dropout is not passed on": Bug(
+        lora_config.plan_layers,
+        '("rslora", "dropout")',
+        '("rslora",)',
+        lora_laws.every_argument_reaches_every_module,
+    ),
+    "the last pattern decides": Bug(
+        targets.per_module,
+        "dict.fromkeys(matches, value) | values",
+        "values | dict.fromkeys(matches, value)",
+        lora_laws.every_argument_reaches_every_module,
+    ),
+}
+
+CONTRACT = {
+    "the base trains as well": Bug(
+        adapter.apply,
+        "model.requires_grad_(False)",
+        "pass",
+        contract(laws.only_what_is_trainable_moves),
+    ),
+    "the base counts as trainable": Bug(
+        adapter.trainable,
+        'if not inner.startswith("base.")',
+        "",
+        contract(laws.counts_equal_the_formula),
+    ),
+    "adapters in training mode whatever the model's": Bug(
+        adapter._in_mode,
+        "module.training = adapter.base.training",
+        "pass",
+        contract(laws.mode_is_kept_and_changes_nothing),
+    ),
+    "a second injection is let through": Bug(
+        targets.refuse_second,
+        "if injection is not None:",
+        "if False:",
+        contract(laws.a_second_injection_is_refused),
+    ),
+    "adapters in a part of the model are not seen": Bug(
+        targets.refuse_second,
+        'isinstance(module, Wrapper) or hasattr(module, "base_layer")',
+        "False",
+        verbs.adapters_in_a_part_are_refused,
+    ),
+    "what reads the weight itself goes past the adapter": Bug(
+        Adapter.__getattr__,
+        "raise AttributeError(",
+        "return getattr(self.base, name)\n        raise AttributeError(",
+        verbs.what_reads_the_weight_itself_is_told,
+    ),
+    "compiled modules have names of their own": Bug(
+        targets.uncompiled,
+        'part != "_orig_mod"',
+        "True",
+        verbs.compiled_models_have_the_same_names,
+    ),
+    "a failed injection leaves the base frozen": Bug(
+        adapter.plan,
+        "_set_flags(model, flags)",
+        "pass",
+        verbs.an_injection_that_fails_late_leaves_no_trace,
+    ),
+    "a plan freezes the base": Bug(
+        adapter.plan,
+        "_set_flags(model, flags)",
+        "pass",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan puts its adapters in": Bug(
+        adapter.plan,
+        "if not made and not names:",
+        "replace_modules(model, {m: made[n] for n, m in modules.items()})\n"
+        "    if not made and not names:",
+        contract(laws.a_plan_touches_nothing),
+    ),
+    "a plan takes the layers out of their mode": Bug(
+        adapter._in_mode,
+        "if module not in of_base:",
+        "if True:",
+        contract(laws.a_plan_touches_nothing, "prompt"),
+    ),
+    "inject plans something else": Bug(
+        method.inject,
+        "plan(model, **options)",
+        "plan(model, r=r, alpha=alpha)",
+        contract(laws.inject_is_plan_and_apply, "lora-patterns"),
+    ),
+    "what was planned to train is forgotten": Bug(
+        adapter.apply,
+        "_named_parameters(model, plan.base_params)",
+        "{}",
+        contract(laws.counts_equal_the_formula, "lora-biases", "gpt2"),
+    ),
+    "a plan is applied to any model": Bug(
+        adapter._refuse_another,
+        "is not adapter.base",
+        "is None",
+        verbs.a_plan_is_for_its_model_as_it_was,
+    ),
+    "a disabled adapter forgets the biases": Bug(
+        adapter.disabled,
+        "parameter.copy_(trained[name])",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "lora-biases", "gpt2"),
+    ),
+    "an error leaves the adapters off": Bug(
+        adapter.disabled,
+        "finally:",
+        "except ZeroDivisionError:\n        pass\n    else:",
+        contract(laws.disabled_is_the_untouched_model),
+    ),
+    "a disabled PiSSA leaves its principal part in": Bug(
+        adapter.disabled,
+        "adapter.on_attach()",
+        "pass",
+        contract(laws.disabled_is_the_untouched_model, "pissa"),
+    ),
+    "every read of a forward enters two functions": Bug(
+        Adapter.__getattr__,
+        '("_parameters", "_modules", "_buffers")',
+        '("_modules", "_buffers")',
+        verbs.a_read_in_a_forward_enters_one_function,
+    ),
+    "adapters are put in place before all are made": Bug(
+        adapter.plan,
+        "made = {name: _in_mode(wrap(module)) for name, module in modules.items()}",
+        "made = {}\n        for name, module in modules.items():\n"
+        "            made[name] = wrap(module)\n"
+        "            replace_modules(model, {module: made[name]})",
+        verbs.an_injection_that_fails_late_leaves_no_trace,
+    ),
+    "remove leaves everything frozen": Bug(
+        adapter.unwrap_adapters,
+        "_set_flags(model, injected(model).requires_grad)",
+        "pass",
+        contract(laws.remove_is_exact),
+    ),
+    "remove thaws what was frozen before": Bug(
+        adapter.unwrap_adapters,
+        "_set_flags(model, injected(model).requires_grad)",
+        "model.requires_grad_(True)",
+        contract(laws.remove_is_exact),
+    ),
+    "remove leaves its record": Bug(
+        adapter.unwrap_adapters,
+        "del model.pfs_injection",
+        "model.pfs_injection = None",
+        contract(laws.remove_is_exact),
+    ),
+    "remove leaves the trained biases": Bug(
+        adapter._restore_base,
+        "parameter.copy_(originals[name])",
+        "pass",
+        contract(laws.remove_is_exact, "lora-biases", "gpt2"),
+    ),
+    "originals are kept by reference": Bug(
+        adapter.apply,
+        "parameter.detach().clone()",
+        "parameter.detach()",
+        contract(laws.remove_is_exact, "full", "opt"),
+    ),
+    "remove without originals keeps the trained weights": Bug(
+        adapter._restore_base,
+        "if lost:",
+        "if lost:\n        return\n    if lost:",
+        contract(laws.remove_is_exact, "full-lost"),
+    ),
+    "the head counts as a projection of the layers": Bug(
+        targets.kinds,
+        "if name.startswith(tuple(layers))",
+        "",
+        targeting.all_linear_is_every_projection_and_no_head,
+    ),
+    "a typo inside a list is skipped": Bug(
+        targets._match,
+        "if not matches:",
+        "if False:",
+        targeting.a_typo_inside_a_list_is_refused,
+    ),
+}
+
+MERGING = {
+    "merged without the scale": Bug(
+        LoRA.delta,
+        "self.scale * (",
+        "1.0 * (",
+        contract(laws.merged_equals_unmerged),
+    ),
+    "Conv1D merged in the other orientation": Bug(
+        adapter.as_stored,
+        "W.T if is_transposed(base) else W",
+        "W",
+        contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
+    ),
+    "merged and left on": Bug(
+        adapter.merge,
+        "unwrap_adapters(model)",
+        "pass",
+        contract(laws.merged_equals_unmerged),
+    ),
+    "merged one by one": Bug(
+        adapter.merge,
+        "ready.append((parameter, rounded))",
+        "parameter.copy_(rounded)",
+        contract(laws.merge_is_all_or_nothing),
+    ),
+    "merged in the precision of the weights": Bug(
+        adapter._wide,
+        "torch.float64",
+        "next(base.parameters()).dtype",
+        verbs.merging_rounds_once_and_says_how_much,
+    ),
+    "the rounding error is not what was lost": Bug(
+        adapter.merge,
+        "rounded.to(exact.dtype) - exact",
+        "rounded - exact.to(rounded.dtype)",
+        verbs.merging_rounds_once_and_says_how_much,
+    ),
+    "overflow is merged": Bug(
+        adapter.merge,
+        "not rounded.isfinite()",
+        "not exact.isfinite()",
+        verbs.overflow_in_half_precision_is_not_merged,
+    ),
+    "merging a tied head changes the embedding": Bug(
+        adapter.merge,
+        '_refuse_tied(model, f"{name}.{inner}", parameter)',
+        "pass",
+        verbs.a_tied_head_is_not_merged,
+    ),
+    "what cannot be merged is dropped": Bug(
+        Adapter.merged,
+        "raise CannotMerge(",
+        "return {}\n    raise CannotMerge(",
+        contract(laws.merged_equals_unmerged, "smallest"),
+    ),
+}
+
+FILES = {
+    "alpha is not saved": Bug(
+        Format.config,
+        "for ours, theirs in self.fields.items()",
+        'for ours, theirs in self.fields.items() if ours != "alpha"',
+        written("rslora"),
+    ),
+    "rslora is not saved": Bug(
+        Format.config,
+        "theirs: options[ours]",
+        'theirs: ours != "rslora" and options[ours]',
+        written("rslora"),
+    ),
+    "alpha_pattern is not saved": Bug(
+        formats._lora_targets, 'a != options["alpha"]', "False", written("patterns")
+    ),
+    "our default in the place of PEFT's": Bug(
+        Format.arguments,
+        "{**self.absent, **config}",
+        "config",
+        files.a_file_without_lora_alpha_means_pefts_default,
+    ),
+    "missing tensors keep their random start": Bug(
+        exchange._load,
+        "_refuse_misfits(model, file, parameters)",
+        "parameters = {k: p for k, p in parameters.items() if k in file.tensors}\n"
+        "    _refuse_misfits(model, file, parameters)",
+        broken("no A"),
+    ),
+    "missing modules are skipped": Bug(
+        exchange._plan,
+        "_refuse_absent(model, file)",
+        "pass",
+        broken("no A and no B"),
+    ),
+    "superfluous tensors are ignored": Bug(
+        AdapterFile.refuse_other_keys,
+        "extra = [k for k in self.tensors if k not in expected and k not in ignored]",
+        "extra = []",
+        broken("extra bias"),
+    ),
+    "a row is broadcast over the tensor": Bug(
+        AdapterFile.refuse_other_shapes,
+        "if tensor.shape != wanted.shape:",
+        "if False:",
+        broken("broadcastable"),
+    ),
+    "NaN is saved": Bug(
+        exchange.save,
+        'refuse_unusable(tensors, "this model")',
+        "pass",
+        files.an_adapter_with_nan_is_not_saved,
+    ),
+    "float64 overflows on loading": Bug(
+        AdapterFile.refuse_other_shapes,
+        "if not tensor.to(wanted.dtype).isfinite().all():",
+        "if False:",
+        broken("beyond float32"),
+    ),
+    "QA-LoRA is loaded as LoRA": Bug(
+        formats.refuse_unimplemented,
+        "name not in implemented",
+        'name not in implemented | {"use_qalora"}',
+        broken("use_qalora=True"),
+    ),
+    "layer 0 is taken for False": Bug(
+        formats.refuse_unimplemented,
+        'value is False or value in (None, "", [], {})',
+        'value in (None, False, "", [], {})',
+        broken("layers_to_transform=0"),
+    ),
+    "PiSSA is loaded as LoRA": Bug(
+        Format.arguments,
+        "if name in config and config[name] not in values:",
+        "if False:",
+        broken("pissa"),
+    ),
+    "a failure after the copy leaves the model injected": Bug(
+        exchange._undo,
+        "(adapter.unwrap_adapters if None in originals else adapter.remove)(model)",
+        "pass",
+        hostile.a_failure_after_the_copy_leaves_no_trace,
+    ),
+    "an adapter that does nothing says nothing": Bug(
+        exchange._is_idle,
+        "torch.equal(before, _probe(model))",
+        "False",
+        files.an_adapter_that_does_nothing_warns,
+    ),
+    "new rows of the vocabulary are lost": Bug(
+        exchange.save,
+        "_refuse_resized(model)",
+        "pass",
+        files.saving_a_resized_vocabulary_is_refused,
+    ),
+    "another vocabulary is not noticed": Bug(
+        exchange._load,
+        "base_notes.refuse_other_vocabulary(model, file.notes)",
+        "pass",
+        files.loading_onto_another_vocabulary_is_refused,
+    ),
+    "the old file is overwritten in place": Bug(
+        atomic.new_files,
+        "yield work",
+        "yield folder\n        return",
+        files.a_failed_save_leaves_the_folder_as_it_was,
+    ),
+    "a new config stays beside the old weights": Bug(
+        atomic._bring_back,
+        "os.replace(old, place)",
+        "pass",
+        files.a_file_that_cannot_be_replaced_leaves_the_folder_as_it_was,
+    ),
+    "a trained weight is taken for a copy of the base's": Bug(
+        exchange._is_of_base,
+        "return torch.equal(parameter.cpu(), tensor.to(parameter.dtype))",
+        "return True",
+        broken("another head"),
+    ),
+    "a name is taken for the end of a longer one": Bug(
+        patterns.unambiguous,
+        "exact_regex(name) if shared else name",
+        "name",
+        files.names_that_end_alike_are_told_apart,
+    ),
+}
+BUGS = LORA | CONTRACT | MERGING | FILES
+
+
+test_a_planted_bug_is_caught = each_is_caught(BUGS)

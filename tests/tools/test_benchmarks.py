@@ -1,0 +1,114 @@
+"""What the benchmarks share, and a small run of the paged optimizer's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_benchmarks(monkeypatch, tmp_path):
+    """They import each other as scripts do, and write to out/ where they are run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_ratio_compares_two_times_of_one_round():
+    import side_by_side
+
+    times = {"a": [(1.0, 2.0), (4.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)] * 3}
+    first, second = side_by_side.table(times, "a")
+    assert first["ratio"] == first["low"] == first["high"] == 1
+    assert second == {
+        "name": "b",
+        "seconds": 2.0,
+        "ratio": 1.0,  # of 2, 0.5 and 1
+        "low": 0.5,
+        "high": 2.0,
+        "processor_ratio": 0.5,  # of 0.5, 0.25 and 0.5
+    }
+    head, *rows = side_by_side.lines([first, second], 3)
+    assert head.startswith("median of 3 rounds")
+    assert rows[1].split() == ["b", "2.000", "1.00", "0.50", "2.00", "0.50"]
+    assert side_by_side.verdict(1.0, 1.0).endswith("at most 1.00: reached")
+    assert side_by_side.verdict(1.1, 1.0).endswith("missed")
+
+
+def test_the_candidates_take_turns_and_the_warm_up_does_not_count():
+    import side_by_side
+
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "xyz"}
+    times = side_by_side.take_turns(steps, 7, torch.device("cpu"))
+    assert "".join(calls) == "xyz" * (7 + side_by_side.WARM_UP)
+    assert [len(laps) for laps in times.values()] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("wrong", [["--rounds", "6"], ["--threads", "0"]])
+def test_too_few_rounds_or_threads_are_refused(wrong, capsys):
+    import side_by_side
+
+    with pytest.raises(SystemExit):
+        side_by_side.parsed(side_by_side.parser("A benchmark."), wrong)
+    assert "--rounds: at least 7; --threads: at least 1" in capsys.readouterr().err
+
+
+def test_the_paged_benchmark_runs_and_records_nothing_unasked(tmp_path, capsys):
+    import paged_adamw
+
+    before = sorted(FOLDER.rglob("*"))
+    paged_adamw.main(["--millions", "1", "--rounds", "7"])
+    said = capsys.readouterr().out
+    assert "written to out/paged_adamw.json" in said
+    assert "paged, a quarter, target, at most 2.00: " in said
+    result = json.loads((tmp_path / "out" / "paged_adamw.json").read_text())
+    assert result["parameters"] == 1024 * 1024 + 1024
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "torch, foreach" and len(names) == 7
+    assert result["rows"][0]["ratio"] == 1
+    assert [p for p in sorted(FOLDER.rglob("*")) if "__pycache__" not in str(p)] == [
+        p for p in before if "__pycache__" not in str(p)
+    ]
+
+
+def test_unequal_work_is_not_timed():
+    import paged_adamw
+
+    made = paged_adamw.optimizers(1)
+    made["paged, a half"].param_groups[0]["lr"] = 2e-3
+    with pytest.raises(RuntimeError, match="paged, a half: weights differ"):
+        paged_adamw.check_equal_work(made)
+
+
+def test_the_nf4_benchmark_checks_the_bits_first(tmp_path, capsys, monkeypatch):
+    import nf4 as benchmark
+
+    benchmark.main(["--side", "128", "--rounds", "7"])
+    said = capsys.readouterr().out
+    assert "codes, constants and values have the same bits" in said
+    assert said.count("target, at most") == 2
+    result = json.loads((tmp_path / "out/nf4.json").read_text())
+    assert [row["name"] for row in result["quantize"]][:2] == ["bitsandbytes", "ours"]
+    right = benchmark.nf4.dequantize
+    monkeypatch.setattr(benchmark.nf4, "dequantize", lambda *a, **k: -right(*a, **k))
+    with pytest.raises(RuntimeError, match="dequantized values differ"):
+        benchmark.measure(128, 7)
+
+
+def test_the_qlora_benchmark_compares_equal_work(tmp_path, capsys, monkeypatch):
+    import qlora_step as benchmark
+
+    monkeypatch.setattr(benchmark, "resident", lambda base, name: None)
+    benchmark.main(["--model", "tiny", "--rounds", "7"])
+    assert "peak over LoRA's: ours -" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out/qlora_step.json").read_text())
+    held = result["memory"]
+    assert held["QLoRA"]["peak"] <= held["QLoRA on bitsandbytes"]["peak"]
+    assert held["QLoRA"]["weights"] < 0.5 * held["LoRA"]["weights"]
+    other = benchmark.lora.inject
+    monkeypatch.setitem(benchmark.INJECT, benchmark.OURS, other)
+    with pytest.raises(RuntimeError, match="cannot be compared"):
+        benchmark.measure("tiny", 7)
