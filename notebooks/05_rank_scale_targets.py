@@ -48,14 +48,8 @@ from torch.nn import functional as F
 
 import peft_from_scratch as pfs
 from peft_from_scratch.course import adapters, curves, finetune, ledger, over_seeds
-from peft_from_scratch.course import (
-    paired,
-    rank_and_place,
-    rates,
-    runs,
-    scaling,
-    starts,
-)
+from peft_from_scratch.course import paired, rank_and_place, rates, runs, scaling
+from peft_from_scratch.course import starts
 from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import functools
 import logging
 import random
 from pathlib import Path
@@ -58,8 +59,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """The ledger keeps its runs in a folder of the test's own."""
+    """The ledger keeps its runs in a folder of the test's own.
+
+    Where they were made is asked once: it takes two calls of git.
+    """
     monkeypatch.setattr(runs, "FOLDER", tmp_path / "runs")
+    once = functools.cache(runs.provenance.provenance)
+    monkeypatch.setattr(runs.provenance, "provenance", once)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import CONFIGS, build
-from planting import assert_caught
+from planting import assert_caught, law
 from transformers import LlamaConfig
 
 from peft_from_scratch import full, lora
@@ -53,6 +53,7 @@ class Momentum(torch.optim.Optimizer):
         weight -= torch.zeros(3, *weight.shape)[0]
 
 
+@law
 def a_bill_has_every_part():
     model = torch.nn.Linear(64, 64, bias=False)
     x, n = torch.ones(5000, 64), model.weight.nbytes
@@ -65,10 +66,6 @@ def a_bill_has_every_part():
     assert found["temporaries"] == 3 * n
     assert found["activations"] > 10 * n
     assert found["peak"] >= found["activations"] + 2 * n  # the weight and its state
-
-
-def test_a_bill_has_every_part():
-    a_bill_has_every_part()
 
 
 @pytest.mark.parametrize("recipe", bill.RECIPES)

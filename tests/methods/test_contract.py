@@ -44,7 +44,7 @@ def cases(chosen, architectures):
 
 
 @pytest.mark.parametrize("law, method, architecture", list(cases(LAWS, CONFIGS)))
-def test_law(law, method, architecture):
+def test_each_law_holds(law, method, architecture):
     law(method, architecture)
 
 

@@ -24,29 +24,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 
 @pytest.mark.parametrize("law", by_name(ON_ALL))
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_law(law, architecture):
+def test_each_law_holds(law, architecture):
     law(prompt, architecture)
 
 
 @pytest.mark.parametrize("law", by_name(ON_BOTH_SIDES))
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_law_with_padding(law, architecture, side):
+def test_each_law_holds_with_padding(law, architecture, side):
     law(prompt, architecture, side)
 
 
 @pytest.mark.parametrize("way, architecture", EVERY_WAY)
-def test_generated(way, architecture):
+def test_what_is_generated(way, architecture):
     generated_is_what_tokens_in_front_generate(prompt, architecture, way)
 
 
 @pytest.mark.parametrize("law", by_name(ONCE))
-def test_once(law):
+def test_each_law_of_one_model_holds(law):
     law(prompt)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
-def test_gradients(architecture):
+def test_gradients_are_those_of_finite_differences(architecture):
     gradients_are_those_of_finite_differences(prompt, architecture)
 
 

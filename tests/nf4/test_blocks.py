@@ -13,7 +13,6 @@ from laws.nf4.blocks import (
     per_value,
     pieces_on_the_way_are_not_seen,
     tensors_of,
-    the_definition_and_the_library_are_bit_equal,
     values,
 )
 
@@ -49,11 +48,6 @@ def test_affine_keeps_a_constant_block_and_a_shape():
 
 
 # ------------------------------------------------------------- Definition and library
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_the_definition_and_the_library_are_bit_equal(dtype):
-    the_definition_and_the_library_are_bit_equal(dtype)
 
 
 @pytest.mark.parametrize("code", nf4.CODES)

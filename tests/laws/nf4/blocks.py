@@ -132,6 +132,8 @@ def of_one_kind():
         yield from absmax[:12] * on_midpoints
 
 
+@law
+@pytest.mark.parametrize("dtype", HALF)
 def the_definition_and_the_library_are_bit_equal(dtype=torch.float32):
     for w in of_one_kind():
         w = w.to(dtype)
