@@ -32,14 +32,16 @@ class LoRA(Adapter):
         alpha, rslora, dropout   see LoRAConfig
     Returns  (…, d_out), dtype of the base's output
     Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
-    Memory   r (d_in + d_out) parameters: in the base's dtype, but in float32 on a half-
-             precision base, where updates of 1e-4 would be rounded away
-    Departs  [1] says "random Gaussian" without a variance. Here 1 / (3 d_in), that of
-             the uniform draw in the paper's own code, so that rates carry over.
+    Memory   r (d_in + d_out) parameters, in the base's dtype; in float32 if that is a
+             half-precision one, which would round small updates away
+    Departs  [1] says "random Gaussian" without a variance. Here it is 1 / (3 d_in), as
+             in the authors' code, so that learning rates carry over.
     Source   [1] arXiv:2106.09685v2
     """
 
-    loraplus_parameters: ClassVar = ("B",)  # LoRA+, arXiv:2402.12354: recipe.py
+    loraplus_parameters: ClassVar = (
+        "B",
+    )  # LoRA+, trained at a higher rate: arXiv:2402.12354
 
     def __init__(
         self,
@@ -101,9 +103,10 @@ def inject(
 
     Args
         r, alpha, options   see LoRAConfig
-        targets, exclude    see targets.resolve; or a ready {name: module}, no exclude
+        targets, exclude    see targets.resolve
     Returns  the names of the wrapped modules
-    Raises   ValueError   an argument out of its range, or no match; the model as it was
+    Raises   ValueError   an argument out of its range, or no match; the model is then
+             untouched
     """
     options |= dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
     return adapter.apply(model, plan(model, **options))

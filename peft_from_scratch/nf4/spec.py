@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .codes import CODES
 
-TINY = 1e-37  # a little below it, 1 / absmax overflows
+TINY = 1e-37  # float32: 1 / absmax overflows below 3e-39
 
 
 def spec_quantize(w: Tensor, block: int, codebook: str) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def spec_quantize(w: Tensor, block: int, codebook: str) -> tuple[Tensor, Tensor]
     rows = F.pad(w.float().flatten(), (0, -n % block)).view(-1, block)
     # absmax_b = max |w_i|
     absmax = rows.abs().amax(dim=1)
-    # ratio_i = w_i · (1 / absmax_b); tiny and short blocks are divided, 0 / 0 is 0
+    # ratio_i = w_i / absmax_b, by the inverse; tiny and short blocks divide; 0 / 0 is 0
     ratios, divided = rows * (1 / absmax)[:, None], absmax < TINY
     divided[n // block :] = True
     ratios[divided] = (rows[divided] / absmax[divided, None]).nan_to_num(0.0)

@@ -53,7 +53,7 @@ def optimizer_steps(
         start, step, total = time.perf_counter(), history.steps, 0.0
         batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
         tokens = sum(map(label_tokens, batches))
-        for batch in batches:
+        for batch in batches:  # the sum over its label tokens, over all of the step's
             loss = micro_batch_loss(model, batch, tokens)
             loss.backward()
             total += loss.detach()
