@@ -18,6 +18,7 @@ import torch
 
 from ..common import atomic
 from ..common.quiet import quiet_transformers
+from ..common.statistics import wilson
 from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
@@ -226,7 +227,7 @@ def _answers_before(checkpoints: Path, answer: Callable[[], Answers]) -> Answers
 
 def _scored(answers) -> str:
     k, n = sum(answers.correct), len(answers.correct)
-    low, high = evaluation.wilson(k, n)
+    low, high = wilson(k, n)
     return f"{k}/{n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 

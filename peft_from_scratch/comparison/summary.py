@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from statistics import fmean
 
-from ..training import evaluation
+from ..common import statistics
 from .measure import PARTS
 from .plan import Plan
 from .setup import Setup
@@ -75,7 +75,7 @@ def _row(seeds: list[dict], references: dict[str, list[dict]]) -> dict:
 
 def _difference(seeds: list[dict], reference: list[dict]) -> dict:
     """Exact match minus that of the reference, paired by test row."""
-    ends = evaluation.paired_bootstrap(_per_item(seeds), _per_item(reference))
+    ends = statistics.paired_bootstrap(_per_item(seeds), _per_item(reference))
     return dict(zip(("difference", "low", "high"), ends, strict=True))
 
 
@@ -83,7 +83,7 @@ def _exact(seeds: list[dict]) -> dict:
     """Exact match; the interval counts a test row once, however many the seeds."""
     right = _per_item(seeds)
     k, n = sum(right), len(right)
-    low, high = evaluation.wilson(k, n)
+    low, high = statistics.wilson(k, n)
     return {"k": k, "n": n, "rate": k / n, "low": low, "high": high}
 
 

@@ -40,7 +40,8 @@ NAMES = {  # module -> names in it that lessons use
     "tasks.templates": ("encode_prompt",),
     "training.batch": ("left_pad",),
     "training.config": ("TrainConfig",),
-    "training.evaluation": ("answer_rows", "wilson"),
+    "common.statistics": ("wilson",),
+    "training.evaluation": ("answer_rows",),
     "training.loop": ("train",),
 }
 MODULE_OF = {

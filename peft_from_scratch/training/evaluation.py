@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 
 from ..common import scoped
-from ..common.statistics import paired_bootstrap, wilson  # noqa: F401
 from ..tasks.task import Task
 from ..tasks.templates import Pair, encode_prompt, stop_token
 from .generation import generate

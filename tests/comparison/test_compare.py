@@ -18,6 +18,7 @@ from planting import planted
 from peft_from_scratch.common import provenance
 from peft_from_scratch.common.grid import is_inside
 from peft_from_scratch.common.provenance import PACKAGE, imported
+from peft_from_scratch.common.statistics import wilson
 from peft_from_scratch.comparison import compare as comparing
 from peft_from_scratch.comparison import setup, summary, tuning
 from peft_from_scratch.comparison.adapt import adapt, few_shot_examples
@@ -28,7 +29,6 @@ from peft_from_scratch.core.adapter import adapters, injected
 from peft_from_scratch.methods import METHODS, named
 from peft_from_scratch.models.load import load_model
 from peft_from_scratch.tasks.task import load_task
-from peft_from_scratch.training import evaluation
 
 CANDIDATE = {candidate.key: candidate for candidate in CANDIDATES}
 # bitsandbytes has none for so narrow a base: test_bitsandbytes_rows.py
@@ -175,7 +175,7 @@ def figures(correct, key="lora"):
 def test_seeds_share_the_test_rows_and_do_not_multiply_them():
     one = figures([True] * 30 + [False] * 20)
     row = summary._row([one, one, one], {})
-    low, high = evaluation.wilson(30, 50)
+    low, high = wilson(30, 50)
     assert row["exact"] == {"k": 30, "n": 50, "rate": 0.6, "low": low, "high": high}
     assert row["per_seed"] == [30, 30, 30]
 

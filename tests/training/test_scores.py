@@ -13,14 +13,10 @@ from architectures import build, byte_tokenizer
 from model_state import assert_same, snapshot
 from planting import each_is_caught, law
 
+from peft_from_scratch.common.statistics import paired_bootstrap, wilson
 from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
 from peft_from_scratch.training import evaluation as evaluate
-from peft_from_scratch.training.evaluation import (
-    answer_rows,
-    general_loss,
-    paired_bootstrap,
-    wilson,
-)
+from peft_from_scratch.training.evaluation import answer_rows, general_loss
 from peft_from_scratch.training.generation import generate
 
 TOKENIZER = byte_tokenizer()
@@ -250,7 +246,7 @@ def test_the_general_text_is_long_enough_and_prose():
     assert "the" in TOKENIZER.decode(ids[1000:2000]).split()
 
 
-BOOTSTRAP, GENERAL = evaluate.paired_bootstrap, evaluate.general_loss
+BOOTSTRAP, GENERAL = paired_bootstrap, evaluate.general_loss
 BUGS = {
     "the shared beginning is longer than shared": (
         evaluate.shared_tokens,
@@ -283,13 +279,13 @@ BUGS = {
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "Wald's interval": (
-        evaluate.wilson,
+        wilson,
         "p + z * z / (2 * n)",
         "p * (1 + z * z / n)",
         wilson_solves_the_score_equation,
     ),
     "z of one side": (
-        evaluate.wilson,
+        wilson,
         "(1 + confidence) / 2",
         "confidence",
         wilson_solves_the_score_equation,

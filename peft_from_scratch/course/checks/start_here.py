@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...common.statistics import wilson
 from ...core.adapter import trainable
 from ...methods import lora
 from ...tasks import orders
 from ...training.batch import left_pad
-from ...training.evaluation import wilson
 from . import Wrong, close, judged
 
 # 0.1 ----------------------------------------------------------------------------------
