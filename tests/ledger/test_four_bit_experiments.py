@@ -341,8 +341,8 @@ BUGS = {
     ),
     "the base stays in full": Bug(
         finetune.transplant,
-        "_QLORA.injected",
-        "_LORA.injected",
+        'kind_of("qlora")',
+        'kind_of("lora")',
         a_moved_lora_is_the_same_adapter_on_four_bits,
     ),
     "adapters counted as weights": Bug(
