@@ -40,7 +40,8 @@ MODULES = {method.name: f"methods.{method.name}" for method in METHODS} | {
 }
 MEMBERS = lazy.homes(
     {
-        "core.adapter": ("Adapter", "CannotMerge", "merge", "remove", "trainable"),
+        "core.adapter": ("Adapter", "CannotMerge", "remove", "trainable"),
+        "core.merge": ("merge",),
         "files.exchange": ("load", "save"),
         "models.load": ("load_model",),
         "paged": ("PagedAdamW",),

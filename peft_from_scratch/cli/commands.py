@@ -23,6 +23,7 @@ from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
 from ..core.decoder import positions
+from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
 from ..models.load import describe, load_model
@@ -91,7 +92,7 @@ def merge_to_folder(options) -> None:
         raise FileExistsError(f"{out} is there already; name a new folder")
     model, tokenizer = load_model(options.base, device=options.device)
     names = exchange.load_as_trained(model, options.adapter)
-    errors = adapter.merge(model)
+    errors = merge(model)
     dequantize_model(model)  # what was in four bits and had no adapter
     with atomic.new_folder(out) as folder, quiet_transformers():
         model.save_pretrained(folder)

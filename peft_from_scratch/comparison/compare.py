@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..common import atomic
-from ..common.provenance import digest, provenance
+from ..common.digest import digest
+from ..common.provenance import provenance
 from . import estimate, report
 from .candidates import Candidate
 from .measure import measure

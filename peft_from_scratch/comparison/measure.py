@@ -12,6 +12,7 @@ from torch import nn
 
 from ..core import adapter
 from ..core.counting import count as count_parameters
+from ..core.merge import merge
 from ..files import exchange
 from ..memory.meter import measure_step
 from ..models.load import load_model
@@ -190,7 +191,7 @@ def _merged(model: nn.Module, prompt: list[int]) -> tuple[nn.Module | None, dict
     """A merged copy (None where that cannot be) and how far its logits are off."""
     merged = deepcopy(model)
     try:
-        errors = adapter.merge(merged)
+        errors = merge(merged)
     except adapter.CannotMerge as reason:
         return None, {"possible": False, "reason": str(reason)}
     ids = torch.tensor([prompt], device=next(model.parameters()).device)

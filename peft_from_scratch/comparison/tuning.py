@@ -21,8 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..common import atomic
+from ..common.digest import digest
 from ..common.grid import GROWTH, at_an_end, rate_past
-from ..common.provenance import ROOT, digest, provenance
+from ..common.provenance import ROOT, provenance
 from ..methods import named
 from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES

@@ -7,7 +7,7 @@ Every method *wraps modules*. An `Adapter` is a module that holds a frozen modul
     apply      put the planned adapters in front of their modules; freeze the rest
     inject     both
     trainable  the parameters of the adapters that are not under `.base`
-    merge      fold the adapters into the weights they stand beside, where possible
+    merge      fold the adapters into the weights they stand beside (merge.py)
     remove     take them off again; the model is what it was, bit for bit
     disabled   a with-block in which the model computes as if they were removed
 
@@ -22,14 +22,12 @@ parameters by name, with their original values where `remove` shall bring them b
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.check import is_finite, shortened  # noqa: F401 (is_finite: for others)
 from .targets import (
     PROJECTIONS,
     QuantizedLinear,
@@ -256,50 +254,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return of_adapters | base_parameters(model)
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> dict[str, float]:
-    """Fold every adapter into the weights that it stands beside, and take it off.
-
-    Computed in float64 (float32 on MPS, which has no float64) and rounded once to the
-    weight's dtype. All or nothing: every merged weight is ready and checked before the
-    first one is written. A 4-bit projection becomes a full-precision one, because base
-    plus update has no exact 4-bit form.
-
-    Returns  {module name: rounding error}, dimensionless: the norm of what rounding to
-             the weight's dtype lost, over the norm of the change. Keep a copy of the
-             base if it is needed again: subtracting does not restore the bits.
-    Raises   CannotMerge  with the reason, the model untouched
-    Memory   one copy of the wrapped weights while it runs
-    """
-    injected(model)
-    model = unwrap_compiled(model)
-    ready, errors, unpacked = [], {}, {}
-    for name, adapter in adapters(model).items():
-        lost = changed = 0.0
-        base = adapter.base
-        if isinstance(base, QuantizedLinear):
-            base = unpacked[adapter] = base.plain()
-        for inner, exact in adapter.merged(_wide(base)).items():
-            parameter = base.get_parameter(inner)
-            _refuse_tied(model, f"{name}.{inner}", parameter)
-            rounded = exact.to(parameter.dtype)
-            if not rounded.isfinite().all():
-                raise CannotMerge(
-                    f"{name}.{inner} would hold values that {parameter.dtype} cannot; "
-                    "look for NaN in the adapter, or merge in a wider dtype"
-                )
-            lost += (rounded.to(exact.dtype) - exact).square().sum().item()
-            changed += (exact - parameter.to(exact.dtype)).square().sum().item()
-            ready.append((parameter, rounded))
-        errors[name] = (lost / changed) ** 0.5 if changed else 0.0
-    for parameter, rounded in ready:
-        parameter.copy_(rounded)
-    for adapter, base in unpacked.items():
-        adapter.base = base
-    unwrap_adapters(model)
-    return errors
-
-
 def remove(model: nn.Module) -> None:
     """Undo inject: the model is what it was before, bit for bit.
 
@@ -456,11 +410,6 @@ def sizes(base: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def _wide(base: nn.Module) -> torch.dtype:
-    first = next(chain(base.parameters(), base.buffers()))
-    return torch.float32 if first.device.type == "mps" else torch.float64
-
-
 def modules_sharing(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     """The modules that hold this tensor: several where it is tied between them.
 
@@ -471,15 +420,6 @@ def modules_sharing(model: nn.Module, parameter: nn.Parameter) -> list[str]:
         for name, module in model.named_modules()
         if any(p is parameter for p in module.parameters(recurse=False))
     ]
-
-
-def _refuse_tied(model, name, parameter) -> None:
-    held = modules_sharing(model, parameter)
-    if len(held) > 1:
-        raise CannotMerge(
-            f"{name} is one tensor with {held[0]}.weight: merging would change "
-            "both. Untie them first, or leave this module out of the targets"
-        )
 
 
 def replace_modules(

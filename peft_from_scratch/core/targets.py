@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says nothing of its weight")
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """A Linear or Conv1D with the same weight, as a parameter."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says nothing of its weight")
 
 
 def is_quantized(model: nn.Module) -> bool:

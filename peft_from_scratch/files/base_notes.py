@@ -14,10 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..common.check import shortened
 from ..core import adapter
 from ..core.adapter import as_matrix
 from ..core.matrices import relative_error
-from ..core.targets import kinds, projections, shortened
+from ..core.targets import kinds, projections
 from ..methods.lora import LoRA
 from ..methods.qlora import MergeError
 from ..nf4 import NF4Linear, dequantize, quantize

@@ -35,9 +35,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.check import about, is_finite, is_whole
+from ..common.check import about, is_finite, is_whole, shortened
 from ..core.matrices import relative_error, svd_halves
-from ..core.targets import exact_regex, shortened
+from ..core.targets import exact_regex
 from ..methods.lora_config import LoRAConfig, per_module
 from . import formats
 from .adapter_file import WEIGHTS, AdapterFile

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.check import shortened
 from ..core import adapter
 from ..core.adapter import Plan
-from ..core.targets import shortened
 from ..methods import named
 from . import patterns
 

@@ -33,11 +33,11 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..common import atomic
-from ..common.check import is_finite, is_whole
+from ..common.check import is_finite, is_whole, shortened
 from ..common.quiet import quiet_transformers
 from ..core import adapter
 from ..core.adapter import is_transposed, replace_modules, sizes
-from ..core.targets import PROJECTIONS, shortened
+from ..core.targets import PROJECTIONS
 from ..nf4.blocks import DTYPES, Quantized
 from ..nf4.codes import book
 from ..nf4.double import BLOCK, DoubleQuantized

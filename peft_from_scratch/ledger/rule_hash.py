@@ -42,7 +42,7 @@ from importlib.util import find_spec
 from itertools import count
 from types import FunctionType, MethodType, ModuleType
 
-from ..common.provenance import digest
+from ..common.digest import digest
 from . import experiments
 
 PACKAGE = __name__.partition(".")[0]

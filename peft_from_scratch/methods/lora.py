@@ -63,11 +63,12 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.base(x), self.dropout(x)  # y = W0 x
-        if lora_fast.is_safe(self.base):  # the two lines below in one step, and faster
-            return lora_fast.LowRankUpdate.apply(y, x, self.A, self.B, self.scale)
-        h = F.linear(x.to(self.A.dtype), self.A)  # h = A x (…, r)
-        return (y + self.scale * F.linear(h, self.B)).to(y.dtype)  # W0 x + scale · B h
+        W0x, x = self.base(x), self.dropout(x)
+        if lora_fast.is_safe(self.base):  # the lines below in one step, and faster
+            return lora_fast.LowRankUpdate.apply(W0x, x, self.A, self.B, self.scale)
+        Ax = F.linear(x.to(self.A.dtype), self.A)
+        h = W0x + self.scale * F.linear(Ax, self.B)
+        return h.to(W0x.dtype)
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """The update of the weight, scale · B A: (d_out, d_in), computed in `dtype`."""

@@ -1,8 +1,8 @@
 """LoRA's sum in one step: the same numbers as the equation, in less time and memory.
 
-`LoRA.forward` says y = W0 x + scale · B A x in three lines. Autograd on these lines
+`LoRA.forward` says h = W0 x + scale · B A x in three lines. Autograd on these lines
 gives the right values and gradients. It also allocates the product B A x and its scaled
-copy at every module, each as large as y, and keeps what it needs for the gradients of
+copy at every module, each as large as h, and keeps what it needs for the gradients of
 both. `LowRankUpdate` adds into the base's output in place, and writes its gradients
 out. It also computes the products that have r columns as their transposes, with r rows:
 on a CPU the same numbers in less than half of the time (benchmarks/lora_step.py).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def is_safe(base: nn.Module) -> bool:
-    """Whether y may be written into: not where a hook on the base may have kept it.
+    """Whether W0 x may be written into: not where a hook on the base may have kept it.
 
     A compiler fuses the equation itself, and gets that.
     """
@@ -25,43 +25,43 @@ def is_safe(base: nn.Module) -> bool:
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """y += scale · (x Aᵀ) Bᵀ in place, with the gradients written out.
+    """h = W0 x + scale · (x Aᵀ) Bᵀ, over W0 x, with the gradients written out.
 
-    Forward    h = x Aᵀ                     (tokens, r), kept
-               y = y + scale · h Bᵀ         (tokens, d_out), over the base's output
-    Backward   dh = scale · dy B            (tokens, r)
-               dA = dhᵀ x                   (r, d_in)
-               dB = scale · dyᵀ h           (d_out, r)
-               dx = dh A                    (tokens, d_in), where x needs it
+    Forward    z = x Aᵀ                     (tokens, r), kept
+               h = W0x + scale · z Bᵀ       (tokens, d_out), in the memory of W0x
+    Backward   dz = scale · dh B            (tokens, r)
+               dA = dzᵀ x                   (r, d_in)
+               dB = scale · dhᵀ z           (d_out, r)
+               dx = dz A                    (tokens, d_in), where x needs it
     """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, scale):
-        h = F.linear(x.to(A.dtype), A)
-        if y.dtype == h.dtype == B.dtype:
-            y.view(-1, y.shape[-1]).addmm_(_rows(h), B.T, alpha=scale)
+    def forward(ctx, W0x, x, A, B, scale):
+        z, h = F.linear(x.to(A.dtype), A), W0x
+        if h.dtype == z.dtype == B.dtype:
+            h.view(-1, h.shape[-1]).addmm_(_rows(z), B.T, alpha=scale)
         else:  # half-precision base or autocast: add in the wider of both dtypes
-            y.copy_(torch.add(y, F.linear(h, B), alpha=scale))
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, A, B)
+            h.copy_(torch.add(h, F.linear(z, B), alpha=scale))
+        ctx.mark_dirty(h)
+        ctx.save_for_backward(x, z, A, B)
         ctx.scale = scale
-        return y
+        return h
 
     @staticmethod
-    def backward(ctx, dy):
-        x, h, A, B = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative passes through h as well
-            h = F.linear(x.to(A.dtype), A)
-        dy_rows = _rows(dy).to(B.dtype)
-        dh = torch.mm(B.T, dy_rows.T).T * ctx.scale
-        dA = torch.mm(dh.T, _rows(x).to(A.dtype))
-        dB = torch.mm(_rows(h).T.to(B.dtype), dy_rows).T * ctx.scale
+    def backward(ctx, dh):
+        x, z, A, B = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative passes through z as well
+            z = F.linear(x.to(A.dtype), A)
+        dh_rows = _rows(dh).to(B.dtype)
+        dz = torch.mm(B.T, dh_rows.T).T * ctx.scale
+        dA = torch.mm(dz.T, _rows(x).to(A.dtype))
+        dB = torch.mm(_rows(z).T.to(B.dtype), dh_rows).T * ctx.scale
         dx = (
-            torch.mm(dh, A).view(x.shape).to(x.dtype)
+            torch.mm(dz, A).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[1]
             else None
         )
-        return dy, dx, dA, dB, None
+        return dh, dx, dA, dB, None
 
 
 def _rows(x: Tensor) -> Tensor:

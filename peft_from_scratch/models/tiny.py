@@ -1,9 +1,9 @@
 """tiny: a language model of a million parameters, small enough to see whole.
 
-A Llama with four layers, trained from zero by pretrain.py on text that corpus.py
-generates. A fine-tuning run on it takes seconds, so that lessons and tests can repeat
-one over many seeds. It knows the small world of world.py and nothing else: what is
-measured on it is measured on a toy, and has to say so.
+A Llama with four layers, trained from zero by tools/pretrain.py on text that
+tools/corpus.py generates. A fine-tuning run on it takes seconds, so that lessons and
+tests can repeat one over many seeds. It knows the small world of tasks/world.py and
+nothing else: what is measured on it is measured on a toy, and has to say so.
 
     data/tiny/                       config.json, model.safetensors, tokenizer.json, …
     data/tiny/checkpoints/step-…/    the same, on the way there, in bfloat16

@@ -33,12 +33,13 @@ from torch import Tensor
 from ..common.check import one_of, require, whole
 from .codes import CODES, book, pairs
 from .double import CODEBOOKS, DoubleQuantized, double_quantize
-from .spec import TINY, pack, unpack
+from .spec import pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Values worked on at a time on a CPU: in its cache, and below the 32,768 from which on
 # torch shares an operation out, whose threads would then meet thirty times a chunk.
 CHUNK = (1 << 15) - 1
+TINY = 1e-37  # float32: 1 / absmax overflows below 3e-39
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,11 +53,12 @@ def optimizer_steps(
         start, step, total = time.perf_counter(), history.steps, 0.0
         batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
         tokens = sum(map(label_tokens, batches))
-        for batch in batches:  # the sum over its label tokens, over all of the step's
-            loss = micro_batch_loss(model, batch, tokens)
+        for batch in batches:
+            loss = micro_batch_loss(model, batch, tokens)  # its summed loss / tokens
             loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
+            total += loss.detach()  # in the end: nats per label token of the step
+        largest = math.inf if config.clip is None else config.clip
+        norm = nn.utils.clip_grad_norm_(parameters, largest).item()  # before clipping
         loss, lr = total.item(), learning_rate(config, step)
         refuse_not_finite(loss, norm, step=step + 1, steps=config.steps, lr=lr)
         for group in optimizer.param_groups:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from peft_from_scratch import lora
-from peft_from_scratch.core.adapter import adapters, merge
+from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.core.merge import merge
 from peft_from_scratch.ledger.experiments import (
     constants,
     finetune,

@@ -30,7 +30,7 @@ COMMANDS = re.compile(r"^ {4}\.venv/bin/python (-m \S+)$", re.MULTILINE)
 # Of the tests of everything that lists methods, those that a new one could fail.
 CHECKS = {
     "methods/test_contract": "(shift-llama or shift-gpt2) and not fp64",
-    "course/test_block": "shift or None-light or shipped or look or named",
+    "plotting/test_block": "shift or None-light or shipped or look or named",
     "tools/test_readme": "tables",
     "cli/test_commands": "parser or heavy or saved or left_open",
     "comparison/test_compare": "settings_before or in_their_order or as_many_rates",
@@ -186,7 +186,7 @@ def test_the_new_method_keeps_the_laws_and_every_table_knows_it(project):
     assert {file for file, _ in passed} == set(CHECKS)
     of_shift = [file for file, test in passed if "shift" in test]
     assert of_shift.count("methods/test_contract") >= 30  # laws, on two architectures
-    assert of_shift.count("course/test_block") >= 4
+    assert of_shift.count("plotting/test_block") >= 4
     assert of_shift.count("comparison/test_compare") == 1
 
 

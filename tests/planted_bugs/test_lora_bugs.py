@@ -20,7 +20,7 @@ from laws.methods.table import lora, low_rank
 from planting import Bug, each_is_caught
 
 from peft_from_scratch.common import atomic
-from peft_from_scratch.core import adapter, targets
+from peft_from_scratch.core import adapter, merge, targets
 from peft_from_scratch.core.adapter import Adapter
 from peft_from_scratch.files import exchange, formats, patterns
 from peft_from_scratch.files.adapter_file import AdapterFile
@@ -77,8 +77,8 @@ LORA = {
     ),
     "dropout on the base's input as well": Bug(
         LoRA.forward,
-        "y, x = self.base(x), self.dropout(x)",
-        "x = self.dropout(x); y = self.base(x)",
+        "W0x, x = self.base(x), self.dropout(x)",
+        "x = self.dropout(x); W0x = self.base(x)",
         lora_laws.dropout_falls_on_the_input_of_A_in_training_only,
     ),
     "dropout in evaluation": Bug(
@@ -89,27 +89,27 @@ LORA = {
     ),
     "evaluation writes into the base": Bug(
         LoRA.forward,
-        "y, x =",
-        "self.training or self.base.weight.data.add_(self.delta()); y, x =",
+        "W0x, x =",
+        "self.training or self.base.weight.data.add_(self.delta()); W0x, x =",
         contract(laws.mode_is_kept_and_changes_nothing),
     ),
     "evaluation keeps the A of its first call": Bug(
         LoRA.forward,
-        "(y, x, self.A,",
-        "(y, x, self.A if self.training else "
+        "(W0x, x, self.A,",
+        "(W0x, x, self.A if self.training else "
         "self.__dict__.setdefault('kept', self.A.detach().clone()),",
         contract(laws.state_dict_is_the_whole_state),
     ),
     "gradient of A without the scale": Bug(
         LowRankUpdate.backward,
-        "dh = torch.mm(B.T, dy_rows.T).T * ctx.scale",
-        "dh = torch.mm(B.T, dy_rows.T).T",
+        "dz = torch.mm(B.T, dh_rows.T).T * ctx.scale",
+        "dz = torch.mm(B.T, dh_rows.T).T",
         lora_laws.gradients_are_those_of_the_equation,
     ),
     "gradient of B without the scale": Bug(
         LowRankUpdate.backward,
-        "_rows(h).T.to(B.dtype), dy_rows).T * ctx.scale",
-        "_rows(h).T.to(B.dtype), dy_rows).T",
+        "_rows(z).T.to(B.dtype), dh_rows).T * ctx.scale",
+        "_rows(z).T.to(B.dtype), dh_rows).T",
         lora_laws.gradients_are_those_of_the_equation,
     ),
     "no gradient for the layers below": Bug(
@@ -126,20 +126,20 @@ LORA = {
     ),
     "the equation without its scale": Bug(
         LoRA.forward,
-        "y + self.scale * F",
-        "y + F",
+        "W0x + self.scale * F",
+        "W0x + F",
         lora_laws.fast_equals_plain,
     ),
     "the fast way without its scale": Bug(
         LowRankUpdate.forward,
-        "_rows(h), B.T, alpha=scale",
-        "_rows(h), B.T",
+        "_rows(z), B.T, alpha=scale",
+        "_rows(z), B.T",
         lora_laws.fast_equals_plain,
     ),
     "the fast way without its scale, in half precision": Bug(
         LowRankUpdate.forward,
-        "F.linear(h, B), alpha=scale",
-        "F.linear(h, B)",
+        "F.linear(z, B), alpha=scale",
+        "F.linear(z, B)",
         lora_laws.fast_equals_plain,
     ),
     "what a hook has kept is written into": Bug(
@@ -344,37 +344,37 @@ MERGING = {
         contract(laws.merged_equals_unmerged, SQUARE, "gpt2"),
     ),
     "merged and left on": Bug(
-        adapter.merge,
+        merge.merge,
         "unwrap_adapters(model)",
         "pass",
         contract(laws.merged_equals_unmerged),
     ),
     "merged one by one": Bug(
-        adapter.merge,
+        merge.merge,
         "ready.append((parameter, rounded))",
         "parameter.copy_(rounded)",
         contract(laws.merge_is_all_or_nothing),
     ),
     "merged in the precision of the weights": Bug(
-        adapter._wide,
+        merge._wide,
         "torch.float64",
         "next(base.parameters()).dtype",
         verbs.merging_rounds_once_and_says_how_much,
     ),
     "the rounding error is not what was lost": Bug(
-        adapter.merge,
+        merge.merge,
         "rounded.to(exact.dtype) - exact",
         "rounded - exact.to(rounded.dtype)",
         verbs.merging_rounds_once_and_says_how_much,
     ),
     "overflow is merged": Bug(
-        adapter.merge,
+        merge.merge,
         "not rounded.isfinite()",
         "not exact.isfinite()",
         verbs.overflow_in_half_precision_is_not_merged,
     ),
     "merging a tied head changes the embedding": Bug(
-        adapter.merge,
+        merge.merge,
         '_refuse_tied(model, f"{name}.{inner}", parameter)',
         "pass",
         verbs.a_tied_head_is_not_merged,

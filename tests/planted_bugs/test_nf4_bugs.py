@@ -14,7 +14,7 @@ from laws.nf4 import blocks as numbers
 from laws.nf4 import linear as products
 from planting import Bug, each_is_caught
 
-from peft_from_scratch.core import adapter, counting, targets
+from peft_from_scratch.core import counting, merge, targets
 from peft_from_scratch.files import base_notes, combine, exchange, quantized
 from peft_from_scratch.methods import full, pissa, qlora
 from peft_from_scratch.models import load
@@ -178,18 +178,18 @@ SPEC = {
     )
     for name, (function, right, wrong) in {
         "tiny blocks are multiplied by the spec": (
-            spec.spec_quantize,
-            "absmax < TINY",
+            spec.ratios_of,
+            "absmax < 1e-37",
             "absmax < 0",
         ),
         "short blocks are multiplied by the spec": (
-            spec.spec_quantize,
-            "divided[n // block :] = True",
-            "pass",
+            spec.ratios_of,
+            " | (torch.arange(len(absmax)) >= whole)",
+            "",
         ),
         "every block is divided by the spec": (
-            spec.spec_quantize,
-            "absmax < TINY",
+            spec.ratios_of,
+            "absmax < 1e-37",
             "absmax < float('inf')",
         ),
         "on a midpoint the spec takes the upper value": (
@@ -510,7 +510,7 @@ QLORA = {
         contract(laws.merged_equals_unmerged, "qlora"),
     ),
     "merging leaves the codes": Bug(
-        adapter.merge,
+        merge.merge,
         "adapter.base = base",
         "pass",
         contract(laws.merged_equals_unmerged, "qlora"),

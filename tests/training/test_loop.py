@@ -576,15 +576,14 @@ BUGS = {
     ),
     "clipping after the step": (
         loop.optimizer_steps,
-        "nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()",
+        "nn.utils.clip_grad_norm_(parameters, largest).item()",
         "1.0",
         training_equals_a_plain_loop,
     ),
     "each tensor clipped by itself": (
         loop.optimizer_steps,
-        "nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()",
-        "max(nn.utils.clip_grad_norm_([p], config.clip or math.inf).item() "
-        "for p in parameters)",
+        "nn.utils.clip_grad_norm_(parameters, largest).item()",
+        "max(nn.utils.clip_grad_norm_([p], largest).item() for p in parameters)",
         training_equals_a_plain_loop,
     ),
     "gradients never cleared": (

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...common.quiet import quiet_transformers
 from ...core import adapter
+from ...core.merge import merge
 from ...files import exchange
 from ...methods import full, lora
 from ...models.load import load_model
@@ -161,7 +162,7 @@ def _write_models(folder: Path, config: dict) -> Tensor:
         model, tokenizer = load_model(folder / "base", device="cpu")
         full.inject(model)
         _disturb(model, copy)
-        adapter.merge(model)  # nothing to fold in: the trained weights are the model
+        merge(model)  # nothing to fold in: the trained weights are the model
         _save(model, tokenizer, folder / f"model-{copy}")
         if copy == 0:
             logits = _logits(model)
