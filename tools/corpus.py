@@ -132,8 +132,8 @@ def document(random: Random, mix: Mix = MIX) -> str:
 
 def dialogue(pairs: Iterable[Pair]) -> str:
     """Questions and answers as the template "raw" has examples."""
-    said = (f"Input: {asked}\nOutput: {right}{END}" for asked, right in pairs)
-    return "\n\n".join(said)
+    turns = (f"Input: {asked}\nOutput: {right}{END}" for asked, right in pairs)
+    return "\n\n".join(turns)
 
 
 def strangers(random: Random, count: int) -> list[Event]:
@@ -162,14 +162,14 @@ def question(random: Random, event: Event) -> Pair:
 def tale_pair(random: Random, count: int) -> Pair:
     """Some events, and a question about one of them."""
     events = strangers(random, count)
-    told = " ".join(sentence(random, each) for each in events)
+    tale = " ".join(sentence(random, each) for each in events)
     asked, answer = question(random, random.choice(events))
-    return f"{told} {asked}", answer
+    return f"{tale} {asked}", answer
 
 
 def record_pair(random: Random) -> Pair:
-    made = event(random)
-    return sentence(random, made), record(made)
+    subject = event(random)
+    return sentence(random, subject), record(subject)
 
 
 def copy_pair(random: Random, word: Callable[[Random], str] = invented) -> Pair:
@@ -188,10 +188,10 @@ def format_pairs(random: Random, count: int) -> list[Pair]:
     names = random.sample(list(event(random).fields()), random.randint(2, 6))
     between, named = random.choice(SEPARATORS), random.random() < 0.3
     pairs = []
-    for made in [event(random) for _ in range(count)]:
-        fields = made.fields()
+    for subject in [event(random) for _ in range(count)]:
+        fields = subject.fields()
         parts = [f"{name} {fields[name]}" if named else fields[name] for name in names]
-        pairs.append((sentence(random, made), between.join(parts)))
+        pairs.append((sentence(random, subject), between.join(parts)))
     return pairs
 
 
@@ -205,19 +205,19 @@ def batches(
     documents: int,
     *,
     mix: Mix = MIX,
-    told: float = TOLD_WHOLE,
+    whole: float = TOLD_WHOLE,
 ) -> list[list[Row]]:
     """What one step reads: rows (input_ids, labels), in PARTS of about one length.
 
     A row is a document, whole and alone: what it asks, it has told, and nothing else
-    stands before it. Answers are always learned, all else only of a share `told` of the
-    documents: who did what, nobody can foresee, and a loss full of that drowns what can
-    be learned from an answer.
+    stands before it. Answers are always learned, all else only of a share `whole` of
+    the documents: who did what, nobody can foresee, and a loss full of that drowns what
+    can be learned from an answer.
     """
     random = Random(f"pretraining {seed} {step}")
     texts = [document(random, mix) for _ in range(documents)]
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
-    rows = [(ids, labels(tokenizer, ids, random.random() < told)) for ids in encoded]
+    rows = [(ids, labels(tokenizer, ids, random.random() < whole)) for ids in encoded]
     rows.sort(key=lambda row: len(row[0]))
     return [part for part in _parts(rows) if part]
 
@@ -227,11 +227,11 @@ def labels(tokenizer, ids: list[int], whole: bool) -> list[int]:
     answer, end = tokenizer.convert_tokens_to_ids("Output"), tokenizer.eos_token_id
     if whole or answer not in ids:
         return list(ids)
-    made, inside = [], False
+    targets, inside = [], False
     for token in ids:
-        made.append(token if inside else IGNORED)
+        targets.append(token if inside else IGNORED)
         inside = (inside or token == answer) and token != end
-    return made
+    return targets
 
 
 def _parts(rows: list[Row]) -> Iterator[list[Row]]:

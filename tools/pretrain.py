@@ -51,23 +51,23 @@ GATES = {"copying": 0.9, "answering": 0.9, "recording": 0.9, "echo": 0.95}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(description="Pretrain the model tiny from zero.")
-    made.add_argument("--out", type=Path, default=ROOT / "out" / "tiny")
-    made.add_argument("--steps", type=int, default=STEPS)
-    made.add_argument("--seed", type=int, default=0)
-    options = made.parse_args(arguments)
-    model, tokenizer, told = pretrained(options.out, options.steps, options.seed)
-    told |= {
+    parser = argparse.ArgumentParser(description="Pretrain the model tiny from zero.")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "tiny")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    model, tokenizer, record = pretrained(options.out, options.steps, options.seed)
+    record |= {
         "abilities": abilities(model, tokenizer),
         "samples": samples(model, tokenizer),
         "checkpoints": on_the_way(work_folder(options.out), tokenizer, options.seed),
     }
-    print(json.dumps(told, indent=1))
-    weak = [name for name, least in GATES.items() if told["abilities"][name] < least]
+    print(json.dumps(record, indent=1))
+    weak = [name for name, least in GATES.items() if record["abilities"][name] < least]
     if weak:
         print(f"not written: {', '.join(weak)} below the gate {GATES}")
         return 1
-    write(options.out, model, tokenizer, told)
+    write(options.out, model, tokenizer, record)
     print(f"written to {options.out}")
     return 0
 
@@ -107,9 +107,9 @@ def new_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     to such a tokenizer. It is given texts with both, or quoted words would come to
     pieces that no task of a hundred steps can learn to spell.
     """
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=tiny.VOCABULARY,
         special_tokens=[corpus.END],
@@ -119,9 +119,9 @@ def new_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     random = Random(f"tokenizer {seed}")
     texts = (corpus.document(random) for _ in range(TOKENIZER_TEXTS))
     quoted = (_quoted(random, text) for text in texts)
-    made.train_from_iterator(quoted, trainer)
+    tokenizer.train_from_iterator(quoted, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         eos_token=corpus.END,
         pad_token=corpus.END,
         model_max_length=tiny.CONTEXT,
@@ -155,14 +155,14 @@ def pretrained(
     settings = {"phases": [repr(p.recipe) for p in parts], "mix": _mix_digest(parts)}
     checkpoint.resume(run, work / "state", settings)
     keep = {round(share * steps) for share in KEPT}
-    with bar("tiny", "step", steps, done=run.history.steps) as told:
+    with bar("tiny", "step", steps, done=run.history.steps) as shown:
         while run.history.steps < steps:
             began = time.perf_counter()
             phase = max((p for p in parts if p.start <= run.history.steps), key=_start)
             _step(model, tokenizer, run, phase)
             run.history.seconds += time.perf_counter() - began
-            told.set_postfix_str(f"loss {run.history.loss[-1]:.3f}", refresh=False)
-            told.update()
+            shown.set_postfix_str(f"loss {run.history.loss[-1]:.3f}", refresh=False)
+            shown.update()
             if run.history.steps in keep:
                 _keep(model, tokenizer, work / f"step-{run.history.steps:05d}")
             if run.history.steps % SAVED_EVERY == 0 or run.history.steps == steps:
@@ -249,7 +249,7 @@ def _told(model, tokenizer, history: History, parts: Sequence[Phase]) -> dict:
 
 def _held_out_loss(model: nn.Module, tokenizer, seed: int) -> float:
     """Nats per token of whole documents, questions included."""
-    parts = corpus.batches(tokenizer, seed, HELD_OUT, 300, told=1.0)
+    parts = corpus.batches(tokenizer, seed, HELD_OUT, 300, whole=1.0)
     return round(mean_loss(model, [row for part in parts for row in part]), 4)
 
 
@@ -271,28 +271,28 @@ def abilities(model: nn.Module, tokenizer, seed: int = 0) -> dict[str, float]:
         "recording": lambda random: [corpus.record_pair(random)],
         "formats": lambda random: corpus.format_pairs(random, max(corpus.EXAMPLES)),
     }
-    found = {}
+    shares = {}
     for name, draw in asked.items():
         random = Random(f"exam {name} {seed}")
         exam = [draw(random) for _ in range(EXAMS)]
-        found[name] = round(_right(model, tokenizer, exam), 4)
-    return {**found, "echo": round(_echo(model, tokenizer, seed), 4)}
+        shares[name] = round(_right(model, tokenizer, exam), 4)
+    return {**shares, "echo": round(_echo(model, tokenizer, seed), 4)}
 
 
 def on_the_way(work: Path, tokenizer, seed: int) -> list[dict]:
     """Loss and abilities of each checkpoint that was kept."""
-    found = []
+    rows = []
     for folder in sorted(work.glob("step-*")):
         with quiet_transformers():
             model = whole_model(folder, dtype=torch.float32).eval()
-        found.append(
+        rows.append(
             {
                 "steps": int(folder.name.partition("-")[2]),
                 "loss": _held_out_loss(model, tokenizer, seed),
                 "abilities": abilities(model, tokenizer),
             }
         )
-    return found
+    return rows
 
 
 def samples(model: nn.Module, tokenizer, seed: int = 0) -> list[dict[str, str]]:
@@ -311,8 +311,8 @@ def samples(model: nn.Module, tokenizer, seed: int = 0) -> list[dict[str, str]]:
         tokenizer(text, add_special_tokens=False).input_ids for text in texts.values()
     ]
     answers = _answers(model, tokenizer, prompts)
-    told = zip(texts.items(), answers, strict=True)
-    return [{"what": w, "asked": a, "answer": answer} for (w, a), answer in told]
+    answered = zip(texts.items(), answers, strict=True)
+    return [{"what": w, "asked": a, "answer": answer} for (w, a), answer in answered]
 
 
 def _right(model, tokenizer, exam: list[list[corpus.Pair]]) -> float:
@@ -350,13 +350,13 @@ def _echo(model: nn.Module, tokenizer, seed: int) -> float:
 # --------------------------------------------------------------------------- the files
 
 
-def write(out: Path, model: nn.Module, tokenizer, told: dict) -> None:
+def write(out: Path, model: nn.Module, tokenizer, record: dict) -> None:
     """Put model, tokenizer, checkpoints and figures into `out`."""
     work = work_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     with atomic.new_folder_beside(out / "new") as new:
         _save(model, tokenizer, new)
-        (new / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
+        (new / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
         for file in new.iterdir():
             file.chmod(0o644)
             file.replace(out / file.name)

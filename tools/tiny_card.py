@@ -26,9 +26,9 @@ MEASURED = tiny.FOLDER / "pretraining.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(description="Write tiny's model card.")
-    made.add_argument("--run", action="store_true", help="make missing runs first")
-    if made.parse_args(arguments).run:
+    parser = argparse.ArgumentParser(description="Write tiny's model card.")
+    parser.add_argument("--run", action="store_true", help="make missing runs first")
+    if parser.parse_args(arguments).run:
         make_runs()
     with atomic.new_file(FILE) as new:
         new.write_text(text(), "utf-8")
@@ -39,38 +39,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_runs() -> None:
     """Make what the table lacks; each run is stored as soon as it is done."""
     while missing := [c for c in separation.configs() if not runs.stored(c)]:
-        with bar("tiny's table", "run", len(missing)) as told:
+        with bar("tiny's table", "run", len(missing)) as shown:
             for config in missing:
                 runs.result(config, lambda config=config: finetune.compute(config))
-                told.update()
+                shown.update()
 
 
 def text() -> str:
     """The card, as the files in data/ have it to be."""
-    made = json.loads(MEASURED.read_text("utf-8"))
-    words = made | _written(made)
+    record = json.loads(MEASURED.read_text("utf-8"))
+    words = record | _written(record)
     words |= {
         "kinds": "\n".join(f"| {name} | {weight} |" for name, weight in _mix()),
-        "abilities_table": "\n".join(_abilities(made)),
-        "samples": "\n\n".join(_samples(made)),
+        "abilities_table": "\n".join(_abilities(record)),
+        "samples": "\n\n".join(_samples(record)),
         "methods": "\n\n".join(_methods()),
         "gates": ", ".join(f"{name} {g:.0%}" for name, g in pretrain.GATES.items()),
     }
     return TEMPLATE.read_text("utf-8").format(**words)
 
 
-def _written(made: dict) -> dict[str, str]:
+def _written(record: dict) -> dict[str, str]:
     return {
-        "duration": estimate.duration(made["seconds"]),
+        "duration": estimate.duration(record["seconds"]),
         "size": f"{(tiny.FOLDER / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
-        "recipe_words": _recipe(made),
-        "torch": made["packages"]["torch"],
+        "recipe_words": _recipe(record),
+        "torch": record["packages"]["torch"],
     }
 
 
-def _recipe(made: dict) -> str:
-    settings = [f"{name} {value}" for name, value in made["recipe"].items()]
-    parts = [f"{p['steps']:,} steps at {p['lr']:g}" for p in made["phases"]]
+def _recipe(record: dict) -> str:
+    settings = [f"{name} {value}" for name, value in record["recipe"].items()]
+    parts = [f"{p['steps']:,} steps at {p['lr']:g}" for p in record["phases"]]
     return ", ".join([*settings, f"highest rate: {', then '.join(parts)}"])
 
 
@@ -79,18 +79,18 @@ def _mix() -> Iterator[tuple[str, int]]:
         yield kind.__name__, weight
 
 
-def _abilities(made: dict) -> Iterator[str]:
+def _abilities(record: dict) -> Iterator[str]:
     """A line a checkpoint, the finished model last."""
-    names = list(made["abilities"])
+    names = list(record["abilities"])
     yield f"| steps | loss | {' | '.join(names)} |"
     yield "| ---: | ---: |" + " ---: |" * len(names)
-    for row in [*made["checkpoints"], {**made, "loss": made["held_out_loss"]}]:
+    for row in [*record["checkpoints"], {**record, "loss": record["held_out_loss"]}]:
         shares = " | ".join(f"{row['abilities'][name]:.0%}" for name in names)
         yield f"| {row['steps']:,} | {row['loss']:.3f} | {shares} |"
 
 
-def _samples(made: dict) -> Iterator[str]:
-    for sample in made["samples"]:
+def _samples(record: dict) -> Iterator[str]:
+    for sample in record["samples"]:
         lines = f"{sample['asked']}{sample['answer']}".splitlines()
         quoted = "\n".join(f"    {line}".rstrip() for line in lines)
         yield f"{sample['what']}:\n\n{quoted}"

@@ -73,12 +73,14 @@ def examine() -> dict[str, list[Finding]]:
 
 def wrong(sections: dict[str, list[Finding]]) -> list[Finding]:
     """What must be put right before anything runs."""
-    found = [finding for findings in sections.values() for finding in findings]
-    return [finding for finding in found if finding.mark == WRONG]
+    every = [finding for findings in sections.values() for finding in findings]
+    return [finding for finding in every if finding.mark == WRONG]
 
 
 def written(sections: dict[str, list[Finding]]) -> str:
-    blocks = ["\n".join([title, *map(str, found)]) for title, found in sections.items()]
+    blocks = [
+        "\n".join([title, *map(str, findings)]) for title, findings in sections.items()
+    ]
     bad = len(wrong(sections))
     blocks.append(
         f"To put right first: {bad}, marked {WRONG}." if bad else "All is well."
@@ -95,13 +97,13 @@ def packages() -> list[Finding]:
     here = platform.python_version()
     fits = SpecifierSet(python).contains(here, prereleases=True)
     text = f"Python {here}" + ("" if fits else f", where {python} is needed")
-    found = [Finding(OK if fits else WRONG, text)]
-    found += [needed_package(r, installed(r.name)) for r in needed]
+    findings = [Finding(OK if fits else WRONG, text)]
+    findings += [needed_package(r, installed(r.name)) for r in needed]
     ranges = {r.name: r for r in optional}
     for name, use in OPTIONAL.items():
         requirement = ranges.get(name, Requirement(name))
-        found.append(optional_package(requirement, installed(name), use))
-    return found
+        findings.append(optional_package(requirement, installed(name), use))
+    return findings
 
 
 def declared() -> tuple[str, list[Requirement], list[Requirement]]:
@@ -138,10 +140,10 @@ def optional_package(
     requirement: Requirement, version: str | None, use: str
 ) -> Finding:
     """The same of an optional one, of which nothing is wrong."""
-    found = needed_package(requirement, version)
-    if found.mark == OK:
-        return Finding(OK, f"{found.text} (optional: {use})")
-    return Finding(NOTE, f"{found.text} (optional: {use})")
+    finding = needed_package(requirement, version)
+    if finding.mark == OK:
+        return Finding(OK, f"{finding.text} (optional: {use})")
+    return Finding(NOTE, f"{finding.text} (optional: {use})")
 
 
 # The rest, which imports the library -------------------------------------------------

@@ -38,4 +38,4 @@ def names(
 
 def homes(groups: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """{name: module} of {module: its names}."""
-    return {name: module for module, found in groups.items() for name in found}
+    return {name: module for module, names in groups.items() for name in names}

@@ -193,8 +193,8 @@ def _bar(axes: Axes, i: int, row: dict, theme: Theme) -> None:
     stack(axes, i, sizes, KINDS, theme)
     if memory.get("peak"):
         axes.vlines(memory["peak"] / 1e6, i - 0.19, i + 0.3, theme.ink, linewidth=2)
-    said = f"{row['label']}, {memory['when']}: {megabytes(memory.get('peak'))} MB"
-    axes.text(0, i - 0.26, said, size=SMALL)
+    label = f"{row['label']}, {memory['when']}: {megabytes(memory.get('peak'))} MB"
+    axes.text(0, i - 0.26, label, size=SMALL)
 
 
 def loss_against_seconds(

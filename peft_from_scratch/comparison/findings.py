@@ -108,13 +108,13 @@ def best(result: dict) -> str:
     top = max(rows, key=lambda r: (r["exact"]["rate"], -(r.get("trainable") or 0)))
     if not top["exact"]["rate"]:
         return "No method answers any of the test rows exactly"
-    said = f"{top['label']} answers {_rate(top)} of the test rows exactly"
+    sentence = f"{top['label']} answers {_rate(top)} of the test rows exactly"
     if top.get("trainable"):
         share = "all" if top.get("share") == 1 else f"{parameter_share(top)} % of the"
-        said += f", training {share} parameters"
+        sentence += f", training {share} parameters"
     if few_shot and few_shot is not top:
-        said += f"; few-shot prompting, {_rate(few_shot)}"
-    return said
+        sentence += f"; few-shot prompting, {_rate(few_shot)}"
+    return sentence
 
 
 def peak_memory(result: dict) -> str:
@@ -124,8 +124,8 @@ def peak_memory(result: dict) -> str:
         return "Memory by what holds it"
     rows.sort(key=lambda row: row["memory"]["peak"])
     ends = rows[:1] if len(rows) == 1 else (rows[0], rows[-1])
-    told = (f"{megabytes(row['memory']['peak'])} MB ({row['label']})" for row in ends)
-    return f"A training step takes {' to '.join(told)} at its peak"
+    peaks = (f"{megabytes(row['memory']['peak'])} MB ({row['label']})" for row in ends)
+    return f"A training step takes {' to '.join(peaks)} at its peak"
 
 
 def training(history: History) -> str:
@@ -210,7 +210,7 @@ def _verdict(row: dict) -> str:
 
 def views(result: dict) -> list[str]:
     """The fair comparisons within the table: of equal size, and of equal time."""
-    return [said for said in (equal_parameters(result), equal_seconds(result)) if said]
+    return [view for view in (equal_parameters(result), equal_seconds(result)) if view]
 
 
 def equal_parameters(result: dict) -> str | None:
@@ -223,10 +223,10 @@ def equal_parameters(result: dict) -> str | None:
     ]
     if len(rows) < 2:
         return None
-    told = ", ".join(f"{row['label']} {exact_match(row)} %" for row in rows)
+    scores = ", ".join(f"{row['label']} {exact_match(row)} %" for row in rows)
     return (
         f"At equal parameters, those within {100 * SAME_SIZE:.0f} % of LoRA's "
-        f"{size:,}: {told}."
+        f"{size:,}: {scores}."
     )
 
 
@@ -240,33 +240,33 @@ def equal_seconds(result: dict) -> str | None:
         label: [loss for second, loss in points if second <= until][-1]
         for label, points in curves.items()
     }
-    told = ", ".join(f"{label} {loss:.3f}" for label, loss in there.items())
+    losses = ", ".join(f"{label} {loss:.3f}" for label, loss in there.items())
     return (
         f"At equal seconds, {until:.0f} s of training, when the first of them is done: "
-        f"{told}. Nats per label token, mean of {SMOOTHED} steps, on rows that are "
+        f"{losses}. Nats per label token, mean of {SMOOTHED} steps, on rows that are "
         "being seen for the first time."
     )
 
 
 def loss_by_second(result: dict) -> dict[str, list[tuple[float, float]]]:
     """{label: [(seconds, mean loss of the last SMOOTHED steps)]} of what trained."""
-    found = {}
+    curves = {}
     for row in trained(result):
         curve = row.get("curve") or {"loss": [], "seconds": []}
         loss, seconds = curve["loss"], curve["seconds"]
         if len(loss) >= SMOOTHED:
-            found[row["label"]] = [
+            curves[row["label"]] = [
                 (seconds[i], sum(loss[i + 1 - SMOOTHED : i + 1]) / SMOOTHED)
                 for i in range(SMOOTHED - 1, len(loss))
             ]
-    return found
+    return curves
 
 
 def certainty(result: dict) -> list[str]:
     """What the brackets are, and what they do not cover."""
     seeds = result["seeds"]
     judged = sum(verdict(row) is not None for row in trained(result))
-    said = [
+    sentences = [
         "Brackets after an exact match hold its 95 % Wilson interval: the true shares "
         "that so many test rows cannot rule out.",
         "Brackets after a difference to another row hold a paired bootstrap 95 % "
@@ -276,21 +276,21 @@ def certainty(result: dict) -> list[str]:
         "the timing rounds; the figure before them is the median.",
     ]
     if judged > 1:
-        said.append(
+        sentences.append(
             f"{judged} fine-tuned methods are compared with few-shot; at 95 %, one "
             "comparison in twenty between equals would exclude zero by chance."
         )
     if len(seeds) == 1:
-        said.append(
+        sentences.append(
             "There was one seed: the intervals cover which test rows were drawn, not "
             "the luck of one training run."
         )
     else:
-        said.append(
+        sentences.append(
             f"Exact match of a method that trains is its mean over {len(seeds)} seeds; "
             f"the other columns are those of seed {seeds[0]}."
         )
-    return said
+    return sentences
 
 
 def settings(result: dict) -> list[tuple[str, str]]:
@@ -299,50 +299,50 @@ def settings(result: dict) -> list[tuple[str, str]]:
 
 
 def _settings(row: dict) -> str:
-    said = [
+    parts = [
         SETTINGS.get(name, name + " {}").format(value)
         for name, value in (row.get("settings") or {}).items()
         if value is not None
     ]
     if row.get("steps") and row.get("batch"):
-        said.append(f"{row['steps']} steps of {row['batch']} rows")
+        parts.append(f"{row['steps']} steps of {row['batch']} rows")
     if row.get("settings_from"):
-        said.append(row["settings_from"])
+        parts.append(row["settings_from"])
     if len(row.get("per_seed") or []) > 1:
-        said.append("right by seed: " + ", ".join(f"{k:g}" for k in row["per_seed"]))
-    return "; ".join(said) or ABSENT
+        parts.append("right by seed: " + ", ".join(f"{k:g}" for k in row["per_seed"]))
+    return "; ".join(parts) or ABSENT
 
 
 def tuning(result: dict) -> list[str]:
     """What the settings mean, and how they were found where a search is known."""
-    said = [
+    sentences = [
         "A template is how prompt and answer are joined: by the chat model's own "
         "markers (chat) or as plain text (raw)."
     ]
     tuned = result.get("tuned")
     if tuned:
-        said.append(
+        sentences.append(
             f"The settings were searched in {tuned['runs']} runs on validation rows, "
             f"never on test rows ({tuned['file']}, {tuned['when']}). "
             f"Rule: {tuned['rule']}."
         )
-    return said
+    return sentences
 
 
 def notes(result: dict) -> list[str]:
     """What a reader must know to compare the columns fairly."""
-    said = [
+    sentences = [
         "MB is a million bytes. Memory counts the bytes that tensors hold, and not the "
         "Python process or what the device's kernels and allocator take besides. Each "
         "kind is given at its own highest moment: their sum may exceed the peak."
     ]
     idle = [row["label"] for row in result["rows"] if row.get("trainable") == 0]
     if idle:
-        said.append(
+        sentences.append(
             "Memory is that of one training step; for rows that train nothing "
             f"({'; '.join(idle)}) it is that of answering one batch."
         )
-    return said + [
+    return sentences + [
         f"Merging: {reason} ({'; '.join(labels)})."
         for reason, labels in _merge_reasons(result).items()
     ]

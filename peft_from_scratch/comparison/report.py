@@ -69,7 +69,7 @@ def table(result: dict, width: int | None = None) -> str:
 
 def _sections(result: dict) -> list[tuple[str, list[str]]]:
     """(heading, paragraphs) of what stands under the table."""
-    settings = [f"{label}: {said}." for label, said in findings.settings(result)]
+    settings = [f"{label}: {text}." for label, text in findings.settings(result)]
     wall = result.get("wall") or {}
     parts = (
         ("Against few-shot prompting", findings.verdicts(result)),
@@ -79,7 +79,7 @@ def _sections(result: dict) -> list[tuple[str, list[str]]]:
         ("Where the time went", [wall["sentence"]] if wall.get("sentence") else []),
         ("Reading the columns", findings.notes(result)),
     )
-    return [(heading, said) for heading, said in parts if said]
+    return [(heading, text) for heading, text in parts if text]
 
 
 def _prose(heading: str, paragraphs: list[str], width: int) -> str:
@@ -193,26 +193,26 @@ def sample_answers(result: dict) -> list[dict]:
 
 def origin(result: dict) -> list[tuple[str, str]]:
     """(name, value) of what a reader needs to judge or repeat the comparison."""
-    made = result["provenance"]
-    packages = made.get("packages") or {}
-    commit = made.get("commit")
-    if commit and made.get("changed"):
+    origin_of = result["provenance"]
+    packages = origin_of.get("packages") or {}
+    commit = origin_of.get("commit")
+    if commit and origin_of.get("changed"):
         commit += ", with uncommitted changes"
-    told = {
-        "Made": made.get("when"),
+    entries = {
+        "Made": origin_of.get("when"),
         "Command": result.get("command", COMMAND),
         "Commit": commit,
         "Base model": result["base_name"],
         "Seeds": ", ".join(map(str, result["seeds"])),
         "Number format": result["dtype"],
-        "Device": made.get("device") or result["device"],
-        "Machine": made.get("machine"),
-        "Threads": made.get("threads"),
-        "System": made.get("platform"),
-        "Python": made.get("python"),
+        "Device": origin_of.get("device") or result["device"],
+        "Machine": origin_of.get("machine"),
+        "Threads": origin_of.get("threads"),
+        "System": origin_of.get("platform"),
+        "Python": origin_of.get("python"),
         "Packages": ", ".join(f"{name} {number}" for name, number in packages.items()),
     }
-    return [(name, str(value or ABSENT)) for name, value in told.items()]
+    return [(name, str(value or ABSENT)) for name, value in entries.items()]
 
 
 def printable(value):

@@ -165,12 +165,12 @@ def plan(
     names = tuple(_named_parameters(model, base_params))
     flags = _flags(model)
     try:
-        made = {name: _in_mode(wrap(module)) for name, module in modules.items()}
+        ready = {name: _in_mode(wrap(module)) for name, module in modules.items()}
     finally:
         _set_flags(model, flags)  # an Adapter freezes its base, a plan freezes nothing
-    if not made and not names:
+    if not ready and not names:
         raise ValueError("targets is empty: the injection would train nothing")
-    return Plan(method, dict(config or {}), made, names, keep_originals)
+    return Plan(method, dict(config or {}), ready, names, keep_originals)
 
 
 def apply(model: nn.Module, plan: Plan) -> list[str]:

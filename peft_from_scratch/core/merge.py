@@ -72,9 +72,9 @@ def _wide(base: nn.Module) -> torch.dtype:
 
 
 def _refuse_tied(model, name, parameter) -> None:
-    held = modules_sharing(model, parameter)
-    if len(held) > 1:
+    sharing = modules_sharing(model, parameter)
+    if len(sharing) > 1:
         raise CannotMerge(
-            f"{name} is one tensor with {held[0]}.weight: merging would change "
+            f"{name} is one tensor with {sharing[0]}.weight: merging would change "
             "both. Untie them first, or leave this module out of the targets"
         )

@@ -76,9 +76,9 @@ def read(file: Path | None = None) -> dict[str, Card]:
 
 def write(cards: Mapping[str, Card], file: Path | None = None) -> None:
     """Write all cards, by number."""
-    found = {number: asdict(cards[number]) for number in sorted(cards)}
+    entries = {number: asdict(cards[number]) for number in sorted(cards)}
     with atomic.new_file(file or _file()) as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        partial.write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
 
 
 def _file() -> Path:

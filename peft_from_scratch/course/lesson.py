@@ -110,26 +110,26 @@ class Lesson:
     def measured(self, id: str, value) -> None:
         """Show what was measured beside the guess; KeyError where there was none."""
         if id not in self.guesses:
-            made = ", ".join(self.guesses) or "none so far"
+            guess_of = ", ".join(self.guesses) or "none so far"
             raise KeyError(
-                f"no guess {id!r} was made in this run; made were: {made}. Run the "
+                f"no guess {id!r} was made in this run; made were: {guess_of}. Run the "
                 f"cell with lesson.predict({id!r}, …) first"
             )
-        made = self.guesses[id]
+        guess_of = self.guesses[id]
         value = value.item() if hasattr(value, "item") else value
-        self._keep(id, {**made, "measured": value})
-        unit = f" {made['unit']}" if made["unit"] else ""
-        guess = f"you guessed {_number(made['guess'])}{unit}"
+        self._keep(id, {**guess_of, "measured": value})
+        unit = f" {guess_of['unit']}" if guess_of["unit"] else ""
+        guess = f"you guessed {_number(guess_of['guess'])}{unit}"
         print(f"{id}: {guess}, measured {_number(value)}{unit}")
 
-    def _keep(self, id: str, made: dict) -> None:
-        self.guesses[id] = made
+    def _keep(self, id: str, guess: dict) -> None:
+        self.guesses[id] = guess
         file = _guesses_file()
         if file is None:
             return
         with FileLock(file.with_suffix(".lock")):
             kept = _read_guesses(file)
-            kept.setdefault(self.number, {})[id] = made
+            kept.setdefault(self.number, {})[id] = guess
             with atomic.new_file(file) as partial:
                 partial.write_text(json.dumps(kept, indent=1, default=str) + "\n")
 

@@ -217,8 +217,10 @@ def _weights(original, wrapped) -> dict[str, Tensor]:
     if original is None:
         raise ValueError("onto='original' needs the base as it was: original=…")
     if isinstance(original, nn.Module):
-        found = projections(original)
-        original = {name: as_matrix(module).detach() for name, module in found.items()}
+        modules = projections(original)
+        original = {
+            name: as_matrix(module).detach() for name, module in modules.items()
+        }
     for name, module in wrapped.items():
         W = original.get(name)
         if W is None or tuple(W.shape) != adapter.sizes(module.base):

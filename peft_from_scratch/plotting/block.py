@@ -65,10 +65,10 @@ class Pen:
         first = next(method for method in METHODS if part in method.parts)
         return (lit or first).letters
 
-    def text(self, x, y, said, *, size=SMALL, color=None, **more) -> None:
+    def text(self, x, y, words, *, size=SMALL, color=None, **more) -> None:
         centre = {"ha": "center", "va": "center"} | more
         color = color or self.theme.ink
-        self.axes.text(x, y, said, size=size * self.scale, color=color, **centre)
+        self.axes.text(x, y, words, size=size * self.scale, color=color, **centre)
 
     def line(self, *places, to=None, arrow=False, width=1.0) -> None:
         """A line through places, as faint as the part that it leads `to`."""

@@ -81,19 +81,19 @@ def marks(
     for name in control:
         if name not in labels:
             raise ValueError(f"control {name!r} is no series: {', '.join(labels)}")
-    found: dict[str, Mark] = {}
+    chosen: dict[str, Mark] = {}
     for label in labels:
         key = keys.get(label) or BY_LABEL.get(label, label)
-        if key in LOOKS and label not in control and look(key) not in found.values():
-            found[label] = look(key)
-    colors = [c for c in OTHERS if c not in {color for color, _ in found.values()}]
-    shapes = [m for m in MARKERS if m not in {marker for _, marker in found.values()}]
-    others = [label for label in labels if label not in found]
+        if key in LOOKS and label not in control and look(key) not in chosen.values():
+            chosen[label] = look(key)
+    colors = [c for c in OTHERS if c not in {color for color, _ in chosen.values()}]
+    shapes = [m for m in MARKERS if m not in {marker for _, marker in chosen.values()}]
+    others = [label for label in labels if label not in chosen]
     for label in sorted(others, key=lambda label: label in control):
-        place, grey = len(found), label in control
+        place, grey = len(chosen), label in control
         color = GREY if grey else (colors or OTHERS)[place % len(colors or OTHERS)]
-        found[label] = color, (shapes or MARKERS)[place % len(shapes or MARKERS)]
-    return {label: found[label] for label in labels}
+        chosen[label] = color, (shapes or MARKERS)[place % len(shapes or MARKERS)]
+    return {label: chosen[label] for label in labels}
 
 
 def lines(
@@ -201,7 +201,7 @@ def spectrum(
     title: str,
     subtitle: str = "",
     control: Collection[str] = ("random",),
-    held: float | None = 0.9,
+    mark_at: float | None = 0.9,
     width: float = 7.4,
     theme: Theme = LIGHT,
 ) -> Figure:
@@ -212,7 +212,7 @@ def spectrum(
         energies  {label: shares of the squared norm at each rank, in [0, 1]; or three
                   such rows: low, middle, high}
         control   the grey ones
-        held      a share to mark with a line; None: none
+        mark_at   a share to mark with a line; None: none
     """
     series = {}
     for label, shares in energies.items():
@@ -235,9 +235,9 @@ def spectrum(
     )
     axes = figure.axes[0]
     axes.set_ylim(-3, 103)
-    if held is not None:
+    if mark_at is not None:
         dots = {"color": theme.muted, "linewidth": 0.8, "linestyle": ":", "zorder": 0}
-        axes.axhline(100 * held, gid="held", **dots)
+        axes.axhline(100 * mark_at, gid="held", **dots)
     return figure
 
 
@@ -266,21 +266,21 @@ def bars(
     powers = {"GB": 9, "MB": 6, "kB": 3}
     unit = unit or next((u for u, p in powers.items() if max(sums.values()) >= 10**p))
     size, raised = 10.0 ** powers[unit], str.maketrans("0369", "⁰³⁶⁹")
-    held = {k: c for k, c in kinds.items() if any(row.get(k) for row in rows.values())}
+    used = {k: c for k, c in kinds.items() if any(row.get(k) for row in rows.values())}
     with style(theme):
         tall = 0.45 * len(rows) + 0.1
         figure, axes = frame(title, subtitle, width, tall, FOOT, theme)
         for i, (label, row) in enumerate(rows.items()):
-            stack(axes, i, {k: n / size for k, n in row.items()}, held, theme)
-            said = f"{label}: {sums[label] / size:,.3g} {unit}"
-            axes.text(0, i - 0.26, said, size=SMALL)
+            stack(axes, i, {k: n / size for k, n in row.items()}, used, theme)
+            total = f"{label}: {sums[label] / size:,.3g} {unit}"
+            axes.text(0, i - 0.26, total, size=SMALL)
         axes.set_ylim(len(rows) - 0.5, -0.65)
         axes.set_yticks([])
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{unit} (10{str(powers[unit]).translate(raised)} bytes)")
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.grid(axis="x")
-        name_stacks(axes, list(held))
+        name_stacks(axes, list(used))
     return figure
 
 

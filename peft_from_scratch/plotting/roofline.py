@@ -35,13 +35,13 @@ def figure(
     """The devices' roofs, and the LoRA product under the roof of one, each way."""
     shown = places(device, r, dtype)
     letters = dict(zip("abcd", PLACES, strict=True))
-    told = [f"{x}: {m:,} x {k:,} → {n:,}" for x, (m, k, n) in letters.items()]
+    shapes = [f"{x}: {m:,} x {k:,} → {n:,}" for x, (m, k, n) in letters.items()]
     with style(theme):
         handles = [point(mark, theme, label=kind) for kind, mark in LOOKS.items()]
         page, axes = frame(
             "Fusing lifts prompts and training steps; decoding waits for W either way",
             f"The LoRA product of rank {r}, rows x d_in → d_out, under the roof of the "
-            f"{device.name} (thick). {'; '.join(told)}. FLOPs are those that the "
+            f"{device.name} (thick). {'; '.join(shapes)}. FLOPs are those that the "
             "product needs.",
             width,
             3.6,
@@ -93,14 +93,14 @@ def _roof(axes, device: Device, top: float, thick: bool, theme: Theme) -> None:
 
 def alt(r: int = 16, dtype: torch.dtype = torch.bfloat16, device=SHOWN) -> str:
     """The figure in words, for who does not see it."""
-    shown, told = places(device, r, dtype), []
+    shown, sentences = places(device, r, dtype), []
     for i, (m, d_in, d_out) in enumerate(PLACES):
         here = {kind: rows[i] for kind, rows in shown.items()}
         rates = [f"{kind} {rate / 1e12:,.3g}" for kind, (_, rate) in here.items()]
         many = "1 row" if m == 1 else f"{m:,} rows"
-        told.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
+        sentences.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
     return (
         f"Roofline: reachable TFLOP/s against FLOPs per byte, both logarithmic, with "
         f"the roofs of {', '.join(d.name for d in DEVICES)}. The LoRA product of rank "
-        f"{r} on the {device.name}. {'; '.join(told)}"
+        f"{r} on the {device.name}. {'; '.join(sentences)}"
     )

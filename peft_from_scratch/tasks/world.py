@@ -109,8 +109,8 @@ def record(event: Event) -> str:
 
 def kind_pair(random: Random, thing: str) -> tuple[str, str]:
     """(a sentence with this thing and a question, the kind that it is)"""
-    made = replace(event(random), thing=thing)
-    return f"{sentence(random, made)} Which kind of thing?", KIND_OF[thing]
+    changed = replace(event(random), thing=thing)
+    return f"{sentence(random, changed)} Which kind of thing?", KIND_OF[thing]
 
 
 def invented(random: Random, syllables: int = 2) -> str:

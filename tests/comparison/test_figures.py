@@ -1,6 +1,5 @@
 """Figures show the result's numbers, methods keep their looks, nothing overlaps."""
 
-import itertools
 import math
 import random
 import xml.etree.ElementTree as ElementTree
@@ -8,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import matplotlib.style
 import numpy as np
 import pytest
+from figure_overlaps import assert_apart
 from invented_comparisons import METHODS, comparison
 from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
@@ -85,22 +85,13 @@ def separated(result: dict) -> dict:
     return result
 
 
-def assert_apart(figure) -> None:
-    for a, b in itertools.combinations(boxes(figure), 2):
-        shared = Bbox.intersection(a, b)
-        assert shared is None or min(shared.size) < 0.5, (a, b)
-    for box in boxes(figure):
-        whole = figure.bbox.padded(0.5)
-        assert whole.contains(*box.min) and whole.contains(*box.max)
-
-
 @pytest.mark.parametrize("many", range(2, 16))
 def test_nothing_overlaps_and_every_method_is_named_once(many):
     methods = random.Random(many).sample(list(METHODS), many)
     result = separated(comparison(methods, seed=many))
     width = (7.4, 4.2)[many // 2 % 2]
     figure = figures.quality_against_parameters(result, width=width)
-    assert_apart(figure)
+    assert_apart(figure, dict(enumerate(boxes(figure))))
     assert named(figure) == sorted(row["label"] for row in result["rows"])
     assert not (labels(figure) and figure.legends)
 
@@ -111,7 +102,7 @@ def test_labels_keep_clear_of_each_other_where_nothing_succeeds():
         row["exact"] |= {"rate": 0.0, "low": 0.0, "high": 0.04}
     figure = figures.quality_against_parameters(result)
     assert len(labels(figure)) == 5
-    assert_apart(figure)
+    assert_apart(figure, dict(enumerate(boxes(figure))))
 
 
 def test_few_points_have_labels_and_crowded_ones_a_legend():

@@ -122,7 +122,7 @@ BUGS = {
     ),
     "the record of somebody else": (
         corpus.record_pair,
-        "record(made)",
+        "record(subject)",
         "record(event(random))",
         a_record_holds_its_sentence,
     ),

@@ -219,9 +219,9 @@ CONTRACT = {
     ),
     "a plan puts its adapters in": Bug(
         adapter.plan,
-        "if not made and not names:",
-        "replace_modules(model, {m: made[n] for n, m in modules.items()})\n"
-        "    if not made and not names:",
+        "if not ready and not names:",
+        "replace_modules(model, {m: ready[n] for n, m in modules.items()})\n"
+        "    if not ready and not names:",
         contract(laws.a_plan_touches_nothing),
     ),
     "a plan takes the layers out of their mode": Bug(
@@ -274,10 +274,10 @@ CONTRACT = {
     ),
     "adapters are put in place before all are made": Bug(
         adapter.plan,
-        "made = {name: _in_mode(wrap(module)) for name, module in modules.items()}",
-        "made = {}\n        for name, module in modules.items():\n"
-        "            made[name] = wrap(module)\n"
-        "            replace_modules(model, {module: made[name]})",
+        "ready = {name: _in_mode(wrap(module)) for name, module in modules.items()}",
+        "ready = {}\n        for name, module in modules.items():\n"
+        "            ready[name] = wrap(module)\n"
+        "            replace_modules(model, {module: ready[name]})",
         verbs.an_injection_that_fails_late_leaves_no_trace,
     ),
     "remove leaves everything frozen": Bug(

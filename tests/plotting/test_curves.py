@@ -132,7 +132,7 @@ def test_a_spectrum_is_in_percent_with_its_band():
     (held,) = [line for line in axes.lines if line.get_gid() == "held"]
     assert set(held.get_ydata()) == {90}
     flat = {label: rows[1] for label, rows in given["energies"].items()}
-    bare = curves.spectrum(given["ranks"], flat, title="Energy", held=None).axes[0]
+    bare = curves.spectrum(given["ranks"], flat, title="Energy", mark_at=None).axes[0]
     assert not bare.collections and len(bare.lines) == 2
 
 
@@ -212,8 +212,8 @@ def test_unknown_names_are_refused():
 BUGS = {
     "colour by place": (
         curves.marks,
-        "found[label] = look(key)",
-        'found[label] = look("full")',
+        "chosen[label] = look(key)",
+        'chosen[label] = look("full")',
         lambda: [
             test_no_two_looks_are_the_same_and_methods_keep_theirs(s) for s in range(30)
         ],

@@ -119,7 +119,7 @@ def configs_of(*names: str, longer: Sequence[str] = ()):
     return configs
 
 
-def chosen(found: Sequence[Run], name: str, task: str, steps: int = STEPS) -> list[Run]:
+def chosen(runs: Sequence[Run], name: str, task: str, steps: int = STEPS) -> list[Run]:
     """The runs of a cell at the start and the rate that the search chose.
 
     Raises  Invalid  a search whose best rate is an end of its grid
@@ -127,7 +127,7 @@ def chosen(found: Sequence[Run], name: str, task: str, steps: int = STEPS) -> li
     like = config(name, task, 1.0, SEEDS[0])
     names = ("task", "method", "r", "alpha", "m", "positions")
     wanted = {key: like[key] for key in names if key in like}
-    own = [run for run in found if matches(run, **wanted)]
+    own = [run for run in runs if matches(run, **wanted)]
     searched = [run for run in own if matches(run, seed=SEEDS[0], steps=STEPS)]
     # In the order of the search, as `cell` has them: a tie goes to the first one there.
     starts = dict.fromkeys(str(run.config.get("start")) for run in searched)

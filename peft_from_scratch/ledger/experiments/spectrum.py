@@ -102,14 +102,14 @@ def energy(dW: Tensor) -> Tensor:
     return squares.cumsum(0) / total
 
 
-def rank_of_energy(dW: Tensor, held: float = HELD) -> int:
+def rank_of_energy(dW: Tensor, wanted: float = HELD) -> int:
     """The smallest rank whose singular values hold this share of ‖dW‖²."""
-    return int((energy(dW) < held).sum()) + 1
+    return int((energy(dW) < wanted).sum()) + 1
 
 
-def share(dW: Tensor, held: float = HELD) -> float:
+def share(dW: Tensor, wanted: float = HELD) -> float:
     """rank_of_energy in % of the smaller side: comparable between shapes."""
-    return 100 * rank_of_energy(dW, held) / min(dW.shape)
+    return 100 * rank_of_energy(dW, wanted) / min(dW.shape)
 
 
 def truncated(dW: Tensor, k: int) -> Tensor:
