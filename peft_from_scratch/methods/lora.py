@@ -27,21 +27,20 @@ class LoRA(Adapter):
         h = W0 x + scale · B A x                   [1] eq. (3), alpha/r from section 4.1
 
     Args
-        base   nn.Linear or Conv1D, frozen here.     W0 (d_out, d_in)
+        base   nn.Linear, or GPT-2's Conv1D, which stores W0 as (d_in, d_out)
         r      rank, 1 <= r <= min(d_in, d_out); dimensionless
         alpha, rslora, dropout   see LoRAConfig
     Returns  (…, d_out), dtype of the base's output
     Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
-    Memory   r (d_in + d_out) parameters, in the base's dtype; in float32 if that is a
-             half-precision one, which would round small updates away
-    Departs  [1] says "random Gaussian" without a variance. Here it is 1 / (3 d_in), as
-             in the authors' code, so that learning rates carry over.
+    Memory   r (d_in + d_out) parameters, in the base's dtype; in float32 beside a base
+             in half precision, where small updates would be rounded away
+    Departs  [1] says "random Gaussian" without a variance. Here it is 1 / (3 d_in), the
+             variance of the authors' uniform start: learning rates carry over.
     Source   [1] arXiv:2106.09685v2
     """
 
-    loraplus_parameters: ClassVar = (
-        "B",
-    )  # LoRA+, trained at a higher rate: arXiv:2402.12354
+    # LoRA+ (arXiv:2402.12354) trains these at a higher learning rate: training/.
+    loraplus_parameters: ClassVar = ("B",)
 
     def __init__(
         self,
@@ -53,9 +52,9 @@ class LoRA(Adapter):
         dropout: float = 0.0,
     ):
         d_out, d_in = sizes(base)
-        LoRAConfig(r, alpha, rslora, dropout).check_rank(d_out, d_in)
-        super().__init__(base)
-        like = factory_kwargs(base)
+        LoRAConfig(r, alpha, rslora, dropout).check_rank(d_out, d_in)  # or ValueError
+        super().__init__(base)  # freezes it
+        like = factory_kwargs(base)  # its device, and float32 for half precision
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r, **like))
         self.alpha = alpha
@@ -71,7 +70,10 @@ class LoRA(Adapter):
         return h.to(W0x.dtype)
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The update of the weight, scale · B A: (d_out, d_in), computed in `dtype`."""
+        """scale · B A, the update of the weight: (d_out, d_in).
+
+        dtype  to compute it in; None: the dtype of A and B
+        """
         return self.scale * (self.B.to(dtype) @ self.A.to(dtype))
 
     def merged(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -87,7 +89,11 @@ def plan(
     exclude: Targets | None = None,
     **options,
 ) -> Plan:
-    """The plan of inject, with its arguments; see adapter.plan."""
+    """All that inject would do with these arguments, checked and not yet done.
+
+    Args     those of inject
+    Returns  the Plan, for adapter.apply(model, plan)
+    """
     return plan_layers(model, LoRA, "lora", targets, exclude, options)
 
 
@@ -109,5 +115,6 @@ def inject(
     Raises   ValueError   an argument out of its range, or no match; the model is then
              untouched
     """
-    options |= dict(r=r, alpha=alpha, targets=targets, exclude=exclude)
-    return adapter.apply(model, plan(model, **options))
+    options |= {"r": r, "alpha": alpha}
+    planned = plan(model, targets=targets, exclude=exclude, **options)
+    return adapter.apply(model, planned)

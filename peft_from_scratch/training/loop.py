@@ -43,7 +43,7 @@ def optimizer_steps(
 
     Args
         state             where the run stands: its history says which step is next
-        micro_batches_of  step number, from 0 -> its examples, in micro-batches
+        micro_batches_of  gives the micro-batches of a step, whose numbers start at 0
     Yields   the history, after each step
     Raises   Diverged, RuntimeError  see train(); the weights are those before the step
     """
@@ -52,20 +52,20 @@ def optimizer_steps(
     while not history.finished(config.steps):
         start, step, total = time.perf_counter(), history.steps, 0.0
         batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
-        tokens = sum(map(label_tokens, batches))
+        step_tokens = sum(map(label_tokens, batches))
         for batch in batches:
-            loss = micro_batch_loss(model, batch, tokens)  # its summed loss / tokens
-            loss.backward()
-            total += loss.detach()  # in the end: nats per label token of the step
-        largest = math.inf if config.clip is None else config.clip
-        norm = nn.utils.clip_grad_norm_(parameters, largest).item()  # before clipping
-        loss, lr = total.item(), learning_rate(config, step)
+            part = micro_batch_loss(model, batch, step_tokens)  # summed / step_tokens
+            part.backward()
+            total += part.detach()
+        max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()  # the one before
+        loss, lr = total.item(), learning_rate(config, step)  # nats per label token
         refuse_not_finite(loss, norm, step=step + 1, steps=config.steps, lr=lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"]  # ratio: LoRA+ trains B at a higher rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.record(loss, lr, norm, tokens, time.perf_counter() - start)
+        history.record(loss, lr, norm, step_tokens, time.perf_counter() - start)
         yield history
 
 

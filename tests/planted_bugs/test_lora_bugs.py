@@ -232,7 +232,7 @@ CONTRACT = {
     ),
     "inject plans something else": Bug(
         method.inject,
-        "plan(model, **options)",
+        "plan(model, targets=targets, exclude=exclude, **options)",
         "plan(model, r=r, alpha=alpha)",
         contract(laws.inject_is_plan_and_apply, "lora-patterns"),
     ),

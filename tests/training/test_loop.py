@@ -534,7 +534,7 @@ BUGS = {
     ),
     "a mean of the micro-batches' means, in the loop": (
         loop.optimizer_steps,
-        "micro_batch_loss(model, batch, tokens)",
+        "micro_batch_loss(model, batch, step_tokens)",
         "micro_batch_loss(model, batch, label_tokens(batch)) / len(batches)",
         training_equals_a_plain_loop,
     ),
@@ -576,14 +576,14 @@ BUGS = {
     ),
     "clipping after the step": (
         loop.optimizer_steps,
-        "nn.utils.clip_grad_norm_(parameters, largest).item()",
+        "nn.utils.clip_grad_norm_(parameters, max_norm).item()",
         "1.0",
         training_equals_a_plain_loop,
     ),
     "each tensor clipped by itself": (
         loop.optimizer_steps,
-        "nn.utils.clip_grad_norm_(parameters, largest).item()",
-        "max(nn.utils.clip_grad_norm_([p], largest).item() for p in parameters)",
+        "nn.utils.clip_grad_norm_(parameters, max_norm).item()",
+        "max(nn.utils.clip_grad_norm_([p], max_norm).item() for p in parameters)",
         training_equals_a_plain_loop,
     ),
     "gradients never cleared": (
