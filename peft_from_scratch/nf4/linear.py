@@ -11,7 +11,8 @@ is time: a training step dequantizes each weight twice.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -105,13 +106,14 @@ class NF4Linear(QuantizedLinear):
         W = dequantize(self.quantized)
         return W.T if self.transposed else W
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W' (d_out, d_in) in the shared buffer, which the next layer overwrites."""
+    @contextmanager
+    def dequantized(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """W' (d_out, d_in) in the shared buffer, for the product inside the block."""
         for observer in self.on_dequantize:
             observer(self)
         shape = (self.out_features, self.in_features)
-        out = self.buffer.get(shape, dtype, self.packed.device)
-        return dequantize(self.quantized, out=out)
+        with self.buffer.of(shape, dtype, self.packed.device) as out:
+            yield dequantize(self.quantized, out=out)
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +124,8 @@ class NF4Linear(QuantizedLinear):
             dtype, result = self.compute_dtype or x.dtype, x.dtype
         y = DequantMatmul.apply(x, self, dtype, True).to(result)
         if self.is_last and torch.is_grad_enabled():
-            self.buffer.release()  # the logits come next, where a step's bytes peak
+            # The logits come next, where a step's bytes peak.
+            self.buffer.release(self.packed.device)
         return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
@@ -168,8 +171,8 @@ class DequantMatmul(torch.autograd.Function):
     def forward(ctx, x, layer, dtype, transpose):
         ctx.layer, ctx.dtype, ctx.transpose = layer, dtype, transpose
         ctx.x_dtype = x.dtype
-        W = layer.dequantized(dtype)
-        return F.linear(x.to(dtype), W if transpose else W.T)
+        with layer.dequantized(dtype) as W:
+            return F.linear(x.to(dtype), W if transpose else W.T)
 
     @staticmethod
     def backward(ctx, dy):
@@ -180,33 +183,60 @@ class DequantMatmul(torch.autograd.Function):
 class DequantBuffer:
     """One buffer for the dequantized weights of all layers, of the largest one's size.
 
-    Each thread has its own: two threads may be in different layers at a time. A copy of
-    a model gets a new one.
+    On a CPU each thread has its own, since two may be in different layers at a time. On
+    a GPU each stream has its own, whichever thread asks: autograd runs a backward pass
+    in threads of its own, on the stream of the forward pass. What a stream is asked to
+    do, it does in order; so a lock keeps a weight and its product together, and nothing
+    waits for the GPU. A copy of a model gets a new buffer.
     """
 
     def __init__(self):
-        self._of_thread = threading.local()
+        self._of_thread, self._of_stream = threading.local(), {}
+        self._lock = threading.RLock()
 
-    def get(self, shape: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialized view (d_out, d_in) of this thread's buffer."""
-        count = shape[0] * shape[1] * dtype.itemsize
-        buffer = getattr(self._of_thread, "bytes", None)
-        if buffer is None or buffer.device != device or len(buffer) < count:
-            self._of_thread.bytes = None  # free the small one before the large one
-            with torch.inference_mode(False):  # else it could not be used in training
-                buffer = torch.empty(count, dtype=torch.uint8, device=device)
-            self._of_thread.bytes = buffer
-        return buffer[:count].view(dtype).view(shape)
+    @contextmanager
+    def of(
+        self, shape: tuple, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Tensor]:
+        """An uninitialized view (d_out, d_in), nobody else's inside the block."""
+        count, key = shape[0] * shape[1] * dtype.itemsize, _stream(device)
+        buffers, lock = self._shared_by(device)
+        with lock:
+            if key not in buffers or len(buffers[key]) < count:
+                buffers.pop(key, None)  # free the small one before the large one
+                with torch.inference_mode(False):  # else of no use in training
+                    new = torch.empty(count, dtype=torch.uint8, device=device)
+                buffers[key] = new
+            yield buffers[key][:count].view(dtype).view(shape)
 
-    def release(self) -> None:
-        """Free this thread's buffer; the next layer makes a new one."""
-        self._of_thread.bytes = None
+    def release(self, device: torch.device) -> None:
+        """Free the buffer of this thread, or of this stream; the next one is new."""
+        buffers, lock = self._shared_by(device)
+        with lock:
+            buffers.pop(_stream(device), None)
+
+    def _shared_by(self, device: torch.device) -> tuple[dict, AbstractContextManager]:
+        """({device and stream: buffer}, what guards it)"""
+        if not has_streams(device):
+            return vars(self._of_thread), nullcontext()
+        return self._of_stream, self._lock
 
     def __deepcopy__(self, memo) -> "DequantBuffer":
         return DequantBuffer()
 
     def __reduce__(self):
         return DequantBuffer, ()
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether work there is queued; on a CPU the caller's thread does it at once."""
+    return device.type != "cpu"
+
+
+def _stream(device: torch.device) -> tuple:
+    """The device and its current stream: work on one stream is done in order."""
+    on_cuda = device.type == "cuda"
+    return device, torch.cuda.current_stream(device).stream_id if on_cuda else 0
 
 
 def quantize_model(

@@ -106,8 +106,8 @@ NUMBERS = {
     ),
     "pieces that end within a byte": Bug(
         blocks._chunks,
-        "2 * block * max(1, CHUNK // (2 * block))",
-        "block * max(1, CHUNK // block)",
+        "2 * block * max(1, most // (2 * block))",
+        "block * max(1, most // block)",
         numbers.pieces_on_the_way_are_not_seen,
     ),
     "every piece has the first one's constants": Bug(
@@ -273,8 +273,8 @@ PRODUCTS = {
         DequantMatmul.backward,
         "dx = DequantMatmul.apply(dy, ctx.layer, ctx.dtype, not ctx.transpose)",
         "shape = (ctx.layer.out_features, ctx.layer.in_features)\n"
-        "    W = ctx.layer.buffer.get(shape, ctx.dtype, dy.device)\n"
-        "    dx = F.linear(dy, W.T)",
+        "    with ctx.layer.buffer.of(shape, ctx.dtype, dy.device) as W:\n"
+        "        dx = F.linear(dy, W.T)",
         products.each_layer_has_the_buffer_for_itself_while_it_needs_it,
     ),
     "threads share the buffer": Bug(
@@ -282,6 +282,24 @@ PRODUCTS = {
         "threading.local()",
         "type('Shared', (), {})()",
         products.threads_do_not_write_into_each_others_buffer,
+    ),
+    "threads of one GPU stream do not wait for each other": Bug(
+        DequantBuffer._shared_by,
+        "self._of_stream, self._lock",
+        "self._of_stream, nullcontext()",
+        products.threads_on_one_stream_do_not_write_into_its_buffer,
+    ),
+    "a GPU's buffer belongs to the thread": Bug(
+        DequantBuffer._shared_by,
+        "if not has_streams(device):",
+        "if True:",
+        products.backward_in_another_thread_has_the_streams_buffer,
+    ),
+    "a piece on a GPU is the whole": Bug(
+        blocks._chunks,
+        "else GPU_CHUNK",
+        "else n",
+        numbers.temporaries_on_a_gpu_are_of_a_piece,
     ),
     "a copy shares the buffer": Bug(
         DequantBuffer.__deepcopy__,
@@ -310,13 +328,13 @@ PRODUCTS = {
     "full weights are kept for the backward pass": Bug(
         DequantMatmul.forward,
         "return F.linear(",
-        "ctx.kept = W.clone()\n    return F.linear(",
+        "ctx.kept = W.clone()\n        return F.linear(",
         products.a_step_holds_one_dequantized_weight_at_a_time,
     ),
     "one dequantization too many": Bug(
         DequantMatmul.backward,
         "dx = DequantMatmul.apply(",
-        "ctx.layer.dequantized(ctx.dtype); dx = DequantMatmul.apply(",
+        "ctx.layer.dequantized(ctx.dtype).__enter__(); dx = DequantMatmul.apply(",
         products.a_step_dequantizes_each_weight_twice,
     ),
     "full weights survive": Bug(

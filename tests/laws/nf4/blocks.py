@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import fields
+from unittest import mock
 
 import pytest
 import torch
 from planting import law
+from torch import nn
 
 from peft_from_scratch import nf4
+from peft_from_scratch.memory.meter import Meter
 from peft_from_scratch.nf4 import blocks, codes
 from peft_from_scratch.nf4.double import BLOCK, DoubleQuantized, double_quantize
 from peft_from_scratch.nf4.spec import spec_dequantize, spec_quantize
@@ -252,6 +255,33 @@ def pieces_on_the_way_are_not_seen(chunk=256):
                 assert torch.equal(nf4.dequantize(q), expected)
     finally:
         blocks.CHUNK = held
+
+
+@law
+def temporaries_on_a_gpu_are_of_a_piece():
+    """At most 12 bytes a value of a piece, however large the weight; and equal bits."""
+    w, piece = drawn(1 << 18), 1 << 14
+    expected = nf4.quantize(w, 64, False)
+    out, nothing = torch.empty_like(w), nn.Linear(1, 1)
+    on_a_gpu = mock.Mock(type="cuda")
+    chunks = blocks._chunks
+
+    def chunks_there(n, block, device):
+        return chunks(n, block, on_a_gpu)
+
+    with (
+        mock.patch.object(blocks, "GPU_CHUNK", piece),
+        mock.patch.object(blocks, "_chunks", chunks_there),
+    ):
+        with Meter(nothing) as quantizing:
+            q = nf4.quantize(w, 64, False)
+        with Meter(nothing) as dequantizing:
+            nf4.dequantize(q, out=out)
+    assert torch.equal(q.packed, expected.packed)
+    assert torch.equal(out, nf4.dequantize(expected))
+    lasting = w.nbytes + q.packed.nbytes + q.absmax.nbytes
+    for meter in (quantizing, dequantizing):
+        assert 0 < meter.memory().peak - lasting < 13 * piece
 
 
 @law

@@ -5,6 +5,9 @@ import gc
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from unittest import mock
 
 import pytest
 import torch
@@ -141,32 +144,70 @@ class Slow(NF4Linear):
     """Waits, after dequantizing, for the other thread to have done the same."""
 
     barrier: threading.Barrier
+    patience = 20.0  # seconds
 
+    @contextmanager
     def dequantized(self, dtype):
-        W = super().dequantized(dtype)
-        self.barrier.wait(timeout=20)
-        return W
+        with super().dequantized(dtype) as W:
+            with suppress(threading.BrokenBarrierError):
+                self.barrier.wait(self.patience)
+            yield W
 
 
 @law
-def threads_do_not_write_into_each_others_buffer():
-    barrier = threading.Barrier(2)
-    x, found = drawn(4, 24), {}
+def threads_do_not_write_into_each_others_buffer(patience=Slow.patience):
+    x, products = drawn(4, 24), {}
     modules = [Slow(layer(16, 24).quantized) for _ in range(2)]
     nf4.share_buffer(nn.Sequential(*modules))
-    modules[0].buffer.get((16, 24), x.dtype, x.device)  # this thread's own
+    barrier = threading.Barrier(2)
+    with modules[0].buffer.of((16, 24), x.dtype, x.device):
+        pass  # this thread's own buffer
     for module in modules:
-        module.barrier = barrier
+        module.barrier, module.patience = barrier, patience
 
     def work(i):
         with torch.no_grad():
-            found[i] = modules[i](x)
+            products[i] = modules[i](x)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     [thread.start() for thread in threads]
     [thread.join(timeout=30) for thread in threads]
     for i, module in enumerate(modules):
-        assert largest(found[i], F.linear(x.double(), dense(module)[0])) < 2e-6
+        assert largest(products[i], F.linear(x.double(), dense(module)[0])) < 2e-6
+    return barrier
+
+
+def as_if_with_streams():
+    """The CPU, for the buffer, is a device to which all threads send their work."""
+    return mock.patch.object(linear, "has_streams", lambda device: True)
+
+
+@law
+def threads_on_one_stream_do_not_write_into_its_buffer():
+    """The second thread waits outside; so the first one's patience must end."""
+    with as_if_with_streams():
+        barrier = threads_do_not_write_into_each_others_buffer(patience=0.2)
+    assert barrier.broken
+
+
+@law
+def backward_in_another_thread_has_the_streams_buffer():
+    """As on a GPU, where autograd runs it in a lasting thread of its own."""
+    model, reference = in_four_bits(), in_four_bits()
+    for each in (model, reference):
+        pfs.lora.inject(each, r=2)
+    buffers = next(iter(packed(model).values())).buffer._of_stream
+    with as_if_with_streams(), ThreadPoolExecutor(1) as autograd:
+        for _ in range(2):
+            step_loss = loss(model)
+            assert not buffers, "the buffer stands beside the logits"
+            autograd.submit(step_loss.backward).result()
+            assert len(buffers) == 1
+    for _ in range(2):
+        loss(reference).backward()
+    expected = pfs.trainable(reference)
+    for name, parameter in pfs.trainable(model).items():
+        assert torch.equal(parameter.grad, expected[name].grad)
 
 
 @law
@@ -175,11 +216,10 @@ def the_buffer_is_as_large_as_the_largest_weight_and_one_for_all():
     logits(model)
     assert len({id(m.buffer) for m in packed(model).values()}) == 1
     buffer = model.model.layers[0].mlp.up_proj.buffer
-    assert buffer._of_thread.bytes.nbytes == 4 * max(
-        m.values for m in packed(model).values()
-    )
+    (held,) = vars(buffer._of_thread).values()
+    assert held.nbytes == 4 * max(m.values for m in packed(model).values())
     loss(model)  # where gradients will follow, nothing of it stands beside the logits
-    assert buffer._of_thread.bytes is None
+    assert not vars(buffer._of_thread)
     assert [m.is_last for m in packed(model).values()] == [False] * 13 + [True]
 
 
