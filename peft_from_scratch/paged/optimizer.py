@@ -77,7 +77,9 @@ class PagedAdamW(torch.optim.Optimizer):
         lr … maximize as torch.optim.AdamW
         budget_bytes  of the arena, at least one page. It can be set at any time, and
                       `lent` gives some of it up for a while
-        page_bytes    of a page: a multiple of 8. 65536 are 8192 values in float32
+        page_bytes    of a page: a multiple of 8. 65536 are 8192 values in float32. On
+                      CUDA a page is a copy of its own: for parameters of millions of
+                      values, 1 << 22 asks for a sixtieth of the copies
         directory     CPU: the folder of the file; None for tempfile.gettempdir(). On
                       many systems /tmp is in memory: then name a folder on a disk
     Raises   ValueError   an argument out of its range, a parameter that is complex or
@@ -87,7 +89,8 @@ class PagedAdamW(torch.optim.Optimizer):
              during a step half of the bytes of a run (so at most 512 KiB, or half a
              page), a copy of a gradient whose strides are not its parameter's, and of a
              parameter with gaps. Store: 2 · parameters · itemsize bytes (3 with
-             amsgrad), for frozen ones too: pass what trains
+             amsgrad), for frozen ones too: pass what trains. On CUDA it is page-locked
+             host memory, rounded up to a power of two
     Departs  `state` holds the step count alone; state_dict() has the moments, in
              torch's format, in a new file on CPU. Interrupted in the middle of a step,
              some slices of the weights have made it and others have not, and the slice

@@ -66,7 +66,7 @@ class Page:
     stored: bool = False  # written to the store at least once; else it is zero
     ahead: bool = False  # prefetched, and not used since
     used: int = 0  # when it was last used or asked for, counted in such events
-    copied: object = None  # the event of its last copy on a side stream
+    copied: object = None  # the event of its arrival, where a stream brings it
 
     @property
     def words(self) -> int:

@@ -3,8 +3,9 @@
     CPU     `FileStore`, a file in shared mapping. The system keeps as much of it in
             memory as it can spare and takes it back when it cannot, so the states may
             be larger than memory
-    CUDA    `PinnedStore`, page-locked host memory. Copies run on a stream of their
-            own, in parallel with kernels; an event says when a page has arrived
+    CUDA    `PinnedStore`, page-locked host memory. Copies run on two streams of their
+            own, in and out, in parallel with kernels; an event says when a page has
+            arrived
 
 Both hold `words`, a flat int64 tensor, and have the verbs read, write, wait_for and
 synchronize.
@@ -76,34 +77,46 @@ class FileStore:
 
 
 class PinnedStore(FileStore):
-    """Page-locked host memory; copies run on a side stream.
+    """Page-locked host memory; copies run on two side streams, one each way.
 
     A copy starts when the kernels asked for so far are done, for they may still use the
-    slot. Copies keep their order among themselves, so a page that leaves a slot is out
-    before the next one comes in. Kernels asked for after `wait_for` wait for the page.
+    slot. A page comes in when all pages that left before it are out: one of them may
+    have had its slot, or be the page itself. Kernels asked for after `wait_for` wait
+    for the page.
+
+    torch rounds page-locked memory up to a power of two, and keeps it for later use:
+    5 GB of states lock 8 GiB.
     """
 
     def __init__(self, words: int, device: torch.device):
         self.words = torch.empty(words, dtype=torch.int64, pin_memory=True)
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.inward, self.outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.last_out = None  # the event of the last page that left
 
     def read(self, page, slot: Tensor) -> None:
-        self._on_side_stream(super().read, page, slot)
+        if self.last_out is not None:
+            self.inward.wait_event(self.last_out)
+        page.copied = self._on(self.inward, super().read, page, slot)
 
     def write(self, page, slot: Tensor) -> None:
-        self._on_side_stream(super().write, page, slot)
+        self.last_out = self._on(self.outward, super().write, page, slot)
 
     def wait_for(self, page) -> None:
         torch.cuda.current_stream(self.device).wait_event(page.copied)
 
     def synchronize(self) -> None:
-        self.stream.synchronize()
+        self.inward.synchronize()
+        self.outward.synchronize()
 
-    def _on_side_stream(self, copy: Callable, page, slot: Tensor) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+    def _on(self, stream, copy: Callable, page, slot: Tensor):
+        """Ask for the copy on this stream; the event of its end."""
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        if slot.is_cuda:
+            slot.record_stream(stream)  # an arena that is dropped waits for its copies
+        with torch.cuda.stream(stream):
             copy(page, slot)
-            page.copied = self.stream.record_event()
+            return stream.record_event()
 
 
 def reserve(file, size: int) -> None:
