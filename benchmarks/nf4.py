@@ -104,7 +104,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--side", type=int, default=4096, help="of the matrix")
     asked = side_by_side.parsed(parser, arguments)
     result = measure(asked.side, asked.rounds)
-    print(report(result), side_by_side.write(result, asked.record), sep="\n")
+    print(
+        report(result),
+        side_by_side.write(result, asked.record, out=asked.out),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

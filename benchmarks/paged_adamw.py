@@ -139,7 +139,11 @@ def main(arguments: list[str]) -> None:
     if asked.millions < 1:
         parser.error("--millions: at least 1")
     result = measure(asked.millions, asked.rounds)
-    print(report(result), side_by_side.write(result, asked.record), sep="\n")
+    print(
+        report(result),
+        side_by_side.write(result, asked.record, out=asked.out),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

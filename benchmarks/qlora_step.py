@@ -203,7 +203,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", default="smollm2", help="as load_model takes it")
     asked = side_by_side.parsed(parser, arguments)
     result = measure(asked.model, asked.rounds)
-    print(report(result), side_by_side.write(result, asked.record), sep="\n")
+    print(
+        report(result),
+        side_by_side.write(result, asked.record, out=asked.out),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

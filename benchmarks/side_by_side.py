@@ -110,29 +110,32 @@ def load() -> float | None:
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """What every benchmark takes."""
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
-    made.add_argument(
+    new = argparse.ArgumentParser(description=doc.splitlines()[0])
+    new.add_argument(
         "--rounds", type=int, default=9, help=f"counted; at least {FEWEST}"
     )
-    made.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    made.add_argument(
+    new.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    new.add_argument(
         "--record", action="store_true", help=f"write to {RESULTS.name}/, for git"
     )
-    return made
+    new.add_argument(
+        "--out", type=Path, default=OUT, help="folder of a result that is not recorded"
+    )
+    return new
 
 
-def parsed(made: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+def parsed(new: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """The arguments, checked; the number of threads is set."""
-    asked = made.parse_args(arguments)
+    asked = new.parse_args(arguments)
     if asked.rounds < FEWEST or (asked.threads is not None and asked.threads < 1):
-        made.error(f"--rounds: at least {FEWEST}; --threads: at least 1")
+        new.error(f"--rounds: at least {FEWEST}; --threads: at least 1")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     return asked
 
 
-def write(result: dict, record: bool, place: str | None = None) -> str:
-    """Write the result to out/, or to results/ with a place's name in its own.
+def write(result: dict, record: bool, place: str | None = None, out: Path = OUT) -> str:
+    """Write the result to a folder, or to results/ with a place's name in its own.
 
     The place is the machine, or what else was measured: a GPU.
 
@@ -140,7 +143,7 @@ def write(result: dict, record: bool, place: str | None = None) -> str:
     """
     place = place or result["provenance"]["machine"].rpartition(",")[0]
     slug = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
-    folder, name = (RESULTS, f"-{slug}") if record else (OUT, "")
+    folder, name = (RESULTS, f"-{slug}") if record else (out, "")
     file = folder / f"{result['benchmark']}{name}.json"
     with new_file(file) as new:
         new.write_text(json.dumps(result, indent=2) + "\n")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from peft_from_scratch.common import atomic
-from peft_from_scratch.common.marks import between_marks
+from peft_from_scratch.common.marks import between_marks, markdown
 from peft_from_scratch.common.provenance import ROOT
 from peft_from_scratch.kernels.cases import (
     DTYPES,
@@ -232,11 +232,6 @@ def _by_rank(shapes: Iterable[tuple], cell: Callable) -> str:
 def _shape(shape: tuple) -> str:
     m, d_in, d_out = shape
     return f"{m:,} x {d_in:,} → {d_out:,}"
-
-
-def markdown(heads: Sequence, lines: Iterable[Sequence]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def with_tables(page: str, result: dict) -> str:

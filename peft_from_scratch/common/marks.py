@@ -1,6 +1,13 @@
 """Blocks of a page that are computed, between two marks in its text."""
 
 import re
+from collections.abc import Iterable, Sequence
+
+
+def markdown(heads: Sequence, lines: Iterable[Sequence]) -> str:
+    """A table, without a new line at its end."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def between_marks(page: str, block: str, name: str = "results") -> str:

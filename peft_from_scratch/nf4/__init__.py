@@ -19,6 +19,7 @@ Gradients pass through the products with the dequantized weight; the codes never
 
 nf4.save and nf4.load write and read a model in four bits. They are in the room above,
 files/quantized.py, since they know whole models; the package makes them available here.
+What knows of models imports transformers, and is imported when it is asked for.
 
 Source  Dettmers et al., arXiv:2305.14314v1, sections 2 and 3
 """
@@ -27,20 +28,27 @@ from ..common import lazy
 from .affine import Affine
 from .blocks import Quantized, dequantize, quantize
 from .codes import CODES, normal_float
-from .linear import NF4Linear, dequantize_model, quantize_model, share_buffer
+
+OF_MODELS = lazy.homes(
+    {
+        "nf4.linear": (
+            "NF4Linear",
+            "dequantize_model",
+            "quantize_model",
+            "share_buffer",
+        ),
+        "files.quantized": ("load", "save"),
+    }
+)
 
 __all__ = [
     "CODES",
     "Affine",
-    "NF4Linear",
     "Quantized",
     "dequantize",
-    "dequantize_model",
     "normal_float",
     "quantize",
-    "quantize_model",
-    "share_buffer",
+    *OF_MODELS,
 ]
 
-# The room above knows whole models on disk; nf4.load and nf4.save are its functions.
-__getattr__, _, _ = lazy.names({}, lazy.homes({"files.quantized": ("load", "save")}))
+__getattr__, _, _ = lazy.names({}, OF_MODELS)

@@ -5,6 +5,8 @@ the record and the page say.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,16 @@ CPU = torch.device("cpu")
 GPU = "Imaginary GPU 9000"
 DENSE, BOTH_WAYS = "LoRA, forward", "LoRA, forward and backward"
 CODES, ON_CODES = "NF4 to bfloat16", "LoRA on NF4, forward"
-GATHERED = "LoRA, 8 adapters"
+DOUBLE, GATHERED = "NF4, double quantization, to bfloat16", "LoRA, 8 adapters"
+EVERY = (
+    DENSE,
+    BOTH_WAYS,
+    CODES,
+    DOUBLE,
+    ON_CODES,
+    ON_CODES + " and backward",
+    GATHERED,
+)
 
 interpreted = pytest.mark.skipif(not language.INSTALLED, reason="Triton: Linux only")
 
@@ -37,24 +48,30 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_times, "PAGE", page)
     monkeypatch.setattr(kernel_times.side_by_side, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(provenance, "device_name", lambda device: GPU)
+    monkeypatch.setattr(
+        torch, "compile", lambda function: function
+    )  # takes half a minute
     return kernel_times
 
 
 def tiny(bench, work):
     """A case of each work that an interpreter can do; 16 rows, two for an adapter."""
-    return bench.Case(work, 0 if work == CODES else 16, 128, 64)
+    return bench.Case(work, 0 if work in (CODES, DOUBLE) else 16, 128, 64)
 
 
 class Clock:
-    """Gives out what it was told to, and counts the steps that it was asked about."""
+    """Gives out its times, and counts them; the wall's time is a second more."""
 
     def __init__(self, *seconds):
         self.seconds, self.calls = seconds, 0
 
     def __call__(self, step):
-        said = self.seconds[self.calls % len(self.seconds)]
+        return self.lap
+
+    def lap(self):
+        kernels = self.seconds[self.calls % len(self.seconds)]
         self.calls += 1
-        return said, 0.5, said * 2
+        return {"kernels": kernels, "wall": kernels + 1}
 
 
 def never(step):
@@ -65,9 +82,7 @@ def never(step):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "work", [DENSE, BOTH_WAYS, CODES, ON_CODES, ON_CODES + " and backward", GATHERED]
-)
+@pytest.mark.parametrize("work", EVERY)
 def test_every_candidate_gives_what_is_exact(bench, work):
     case = tiny(bench, work)
     rivals = case.rivals(CPU)
@@ -79,8 +94,7 @@ def test_every_candidate_gives_what_is_exact(bench, work):
 
 
 def test_these_are_all_works(bench):
-    works = {DENSE, BOTH_WAYS, CODES, ON_CODES, ON_CODES + " and backward", GATHERED}
-    assert works == set(bench.WORKS) == {case.work for case in bench.CASES}
+    assert set(EVERY) == set(bench.WORKS) == {case.work for case in bench.CASES}
     assert len(set(bench.CASES)) == len(bench.CASES)
 
 
@@ -115,12 +129,77 @@ WRONG_KERNELS = {
 @law
 @interpreted
 @pytest.mark.parametrize("bug", WRONG_KERNELS)
-def a_wrong_kernel_stops_it(bench, bug="half of dA"):
-    """Even the case before it, whose values are right, is not timed."""
+def a_wrong_kernel_is_not_timed(bench, bug="half of dA"):
+    """Its row says why, and the case after it has its times."""
     work, plant, *where = WRONG_KERNELS[bug]
-    right = tiny(bench, GATHERED if work == CODES else CODES)
-    with plant(*where), pytest.raises(RuntimeError, match="time would mean nothing"):
-        bench.measure([right, tiny(bench, work)], 7, CPU, never)
+    right = tiny(bench, GATHERED if work in (CODES, DOUBLE) else CODES)
+    with plant(*where):
+        result = bench.measure([tiny(bench, work)], 7, CPU, never)
+    (row,) = result["rows"]
+    assert "time would mean nothing" in row["failed"] and "seconds" not in row
+    result = bench.measure([right], 7, CPU, Clock(1))
+    assert result["rows"][0]["seconds"]
+
+
+@interpreted
+def test_a_case_that_fails_costs_its_row_alone(bench, monkeypatch, capsys):
+    broken = bench.Work(lambda case, device: 1 / 0, (), ())
+    monkeypatch.setitem(bench.WORKS, BOTH_WAYS, broken)
+    cases, kept = [tiny(bench, BOTH_WAYS), tiny(bench, GATHERED)], []
+    result = bench.measure(
+        cases, 7, CPU, Clock(1), keep=lambda result: kept.append(len(result["rows"]))
+    )
+    assert result["rows"][0]["failed"] == "ZeroDivisionError: division by zero"
+    assert result["rows"][1]["seconds"][bench.OURS] == {"kernels": 1, "wall": 2}
+    assert kept == [1, 2]
+    assert "division by zero" in capsys.readouterr().out
+    assert bench.cell(result, cases[0], "PEFT") == "not measured"
+
+
+@interpreted
+def test_no_case_starts_when_the_minutes_are_over(bench):
+    cases = [tiny(bench, CODES), tiny(bench, GATHERED)]
+    result = bench.measure(cases, 7, CPU, never, minutes=0)
+    expected = "not started: 0 minutes were over"
+    assert [row["failed"] for row in result["rows"]] == [expected] * 2
+
+
+BARE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+sys.path[:0] = {path!r}
+import torch, kernel_times as bench
+
+torch.compile = lambda function: function
+clock = lambda step: lambda: {{"kernels": 1.0, "wall": 2.0}}
+shapes = {{work: (0 if "to bfloat16" in work else 16, 128, 64) for work in bench.WORKS}}
+cases = [bench.Case(work, *shape) for work, shape in shapes.items()]
+result = bench.measure(cases, 7, torch.device("cpu"), clock)
+for row in result["rows"]:
+    print("row", sorted(row.get("left_out", ())), sorted(row.get("seconds", ())))
+"""
+
+
+@interpreted
+def test_torch_and_triton_are_enough():
+    """No other package is there; the rivals that need one are left out by name."""
+    absent = {"transformers", "peft", "bitsandbytes", "datasets", "safetensors"}
+    absent |= {"accelerate", "matplotlib", "tokenizers", "huggingface_hub", "tqdm"}
+    script = BARE.format(absent=absent, path=[str(FOLDER), str(FOLDER.parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    rows = [line for line in run.stdout.splitlines() if line.startswith("row")]
+    assert len(rows) == len(EVERY), run.stderr
+    assert all("'ours'" in row for row in rows), run.stdout
+    assert rows[0].startswith("row ['PEFT'] ['BLAS, in place', 'BLAS, the equation'")
+    assert rows[2].startswith("row ['bitsandbytes'] ['ours']")
 
 
 @pytest.mark.parametrize("wrong", [1.02, float("nan")])
@@ -140,10 +219,10 @@ def test_one_wrong_tensor_of_several_is_enough(bench, wrong):
 
 def measured(bench):
     """A run of two cases; in the first bitsandbytes takes 4, 8, 2 s, ours 1, 4, 1."""
-    clock = Clock(4, 1, 8, 4, 2, 1, *[3] * 6)
+    clock = Clock(4, 1, 8, 4, 2, 1, *[3] * 9)
     cases = [tiny(bench, CODES), tiny(bench, ON_CODES)]
     result = bench.measure(cases, 3, CPU, clock)
-    assert clock.calls == 12
+    assert clock.calls == 15
     return result
 
 
@@ -155,13 +234,27 @@ def the_record_has_ratios_by_round(bench):
     assert result["versions"].keys() == {"triton", "peft", "bitsandbytes"}
     row = result["rows"][0]
     assert row["case"] == {"work": CODES, "m": 0, "d_in": 128, "d_out": 64}
+    assert row["left_out"] == {}
     assert row["seconds"] == {
-        "bitsandbytes": {"median": 4, "tenth": 0.5, "ninetieth": 8},
-        "ours": {"median": 1, "tenth": 0.5, "ninetieth": 2},
+        "bitsandbytes": {"kernels": 4, "wall": 5},
+        "ours": {"kernels": 1, "wall": 2},
     }
-    ratio = row["against"]["bitsandbytes"]
-    assert ratio["name"] == "ours"
-    assert (ratio["ratio"], ratio["low"], ratio["high"]) == (0.5, 0.25, 0.5)
+    for clock, (middle, low, high) in {
+        "kernels": (0.5, 0.25, 0.5),
+        "wall": (5 / 9, 2 / 5, 2 / 3),
+    }.items():
+        ratio = row["against"]["bitsandbytes"][clock]
+        assert ratio["name"] == "ours"
+        assert (ratio["ratio"], ratio["low"], ratio["high"]) == (middle, low, high)
+
+
+def test_a_clock_that_cannot_run_leaves_the_other(bench):
+    laps = iter([1.0, 2.0, 3.0, 4.0])
+    clock = lambda step: lambda: {"kernels": None, "wall": next(laps)}  # noqa: E731
+    steps = {"PEFT": None, bench.OURS: None}
+    times = bench.timed(steps, 2, clock)
+    assert times["against"]["PEFT"]["kernels"] is None
+    assert times["against"]["PEFT"]["wall"]["ratio"] == (2 + 4 / 3) / 2
 
 
 def at_a_gpu(bench, monkeypatch, name=GPU):
@@ -182,10 +275,17 @@ def test_a_record_turns_the_page_from_not_measured_to_figures(
     bench.main(["--table"])
     before = bench.PAGE.read_text("utf-8")
     lines = [line for line in before.splitlines() if "128 → 64" in line]
-    assert len(lines) == 3 and all("| not measured |" in line for line in lines)
+    assert len(lines) == 5 and all("| not measured |" in line for line in lines)
 
     bench.main([])
     assert "written to out/kernel_times.json" in capsys.readouterr().out
+    bench.main(["--out", "elsewhere", "--only", "nf4 TO"])
+    elsewhere = json.loads(
+        (tmp_path / "elsewhere/kernel_times.json").read_text("utf-8")
+    )
+    assert [row["case"]["work"] for row in elsewhere["rows"]] == [CODES]
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "no such case"])
     assert bench.PAGE.read_text("utf-8") == before
 
     bench.main(["--record"])
@@ -193,7 +293,7 @@ def test_a_record_turns_the_page_from_not_measured_to_figures(
     assert file.name == "kernel_times-imaginary-gpu-9000.json"
     after = bench.PAGE.read_text("utf-8")
     assert GPU in after and "not measured |" not in after
-    assert after.count("128 → 64") == 3 and " ms |" in after
+    assert after.count("128 → 64") == 5 and " ms |" in after
 
     monkeypatch.setattr(bench, "CASES", [*bench.CASES, tiny(bench, GATHERED)])
     at_another = provenance.device_name(CPU).replace("9000", "9001")
@@ -203,7 +303,7 @@ def test_a_record_turns_the_page_from_not_measured_to_figures(
     bench.main(["--table"])
     head, _, *rows = bench.table(bench.recorded()).splitlines()
     assert head.endswith(f"| {GPU} | {at_another} |")
-    assert rows[-1].endswith("| that loop, rows known | not measured | not measured |")
+    assert rows[-1].endswith("| A and B gathered, bmm | not measured | not measured |")
     assert bench.table(bench.recorded()) in bench.PAGE.read_text("utf-8")
 
 
@@ -212,7 +312,9 @@ def test_a_record_turns_the_page_from_not_measured_to_figures(
 def a_cell_is_the_ratio_its_spread_and_our_time(bench):
     result = measured(bench)
     cell = bench.cell(result, tiny(bench, CODES), "bitsandbytes")
-    assert cell == "0.50 (0.25 to 0.50), 1e+03 ms"
+    assert cell == (
+        "kernels 0.50 (0.25 to 0.50), 1e+03 ms; wall 0.56 (0.40 to 0.67), 2e+03 ms"
+    )
 
 
 def test_the_table_in_git_is_that_of_the_files_in_git(bench, monkeypatch):
@@ -287,9 +389,9 @@ def test_blocks_with_a_wrong_product_stop_the_search(bench):
 
 def test_the_space_has_the_size_that_is_spoken_of_and_the_shipped_blocks(bench):
     assert len(set(bench.space(1))) == len(bench.space(16)) == 36
-    assert len(set(bench.space(17))) == len(bench.space(4096)) == 48
-    assert "the 36 or 48 ways" in bench.PAGE.read_text("utf-8")
-    for shape in bench.TRAINING + bench.DECODING:
+    assert len(set(bench.space(17))) == len(bench.space(4096)) == 56
+    assert "the 36 or 56 ways" in bench.PAGE.read_text("utf-8")
+    for shape in bench.FORWARD:
         case = bench.Case(DENSE, *shape)
         assert bench.shipped(case) in bench.space(case.m)
 
@@ -298,8 +400,7 @@ def test_the_space_has_the_size_that_is_spoken_of_and_the_shipped_blocks(bench):
 def test_the_search_says_what_is_shipped_and_what_is_faster(bench, monkeypatch, capsys):
     at_a_gpu(bench, monkeypatch)
     shape = (16, 128, 64)
-    monkeypatch.setattr(bench, "TRAINING", (shape,))
-    monkeypatch.setattr(bench, "DECODING", ())
+    monkeypatch.setattr(bench, "FORWARD", (shape,))
     monkeypatch.setattr(bench, "space", lambda m: [SMALL])
     bench.main(["--search"])
     head, now, best = capsys.readouterr().out.splitlines()
@@ -331,26 +432,26 @@ BUGS = {
     "NaN passes": ("check", "not error <= CLOSE", "error > CLOSE", nan_is_no_value),
     "only y is checked": (
         *("forward_and_backward", "*torch.autograd.grad(y, leaves, dy)", "y"),
-        a_wrong_kernel_stops_it,
+        a_wrong_kernel_is_not_timed,
     ),
     "nothing is checked": (
-        *("measure", "check(case, rivals) for", "{} for"),
-        a_wrong_kernel_stops_it,
+        *("measured", "check(case, rivals)", "{}"),
+        a_wrong_kernel_is_not_timed,
     ),
-    "ratios of another quantile": (
-        *("timed", "lap[0] for", "lap[1] for"),
+    "ratios of the other clock": (
+        *("timed", "[lap[which] for lap", "[lap['wall'] for lap"),
         the_record_has_ratios_by_round,
     ),
-    "a time of another quantile": (
-        *("timed", "lap[i] for", "lap[-i] for"),
+    "the fastest lap for the median": (
+        *("middle", "median(laps)", "min(laps)"),
         the_record_has_ratios_by_round,
     ),
     "another work's figures": (
-        *("cell", 'row["case"] == asdict(case)', 'row is result["rows"][-1]'),
+        *("cell", 'row["case"] == asdict(case)', 'row is not result["rows"][0]'),
         a_cell_is_the_ratio_its_spread_and_our_time,
     ),
     "their time": (
-        *("cell", '["seconds"][OURS]', '["seconds"][other]'),
+        *("cell", 'row["seconds"][OURS]', 'row["seconds"][other]'),
         a_cell_is_the_ratio_its_spread_and_our_time,
     ),
 }
