@@ -45,7 +45,11 @@ def chat(options) -> None:
             turns = []
             print("(forgotten)")
             continue
-        kept = _fitting(model, tokenizer, instruction, message, turns, template)
+        try:
+            kept = _fitting(model, tokenizer, instruction, message, turns, template)
+        except ValueError as error:  # text that this tokenizer cannot encode
+            print(f"({error})")
+            continue
         if kept is None:
             print("(this alone is longer than the model can read: say it shorter)")
             continue
