@@ -27,7 +27,7 @@ import platformdirs
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..common import atomic
+from ..common import atomic, records
 
 COMPLETE = "complete.json"
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -105,13 +105,13 @@ def cache_folder() -> Path:
 def intact(target: Path, *, every_byte: bool = False) -> bool:
     """Whether each file of a conversion has the recorded size (and sha256)."""
     try:
-        files = json.loads((target / COMPLETE).read_text())
+        files = records.read_object(target / COMPLETE)
         return all(
             (target / name).stat().st_size == size
             and (not every_byte or _sha256(target / name) == sha256)
             for name, (size, sha256) in files.items()
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
