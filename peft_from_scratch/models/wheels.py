@@ -176,6 +176,7 @@ def _run_pip(wheel: Wheel, command: list[str], work: Path) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         ) as pip,
     ):
         output = None
@@ -271,7 +272,8 @@ def _clear_about_disk(wheel: Wheel) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        reason = getattr(error, "strerror", error)  # safetensors fails only in writing
+        first = error.__cause__ or error  # what atomic has put into a sentence
+        reason = getattr(first, "strerror", first)  # safetensors fails only in writing
         raise OSError(
             f"the model cache {cache_folder()} cannot be written: {reason}. "
             f"{wheel.name} takes {wheel.work_bytes / 1e9:.2f} GB while it is made. "

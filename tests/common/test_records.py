@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from planting import each_is_caught
+from planting import each_is_caught, law
 
 from peft_from_scratch.cli import commands
 from peft_from_scratch.common import records
@@ -32,6 +32,7 @@ BROKEN = {
 }
 
 
+@law
 def a_record_is_read_as_it_stands(folder):
     for mark in (b"", MARK):
         for ascii in (True, False):
@@ -41,6 +42,7 @@ def a_record_is_read_as_it_stands(folder):
                 assert records.read_object(folder / "it.json") == RECORD
 
 
+@law
 def a_broken_record_is_refused_by_name(folder):
     for content, reason in BROKEN.items():
         file = folder / "it.json"
@@ -48,14 +50,6 @@ def a_broken_record_is_refused_by_name(folder):
         with pytest.raises(ValueError) as refused:
             records.read_object(file)
         assert str(refused.value).startswith(f"{file} is {reason}")
-
-
-def test_a_record_is_read_as_it_stands(tmp_path):
-    a_record_is_read_as_it_stands(tmp_path)
-
-
-def test_a_broken_record_is_refused_by_name(tmp_path):
-    a_broken_record_is_refused_by_name(tmp_path)
 
 
 def test_every_reader_of_a_record_names_its_file(tmp_path):
