@@ -1,16 +1,18 @@
 """A conversation with a model in the terminal.
 
 An adapter gets the template and the instruction that it was trained with: the record
-that `train` leaves beside it holds both.
+that `train` leaves beside it holds both. A record that does not say them is refused:
+spoken to in another way, an adapter answers worse, and nothing would show why.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
+from ..common import records
+from ..common.check import require
 from ..core.decoder import positions
 from ..files import exchange
 from ..models.load import describe, load_model
@@ -24,7 +26,10 @@ RECORD = "training.json"  # the last file of a run: where it is, the run is fini
 def chat(options) -> None:
     """A conversation in the terminal, greedy answers; Ctrl-D or 'exit' ends it.
 
-    --template and --system override what the adapter's record says.
+    --template and --system override what the adapter's record says. An adapter without
+    a record, which others made, gets the base model's template and no instruction.
+
+    Raises  ValueError  a record that is needed and broken, naming its file
     """
     model, tokenizer = load_model(options.base, device=options.device)
     if options.adapter:
@@ -45,7 +50,11 @@ def chat(options) -> None:
             turns = []
             print("(forgotten)")
             continue
-        kept = _fitting(model, tokenizer, instruction, message, turns, template)
+        try:
+            kept = _fitting(model, tokenizer, instruction, message, turns, template)
+        except ValueError as error:  # text that this tokenizer cannot encode
+            print(f"({error})")
+            continue
         if kept is None:
             print("(this alone is longer than the model can read: say it shorter)")
             continue
@@ -55,27 +64,41 @@ def chat(options) -> None:
         turns = [*kept, (message, reply)]
 
 
-def read_object(path: Path) -> dict:
-    """The object in a JSON file; {} where there is none, or none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _manner(options, tokenizer) -> tuple[str, str]:
     """(template, instruction): as asked for, else as in training, else the model's."""
-    record = read_object(Path(options.adapter) / RECORD) if options.adapter else {}
-    recipe, instruction = record.get("recipe"), record.get("instruction")
-    template = recipe.get("template") if isinstance(recipe, dict) else None
-    if template not in TEMPLATES:
-        template = "chat" if tokenizer.chat_template else "raw"
-    if not isinstance(instruction, str):
-        instruction = ""
-    if options.system is not None:
-        instruction = options.system
-    return options.template or template, instruction
+    template, instruction = options.template, options.system
+    if options.adapter and (template is None or instruction is None):
+        trained = _recorded(Path(options.adapter) / RECORD)
+        template = trained[0] if template is None else template
+        instruction = trained[1] if instruction is None else instruction
+    if instruction and not is_unicode(instruction):
+        raise ValueError(f"--system {instruction!r} is not UTF-8 text: write it anew")
+    template = template or ("chat" if tokenizer.chat_template else "raw")
+    return template, instruction or ""
+
+
+def _recorded(file: Path) -> tuple[str, str] | tuple[None, None]:
+    """(template, instruction) of a training record; None for both where there is none.
+
+    Raises  ValueError  a record that does not say both
+    """
+    if not file.exists():
+        return None, None
+    try:
+        record = records.read_object(file)
+        recipe, instruction = record.get("recipe"), record.get("instruction")
+        template = recipe.get("template") if isinstance(recipe, dict) else None
+        words = " or ".join(map(repr, TEMPLATES))
+        found = f"recipe.template in {file}"
+        require(template in TEMPLATES, found, template, f"allowed is {words}")
+        fine = isinstance(instruction, str) and is_unicode(instruction)
+        require(fine, f"instruction in {file}", instruction, "allowed is text")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It says how the adapter was spoken to in training: mend it, or "
+            "say both --template and --system"
+        ) from None
+    return template, instruction
 
 
 def _ask() -> str | None:

@@ -21,6 +21,7 @@ BASES = ("tiny", "smollm2")  # the bases that claims are judged at
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit status; a foreseen error is a sentence."""
+    _replace_what_cannot_be_shown()
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -39,6 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # a bug, whose traceback is wanted
         print(f"{type(error).__name__}: {error}. {advice}", file=sys.stderr)
         return 1
+
+
+def _replace_what_cannot_be_shown() -> None:
+    """Make terminals, pipes and logs that are not UTF-8 show ? for a letter they lack.
+
+    Otherwise a run of an hour ends in a UnicodeEncodeError when it prints its table: in
+    cp1252, where Windows puts a pipe, there are no lines to draw one with.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def _advice(error: str) -> str | None:

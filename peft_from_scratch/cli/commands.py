@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..common import atomic
+from ..common import atomic, records
 from ..common.quiet import quiet_transformers
 from ..common.statistics import wilson
 from ..comparison.figures import training_curve
@@ -36,7 +36,7 @@ from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.loop import train
-from .chat import RECORD, read_object
+from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
 TEST_ROWS = 100  # answered before and after
@@ -69,7 +69,7 @@ def fine_tune(options) -> None:
 
     checkpoints = out / "checkpoints"
     with _base_alone(model):
-        before = _answers_before(checkpoints, answer)
+        before = _answers_before(checkpoints, len(test), answer)
     history = train(
         model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
     )
@@ -210,20 +210,35 @@ def _counted(model) -> str:
     return f"{counted.trainable:,} of {counted.total:,} parameters train"
 
 
-def _answers_before(checkpoints: Path, answer: Callable[[], Answers]) -> Answers:
+def _answers_before(
+    checkpoints: Path, rows: int, answer: Callable[[], Answers]
+) -> Answers:
     """The answers before training; of a run that was stopped, those it had then.
 
     So a resumed run asks nothing twice, and where the checkpoints are another run's,
-    train() refuses them at once and not after minutes of answering.
+    train() refuses them at once and not after minutes of answering. A file that cannot
+    be read is said, and the rows are answered again, by the same model.
     """
     file = checkpoints / "answers-before.json"
-    kept = read_object(file) if checkpoint.checkpoints(checkpoints) else {}
-    if kept:
-        return Answers(**kept)
+    if checkpoint.checkpoints(checkpoints) and file.exists():
+        try:
+            return _kept_answers(file, rows)
+        except ValueError as error:
+            print(f"{error}: the test rows are answered again")
     before = answer()
     with atomic.new_file(file) as new:
         new.write_text(json.dumps(asdict(before)))
     return before
+
+
+def _kept_answers(file: Path, rows: int) -> Answers:
+    """The answers to this many rows in a file; ValueError for another content."""
+    kept = records.read_object(file)
+    lists = [kept.get(name) for name in ("answers", "correct")]
+    fine = [isinstance(each, list) and len(each) == rows for each in lists]
+    if not all(fine) or kept.keys() != {"answers", "correct", "seconds"}:
+        raise ValueError(f"{file} does not hold the answers to {rows} rows")
+    return Answers(**kept)
 
 
 def _scored(answers) -> str:

@@ -2,6 +2,7 @@
 
 check.py        the sentences that refuse an argument: name, value, what is allowed
 atomic.py       files and folders that appear, and disappear, whole or not at all
+records.py      JSON that was left on the disk: read as it stands, or refused by name
 digest.py       digests of values, checksums of tensors
 statistics.py   intervals: Wilson's, Student's t, bootstraps over rows and seeds
 grid.py         grids of learning rates that grow where the best is at an end

@@ -2,24 +2,65 @@
 
 Each is made under a temporary name beside its final place and renamed, and goes the
 same way: a reader, a full disk or a SIGKILL never leaves half of one under its name.
+
+A disk that takes no more is one kind of error here, an OSError that names the final
+place and says what is there now. The libraries that write raise others: safetensors a
+SafetensorError, tokenizers a bare Exception.
 """
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".partial-"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+OF_RUST = re.compile(r"([^:]+) \(os error (\d+)\)")  # how libraries in Rust say it
+
+
+@contextmanager
+def clear_about_disk(path: Path) -> Iterator[None]:
+    """OSError that names `path` and what is there now, where the disk takes no more."""
+    path = Path(path)
+    left = "is as it was" if path.exists() else "was not made"
+    try:
+        yield
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        number, reason = refusal
+        raise OSError(
+            number,
+            f"{reason}: {path} cannot be written and {left}; make room, or name "
+            "another place",
+        ) from error
+
+
+def _refusal(error: Exception) -> tuple[int, str] | None:
+    """(errno, the system's words) of an error in writing; None for any other."""
+    if isinstance(error, OSError):
+        if error.errno not in FULL or error.__cause__:  # with a cause, it is clear
+            return None
+        return error.errno, os.strerror(error.errno)
+    found = OF_RUST.search(str(error))
+    if found is None:
+        return None
+    number = int(found[2])
+    if os.name == "nt":  # Windows' number of the error, of which Python knows the errno
+        number = OSError(0, "", None, number).errno
+    return number, found[1].strip()
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` when the block ends well."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder_beside(path) as folder:
+    with clear_about_disk(path), _beside(path) as folder:
         yield folder / path.name
         _finish(folder / path.name)
         os.replace(folder / path.name, path)
@@ -34,8 +75,7 @@ def new_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     never an old file beside a new one.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with new_folder_beside(folder / names[0]) as work:
+    with clear_about_disk(folder), _beside(folder / names[0]) as work:
         yield work
         for name in names:
             _finish(work / name)
@@ -65,12 +105,26 @@ def _bring_back(old: Path, place: Path, new: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, renamed at the end to `path`, which must be new."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder_beside(path) as folder:
+    with clear_about_disk(path), _beside(path) as folder:
         yield folder
         for file in folder.rglob("*"):
             _finish(file)
         os.replace(folder, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """new_folder_beside; folders above are made, and go again where the block fails."""
+    missing = [each for each in path.parents if not each.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_folder_beside(path) as folder:
+            yield folder
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # somebody else has put something there
+                each.rmdir()
+        raise
 
 
 @contextmanager

@@ -122,6 +122,12 @@ def package_version(name: str) -> str | None:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
+        command,
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # only looked at: nothing written
+        capture_output=True,
+        text=True,
+        errors="replace",  # a name of a file, where the locale is not the file system's
+        check=True,
+        timeout=10,
     )
     return done.stdout.strip()

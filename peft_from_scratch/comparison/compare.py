@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..common import atomic
+from ..common import atomic, records
 from ..common.digest import digest
 from ..common.provenance import provenance
 from . import estimate, report
@@ -95,7 +95,7 @@ def _measured_once(
     file, checkpoints = out / "rows" / f"{name}.json", out / "checkpoints" / name
     if file.exists():
         print(f"  seed {seed}: measured before, kept from {file}")
-        return json.loads(file.read_text())
+        return records.read_object(file)
     print(f"  seed {seed}: {_in_words(setting.values)}")
     figures = measure(candidate, setup, setting.values, seed, checkpoints)
     figures |= {

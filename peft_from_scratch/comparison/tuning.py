@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..common import atomic
+from ..common import atomic, records
 from ..common.digest import digest
 from ..common.grid import GROWTH, at_an_end, rate_past
 from ..common.provenance import ROOT, provenance
@@ -132,7 +132,12 @@ def _with_template(setting: Setting, plan: Plan, templates) -> Setting:
 
 def read(file: Path) -> dict:
     """The searches of a tuning file by "base/task/method"; {} where there is none."""
-    return json.loads(file.read_text())["searches"] if file.exists() else {}
+    if not file.exists():
+        return {}
+    searches = records.read_object(file).get("searches")
+    if not isinstance(searches, dict):
+        raise ValueError(f"{file} has no object 'searches', as a search writes it")
+    return searches
 
 
 def grid(candidate: Candidate, templates: tuple[str, ...] = TEMPLATES) -> list[dict]:
@@ -225,7 +230,7 @@ def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
     file = Path(plan.out) / "tuning" / f"{name}-{digest(hashed, plan.base)}.json"
     if not file.exists():
         _write(file, _run(plan, candidate, setting, setup.task))
-    run = json.loads(file.read_text())
+    run = records.read_object(file)
     print(f"  {setting}: {run['correct']} of {run['rows']}")
     return run
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from IPython import get_ipython
 
-from ..common import atomic, provenance, units
+from ..common import atomic, provenance, records, units
 from ..comparison import estimate
 
 FILE = provenance.ROOT / "data" / "costs.json"
@@ -71,7 +71,7 @@ def read(file: Path | None = None) -> dict[str, Card]:
     file = file or _file()
     if not file.exists():
         return {}
-    return {n: Card(**card) for n, card in json.loads(file.read_text("utf-8")).items()}
+    return {n: Card(**card) for n, card in records.read_object(file).items()}
 
 
 def write(cards: Mapping[str, Card], file: Path | None = None) -> None:

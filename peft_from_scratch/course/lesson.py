@@ -22,7 +22,7 @@ from filelock import FileLock
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from ..common import atomic
+from ..common import atomic, records
 from ..comparison import estimate
 from ..ledger import verdicts
 from ..ledger.claim import BASES, UNDECIDED
@@ -239,7 +239,7 @@ def _guesses_file() -> Path | None:
 
 def _read_guesses(file: Path) -> dict:
     try:
-        return json.loads(file.read_text("utf-8")) if file.exists() else {}
+        return records.read_object(file) if file.exists() else {}
     except ValueError as error:
         raise ValueError(
             f"{file} is not what a lesson writes ({error}): move it away, a new one "

@@ -82,9 +82,10 @@ def save(
     config = model.config.to_dict() | quantization
     atomic.sweep(directory)
     with TemporaryDirectory() as others:
-        for part in (model.generation_config, tokenizer):
-            if part is not None:
-                part.save_pretrained(others)
+        with atomic.clear_about_disk(others):
+            for part in (model.generation_config, tokenizer):
+                if part is not None:
+                    part.save_pretrained(others)
         beside = sorted(path.name for path in Path(others).iterdir())
         with atomic.new_files(directory, (CONFIG, WEIGHTS, *beside)) as new:
             shutil.copytree(others, new, dirs_exist_ok=True)

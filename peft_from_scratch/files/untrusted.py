@@ -5,13 +5,14 @@ another kind, nested until Python's stack ends, or full of NaN. Each of that bec
 kind of error here, so that no caller has to know what a parser raises.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..common import records
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of adapters
 LARGEST_BLOCK = 2**31  # values that share a constant: no weight has as many
@@ -20,7 +21,7 @@ LARGEST_BLOCK = 2**31  # values that share a constant: no weight has as many
 def read_json(path: Path) -> object:
     """The value that a JSON file holds.
 
-    Raises  ValueError  no UTF-8, no JSON, or nested too deep
+    Raises  ValueError  no UTF-8, no JSON, nested too deep, or a key twice
             OSError     no such file
     """
     return parse_json(path.read_bytes(), path)
@@ -29,10 +30,9 @@ def read_json(path: Path) -> object:
 def parse_json(content: bytes | str, where: object) -> object:
     """The value of a JSON text; `where` names its place in the ValueError."""
     try:
-        text = content.decode() if isinstance(content, bytes) else content
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        return records.parse(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is {error}") from None
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from ..common import atomic
+from ..common import atomic, records
 from ..common.progress import bar
 from ..common.provenance import ROOT
 from . import experiments, runs
@@ -157,7 +157,7 @@ def rows() -> list[dict]:
 def read(file: Path | None = None) -> list[dict]:
     """The rows of data/ledger.json, as shipped; [] where there is none."""
     file = file or FILE
-    return json.loads(file.read_text("utf-8")) if file.exists() else []
+    return records.read(file) if file.exists() else []
 
 
 def write(rows: Sequence[dict], file: Path | None = None) -> bool:

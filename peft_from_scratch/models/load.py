@@ -6,7 +6,6 @@ Only safetensors are read, and no code that comes with a model is ever run.
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common import records
 from ..common.quiet import quiet_transformers
 from ..core.adapter import vocabulary
 from ..core.counting import count
@@ -174,7 +174,7 @@ def _refuse_adapter(folder) -> None:
     """transformers would quietly load the adapter's base, with peft's modules on it."""
     file = folder / "adapter_config.json"
     if file.exists():
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
+        base = records.read_object(file).get("base_model_name_or_path")
         raise ValueError(
             f"{folder} holds an adapter, not a model: load its base ({base}), then the "
             f"adapter onto that with load(model, {str(folder)!r})"

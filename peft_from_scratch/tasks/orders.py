@@ -18,6 +18,8 @@ What the splits have in common, and what not:
 import json
 from random import Random
 
+from ..common.records import unique
+
 INSTRUCTION = "Reply with the order as JSON: customer, items, city, day."
 SIZES = {"train": 600, "validation": 100, "test": 300}
 
@@ -133,14 +135,8 @@ def score(answer: str, completion: str) -> bool:
 
 
 def _canonical(text) -> str:
-    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse)
     return json.dumps(value, sort_keys=True)
-
-
-def _unique(pairs) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def _refuse(constant):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..common import atomic
+from ..common import atomic, records
 from ..common.digest import file_crc, sampled_crc
 from ..common.scoped import rng_state, set_rng_state
 from ..core import adapter
@@ -179,8 +179,8 @@ def _restore(state: TrainState, files: Files, history: dict) -> None:
 
 
 def _read(path: Path) -> tuple[Files, dict]:
-    record = json.loads((path / "state.json").read_text())
-    if not isinstance(record, dict) or record.pop("crc", None) != _record_crc(record):
+    record = records.read_object(path / "state.json")
+    if record.pop("crc", None) != _record_crc(record):
         raise ValueError("state.json is not what was written")
     files = {}
     for name, crc in record["files"].items():

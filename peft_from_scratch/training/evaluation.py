@@ -70,7 +70,11 @@ def answer_rows(
         for row in rows
     ]
     shared = shared_tokens(prompts)
-    longest = max(len(tokenizer(row["completion"]).input_ids) for row in rows)
+    # As text: letters that spell a control token are several tokens of an answer.
+    longest = max(
+        len(tokenizer(row["completion"], split_special_tokens=True).input_ids)
+        for row in rows
+    )
     start = time.perf_counter()
     answers = generate(
         model,
@@ -102,7 +106,9 @@ def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> f
         length   tokens in each
     """
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    ).input_ids
     starts = np.linspace(0, len(ids) - length, windows).astype(int)
     total = 0.0
     with scoped.mode(model, training=False):

@@ -349,6 +349,32 @@ def test_answers_of_a_run_without_a_checkpoint_are_not_taken_over(
     assert len(record_of(tmp_path)["correct_before"]) == len(answered[0])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"answers": [], "correct": [], "seconds": 1}',
+        b'{"answers": 3, "correct": 3, "seconds": 1}',
+    ],
+    ids=range(6),
+)
+def test_answers_that_cannot_be_read_are_asked_for_again_and_said(
+    content, base, data, stopped, answered, capsys
+):
+    out = stopped()
+    file = out / "checkpoints" / "answers-before.json"
+    first = json.loads(file.read_text())
+    file.write_bytes(content)
+    answered.clear()
+    assert main(training(base, data, out)) == 0
+    assert len(answered) == 2
+    assert f"{file} " in capsys.readouterr().out
+    assert record_of(out)["correct_before"] == first["correct"]
+
+
 # ------------------------------------------------------------------------- merge
 
 
@@ -438,23 +464,72 @@ def test_an_adapter_is_spoken_to_as_it_was_trained(
         assert prompts[-1] == prompt("hello", instruction, template)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        None,
-        "{",
-        "[" * 100_000,
-        "[]",
-        '{"recipe": 3, "instruction": 4}',
-        '{"recipe": {"template": "chatml"}}',
-        '{"recipe": {"template": ["raw"]}}',
-    ],
-    ids=range(7),
-)
-def test_a_record_that_cannot_be_read_is_as_none(record, talk, adapter):
-    said, prompts = talk("hello\n", "--adapter", adapter(record))
+def test_an_adapter_without_a_record_is_spoken_to_as_the_base(talk, adapter):
+    said, prompts = talk("hello\n", "--adapter", adapter(None))
     assert "template chat, no instruction\n" in said
     assert prompts[-1] == prompt("hello", "", "chat")
+
+
+def test_a_record_that_an_editor_of_windows_wrote_is_read(talk, adapter):
+    record = {"instruction": "Répète.", "recipe": {"template": "raw"}}
+    text = json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\r\n")
+    said, prompts = talk("hello\n", "--adapter", adapter(f"\ufeff{text}"))
+    assert "template raw, instruction 'Répète.'\n" in said
+    assert prompts[-1] == prompt("hello", "Répète.", "raw")
+
+
+RAW = '"recipe": {"template": "raw"}'
+BROKEN_RECORDS = {  # content of training.json: what is said of it
+    "{": "{file} is not JSON: Expecting property name",
+    f'{{{RAW}, "instruc': "{file} is not JSON: Unterminated string",
+    "[" * 100_000: "{file} is not JSON: ",
+    "[]": "{file} is not an object but list",
+    "{}": "recipe.template in {file}=None: allowed is 'chat' or 'raw'",
+    '{"recipe": 3, "instruction": ""}': "recipe.template in {file}=None: allowed is",
+    '{"recipe": {"template": "chatml"}}': "recipe.template in {file}='chatml'",
+    '{"recipe": {"template": ["raw"]}}': "recipe.template in {file}=['raw']",
+    f"{{{RAW}}}": "instruction in {file}=None: allowed is text",
+    f'{{{RAW}, "instruction": 4}}': "instruction in {file}=4: allowed is text",
+    f'{{{RAW}, "instruction": "\\ud800"}}': "instruction in {file}='\\ud800': allowed",
+    f'{{{RAW}, "recipe": {{}}}}': "{file} is ambiguous: the key 'recipe' stands twice",
+}
+
+
+@pytest.mark.parametrize("record", BROKEN_RECORDS, ids=range(len(BROKEN_RECORDS)))
+def test_a_broken_record_is_refused_unless_all_is_said(
+    record, base, talk, adapter, capsys
+):
+    """The first message would go to a model that is spoken to in another way."""
+    folder = adapter(record)
+    for some in ((), ("--template", "raw"), ("--system", "")):
+        assert main(["chat", "--base", base, "--adapter", folder, *some]) == 1
+        said, error = capsys.readouterr()
+        told = BROKEN_RECORDS[record].format(file=f"{folder}/training.json")
+        assert error.startswith(f"ValueError: {told}")
+        assert "say both --template and --system" in error
+        assert "you>" not in said and "Traceback" not in error
+    both = ("--template", "raw", "--system", "Say it.")
+    _, prompts = talk("hello\n", "--adapter", folder, *both)
+    assert prompts[-1] == prompt("hello", "Say it.", "raw")
+
+
+def test_a_system_that_is_no_text_is_refused(base, capsys):
+    assert main(["chat", "--base", base, "--system", "r\udce9ponds"]) == 1
+    assert "--system 'r\\udce9ponds' is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_message_that_cannot_be_encoded_is_asked_for_again(talk, monkeypatch):
+    fitting = chat._fitting
+
+    def refusing(*args):
+        if args[3] == "bad":
+            raise ValueError("the text spells '<s>'")
+        return fitting(*args)
+
+    monkeypatch.setattr(chat, "_fitting", refusing)
+    said, _ = talk("hello\nbad\nagain\n")
+    assert "(the text spells '<s>')\n" in said
+    assert said.count("you>") == 4 and "(forgotten)" not in said
 
 
 def test_a_chat_longer_than_the_context_forgets_its_oldest_turns(talk):

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from torch import nn
 from two_optimizers import (
     PAGE,
@@ -147,19 +147,6 @@ def test_a_full_disk_leaves_the_optimizer_as_it_was(tmp_path, monkeypatch):
         other.step()
     assert_equal_bits(ps, twin)
     optimizer.add_param_group(more)
-
-
-@contextmanager
-def files_of_at_most(size):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -175,6 +175,41 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
     assert jsonl.split_rows(rows, 1, "here") != splits
 
 
+LOOKS = {  # ways to write one prompt; each changes what a reader does not notice
+    "a space at the end": lambda text: f"{text} ",
+    "a line end": lambda text: f"{text}\r\n",
+    "two spaces": lambda text: text.replace(" ", "  "),
+    "a space that does not break": lambda text: text.replace(" ", "\u00a0"),
+    "a space of Chinese": lambda text: text.replace(" ", "\u3000"),
+    "a tab": lambda text: text.replace(" ", "\t"),
+    "é as e and an accent": lambda text: text.replace("é", "e\u0301"),
+    "capitals": str.upper,
+    "wide letters": lambda text: text.replace("c", "\uff43"),
+    "a ligature": lambda text: text.replace("fi", "\ufb01"),
+    "a space of no width": lambda text: text.replace(" ", " \u200b"),
+    "a byte order mark": lambda text: f"\ufeff{text}",
+    "a soft hyphen": lambda text: text.replace("café", "ca\u00adfé"),
+    "a heart that asks for color": lambda text: text.replace("\u2764", "\u2764\ufe0f"),
+}
+
+
+@law
+def prompts_that_look_the_same_are_in_one_split():
+    for name, look in LOOKS.items():
+        rows, number = {}, {}
+        for i in range(40):
+            plain = f"café {i} \u2764 five fields of straße"
+            for prompt in (plain, look(plain)):
+                rows[prompt] = {"prompt": prompt, "completion": "x", "place": ""}
+                number[prompt] = i
+        assert len(rows) == 80, name
+        splits = jsonl.split_rows(rows, 0, "here")
+        seen = {s: {number[row["prompt"]] for row in splits[s]} for s in SPLITS}
+        assert [len(seen[s]) for s in SPLITS] == [28, 4, 8], name
+        assert [len(splits[s]) for s in SPLITS] == [56, 8, 16], name
+        assert set.union(*seen.values()) == set(range(40)), name
+
+
 @law
 def json_is_right_only_as_a_whole():
     right = '{"a":1,"b":[true,null]}'
@@ -308,6 +343,30 @@ def test_what_editors_do_to_a_file_does_no_harm(tmp_path):
     assert len(prompts(task)) == len(set(prompts(task))) == 30  # identical rows are one
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n"])
+def test_lines_end_as_on_any_system_and_keep_their_numbers(end, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [as_bytes(row) for row in good()]
+    file.write_bytes(end.join(lines))
+    task = load_task(str(file))
+    places = {row["prompt"]: row["place"] for s in SPLITS for row in getattr(task, s)}
+    assert places == {f"p{i}": f"line {i + 1}" for i in range(30)}
+    file.write_bytes(end.join([*lines[:7], b"no row", b"", *lines[7:], b"[]"]))
+    with pytest.raises(ValueError) as refused:
+        load_task(str(file))
+    told = str(refused.value).split("\n")
+    assert told[1].startswith("  line 8: not JSON: Expecting value")
+    assert told[2:] == ["  line 33: not an object but list"]
+
+
+def test_prompts_that_look_the_same_are_too_few_to_split(tmp_path):
+    rows = [{"prompt": "p" + " " * i, "completion": "c"} for i in range(30)]
+    with pytest.raises(
+        ValueError, match=r"1 distinct prompts.*differ in case, in spac"
+    ):
+        load_task(write(tmp_path / "rows.jsonl", *rows))
+
+
 BAD = {
     "{'prompt': 1}": "not JSON: Expecting property name",
     '{"prompt": "p", "completion": "c"} x': "not JSON: Extra data",
@@ -323,6 +382,17 @@ BAD = {
     '{"prompt": "", "completion": "c"}': "'prompt' is empty",
     '{"prompt": "\\ud800", "completion": "c"}': "'prompt' holds half a surrogate",
     b'{"prompt": "\xff", "completion": "c"}': "not UTF-8 at byte 13",
+    '{"prompt": "p", "completion": "c", "completion": "d"}': (
+        "ambiguous: the key 'completion' stands twice"
+    ),
+    '{"prompt": "q", "prompt": "p", "completion": "c"}': (
+        "ambiguous: the key 'prompt' stands twice"
+    ),
+    '{"prompt": "p", "completion": "c", "of": {"n": 1, "n": 1}}': (
+        "ambiguous: the key 'n' stands twice"
+    ),
+    '{"prompt": "p", "completion": NaN}': "'completion' is not text but float",
+    '{"prompt": "p", "completion": "a\tb"}': "not JSON: Invalid control character",
     '{"prompt": "p2", "completion": "x"}': "the prompt of line 3 with another comp",
 }
 
@@ -450,6 +520,20 @@ def test_a_test_split_stays_the_test_and_leaves_the_others(folder, has_validatio
         assert 4 <= len(task.validation) <= 5
 
 
+def test_a_prompt_that_looks_like_one_of_the_test_leaves_the_others(folder):
+    def asked(name, prompts):
+        rows = [json.dumps({"prompt": p, "completion": "c"}) for p in prompts]
+        write(folder / f"{name}.jsonl", *rows)
+
+    asked("train", [f"P{i} " for i in range(50)])
+    asked("test", [f"p{i}" for i in range(45, 60)])
+    asked("validation", [f"p\u200b{i}" for i in range(40, 50)])
+    task = load_task(str(folder))
+    assert len(task.test) == 15
+    assert task.validation["prompt"][:] == [f"p\u200b{i}" for i in range(40, 45)]
+    assert task.train["prompt"][:] == [f"P{i} " for i in range(40)]
+
+
 def test_one_configuration_of_several_is_chosen(folder):
     for name, numbers in (("one", range(30)), ("two", range(100, 130))):
         write(folder / f"{name}.jsonl", *qa(numbers))
@@ -569,10 +653,46 @@ BUGS = {
         rows_of_ones_own_keep_every_prompt_in_one_split,
     ),
     "splits that depend on the order of the rows": (
-        jsonl._draw,
+        jsonl._groups,
         "sorted(rows)",
         "list(rows)",
         rows_of_ones_own_keep_every_prompt_in_one_split,
+    ),
+    "prompts cut apart by a space": (
+        jsonl.alike,
+        '" ".join(prompt.casefold().split())',
+        "prompt.casefold()",
+        prompts_that_look_the_same_are_in_one_split,
+    ),
+    "prompts cut apart by case": (
+        jsonl.alike,
+        ".casefold()",
+        "",
+        prompts_that_look_the_same_are_in_one_split,
+    ),
+    "prompts cut apart by the form of Unicode": (
+        jsonl.alike,
+        'unicodedata.normalize("NFKC", UNSEEN.sub("", "".join(seen)))',
+        'UNSEEN.sub("", "".join(seen))',
+        prompts_that_look_the_same_are_in_one_split,
+    ),
+    "prompts cut apart by how an emoji looks": (
+        jsonl.alike,
+        'UNSEEN.sub("", "".join(seen))',
+        '"".join(seen)',
+        prompts_that_look_the_same_are_in_one_split,
+    ),
+    "prompts cut apart by what nobody sees": (
+        jsonl.alike,
+        'unicodedata.category(c) != "Cf"',
+        "True",
+        prompts_that_look_the_same_are_in_one_split,
+    ),
+    "all prompts are alike": (
+        jsonl.alike,
+        '" ".join(prompt.casefold().split())',
+        "prompt.casefold()[:6]",
+        prompts_that_look_the_same_are_in_one_split,
     ),
     "a superset is right": (
         orders.score,
@@ -588,7 +708,7 @@ BUGS = {
     ),
     "a key twice": (
         orders._canonical,
-        "object_pairs_hook=_unique, ",
+        "object_pairs_hook=unique, ",
         "",
         json_is_right_only_as_a_whole,
     ),

@@ -73,6 +73,17 @@ def answers_are_those_to_whole_prompts_one_by_one():
 
 
 @law
+def an_answer_has_room_for_the_letters_of_control_tokens(monkeypatch):
+    """<bos> in a completion is five letters of it, and not one token."""
+    rows, asked = [{"prompt": "x", "completion": "<bos>" * 9}], {}
+    monkeypatch.setattr(
+        evaluate, "generate", lambda *args, **options: asked.update(options) or ["y"]
+    )
+    answer_rows(None, TOKENIZER, task(lambda *pair: False), rows, template="raw")
+    assert asked["max_new_tokens"] == 5 * 9 + 5 * 9 // 4 + 8
+
+
+@law
 def wilson_solves_the_score_equation():
     """|p - k/n| = z sqrt(p (1 - p)/n), by bisection on either side of k/n."""
     for n in (1, 2, 7, 100, 300):
@@ -271,6 +282,12 @@ BUGS = {
         "longest + longest // 4 + 8",
         "longest",
         answers_are_those_to_whole_prompts_one_by_one,
+    ),
+    "a control token in a completion counts as one": (
+        evaluate.answer_rows,
+        "split_special_tokens=True",
+        "split_special_tokens=False",
+        an_answer_has_room_for_the_letters_of_control_tokens,
     ),
     "score(completion, answer)": (
         evaluate.answer_rows,

@@ -259,7 +259,7 @@ BROKEN = (
         "JSON without end": (add(JSON, as_bytes("[" * 100_000)), [JSON, "not JSON"]),
         "JSON in latin-1": (
             add(JSON, torch.tensor([0xE4, 0xFF], dtype=torch.uint8)),
-            [JSON, "not JSON"],
+            [JSON, "not UTF-8"],
         ),
         "an empty state": (add(JSON, torch.zeros(0, dtype=torch.uint8)), [JSON]),
         "a state that is empty": (add(JSON, as_bytes("{}")), [JSON]),
