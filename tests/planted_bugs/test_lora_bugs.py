@@ -143,10 +143,48 @@ LORA = {
         lora_laws.fast_equals_plain,
     ),
     "what a hook has kept is written into": Bug(
-        lora_fast.is_safe,
-        " or base._forward_hooks",
+        lora_fast._is_hooked,
+        "base._forward_hooks",
+        "None",
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into, keeper="a hook"
+        ),
+    ),
+    "what a hook of all modules has kept is written into": Bug(
+        lora_fast._is_hooked,
+        "        or _has_any_global_hook()\n",
         "",
-        lora_laws.what_a_hook_has_kept_is_not_written_into,
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            keeper="a hook of all modules",
+        ),
+    ),
+    "what a patched base has kept is written into": Bug(
+        lora_fast.is_safe,
+        '        or "forward" in vars(base)\n',
+        "",
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            keeper="a forward of its own",
+        ),
+    ),
+    "what a projection keeps is written into": Bug(
+        lora_fast.is_safe,
+        "        or type(base).forward not in FRESH\n",
+        "",
+        lora_laws.what_a_projection_keeps_itself_is_not_written_into,
+    ),
+    "what a function mode has kept is written into": Bug(
+        lora_fast._is_observed,
+        "        or torch._C._len_torch_function_stack()\n",
+        "",
+        lora_laws.modes_and_their_caches_are_not_written_into,
+    ),
+    "nothing is summed in place": Bug(
+        lora_fast.is_safe,
+        "return not (",
+        "return not (\n        True or",
+        lora_laws.what_nobody_sees_is_summed_in_place,
     ),
     "dropout is not passed on": Bug(
         lora_config.plan_layers,
@@ -517,3 +555,45 @@ BUGS = LORA | CONTRACT | MERGING | FILES
 
 
 test_a_planted_bug_is_caught = each_is_caught(BUGS)
+
+# Where torch itself stops: its own error, in the place of a wrong value.
+STOPS = {
+    "full backward hooks stop": Bug(
+        lora_fast._is_hooked,
+        "        or base._backward_hooks\n        or base._backward_pre_hooks\n",
+        "",
+        lora_laws.backward_hooks_of_every_sort_run,
+    ),
+    "torch.func stops": Bug(
+        lora_fast._is_observed,
+        "torch._C._are_functorch_transforms_active()",
+        "False",
+        lora_laws.torch_func_goes_through,
+    ),
+    "forward-mode AD stops": Bug(
+        lora_fast._is_observed,
+        "        or forward_ad._current_level >= 0\n",
+        "",
+        lora_laws.a_tangent_goes_through,
+    ),
+    "a trace cannot be saved": Bug(
+        lora_fast.is_safe,
+        "        or torch.jit.is_tracing()\n",
+        "",
+        lora_laws.a_trace_can_be_saved,
+    ),
+    "a selective checkpoint's cache is written into": Bug(
+        lora_fast._is_observed,
+        "        or torch._C._len_torch_dispatch_stack()\n",
+        "",
+        lora_laws.modes_and_their_caches_are_not_written_into,
+    ),
+    "a ragged batch stops": Bug(
+        lora_fast.is_safe,
+        "        or type(W0x) is not Tensor\n",
+        "",
+        lora_laws.a_ragged_batch_goes_through,
+    ),
+}
+
+test_a_stop_is_caught = each_is_caught(STOPS, RuntimeError)
