@@ -317,7 +317,7 @@ def a_tangent_goes_through():
 @law
 def a_trace_can_be_saved():
     lora, x, file = adapted(6, 5, 2), torch.randn(3, 6, **DOUBLE), io.BytesIO()
-    torch.jit.save(torch.jit.trace(lora, x), file)
+    torch.jit.save(torch.jit.trace(lora, x, check_trace=False), file)
     file.seek(0)
     again = torch.randn(7, 6, **DOUBLE)
     assert largest(torch.jit.load(file)(again), lora(again)) < 1e-12
