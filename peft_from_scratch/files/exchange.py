@@ -18,8 +18,9 @@ from ..core.targets import (
     exact_regex,
     is_quantized,
     named_modules,
+    named_parameters,
     shortened,
-    uncompiled,
+    unwrapped,
 )
 from ..nf4 import quantize_model
 from . import base_notes, formats, patterns
@@ -35,7 +36,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
             resized, whose new rows an adapter file would silently lose. The folder then
             holds what it held before, as it does where the disk fails
     """
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     row = formats.of_method(adapter.injected(model).method)
     _refuse_resized(model)
     tensors = _written(model, row)
@@ -65,7 +66,7 @@ def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
 
     For a model that nobody else needs: quantizing it cannot be undone.
     """
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     file = AdapterFile.read(directory)
     bits = base_notes.read_bits(file.notes.get(base_notes.BASE_BITS))
     if bits and not is_quantized(model):
@@ -76,7 +77,9 @@ def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
 
 def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     """Inject what a file holds and fill it with the file's values; see load."""
-    model = adapter.unwrap_compiled(model)
+    adapter.refuse_synchronized(model)
+    model = unwrapped(model)
+    _refuse_empty(model)
     base_notes.refuse_other_vocabulary(model, file.notes)
     plan = _plan(model, file)
     parameters = _parameters(file.format, plan.adapters, _base_params(model, plan))
@@ -99,9 +102,18 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     return names
 
 
+def _refuse_empty(model: nn.Module) -> None:
+    """ValueError for a model without weights, in which a file's would be lost."""
+    adapter.refuse_second(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"this {type(model).__name__} is on the device meta and has no weights: "
+            "the adapter's would be lost. Load the model first"
+        )
+
+
 def _plan(model: nn.Module, file: AdapterFile) -> adapter.Plan:
     """The injection that a file asks for; ValueError where the model does not fit."""
-    adapter.refuse_second(model)
     arguments, modules = file.arguments(), _modules(model, file.modules)
     _refuse_absent(model, file)
     targets = {"targets": modules} if file.format.by_module else {}
@@ -154,7 +166,18 @@ def _written(model: nn.Module, row: Format) -> dict[str, Tensor]:
     values = _keys_of_base(adapter.base_parameters(model), wrapped)
     for name, module in wrapped.items():
         values |= row.written(name, module)
-    return {key: value.detach().cpu().contiguous() for key, value in values.items()}
+    return {key: _whole(value.detach()) for key, value in values.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    """The tensor on the CPU; of a sharded one all parts, so that every process asks."""
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    if whole.is_meta:
+        raise ValueError(
+            "the adapter's values are offloaded (on meta): take accelerate's hooks off "
+            "with remove_hook_from_submodules(model), then save"
+        )
+    return whole.cpu().contiguous()
 
 
 def _parameters(
@@ -171,8 +194,8 @@ def _parameters(
 
 def _base_params(model: nn.Module, plan: adapter.Plan) -> dict[str, nn.Parameter]:
     """The model's own parameters that a plan lets train, by name."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {n: p for name, p in named if (n := uncompiled(name)) in plan.base_params}
+    named = named_parameters(model, remove_duplicate=False)
+    return {name: p for name, p in named if name in plan.base_params}
 
 
 def _keys_of_base(

@@ -15,12 +15,12 @@ from torch import nn
 
 from ..core import adapter
 from ..core.adapter import Plan
-from ..core.targets import uncompiled
+from ..core.targets import named_parameters
 
 
 def plan(model: nn.Module) -> Plan:
     """The plan of inject; see adapter.plan."""
-    names = [uncompiled(name) for name, _ in model.named_parameters()]
+    names = [name for name, _ in named_parameters(model)]
     biases = [name for name in names if name.rpartition(".")[2] == "bias"]
     if not biases:
         raise ValueError(

@@ -136,7 +136,7 @@ def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.M
     Raises  ValueError  no such projection; a model that carries adapters already
     """
     targets.refuse_second(model)
-    hidden = model.config.hidden_size
+    hidden = targets.hidden_size(model)
     linear = targets.projections(model)
     last: dict[tuple[str, str], str] = {}
     for name, kind in targets.kinds(model).items():

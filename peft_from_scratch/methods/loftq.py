@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix
 from ..core.matrices import svd_halves
-from ..core.targets import QuantizedLinear, is_quantized
+from ..core.targets import QuantizedLinear, is_quantized, unwrapped
 from ..nf4 import dequantize
 from . import qlora
 from .lora import LoRA
@@ -25,7 +25,7 @@ from .lora import LoRA
 
 def plan(model: nn.Module, **arguments) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
-    if is_quantized(adapter.unwrap_compiled(model)):
+    if is_quantized(unwrapped(model)):
         raise ValueError(
             "the model is in four bits already, and what that lost is gone: load the "
             "base again"

@@ -129,7 +129,7 @@ def per_module(
 
 
 def _biases(model: nn.Module, bias: str, targets: Mapping) -> list[str]:
-    every = [targeting.uncompiled(name) for name, _ in model.named_parameters()]
+    every = [name for name, _ in targeting.named_parameters(model)]
     names = [name for name in every if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
         names = [n for n in names if n.rpartition(".")[0] in targets]

@@ -11,6 +11,7 @@ from functools import partial
 from laws.core import adapter as verbs
 from laws.core import contract as laws
 from laws.core import targets as targeting
+from laws.core import wrapped
 from laws.core.contract import Method
 from laws.files import refused_files as hostile
 from laws.files import save_and_load as files
@@ -39,6 +40,10 @@ def broken(name):
 
 def written(variant):
     return partial(files.a_round_trip_is_bit_equal, variant=variant)
+
+
+def looking_through(around, method):
+    return partial(wrapped.every_verb_looks_through, around=around, method=method)
 
 
 LORA = {
@@ -227,7 +232,7 @@ CONTRACT = {
     ),
     "adapters in a part of the model are not seen": Bug(
         targets.refuse_second,
-        'isinstance(module, Wrapper) or hasattr(module, "base_layer")',
+        'isinstance(module, Wrapper) or hasattr(module, "adapter_layer_names")',
         "False",
         verbs.adapters_in_a_part_are_refused,
     ),
@@ -236,12 +241,6 @@ CONTRACT = {
         "raise AttributeError(",
         "return getattr(self.base, name)\n        raise AttributeError(",
         verbs.what_reads_the_weight_itself_is_told,
-    ),
-    "compiled modules have names of their own": Bug(
-        targets.uncompiled,
-        'part != "_orig_mod"',
-        "True",
-        verbs.compiled_models_have_the_same_names,
     ),
     "a failed injection leaves the base frozen": Bug(
         adapter.plan,
@@ -551,10 +550,111 @@ FILES = {
         files.names_that_end_alike_are_told_apart,
     ),
 }
-BUGS = LORA | CONTRACT | MERGING | FILES
+WRAPPED = {
+    "compiled modules have names of their own": Bug(
+        targets._plain_names,
+        "inside[owner] == last",
+        "False",
+        looking_through("compiled by layers", "lora"),
+    ),
+    "a DataParallel has names of its own": Bug(
+        targets._inside,
+        '"module" if holds_module',
+        "None if holds_module",
+        looking_through("DataParallel inside", "lora"),
+    ),
+    "wrappers inside wrappers are not looked through": Bug(
+        targets.unwrapped,
+        "while (name",
+        "if (name",
+        looking_through("DataParallel, compiled", "lora"),
+    ),
+    "a wrapper's own names are taken": Bug(
+        targets.named_parameters,
+        "nn.Module.named_parameters(\n        model, remove",
+        "model.named_parameters(\n        remove",
+        looking_through("checkpointed", "biases"),
+    ),
+    "save() looks at the wrapper": Bug(
+        exchange.save,
+        "    model = unwrapped(model)\n",
+        "",
+        looking_through("DataParallel", "lora"),
+    ),
+    "the record of the injection is sought on the wrapper": Bug(
+        adapter.injected,
+        "return unwrapped(model).pfs_injection",
+        "return model.pfs_injection",
+        looking_through("DataParallel", "lora"),
+    ),
+    "the hidden size is sought on the wrapper": Bug(
+        targets.hidden_size,
+        'getattr(unwrapped(model), "config"',
+        'getattr(model, "config"',
+        looking_through("DataParallel", "ia3"),
+    ),
+    "a plan is made for what synchronizes processes": Bug(
+        adapter.plan,
+        "    refuse_synchronized(model)\n",
+        "",
+        wrapped.what_synchronizes_processes_is_looked_through_but_for_injection,
+    ),
+    "a plan is applied to what synchronizes processes": Bug(
+        adapter.apply,
+        "    refuse_synchronized(model)\n",
+        "",
+        wrapped.what_synchronizes_processes_is_looked_through_but_for_injection,
+    ),
+    "a sharded model is injected": Bug(
+        targets._refuse_elsewhere,
+        '"DTensor" in _class_names(parameter)',
+        "False",
+        wrapped.a_sharded_model_is_saved_whole_and_not_injected,
+    ),
+    "an offloaded model is injected": Bug(
+        targets._refuse_elsewhere,
+        "if away and (",
+        "if False and (",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a model that is all sizes is refused": Bug(
+        targets._refuse_elsewhere,
+        "len(away) < len(parameters)",
+        "True",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a file is loaded into a model without weights": Bug(
+        exchange._refuse_empty,
+        "if any(parameter.is_meta for parameter in model.parameters()):",
+        "if False:",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a write on the trunk stays on the wrapper": Bug(
+        targets.Wrapper.__setattr__,
+        "elif hasattr(self, name):",
+        "elif False:",
+        partial(wrapped.a_write_on_the_trunk_reaches_it, method="prompt"),
+    ),
+    "a write on a projection stays on the wrapper": Bug(
+        targets.Wrapper.__setattr__,
+        "elif name not in {",
+        "elif True or name not in {",
+        wrapped.a_write_on_a_projection_is_refused,
+    ),
+    "a wrapper tells a projection's sizes to nobody": Bug(
+        Adapter.__getattr__,
+        "name in SIZES",
+        "False",
+        wrapped.sizes_are_read_through_an_adapter,
+    ),
+}
 
 
-test_a_planted_bug_is_caught = each_is_caught(BUGS)
+# Where the bug stops the work, with an error that tells nobody why.
+CAUGHT = (AssertionError, AttributeError, KeyError, RuntimeError, ValueError)
+
+test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
+test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)
 
 # Where torch itself stops: its own error, in the place of a wrong value.
 STOPS = {

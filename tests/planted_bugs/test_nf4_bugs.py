@@ -430,8 +430,8 @@ QLORA = {
     ),
     "quantized before the arguments are tried": Bug(
         qlora.plan,
-        "model, bits = adapter.unwrap_compiled(model), None",
-        "quantize_model(model); model, bits = adapter.unwrap_compiled(model), None",
+        "model, bits = unwrapped(model), None",
+        "quantize_model(model); model, bits = unwrapped(model), None",
         behind("r=0"),
     ),
     "trying takes random numbers": Bug(
@@ -517,8 +517,8 @@ QLORA = {
     ),
     "the file does not say that the base has four bits": Bug(
         base_notes.of_model,
-        "bits = base_bits(model)",
-        "bits = None",
+        "BASE_BITS: base_bits(model)",
+        "BASE_BITS: None",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "an adapter's own matrices are taken for the base's": Bug(
