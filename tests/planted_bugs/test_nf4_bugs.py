@@ -146,6 +146,24 @@ NUMBERS = {
         "F.pad(absmax, ",
         numbers.doubled_constants_are_close_to_their_own,
     ),
+    "the sum of the constants overflows": Bug(
+        double._mean,
+        "torch.where(mean.isfinite(), mean, shares)",
+        "mean",
+        partial(numbers.what_is_finite_comes_back_finite, kind="a sum that overflows"),
+    ),
+    "the shares of the mean sum up to more than its largest": Bug(
+        double._mean,
+        ".clamp(max=largest)",
+        "",
+        partial(numbers.what_is_finite_comes_back_finite, kind="all at the end"),
+    ),
+    "a constant is rounded beyond its dtype": Bug(
+        double.double_quantize,
+        "codes - beyond.to(torch.uint8)",
+        "codes",
+        partial(numbers.what_is_finite_comes_back_finite, dtype=torch.float16),
+    ),
     "one unit for all constants": Bug(
         double.double_quantize,
         "rows.abs().amax(dim=1) if",
