@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..common.check import is_whole
 from ..core import adapter
 from ..core.targets import (
     exact_regex,
     is_quantized,
     named_modules,
     named_parameters,
+    per_module,
     shortened,
     unwrapped,
 )
+from ..methods.lora_config import DEFAULTS
 from ..nf4 import quantize_model
 from . import base_notes, formats, patterns
 from .adapter_file import CONFIG, WEIGHTS, AdapterFile
@@ -115,6 +118,7 @@ def _refuse_empty(model: nn.Module) -> None:
 def _plan(model: nn.Module, file: AdapterFile) -> adapter.Plan:
     """The injection that a file asks for; ValueError where the model does not fit."""
     arguments, modules = file.arguments(), _modules(model, file.modules)
+    _refuse_larger_ranks(file, arguments, modules)
     _refuse_absent(model, file)
     targets = {"targets": modules} if file.format.by_module else {}
     return file.format.plan(model, **arguments, **targets)
@@ -237,6 +241,25 @@ def _refuse_absent(model: nn.Module, file: AdapterFile) -> None:
             raise ValueError(
                 f"{file.folder / WEIGHTS} lacks {name}, which {CONFIG} names as a "
                 f"target{but}"
+            )
+
+
+def _refuse_larger_ranks(file: AdapterFile, arguments: Mapping, modules: Mapping):
+    """ValueError where a config asks for a larger rank than the file's A has.
+
+    Before the adapters are made: a hostile rank may be larger than the memory.
+    """
+    if "A" not in file.format.tensors:
+        return
+    usual = arguments.get("r", DEFAULTS["r"])
+    pattern = arguments.get("rank_pattern")
+    for name, r in per_module("rank_pattern", pattern, modules, usual).items():
+        key = file.format.key(name, file.format.tensors["A"])
+        shape = tuple(file.tensors[key].shape) if key in file.tensors else ()
+        if shape and is_whole(r, 1) and r > shape[0]:
+            raise ValueError(
+                f"{file.folder / WEIGHTS}: {key} has shape {shape}, the config's rank "
+                f"needs {(r, *shape[1:])}"
             )
 
 

@@ -71,5 +71,6 @@ def start(adapters: dict[str, LoRA], original: dict[str, Tensor]) -> None:
             continue
         lost = original[name].float() - dequantize(module.base.quantized).float()
         A, B = svd_halves(lost, len(module.A), module.scale)
-        module.A.copy_(A)
-        module.B.copy_(B)
+        # Where the weight has fewer directions than r, the others start as LoRA's do.
+        module.A[: len(A)].copy_(A)
+        module.B[:, : len(A)].copy_(B)

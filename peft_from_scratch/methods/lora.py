@@ -28,7 +28,7 @@ class LoRA(Adapter):
 
     Args
         base   nn.Linear or Conv1D, frozen here.     W0 (d_out, d_in)
-        r      rank, 1 <= r <= min(d_in, d_out); dimensionless
+        r      rank, at least 1; dimensionless. Useful up to min(d_in, d_out)
         alpha, rslora, dropout   see LoRAConfig
     Returns  (…, d_out), dtype of the base's output
     Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
@@ -53,7 +53,7 @@ class LoRA(Adapter):
         dropout: float = 0.0,
     ):
         d_out, d_in = sizes(base)
-        LoRAConfig(r, alpha, rslora, dropout).check_rank(d_out, d_in)
+        LoRAConfig(r, alpha, rslora, dropout)  # refuses what is out of range
         super().__init__(base)
         like = factory_kwargs(base)
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
