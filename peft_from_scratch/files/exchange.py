@@ -8,6 +8,7 @@ config.
 
 import warnings
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,6 +85,7 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     model = unwrapped(model)
     _refuse_empty(model)
     base_notes.refuse_other_vocabulary(model, file.notes)
+    file = _without_module(model, file)
     plan = _plan(model, file)
     parameters = _parameters(file.format, plan.adapters, _base_params(model, plan))
     _refuse_misfits(model, file, parameters)
@@ -212,6 +214,21 @@ def _keys_of_base(
         stored = f"{owner}.base_layer.{last}" if owner in wrapped else name
         keys[PREFIX + stored] = parameter
     return keys
+
+
+def _without_module(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """The file, without the "module." of a DataParallel that PEFT had wrapped.
+
+    Where the model has none of its names as they are, and all of them without it.
+    """
+    here, extra = dict(named_modules(model)), f"{PREFIX}module."
+    names = file.modules
+    if not names or not all(key.startswith(extra) for key in file.tensors):
+        return file
+    if any(n in here or n.removeprefix("module.") not in here for n in names):
+        return file
+    plain = {PREFIX + k.removeprefix(extra): t for k, t in file.tensors.items()}
+    return replace(file, tensors=plain)
 
 
 def _modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:

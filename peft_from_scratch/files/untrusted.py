@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of adapters
+LFS = b"version https://git-lfs"
 LARGEST_BLOCK = 2**31  # values that share a constant: no weight has as many
 
 
 def read_json(path: Path) -> object:
     """The value that a JSON file holds.
 
-    Raises  ValueError  no UTF-8, no JSON, or nested too deep
+    Raises  ValueError  no text, no JSON, or nested too deep
             OSError     no such file
     """
     return parse_json(path.read_bytes(), path)
@@ -29,8 +30,7 @@ def read_json(path: Path) -> object:
 def parse_json(content: bytes | str, where: object) -> object:
     """The value of a JSON text; `where` names its place in the ValueError."""
     try:
-        text = content.decode() if isinstance(content, bytes) else content
-        return json.loads(text)
+        return json.loads(content)  # bytes: of UTF-8, -16 or -32, by their first ones
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
@@ -45,7 +45,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        reason = (
+            "a pointer of Git LFS, git lfs pull" if _is_lfs_pointer(path) else error
+        )
+        raise ValueError(f"{path} is no readable safetensors file: {reason}") from None
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether the file only says where Git's large file storage has the real one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def refuse_unusable(tensors: Mapping[str, Tensor], where: object) -> None:

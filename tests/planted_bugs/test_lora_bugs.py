@@ -13,6 +13,7 @@ from laws.core import contract as laws
 from laws.core import targets as targeting
 from laws.core import wrapped
 from laws.core.contract import Method
+from laws.files import foreign_files
 from laws.files import refused_files as hostile
 from laws.files import save_and_load as files
 from laws.methods import lora as lora_laws
@@ -23,7 +24,7 @@ from planting import Bug, each_is_caught
 from peft_from_scratch.common import atomic
 from peft_from_scratch.core import adapter, merge, targets
 from peft_from_scratch.core.adapter import Adapter
-from peft_from_scratch.files import exchange, formats, patterns
+from peft_from_scratch.files import exchange, foreign, formats, patterns, untrusted
 from peft_from_scratch.files.adapter_file import AdapterFile
 from peft_from_scratch.files.formats import Format
 from peft_from_scratch.methods import lora as method
@@ -650,11 +651,135 @@ WRAPPED = {
 }
 
 
+FOREIGN = {
+    "names of wrappers stay in the keys": Bug(
+        foreign._without_wrappers,
+        "part not in INSIDE",
+        "True",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="checkpointed layers",
+        ),
+    ),
+    "DDP's name stays before the keys": Bug(
+        foreign._without_wrappers,
+        'plain.removeprefix("module.")',
+        "plain",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="DDP around"
+        ),
+    ),
+    "keys without a prefix get none": Bug(
+        foreign._with_one_prefix,
+        "key: PREFIX + plain",
+        "key: plain",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="no prefix"
+        ),
+    ),
+    "a prefix stays twice": Bug(
+        foreign._with_one_prefix,
+        "while keys and",
+        "while False and",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="the prefix twice",
+        ),
+    ),
+    "an adapter's name stays in the keys": Bug(
+        foreign._without_adapter_name,
+        "if (match := named.search(now)) and",
+        "if (match := None) and",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="another name"
+        ),
+    ),
+    "two adapters in a file are one": Bug(
+        foreign._without_adapter_name,
+        "len(names) > 1",
+        "False",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="two adapters",
+        ),
+    ),
+    "two tensors of one name: the last wins": Bug(
+        foreign.plain_keys,
+        "len(set(keys.values())) < len(keys)",
+        "False",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a tensor twice",
+        ),
+    ),
+    "a part that is missing is not missed": Bug(
+        foreign.read_weights,
+        "    _refuse_missing_parts(path, parts)\n",
+        "",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a missing part",
+        ),
+    ),
+    "two parts hold one tensor: the last wins": Bug(
+        foreign.read_weights,
+        "tensors.keys() & more.keys()",
+        "set()",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a part twice",
+        ),
+    ),
+    "a pickle is opened": Bug(
+        foreign.read_weights,
+        "    if not parts:\n",
+        "    for pickle in path.parent.glob('*.bin'):\n"
+        "        __import__('torch').load(pickle, weights_only=False)\n"
+        "    if not parts:\n",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason, how="a pickle"
+        ),
+    ),
+    "a pointer of Git LFS is a broken file": Bug(
+        untrusted._is_lfs_pointer,
+        "read(len(LFS)) == LFS",
+        "read(0) == LFS",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a pointer of Git LFS",
+        ),
+    ),
+    "every config is UTF-8 without a mark": Bug(
+        untrusted.parse_json,
+        "json.loads(content)",
+        "json.loads(content.decode())",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="a byte order mark",
+        ),
+    ),
+    "the name of a DataParallel inside PEFT stays": Bug(
+        exchange._without_module,
+        "return replace(file, tensors=plain)",
+        "return file",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="DDP inside"
+        ),
+    ),
+    "a part called module loses its name": Bug(
+        exchange._without_module,
+        "n in here or ",
+        "",
+        foreign_files.a_model_with_a_part_called_module_keeps_its_names,
+    ),
+}
+
 # Where the bug stops the work, with an error that tells nobody why.
 CAUGHT = (AssertionError, AttributeError, KeyError, RuntimeError, ValueError)
 
 test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
 test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)
+test_a_bug_of_foreign_files_is_caught = each_is_caught(FOREIGN, CAUGHT)
 
 # Where torch itself stops: its own error, in the place of a wrong value.
 STOPS = {
