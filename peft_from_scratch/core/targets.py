@@ -10,7 +10,9 @@ them:
     "mlp"          the layer's other projections
     "all-linear"   both
 
-Experts of a mixture are 3-D parameters, not projections, and are not targeted.
+Experts of a mixture are 3-D parameters, not projections, and are not targeted; neither
+are a Linear that returns no tensor, cross-attention without an encoder, and indexers.
+left_out.py has the sentence that says so.
 """
 
 import re
@@ -24,6 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from ..common.check import shortened
 
 PRESETS = ("attention", "mlp", "all-linear")
+# Classes of a decoder that stands alone, and parts of names of its cross-attention.
+ALONE = ("ForCausalLM", "LMHeadModel")
+CROSS = re.compile(
+    r"\b(encoder_attn|cross_?attn|cross_?attention)(_layer_?norm)?\b", re.IGNORECASE
+)
+INDEXER = re.compile(r"\bindexer\b")  # of sparse attention
 SIZES = {"in_features", "out_features", "nf", "nx"}  # of a Linear; of a Conv1D
 ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a dot
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | Mapping
@@ -249,18 +257,67 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """'attention' or 'mlp' for each projection inside a decoder layer; no other."""
-    layers, attentions = [], []
-    for name, module in named_modules(model):
-        if isinstance(module, GradientCheckpointingLayer):
-            layers.append(f"{name}.")
-        elif "attention" in type(module).__name__.lower():
-            attentions.append(f"{name}.")
+    """'attention' or 'mlp' for each projection inside a decoder layer; no other.
+
+    Nor one that returns no tensor, as some routers do, or that cannot learn.
+    """
+    attentions = [
+        f"{name}."
+        for name, module in named_modules(model)
+        if "attention" in type(module).__name__.lower()
+    ]
+    layers = tuple(f"{name}." for name in layers_of(model))
     return {
         name: "attention" if name.startswith(tuple(attentions)) else "mlp"
-        for name in projections(model)
-        if name.startswith(tuple(layers))
+        for name, module in projections(model).items()
+        if name.startswith(layers)
+        and not is_idle(model, name)
+        and returns_a_tensor(module)
     }
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """The names of the decoder layers."""
+    return [
+        name
+        for name, module in named_modules(model)
+        if isinstance(module, GradientCheckpointingLayer)
+    ]
+
+
+def is_idle(model: nn.Module, name: str) -> bool:
+    """Whether no training step can move this module, by its name.
+
+    It is in the cross-attention of a decoder without an encoder, or in an indexer,
+    whose choice of tokens passes no gradient on.
+    """
+    alone = type(unwrapped(model)).__name__.endswith(ALONE)
+    return bool(INDEXER.search(name) or (alone and CROSS.search(name)))
+
+
+@torch.no_grad()
+def returns_a_tensor(projection: nn.Module) -> bool:
+    """Whether it returns one tensor (…, d_out), as a projection does.
+
+    A subclass of Linear with a forward of its own is tried on a zero. One whose weight
+    another library has packed is believed.
+    """
+    if type(projection).forward in {nn.Linear.forward, Conv1D.forward}:
+        return True
+    if isinstance(projection, QuantizedLinear):
+        return True
+    if not projection.weight.is_floating_point():
+        return True
+    d_out, d_in = projection.out_features, projection.in_features
+    before = dict(vars(projection))
+    try:
+        y = type(projection).forward(projection, projection.weight.new_zeros(1, d_in))
+    except Exception:  # whatever it is: no call with one tensor, as a projection has
+        return False
+    finally:
+        vars(projection).clear()
+        vars(projection).update(before)
+    return isinstance(y, Tensor) and y.shape == (1, d_out)
 
 
 def layer_of(model: nn.Module, name: str) -> str:
@@ -332,6 +389,12 @@ def resolve(
         for name, module in linear.items()
         if name in chosen and name not in dropped
     }
+    for name, module in left.items():
+        if not returns_a_tensor(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which returns no single tensor "
+                "as a projection does: leave it out (exclude=…)"
+            )
     if not left:
         raise ValueError(
             f"{targets=} with {exclude=} leaves no module to adapt; {_offer(linear)}"

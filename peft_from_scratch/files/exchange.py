@@ -6,6 +6,7 @@ refused untouched. Module names come from the tensors' keys, not from patterns i
 config.
 """
 
+import re
 import warnings
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import conversion_mapping
 
 from ..common.check import is_whole
 from ..core import adapter
@@ -32,10 +34,16 @@ from .adapter_file import CONFIG, WEIGHTS, AdapterFile
 from .formats import PREFIX, Format
 from .untrusted import refuse_unusable
 
+# What transformers calls its table of models whose experts were fused: PEFT reads it.
+CONVERTED = "_MODEL_TO_CONVERSION_PATTERN"
+FUSED = re.compile(r"\bgate_up_proj$")  # one parameter for a layer's experts
+TAKEN = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w1|w2|w3)$")
+
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter, and only the adapter, to `directory`.
 
+    Warns   UserWarning  PEFT would take the file's modules for experts of the model
     Raises  ValueError  no adapter; a tensor that is not finite; a vocabulary that was
             resized, whose new rows an adapter file would silently lose. The folder then
             holds what it held before, as it does where the disk fails
@@ -48,6 +56,27 @@ def save(model: nn.Module, directory: str | Path) -> None:
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
     config = formats.general_fields(row.peft_type, base) | row.config(model)
     AdapterFile(config, tensors, base_notes.of_model(model)).write(directory)
+    _warn_of_pefts_experts(model)
+
+
+def _warn_of_pefts_experts(model: nn.Module) -> None:
+    """Say so where PEFT takes the file's projections for those of a mixture's experts.
+
+    Since transformers 5 holds experts as one parameter, PEFT turns targets of these
+    names into that parameter, whatever module is meant.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in getattr(conversion_mapping, CONVERTED, [kind]):
+        return
+    fused = [n for n, p in named_parameters(model) if p.dim() >= 3 and FUSED.search(n)]
+    taken = [name for name in adapter.adapters(model) if TAKEN.search(name)]
+    if fused and taken:
+        warnings.warn(
+            f"PEFT takes {taken[0]} ({len(taken)} such) of this file for experts, "
+            f"{fused[0]}: it warns of missing keys and gives other logits. Here load() "
+            "gives the saved ones. For PEFT, leave these modules out (exclude=…)",
+            stacklevel=3,
+        )
 
 
 def load(model: nn.Module, directory: str | Path) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from ..common import check
-from ..core import adapter
+from ..core import adapter, left_out
 from ..core import targets as targeting
 from ..core.adapter import Adapter, Plan, sizes
 from ..core.targets import Targets
@@ -73,6 +73,7 @@ def plan_layers(
     Args
         targets, exclude  see lora.inject
         options           the fields of a LoRAConfig
+    Warns    UserWarning  what a preset leaves out: see core/left_out.py
     Raises   ValueError   as lora.inject; the error names the module, where it is one's
              TypeError   an unknown option
     """
@@ -80,6 +81,7 @@ def plan_layers(
     check.known(f"{method}.inject()", options, ARGUMENTS, of)
     config = LoRAConfig(**options)
     if not isinstance(targets, Mapping):
+        left_out.warn_of_preset(model, targets)
         targets = targeting.resolve(model, targets, exclude)
     elif exclude is not None:
         raise ValueError(

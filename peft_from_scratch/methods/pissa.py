@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..core import adapter
+from ..core import adapter, left_out
 from ..core.adapter import Plan, as_matrix, sizes
 from ..core.matrices import svd_halves
 from ..core.targets import QuantizedLinear, Targets, resolve
@@ -70,6 +70,7 @@ def plan(
 ) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
     if not isinstance(targets, Mapping):
+        left_out.warn_of_preset(model, targets)
         targets, exclude = resolve(model, targets, exclude), None
     _refuse_packed(targets)
     _refuse_tied(model, targets)

@@ -10,6 +10,7 @@ from functools import partial
 
 from laws.core import adapter as verbs
 from laws.core import contract as laws
+from laws.core import left_out as left
 from laws.core import targets as targeting
 from laws.core import wrapped
 from laws.core.contract import Method
@@ -22,13 +23,20 @@ from laws.methods.table import lora, low_rank
 from planting import Bug, each_is_caught
 
 from peft_from_scratch.common import atomic
-from peft_from_scratch.core import adapter, merge, targets
+from peft_from_scratch.core import adapter, left_out, merge, targets
 from peft_from_scratch.core.adapter import Adapter
 from peft_from_scratch.files import exchange, foreign, formats, patterns, untrusted
 from peft_from_scratch.files.adapter_file import AdapterFile
 from peft_from_scratch.files.formats import Format
+from peft_from_scratch.methods import (
+    bitfit,
+    houlsby,
+    ia3,
+    lora_config,
+    lora_fast,
+    pissa,
+)
 from peft_from_scratch.methods import lora as method
-from peft_from_scratch.methods import lora_config, lora_fast
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
@@ -774,11 +782,145 @@ FOREIGN = {
     ),
 }
 
+LEFT_OUT = {
+    "what is left out is not said": Bug(
+        left_out.warn,
+        "if parts:",
+        "if False:",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="lora",
+        ),
+    ),
+    "PiSSA says nothing of what it leaves out": Bug(
+        pissa.plan,
+        "        left_out.warn_of_preset(model, targets)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="pissa",
+        ),
+    ),
+    "IA3 says nothing of what it leaves out": Bug(
+        ia3._keys_values_and_mlp,
+        "    left_out.warn(model)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="ia3",
+        ),
+    ),
+    "bottlenecks say nothing of what they leave out": Bug(
+        houlsby.plan,
+        "        left_out.warn(model)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="houlsby",
+        ),
+    ),
+    "IA3 refuses a mixture": Bug(
+        ia3._keys_values_and_mlp,
+        ", needed=False",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="ia3",
+        ),
+    ),
+    "the share is of what is adapted": Bug(
+        left_out.warn,
+        "size / total",
+        "size / (2 * total)",
+        left.the_share_is_of_all_parameters,
+    ),
+    "a sentence where modules are named": Bug(
+        left_out.warn_of_preset,
+        "isinstance(targets, str) and targets in PRESETS",
+        "True",
+        left.nothing_is_said_where_nothing_is_left_out,
+    ),
+    "a convolution is taken for experts": Bug(
+        left_out._values_in_3d,
+        "isinstance(module, _ConvNd)",
+        "False",
+        left.a_convolution_is_no_expert,
+    ),
+    "a router that returns a tuple is adapted": Bug(
+        targets.returns_a_tensor,
+        "isinstance(y, Tensor) and y.shape == (1, d_out)",
+        "True",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="phimoe",
+            method="lora",
+        ),
+    ),
+    "a router that is named is adapted": Bug(
+        targets.resolve,
+        "if not returns_a_tensor(module):",
+        "if False:",
+        left.a_router_that_is_named_is_refused,
+    ),
+    "trying a projection leaves traces": Bug(
+        targets.returns_a_tensor,
+        "        vars(projection).update(before)\n",
+        "        vars(projection).update(before | {'last': 0})\n",
+        left.trying_a_projection_leaves_no_trace,
+    ),
+    "cross-attention of a lone decoder is adapted": Bug(
+        targets.is_idle,
+        "alone and CROSS",
+        "False and CROSS",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="bart",
+            method="lora",
+        ),
+    ),
+    "cross-attention beside an encoder is left out": Bug(
+        targets.is_idle,
+        "(alone and CROSS",
+        "(CROSS",
+        left.cross_attention_is_adapted_where_it_runs,
+    ),
+    "an indexer is adapted": Bug(
+        targets.is_idle,
+        "INDEXER.search(name) or ",
+        "",
+        left.an_indexer_is_left_out,
+    ),
+    "biases that never run train": Bug(
+        bitfit.plan,
+        "not is_idle(model, name)",
+        "True",
+        left.biases_that_never_run_do_not_train,
+    ),
+    "a file says nothing of PEFT's experts": Bug(
+        exchange._warn_of_pefts_experts,
+        "if fused and taken:",
+        "if False:",
+        left.what_peft_takes_for_experts_is_said,
+    ),
+    "every file of a mixture warns of PEFT": Bug(
+        exchange._warn_of_pefts_experts,
+        "if fused and taken:",
+        "if fused:",
+        left.what_peft_takes_for_experts_is_said,
+    ),
+}
+
 # Where the bug stops the work, with an error that tells nobody why.
-CAUGHT = (AssertionError, AttributeError, KeyError, RuntimeError, ValueError)
+CAUGHT = AssertionError, AttributeError, LookupError, RuntimeError, ValueError
 
 test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
 test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)
+test_a_bug_of_what_is_left_out_is_caught = each_is_caught(LEFT_OUT, CAUGHT)
 test_a_bug_of_foreign_files_is_caught = each_is_caught(FOREIGN, CAUGHT)
 
 # Where torch itself stops: its own error, in the place of a wrong value.
