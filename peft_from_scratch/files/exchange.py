@@ -6,6 +6,7 @@ refused untouched. Module names come from the tensors' keys, not from patterns i
 config.
 """
 
+import inspect
 import re
 import warnings
 from collections.abc import Container, Mapping
@@ -54,9 +55,18 @@ def save(model: nn.Module, directory: str | Path) -> None:
     tensors = _written(model, row)
     refuse_unusable(tensors, "this model")
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    config = formats.general_fields(row.peft_type, base) | row.config(model)
+    fields = formats.general_fields(row.peft_type, base, task_type(model))
+    config = fields | row.config(model)
     AdapterFile(config, tensors, base_notes.of_model(model)).write(directory)
     _warn_of_pefts_experts(model)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """What PEFT calls the use of such a model; None for one that generates no text."""
+    if not hasattr(model, "generate"):
+        return None
+    paired = getattr(model.config, "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
 
 
 def _warn_of_pefts_experts(model: nn.Module) -> None:
@@ -180,15 +190,21 @@ def _is_idle(model: nn.Module, before: Tensor | None) -> bool:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> Tensor | None:
-    """The logits of fixed tokens in eval mode; None for a model that gives none."""
+    """The logits of fixed tokens in eval mode; None for a model that gives none.
+
+    Of the usual arguments, those that the model's forward has.
+    """
     rows = adapter.vocabulary(model)
     if rows is None:
         return None
     modes = {module: module.training for module in model.modules()}
     ids = torch.arange(8, device=next(model.parameters()).device)[None] * 7 % rows
     try:
-        mask = torch.ones_like(ids)
-        out = model.eval()(ids, attention_mask=mask, use_cache=False)
+        usual = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        known = inspect.signature(model.forward).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        given = {k: v for k, v in usual.items() if any_name or k in known}
+        out = model.eval()(ids, **given)
         return getattr(out, "logits", None)
     finally:
         for module, mode in modes.items():

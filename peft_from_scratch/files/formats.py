@@ -163,15 +163,18 @@ def of_method(name: str) -> Format:
     return FORMATS[name]
 
 
-def general_fields(peft_type: str, base: str | None) -> dict:
+def general_fields(
+    peft_type: str, base: str | None, task_type: str | None = "CAUSAL_LM"
+) -> dict:
     """What every config says, whatever the method.
 
     Args
+        task_type  PEFT's name of the model's use: what its wrapper looks for in it
         base  name or path of the model that was adapted; None where nobody knows
     """
     return {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
     }

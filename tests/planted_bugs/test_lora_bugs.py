@@ -560,6 +560,24 @@ FILES = {
     ),
 }
 WRAPPED = {
+    "a part called base_layer is an adapter": Bug(
+        targets.refuse_second,
+        'hasattr(module, "adapter_layer_names")',
+        'hasattr(module, "base_layer")',
+        wrapped.a_part_of_the_name_base_layer_is_no_adapter,
+    ),
+    "a model of several has no hidden size": Bug(
+        targets.hidden_size,
+        "lambda: config)()",
+        "lambda: config) and config",
+        wrapped.the_hidden_size_is_that_of_the_text,
+    ),
+    "a module without a config stops in silence": Bug(
+        targets.hidden_size,
+        "if size is None:",
+        "if False:",
+        wrapped.a_module_without_a_config_is_refused_with_what_to_do,
+    ),
     "compiled modules have names of their own": Bug(
         targets._plain_names,
         "inside[owner] == last",
@@ -660,6 +678,18 @@ WRAPPED = {
 
 
 FOREIGN = {
+    "every model is asked with a mask": Bug(
+        exchange._probe,
+        "if any_name or k in known",
+        "",
+        files.a_model_is_asked_with_the_arguments_that_it_has,
+    ),
+    "every model generates text": Bug(
+        exchange.task_type,
+        'if not hasattr(model, "generate"):',
+        "if False:",
+        files.the_task_in_a_file_is_the_models,
+    ),
     "names of wrappers stay in the keys": Bug(
         foreign._without_wrappers,
         "part not in INSIDE",
@@ -916,7 +946,8 @@ LEFT_OUT = {
 }
 
 # Where the bug stops the work, with an error that tells nobody why.
-CAUGHT = AssertionError, AttributeError, LookupError, RuntimeError, ValueError
+CAUGHT = AssertionError, AttributeError, LookupError, RuntimeError
+CAUGHT += TypeError, ValueError
 
 test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
 test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)

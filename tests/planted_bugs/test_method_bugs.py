@@ -521,7 +521,7 @@ IA3S = {
     ),
     "all of the MLP": Bug(
         ia3._keys_values_and_mlp,
-        'last_projections(model, ("mlp",))',
+        'last_projections(model, ("mlp",), needed=False)',
         '{name for name, kind in kinds.items() if kind == "mlp"}',
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
     ),

@@ -3,6 +3,7 @@
 import copy
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,3 +284,26 @@ def a_part_of_the_name_base_layer_is_no_adapter():
     model = build("llama")
     model.model.base_layer = model.model.layers[0].mlp
     assert METHODS["lora"](model)
+
+
+@law
+def the_hidden_size_is_that_of_the_text():
+    """A model of text and images has a config for each, and none of its own size."""
+    model, plain = build("llama"), build("llama")
+    text = model.config
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    for inject in (METHODS["houlsby"], METHODS["ia3"]):
+        assert inject(model) == inject(plain)
+        pfs.remove(model)
+        pfs.remove(plain)
+
+
+@law
+def a_module_without_a_config_is_refused_with_what_to_do():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    for inject in (METHODS["houlsby"], METHODS["ia3"]):
+        with refused(net, "Sequential", "hidden_size", "targets="):
+            inject(net)
+    assert pfs.houlsby.inject(net, m=2, targets={"0": net[0]}) == ["0"]
+    pfs.remove(net)
+    assert pfs.ia3.inject(net, targets=["0"]) == ["0"]
