@@ -1,6 +1,6 @@
 """Checks of arguments, and the sentence that each writes when it refuses a value.
 
-    r=33: the rank must be a whole number from 1 to 16, the smaller side of a weight …
+    m=33: the bottleneck needs a whole number of units from 1 to 32, the hidden size
 
 Every sentence names the argument, shows the value and says what is allowed. A function
 that takes arguments calls one of these for each of them, so that the check is one line

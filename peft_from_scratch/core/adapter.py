@@ -30,14 +30,19 @@ from transformers.pytorch_utils import Conv1D
 
 from .targets import (
     PROJECTIONS,
+    SIZES,
     QuantizedLinear,
     Targets,
     Wrapper,
     named_modules,
+    named_parameters,
     refuse_second,
+    refuse_synchronized,
     resolve,
-    uncompiled,
+    unwrapped,
 )
+
+unwrap_compiled = unwrapped
 
 
 class CannotMerge(ValueError):
@@ -71,6 +76,8 @@ class Adapter(Wrapper):
             registered = self.__dict__.get(registry)
             if registered and name in registered:
                 return registered[name]
+        if name in SIZES and hasattr(self.base, name):
+            return getattr(self.base, name)  # mere numbers, which the adapter keeps
         if name != "base" and hasattr(self.base, name):
             raise AttributeError(
                 f"something reads .{name} of a wrapped {type(self.base).__name__}, "
@@ -153,7 +160,8 @@ def plan(
     Raises   ValueError   nothing matches, or the model carries adapters already
              RuntimeError   inside torch.inference_mode()
     """
-    model = unwrap_compiled(model)
+    refuse_synchronized(model)
+    model = unwrapped(model)
     refuse_second(model)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -182,7 +190,8 @@ def apply(model: nn.Module, plan: Plan) -> list[str]:
              The model is then as it was; so it is where an adapter cannot be attached,
              but for what `plan.prepare` has changed
     """
-    model = unwrap_compiled(model)
+    refuse_synchronized(model)
+    model = unwrapped(model)
     refuse_second(model)
     if plan.prepare is not None:
         plan.prepare(model)
@@ -235,6 +244,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     names = injected(model).originals if is_injected(model) else {}
     if not names:
         return {}
+    model = unwrapped(model)
     before = original_names(model)
     return {before[n]: p for n, p in model.named_parameters() if before[n] in names}
 
@@ -273,7 +283,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Raises  ValueError  as remove()
     """
-    model = unwrap_compiled(model)
+    model = unwrapped(model)
     wrapped = list(adapters(model).values())
     base_params = base_parameters(model)
     trained = {name: p.detach().clone() for name, p in base_params.items()}
@@ -315,7 +325,7 @@ def unwrap_adapters(model: nn.Module) -> None:
 
     For what has been merged, or has lost its originals; else remove() is meant.
     """
-    model = unwrap_compiled(model)
+    model = unwrapped(model)
     replace_modules(
         model, {adapter: adapter.base for adapter in adapters(model).values()}
     )
@@ -323,13 +333,8 @@ def unwrap_adapters(model: nn.Module) -> None:
     del model.pfs_injection
 
 
-def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The model itself, where torch.compile has wrapped it."""
-    return getattr(model, "_orig_mod", model)
-
-
 def is_injected(model: nn.Module) -> bool:
-    return hasattr(model, "pfs_injection")
+    return hasattr(unwrapped(model), "pfs_injection")
 
 
 def injected(model: nn.Module) -> Injection:
@@ -338,15 +343,16 @@ def injected(model: nn.Module) -> Injection:
         raise ValueError(
             f"this {type(model).__name__} carries no adapter; inject or load one first"
         )
-    return model.pfs_injection
+    return unwrapped(model).pfs_injection
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
     """Each parameter's name now -> its name before adapters stood in between."""
     deepest_first = sorted(adapters(model), key=len, reverse=True)
-    before = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        before[name] = uncompiled(name)
+    now = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    plain = [name for name, _ in named_parameters(model, remove_duplicate=False)]
+    before = dict(zip(now, plain, strict=True))
+    for name in now:
         for wrapped in deepest_first:
             if before[name].startswith(f"{wrapped}.base."):
                 before[name] = wrapped + before[name].removeprefix(f"{wrapped}.base")
@@ -354,8 +360,11 @@ def original_names(model: nn.Module) -> dict[str, str]:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Rows of the input embedding; None for a model without one."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    """Rows of the input embedding; None for a model that shows none."""
+    try:
+        embedding = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers', of a trunk that is wrapped or unusual
+        return None
     return None if embedding is None else embedding.weight.shape[0]
 
 
@@ -434,12 +443,12 @@ def replace_modules(
 
 def _flags(model) -> dict[str, bool]:
     """{parameter: whether it asks for a gradient}"""
-    return {uncompiled(n): p.requires_grad for n, p in model.named_parameters()}
+    return {name: p.requires_grad for name, p in named_parameters(model)}
 
 
 def _set_flags(model, flags) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(uncompiled(name), parameter.requires_grad))
+    for name, parameter in named_parameters(model):
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 
 def _in_mode(adapter: Adapter) -> Adapter:
@@ -453,9 +462,8 @@ def _in_mode(adapter: Adapter) -> Adapter:
 
 def _named_parameters(model, names) -> dict[str, nn.Parameter]:
     """{name: parameter}; AttributeError for a name that the model has not."""
-    here = model.named_parameters(remove_duplicate=False)
-    here = {uncompiled(name): parameter for name, parameter in here}
-    names = [uncompiled(name) for name in names]
+    here = dict(named_parameters(model, remove_duplicate=False))
+    names = list(names)
     for name in names:
         if name not in here:
             raise AttributeError(f"{type(model).__name__} has no parameter {name!r}")

@@ -17,9 +17,8 @@ from .adapter import (
     injected,
     modules_sharing,
     unwrap_adapters,
-    unwrap_compiled,
 )
-from .targets import QuantizedLinear
+from .targets import QuantizedLinear, unwrapped
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def merge(model: nn.Module) -> dict[str, float]:
     Memory   one copy of the wrapped weights while it runs
     """
     injected(model)
-    model = unwrap_compiled(model)
+    model = unwrapped(model)
     ready, errors, unpacked = [], {}, {}
     for name, adapter in adapters(model).items():
         lost = changed = 0.0
@@ -48,6 +47,11 @@ def merge(model: nn.Module) -> dict[str, float]:
         for inner, exact in adapter.merged(_wide(base)).items():
             parameter = base.get_parameter(inner)
             _refuse_tied(model, f"{name}.{inner}", parameter)
+            if exact.is_meta:
+                raise CannotMerge(
+                    f"{name}.{inner} is offloaded (on meta): take accelerate's hooks "
+                    "off with remove_hook_from_submodules(model), then merge"
+                )
             rounded = exact.to(parameter.dtype)
             if not rounded.isfinite().all():
                 raise CannotMerge(

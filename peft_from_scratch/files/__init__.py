@@ -9,6 +9,7 @@ in four bits.
     patterns.py       the regexes of a file, matched within a time limit
     formats.py        one row a method: its parameters and options by PEFT's names
     base_notes.py     what a file notes of its base model: vocabulary, four bits
+    foreign.py        folders as other tools leave them, their names put in order
     adapter_file.py   one adapter folder, read and checked without a model
     exchange.py       save and load, between a model and an adapter folder
     combine.py        several LoRA folders into one, without a model

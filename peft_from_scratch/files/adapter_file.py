@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common import atomic
-from . import base_notes, formats
+from . import base_notes, foreign, formats
 from .formats import Format
-from .untrusted import read_json, read_safetensors, refuse_unusable
+from .untrusted import read_json, refuse_unusable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,7 +38,7 @@ class AdapterFile:
 
     @classmethod
     def read(cls, folder: str | Path) -> "AdapterFile":
-        """The content of a folder, ours or PEFT's.
+        """The content of a folder, ours or PEFT's, under PEFT's names: see foreign.py.
 
         Raises  FileNotFoundError   one of the two files is not there
                 ValueError          a file that is broken, of an unknown type, with a
@@ -46,12 +46,10 @@ class AdapterFile:
         """
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
-        if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(
-                f"{folder / WEIGHTS} does not exist: the adapter has no weights"
-            )
-        tensors, metadata = read_safetensors(folder / WEIGHTS)
+        tensors, metadata = foreign.read_weights(folder / WEIGHTS)
         refuse_unusable(tensors, folder / WEIGHTS)
+        row = formats.of_config(config)
+        tensors = foreign.plain_keys(tensors, row, folder / WEIGHTS)
         notes = {n: metadata[n] for n in base_notes.NOTES if n in metadata}
         base_notes.read_bits(notes.get(base_notes.BASE_BITS))
         return cls(config, tensors, notes, folder)
@@ -128,7 +126,7 @@ def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist as a file: name the folder that holds {CONFIG} and "
-            f"{WEIGHTS}"
+            f"{WEIGHTS}{foreign.folders_inside(path.parent, CONFIG)}"
         )
     config = read_json(path)
     formats.of_config(config, path)

@@ -26,14 +26,14 @@ from ..nf4.blocks import check_options
 from .untrusted import LARGEST_BLOCK, parse_json
 
 VOCAB_SIZE, BASE_BITS = NOTES = ("vocab_size", "base_bits")
+UNKNOWN = "None"  # the vocabulary's size, in older files of models without one
 OPTIONS = {"code", "block", "double"}  # of nf4.quantize
 
 
 def of_model(model: nn.Module) -> dict[str, str]:
     """The notes that a file of this model's adapters gets."""
-    bits = base_bits(model)
-    vocabulary = {VOCAB_SIZE: str(adapter.vocabulary(model))}
-    return vocabulary | ({BASE_BITS: bits} if bits else {})
+    notes = {VOCAB_SIZE: adapter.vocabulary(model), BASE_BITS: base_bits(model)}
+    return {name: str(note) for name, note in notes.items() if note is not None}
 
 
 def base_bits(model: nn.Module) -> str | None:
@@ -72,7 +72,7 @@ def read_bits(note: str | None) -> dict | None:
 def refuse_other_vocabulary(model: nn.Module, notes: Mapping[str, str]) -> None:
     """ValueError where the file's vocabulary has another size than the model's."""
     noted, rows = notes.get(VOCAB_SIZE), adapter.vocabulary(model)
-    if noted is not None and noted != str(rows):
+    if noted not in (None, UNKNOWN, str(rows)) and rows is not None:
         raise ValueError(
             f"the adapter was trained on a vocabulary of {noted} rows, this model has "
             f"{rows}: load the base model it was made for, or resize its rows"

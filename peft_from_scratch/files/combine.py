@@ -303,11 +303,6 @@ def _refuse_ranks(name, parts, how, r) -> None:
             f"{name} has the ranks {ranks}, and {how=} needs equal ones: take "
             "'concatenation' or 'svd'"
         )
-    if how == "concatenation" and sum(ranks) > bound:
-        raise ValueError(
-            f"{name} would be of rank {sum(ranks)}, and its weight allows {bound}: "
-            f"take 'svd' with r={bound}, which is exact as well"
-        )
     if how in CUTS and r > bound:
         raise ValueError(
             f"r={shortened(r)}: {name} allows a rank of at most {bound}, the smaller "

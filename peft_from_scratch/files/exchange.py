@@ -6,43 +6,87 @@ refused untouched. Module names come from the tensors' keys, not from patterns i
 config.
 """
 
+import inspect
+import re
 import warnings
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import conversion_mapping
 
+from ..common.check import is_whole
 from ..core import adapter
 from ..core.targets import (
     exact_regex,
     is_quantized,
     named_modules,
+    named_parameters,
+    per_module,
     shortened,
-    uncompiled,
+    unwrapped,
 )
+from ..methods.lora_config import DEFAULTS
 from ..nf4 import quantize_model
 from . import base_notes, formats, patterns
 from .adapter_file import CONFIG, WEIGHTS, AdapterFile
 from .formats import PREFIX, Format
 from .untrusted import refuse_unusable
 
+# What transformers calls its table of models whose experts were fused: PEFT reads it.
+CONVERTED = "_MODEL_TO_CONVERSION_PATTERN"
+FUSED = re.compile(r"\bgate_up_proj$")  # one parameter for a layer's experts
+TAKEN = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w1|w2|w3)$")
+
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter, and only the adapter, to `directory`.
 
+    Warns   UserWarning  PEFT would take the file's modules for experts of the model
     Raises  ValueError  no adapter; a tensor that is not finite; a vocabulary that was
             resized, whose new rows an adapter file would silently lose. The folder then
             holds what it held before, as it does where the disk fails
     """
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     row = formats.of_method(adapter.injected(model).method)
     _refuse_resized(model)
     tensors = _written(model, row)
     refuse_unusable(tensors, "this model")
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    config = formats.general_fields(row.peft_type, base) | row.config(model)
+    fields = formats.general_fields(row.peft_type, base, task_type(model))
+    config = fields | row.config(model)
     AdapterFile(config, tensors, base_notes.of_model(model)).write(directory)
+    _warn_of_pefts_experts(model)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """What PEFT calls the use of such a model; None for one that generates no text."""
+    if not hasattr(model, "generate"):
+        return None
+    paired = getattr(model.config, "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
+
+
+def _warn_of_pefts_experts(model: nn.Module) -> None:
+    """Say so where PEFT takes the file's projections for those of a mixture's experts.
+
+    Since transformers 5 holds experts as one parameter, PEFT turns targets of these
+    names into that parameter, whatever module is meant.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in getattr(conversion_mapping, CONVERTED, [kind]):
+        return
+    fused = [n for n, p in named_parameters(model) if p.dim() >= 3 and FUSED.search(n)]
+    taken = [name for name in adapter.adapters(model) if TAKEN.search(name)]
+    if fused and taken:
+        warnings.warn(
+            f"PEFT takes {taken[0]} ({len(taken)} such) of this file for experts, "
+            f"{fused[0]}: it warns of missing keys and gives other logits. Here load() "
+            "gives the saved ones. For PEFT, leave these modules out (exclude=…)",
+            stacklevel=3,
+        )
 
 
 def load(model: nn.Module, directory: str | Path) -> list[str]:
@@ -65,7 +109,7 @@ def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
 
     For a model that nobody else needs: quantizing it cannot be undone.
     """
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     file = AdapterFile.read(directory)
     bits = base_notes.read_bits(file.notes.get(base_notes.BASE_BITS))
     if bits and not is_quantized(model):
@@ -76,8 +120,11 @@ def load_as_trained(model: nn.Module, directory: str | Path) -> list[str]:
 
 def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     """Inject what a file holds and fill it with the file's values; see load."""
-    model = adapter.unwrap_compiled(model)
+    adapter.refuse_synchronized(model)
+    model = unwrapped(model)
+    _refuse_empty(model)
     base_notes.refuse_other_vocabulary(model, file.notes)
+    file = _without_module(model, file)
     plan = _plan(model, file)
     parameters = _parameters(file.format, plan.adapters, _base_params(model, plan))
     _refuse_misfits(model, file, parameters)
@@ -99,10 +146,20 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     return names
 
 
+def _refuse_empty(model: nn.Module) -> None:
+    """ValueError for a model without weights, in which a file's would be lost."""
+    adapter.refuse_second(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"this {type(model).__name__} is on the device meta and has no weights: "
+            "the adapter's would be lost. Load the model first"
+        )
+
+
 def _plan(model: nn.Module, file: AdapterFile) -> adapter.Plan:
     """The injection that a file asks for; ValueError where the model does not fit."""
-    adapter.refuse_second(model)
     arguments, modules = file.arguments(), _modules(model, file.modules)
+    _refuse_larger_ranks(file, arguments, modules)
     _refuse_absent(model, file)
     targets = {"targets": modules} if file.format.by_module else {}
     return file.format.plan(model, **arguments, **targets)
@@ -133,15 +190,21 @@ def _is_idle(model: nn.Module, before: Tensor | None) -> bool:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> Tensor | None:
-    """The logits of fixed tokens in eval mode; None for a model that gives none."""
+    """The logits of fixed tokens in eval mode; None for a model that gives none.
+
+    Of the usual arguments, those that the model's forward has.
+    """
     rows = adapter.vocabulary(model)
     if rows is None:
         return None
     modes = {module: module.training for module in model.modules()}
     ids = torch.arange(8, device=next(model.parameters()).device)[None] * 7 % rows
     try:
-        mask = torch.ones_like(ids)
-        out = model.eval()(ids, attention_mask=mask, use_cache=False)
+        usual = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        known = inspect.signature(model.forward).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        given = {k: v for k, v in usual.items() if any_name or k in known}
+        out = model.eval()(ids, **given)
         return getattr(out, "logits", None)
     finally:
         for module, mode in modes.items():
@@ -154,7 +217,18 @@ def _written(model: nn.Module, row: Format) -> dict[str, Tensor]:
     values = _keys_of_base(adapter.base_parameters(model), wrapped)
     for name, module in wrapped.items():
         values |= row.written(name, module)
-    return {key: value.detach().cpu().contiguous() for key, value in values.items()}
+    return {key: _whole(value.detach()) for key, value in values.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    """The tensor on the CPU; of a sharded one all parts, so that every process asks."""
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    if whole.is_meta:
+        raise ValueError(
+            "the adapter's values are offloaded (on meta): take accelerate's hooks off "
+            "with remove_hook_from_submodules(model), then save"
+        )
+    return whole.cpu().contiguous()
 
 
 def _parameters(
@@ -171,8 +245,8 @@ def _parameters(
 
 def _base_params(model: nn.Module, plan: adapter.Plan) -> dict[str, nn.Parameter]:
     """The model's own parameters that a plan lets train, by name."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {n: p for name, p in named if (n := uncompiled(name)) in plan.base_params}
+    named = named_parameters(model, remove_duplicate=False)
+    return {name: p for name, p in named if name in plan.base_params}
 
 
 def _keys_of_base(
@@ -185,6 +259,21 @@ def _keys_of_base(
         stored = f"{owner}.base_layer.{last}" if owner in wrapped else name
         keys[PREFIX + stored] = parameter
     return keys
+
+
+def _without_module(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """The file, without the "module." of a DataParallel that PEFT had wrapped.
+
+    Where the model has none of its names as they are, and all of them without it.
+    """
+    here, extra = dict(named_modules(model)), f"{PREFIX}module."
+    names = file.modules
+    if not names or not all(key.startswith(extra) for key in file.tensors):
+        return file
+    if any(n in here or n.removeprefix("module.") not in here for n in names):
+        return file
+    plain = {PREFIX + k.removeprefix(extra): t for k, t in file.tensors.items()}
+    return replace(file, tensors=plain)
 
 
 def _modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
@@ -214,6 +303,25 @@ def _refuse_absent(model: nn.Module, file: AdapterFile) -> None:
             raise ValueError(
                 f"{file.folder / WEIGHTS} lacks {name}, which {CONFIG} names as a "
                 f"target{but}"
+            )
+
+
+def _refuse_larger_ranks(file: AdapterFile, arguments: Mapping, modules: Mapping):
+    """ValueError where a config asks for a larger rank than the file's A has.
+
+    Before the adapters are made: a hostile rank may be larger than the memory.
+    """
+    if "A" not in file.format.tensors:
+        return
+    usual = arguments.get("r", DEFAULTS["r"])
+    pattern = arguments.get("rank_pattern")
+    for name, r in per_module("rank_pattern", pattern, modules, usual).items():
+        key = file.format.key(name, file.format.tensors["A"])
+        shape = tuple(file.tensors[key].shape) if key in file.tensors else ()
+        if shape and is_whole(r, 1) and r > shape[0]:
+            raise ValueError(
+                f"{file.folder / WEIGHTS}: {key} has shape {shape}, the config's rank "
+                f"needs {(r, *shape[1:])}"
             )
 
 

@@ -163,15 +163,18 @@ def of_method(name: str) -> Format:
     return FORMATS[name]
 
 
-def general_fields(peft_type: str, base: str | None) -> dict:
+def general_fields(
+    peft_type: str, base: str | None, task_type: str | None = "CAUSAL_LM"
+) -> dict:
     """What every config says, whatever the method.
 
     Args
+        task_type  PEFT's name of the model's use: what its wrapper looks for in it
         base  name or path of the model that was adapted; None where nobody knows
     """
     return {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
     }
@@ -200,19 +203,26 @@ def _targets(model: nn.Module) -> dict:
     }
 
 
-def _lora_targets(model: nn.Module) -> dict:
+def _lora_targets(model: nn.Module, times: int = 1) -> dict:
     """Targets by PEFT's rule; ranks and alphas that differ, by full module name.
+
+    Args
+        times  how often the file holds the rank of the adapter, and its alpha
 
     Not by the patterns of the injection: the order of patterns that overlap does not
     survive a JSON file.
     """
     options = adapter.injected(model).config
     wrapped = adapter.adapters(model)
-    ranks = {patterns.unambiguous(n, wrapped): len(m.A) for n, m in wrapped.items()}
-    alphas = {patterns.unambiguous(n, wrapped): m.alpha for n, m in wrapped.items()}
+    names = {name: patterns.unambiguous(name, wrapped) for name in wrapped}
+    ranks = {names[n]: times * len(m.A) for n, m in wrapped.items()}
+    alphas = {names[n]: times * m.alpha for n, m in wrapped.items()}
+    r, alpha = times * options["r"], times * options["alpha"]
     return _targets(model) | {
-        "rank_pattern": {n: r for n, r in ranks.items() if r != options["r"]},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != options["alpha"]},
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "target_modules": patterns.target_modules_of(model, wrapped),
     }
 
@@ -227,13 +237,7 @@ def _exact_patterns(arguments: dict, names: list[str]) -> dict:
 
 def _twice_the_rank(model: nn.Module) -> dict:
     """A PiSSA as a LoRA of rank 2r: alpha doubles too, and the scale stays."""
-    options = adapter.injected(model).config
-    return _lora_targets(model) | {
-        "r": 2 * options["r"],
-        "lora_alpha": 2 * options["alpha"],
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    return _lora_targets(model, times=2)
 
 
 def _change_since_start(module: adapter.Adapter) -> dict[str, Tensor]:

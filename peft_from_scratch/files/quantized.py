@@ -37,7 +37,7 @@ from ..common.check import is_finite, is_whole, shortened
 from ..common.quiet import quiet_transformers
 from ..core import adapter
 from ..core.adapter import is_transposed, replace_modules, sizes
-from ..core.targets import PROJECTIONS
+from ..core.targets import PROJECTIONS, unwrapped
 from ..nf4.blocks import DTYPES, Quantized
 from ..nf4.codes import book
 from ..nf4.double import BLOCK, DoubleQuantized
@@ -63,7 +63,7 @@ def save(
     Raises  ValueError  adapters on the model, nothing quantized in it, or something
             that the layout has no place for: another code book or another recipe
     """
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     if adapter.is_injected(model):
         raise ValueError(
             f"this {type(model).__name__} carries adapters: save those with "

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common import records
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of adapters
+LFS = b"version https://git-lfs"
 LARGEST_BLOCK = 2**31  # values that share a constant: no weight has as many
 
 
@@ -45,7 +46,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        reason = (
+            "a pointer of Git LFS, git lfs pull" if _is_lfs_pointer(path) else error
+        )
+        raise ValueError(f"{path} is no readable safetensors file: {reason}") from None
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether the file only says where Git's large file storage has the real one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def refuse_unusable(tensors: Mapping[str, Tensor], where: object) -> None:

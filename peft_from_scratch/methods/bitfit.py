@@ -15,18 +15,22 @@ from torch import nn
 
 from ..core import adapter
 from ..core.adapter import Plan
-from ..core.targets import uncompiled
+from ..core.targets import is_idle, named_parameters
 
 
 def plan(model: nn.Module) -> Plan:
     """The plan of inject; see adapter.plan."""
-    names = [uncompiled(name) for name, _ in model.named_parameters()]
-    biases = [name for name in names if name.rpartition(".")[2] == "bias"]
+    names = [name for name, _ in named_parameters(model)]
+    biases = [
+        name
+        for name in names
+        if name.rpartition(".")[2] == "bias" and not is_idle(model, name)
+    ]
     if not biases:
         raise ValueError(
-            f"this {type(model).__name__} has no bias among its {len(names)} tensors: "
-            "Llama and most models since then leave them out, and BitFit has nothing "
-            "to train. IA3 is as small: ia3.inject(model)"
+            f"this {type(model).__name__} has no bias among its {len(names)} tensors "
+            "that can learn: Llama and most models since then leave them out, and "
+            "BitFit has nothing to train. IA3 is as small: ia3.inject(model)"
         )
     return adapter.plan(model, None, {}, method="bitfit", base_params=biases)
 

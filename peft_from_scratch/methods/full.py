@@ -11,12 +11,12 @@ from torch import nn
 
 from ..core import adapter
 from ..core.adapter import Plan
-from ..core.targets import QuantizedLinear
+from ..core.targets import QuantizedLinear, named_modules, named_parameters
 
 
 def plan(model: nn.Module, *, keep_original: bool = False) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, QuantizedLinear):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: full fine-tuning moves every "
@@ -28,7 +28,7 @@ def plan(model: nn.Module, *, keep_original: bool = False) -> Plan:
         None,
         {},
         method="full",
-        base_params=[name for name, _ in model.named_parameters()],
+        base_params=[name for name, _ in named_parameters(model)],
         keep_originals=keep_original,
     )
 

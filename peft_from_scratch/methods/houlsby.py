@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import check
-from ..core import adapter, targets
+from ..core import adapter, left_out, targets
 from ..core.adapter import Adapter, Plan, factory_kwargs, sizes
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,6 +100,7 @@ def plan(
     config = HoulsbyConfig(**options)
     if targets is None:
         targets = last_projections(model, PLACEMENTS[config.placement])
+        left_out.warn(model)
     return adapter.plan(
         model,
         lambda base: Bottleneck(base, config.m, config.nonlinearity),
@@ -130,19 +131,23 @@ def inject(
     return adapter.apply(model, plan(model, targets=targets, **options))
 
 
-def last_projections(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.Module]:
+def last_projections(
+    model: nn.Module, kinds: tuple[str, ...], *, needed: bool = True
+) -> dict[str, nn.Module]:
     """{name: module}: of each layer and kind the last projection to the hidden size.
 
+    Args
+        needed  whether there must be one
     Raises  ValueError  no such projection; a model that carries adapters already
     """
     targets.refuse_second(model)
-    hidden = model.config.hidden_size
+    hidden = targets.hidden_size(model)
     linear = targets.projections(model)
     last: dict[tuple[str, str], str] = {}
     for name, kind in targets.kinds(model).items():
         if kind in kinds and sizes(linear[name])[0] == hidden:
             last[targets.layer_of(model, name), kind] = name
-    if not last:
+    if not last and needed:
         raise ValueError(
             f"no layer of this {type(model).__name__} has a projection that returns "
             f"{hidden} numbers, the hidden size, behind its {' or '.join(kinds)}"

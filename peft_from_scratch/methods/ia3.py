@@ -12,7 +12,7 @@ is there is scaled. Three vectors a layer, and they fold into the weights.
 import torch
 from torch import Tensor, nn
 
-from ..core import adapter
+from ..core import adapter, left_out
 from ..core import targets as targeting
 from ..core.adapter import Adapter, Plan, as_matrix, as_stored, factory_kwargs, sizes
 from ..core.targets import Targets
@@ -20,9 +20,7 @@ from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
 # from a query.
-KEYS_AND_VALUES = (
-    r"(k_proj|v_proj|key|value|c_attn|qkv_proj|query_key_value|Wqkv|kv_proj)"
-)
+KEYS_AND_VALUES = r"((k|v|key|value|qkv|kv)_proj|key|value|c_attn|query_key_value|Wqkv)"
 
 
 class IA3(Adapter):
@@ -114,8 +112,12 @@ def inject(
 
 
 def _keys_values_and_mlp(model, kinds) -> dict[str, nn.Module]:
-    """Keys and values, by name, and of each layer's MLP the last projection."""
-    inner = last_projections(model, ("mlp",))
+    """Keys and values, by name, and of each layer's MLP the last projection.
+
+    A mixture of experts has none: its keys and values alone are scaled.
+    """
+    inner = last_projections(model, ("mlp",), needed=False)
+    left_out.warn(model)
     attention = [name for name, kind in kinds.items() if kind == "attention"]
     names = {*targeting.matching(KEYS_AND_VALUES, attention), *inner}
     if not names & set(attention):

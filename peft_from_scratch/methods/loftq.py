@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import adapter
 from ..core.adapter import Plan, as_matrix
 from ..core.matrices import svd_halves
-from ..core.targets import QuantizedLinear, is_quantized
+from ..core.targets import QuantizedLinear, is_quantized, unwrapped
 from ..nf4 import dequantize
 from . import qlora
 from .lora import LoRA
@@ -25,7 +25,7 @@ from .lora import LoRA
 
 def plan(model: nn.Module, **arguments) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
-    if is_quantized(adapter.unwrap_compiled(model)):
+    if is_quantized(unwrapped(model)):
         raise ValueError(
             "the model is in four bits already, and what that lost is gone: load the "
             "base again"
@@ -71,5 +71,6 @@ def start(adapters: dict[str, LoRA], original: dict[str, Tensor]) -> None:
             continue
         lost = original[name].float() - dequantize(module.base.quantized).float()
         A, B = svd_halves(lost, len(module.A), module.scale)
-        module.A.copy_(A)
-        module.B.copy_(B)
+        # Where the weight has fewer directions than r, the others start as LoRA's do.
+        module.A[: len(A)].copy_(A)
+        module.B[:, : len(A)].copy_(B)

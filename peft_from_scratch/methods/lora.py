@@ -28,7 +28,7 @@ class LoRA(Adapter):
 
     Args
         base   nn.Linear, or GPT-2's Conv1D, which stores W0 as (d_in, d_out)
-        r      rank, 1 <= r <= min(d_in, d_out); dimensionless
+        r      rank, at least 1; dimensionless. Useful up to min(d_in, d_out)
         alpha, rslora, dropout   see LoRAConfig
     Returns  (…, d_out), dtype of the base's output
     Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
@@ -52,7 +52,7 @@ class LoRA(Adapter):
         dropout: float = 0.0,
     ):
         d_out, d_in = sizes(base)
-        LoRAConfig(r, alpha, rslora, dropout).check_rank(d_out, d_in)  # or ValueError
+        LoRAConfig(r, alpha, rslora, dropout)  # refuses what is out of range
         super().__init__(base)  # freezes it
         like = factory_kwargs(base)  # its device, and float32 for half precision
         self.A = nn.Parameter(torch.randn(r, d_in, **like) / math.sqrt(3 * d_in))
@@ -63,7 +63,7 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         W0x, x = self.base(x), self.dropout(x)
-        if lora_fast.is_safe(self.base):  # the lines below in one step, and faster
+        if lora_fast.is_safe(self.base, W0x):  # the lines below in one step, and faster
             return lora_fast.LowRankUpdate.apply(W0x, x, self.A, self.B, self.scale)
         Ax = F.linear(x.to(self.A.dtype), self.A)
         h = W0x + self.scale * F.linear(Ax, self.B)

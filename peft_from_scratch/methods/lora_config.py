@@ -4,17 +4,18 @@ A module's rank and alpha may depend on its name (rank_pattern, alpha_pattern), 
 biases of the model may train as well. LoRA, DoRA, PiSSA, QLoRA and LoftQ share this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
 from ..common import check
-from ..core import adapter
+from ..core import adapter, left_out
 from ..core import targets as targeting
 from ..core.adapter import Adapter, Plan, sizes
 from ..core.targets import Targets
 
+LARGEST_RANK = 2**16  # beyond any weight's sides: a typo, or a file that means harm
 TINIEST, LARGEST = 1e-30, 1e30  # of alpha: its scale and products stay in float32
 BIASES = ("none", "lora_only", "all")
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # -> where none matches
@@ -22,9 +23,12 @@ PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # -> where none matc
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What a LoRA is made of; checked here, but for r, whose bound is the weight's.
+    """What a LoRA is made of; checked here.
 
-    r, alpha       > 0, dimensionless; scale = alpha / r
+    r, alpha       > 0, dimensionless; scale = alpha / r. Above min(d_out, d_in), r adds
+                   parameters to B A and nothing to its rank. Such ranks are let
+                   through: a model's smallest weight may be a gate of 1 x d, and files
+                   hold them
     rslora         scale = alpha / sqrt(r) instead, arXiv:2312.03732 section 3
     dropout        probability in [0, 1) on the input of A, in training only
     bias           "none"; "lora_only" also trains the biases of the wrapped modules;
@@ -49,12 +53,7 @@ class LoRAConfig:
         chance = "a probability in [0, 1)"
         check.number("dropout", self.dropout, chance, least=0, below=1)
         check.flag("rslora", self.rslora)
-
-    def check_rank(self, d_out: int, d_in: int) -> None:
-        """ValueError unless a weight of these sizes allows the rank."""
-        side = f"the smaller side of a weight of {d_out} x {d_in}"
-        must = "the rank must be"
-        check.whole("r", self.r, 1, min(d_out, d_in), must=must, why=side)
+        check.whole("r", self.r, 1, LARGEST_RANK, must="the rank must be")
 
 
 DEFAULTS = asdict(LoRAConfig())
@@ -74,6 +73,7 @@ def plan_layers(
     Args
         targets, exclude  see lora.inject
         options           the fields of a LoRAConfig
+    Warns    UserWarning  what a preset leaves out: see core/left_out.py
     Raises   ValueError   as lora.inject; the error names the module, where it is one's
              TypeError   an unknown option
     """
@@ -81,12 +81,16 @@ def plan_layers(
     check.known(f"{method}.inject()", options, ARGUMENTS, of)
     config = LoRAConfig(**options)
     if not isinstance(targets, Mapping):
+        left_out.warn_of_preset(model, targets)
         targets = targeting.resolve(model, targets, exclude)
     elif exclude is not None:
         raise ValueError(
             "exclude and a ready {name: module}: leave it out of the latter"
         )
-    configs = per_module(config, {name: sizes(m) for name, m in targets.items()})
+    for name, module in targets.items():
+        with check.about(name):
+            sizes(module)  # refuses what is no projection
+    configs = per_module(config, targets)
     names = {module: name for name, module in targets.items()}
     shared = {name: getattr(config, name) for name in ("rslora", "dropout")}
 
@@ -105,31 +109,26 @@ def plan_layers(
     )
 
 
-def per_module(
-    config: LoRAConfig, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, LoRAConfig]:
-    """{module name: its own config}, by the patterns, of a rank that its weight allows.
+def per_module(config: LoRAConfig, modules: Iterable[str]) -> dict[str, LoRAConfig]:
+    """{module name: its own config}, by the patterns.
 
-    Args
-        shapes  {module name: (d_out, d_in)}
     Raises   ValueError   a rank or alpha out of its range; the error names the module
 
     All ranks are checked before the first layer is made: a refusal draws no numbers.
     """
     ranks, alphas = (
-        targeting.per_module(pattern, getattr(config, pattern), shapes, usual)
+        targeting.per_module(pattern, getattr(config, pattern), modules, usual)
         for pattern, usual in zip(PATTERNS, (config.r, config.alpha), strict=True)
     )
     configs = {}
-    for name, (d_out, d_in) in shapes.items():
+    for name in modules:
         with check.about(name):
             configs[name] = replace(config, r=ranks[name], alpha=alphas[name])
-            configs[name].check_rank(d_out, d_in)
     return configs
 
 
 def _biases(model: nn.Module, bias: str, targets: Mapping) -> list[str]:
-    every = [targeting.uncompiled(name) for name, _ in model.named_parameters()]
+    every = [name for name, _ in targeting.named_parameters(model)]
     names = [name for name in every if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
         names = [n for n in names if n.rpartition(".")[0] in targets]

@@ -14,14 +14,61 @@ of the fast way equal those of the equation, to 1e-12 in float64.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from ..nf4 import NF4Linear
 
 
-def is_safe(base: nn.Module) -> bool:
-    """Whether W0 x may be written into: not where a hook on the base may have kept it.
+def is_safe(base: nn.Module, W0x: Tensor) -> bool:
+    """Whether W0 x may be written into: nothing else holds it, or looks at it.
 
-    A compiler fuses the equation itself, and gets that.
+    Not safe are:
+
+    - a base that is compiled, patched, or computes in a way that is not known here: the
+      base may keep its output, and some operations need their output for the gradient
+    - a module hook, which may keep the output. A full backward hook makes it a view
+    - torch.func, forward-mode AD, traces and dispatch modes, which follow each operator
+    - a subclass of Tensor, such as a DTensor, which has operators of its own
+
+    Those get the equation as it is written. So does a compiler, which fuses it.
     """
-    return not (torch.compiler.is_compiling() or base._forward_hooks)
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(W0x) is not Tensor
+        or type(base).forward not in FRESH
+        or "forward" in vars(base)
+        or _is_hooked(base)
+        or _is_observed()
+    )
+
+
+# These return new memory, which nobody keeps.
+FRESH = {nn.Linear.forward, Conv1D.forward, NF4Linear.forward}
+
+
+def _is_hooked(base: nn.Module) -> bool:
+    """Whether a hook runs at a call of the base, its own or one of all modules."""
+    return bool(
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or base._compiled_call_impl
+        or _has_any_global_hook()
+    )
+
+
+def _is_observed() -> bool:
+    """Whether torch.func, forward-mode AD or a mode of torch follows each operator."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
 
 
 class LowRankUpdate(torch.autograd.Function):

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..core import adapter
+from ..core import adapter, left_out
 from ..core.adapter import Plan, as_matrix, sizes
 from ..core.matrices import svd_halves
 from ..core.targets import QuantizedLinear, Targets, resolve
 from .lora import LoRA
-from .lora_config import plan_layers
+from .lora_config import LoRAConfig, plan_layers
 
 
 class PiSSA(LoRA):
@@ -27,7 +27,7 @@ class PiSSA(LoRA):
         h = W_res x + scale · B A x                                  [1] eqs. (2) to (4)
         A = S_r^½ V_rᵀ / scale^½      B = U_r S_r^½ / scale^½
 
-    Args     r and alpha of LoRA, 1 <= r <= min(d_in, d_out) / 2
+    Args     r and alpha of LoRA. A weight with fewer than r singular values gives all
     Returns  (…, d_out), dtype of the base's output
     Memory   those of LoRA; the start of A and B, for saving; and the original weight,
              so that remove() restores it bit for bit
@@ -37,14 +37,11 @@ class PiSSA(LoRA):
     """
 
     def __init__(self, base: nn.Module, r: int = 8, alpha: float = 16, **options):
-        super().__init__(base, r, alpha, **options)
-        if 2 * r > min(sizes(base)):
-            raise ValueError(
-                f"r={r}: a file holds a PiSSA as a LoRA of rank {2 * r}, and a weight "
-                f"of {' x '.join(map(str, sizes(base)))} allows {min(sizes(base))}; "
-                "allowed is half of that"
-            )
-        A, B = svd_halves(as_matrix(base).detach().to(self.A.dtype), r, self.scale)
+        LoRAConfig(r, alpha)  # refuses what is out of range
+        directions = min(r, *sizes(base))
+        super().__init__(base, directions, alpha * directions / r, **options)
+        W0 = as_matrix(base).detach().to(self.A.dtype)
+        A, B = svd_halves(W0, directions, self.scale)
         # LAPACK's columns: what is loaded beside them, moments for one, is by rows.
         self.A.data, self.B.data = A.contiguous(), B.contiguous()
         self.register_buffer("A0", self.A.detach().clone())
@@ -73,6 +70,7 @@ def plan(
 ) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
     if not isinstance(targets, Mapping):
+        left_out.warn_of_preset(model, targets)
         targets, exclude = resolve(model, targets, exclude), None
     _refuse_packed(targets)
     _refuse_tied(model, targets)

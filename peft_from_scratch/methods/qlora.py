@@ -27,7 +27,7 @@ from ..common import check
 from ..core import adapter
 from ..core.adapter import CannotMerge, Plan, as_matrix, as_stored, replace_modules
 from ..core.matrices import relative_error
-from ..core.targets import Targets, is_quantized, named_modules, projections
+from ..core.targets import Targets, is_quantized, named_modules, projections, unwrapped
 from ..nf4 import (
     NF4Linear,
     dequantize,
@@ -75,7 +75,7 @@ def plan(
     check.known("qlora.inject()", options, (*ARGUMENTS, *asked, "dtype"))
     allowed = f"allowed are None, {ADAPTER_DTYPES}"
     check.require(dtype in (None, *ADAPTER_DTYPES), "dtype", dtype, allowed)
-    model, bits = adapter.unwrap_compiled(model), None
+    model, bits = unwrapped(model), None
     if not is_quantized(model):
         bits = dict(
             block=64 if block is None else block,
@@ -162,7 +162,7 @@ def merge(
     """
     check.one_of("onto", onto, ONTO)
     adapter.injected(model)
-    model = adapter.unwrap_compiled(model)
+    model = unwrapped(model)
     wrapped = adapter.adapters(model)
     for name, module in wrapped.items():
         if not (isinstance(module, LoRA) and isinstance(module.base, NF4Linear)):

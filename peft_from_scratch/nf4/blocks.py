@@ -135,7 +135,7 @@ def quantize(
     if not absmax.isfinite().all():
         refuse_not_finite(w)
     if double:
-        absmax = double_quantize(absmax, CODEBOOKS[double])
+        absmax = double_quantize(absmax, CODEBOOKS[double], w.dtype)
     return Quantized(packed, absmax, w.shape, w.dtype, block, code)
 
 

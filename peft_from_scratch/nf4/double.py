@@ -27,7 +27,7 @@ Source  [1] arXiv:2305.14314v1, section 3; bitsandbytes 0.50 functional.py;
         torchao 0.13 dtypes/nf4tensor.py
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +71,18 @@ class DoubleQuantized:
         return DoubleQuantized(*(t.to(device) for t in tensors), self.codebook)
 
 
-def double_quantize(absmax: Tensor, codebook: str) -> DoubleQuantized:
+def double_quantize(
+    absmax: Tensor, codebook: str, dtype: torch.dtype = torch.float32
+) -> DoubleQuantized:
     """Quantize the constants of a tensor's blocks.
 
     Args
         absmax    (blocks,) float32
         codebook  "dynamic", "fp8" or "int8"
+        dtype     of the tensor: constants that it can hold come back as such. Where the
+                  nearest value is beyond its range, the one below is taken
     """
-    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
+    offset = _mean(absmax)
     rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK)).view(-1, BLOCK)
     nested = rows.abs().amax(dim=1) if len(rows) else absmax.new_zeros(0)
     # Where all 256 are equal, any code gives the offset: bitsandbytes takes the lowest.
@@ -86,7 +90,21 @@ def double_quantize(absmax: Tensor, codebook: str) -> DoubleQuantized:
     if codebook == "dynamic":
         ratios = _step(ratios)
     codes = torch.bucketize(ratios, book(codebook, absmax.device).midpoints)
-    return DoubleQuantized(codes.to(torch.uint8), nested, offset, codebook)
+    codes = codes.to(torch.uint8)
+    for _ in range(2):  # the next value below the nearest one, or below its even step
+        doubled = DoubleQuantized(codes, nested, offset, codebook)
+        beyond = ~doubled.dequantize().to(dtype).isfinite()
+        codes = codes - beyond.to(torch.uint8)
+    return replace(doubled, codes=codes)
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """The mean, as bitsandbytes computes it; summed by shares where a sum overflows."""
+    if not len(absmax):
+        return absmax.new_zeros(())
+    mean, largest = absmax.mean(), absmax.max()
+    shares = (absmax / len(absmax)).sum().clamp(max=largest)
+    return torch.where(mean.isfinite(), mean, shares)
 
 
 def _step(ratios: Tensor) -> Tensor:

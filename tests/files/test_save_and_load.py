@@ -18,7 +18,7 @@ from torch import nn
 import peft_from_scratch as pfs
 from peft_from_scratch.common import atomic
 from peft_from_scratch.core import adapter
-from peft_from_scratch.files import adapter_file, exchange, formats
+from peft_from_scratch.files import exchange, foreign, formats
 from peft_from_scratch.files.adapter_file import CONFIG, WEIGHTS, AdapterFile
 
 
@@ -84,13 +84,13 @@ def test_a_file_that_is_read_and_written_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("load", [exchange.load, exchange.load_as_trained])
 def test_weights_are_read_once(load, tmp_path, monkeypatch):
-    read, paths = adapter_file.read_safetensors, []
+    read, paths = foreign.read_safetensors, []
 
     def counted(path):
         paths.append(path)
         return read(path)
 
-    monkeypatch.setattr(adapter_file, "read_safetensors", counted)
+    monkeypatch.setattr(foreign, "read_safetensors", counted)
     load(build("llama"), saved(tmp_path))
     assert paths == [tmp_path / WEIGHTS]
 

@@ -53,17 +53,17 @@ def test_scale_is_alpha_over_r_or_its_root(r, alpha):
 
 
 BAD = {
-    "r": [0, -1, 33, True, 2.0, "4", None],
+    "r": [0, -1, 65537, True, 2.0, "4", None],
     "alpha": [0, -1.0, math.nan, math.inf, "16", None, True],
     "dropout": [1.0, -0.1, math.nan, "0", None],
     "rslora": ["yes", 1],
     "bias": ["every", True, None],
-    "rank_pattern": [{"q_proj": 33}, {"down_proj": 0}, {"(": 2}, [("q_proj", 2)]],
+    "rank_pattern": [{"q_proj": 65537}, {"down_proj": 0}, {"(": 2}, [("q_proj", 2)]],
     "alpha_pattern": [{"q_proj": 0}, {"(": 2}],
 }
 # What the message shows of a pattern: the value out of range, the regex that is none.
 SHOWN = {
-    "{'q_proj': 33}": "r=33",
+    "{'q_proj': 65537}": "r=65537",
     "{'down_proj': 0}": "r=0",
     "{'q_proj': 0}": "alpha=0",
 }
@@ -112,10 +112,10 @@ def test_a_typo_in_a_pattern_is_refused(field):
         pfs.lora.inject(model, **{field: {"q_prj": 2}})
 
 
-def test_a_rank_that_does_not_fit_names_the_module_and_its_sizes():
+def test_a_rank_out_of_range_names_the_module():
     model = build("llama")
-    with refused(model, "layers.0.self_attn.k_proj", "r=20", "16", "16 x 32"):
-        pfs.lora.inject(model, r=20)
+    with refused(model, "layers.0.self_attn.k_proj", "r=65537", "65536"):
+        pfs.lora.inject(model, rank_pattern={"k_proj": 65537})
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

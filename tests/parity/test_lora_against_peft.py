@@ -11,7 +11,7 @@ import pytest
 import torch
 from against import our_name, quietly
 from architectures import CONFIGS, build
-from model_state import gradients, logits, loss, refused, tokens, train, values
+from model_state import gradients, largest, logits, loss, refused, tokens, train, values
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.adapter import adapters
@@ -176,3 +176,26 @@ def test_a_file_with_a_copy_of_the_head_loads_on_its_base_only(tmp_path, measure
         pfs.load(other, tmp_path)
     pfs.load(base, tmp_path)
     measure("logits", logits(base), logits(reference))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("r", [17, 32, 100])
+def test_a_rank_above_the_sides_of_a_weight_is_read_and_written(r, use_dora, tmp_path):
+    """k_proj is 16 x 32. PEFT knows no upper end, and its files are sound."""
+    config = peft.LoraConfig(
+        r=r,
+        target_modules=["k_proj"],
+        init_lora_weights=False,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(build("llama"), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = build("llama")
+    pfs.load(model, tmp_path / "theirs")
+    assert largest(logits(model), logits(theirs)) < 1e-6
+    pfs.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "ours").eval()
+    assert largest(logits(again), logits(model)) < 1e-6
+    pfs.merge(model)
+    assert largest(logits(model), logits(theirs)) < 1e-5

@@ -10,8 +10,11 @@ from functools import partial
 
 from laws.core import adapter as verbs
 from laws.core import contract as laws
+from laws.core import left_out as left
 from laws.core import targets as targeting
+from laws.core import wrapped
 from laws.core.contract import Method
+from laws.files import foreign_files
 from laws.files import refused_files as hostile
 from laws.files import save_and_load as files
 from laws.methods import lora as lora_laws
@@ -20,13 +23,20 @@ from laws.methods.table import lora, low_rank
 from planting import Bug, each_is_caught
 
 from peft_from_scratch.common import atomic
-from peft_from_scratch.core import adapter, merge, targets
+from peft_from_scratch.core import adapter, left_out, merge, targets
 from peft_from_scratch.core.adapter import Adapter
-from peft_from_scratch.files import exchange, formats, patterns
+from peft_from_scratch.files import exchange, foreign, formats, patterns, untrusted
 from peft_from_scratch.files.adapter_file import AdapterFile
 from peft_from_scratch.files.formats import Format
+from peft_from_scratch.methods import (
+    bitfit,
+    houlsby,
+    ia3,
+    lora_config,
+    lora_fast,
+    pissa,
+)
 from peft_from_scratch.methods import lora as method
-from peft_from_scratch.methods import lora_config, lora_fast
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.methods.lora_fast import LowRankUpdate
 
@@ -39,6 +49,10 @@ def broken(name):
 
 def written(variant):
     return partial(files.a_round_trip_is_bit_equal, variant=variant)
+
+
+def looking_through(around, method):
+    return partial(wrapped.every_verb_looks_through, around=around, method=method)
 
 
 LORA = {
@@ -143,10 +157,48 @@ LORA = {
         lora_laws.fast_equals_plain,
     ),
     "what a hook has kept is written into": Bug(
-        lora_fast.is_safe,
-        " or base._forward_hooks",
+        lora_fast._is_hooked,
+        "base._forward_hooks",
+        "None",
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into, keeper="a hook"
+        ),
+    ),
+    "what a hook of all modules has kept is written into": Bug(
+        lora_fast._is_hooked,
+        "        or _has_any_global_hook()\n",
         "",
-        lora_laws.what_a_hook_has_kept_is_not_written_into,
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            keeper="a hook of all modules",
+        ),
+    ),
+    "what a patched base has kept is written into": Bug(
+        lora_fast.is_safe,
+        '        or "forward" in vars(base)\n',
+        "",
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            keeper="a forward of its own",
+        ),
+    ),
+    "what a projection keeps is written into": Bug(
+        lora_fast.is_safe,
+        "        or type(base).forward not in FRESH\n",
+        "",
+        lora_laws.what_a_projection_keeps_itself_is_not_written_into,
+    ),
+    "what a function mode has kept is written into": Bug(
+        lora_fast._is_observed,
+        "        or torch._C._len_torch_function_stack()\n",
+        "",
+        lora_laws.modes_and_their_caches_are_not_written_into,
+    ),
+    "nothing is summed in place": Bug(
+        lora_fast.is_safe,
+        "return not (",
+        "return not (\n        True or",
+        lora_laws.what_nobody_sees_is_summed_in_place,
     ),
     "dropout is not passed on": Bug(
         lora_config.plan_layers,
@@ -189,7 +241,7 @@ CONTRACT = {
     ),
     "adapters in a part of the model are not seen": Bug(
         targets.refuse_second,
-        'isinstance(module, Wrapper) or hasattr(module, "base_layer")',
+        'isinstance(module, Wrapper) or hasattr(module, "adapter_layer_names")',
         "False",
         verbs.adapters_in_a_part_are_refused,
     ),
@@ -198,12 +250,6 @@ CONTRACT = {
         "raise AttributeError(",
         "return getattr(self.base, name)\n        raise AttributeError(",
         verbs.what_reads_the_weight_itself_is_told,
-    ),
-    "compiled modules have names of their own": Bug(
-        targets.uncompiled,
-        'part != "_orig_mod"',
-        "True",
-        verbs.compiled_models_have_the_same_names,
     ),
     "a failed injection leaves the base frozen": Bug(
         adapter.plan,
@@ -513,7 +559,439 @@ FILES = {
         files.names_that_end_alike_are_told_apart,
     ),
 }
-BUGS = LORA | CONTRACT | MERGING | FILES
+WRAPPED = {
+    "a part called base_layer is an adapter": Bug(
+        targets.refuse_second,
+        'hasattr(module, "adapter_layer_names")',
+        'hasattr(module, "base_layer")',
+        wrapped.a_part_of_the_name_base_layer_is_no_adapter,
+    ),
+    "a model of several has no hidden size": Bug(
+        targets.hidden_size,
+        "lambda: config)()",
+        "lambda: config) and config",
+        wrapped.the_hidden_size_is_that_of_the_text,
+    ),
+    "a module without a config stops in silence": Bug(
+        targets.hidden_size,
+        "if size is None:",
+        "if False:",
+        wrapped.a_module_without_a_config_is_refused_with_what_to_do,
+    ),
+    "compiled modules have names of their own": Bug(
+        targets._plain_names,
+        "inside[owner] == last",
+        "False",
+        looking_through("compiled by layers", "lora"),
+    ),
+    "a DataParallel has names of its own": Bug(
+        targets._inside,
+        '"module" if holds_module',
+        "None if holds_module",
+        looking_through("DataParallel inside", "lora"),
+    ),
+    "wrappers inside wrappers are not looked through": Bug(
+        targets.unwrapped,
+        "while (name",
+        "if (name",
+        looking_through("DataParallel, compiled", "lora"),
+    ),
+    "a wrapper's own names are taken": Bug(
+        targets.named_parameters,
+        "nn.Module.named_parameters(\n        model, remove",
+        "model.named_parameters(\n        remove",
+        looking_through("checkpointed", "biases"),
+    ),
+    "save() looks at the wrapper": Bug(
+        exchange.save,
+        "    model = unwrapped(model)\n",
+        "",
+        looking_through("DataParallel", "lora"),
+    ),
+    "the record of the injection is sought on the wrapper": Bug(
+        adapter.injected,
+        "return unwrapped(model).pfs_injection",
+        "return model.pfs_injection",
+        looking_through("DataParallel", "lora"),
+    ),
+    "the hidden size is sought on the wrapper": Bug(
+        targets.hidden_size,
+        'getattr(unwrapped(model), "config"',
+        'getattr(model, "config"',
+        looking_through("DataParallel", "ia3"),
+    ),
+    "a plan is made for what synchronizes processes": Bug(
+        adapter.plan,
+        "    refuse_synchronized(model)\n",
+        "",
+        wrapped.what_synchronizes_processes_is_looked_through_but_for_injection,
+    ),
+    "a plan is applied to what synchronizes processes": Bug(
+        adapter.apply,
+        "    refuse_synchronized(model)\n",
+        "",
+        wrapped.what_synchronizes_processes_is_looked_through_but_for_injection,
+    ),
+    "a sharded model is injected": Bug(
+        targets._refuse_elsewhere,
+        '"DTensor" in _class_names(parameter)',
+        "False",
+        wrapped.a_sharded_model_is_saved_whole_and_not_injected,
+    ),
+    "an offloaded model is injected": Bug(
+        targets._refuse_elsewhere,
+        "if away and (",
+        "if False and (",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a model that is all sizes is refused": Bug(
+        targets._refuse_elsewhere,
+        "len(away) < len(parameters)",
+        "True",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a file is loaded into a model without weights": Bug(
+        exchange._refuse_empty,
+        "if any(parameter.is_meta for parameter in model.parameters()):",
+        "if False:",
+        wrapped.an_offloaded_model_is_refused,
+    ),
+    "a write on the trunk stays on the wrapper": Bug(
+        targets.Wrapper.__setattr__,
+        "elif hasattr(self, name):",
+        "elif False:",
+        partial(wrapped.a_write_on_the_trunk_reaches_it, method="prompt"),
+    ),
+    "a write on a projection stays on the wrapper": Bug(
+        targets.Wrapper.__setattr__,
+        "elif name not in {",
+        "elif True or name not in {",
+        wrapped.a_write_on_a_projection_is_refused,
+    ),
+    "a wrapper tells a projection's sizes to nobody": Bug(
+        Adapter.__getattr__,
+        "name in SIZES",
+        "False",
+        wrapped.sizes_are_read_through_an_adapter,
+    ),
+}
 
 
-test_a_planted_bug_is_caught = each_is_caught(BUGS)
+FOREIGN = {
+    "every model is asked with a mask": Bug(
+        exchange._probe,
+        "if any_name or k in known",
+        "",
+        files.a_model_is_asked_with_the_arguments_that_it_has,
+    ),
+    "every model generates text": Bug(
+        exchange.task_type,
+        'if not hasattr(model, "generate"):',
+        "if False:",
+        files.the_task_in_a_file_is_the_models,
+    ),
+    "names of wrappers stay in the keys": Bug(
+        foreign._without_wrappers,
+        "part not in INSIDE",
+        "True",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="checkpointed layers",
+        ),
+    ),
+    "DDP's name stays before the keys": Bug(
+        foreign._without_wrappers,
+        'plain.removeprefix("module.")',
+        "plain",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="DDP around"
+        ),
+    ),
+    "keys without a prefix get none": Bug(
+        foreign._with_one_prefix,
+        "key: PREFIX + plain",
+        "key: plain",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="no prefix"
+        ),
+    ),
+    "a prefix stays twice": Bug(
+        foreign._with_one_prefix,
+        "while keys and",
+        "while False and",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="the prefix twice",
+        ),
+    ),
+    "an adapter's name stays in the keys": Bug(
+        foreign._without_adapter_name,
+        "if (match := named.search(now)) and",
+        "if (match := None) and",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="another name"
+        ),
+    ),
+    "two adapters in a file are one": Bug(
+        foreign._without_adapter_name,
+        "len(names) > 1",
+        "False",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="two adapters",
+        ),
+    ),
+    "two tensors of one name: the last wins": Bug(
+        foreign.plain_keys,
+        "len(set(keys.values())) < len(keys)",
+        "False",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a tensor twice",
+        ),
+    ),
+    "a part that is missing is not missed": Bug(
+        foreign.read_weights,
+        "    _refuse_missing_parts(path, parts)\n",
+        "",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a missing part",
+        ),
+    ),
+    "two parts hold one tensor: the last wins": Bug(
+        foreign.read_weights,
+        "tensors.keys() & more.keys()",
+        "set()",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a part twice",
+        ),
+    ),
+    "a pickle is opened": Bug(
+        foreign.read_weights,
+        "    if not parts:\n",
+        "    for pickle in path.parent.glob('*.bin'):\n"
+        "        __import__('torch').load(pickle, weights_only=False)\n"
+        "    if not parts:\n",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason, how="a pickle"
+        ),
+    ),
+    "a pointer of Git LFS is a broken file": Bug(
+        untrusted._is_lfs_pointer,
+        "read(len(LFS)) == LFS",
+        "read(0) == LFS",
+        partial(
+            foreign_files.what_cannot_be_read_is_refused_for_its_reason,
+            how="a pointer of Git LFS",
+        ),
+    ),
+    "every config is UTF-8 without a mark": Bug(
+        untrusted.parse_json,
+        "json.loads(content)",
+        "json.loads(content.decode())",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter,
+            how="a byte order mark",
+        ),
+    ),
+    "the name of a DataParallel inside PEFT stays": Bug(
+        exchange._without_module,
+        "return replace(file, tensors=plain)",
+        "return file",
+        partial(
+            foreign_files.what_other_tools_leave_is_the_same_adapter, how="DDP inside"
+        ),
+    ),
+    "a part called module loses its name": Bug(
+        exchange._without_module,
+        "n in here or ",
+        "",
+        foreign_files.a_model_with_a_part_called_module_keeps_its_names,
+    ),
+}
+
+LEFT_OUT = {
+    "what is left out is not said": Bug(
+        left_out.warn,
+        "if parts:",
+        "if False:",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="lora",
+        ),
+    ),
+    "PiSSA says nothing of what it leaves out": Bug(
+        pissa.plan,
+        "        left_out.warn_of_preset(model, targets)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="pissa",
+        ),
+    ),
+    "IA3 says nothing of what it leaves out": Bug(
+        ia3._keys_values_and_mlp,
+        "    left_out.warn(model)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="ia3",
+        ),
+    ),
+    "bottlenecks say nothing of what they leave out": Bug(
+        houlsby.plan,
+        "        left_out.warn(model)\n",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="houlsby",
+        ),
+    ),
+    "IA3 refuses a mixture": Bug(
+        ia3._keys_values_and_mlp,
+        ", needed=False",
+        "",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="mixtral",
+            method="ia3",
+        ),
+    ),
+    "the share is of what is adapted": Bug(
+        left_out.warn,
+        "size / total",
+        "size / (2 * total)",
+        left.the_share_is_of_all_parameters,
+    ),
+    "a sentence where modules are named": Bug(
+        left_out.warn_of_preset,
+        "isinstance(targets, str) and targets in PRESETS",
+        "True",
+        left.nothing_is_said_where_nothing_is_left_out,
+    ),
+    "a convolution is taken for experts": Bug(
+        left_out._values_in_3d,
+        "isinstance(module, _ConvNd)",
+        "False",
+        left.a_convolution_is_no_expert,
+    ),
+    "a router that returns a tuple is adapted": Bug(
+        targets.returns_a_tensor,
+        "isinstance(y, Tensor) and y.shape == (1, d_out)",
+        "True",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="phimoe",
+            method="lora",
+        ),
+    ),
+    "a router that is named is adapted": Bug(
+        targets.resolve,
+        "if not returns_a_tensor(module):",
+        "if False:",
+        left.a_router_that_is_named_is_refused,
+    ),
+    "trying a projection leaves traces": Bug(
+        targets.returns_a_tensor,
+        "        vars(projection).update(before)\n",
+        "        vars(projection).update(before | {'last': 0})\n",
+        left.trying_a_projection_leaves_no_trace,
+    ),
+    "cross-attention of a lone decoder is adapted": Bug(
+        targets.is_idle,
+        "alone and CROSS",
+        "False and CROSS",
+        partial(
+            left.defaults_work_and_say_what_they_leave_out,
+            architecture="bart",
+            method="lora",
+        ),
+    ),
+    "cross-attention beside an encoder is left out": Bug(
+        targets.is_idle,
+        "(alone and CROSS",
+        "(CROSS",
+        left.cross_attention_is_adapted_where_it_runs,
+    ),
+    "an indexer is adapted": Bug(
+        targets.is_idle,
+        "INDEXER.search(name) or ",
+        "",
+        left.an_indexer_is_left_out,
+    ),
+    "biases that never run train": Bug(
+        bitfit.plan,
+        "not is_idle(model, name)",
+        "True",
+        left.biases_that_never_run_do_not_train,
+    ),
+    "a file says nothing of PEFT's experts": Bug(
+        exchange._warn_of_pefts_experts,
+        "if fused and taken:",
+        "if False:",
+        left.what_peft_takes_for_experts_is_said,
+    ),
+    "every file of a mixture warns of PEFT": Bug(
+        exchange._warn_of_pefts_experts,
+        "if fused and taken:",
+        "if fused:",
+        left.what_peft_takes_for_experts_is_said,
+    ),
+}
+
+# Where the bug stops the work, with an error that tells nobody why.
+CAUGHT = AssertionError, AttributeError, LookupError, RuntimeError
+CAUGHT += TypeError, ValueError
+
+test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
+test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)
+test_a_bug_of_what_is_left_out_is_caught = each_is_caught(LEFT_OUT, CAUGHT)
+test_a_bug_of_foreign_files_is_caught = each_is_caught(FOREIGN, CAUGHT)
+
+# Where torch itself stops: its own error, in the place of a wrong value.
+STOPS = {
+    "full backward hooks stop": Bug(
+        lora_fast._is_hooked,
+        "        or base._backward_hooks\n        or base._backward_pre_hooks\n",
+        "",
+        lora_laws.backward_hooks_of_every_sort_run,
+    ),
+    "torch.func stops": Bug(
+        lora_fast._is_observed,
+        "torch._C._are_functorch_transforms_active()",
+        "False",
+        lora_laws.torch_func_goes_through,
+    ),
+    "forward-mode AD stops": Bug(
+        lora_fast._is_observed,
+        "        or forward_ad._current_level >= 0\n",
+        "",
+        lora_laws.a_tangent_goes_through,
+    ),
+    "a trace cannot be saved": Bug(
+        lora_fast.is_safe,
+        "        or torch.jit.is_tracing()\n",
+        "",
+        lora_laws.a_trace_can_be_saved,
+    ),
+    "a selective checkpoint's cache is written into": Bug(
+        lora_fast._is_observed,
+        "        or torch._C._len_torch_dispatch_stack()\n",
+        "",
+        lora_laws.modes_and_their_caches_are_not_written_into,
+    ),
+    "a ragged batch stops": Bug(
+        lora_fast.is_safe,
+        "        or type(W0x) is not Tensor\n",
+        "",
+        lora_laws.a_ragged_batch_goes_through,
+    ),
+}
+
+test_a_stop_is_caught = each_is_caught(STOPS, RuntimeError)

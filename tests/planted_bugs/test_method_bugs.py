@@ -19,7 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peft_from_scratch.core import adapter, decoder, matrices
 from peft_from_scratch.core.decoder import DecoderAdapter
 from peft_from_scratch.files import formats
-from peft_from_scratch.methods import bitfit, houlsby, ia3, pissa, prefix, prompt
+from peft_from_scratch.methods import (
+    bitfit,
+    houlsby,
+    ia3,
+    loftq,
+    pissa,
+    prefix,
+    prompt,
+)
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.houlsby import Bottleneck
 from peft_from_scratch.methods.ia3 import IA3
@@ -449,9 +457,9 @@ PISSA = {
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "the file's scale is halved": Bug(
-        formats._twice_the_rank,
-        '2 * options["alpha"]',
-        'options["alpha"]',
+        formats._lora_targets,
+        "times * m.alpha",
+        "m.alpha",
         family.a_file_is_a_lora_of_twice_the_rank,
     ),
     "a tied weight is split": Bug(
@@ -460,11 +468,29 @@ PISSA = {
         "if False:",
         family.a_tied_weight_is_refused,
     ),
-    "a rank that load() refuses": Bug(
+    "more directions than the weight has": Bug(
         PiSSA.__init__,
-        "if 2 * r > min(sizes(base)):",
-        "if False:",
-        family.a_rank_that_no_file_could_hold_is_refused,
+        "min(r, *sizes(base))",
+        "r",
+        family.a_weight_of_fewer_directions_gives_all_of_them,
+    ),
+    "fewer directions on another scale": Bug(
+        PiSSA.__init__,
+        "alpha * directions / r",
+        "alpha",
+        family.a_weight_of_fewer_directions_gives_all_of_them,
+    ),
+    "a file of fewer directions with the alpha of all": Bug(
+        formats._lora_targets,
+        "if own != alpha",
+        "if False",
+        family.a_weight_of_fewer_directions_gives_all_of_them,
+    ),
+    "what was lost is spread over all directions": Bug(
+        loftq.start,
+        "module.A[: len(A)].copy_(A)",
+        "module.A.copy_(A[:1])",
+        family.loftq_starts_at_what_was_lost_in_narrow_weights_too,
     ),
 }
 
@@ -495,7 +521,7 @@ IA3S = {
     ),
     "all of the MLP": Bug(
         ia3._keys_values_and_mlp,
-        'last_projections(model, ("mlp",))',
+        'last_projections(model, ("mlp",), needed=False)',
         '{name for name, kind in kinds.items() if kind == "mlp"}',
         family.keys_values_and_the_last_of_the_mlp_are_scaled,
     ),

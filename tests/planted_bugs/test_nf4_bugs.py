@@ -146,6 +146,24 @@ NUMBERS = {
         "F.pad(absmax, ",
         numbers.doubled_constants_are_close_to_their_own,
     ),
+    "the sum of the constants overflows": Bug(
+        double._mean,
+        "torch.where(mean.isfinite(), mean, shares)",
+        "mean",
+        partial(numbers.what_is_finite_comes_back_finite, kind="a sum that overflows"),
+    ),
+    "the shares of the mean sum up to more than its largest": Bug(
+        double._mean,
+        ".clamp(max=largest)",
+        "",
+        partial(numbers.what_is_finite_comes_back_finite, kind="all at the end"),
+    ),
+    "a constant is rounded beyond its dtype": Bug(
+        double.double_quantize,
+        "codes - beyond.to(torch.uint8)",
+        "codes",
+        partial(numbers.what_is_finite_comes_back_finite, dtype=torch.float16),
+    ),
     "one unit for all constants": Bug(
         double.double_quantize,
         "rows.abs().amax(dim=1) if",
@@ -448,8 +466,8 @@ QLORA = {
     ),
     "quantized before the arguments are tried": Bug(
         qlora.plan,
-        "model, bits = adapter.unwrap_compiled(model), None",
-        "quantize_model(model); model, bits = adapter.unwrap_compiled(model), None",
+        "model, bits = unwrapped(model), None",
+        "quantize_model(model); model, bits = unwrapped(model), None",
         behind("r=0"),
     ),
     "trying takes random numbers": Bug(
@@ -535,8 +553,8 @@ QLORA = {
     ),
     "the file does not say that the base has four bits": Bug(
         base_notes.of_model,
-        "bits = base_bits(model)",
-        "bits = None",
+        "BASE_BITS: base_bits(model)",
+        "BASE_BITS: None",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
     ),
     "an adapter's own matrices are taken for the base's": Bug(

@@ -139,22 +139,6 @@ def a_plan_is_for_its_model_as_it_was():
 
 
 @law
-def compiled_models_have_the_same_names():
-    plain = injected()
-    for where in ("whole", "layer"):
-        model = injected()
-        layers, compiled = model.model.layers, model
-        if where == "whole":
-            compiled = torch.compile(model, backend="eager")
-        else:
-            layers[0] = torch.compile(layers[0], backend="eager")
-        assert list(pfs.trainable(compiled)) == list(pfs.trainable(plain)), where
-        pfs.merge(compiled)
-        assert all(p.requires_grad for p in model.parameters())
-        assert not adapters(model)
-
-
-@law
 def an_injection_that_fails_late_leaves_no_trace():
     model = build("llama")
 

@@ -81,6 +81,7 @@ BROKEN = {
     ),
     "rank 0": (say(r=0), ["r=0"]),
     "a huge rank": (say(r=10**9), ["1000000000"]),
+    "a rank larger than the tensors": (say(r=65536), ["(4, 32)", "(65536, 32)"]),
     "rank as text": (say(r="4"), ["'4'"]),
     "alpha as text": (say(lora_alpha="8"), ["'8'"]),
     "alpha NaN": (say(lora_alpha=math.nan), ["nan"]),

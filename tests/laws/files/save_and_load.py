@@ -1,14 +1,17 @@
 """Laws of adapter files: what is saved is what is loaded."""
 
+import copy
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from adapter_files import contents, parsed, saved, tampered, trained
 from architectures import CONFIGS, build
-from model_state import assert_same, logits, refused, values
+from model_state import assert_same, largest, logits, refused, values
 from planting import law
 from torch import nn
 
@@ -135,6 +138,52 @@ def names_that_end_alike_are_told_apart(folder):
     pfs.save(model, folder)
     assert pfs.load(loaded, folder) == ["0", "2.0"]
     assert torch.equal(loaded(x), model(x))
+
+
+class TakesTokensAlone(nn.Module):
+    """A language model whose forward knows neither a mask nor a cache."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(320, 8), nn.Linear(8, 320)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.head(self.embedding(ids)))
+
+
+@law
+def a_model_is_asked_with_the_arguments_that_it_has(folder):
+    """load() looks for a logit that changes; here one does, and there none."""
+    model = TakesTokensAlone()
+    pfs.lora.inject(model, r=2, targets="head")
+    pfs.save(model, folder / "untrained")
+    nn.init.normal_(model.head.B)
+    pfs.save(model, folder / "trained")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pfs.load(TakesTokensAlone(), folder / "trained")
+    with pytest.warns(UserWarning, match="changes no logit"):
+        pfs.load(TakesTokensAlone(), folder / "untrained")
+
+
+@law
+def the_task_in_a_file_is_the_models(folder):
+    """PEFT asks a causal model for what a plain module has not."""
+    net, causal = nn.Sequential(nn.Linear(8, 8)), build("llama")
+    x, base = torch.randn(4, 8), copy.deepcopy(net)
+    pfs.lora.inject(net, r=2, targets="0")
+    pfs.lora.inject(causal, r=2)
+    nn.init.normal_(net[0].B)
+    pfs.save(net, folder / "net")
+    pfs.save(causal, folder / "causal")
+    assert parsed(folder / "net")[2]["task_type"] is None
+    assert parsed(folder / "causal")[2]["task_type"] == "CAUSAL_LM"
+    theirs = peft.PeftModel.from_pretrained(base, folder / "net")
+    assert largest(theirs(x).detach(), net(x).detach()) < 1e-6
 
 
 @law

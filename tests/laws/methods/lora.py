@@ -1,6 +1,8 @@
-"""Laws of LoRA: its closed form, its start, its precisions."""
+"""Laws of LoRA: its closed form, its start, its precisions, and who may watch it."""
 
+import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,15 @@ from architectures import build
 from model_state import largest, logits, loss, refused
 from planting import law
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
+from peft_from_scratch import nf4
 from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.methods import lora_fast
 from peft_from_scratch.methods.lora import LoRA
@@ -129,11 +137,11 @@ def dropout_falls_on_the_input_of_A_in_training_only():
 
 @law
 def a_failed_injection_leaves_no_trace():
-    """k_proj's bound is 16 and it comes second: q_proj had been wrapped by then."""
+    """k_proj comes second: q_proj had been wrapped by then."""
     model = build("llama")
     next(model.parameters()).requires_grad_(False)
-    with refused(model, "20", "16"):
-        pfs.lora.inject(model, r=20)
+    with refused(model, "k_proj", "r=0"):
+        pfs.lora.inject(model, rank_pattern={"k_proj": 0})
 
 
 @law
@@ -170,7 +178,9 @@ def fast_equals_plain():
             how = dict(kind=kind, dtype=dtype, alpha=5, dropout=0.3)
             fast, plain = (adapted(6, 5, 3, **how).train() for _ in range(2))
             plain.base.register_forward_hook(keep_nothing)
-            assert lora_fast.is_safe(fast.base) and not lora_fast.is_safe(plain.base)
+            W0x = fast.base(torch.randn(2, 6, dtype=dtype))
+            assert lora_fast.is_safe(fast.base, W0x)
+            assert not lora_fast.is_safe(plain.base, W0x)
             outcomes = []
             for lora in (fast, plain):
                 torch.manual_seed(1)
@@ -185,11 +195,180 @@ def fast_equals_plain():
                 assert largest(ours[key], right) < bound, (dtype, key)
 
 
+class Keeping(nn.Linear):
+    """A projection that keeps its last output."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+def patched(lora, kept):
+    """The base with a forward of its own, as accelerate puts one in."""
+    forward = lora.base.forward
+    lora.base.forward = lambda x: kept.append(forward(x)) or kept[-1]
+
+
+def globally_hooked(lora, kept):
+    return hooks.register_module_forward_hook(
+        lambda module, args, out: kept.append(out) if module is lora.base else None
+    )
+
+
+# Ways to keep what the base returns: (adapter, list to keep it in) -> what to take off.
+KEEPERS = {
+    "a hook": lambda lora, kept: lora.base.register_forward_hook(
+        lambda module, args, out: kept.append(out)
+    ),
+    "a hook of all modules": globally_hooked,
+    "a forward of its own": patched,
+}
+
+
 @law
-def what_a_hook_has_kept_is_not_written_into():
+@pytest.mark.parametrize("keeper", KEEPERS)
+def what_is_kept_of_the_base_is_not_written_into(keeper="a hook"):
     lora, kept = adapted(8, 8, 2), []
-    lora.base.register_forward_hook(lambda module, args, out: kept.append(out))
-    x = torch.randn(3, 8, dtype=torch.float64)
+    x = torch.randn(3, 8, **DOUBLE)
+    expected = F.linear(x, *lora.base.parameters())
+    handle = KEEPERS[keeper](lora, kept)
     y = lora(x)
-    assert torch.equal(kept[0], nn.functional.linear(x, *lora.base.parameters()))
+    if handle is not None:
+        handle.remove()
+    assert torch.equal(kept[0], expected)
     assert largest(y, closed_form(lora, x, lora.scale)) < 1e-12
+
+
+@law
+def what_a_projection_keeps_itself_is_not_written_into():
+    lora = LoRA(Keeping(8, 8), 2)
+    nn.init.normal_(lora.B)
+    x = torch.randn(3, 8)
+    lora(x)
+    assert torch.equal(lora.base.last, F.linear(x, *lora.base.parameters()))
+
+
+@law
+@pytest.mark.parametrize("everywhere", [False, True])
+def backward_hooks_of_every_sort_run(everywhere=False):
+    """A full one makes the output a view, which torch lets nobody write into."""
+    lora, seen = adapted(8, 8, 2), []
+    x, dy = torch.randn(3, 8, **DOUBLE), torch.randn(3, 8, **DOUBLE)
+
+    def note(module, *gradients):
+        seen.append(module)
+
+    if everywhere:
+        handles = [
+            hooks.register_module_full_backward_hook(note),
+            hooks.register_module_full_backward_pre_hook(note),
+        ]
+    else:
+        handles = [
+            register(note)
+            for module in (lora, lora.base)
+            for register in (
+                module.register_full_backward_hook,
+                module.register_full_backward_pre_hook,
+            )
+        ]
+    ours = torch.autograd.grad(lora(x.requires_grad_()), (x, lora.A, lora.B), dy)
+    for handle in handles:
+        handle.remove()
+    assert seen.count(lora) == seen.count(lora.base) == 2
+    wanted = (x, lora.A, lora.B)
+    theirs = torch.autograd.grad(closed_form(lora, x, lora.scale), wanted, dy)
+    for got, right in zip(ours, theirs, strict=True):
+        assert largest(got, right) < 1e-12
+
+
+@law
+def torch_func_goes_through():
+    """Gradients of each row by themselves, a Jacobian times a vector, a Hessian."""
+    lora, x = adapted(6, 5, 2), torch.randn(3, 6, **DOUBLE)
+    own = {"A": lora.A.detach(), "B": lora.B.detach()}
+    B = own["B"]
+
+    def total(own, x):
+        return functional_call(lora, own, (x,)).pow(3).sum()
+
+    rows = vmap(grad(total), in_dims=(None, 0))(own, x)
+    for i, row in enumerate(x):
+        one = closed_form(lora, row, lora.scale).pow(3).sum()
+        right = dict(zip("AB", torch.autograd.grad(one, (lora.A, lora.B)), strict=True))
+        assert largest({name: g[i] for name, g in rows.items()}, right) < 1e-12
+    _, tangent = jvp(lambda B: functional_call(lora, {"B": B}, (x,)), (B,), (B,))
+    assert largest(tangent, lora.scale * x @ (B @ lora.A).T) < 1e-12
+    second = hessian(lambda B: total({"B": B}, x))(B)
+    assert second.shape == (5, 2, 5, 2) and second.abs().max() > 0
+
+
+@law
+def a_tangent_goes_through():
+    """Forward-mode AD: the tangent of h is W times the tangent of x."""
+    lora = adapted(6, 5, 2)
+    x, dx = torch.randn(3, 6, **DOUBLE), torch.randn(3, 6, **DOUBLE)
+    W = (lora.base.weight + lora.scale * lora.B @ lora.A).detach()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(lora(forward_ad.make_dual(x, dx))).tangent
+    assert largest(tangent, dx @ W.T) < 1e-12
+
+
+@law
+def a_trace_can_be_saved():
+    lora, x, file = adapted(6, 5, 2), torch.randn(3, 6, **DOUBLE), io.BytesIO()
+    torch.jit.save(torch.jit.trace(lora, x, check_trace=False), file)
+    file.seek(0)
+    again = torch.randn(7, 6, **DOUBLE)
+    assert largest(torch.jit.load(file)(again), lora(again)) < 1e-12
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps what every function of torch returns."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.kept = [*getattr(self, "kept", []), out]
+        return out
+
+
+@law
+def modes_and_their_caches_are_not_written_into():
+    """A recorder keeps outputs; so does checkpointing that recomputes a part only."""
+    lora, x = adapted(6, 5, 2), torch.randn(3, 6, **DOUBLE).requires_grad_()
+    expected = F.linear(x, *lora.base.parameters()).detach()
+    with Recorder() as recorder:
+        lora(x)
+    assert any(
+        out.equal(expected)
+        for out in recorder.kept
+        if getattr(out, "shape", None) == (3, 5)
+    )
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, products)
+    y = checkpoint(lora, x, use_reentrant=False, context_fn=contexts)
+    ours = torch.autograd.grad(y.sum(), (x, lora.A))
+    theirs = torch.autograd.grad(closed_form(lora, x, lora.scale).sum(), (x, lora.A))
+    assert largest(ours[0], theirs[0]) < 1e-12 > largest(ours[1], theirs[1])
+
+
+@law
+def a_ragged_batch_goes_through():
+    """A NestedTensor is a subclass of Tensor; it has no rows of tokens to view."""
+    lora = adapted(6, 5, 2)
+    rows = [torch.randn(n, 6, **DOUBLE) for n in (2, 4)]
+    out = lora(torch.nested.nested_tensor(rows, layout=torch.jagged)).unbind()
+    for y, x in zip(out, rows, strict=True):
+        assert largest(y, lora(x)) < 1e-12
+
+
+@law
+def what_nobody_sees_is_summed_in_place():
+    """Of each projection that stands alone; one that was hooked once is again."""
+    linear = nn.Linear(64, 8)
+    bases = [linear, Conv1D(8, 64), nf4.NF4Linear(nf4.quantize(linear.weight))]
+    bases[0].register_forward_hook(keep_nothing).remove()
+    for base in bases:
+        assert lora_fast.is_safe(base, base(torch.randn(2, 64))), base
+    made_by = LoRA(linear, 2)(torch.randn(2, 64)).grad_fn
+    assert made_by.name() == "LowRankUpdateBackward"

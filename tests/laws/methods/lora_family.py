@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_from_scratch as pfs
 from laws.core.contract import original
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.methods import bitfit, dora, ia3, lora, pissa
+from peft_from_scratch.methods import bitfit, dora, ia3, loftq, lora, pissa
 from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.pissa import PiSSA
@@ -185,11 +185,33 @@ def a_file_is_a_lora_of_twice_the_rank(folder, architecture="llama"):
 
 
 @law
-def a_rank_that_no_file_could_hold_is_refused():
-    """k_proj is 16 x 32: a LoRA of rank 18 is none, and load() would refuse it."""
-    model = build("llama")
-    with refused(model, "k_proj", "r=9", "rank 18", "16 x 32"):
-        pissa.inject(model, r=9)
+def a_weight_of_fewer_directions_gives_all_of_them(folder):
+    """k_proj is 16 x 32: 16 singular values are in its A and B, and nothing is left."""
+    model, loaded = build("llama"), build("llama")
+    expected = logits(model)
+    pissa.inject(model, r=20, alpha=5)
+    assert largest(logits(model), expected) < 1e-5
+    for name, layer in adapters(model).items():
+        narrow = name.endswith(("k_proj", "v_proj"))
+        assert len(layer.A) == layer.B.shape[1] == (16 if narrow else 20)
+        assert layer.scale == 5 / 20
+        assert not narrow or layer.base.weight.abs().max() < 1e-6
+    train(model, 2)
+    pfs.save(model, folder)
+    pfs.load(loaded, folder)
+    assert largest(logits(loaded), logits(model)) < 1e-5
+
+
+@law
+def loftq_starts_at_what_was_lost_in_narrow_weights_too():
+    """More than the 16 directions of k_proj: the others start as LoRA's do."""
+    model, original = build("llama"), build("llama")
+    loftq.inject(model, r=20)
+    for name, layer in adapters(model).items():
+        lost = original.get_submodule(name).weight - layer.base.weight
+        if name.endswith(("k_proj", "v_proj")):
+            assert largest(layer.delta(), lost.detach()) < 1e-5, name
+            assert not layer.B[:, 16:].any() and layer.A[16:].any(dim=1).all()
 
 
 @law

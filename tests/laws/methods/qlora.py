@@ -121,7 +121,7 @@ def nan_in(model):
 
 REFUSED = {  # arguments (and what was done before) -> words of the error
     "r=0": (dict(r=0), ["r=0"]),
-    "r too large": (dict(r=33), ["r=33"]),
+    "r too large": (dict(r=65537), ["r=65537"]),
     "alpha=-1": (dict(alpha=-1), ["alpha=-1"]),
     "dropout=1": (dict(dropout=1.0), ["dropout=1.0"]),
     "bias=some": (dict(bias="some"), ["bias='some'"]),

@@ -407,3 +407,29 @@ def whole_steps_restore_normal_constants_best():
 
         errors = {code: off(code) for code in ("dynamic", "fp8", "int8")}
         assert errors["int8"] < errors["dynamic"] < errors["fp8"] < 0.01, errors
+
+
+def large(kind, dtype):
+    """Finite weights of 300 blocks, their constants at the end of a dtype's range."""
+    torch.manual_seed(0)
+    end = torch.finfo(dtype).max
+    w = (torch.randn(300, 64).clamp(-1, 1) * torch.rand(300, 1) * end).to(dtype)
+    if kind == "a sum that overflows":
+        return w.flatten() / 128
+    w[: 200 if kind == "most at the end" else 300, 0] = end
+    return w.flatten()
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind", ["most at the end", "all at the end", "a sum that overflows"]
+)
+def what_is_finite_comes_back_finite(kind="most at the end", dtype=torch.float32):
+    """Within what the constants' eight bits lose of the largest one."""
+    w = large(kind, dtype)
+    single = nf4.dequantize(nf4.quantize(w)).double()
+    for double in (True, "fp8", "int8"):
+        back = nf4.dequantize(nf4.quantize(w, double=double))
+        assert back.isfinite().all(), double
+        assert (back.double() - single).abs().max() < 0.04 * w.double().abs().max()
