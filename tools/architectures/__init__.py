@@ -19,3 +19,8 @@ In which order to read:
     sweep.py        a child process for each type, with a time limit
     table.py        methods by checks, and what failed
 """
+
+import logging
+
+# At import it asks for a package that would fetch kernels from a hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

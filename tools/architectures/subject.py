@@ -153,6 +153,8 @@ def gradients(subject: Subject, checkpointed: bool = False) -> Tensor:
         raise Skipped("the model has no gradient checkpointing")
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if subject.method == BASE:  # frozen under most methods: checkpointing minds that
+        model.get_input_embeddings().requires_grad_(False)
     trainable = subject.trainable(model).values()
     loss(model, subject.ids).backward()
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in trainable)

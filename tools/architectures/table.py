@@ -66,18 +66,22 @@ def shown(cell: Counter | None) -> str:
 
 
 def failures(rows: Iterable[dict]) -> str:
-    """Every check and message that is no pass and no refusal, with who got it."""
-    kinds: dict[str, dict[str, list[str]]] = {}
+    """Every check and message that is no pass and no refusal, with who got it.
+
+    Where numbers differ, the largest difference stands behind the message.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    apart: dict[str, float] = {}
     for row in rows:
         for outcome in row["outcomes"]:
             if outcome["outcome"] in FAILED:
                 told = "{outcome}, {check}: {message}".format(**outcome)
-                kinds.setdefault(told, {}).setdefault(row["method"], []).append(
-                    row["type"]
-                )
-    return "\n".join(
-        "\n      ".join(
-            [f"  {told}", *(f"{name}: {', '.join(on)}" for name, on in methods.items())]
-        )
-        for told, methods in sorted(kinds.items())
-    )
+                methods = found.setdefault(told, {})
+                methods.setdefault(row["method"], []).append(row["type"])
+                if measured := outcome.get("apart"):
+                    apart[told] = max(measured, apart.get(told, 0))
+    lines = []
+    for told, methods in sorted(found.items()):
+        lines.append(f"  {told}" + (f": {apart[told]:.1g}" if told in apart else ""))
+        lines += [f"      {method}: {', '.join(on)}" for method, on in methods.items()]
+    return "\n".join(lines)
