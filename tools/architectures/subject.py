@@ -156,6 +156,7 @@ def gradients(subject: Subject, checkpointed: bool = False) -> Tensor:
     if subject.method == BASE:  # frozen under most methods: checkpointing minds that
         model.get_input_embeddings().requires_grad_(False)
     trainable = subject.trainable(model).values()
+    torch.manual_seed(7)  # some routers draw
     loss(model, subject.ids).backward()
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in trainable)
     return torch.cat([grad.flatten() for grad in grads])

@@ -21,7 +21,7 @@ SIZES = (
     (
         VOCABULARY,
         "vocab_size vocab_size_per_layer_input decoder_vocab_size"
-        " unpadded_vocab_size ngram_vocab_size_base",
+        " unpadded_vocab_size ngram_vocab_size_base encoder_hash_byte_group_vocab",
     ),
     (
         LAYERS,
@@ -33,7 +33,7 @@ SIZES = (
         32,
         "hidden_size d_model n_embd dim_model_base word_embed_proj_dim embedding_size"
         " emb_dim input_embedding_size output_embedding_size backbone_hidden_size"
-        " lru_width attention_hidden_size embedding_dim",
+        " lru_width attention_hidden_size embedding_dim hidden_size_global",
     ),
     (
         48,
@@ -49,7 +49,7 @@ SIZES = (
         " encoder_attention_heads num_decoder_attention_heads attention_heads"
         " num_encoder_attention_heads swa_num_attention_heads num_experts"
         " n_routed_experts num_local_experts moe_num_experts linear_num_value_heads"
-        " mamba_d_state state_size linear_num_heads",
+        " mamba_d_state state_size linear_num_heads mamba_num_heads ssm_state_size",
     ),
     (
         2,
@@ -71,7 +71,8 @@ SIZES = (
     ),
     (
         16,
-        "kv_lora_rank q_lora_rank qk_head_dim o_lora_rank time_step_rank mamba_dt_rank",
+        "kv_lora_rank q_lora_rank qk_head_dim o_lora_rank time_step_rank mamba_dt_rank"
+        " mamba_head_dim",
     ),
     (
         256,
@@ -98,6 +99,10 @@ EXCEPTIONS: Mapping[str, Mapping] = {
     "bailing_hybrid": dict(num_expert_group=2),
     "bamba": MAMBA | dict(attn_layer_indices=[1]),
     "cohere_compass_text": dict(rope_parameters={"full_attention": ROTARY}),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8),
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+    ),
     "deepseek_v2": dict(num_experts_per_tok=2),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "falcon_h1": MAMBA | dict(mamba_d_ssm=64),
@@ -108,11 +113,16 @@ EXCEPTIONS: Mapping[str, Mapping] = {
     ),
     "gemma4_text": dict(num_kv_shared_layers=0),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
-    "granitemoehybrid": MAMBA,
+    "granitemoehybrid": MAMBA
+    | dict(layer_types=["linear_attention", "full_attention"]),
     "kimi_linear": dict(num_expert_group=1, topk_group=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(zero_expert_num=2, n_routed_experts=4),
     "mamba2": dict(num_heads=4, head_dim=16, n_groups=2),
+    "nemotron_h": dict(
+        n_groups=2,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    ),
     "qwen4_exp_text": dict(
         indexer_n_heads=2,
         indexer_kv_heads=1,
@@ -120,6 +130,7 @@ EXCEPTIONS: Mapping[str, Mapping] = {
         indexer_budget=64,
         indexer_compress_ratio=4,
     ),
+    "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
     "roc_bert": dict(
         pronunciation_embed_dim=8,
         pronunciation_vocab_size=32,
@@ -128,10 +139,10 @@ EXCEPTIONS: Mapping[str, Mapping] = {
     ),
     "reformer": dict(
         attn_layers=["local", "lsh"],
-        axial_pos_shape=[16, 16],
-        axial_pos_embds_dim=[16, 16],
+        axial_pos_embds=False,
         num_buckets=4,
     ),
+    "xlstm": dict(hidden_size=128, embedding_dim=128),  # 64 numbers in all heads' keys
     "xmod": dict(default_language="en_XX"),
     "zamba": SHARED_ATTENTION
     | dict(
