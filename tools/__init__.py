@@ -5,5 +5,9 @@
     python -m tools.readme          the README's table, from data/results/compare.json
     python -m tools.kernels_page    docs/kernels.md, from data/results/kernels.json
 
+And what tries the library on models that do not ship:
+
+    python -m tools.architectures   every method on every type of language model
+
 Nothing in the library or in the notebooks imports these.
 """
