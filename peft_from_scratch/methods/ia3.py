@@ -20,7 +20,9 @@ from .houlsby import last_projections
 
 # Names of key and value projections, fused ones included: structure cannot tell a key
 # from a query.
-KEYS_AND_VALUES = r"((k|v|key|value|qkv|kv)_proj|key|value|c_attn|query_key_value|Wqkv)"
+KEYS_AND_VALUES = (
+    r"((k|v|key|value|qkv|kv|kv_b)_proj|key|value|c_attn|query_key_value|Wqkv)"
+)
 
 
 class IA3(Adapter):
@@ -35,7 +37,7 @@ class IA3(Adapter):
     Returns  (…, d_out), dtype of the base's output
     Memory   d_out or d_in parameters, in float32 on a half-precision base
     Departs  A fused projection of queries, keys and values is scaled as a whole, as in
-             PEFT.
+             PEFT. So is the one that latent attention expands to keys and values.
     Source   [1] arXiv:2205.05638v2
     """
 

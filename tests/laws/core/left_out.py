@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DeepseekV3Config,
     Dots1Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -36,6 +37,14 @@ LINEAR = dict(
     linear_num_key_heads=2,
     linear_key_head_dim=8,
     linear_value_head_dim=8,
+)
+DENSE = dict(  # a dense layer, and one of experts with a shared one
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
 )
 BART = dict(
     vocab_size=320,
@@ -61,15 +70,16 @@ CONFIGS = {
     "llama4": lambda: Llama4TextConfig(
         **GATED, num_local_experts=4, intermediate_size_mlp=48
     ),
-    "dots1": lambda: Dots1Config(
-        **GATED,
+    "dots1": lambda: Dots1Config(**GATED, **DENSE, moe_intermediate_size=16),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**GATED, "num_key_value_heads": 4, "head_dim": 4},
+        **DENSE,
         moe_intermediate_size=16,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
     ),
     "bart": lambda: BartConfig(**BART, is_decoder=True),
     "prophetnet": lambda: ProphetNetConfig(
@@ -95,6 +105,7 @@ SAID = {
     "gpt_oss": ("model.layers.*.mlp.experts", "3-D parameters"),
     "qwen2_moe": ("model.layers.*.mlp.experts", "3-D parameters"),
     "qwen3_next": ("model.layers.*.mlp.experts", "3-D parameters"),
+    "deepseek_v3": ("model.layers.*.mlp.experts", "3-D parameters"),
     "phimoe": ("model.layers.*.mlp.router", "no single tensor"),
     "llama4": ("model.layers.*.feed_forward.router", "no single tensor"),
     "bart": ("model.decoder.layers.*.encoder_attn.q_proj", "beside an encoder"),
