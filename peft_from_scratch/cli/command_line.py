@@ -7,6 +7,7 @@ own default counts.
 """
 
 import argparse
+import codecs
 import os
 import sys
 from pathlib import Path
@@ -48,9 +49,22 @@ def _replace_what_cannot_be_shown() -> None:
     Otherwise a run of an hour ends in a UnicodeEncodeError when it prints its table: in
     cp1252, where Windows puts a pipe, there are no lines to draw one with.
     """
+    codecs.register_error("bytes of names, else ?", _shown)
+    lenient = {"strict": "replace", "surrogateescape": "bytes of names, else ?"}
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="replace")
+        if getattr(stream, "errors", None) in lenient:
+            stream.reconfigure(errors=lenient[stream.errors])
+
+
+def _shown(error: UnicodeError) -> tuple[bytes, int]:
+    """What is written for letters that an encoding lacks, and where to go on.
+
+    The name of a file that is no UTF-8 comes as half surrogate pairs, each of them a
+    byte: where Python would write these bytes (surrogateescape), they are written.
+    """
+    letters = map(ord, error.object[error.start : error.end])
+    written = (i - 0xDC00 if 0xDC80 <= i <= 0xDCFF else ord("?") for i in letters)
+    return bytes(written), error.end
 
 
 def _advice(error: str) -> str | None:

@@ -2,11 +2,11 @@
 
 Every task has an instruction, three splits without a leak, and an exact scorer:
 
-    "orders"           a sentence -> JSON: an output format               task_orders.py
-    "terms"            an invented trade: domain knowledge                task_terms.py
-    "gap-0" … "gap-4"  a dial: from tiny's pretraining to a cipher        task_gap.py
-    "kinds"            a classification that tiny half knows              task_kinds.py
-    "path/rows.jsonl"  your own prompts and completions                   task_rows.py
+    "orders"           a sentence -> JSON: an output format               orders.py
+    "terms"            an invented trade: domain knowledge                terms.py
+    "gap-0" … "gap-4"  a dial: from tiny's pretraining to a cipher        gap.py
+    "kinds"            a classification that tiny half knows              kinds.py
+    "path/rows.jsonl"  your own prompts and completions                   jsonl.py
     "hub:owner/name"   any data set of the hub, or a folder that holds one
 
 Each generated task has a twin for control, "orders-random": the same prompts, the same
@@ -27,7 +27,7 @@ Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
 
 
 class TaskModule(Protocol):
-    """The names that a module with a generated task has: task_orders for example."""
+    """The names that a module with a generated task has: orders for example."""
 
     INSTRUCTION: str  # one sentence for every row; "" for none
 
@@ -40,7 +40,7 @@ class TaskModule(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """The parts of a generated task; task_gap's levels share one module."""
+    """The parts of a generated task; gap's levels share one module."""
 
     instruction: str
     rows: Callable[[int], Splits]  # seed -> the rows of each split

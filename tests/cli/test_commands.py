@@ -14,6 +14,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+from planting import each_is_caught, law
 from transformers import AutoModelForCausalLM
 
 import peft_from_scratch as pfs
@@ -511,6 +512,55 @@ def test_a_broken_record_is_refused_unless_all_is_said(
     both = ("--template", "raw", "--system", "Say it.")
     _, prompts = talk("hello\n", "--adapter", folder, *both)
     assert prompts[-1] == prompt("hello", "Say it.", "raw")
+
+
+@law
+def what_a_run_left_is_never_read_as_nothing(folder):
+    file = folder / "training.json"
+    assert chat._recorded(file) == (None, None)
+    for content, told in BROKEN_RECORDS.items():
+        file.write_text(content)
+        with pytest.raises(ValueError) as refused:
+            chat._recorded(file)
+        assert str(refused.value).startswith(told.format(file=file))
+    whole = {"answers": ["a"], "correct": [True], "seconds": 1.0}
+    file.write_text(json.dumps(whole))
+    assert commands._kept_answers(file, 1).answers == ["a"]
+    for rows, change in ((2, {}), (1, {"correct": []}), (1, {"more": 1})):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=f"not hold the answers to {rows} rows"):
+            commands._kept_answers(file, rows)
+
+
+test_a_planted_bug_is_caught = each_is_caught(
+    {
+        "a broken record is as none": (
+            chat._recorded,
+            "except ValueError as error:",
+            "except ValueError as error:\n        return None, None",
+            what_a_run_left_is_never_read_as_nothing,
+        ),
+        "any template will do": (
+            chat._recorded,
+            "require(template in TEMPLATES,",
+            "require(True,",
+            what_a_run_left_is_never_read_as_nothing,
+        ),
+        "any instruction will do": (
+            chat._recorded,
+            "isinstance(instruction, str) and is_unicode(instruction)",
+            "True",
+            what_a_run_left_is_never_read_as_nothing,
+        ),
+        "the answers to other rows are taken over": (
+            commands._kept_answers,
+            "len(each) == rows",
+            "True",
+            what_a_run_left_is_never_read_as_nothing,
+        ),
+    },
+    (AssertionError, pytest.fail.Exception),
+)
 
 
 def test_a_system_that_is_no_text_is_refused(base, capsys):

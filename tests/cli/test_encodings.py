@@ -34,7 +34,8 @@ def said(command, encoding, monkeypatch, *, errors="strict", lines=()):
             status = end.code
     for stream in streams.values():
         stream.flush()
-    return status, *(s.buffer.getvalue().decode(encoding) for s in streams.values())
+    said = (stream.buffer.getvalue() for stream in streams.values())
+    return status, *(text.decode(encoding, "surrogateescape") for text in said)
 
 
 def assert_said_in(encodings, command, status, monkeypatch, **more):
@@ -74,10 +75,23 @@ def an_error_is_a_sentence_in_every_encoding(monkeypatch):
 @law
 def half_a_letter_is_replaced_in_utf8_as_well(monkeypatch):
     """A name of a file that is no UTF-8 comes as half surrogate pairs."""
-    monkeypatch.setattr(doctor, "run", lambda: print("a\udce9b \ud800"))
-    for errors in ("strict", "surrogateescape"):
-        ended, out, _ = said(["doctor"], "utf-8", monkeypatch, errors=errors)
-        assert (ended, out) == (0, "a?b ?\n")
+    monkeypatch.setattr(doctor, "run", lambda: print("a\udce9\ud800b \ud800"))
+    for encoding in ("utf-8", *ENCODINGS):
+        ended, out, _ = said(["doctor"], encoding, monkeypatch)
+        assert (ended, out) == (0, "a??b ?\n")
+
+
+@law
+def a_name_keeps_its_bytes_where_python_writes_them(monkeypatch):
+    """In the C locale of Linux: surrogateescape, and no other letter is an error."""
+    monkeypatch.setattr(doctor, "run", lambda: print("é日a\udce9\udcffb\ud800"))
+    for encoding, other in (("ascii", "??"), ("iso8859-1", "é?")):
+        ended, out, _ = said(
+            ["doctor"], encoding, monkeypatch, errors="surrogateescape"
+        )
+        assert ended == 0
+        wanted = other.encode("latin-1") + b"a\xe9\xffb?\n"
+        assert out == wanted.decode(encoding, "surrogateescape")
 
 
 def test_the_choice_of_who_runs_it_stays(monkeypatch):
@@ -133,8 +147,8 @@ def test_a_train_says_where_it_is(base, tmp_path, monkeypatch):
 BUGS = {
     "what an encoding lacks is an error": (
         command_line._replace_what_cannot_be_shown,
-        'errors="replace"',
-        'errors="strict"',
+        '{"strict": "replace", ',
+        "{",
         what_an_encoding_lacks_is_replaced,
     ),
     "errors are left out": (
@@ -145,9 +159,21 @@ BUGS = {
     ),
     "half surrogate pairs are left out": (
         command_line._replace_what_cannot_be_shown,
-        '("strict", "surrogateescape")',
-        '("strict",)',
+        '{"strict": "replace", ',
+        '{"strict": "surrogateescape", ',
         half_a_letter_is_replaced_in_utf8_as_well,
+    ),
+    "the bytes of names are lost": (
+        command_line._replace_what_cannot_be_shown,
+        '"surrogateescape": "bytes of names, else ?"',
+        '"surrogateescape": "replace"',
+        a_name_keeps_its_bytes_where_python_writes_them,
+    ),
+    "what Python writes as it is stays an error": (
+        command_line._replace_what_cannot_be_shown,
+        '"surrogateescape": "bytes of names, else ?"',
+        '"none": ""',
+        a_name_keeps_its_bytes_where_python_writes_them,
     ),
 }
 
