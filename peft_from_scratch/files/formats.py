@@ -256,7 +256,8 @@ def _prompt_sizes(model: nn.Module) -> dict:
     return {
         "token_dim": module.P.shape[1],
         "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        # PEFT asks for heads, which a prompt does not use and Mamba does not have.
+        "num_attention_heads": getattr(config, "num_attention_heads", 1),
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }
