@@ -13,6 +13,7 @@ judged is the smallest over the tokens: a fault of this kind moves them all, whi
 half precision a router may send a single one to another expert.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -102,15 +103,22 @@ def _shapes(module: nn.Module, ids: Tensor) -> dict[str, torch.Size]:
 def _read(module: nn.Module, cache: Cache | None, *pieces: Tensor) -> Tensor:
     """(t, d): the last hidden states of pieces, one after the other through the cache.
 
-    A model without a cache reads the first piece alone.
+    Later pieces come with their positions, as generate() gives them to who takes any. A
+    model without a cache reads the first piece alone.
     """
     hidden, held = [], {} if cache is None else {CACHES[0]: cache}
+    numbered = "position_ids" in inspect.signature(module.forward).parameters
     read = cache_length(cache)
     for ids in pieces:
+        given = {}
+        if hidden and numbered:
+            given["position_ids"] = (
+                torch.arange(len(ids), device=ids.device)[None] + read
+            )
         read += len(ids)
-        counts = cache_length(next(iter(held.values()), None)) is not None
-        mask = ids.new_ones(1, read) if counts else None
-        out = module(input_ids=ids[None], attention_mask=mask, use_cache=True, **held)
+        if cache_length(next(iter(held.values()), None)) is not None:
+            given["attention_mask"] = ids.new_ones(1, read)
+        out = module(input_ids=ids[None], use_cache=True, **given, **held)
         hidden.append(out[0][0])
         named = {} if isinstance(out, tuple) else {n: out.get(n) for n in CACHES}
         held = {n: cache for n, cache in named.items() if cache is not None}

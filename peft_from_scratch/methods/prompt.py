@@ -210,7 +210,7 @@ def _refuse_cut(position_ids: Tensor, held: int | None) -> None:
 
 def _refuse_full(cache, n: int, most: int) -> None:
     """ValueError for a cache of fixed length without room for P and `most` tokens."""
-    fixed = isinstance(cache, Cache) and cache.layers and not any(cache.is_sliding)
+    fixed = isinstance(cache, Cache) and len(cache) and not any(cache.is_sliding)
     length = cache.get_max_length() if fixed else -1
     if 0 < length < n + most:
         raise ValueError(

@@ -104,9 +104,9 @@ CACHES = {
         prompt_laws.a_state_that_counts_no_tokens_goes_on,
     ),
     "heads of a model that has none": Bug(
-        formats._prompt_sizes,
-        'getattr(config, "num_attention_heads", 1)',
-        "config.num_attention_heads",
+        formats._heads,
+        "except (AttributeError, RuntimeError):",
+        "except TypeError:",
         prompt_laws.a_model_without_heads_is_saved,
     ),
 }

@@ -12,6 +12,7 @@ from model_state import largest, logits, refused, tokens
 from planting import law
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
+    BambaConfig,
     BartConfig,
     BertConfig,
     DeepseekV3Config,
@@ -23,6 +24,7 @@ from transformers import (
     Gemma4TextConfig,
     JetMoeConfig,
     ProphetNetConfig,
+    RemBertConfig,
     RobertaConfig,
 )
 
@@ -65,6 +67,14 @@ LATENT = dict(
     **NARROW,
 )
 CONFIGS = {
+    "bamba": lambda: BambaConfig(
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        **GATED,
+    ),
     "bart": lambda: BartConfig(
         d_model=32, encoder_layers=2, decoder_layers=2, **CROSSED
     ),
@@ -111,6 +121,7 @@ CONFIGS = {
         is_decoder=True,
         **SHARED,
     ),
+    "rembert": lambda: RemBertConfig(input_embedding_size=32, **BERT),
     "roberta": lambda: RobertaConfig(**BERT),
 }
 REFUSED = [  # (method, architecture, words of the refusal)
@@ -130,6 +141,7 @@ REFUSED = [  # (method, architecture, words of the refusal)
 READ = [  # (method, architecture) on which both are equal
     (prefix, "bert"),
     (prefix, "gemma3n_text"),
+    (prompt, "bamba"),
     (prompt, "bart"),
     (prompt, "bert"),
     (prompt, "deepseek_v3"),
@@ -137,6 +149,7 @@ READ = [  # (method, architecture) on which both are equal
     (prompt, "doge"),
     (prompt, "falcon_h1"),
     (prompt, "jetmoe"),
+    (prompt, "rembert"),  # its cache is one of two, for an encoder as well
 ]
 
 
@@ -177,7 +190,11 @@ def what_is_accepted_equals_tokens(row):
         expected = untouched(in_front(tokens())).logits[:, N:]
         assert largest(logits(model), expected) < CLOSE
         first = model(tokens()[:, :7], use_cache=True)
-        rest = model(tokens()[:, 7:], past_key_values=first.past_key_values)
+        rest = model(  # positions, which Bamba does not count itself
+            tokens()[:, 7:],
+            position_ids=torch.arange(7, 10)[None],
+            past_key_values=first.past_key_values,
+        )
         together = torch.cat([first.logits, rest.logits], 1)
         assert largest(together, expected) < CLOSE
         rows, batch, mask = padded("right")
