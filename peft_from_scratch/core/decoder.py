@@ -175,6 +175,13 @@ def positions(model: nn.Module) -> int | None:
     return None if limit is None else limit - in_front(model)
 
 
+def positions_in_words(model: nn.Module) -> str:
+    """positions(model) for an error, with what was taken off."""
+    n = in_front(model)
+    taken = f" left, since {n} are those of a soft prompt or a prefix" if n else ""
+    return f"{positions(model)} positions{taken}"
+
+
 def table_of_positions(trunk: nn.Module) -> int | None:
     """The positions that a model looks up in a table, which ends; None for others.
 

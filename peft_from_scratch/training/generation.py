@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common import scoped
 from ..common.progress import bar
-from ..core.decoder import in_front, positions
+from ..core.decoder import in_front, positions, positions_in_words
 from .batch import left_pad
 from .loss import can_choose_logits
 
@@ -146,11 +146,9 @@ def _greedy(model, stop_id, max_new_tokens) -> Iterator[None]:
 def _check_length(model, tokens) -> None:
     limit = positions(model)
     if limit is not None and tokens > limit:
-        n = in_front(model)
-        taken = f" left, since {n} are those of a soft prompt or a prefix" if n else ""
         raise ValueError(
             f"prefix, longest row and max_new_tokens are {tokens} tokens; the model "
-            f"has {limit} positions{taken}: give fewer examples, shorter rows, a "
+            f"has {positions_in_words(model)}: give fewer examples, shorter rows, a "
             "smaller limit"
         )
 

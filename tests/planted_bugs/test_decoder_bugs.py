@@ -187,6 +187,12 @@ PROBE = {
         "if False:",
         refusal(prompt, "gemma3n_text"),
     ),
+    "half precision is not asked": Bug(
+        decoder_probe._difference,
+        "else CLOSE_IN_HALF",
+        "else 1.0",
+        unlike.half_precision_hides_nothing,
+    ),
     "P is asked where it starts, and nowhere else": Bug(
         decoder_probe._difference,
         "parameter *= 1.5",

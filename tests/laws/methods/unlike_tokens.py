@@ -180,6 +180,19 @@ def what_differs_from_tokens_is_refused(row):
 
 
 @law
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def half_precision_hides_nothing(dtype=torch.bfloat16):
+    """The bound is wider there, and yet below each of these faults."""
+    for method, architecture, *words in REFUSED:
+        if words[-1] == "what the model computes differs by":
+            model = other(architecture).to(dtype)
+            with refused(model, *words):
+                method.inject(model, n=N)
+    for method, architecture in READ:
+        assert method.inject(other(architecture).to(dtype), n=N)
+
+
+@law
 @pytest.mark.parametrize("row", READ, ids=named)
 def what_is_accepted_equals_tokens(row):
     """In one pass, through the cache, and behind padding."""
