@@ -22,7 +22,7 @@ from ..common.statistics import wilson
 from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
-from ..core.decoder import positions
+from ..core.decoder import positions, positions_in_words
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
@@ -152,8 +152,8 @@ def _encode(
     if most is not None and limit > most:
         if options.max_tokens is not None:
             raise ValueError(
-                f"--max-tokens {limit}: the model has {most} positions; allowed is "
-                "that many at most"
+                f"--max-tokens {limit}: the model has {positions_in_words(model)}; "
+                "allowed is that many at most"
             )
         limit = most
     encoded, bad = {}, []

@@ -260,10 +260,21 @@ def _prompt_sizes(model: nn.Module) -> dict:
     return {
         "token_dim": module.P.shape[1],
         "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads": _heads(config),
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }
+
+
+def _heads(config) -> int:
+    """Attention heads, or 1 where no number is all layers': PEFT asks for one.
+
+    A prompt does not use it. Mamba has none; in other models the layers differ.
+    """
+    try:
+        return config.num_attention_heads
+    except (AttributeError, RuntimeError):
+        return 1
 
 
 def _prefix_sizes(model: nn.Module) -> dict:

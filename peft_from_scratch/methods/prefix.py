@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,10 +31,12 @@ from ..core.adapter import Plan
 from ..core.decoder import (
     DecoderAdapter,
     cache_length,
+    cache_of,
     find_decoder,
     refuse_4d,
     token_ids,
 )
+from ..core.decoder_probe import refuse_unless_equal
 
 KEYWORD = "pfs_prefix"
 NAMES = {"sdpa": "pfs_prefix_sdpa", "eager": "pfs_prefix_eager"}
@@ -51,8 +54,9 @@ class Prefix(DecoderAdapter):
         n       trained positions, 1 <= n <= 4096
         start, hidden   see PrefixConfig
     Returns  what the trunk returns
-    Raises   ValueError   a mask that is not (b, t); an attention implementation that
-             was set after the injection, which would ignore P in silence
+    Raises   ValueError   a mask that is not (b, t); a cache that was filled without P;
+             more tokens than the table of positions has places left; an attention
+             implementation that was set after the injection, and would ignore P
     Memory   n · 2 · layers · h_kv · d parameters; with the MLP, far more until drop_mlp
     Departs  [1] has P_K before the rotation of rotary models, which it does not know.
              Here P_K is not rotated, as in PEFT. A sliding window never hides P.
@@ -92,29 +96,45 @@ class Prefix(DecoderAdapter):
         layers, heads, size = self.shape
         return self._flat().view(self.n, layers, 2, heads, size)
 
+    def of_layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """P_K and P_V of layer i, each (n, h_kv, d).
+
+        Each layer asks for its own, and an MLP makes no others: a checkpointed layer,
+        which runs again in backward, needs a graph that no other layer has freed.
+        """
+        _, heads, size = self.shape
+        width = 2 * heads * size
+        rows = slice(i * width, (i + 1) * width)
+        flat = self.mlp(rows) if "mlp" in self._modules else self.P[:, rows]
+        return flat.view(self.n, 2, heads, size).unbind(1)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: Tensor | None = None,
         **others,
     ):
         refuse_4d(attention_mask)
         _refuse_another(self.base.config._attn_implementation, self.implementation)
-        t = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        past = cache_length(past_key_values)
-        position_ids = self.shifted_position_ids(position_ids, attention_mask, past, t)
-        return self.base(
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        t, cache = tokens.shape[1], cache_of(others)
+        past = 0 if self.begins(cache) else cache_length(cache)
+        self.refuse_lengths(attention_mask, past, t)
+        position_ids = self.shifted_position_ids(
+            position_ids, attention_mask, past, t, tokens.device
+        )
+        out = self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            **{KEYWORD: self.states()},
+            **{KEYWORD: self.of_layer},
             **others,
         )
+        self.sign(cache, out)
+        return out
 
     def on_attach(self) -> None:
         self.base.config._attn_implementation = NAMES[self.implementation]
@@ -145,8 +165,10 @@ class Reparametrized(nn.Module):
             nn.Linear(d, hidden, **like), nn.Tanh(), nn.Linear(hidden, width, **like)
         )
 
-    def forward(self) -> Tensor:
-        return self.mlp(self.E)  # (n, width)
+    def forward(self, rows: slice = slice(None)) -> Tensor:
+        """(n, width), or those columns of it that `rows` of W2 make."""
+        first, tanh, second = self.mlp
+        return F.linear(tanh(first(self.E)), second.weight[rows], second.bias[rows])
 
 
 @dataclass(frozen=True)
@@ -185,9 +207,14 @@ def plan(model: nn.Module, **options) -> Plan:
     name, trunk = find_decoder(adapter.unwrap_compiled(model))
     config = PrefixConfig(**options)
     shape = probe_kv_shape(trunk)
+
+    def wrap(base: nn.Module) -> Prefix:
+        refuse_unless_equal(base, "prefix", lambda ids: _large(base, shape), _cached)
+        return Prefix(base, shape, config.n, config.start, config.hidden)
+
     return adapter.plan(
         model,
-        lambda base: Prefix(base, shape, config.n, config.start, config.hidden),
+        wrap,
         {name: trunk},
         method="prefix",
         config=dict(n=config.n, hidden=config.hidden),
@@ -207,7 +234,8 @@ def inject(
     Returns  [the name of the trunk]
     Raises   ValueError   an argument out of its range, a model that would ignore the
              prefix (its attention does not go through transformers' interface, or
-             drops keywords); the model as it was
+             drops keywords) or read it otherwise than its own cache (it numbers its
+             positions itself, has keys and values of two sizes, …); the model as it was
     """
     return adapter.apply(model, plan(model, n=n, start=start, hidden=hidden))
 
@@ -230,7 +258,8 @@ def drop_mlp(model: nn.Module) -> None:
 def probe_kv_shape(trunk: nn.Module) -> tuple[int, int, int]:
     """(layers, key-value heads, head size), as a keyword on one token's way sees them.
 
-    Raises  ValueError  some layer does not get it, and would silently ignore a prefix
+    Raises  ValueError  some layer does not get it, and would silently ignore a prefix;
+                        keys and values, or two layers, have different shapes
     """
     config, before = trunk.config, trunk.config._attn_implementation
     if before not in NAMES:
@@ -238,23 +267,30 @@ def probe_kv_shape(trunk: nn.Module) -> tuple[int, int, int]:
             f"attn_implementation={before!r}: a prefix is implemented for "
             f"{' and '.join(NAMES)}; model.set_attn_implementation('sdpa') first"
         )
-    seen: dict[int, tuple[int, int]] = {}
-    token = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
+    seen: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+    device = trunk.get_input_embeddings().weight.device
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         config._attn_implementation = NAMES[before]
         with scoped.mode(trunk, training=False):
             trunk(input_ids=token, use_cache=False, **{KEYWORD: seen})
-    except TypeError as error:
-        raise ValueError(_ignores(trunk, error)) from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(_ignores(trunk, f"{type(error).__name__}: {error}")) from error
     finally:
         config._attn_implementation = before
-    sizes = set(seen.values())
-    if len(seen) != config.num_hidden_layers or len(sizes) != 1:
+    if len(seen) != config.num_hidden_layers:
         detail = f"{len(seen)} of {config.num_hidden_layers} layers saw it"
-        if len(sizes) > 1:
-            detail = f"its layers have keys of different shapes, {sorted(sizes)}"
         raise ValueError(_ignores(trunk, detail))
-    return (len(seen), *sizes.pop())
+    shapes = {shape for both in seen.values() for shape in both}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{type(trunk).__name__} has keys and values of different shapes, (heads, "
+            f"size) {sorted(shapes)}; a prefix holds one shape for all, so that a file "
+            "of it means the same everywhere. Use prompt tuning or LoRA with it"
+        )
+    return (len(seen), *shapes.pop())
 
 
 @torch.no_grad()
@@ -262,8 +298,17 @@ def activations(trunk: nn.Module, ids: Tensor) -> Tensor:
     """(n, 2 · layers · h_kv · d): the keys and values of these tokens, at 0 … n-1.
 
     Keys as attention reads them, so that rotary models' are rotated.
+
+    Raises  ValueError  a layer that remembers tokens by more than keys and values
     """
     cache = DynamicCache()  # without a config: no layer forgets behind its window
+    own = DynamicCache(config=trunk.config)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
+        raise ValueError(
+            f"start: {type(trunk).__name__} keeps a recurrent state beside keys and "
+            "values, and a prefix cannot start from the one that tokens leave: use "
+            "start='random'"
+        )
     with scoped.mode(trunk, training=False):
         trunk(
             input_ids=ids[None].to(trunk.device),
@@ -274,16 +319,35 @@ def activations(trunk: nn.Module, ids: Tensor) -> Tensor:
     return torch.stack(pairs).permute(3, 0, 1, 2, 4).flatten(1)  # from (l, 2, h, n, d)
 
 
+def _large(trunk: nn.Module, shape: tuple[int, int, int]) -> Prefix:
+    """A prefix of n = 1 for the probe, as large as tokens' keys and values are."""
+    with scoped.seeded(0, next(trunk.parameters()).device):
+        prefix = Prefix(trunk, shape, 1)
+    prefix.P /= STD
+    return prefix
+
+
+def _cached(prefix: Prefix) -> DynamicCache:
+    """The prefix where a model has tokens it has read: in its own kind of cache."""
+    cache = DynamicCache(config=prefix.base.config)
+    dtype = prefix.base.get_input_embeddings().weight.dtype
+    for i in range(prefix.shape[0]):
+        P_K, P_V = (P.transpose(0, 1)[None].to(dtype) for P in prefix.of_layer(i))
+        cache.update(P_K, P_V, i)  # (1, h_kv, n, d)
+    return cache
+
+
 def with_prefix(original: str):
     """An attention function: the prefix before keys and values, then the `original`."""
 
     def attend(module, query, key, value, attention_mask, **others):
         prefix = others.pop(KEYWORD, None)
         if isinstance(prefix, dict):  # probe_kv_shape() asks which layers get it
-            prefix[module.layer_idx] = (key.shape[1], key.shape[3])
+            shapes = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
+            prefix[module.layer_idx] = shapes
         elif prefix is not None:
-            attention_mask = _widen(attention_mask, query, key, len(prefix))
-            P_K, P_V = prefix[:, module.layer_idx].unbind(1)  # (n, h_kv, d)
+            P_K, P_V = prefix(module.layer_idx)  # (n, h_kv, d)
+            attention_mask = _widen(attention_mask, query, key, len(P_K))
             key, value = _prepend(P_K, key), _prepend(P_V, value)
         attention = ALL_ATTENTION_FUNCTIONS.get(original) or _eager(module)
         return attention(module, query, key, value, attention_mask, **others)
@@ -293,7 +357,7 @@ def with_prefix(original: str):
 
 def _prepend(P: Tensor, states: Tensor) -> Tensor:
     """(b, h_kv, n + t, d): the same P (n, h_kv, d) before every row's own."""
-    P = P.transpose(0, 1).to(states.dtype)  # (h_kv, n, d)
+    P = P.transpose(0, 1).to(states)  # (h_kv, n, d), of the layer's dtype and device
     return torch.cat([P.expand(len(states), -1, -1, -1), states], dim=2)
 
 

@@ -8,25 +8,30 @@ with rows that exist? P holds n rows that no token has, placed in front of the r
 ones, and gradient descent writes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..common import check
 from ..core import adapter
 from ..core.adapter import Plan
 from ..core.decoder import (
+    CUT,
     DecoderAdapter,
     cache_length,
+    cache_of,
     find_decoder,
     refuse_4d,
     token_ids,
 )
+from ..core.decoder_probe import refuse_unless_equal
 
 STARTS = ("random", "vocabulary")
 STD = 0.5  # the paper draws from the uniform distribution on [-0.5, 0.5]
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # where packed rows begin
 
 
 class Prompt(DecoderAdapter):
@@ -40,7 +45,9 @@ class Prompt(DecoderAdapter):
         start  "random", "vocabulary", or token ids; see PromptConfig
     Returns  what the trunk returns, without the n positions
     Raises   ValueError   n or start out of range; a mask that is not (b, t); a row
-             of padding alone, with a cache
+             of padding alone, with a cache; a cache that was filled without P, or has
+             no room for it; rows that are packed into one; an argument with one value
+             a token, which P has not; more tokens than the model has positions left
     Memory   n d parameters, and activations for n more tokens in every row
     Departs  [1] places P before everything. Here it comes after the padding on the
              left, so that a row's answer does not depend on its neighbours' lengths.
@@ -72,7 +79,6 @@ class Prompt(DecoderAdapter):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: Tensor | None = None,
         **others,
     ):
@@ -80,21 +86,19 @@ class Prompt(DecoderAdapter):
         embedding = self.base.get_input_embeddings()
         E = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         b, t, _ = E.shape
-        first = cache_length(past_key_values) == 0
+        cache = cache_of(others)
+        first = self.begins(cache)
         pads = left_padding(attention_mask, b, E.device)  # (b,)
-        if (
-            first
-            and attention_mask is not None
-            and others.get("use_cache") is not False
-        ):
-            _refuse_padding_alone(pads, t)
+        self._refuse_misread(pads, t, attention_mask, position_ids, others, first)
         if position_ids is not None or attention_mask is not None:
-            position_ids = self.shifted_position_ids(position_ids, attention_mask, 0, t)
+            position_ids = self.shifted_position_ids(
+                position_ids, attention_mask, 0, t, E.device
+            )
         if attention_mask is not None:
             ones = attention_mask.new_ones(b, self.n)
             attention_mask = insert_after_padding(pads, ones, attention_mask)
         if first:
-            E = insert_after_padding(pads, self.P.to(E.dtype).expand(b, -1, -1), E)
+            E = insert_after_padding(pads, self.P.to(E).expand(b, -1, -1), E)
             if position_ids is not None:
                 of_P = torch.arange(self.n, device=E.device).expand(b, -1)
                 position_ids = insert_after_padding(
@@ -104,10 +108,29 @@ class Prompt(DecoderAdapter):
             inputs_embeds=E,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **others,
         )
+        self.sign(cache, out)
         return drop_prompt(pads, self.n, out) if first else out
+
+    def _refuse_misread(
+        self, pads: Tensor, t: int, attention_mask, position_ids, others, first: bool
+    ) -> None:
+        """ValueError for a call of which the model would read another text."""
+        cache = cache_of(others)
+        length = cache_length(cache)
+        held = 0 if first else None if length is None else length - self.n
+        self.refuse_lengths(attention_mask, held, t)
+        if held is not None:
+            _refuse_full(cache, self.n, held + t)
+        if not first:
+            if attention_mask is None and position_ids is not None:
+                _refuse_cut(position_ids, held)
+            return
+        _refuse_packed(position_ids, attention_mask, others)
+        _refuse_one_a_token(others, len(pads), t)
+        if attention_mask is not None and others.get("use_cache") is not False:
+            _refuse_padding_alone(pads, t)
 
 
 @dataclass(frozen=True)
@@ -132,9 +155,14 @@ def plan(model: nn.Module, **options) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
     config = PromptConfig(**options)
     name, trunk = find_decoder(adapter.unwrap_compiled(model))
+
+    def wrap(base: nn.Module) -> Prompt:
+        refuse_unless_equal(base, "soft prompt", lambda ids: Prompt(base, 1, ids))
+        return Prompt(base, config.n, config.start)
+
     return adapter.plan(
         model,
-        lambda base: Prompt(base, config.n, config.start),
+        wrap,
         {name: trunk},
         method="prompt",
         config=dict(n=config.n),
@@ -148,7 +176,9 @@ def inject(
 
     Args     see PromptConfig
     Returns  [the name of the trunk]
-    Raises   ValueError   an argument out of its range, no trunk; the model as it was
+    Raises   ValueError   an argument out of its range, no trunk, or one that does not
+             treat P as it treats tokens (it needs their ids in every layer, …); the
+             model as it was
     """
     return adapter.apply(model, plan(model, n=n, start=start))
 
@@ -165,7 +195,58 @@ def left_padding(attention_mask, b: int, device) -> Tensor:
     """The number of padding tokens on the left of each row: (b,)."""
     if attention_mask is None:
         return torch.zeros(b, dtype=torch.long, device=device)
-    return (attention_mask.long().cumsum(-1) == 0).sum(-1)
+    return ((attention_mask != 0).cumsum(-1) == 0).sum(-1)
+
+
+def _refuse_cut(position_ids: Tensor, held: int | None) -> None:
+    """ValueError for positions that do not go on where the cache ends."""
+    begin = position_ids.min()
+    if held is not None and begin != held:
+        raise ValueError(
+            f"position_ids begin at {begin}; the cache holds {held} tokens of yours. "
+            f"{CUT}. Give attention_mask with positions of your own"
+        )
+
+
+def _refuse_full(cache, n: int, most: int) -> None:
+    """ValueError for a cache of fixed length without room for P and `most` tokens."""
+    fixed = isinstance(cache, Cache) and len(cache) and not any(cache.is_sliding)
+    length = cache.get_max_length() if fixed else -1
+    if 0 < length < n + most:
+        raise ValueError(
+            f"the cache has {length} places; a soft prompt takes {n} of them, and the "
+            f"tokens so far {most}. Use a cache that grows, as generate() does by "
+            "default"
+        )
+
+
+def _refuse_packed(position_ids, attention_mask, others: Mapping) -> None:
+    """ValueError for rows that are packed into one: only the first would see P."""
+    restarts = (
+        position_ids is not None
+        and attention_mask is None
+        and (position_ids.diff(dim=-1) != 1).any()
+    )
+    named = [name for name in PACKED if others.get(name) is not None]
+    if named or restarts:
+        what = ", ".join(named) or "position_ids without attention_mask that restart"
+        raise ValueError(
+            f"{what}: several rows are packed into one, and a soft prompt would stand "
+            "before the first alone. Pad the rows instead, or train a prefix, which "
+            "every packed row sees"
+        )
+
+
+def _refuse_one_a_token(others: Mapping, b: int, t: int) -> None:
+    """ValueError for an argument with one value a token: there is none for P."""
+    for name, value in others.items():
+        if not isinstance(value, Tensor) or name.startswith("encoder_"):
+            continue
+        if value.shape[:2] == (b, t) or value.shape == (t,):
+            raise ValueError(
+                f"{name} has one value for each of the {t} tokens, and there is none "
+                "for the positions of a soft prompt: leave it out, or use LoRA"
+            )
 
 
 def _refuse_padding_alone(pads: Tensor, t: int) -> None:

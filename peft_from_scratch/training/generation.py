@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common import scoped
 from ..common.progress import bar
-from ..core.decoder import positions
+from ..core.decoder import in_front, positions, positions_in_words
 from .batch import left_pad
 from .loss import can_choose_logits
 
@@ -69,7 +69,8 @@ def generate(
         _greedy(model, stop_id, max_new_tokens),
         bar("answer", "row", len(prompts), shown=progress) as shown,
     ):
-        cache = None if _slides(model, most) else _read(model, prefix)
+        slides = _slides(model, in_front(model) + most)
+        cache = None if slides else _read(model, prefix)
         if cache is None:
             prompts, prefix = [prefix + prompt for prompt in prompts], []
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -147,7 +148,8 @@ def _check_length(model, tokens) -> None:
     if limit is not None and tokens > limit:
         raise ValueError(
             f"prefix, longest row and max_new_tokens are {tokens} tokens; the model "
-            f"has {limit} positions: give fewer examples, shorter rows, a smaller limit"
+            f"has {positions_in_words(model)}: give fewer examples, shorter rows, a "
+            "smaller limit"
         )
 
 

@@ -210,6 +210,18 @@ def test_rows_longer_than_the_models_context_are_refused(refused, tmp_path):
     assert "--max-tokens 257: the model has 256 positions" in told
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_positions_in_front_count_in_the_context(refused, tmp_path, method):
+    """Six of the 256 are taken: a row of 250 tokens is the longest."""
+    options = ("--method", method, "--n", "6")
+    told = refused(tmp_path / "out", *options, "--max-tokens", "251")
+    assert "--max-tokens 251: the model has 250 positions left, since 6 are" in told
+    rows = [{"prompt": f"say {n}", "completion": "x" * 9 * n} for n in range(40)]
+    rows[0]["completion"] = "nothing"
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    assert "the limit is 250" in refused(tmp_path / "out", *options, data=file)
+
+
 def test_columns_and_configuration_of_a_data_set_are_chosen(
     base, tmp_path, answered, monkeypatch, capsys
 ):

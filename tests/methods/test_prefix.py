@@ -1,4 +1,4 @@
-"""A prefix is the keys and values of tokens: against these tokens, and its own laws."""
+"""A prefix alone; what it shares with a prompt is in test_virtual_tokens.py."""
 
 import copy
 
@@ -7,22 +7,15 @@ import torch
 from architectures import CONFIGS, GATED, build
 from laws.methods.prefix import SMALL, eager
 from laws.methods.virtual_tokens import (
-    EVERY_WAY,
     IDS,
-    NUMBERS,
-    ON_ALL,
-    ON_BOTH_SIDES,
-    ONCE,
-    STARTS,
     N,
-    by_name,
     checkpointing_trains_every_tensor,
-    generated_is_what_tokens_in_front_generate,
     gradients_are_those_of_finite_differences,
     logits_are_those_of_tokens_in_front,
     padded,
     padding_changes_no_logit,
     pieces_through_the_cache_are_one_pass,
+    reentrant_checkpointing_changes_no_gradient,
     started,
     the_only,
 )
@@ -39,33 +32,9 @@ from peft_from_scratch.methods import prefix
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-@pytest.mark.parametrize("law", by_name(ON_ALL))
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_each_law_holds(law, architecture):
-    law(prefix, architecture)
-
-
-@pytest.mark.parametrize("law", by_name(ON_BOTH_SIDES))
-@pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_each_law_holds_with_padding(law, architecture, side):
-    law(prefix, architecture, side)
-
-
-@pytest.mark.parametrize("way, architecture", EVERY_WAY)
-def test_what_is_generated(way, architecture):
-    generated_is_what_tokens_in_front_generate(prefix, architecture, way)
-
-
-@pytest.mark.parametrize("law", by_name(ONCE))
-def test_each_law_of_one_model_holds(law):
-    law(prefix)
-
-
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
-@pytest.mark.parametrize("hidden", [None, 8])
-def test_gradients_are_those_of_finite_differences(architecture, hidden):
-    gradients_are_those_of_finite_differences(prefix, architecture, hidden=hidden)
+def test_gradients_of_the_mlp_are_those_of_finite_differences(architecture):
+    gradients_are_those_of_finite_differences(prefix, architecture, hidden=8)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -75,20 +44,13 @@ def test_a_piece_that_ends_in_a_rows_padding(architecture):
 
 def test_checkpointing_trains_the_mlp():
     checkpointing_trains_every_tensor(prefix, "llama", hidden=8)
+    reentrant_checkpointing_changes_no_gradient(prefix, hidden=8)
 
 
-@pytest.mark.parametrize("n", NUMBERS, ids=str)
-def test_an_n_out_of_range_is_refused(n):
-    model = build("gpt2")
-    with refused(model, f"n={n!r}", "1 to 255"):
-        prefix.inject(model, n=n)
-
-
-@pytest.mark.parametrize("start", [*STARTS, "vocabulary"], ids=str)
-def test_a_start_that_is_no_list_of_ids_is_refused(start):
+def test_a_start_of_prompts_is_none_of_prefixes():
     model = build("llama")
-    with refused(model, f"start={start!r}"):
-        prefix.inject(model, n=2, start=start)
+    with refused(model, "start='vocabulary'"):
+        prefix.inject(model, n=2, start="vocabulary")
 
 
 @pytest.mark.parametrize("hidden", [0, -1, True, 2.0, "8"], ids=str)
@@ -102,9 +64,6 @@ def test_start_and_hidden_exclude_each_other():
     model = build("llama")
     with refused(model, "exclude each other"):
         prefix.inject(model, n=2, start=[5, 6], hidden=8)
-
-
-# What it is made of -------------------------------------------------------------------
 
 
 # Attention implementations ------------------------------------------------------------

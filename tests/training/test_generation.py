@@ -266,7 +266,7 @@ BUGS = {
     ),
     "the prefix again for every row": (
         generation.generate,
-        "None if _slides(model, most) else _read(model, prefix)",
+        "None if slides else _read(model, prefix)",
         "None",
         the_prefix_is_computed_once,
     ),

@@ -270,10 +270,11 @@ def attended(head: Head) -> Tensor:
     module = SimpleNamespace(
         layer_idx=0, is_causal=True, num_key_value_groups=1, training=False
     )
-    states = torch.stack([head.P_K, head.P_V], 1)[:, None, :, None]  # (n, 1, 2, 1, d)
+    P = head.P_K[:, None], head.P_V[:, None]  # (n, 1, d)
     q, K, V = (each[None, None] for each in (head.q, head.K, head.V))
     attend = prefix.with_prefix("sdpa")
-    out, _ = attend(module, q, K, V, None, **{prefix.KEYWORD: states})  # (1, t, 1, d)
+    keyword = {prefix.KEYWORD: lambda layer: P}
+    out, _ = attend(module, q, K, V, None, **keyword)  # (1, t, 1, d)
     return out[0, :, 0]
 
 

@@ -11,6 +11,7 @@ from planting import law
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DataCollatorWithFlattening,
     FalconConfig,
     GPTJConfig,
     MistralConfig,
@@ -21,6 +22,7 @@ from laws.core.contract import original
 from laws.methods.virtual_tokens import (
     IDS,
     N,
+    reference,
     started,
     the_only,
 )
@@ -111,6 +113,20 @@ def another_attention_after_the_injection_is_noticed():
     pfs.remove(model)
     prefix.inject(model, n=N, start=IDS)
     assert largest(logits(model), expected) < 1e-5
+
+
+@law
+def packed_rows_each_see_it():
+    """The loss of rows that are packed by position_ids is that of the rows alone."""
+    model, untouched = started(prefix, "llama")
+    rows = [row[:n] for row, n in zip(tokens(), (10, 4, 7), strict=True)]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(
+        [{"input_ids": row.tolist()} for row in rows]
+    )
+    with torch.no_grad():
+        found = model(**packed, use_cache=False).logits[0]
+    expected = [reference(untouched, row[None])[0] for row in rows]
+    assert largest(found, torch.cat(expected)) < 1e-5
 
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **SHARED)

@@ -11,11 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, VOCAB
-from model_state import largest, logits, loss, refused, tokens, train, values
+from model_state import (
+    gradients,
+    largest,
+    logits,
+    loss,
+    refused,
+    tokens,
+    train,
+    values,
+)
 
 import peft_from_scratch as pfs
 from laws.core.contract import original
 from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.core.decoder import positions
+from peft_from_scratch.training.generation import generate
 
 IDS = [7, 211, 64, 5]
 N = len(IDS)
@@ -254,7 +265,168 @@ def half_precision_keeps_P_in_fp32(method):
         assert (parameter != before[name]).double().mean() > 0.9
 
 
+def a_cache_filled_without_it_is_refused(method, architecture):
+    """By the plain model, or by the same model with another adapter in front."""
+    model, untouched = started(method, architecture)
+    another, _ = started(method, architecture, start=[9], n=N)
+    first, second = tokens()[:, :4], tokens()[:, 4:]
+    for stranger in (untouched, another):
+        with torch.no_grad():
+            cache = stranger(first, use_cache=True).past_key_values
+        with refused(model, "DynamicCache", "was not filled by this model"):
+            model(second, past_key_values=cache)
+
+
+def a_copied_cache_goes_on(method, architecture):
+    """Read by a copy of the model, after the cache was reset and filled again."""
+    model, untouched = started(method, architecture)
+    with torch.no_grad():
+        cache = model(tokens(seed=5)[:, :6], use_cache=True).past_key_values
+        cache.reset()
+        model(tokens()[:, :4], past_key_values=cache)
+        out = copy.deepcopy(model)(
+            tokens()[:, 4:], past_key_values=copy.deepcopy(cache)
+        )
+    assert largest(out.logits, reference(untouched, tokens())[:, 4:]) < CLOSE
+
+
+def a_conversation_goes_on_from_its_cache(method, architecture):
+    """The new tokens with the mask of all: what no cache answers."""
+    model, _ = started(method, architecture)
+    asked = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    ids = tokens(rows=1)
+    turn = model.generate(
+        ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **asked
+    )
+    talk = torch.cat([turn.sequences, tokens(rows=1, seed=2)], 1)
+    asked |= dict(attention_mask=torch.ones_like(talk))
+    known, cache = turn.sequences.shape[1] - 1, turn.past_key_values
+    found = model.generate(talk[:, known:], past_key_values=cache, **asked)
+    assert torch.equal(found[:, -4:], model.generate(talk, **asked)[:, -4:])
+
+
+def masks_of_another_length_are_refused(method, architecture):
+    model, _ = started(method, architecture)
+    with refused(model, "12 columns", "0 tokens", "10 are new"):
+        model(tokens(), attention_mask=torch.ones(3, 12))
+    with torch.no_grad():
+        cache = model(tokens()[:, :6], use_cache=True).past_key_values
+    with refused(model, "4 columns", "6 tokens", "4 are new", "past_key_values"):
+        model(tokens()[:, 6:], attention_mask=torch.ones(3, 4), past_key_values=cache)
+
+
+def any_number_but_zero_is_a_real_token(method, architecture):
+    """transformers reads masks so; some collators number their rows there."""
+    model, _ = started(method, architecture)
+    _, batch, mask = padded("left")
+    with torch.no_grad():
+        found = [
+            model(batch, attention_mask=each, use_cache=False).logits[mask == 1]
+            for each in (mask, 2 * mask, mask.bool(), mask.float())
+        ]
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def a_full_length_counts_n(method):
+    """A table of 256 positions holds N and 252 tokens, and no 253rd."""
+    model, untouched = started(method, "gpt2")
+    ids = tokens(1, 253)
+    with torch.no_grad():
+        whole = model(ids[:, :252], use_cache=True)
+    assert largest(whole.logits, reference(untouched, ids[:, :252])) < CLOSE
+    message = ("253 tokens and 4 positions", "are 257", "has 256", "252 tokens")
+    with refused(model, *message):
+        model(ids)
+    with refused(model, *message):
+        model(ids[:, 252:], past_key_values=whole.past_key_values)
+    with refused(model, "has 252 positions", "4 are those of"):
+        generate(model, None, [[7] * 240], stop_id=2, max_new_tokens=13)
+    assert positions(model) == 252 and positions(untouched) == 256
+
+
+def rotary_positions_do_not_end(method):
+    """A model that computes its positions reads on, as it does without an adapter."""
+    model, untouched = started(method, "llama")
+    ids = tokens(1, 256)
+    assert largest(logits(model, ids), reference(untouched, ids)) < CLOSE
+
+
+def guessed_tokens_change_no_answer(method):
+    """Assisted decoding puts wrong guesses into the cache and takes them out again."""
+    model, _ = started(method, "llama")
+    ids = tokens(1, 4).repeat(1, 3)
+    asked = dict(attention_mask=torch.ones_like(ids), do_sample=False)
+    asked |= dict(max_new_tokens=8, min_new_tokens=8)
+    guessed = model.generate(ids, prompt_lookup_num_tokens=3, **asked)
+    assert torch.equal(guessed, model.generate(ids, **asked))
+
+
+def reentrant_checkpointing_changes_no_gradient(method, **how):
+    """A layer that runs again in backward finds nothing that another has freed."""
+    found = []
+    for reentrant in (None, False, True):
+        model = copy.deepcopy(original("llama"))
+        torch.manual_seed(0)
+        method.inject(model, n=3, **how)
+        model.enable_input_require_grads()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(gradients(model.train()))
+    assert all(largest(each, found[0]) < CLOSE for each in found)
+    assert all(gradient.any() for gradient in found[0].values())
+
+
+def a_replica_equals_the_model(method):
+    """What DataParallel runs on each device: no parameters, tensors in their place."""
+    model, _ = started(method, "llama")
+    _, batch, mask = padded("left")
+    copied = replica(model)
+    assert not list(copied.parameters())
+    for asked in ({}, {"attention_mask": mask}):
+        with torch.no_grad():
+            found = copied(batch, use_cache=False, **asked).logits
+            assert torch.equal(found, model(batch, use_cache=False, **asked).logits)
+
+
+def replica(model):
+    """The model as torch.nn.parallel.replicate leaves it, on the same device."""
+    copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            setattr(copied, name, copies.get(child))
+        for name, p in module._parameters.items():
+            setattr(copied, name, p if p is None else p.clone())
+        copied._buffers = dict(module._buffers)
+    return copies[model]
+
+
+def compiled_pieces_equal_eager_ones(method):
+    model, _ = started(method, "llama")
+    _, batch, mask = padded("left")
+    torch._dynamo.reset()
+    compiled, found = torch.compile(model, backend="eager"), []
+    for which in (model, compiled):
+        cache, outs = None, []
+        for part in (slice(0, 8), slice(8, 10)):
+            with torch.no_grad():
+                out = which(
+                    batch[:, part],
+                    attention_mask=mask[:, : part.stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache = out.past_key_values
+            outs.append(out.logits)
+        found.append(torch.cat(outs, 1))
+    assert largest(*found) < CLOSE
+
+
 ON_ALL = [  # (method, architecture)
+    a_cache_filled_without_it_is_refused,
+    a_copied_cache_goes_on,
+    a_conversation_goes_on_from_its_cache,
+    masks_of_another_length_are_refused,
+    any_number_but_zero_is_a_real_token,
     logits_are_those_of_tokens_in_front,
     pieces_without_a_mask_are_one_pass,
     positions_from_the_caller_are_moved,
@@ -269,7 +441,16 @@ EVERY_WAY = [("greedy", architecture) for architecture in CONFIGS]
 EVERY_WAY += [
     (way, name) for way in WAYS if way != "greedy" for name in ("llama", "opt")
 ]
-ONCE = [ids_are_repeated_or_cut_to_n, half_precision_keeps_P_in_fp32]
+ONCE = [
+    ids_are_repeated_or_cut_to_n,
+    half_precision_keeps_P_in_fp32,
+    a_full_length_counts_n,
+    rotary_positions_do_not_end,
+    guessed_tokens_change_no_answer,
+    reentrant_checkpointing_changes_no_gradient,
+    a_replica_equals_the_model,
+    compiled_pieces_equal_eager_ones,
+]
 NUMBERS = [0, -1, True, None, 2.0, "4", 256, 4097, 10**30]  # n; 256 positions in all
 STARTS = [[], [-1], [VOCAB], [1.5], [True], [[1, 2]], [[1, 2], [3]], ["a"], [10**30]]
 STARTS += ["words", 5, None, {"a": 1}, torch.tensor([[1]])]
