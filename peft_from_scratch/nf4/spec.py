@@ -28,7 +28,7 @@ def spec_quantize(w: Tensor, block: int, codebook: str) -> tuple[Tensor, Tensor]
     absmax = rows.abs().amax(dim=1)
     ratios = ratios_of(rows, absmax, n // block).flatten()[:n]
     # rank of the nearest value = number of midpoints between values below the ratio
-    values, order = torch.tensor(CODES[codebook]).sort()
+    values, order = torch.tensor(CODES[codebook], device=w.device).sort()
     midpoints = (values[:-1] + values[1:]) / 2
     ranks = (ratios[:, None] > midpoints).sum(dim=1)
     return order[ranks], absmax
@@ -39,14 +39,15 @@ def ratios_of(rows: Tensor, absmax: Tensor, whole: int) -> Tensor:
 
     It multiplies whole blocks by 1 / absmax, unless that overflows; it divides others.
     """
-    divides = (absmax < 1e-37) | (torch.arange(len(absmax)) >= whole)
+    numbers = torch.arange(len(absmax), device=absmax.device)
+    divides = (absmax < 1e-37) | (numbers >= whole)
     quotients = (rows / absmax[:, None]).nan_to_num(0.0)
     return torch.where(divides[:, None], quotients, rows * (1 / absmax)[:, None])
 
 
 def spec_dequantize(codes: Tensor, absmax: Tensor, block: int, codebook: str) -> Tensor:
     """w'_i = values[code_i] · absmax_b: (n,) float32."""
-    values = torch.tensor(CODES[codebook])[codes]
+    values = torch.tensor(CODES[codebook], device=codes.device)[codes]
     return values * absmax.repeat_interleave(block)[: len(codes)]
 
 
