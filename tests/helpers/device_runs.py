@@ -23,7 +23,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 CASES = "laws.device.cases"  # a module with CASES, {name: law}
 PROCESSES = 2
-LONGEST = 900  # seconds, for all cases of a process
+LONGEST = 1800  # seconds, for all cases of a process
 
 
 @dataclass(frozen=True)
