@@ -28,7 +28,7 @@ def spec_quantize(w: Tensor, block: int, codebook: str) -> tuple[Tensor, Tensor]
     absmax = rows.abs().amax(dim=1)
     ratios = ratios_of(rows, absmax, n // block).flatten()[:n]
     # nearest value: count the midpoints that a ratio exceeds (on one: the lower value)
-    values, order = torch.tensor(CODES[codebook]).sort()  # FP4's are not in order
+    values, order = torch.tensor(CODES[codebook], device=w.device).sort()
     midpoints = (values[:-1] + values[1:]) / 2
     ranks = (ratios[:, None] > midpoints).sum(dim=1)
     return order[ranks].byte(), absmax
@@ -38,14 +38,15 @@ def ratios_of(rows: Tensor, absmax: Tensor, whole: int) -> Tensor:
     """w_i / absmax_b, and 0 for 0 / 0, rounded to the last bit as in bitsandbytes."""
     # That multiplies by 1 / absmax, and divides in a short last block, after the whole
     # ones. Small blocks divide here as well: 1 / absmax overflows below 3e-39.
-    divides = (absmax < 1e-37) | (torch.arange(len(absmax)) >= whole)
+    numbers = torch.arange(len(absmax), device=absmax.device)
+    divides = (absmax < 1e-37) | (numbers >= whole)
     quotients = (rows / absmax[:, None]).nan_to_num(0.0)
     return torch.where(divides[:, None], quotients, rows * (1 / absmax)[:, None])
 
 
 def spec_dequantize(codes: Tensor, absmax: Tensor, block: int, codebook: str) -> Tensor:
     """w'_i = values[code_i] · absmax_b: (n,) float32."""
-    values = torch.tensor(CODES[codebook])[codes.long()]
+    values = torch.tensor(CODES[codebook], device=codes.device)[codes.long()]
     return values * absmax.repeat_interleave(block)[: len(codes)]
 
 

@@ -1,6 +1,7 @@
 """Small random models of five architectures, and a tokenizer that needs no download."""
 
 import torch
+from device import DEVICE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -58,7 +59,7 @@ def build(architecture, *, seed=0, dtype=torch.float32):
                 parameter.normal_(std=0.2)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def byte_tokenizer():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 import transformers
 from architectures import VOCAB
+from device import DEVICE
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -16,7 +17,8 @@ PLAIN = (bool, int, float, str, type(None))
 
 def tokens(rows=3, length=10, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (rows, length), generator=generator)  # (b, t)
+    ids = torch.randint(3, VOCAB, (rows, length), generator=generator)  # (b, t)
+    return ids.to(DEVICE)
 
 
 @torch.no_grad()
@@ -29,11 +31,11 @@ def loss(model, ids=None):
     return model(ids, labels=ids, use_cache=False).loss
 
 
-def gradients(model, seed=0):
+def gradients(model, seed=0, ids=None):
     """{name: gradient of the loss} of what trains, in the mode the model is in."""
     model.zero_grad()
     torch.manual_seed(seed)
-    loss(model).backward()
+    loss(model, ids).backward()
     return {name: p.grad.clone() for name, p in pfs.trainable(model).items()}
 
 

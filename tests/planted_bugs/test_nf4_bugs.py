@@ -202,7 +202,7 @@ SPEC = {
         ),
         "short blocks are multiplied by the spec": (
             spec.ratios_of,
-            " | (torch.arange(len(absmax)) >= whole)",
+            " | (numbers >= whole)",
             "",
         ),
         "every block is divided by the spec": (

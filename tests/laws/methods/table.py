@@ -1,4 +1,4 @@
-"""METHODS: one row a method, with what it promises; the contract's laws run on it."""
+"""METHODS: one row a method, with its promises. LAWS: the contract's, for every row."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import peft_from_scratch as pfs
+from laws.core import contract as laws
 from laws.core.contract import Method
 from peft_from_scratch import nf4
 from peft_from_scratch.core import adapter
@@ -24,7 +25,7 @@ class Smallest(pfs.Adapter):
     def __init__(self, base):
         super().__init__(base)
         d_out, _ = adapter.sizes(base)
-        self.s = nn.Parameter(torch.zeros(d_out, dtype=base.weight.dtype))
+        self.s = nn.Parameter(torch.zeros(d_out, **adapter.factory_kwargs(base)))
 
     def forward(self, x):
         return self.base(x) + self.s
@@ -295,3 +296,38 @@ METHODS = [
         prepare=four_bits,
     ),
 ]
+
+# law -> the methods that it speaks of
+LAWS = {
+    laws.starts_from_the_pretrained_model: lambda m: True,
+    laws.counts_equal_the_formula: lambda m: True,
+    laws.tensors_lie_in_memory_as_files_do: lambda m: True,
+    laws.only_what_is_trainable_moves: lambda m: True,
+    laws.every_tensor_moves_after_an_evaluation: lambda m: True,
+    laws.a_plan_touches_nothing: lambda m: True,
+    laws.inject_is_plan_and_apply: lambda m: True,
+    laws.remove_is_exact: lambda m: True,
+    laws.disabled_is_the_untouched_model: lambda m: True,
+    laws.mode_is_kept_and_changes_nothing: lambda m: True,
+    laws.merged_equals_unmerged: lambda m: True,
+    laws.merge_is_all_or_nothing: lambda m: m.wraps and m.mergeable,
+    laws.a_second_injection_is_refused: lambda m: True,
+    laws.saved_and_loaded_is_bit_equal: lambda m: m.saved,
+    laws.padding_changes_no_generated_token: lambda m: True,
+    laws.checkpointing_changes_no_gradient: lambda m: True,
+    laws.a_copy_is_independent: lambda m: True,
+    laws.state_dict_is_the_whole_state: lambda m: True,
+    laws.two_adapters_in_turn_share_a_base: lambda m: m.restores,
+    laws.autocast_trains_close_to_fp32: lambda m: True,
+}
+
+
+def cases(laws, methods, architectures):
+    """(name, (law, method, architecture)) of each law on all that it speaks of."""
+    for law, applies in laws.items():
+        for method in filter(applies, methods):
+            for architecture in filter(
+                method.architectures.__contains__, architectures
+            ):
+                name = f"{law.__name__}-{method.name}-{architecture}"
+                yield name, (law, method, architecture)
