@@ -7,6 +7,8 @@ tests/wrong_answers/<name>.py has, for the exercises of notebooks/NN_<name>.py,
 
     MUTANTS    {"4.1": {"no division by r": source of the exercise's cell, …}, …}
     PREAMBLE   source that runs before it, if the cells need more than NAMES (optional)
+    ATTACKS    {"4.1": {class of input: {name: source or Attack} or why there is none}}
+    ALSO_RIGHT the same, for answers that must pass (both optional; see attacks.py)
 
 The right answer is the notebook's own. Some wrong ones are made here, for every
 exercise: the solution left out, and, of a function, its first argument back.
@@ -34,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "notebooks")] * (__name__ == "__main__")
 
 import build
+from attacks import CLASSES
 
 import peft_from_scratch as pfs
 from peft_from_scratch.common.atomic import new_file
@@ -64,6 +67,8 @@ class Lesson:
     titles: dict[str, str]
     wrong: dict[str, dict[str, str]]  # exercise -> name -> source of its cell
     preamble: str = field(repr=False)
+    attacks: dict = field(repr=False, default_factory=dict)  # exercise -> class -> …
+    right: dict = field(repr=False, default_factory=dict)  # … name -> source, or why
 
     def run(self, exercise: Exercise, source: str, check: str) -> None:
         """The source of an exercise's cell, then that of its check, on their own."""
@@ -105,10 +110,39 @@ def lesson(text: Path, mutants: Path | None = None) -> Lesson:
     found = tuple(exercises(notebook))
     titles = {e.id: title(notebook.cells[e.at - 1].source, e.id) for e in found}
     given = module.MUTANTS
-    wrong = {e.id: {**given.get(e.id, {}), **made(e)} for e in found}
+    attacks, right = (
+        {e.id: by_class(e, getattr(module, name, {})) for e in found}
+        for name in ("ATTACKS", "ALSO_RIGHT")
+    )
+    wrong = {
+        e.id: {**given.get(e.id, {}), **flat(attacks[e.id]), **made(e)} for e in found
+    }
     assert set(given) <= set(wrong), f"{mutants.name}: {set(given) - set(wrong)}?"
     preamble = getattr(module, "PREAMBLE", "")
-    return Lesson(text, mutants, module.checks, found, titles, wrong, preamble)
+    return Lesson(
+        text, mutants, module.checks, found, titles, wrong, preamble, attacks, right
+    )
+
+
+def by_class(exercise: Exercise, table: dict) -> dict:
+    """{class of input: {name: source of the cell}, or why there is none}"""
+    return {
+        kind: answers
+        if isinstance(answers, str)
+        else {
+            name: answer if isinstance(answer, str) else answer(exercise.code)
+            for name, answer in answers.items()
+        }
+        for kind, answers in table.get(exercise.id, {}).items()
+    }
+
+
+def flat(classes: dict) -> dict[str, str]:
+    """The answers of all classes, by name."""
+    tables = [answers for answers in classes.values() if not isinstance(answers, str)]
+    names = [name for answers in tables for name in answers]
+    assert len(set(names)) == len(names), f"two of one name: {sorted(names)}"
+    return {name: source for answers in tables for name, source in answers.items()}
 
 
 def lessons() -> list[Lesson]:
@@ -159,6 +193,10 @@ def survivors(found: Lesson) -> Iterator[str]:
         for name, source in wrong.items():
             if found.judge(exercise, source) is None:
                 yield f"{where}: {name!r} passes"
+        for name, source in flat(found.right[exercise.id]).items():
+            refusal = found.judge(exercise, source)
+            if refusal is not None:
+                yield f"{where}: {name!r} is right, and refused\n{refusal}"
         if len(set(wrong) - {NOTHING, INPUT}) < FEWEST or ZEROS not in wrong:
             yield f"{where}: at least {FEWEST} are needed, one of them {ZEROS!r}"
 
@@ -186,8 +224,40 @@ def table(found: list[Lesson]) -> str:
             "|---|---|---|",
             *rows,
             "",
+            "## By class of input",
+            "",
+            "`peft_from_scratch/course/checks/CHECKLIST.md` says what the classes are.",
+            "In each place: mutants, all refused / other right answers, all passed.",
+            "",
+            *class_table(found),
+            "",
         ]
     )
+
+
+def class_table(found: list[Lesson]) -> list[str]:
+    """Exercises x classes of input: mutants refused, right answers passed; Markdown."""
+    rows, reasons = [], []
+    for each in found:
+        for e in each.exercises if any(each.attacks.values()) else ():
+            counts = []
+            for kind in CLASSES:
+                wrong = each.attacks[e.id][kind]
+                if isinstance(wrong, str):
+                    counts.append("none")
+                    reasons.append(f"- {e.id}, {kind}: {wrong}")
+                else:
+                    counts.append(f"{len(wrong)} / {len(each.right[e.id][kind])}")
+            rows.append(f"| {e.id} | {' | '.join(counts)} |")
+    return [
+        f"| exercise | {' | '.join(CLASSES)} |",
+        f"|---|{'---|' * len(CLASSES)}",
+        *rows,
+        "",
+        "Where a class does not apply, and why:",
+        "",
+        *reasons,
+    ]
 
 
 def checked(exercise: Exercise) -> str:

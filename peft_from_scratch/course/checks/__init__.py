@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..time_limit import TooLong, time_limit
 
+HERE = Path(__file__).parent
 SECONDS = 60  # that a check may take, the learner's code included; most take 0.01
 SEED = 20_210_617  # of the random numbers in a check; no learner's code sets this one
 UNKNOWN = "none that this check knows. Compare your lines with the text, one by one"
