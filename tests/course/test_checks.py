@@ -68,6 +68,11 @@ def test_tolerance_is_relative_so_that_small_values_are_not_taken_for_zero(scale
     assert told(expected.flip(0), expected)
 
 
+def test_numbers_of_python_are_compared_in_double_precision():
+    assert told(0.1 * (1 + 1e-9), 0.1, tolerance=1e-10)
+    assert told(numpy.float64(0.1), 0.1, tolerance=0.0) is None
+
+
 def test_where_zero_is_right_the_tolerance_stands_alone():
     zero = torch.zeros(3)
     assert told(torch.full((3,), 0.9e-5), zero) is None

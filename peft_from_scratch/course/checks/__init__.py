@@ -34,7 +34,7 @@ UNKNOWN = "none that this check knows. Compare your lines with the text, one by 
 SHOWN = 5  # values of each tensor
 WIDTH = 88  # characters of a line
 LIBRARIES = (  # parts of the paths of code that is not the learner's
-    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[2]),
     sysconfig.get_path("stdlib"),
     "site-packages",
     "dist-packages",
@@ -134,6 +134,7 @@ def close(
     mistakes: Mapping[str, object] | None = None,
     tolerance: float = 1e-5,
     kind: torch.dtype | type[int] | None = None,
+    inside: bool = False,
 ) -> None:
     """Nothing, or Wrong where `got` is not `expected`.
 
@@ -150,6 +151,7 @@ def close(
         tolerance relative to the largest entry that is expected
         kind      a dtype that a tensor must have; int: a whole number, of any integer
                   type; None: any
+        inside    `got` is one of several values that were returned together
     """
     mistakes = mistakes or {}
     if isinstance(expected, tuple | list):
@@ -159,7 +161,7 @@ def close(
             likely = _named(got, mistakes)
             raise Wrong(_refusal(what, repr(expected), repr(got), likely))
         return None
-    likely = _unlike(got, expected)
+    likely = _unlike(got, expected, inside=inside)
     if likely:
         raise Wrong(_refusal(what, _shown(expected), _shown(got), likely))
     mine, theirs = _numbers(got), _numbers(expected)
@@ -253,7 +255,8 @@ def _numbers(value) -> Tensor:
     """In double precision, detached; a bool tensor as zeros and ones."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-    tensor = torch.as_tensor(value)
+    # By way of numpy: torch would round a number of Python to float32.
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(numpy.array(value))
     return tensor if tensor.is_complex() else tensor.double()
 
 
@@ -326,10 +329,8 @@ def _close_each(got, expected, what, mistakes, tolerance, kind) -> None:
             if isinstance(value, tuple | list) and len(value) == count
         }
         which = f"{what}: value {i + 1} of {count}"
-        likely = _unlike(mine, theirs, inside=True) if mine is None is not theirs else 0
-        if likely:
-            raise Wrong(_refusal(which, _shown(theirs), "None", likely))
-        close(mine, theirs, what=which, mistakes=wrong, tolerance=tolerance, kind=kind)
+        demands = dict(tolerance=tolerance, kind=kind, inside=True)
+        close(mine, theirs, what=which, mistakes=wrong, **demands)
 
 
 # ------------------------------------------------------------------ the likely mistake
