@@ -157,7 +157,7 @@ EXPLAINED = {  # {exercise: {mutant: what the learner is told}}
         "one label too many": "the last token of the prompt",
         "one label too few": "the first token of the answer",
         "padded on the left": "padded on the left",
-        "in place": "the rows themselves were changed",
+        "in place": "rows itself was changed",
         "floats": "torch.int64",
     },
     "1.2": {
@@ -230,7 +230,7 @@ EXPLAINED = {  # {exercise: {mutant: what the learner is told}}
         "no base": "the base is missing",
         "a base for each": "one base is enough",
         "below zero": "no room for the base",
-        "not rounded": "half a copy",
+        "not rounded": "// a whole number",
         "rounded up": "a copy that fits in part",
         "adapters rounded up": "a task that fits in part",
         "draws level": "fewer bytes, not the same",

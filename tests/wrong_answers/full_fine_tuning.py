@@ -1,5 +1,16 @@
 """Wrong answers to the exercises of notebook 01; each must be refused by its check."""
 
+from attacks import (
+    Attack,
+    afterwards,
+    every_time_but,
+    fixed,
+    remembered,
+    returned,
+    stale,
+    where,
+)
+
 from peft_from_scratch.course.checks import full_fine_tuning as checks  # noqa: F401
 
 BATCH = """\
@@ -258,5 +269,400 @@ MUTANTS = {
             adapters="max(0, disk - model) // adapter + (disk >= model)"
         ),
         "disk ignored": storage("10", "300"),
+    },
+}
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # the right answer but for one class of input; see attacks.py
+    "1.1": {
+        "arguments": {
+            "end of the first call": stale("end"),
+            "pad of the first call": stale("pad"),
+            "rows of the first call": stale("rows"),
+            "pad is end": fixed("pad", "end"),
+            "end is pad": fixed("end", "pad"),
+        },
+        "state": {
+            "kept by lengths": remembered(
+                "(*(len(part) for row in rows for part in row), end, pad)"
+            ),
+            "labels kept by shape": Attack(
+                after="labels = _labels.setdefault(result[1].shape, result[1])\n"
+                "result = result[0], labels",
+                outside="_labels = {}",
+            ),
+            "rows are sorted": afterwards("rows.sort(key=str)"),
+            "an answer gets its end": afterwards("rows[0][1].append(end)"),
+            "a prompt gets its answer": afterwards("rows[-1][0].extend(rows[-1][1])"),
+        },
+        "inputs": {
+            "the first end ends it": batch(
+                labels="([-100] * len(prompt) + answer[: (answer + [end]).index(end)]"
+                " + [end] + [-100] * longest)[:longest]",
+            ),
+            "the last end ends it": batch(
+                labels="[-100] * len(prompt) + (answer + [end] + [pad] * padding)[::-1]"
+                "[(answer + [end] + [pad] * padding)[::-1].index(end):][::-1]"
+                " + [-100] * (answer + [end] + [pad] * padding)[::-1].index(end)",
+            ),
+            "pads in answers are padding": batch(
+                labels="[-100] * len(prompt)"
+                " + [-100 if t == pad else t for t in answer]"
+                " + [end] + [-100] * padding"
+            ),
+            "without a prompt the first token is one": batch(
+                labels="[-100] * max(1, len(prompt)) + (answer + [end])"
+                "[1 - min(1, len(prompt)) :] + [-100] * padding"
+            ),
+            "small ids": returned(
+                "(result[0].short().long(), result[1].short().long())"
+            ),
+            "half precision": returned("(result[0].half().long(), result[1])"),
+            "three rows at most": where(
+                "len(rows) > 3", "(result[0][:3], result[1][:3])"
+            ),
+            "ten tokens at most": where(
+                "result[0].shape[1] > 10", "(result[0][:, :10], result[1][:, :10])"
+            ),
+            "an empty answer has no end": where(
+                "not all(a for _, a in rows)", "(result[0], 0 * result[1] - 100)"
+            ),
+        },
+        "kinds": {
+            "floats for ids": returned("(result[0].float(), result[1])"),
+            "int32 labels": returned("(result[0], result[1].int())"),
+            "arrays": returned("tuple(x.numpy() for x in result)"),
+            "a stack": returned("torch.stack(result)"),
+            "no labels": returned("(result[0], None)"),
+            "a dict": returned("dict(input_ids=result[0], labels=result[1])"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "1.2": {
+        "arguments": {
+            "tokens of the first call": stale("tokens"),
+            "labels of the first call": stale("labels"),
+            "logits of the first call": stale("logits"),
+            "tokens by the shape": fixed(
+                "tokens", "2 * (labels[:, 1:] != -100).sum() + 3"
+            ),
+        },
+        "state": {
+            "kept by shape": remembered("(logits.shape, tokens)"),
+            "kept by labels": remembered("(str(labels), tokens)"),
+            "no loss without autograd": where(
+                "not torch.is_grad_enabled()", "0 * result"
+            ),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
+            "a seed is left": afterwards("torch.manual_seed(0)"),
+            "logits are scaled": afterwards("logits.data.mul_(1.0001)"),
+            "logits are asked for gradients": afterwards("logits.requires_grad_(True)"),
+            "labels lose the first": afterwards("labels[:, 0] = -100"),
+        },
+        "inputs": {
+            "exp overflows": loss(
+                SHIFT,
+                "keep = y != -100",
+                "z, y = z[keep], y[keep]",
+                "p = z.exp() / z.exp().sum(-1, keepdim=True)",
+                "return -p[torch.arange(len(y)), y].log().sum() / tokens",
+            ),
+            "a small number in the logarithm": loss(
+                SHIFT,
+                "keep = y != -100",
+                "p = z[keep].softmax(-1)[torch.arange(int(keep.sum())), y[keep]]",
+                "return -(p + 1e-9).log().sum() / tokens",
+            ),
+            "logits are clamped": loss(
+                SHIFT.replace(".float()", ".float().clamp(-20, 20)"), SUM
+            ),
+            "token zero is ignored": loss(
+                SHIFT, "y = y.masked_fill(y == 0, -100)", SUM
+            ),
+            "one row alone": where("len(labels) > 4", "result / 2"),
+            "ten positions at most": loss(
+                "logits, labels = logits[:, :10], labels[:, :10]", SHIFT, SUM
+            ),
+            "nothing to predict, no loss": where("labels.shape[1] == 1", "result + 1"),
+            "half precision overflows": loss(
+                SHIFT.replace("float", "half"), SUM.replace("(z,", "(z.float(),")
+            ),
+        },
+        "kinds": {
+            "one entry": returned("result[None]"),
+            "bfloat16": returned("result.bfloat16()"),
+            "a number": returned("float(result)"),
+            "an array": returned("result.detach().numpy()"),
+            "a leaf": returned("result.detach().requires_grad_()"),
+            "with its count": returned("(result, tokens)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "1.3": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("W", "g", "m", "v", "t", "lr", "betas", "eps", "decay")
+        }
+        | {
+            "the usual decay": fixed("decay", "0.01"),
+            "the usual betas": fixed("betas", "(0.9, 0.999)"),
+            "the usual eps": fixed("eps", "1e-8"),
+        },
+        "state": {
+            "moments of its own": Attack(
+                before="global _own\nif t > 1:\n    m, v = _own",
+                after="_own = result[1:]",
+                outside="_own = None",
+            ),
+            "a clock of its own": Attack(
+                before="global _t\n_t = 1 if t == 1 else _t + 1\nt = _t",
+                outside="_t = 0",
+            ),
+            "kept by shape and t": remembered("(W.shape, t, lr)"),
+            "W moves": afterwards("W.data.copy_(result[0])"),
+            "g is used up": afterwards("g.zero_()"),
+            "m is updated": afterwards("m.copy_(result[1])"),
+            "v is updated": afterwards("v.copy_(result[2])"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "t up to ten": fixed("t", "min(t, 10)"),
+            "t up to three": fixed("t", "min(t, 3)"),
+            "no correction late": where(
+                "t > 100",
+                "((1 - lr * decay) * W - lr * result[1] / (result[2].sqrt() + eps),"
+                " *result[1:])",
+            ),
+            "gradients are clipped": fixed("g", "g.clamp(-10, 10)"),
+            "tiny gradients are none": fixed("g", "g * (g.abs() > 1e-6)"),
+            "no decay, no step": where("decay == 0", "(W, *result[1:])"),
+            "v is never tiny": fixed("v", "v.clamp(min=1e-12)"),
+            "W is never huge": fixed("W", "W.clamp(-100, 100)"),
+            "numbers are no matrices": where("W.ndim == 0", "(W, *result[1:])"),
+        },
+        "kinds": {
+            "float32": returned("tuple(x.float().double() for x in result)"),
+            "float32 comes back": returned("tuple(x.float() for x in result)"),
+            "float64 comes back": returned("tuple(x.double() for x in result)"),
+            "W has no m": returned("(result[0], None, result[2])"),
+            "arrays": returned("tuple(x.detach().numpy() for x in result)"),
+            "W alone": returned("result[0]"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "1.4": {
+        "arguments": {
+            "parameters of the first call": stale("parameters"),
+            "recipe of the first call": stale("recipe"),
+            "SmolLM2's": fixed("parameters", "134_515_008"),
+        },
+        "state": {
+            "kept by recipe": remembered("recipe"),
+            "kept by parameters": remembered("parameters"),
+            "one dict for all": Attack(
+                after="_bill.update(result)\nresult = _bill", outside="_bill = {}"
+            ),
+            "right once": every_time_but(2, "dict(result, master=0.0)"),
+        },
+        "inputs": {
+            "a billion at least": fixed("parameters", "max(parameters, 10**6)"),
+            "a hundred billion at most": fixed("parameters", "min(parameters, 10**11)"),
+            "nothing takes something": where(
+                "parameters == 0", "dict(result, weights=4)"
+            ),
+            "twelve digits are too many": returned(
+                "{kind: round(size, 3) for kind, size in result.items()}"
+            ),
+            "in float32": returned(
+                "{k: torch.tensor(x).float().item() for k, x in result.items()}"
+            ),
+        },
+        "kinds": {
+            "pairs": returned("list(result.items())"),
+            "texts": returned("{k: str(x) for k, x in result.items()}"),
+            "with a sum": returned("{**result, 'all': sum(result.values())}"),
+            "None for no copy": returned("{k: x or None for k, x in result.items()}"),
+            "short tensors": returned(
+                "{k: torch.tensor([x]) for k, x in result.items()}"
+            ),
+            "a tuple": returned("tuple(result.values())"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "1.5": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("disk", "model", "adapter")
+        },
+        "state": {
+            "kept by disk": remembered("disk"),
+            "kept by model": remembered("model"),
+            "kept by disk and model": remembered("(disk, model)"),
+            "kept by model and adapter": remembered("(model, adapter)"),
+        },
+        "inputs": {
+            "a thousand tasks at most": returned(
+                "(min(result[0], 1000), min(result[1], 1000), result[2])"
+            ),
+            "never beyond fifty": where(
+                "result[2] and result[2] > 50", "(*result[:2], None)"
+            ),
+            "in float32": where(
+                "True",
+                "(int(torch.tensor(disk).float() // model),"
+                " max(0, int((torch.tensor(disk).float() - model) // adapter)),"
+                " result[2])",
+            ),
+            "almost full is not full": storage(
+                adapters="max(0, disk - model - 1) // adapter"
+            ),
+            "a base needs an adapter": storage(
+                adapters="0 if disk < model + adapter else (disk - model) // adapter"
+                " if disk > model + adapter else 0"
+            ),
+            "nothing on it": where("disk == 0", "(0, 0, None)"),
+            "two at least": returned("(*result[:2], result[2] and max(3, result[2]))"),
+        },
+        "kinds": {
+            "floats": returned("(float(result[0]), float(result[1]), result[2])"),
+            "a float": returned("(*result[:2], result[2] and result[2] / 1)"),
+            "infinity for never": returned(
+                "(*result[:2], math.inf if result[2] is None else result[2])"
+            ),
+            "False for never": returned("(*result[:2], result[2] or False)"),
+            "zero for never": returned("(*result[:2], result[2] or 0)"),
+            "a text for never": returned("(*result[:2], result[2] or 'None')"),
+            "None for none": returned("(result[0] or None, *result[1:])"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+
+ALSO_RIGHT = {
+    "1.1": {
+        "arguments": {
+            "by the end": """\
+def my_batch(rows, end, pad):
+    whole = [[*p, *a, end] for p, a in rows]
+    t = max(map(len, whole))
+    ids = torch.tensor([row + [pad] * (t - len(row)) for row in whole])
+    labels = ids.clone()
+    for i, ((p, _), row) in enumerate(zip(rows, whole)):
+        labels[i, : len(p)] = labels[i, len(row) :] = -100
+    return ids, labels
+"""
+        },
+        "state": {
+            "of copies": batch(ids="[*prompt] + [*answer, end] + padding * [pad]")
+        },
+        "inputs": {
+            "a mask": batch(
+                after="""\
+lengths = torch.tensor([(len(p), len(p + a) + 1) for p, a in rows])
+    at = torch.arange(longest)
+    hidden = (at < lengths[:, :1]) | (at >= lengths[:, 1:])
+    labels = input_ids.masked_fill(hidden, -100)"""
+            )
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "int32 ids": returned("(result[0].int(), result[1])"),
+        },
+    },
+    "1.2": {
+        "arguments": {
+            "tokens in a tensor": loss(
+                SHIFT, SUM.replace("tokens", "torch.tensor(tokens)")
+            )
+        },
+        "state": {
+            "a closure": loss(
+                "def nats(z, y):",
+                "    return F.cross_entropy(z.float(), y, reduction='sum')",
+                "pairs = zip(logits[:, :-1], labels[:, 1:])",
+                "return sum(nats(z, y) for z, y in pairs) / tokens",
+            ),
+            "nll_loss": loss(
+                SHIFT,
+                "return F.nll_loss(z.log_softmax(1), y, reduction='sum') / tokens",
+            ),
+        },
+        "inputs": {
+            "logsumexp": loss(
+                SHIFT,
+                "chosen = z.gather(1, y.clamp(min=0)[:, None])[:, 0]",
+                "return ((z.logsumexp(1) - chosen) * (y >= 0)).sum() / tokens",
+            )
+        },
+        "kinds": {"float64": returned("result.double()")},
+    },
+    "1.3": {
+        "arguments": {
+            "by keyword": adamw(
+                before="(beta1, beta2), shrink = betas, 1 - decay * lr",
+                first="m = m.mul(beta1).add(g, alpha=1 - beta1)",
+                step="return W * shrink - lr * m_hat / (eps + v_hat**0.5), m, v",
+            )
+        },
+        "state": {
+            "copies first": adamw(
+                before="W, g, m, v = (x.detach().clone() for x in (W, g, m, v))"
+            )
+        },
+        "inputs": {
+            "torch.optim's order": adamw(
+                hats="root = v.sqrt() / math.sqrt(1 - betas[1] ** t) + eps",
+                step="return torch.addcdiv(W * (1 - lr * decay), m, root,"
+                " value=-lr / (1 - betas[0] ** t)), m, v",
+            )
+        },
+        "kinds": {"a list": returned("[*result]")},
+    },
+    "1.4": {
+        "arguments": {"in numbers of 1e9": bill(unit="10**9")},
+        "state": {"a new dict": returned("dict(result)")},
+        "inputs": {
+            "divided first": returned(
+                "{k: parameters / 1e9 * (x / (parameters / 1e9)) if parameters else 0"
+                " for k, x in result.items()}"
+            )
+        },
+        "kinds": {
+            "numpy's": returned("{k: np.float64(x) for k, x in result.items()}"),
+            "another order": returned("dict(sorted(result.items()))"),
+            "whole where it is": returned(
+                "{k: int(x) if x == int(x) else x for k, x in result.items()}"
+            ),
+        },
+    },
+    "1.5": {
+        "arguments": {
+            "one after the other": storage(
+                level="next((t for t in"
+                " range(1, 10**6) if model + t * adapter < t * model), None)"
+                " if adapter < model else None"
+            )
+        },
+        "state": {"divmod": storage(copies="divmod(disk, model)[0]")},
+        "inputs": {
+            "ceil": storage(
+                level="None if model <= adapter else"
+                " -((-model - 1) // (model - adapter))"
+            )
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "numpy's": returned(
+                "(np.int64(result[0]), np.int64(result[1]), result[2])"
+            ),
+        },
     },
 }

@@ -1,5 +1,17 @@
 """Wrong answers to the exercises of notebook 04; each must be refused by its check."""
 
+from attacks import (
+    Attack,
+    afterwards,
+    every_time_but,
+    first,
+    fixed,
+    remembered,
+    returned,
+    stale,
+    where,
+)
+
 from peft_from_scratch.course.checks import lora_from_scratch as checks  # noqa: F401
 
 PREAMBLE = "from transformers.pytorch_utils import Conv1D"
@@ -491,5 +503,566 @@ MUTANTS = {
             "torch.linalg.svdvals(dW.div_(dW.norm())).square()"
         ),
         "a column too few": spectrum("torch.linalg.svdvals(dW[:, :-1]).square()"),
+    },
+}
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+CACHED = """\
+class MyLoRA(nn.Module):
+    {of_class}
+
+    def __init__(self, base, A, B, alpha):
+        super().__init__()
+        self.base, self.A, self.B = base, nn.Parameter(A), nn.Parameter(B)
+        self.alpha, self.update = alpha, None
+        {init}
+
+    def forward(self, x):
+        {forward}
+"""
+
+
+def cached(forward, of_class="pass", init="pass"):
+    return CACHED.format(of_class=of_class, init=init, forward=forward)
+
+
+ATTACKS = {  # the right answer but for one class of input; see attacks.py
+    "4.1": {
+        "arguments": {
+            "alpha of the first layer": stale("alpha", "__init__"),
+            "alpha is 8": fixed("alpha", "8.0", "__init__"),
+            "A of the first layer": stale("A", "__init__"),
+            "B of the first layer": stale("B", "__init__"),
+            "base of the first layer": stale("base", "__init__"),
+            "x of the first call": stale("x", "forward"),
+            "r is 3": forward(f"{BASE} + self.alpha / 3 * ({UPDATE})"),
+        },
+        "state": {
+            "the update of the first call": cached(
+                "if self.update is None:\n"
+                "            self.update = self.alpha / len(self.A) * self.B @ self.A\n"
+                "        return self.base(x) + x @ self.update.T"
+            ),
+            "the numbers of the first call": cached(
+                "if self.update is None:\n"
+                "            self.update = self.A.detach().clone()\n"
+                "        A = self.A + (self.update - self.A).detach()\n"
+                "        return self.base(x) + self.alpha / len(A) * x @ A.T @ self.B.T"
+            ),
+            "alpha of the class": cached(
+                "return self.base(x) + MyLoRA.shared / len(self.A)"
+                " * (x @ self.A.T @ self.B.T)",
+                init="MyLoRA.shared = alpha",
+            ),
+            "base of the class": cached(
+                "return MyLoRA.shared(x) + self.alpha / len(self.A)"
+                " * (x @ self.A.T @ self.B.T)",
+                init="MyLoRA.shared = base",
+            ),
+            "A and B of the class": cached(
+                "A, B = MyLoRA.shared\n"
+                "        return self.base(x) + self.alpha / len(A) * (x @ A.T @ B.T)",
+                init="MyLoRA.shared = self.A, self.B",
+            ),
+            "kept by shape": remembered("x.shape", "forward"),
+            "the scale shrinks at each call": first(
+                "self.alpha = self.alpha * 0.999", method="forward"
+            ),
+            "B zero, no path": forward(
+                f"{BASE} + {SCALE} * ({UPDATE}) if self.B.any() else {BASE}"
+            ),
+            "nothing in eval()": forward(
+                f"{BASE} + {SCALE} * ({UPDATE}) if self.training else {BASE}"
+            ),
+            "nothing in no_grad()": forward(
+                f"{BASE} + {SCALE} * ({UPDATE}) if torch.is_grad_enabled() else {BASE}"
+            ),
+            "a base without a bias fails": forward(
+                f"{BASE} + 0 * self.base.bias + {SCALE} * ({UPDATE})"
+            ),
+            "the base's weight is read": forward(
+                f"{BASE} + 0 * self.base.weight.sum() + {SCALE} * ({UPDATE})"
+            ),
+            "the base is thawed": afterwards(
+                "self.base.requires_grad_(True)", method="forward"
+            ),
+            "A and B are frozen": afterwards(
+                "self.A.requires_grad_(False)", method="forward"
+            ),
+            "the base sleeps": afterwards("self.base.eval()", method="forward"),
+            "A shrinks": afterwards("self.A.data.mul_(0.999)", method="forward"),
+            "the base moves": afterwards(
+                "next(self.base.parameters()).data.add_(0.001)", method="forward"
+            ),
+            "x moves": afterwards("x.data.add_(0.001)", method="forward"),
+            "autograd left off": afterwards(
+                "torch.set_grad_enabled(False)", method="forward"
+            ),
+        },
+        "inputs": {
+            "small updates are none": forward(
+                f"{BASE} + {SCALE} * ({UPDATE}) * (({UPDATE}).abs() > 1e-4)"
+            ),
+            "x is clamped": first("x = x.clamp(-50, 50)", method="forward"),
+            "four sides are too many": where("x.ndim > 3", "self.base(x)", "forward"),
+            "no more than eight wide": where(
+                "x.shape[-1] > 30", "self.base(x)", "forward"
+            ),
+            "one entry wide": where("x.shape[-1] == 1", "self.base(x)", "forward"),
+            "a long row": where("x.numel() > 400", "self.base(x)", "forward"),
+        },
+        "kinds": {
+            "float32": returned("result.float()", "forward"),
+            "float64": returned("result.double()", "forward"),
+            "by way of float32": returned("result.float().to(x.dtype)", "forward"),
+            "by way of bfloat16": returned("result.bfloat16().to(x.dtype)", "forward"),
+            "with the base's": returned("(result, self.base(x))", "forward"),
+            "a parameter": returned("nn.Parameter(result)", "forward"),
+        },
+        "randomness": {
+            "dropout in train()": forward(
+                f"{BASE} + {SCALE} * (F.dropout(x, 0.05, self.training)"
+                " @ self.A.T @ self.B.T)"
+            ),
+            "a little noise": returned(
+                "result + 1e-3 * result.std() * torch.randn_like(result)", "forward"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "4.2": {
+        "arguments": {
+            "r of the first call": stale("r"),
+            "d_in of the first call": stale("d_in"),
+            "d_out of the first call": stale("d_out"),
+            "the width of the notebook": start(
+                "torch.randn(r, d_in) / math.sqrt(3 * 576)"
+            ),
+        },
+        "state": {
+            "one B for all": start(
+                B="_zeros.setdefault((d_out, r), torch.zeros(d_out, r))"
+            )
+            + "\n_zeros = {}\n",
+            "A of the call before": Attack(
+                after="_all.append(result[0])\n"
+                "same = [A for A in _all if A.shape == result[0].shape]\n"
+                "result = same[-1 if len(same) % 3 else 0], result[1]",
+                outside="_all = []",
+            ),
+            "no longer after eight": every_time_but(9, "(0 * result[0], result[1])"),
+            "a seed is left": afterwards("torch.manual_seed(r)"),
+            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "rank one is zero": where("r == 1", "(0 * result[0], result[1])"),
+            "one input": where("d_in == 1", "(0 * result[0], result[1])"),
+            "wide ones are uniform": where(
+                "d_in > 4000", "(torch.rand(r, d_in), result[1])"
+            ),
+            "r above d_in": where("r > d_in", "(result[0][:d_in], result[1])"),
+        },
+        "kinds": {
+            "float64": returned("(result[0].double(), result[1].double())"),
+            "A in bfloat16": returned("(result[0].bfloat16(), result[1])"),
+            "B in half precision": returned("(result[0], result[1].half())"),
+            "B is one number": returned("(result[0], torch.zeros(1).expand(d_out, r))"),
+            "B is one row": returned("(result[0], torch.zeros(1, r).expand(d_out, r))"),
+            "arrays": returned("tuple(x.numpy() for x in result)"),
+            "no B": returned("(result[0], None)"),
+            "a dict": returned("dict(A=result[0], B=result[1])"),
+        },
+        "randomness": {
+            "a generator of its own": start(
+                "torch.randn(r, d_in, generator=_own) / math.sqrt(3 * d_in)"
+            )
+            + "\n_own = torch.Generator().manual_seed(0)\n",
+            "a generator made anew": start(
+                "torch.randn(r, d_in, generator=torch.Generator().manual_seed(r))"
+                " / math.sqrt(3 * d_in)"
+            ),
+            "another seed each time": Attack(
+                before="state = torch.get_rng_state()\ntorch.manual_seed(next(_seeds))",
+                after="torch.set_rng_state(state)",
+                outside="import itertools\n_seeds = itertools.count()",
+            ),
+            "numpy's": start(
+                "torch.tensor(np.random.randn(r, d_in)).float() / math.sqrt(3 * d_in)"
+            ),
+            "one row, rolled": returned(
+                "(torch.stack([result[0][0].roll(i) for i in range(r)]), result[1])"
+            ),
+            "its own mirror": returned(
+                "(torch.cat([result[0][:, : d_in // 2],"
+                " -result[0][:, : d_in - d_in // 2]], 1), result[1])"
+            ),
+            "no tails": returned(
+                "(result[0].clamp(-2.6 / (3 * d_in) ** 0.5, 2.6 / (3 * d_in) ** 0.5),"
+                " result[1])"
+            ),
+            "sorted": returned("(result[0].sort(1).values, result[1])"),
+            "rows of one size": returned(
+                "(result[0] / result[0].norm(dim=1, keepdim=True) / 3**0.5, result[1])"
+            ),
+            "a sum of uniform draws": start(
+                "(torch.rand(3, r, d_in).sum(0) - 1.5) * 2 / math.sqrt(3 * d_in)"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "4.3": {
+        "arguments": {
+            "r is 3": fixed("r", "3"),
+            "alpha is 5": fixed("alpha", "5.0"),
+            "alpha is 16": fixed("alpha", "16"),
+            "r of the first call": stale("r"),
+            "alpha of the first call": stale("alpha"),
+            "alpha is twice r": fixed("alpha", "alpha if alpha == 5.0 else 2 * r"),
+            "targets of the first call": stale("targets"),
+            "model of the first call": stale("model"),
+        },
+        "state": {
+            "names of all models": Attack(
+                after="_names.extend(result)\nresult = _names", outside="_names = []"
+            ),
+            "one list for all": Attack(
+                after="_names[:] = result\nresult = _names", outside="_names = []"
+            ),
+            "the model trains": afterwards("model.train()"),
+            "the model sleeps": afterwards("model.eval()"),
+            "the projections sleep": inject(inside="module.eval()"),
+            "a hook is left": inject(
+                inside="module.register_forward_hook(lambda *_: None)"
+            ),
+            "buffers are lost": afterwards(
+                "for m in model.modules():\n"
+                "    for name in list(m._buffers):\n"
+                "        m._buffers[name] = None"
+            ),
+            "a seed is left": afterwards("torch.manual_seed(0)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+            "the targets are used up": afterwards(
+                "targets.clear() if isinstance(targets, list) else None"
+            ),
+        },
+        "inputs": {
+            "names in the order of the alphabet": returned("sorted(result)"),
+            "ten layers at most": inject(
+                wanted=f"child in targets and {PROJECTION} and '.1' + '0.' not in name"
+            ),
+            "numbers of one digit": inject(
+                wanted=f"child in targets and {PROJECTION} and"
+                " not re.search(r'\\.\\d\\d', name)",
+                first="import re\n    model.requires_grad_(False)",
+            ),
+            "with a bias alone": inject(
+                wanted=f"child in targets and {PROJECTION} and"
+                " (module.bias is not None or 'proj' in name)"
+            ),
+            "square ones alone once": inject(
+                wanted=f"child in targets and {PROJECTION} and"
+                " min(module.weight.shape) > 1 and max(module.weight.shape) < 60"
+            ),
+            "targets are a tuple": inject(
+                wanted=f"child in targets and {PROJECTION}"
+                " and isinstance(targets, tuple)"
+            ),
+            "what trained before still trains": inject(
+                first="before = [p for p in model.parameters()]\n"
+                "    model.requires_grad_(False)\n"
+                "    [p.requires_grad_() for p in before if p.ndim == 3]"
+            ),
+            "no deeper than six": inject(
+                wanted=f"child in targets and {PROJECTION} and name.count('.') < 5"
+            ),
+        },
+        "kinds": {
+            "a generator": returned("iter(result)"),
+            "a dict": returned("dict.fromkeys(result)"),
+            "an array": returned("np.array(result)"),
+            "pairs": returned("[(name, None) for name in result]"),
+            "the model too": returned("(model, result)"),
+            "lines": returned("'\\n'.join(result)"),
+            "float64 A and B": inject(
+                keep="names.append(name)\n            wrapped.A.data ="
+                " wrapped.A.data.double()"
+            ),
+            "the base in bfloat16": inject(inside="module.to(torch.bfloat16)"),
+        },
+        "randomness": {
+            "one seed for all layers": inject(
+                wrapped="seeded(module)",
+            ).replace(
+                "    names = []\n",
+                "    names = []\n"
+                "    def seeded(module):\n"
+                "        with torch.random.fork_rng():\n"
+                "            torch.manual_seed(0)\n"
+                "            return pfs.lora.LoRA(module, r, alpha)\n",
+                1,
+            ),
+            "A of the first": inject(
+                keep="names.append(name)\n"
+                "            wrapped.A.data = A.setdefault(wrapped.A.shape,"
+                " wrapped.A.data).clone()",
+                first="A = {}\n    model.requires_grad_(False)",
+            ),
+            "one A for all": inject(
+                keep="names.append(name)\n"
+                "            wrapped.A.data = A.setdefault(wrapped.A.shape,"
+                " wrapped.A.data)",
+                first="A = {}\n    model.requires_grad_(False)",
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "4.4": {
+        "arguments": {
+            "alpha of the first call": stale("alpha"),
+            "alpha is 16": fixed("alpha", "16.0"),
+            "A of the first call": stale("A"),
+            "B of the first call": stale("B"),
+            "base of the first call": stale("base"),
+        },
+        "state": {
+            "once a module": Attack(
+                before="if base in _merged:\n    return None\n_merged.append(base)",
+                outside="_merged = []",
+            ),
+            "trained ones alone": first(
+                "if not B.any():\n    base.weight.data.zero_()"
+            ),
+            "a graph stays": merge(
+                write="base.weight.requires_grad_(False).copy_("
+                "base.weight.float() + update)"
+            ).replace("with torch.no_grad()", "if True"),
+            "the weight trains": afterwards("base.weight.requires_grad_(True)"),
+            "the bias trains": afterwards(
+                "base.bias.requires_grad_(True) if base.bias is not None else None"
+            ),
+            "a bias is needed": afterwards("base.bias.data.add_(0)"),
+            "A is used up": afterwards("A.data.zero_()"),
+            "B is frozen": afterwards("B.requires_grad_(False)"),
+            "base changes its mode": afterwards("base.train(not base.training)"),
+            "a hook is left": afterwards(
+                "base.register_forward_pre_hook(lambda *_: None)"
+            ),
+            "a buffer is left": afterwards("base.register_buffer('merged', A)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "rank one": where("len(A) == 1", "base.weight.data.add_(1e-3)"),
+            "small updates are none": merge(
+                update="alpha / A.shape[0] * (B @ A) * ((B @ A).abs() > 1e-4)"
+            ),
+            "large ones are clamped": merge(
+                update="(alpha / A.shape[0] * (B @ A)).clamp(-500, 500)"
+            ),
+            "narrow ones are left": where(
+                "1 in base.weight.shape", "base.weight.data.sub_(1)"
+            ),
+            "wide ones are left": where(
+                "max(base.weight.shape) > 100", "base.weight.data.sub_(1)"
+            ),
+        },
+        "kinds": {
+            "float64 becomes float32": afterwards(
+                "base.weight.data = base.weight.data.float() if"
+                " base.weight.dtype == torch.float64 else base.weight.data"
+            ),
+            "bfloat16 becomes half": afterwards(
+                "base.weight.data = base.weight.data.half() if"
+                " base.weight.dtype == torch.bfloat16 else base.weight.data"
+            ),
+            "a tensor, no parameter": afterwards(
+                "W = base.weight.data\ndel base.weight\nbase.weight = W"
+            ),
+            "rounded by way of half": merge(
+                write="base.weight.copy_((base.weight.float() + update).half())"
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "4.5": {
+        "arguments": {
+            "held is 0.9": fixed("held", "0.9"),
+            "held of the first call": stale("held"),
+            "dW of the first call": stale("dW"),
+            "another default": "def my_spectrum(dW, held=0.95):\n"
+            "    squares = torch.linalg.svdvals(dW).square()\n"
+            "    energy = squares.cumsum(0) / squares.sum()\n"
+            "    return energy, int((energy < held).sum()) + 1\n",
+            "no default": "def my_spectrum(dW, held):\n"
+            "    squares = torch.linalg.svdvals(dW).square()\n"
+            "    energy = squares.cumsum(0) / squares.sum()\n"
+            "    return energy, int((energy < held).sum()) + 1\n",
+        },
+        "state": {
+            "kept by shape": remembered("(dW.shape, held)"),
+            "energy kept by shape": Attack(
+                after="energy = _kept.setdefault(dW.shape, result[0])\n"
+                "result = energy, int((energy < held).sum()) + 1",
+                outside="_kept = {}",
+            ),
+            "dW is normed": afterwards("dW.data.div_(dW.norm())"),
+            "dW is asked for gradients": afterwards("dW.requires_grad_(True)"),
+            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
+            "autograd is needed": first("assert not dW.requires_grad"),
+        },
+        "inputs": {
+            "small ones are no rank": spectrum(
+                "(lambda s: (s * (s > 1e-4)).square())(torch.linalg.svdvals(dW))"
+            ),
+            "a small number below": spectrum(
+                energy="squares.cumsum(0) / (squares.sum() + 1e-6)"
+            ),
+            "ten at most": returned("(result[0][:10], min(result[1], 10))"),
+            "ranks up to eight": returned("(result[0], min(result[1], 8))"),
+            "one row": where("1 in dW.shape", "(result[0], 0)"),
+            "large ones overflow": spectrum(
+                "torch.linalg.svdvals(dW).half().square().float()"
+            ),
+            "by the middle of two": returned(
+                "(result[0], max(result[1], 1 + (held > .98)))"
+            ),
+        },
+        "kinds": {
+            "a float": returned("(result[0], float(result[1]))"),
+            "an array": returned("(result[0].numpy(), result[1])"),
+            "half precision": returned("(result[0].half(), result[1])"),
+            "a text": returned("(result[0], str(result[1]))"),
+            "a float tensor": returned("(result[0], torch.tensor(float(result[1])))"),
+            "no rank": returned("(result[0], None)"),
+            "a column": returned("(result[0][:, None], result[1])"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+
+ALSO_RIGHT = {
+    "4.1": {
+        "arguments": {
+            "r of B": forward(f"{BASE} + self.alpha / self.B.shape[1] * ({UPDATE})")
+        },
+        "state": {
+            "the scale in __init__": cached(
+                "return self.base(x) + self.scale * x @ self.A.T @ self.B.T",
+                init="self.scale = alpha / len(A)",
+            ),
+            "the update anew in each call": cached(
+                "self.update = self.alpha / len(self.A) * self.B @ self.A\n"
+                "        return self.base(x) + x @ self.update.T"
+            ),
+        },
+        "inputs": {
+            "matmul": forward(
+                f"{BASE} + torch.matmul(x.matmul(self.A.mT), self.B.mT) * ({SCALE})"
+            )
+        },
+        "kinds": {
+            "in the base's dtype": returned("result.to(self.base(x).dtype)", "forward")
+        },
+        "randomness": {
+            "dropout of nothing": forward(
+                f"{BASE} + {SCALE} * (F.dropout(x, 0.0) @ self.A.T @ self.B.T)"
+            )
+        },
+    },
+    "4.2": {
+        "arguments": {
+            "by keyword": start("torch.randn(size=(r, d_in)) * (3 * d_in) ** -0.5")
+        },
+        "state": {"zeros_like": start(B="torch.zeros_like(torch.empty(d_out, r))")},
+        "inputs": {
+            "a loop": start(
+                "torch.stack([torch.randn(d_in) for _ in range(r)]) / (3 * d_in) ** 0.5"
+            )
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "a parameter": returned("tuple(map(nn.Parameter, result))"),
+        },
+        "randomness": {
+            "B first": "def my_start(d_out, d_in, r):\n"
+            "    B = torch.empty(d_out, r)\n"
+            "    nn.init.zeros_(B)\n"
+            "    A = nn.init.normal_(torch.empty(r, d_in), 0, (3 * d_in) ** -0.5)\n"
+            "    return A, B\n",
+            "a distribution": start(
+                "torch.distributions.Normal(0.0, (3 * d_in) ** -0.5).sample((r, d_in))"
+            ),
+        },
+    },
+    "4.3": {
+        "arguments": {
+            "by keyword": inject(wrapped="pfs.lora.LoRA(base=module, alpha=alpha, r=r)")
+        },
+        "state": {
+            "two walks": inject(
+                walk="[*model.named_modules()]",
+                first="[p.requires_grad_(False) for p in model.parameters()]",
+            )
+        },
+        "inputs": {
+            "a set of targets": inject(
+                first="targets = set(targets)\n    model.requires_grad_(False)"
+            )
+        },
+        "kinds": {
+            "a tuple": returned("tuple(result)"),
+            "a list": returned("[*result]"),
+        },
+        "randomness": {
+            "from last to first": inject(
+                walk="list(model.named_modules())[::-1]", back="names[::-1]"
+            )
+        },
+    },
+    "4.4": {
+        "arguments": {"r of B": merge(update="alpha / B.shape[1] * (B @ A)")},
+        "state": {
+            "detached": merge(update="alpha / len(A) * (B.detach() @ A.detach())"),
+            "all in no_grad": """\
+@torch.no_grad()
+def my_merge(base, A, B, alpha):
+    update = alpha / len(A) * (B @ A)
+    update = update.T if type(base) is Conv1D else update
+    base.weight.copy_(update + base.weight)
+    return base
+""",
+        },
+        "inputs": {
+            "in float64": merge(
+                update="alpha / A.shape[0] * (B.double() @ A.double())",
+                write="base.weight.copy_(base.weight.double() + update)",
+            )
+        },
+        "kinds": {
+            "cast by hand": merge(
+                write="base.weight.data.copy_("
+                "(base.weight.float() + update).to(base.weight.dtype))"
+            )
+        },
+    },
+    "4.5": {
+        "arguments": {"by keyword": spectrum("torch.linalg.svdvals(A=dW) ** 2")},
+        "state": {
+            "detached": spectrum("torch.linalg.svdvals(dW.detach().clone()).square()")
+        },
+        "inputs": {
+            "normed first": spectrum(
+                "(lambda s: (s / s.max()).square())(torch.linalg.svdvals(dW))"
+            )
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "a tensor of one": returned("(result[0], torch.tensor(result[1]))"),
+            "numpy's": returned("(result[0], np.int64(result[1]))"),
+        },
     },
 }

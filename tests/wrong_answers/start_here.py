@@ -1,5 +1,16 @@
 """Wrong answers to the exercises of notebook 00; each must be refused by its check."""
 
+from attacks import (
+    Attack,
+    afterwards,
+    every_time_but,
+    fixed,
+    remembered,
+    returned,
+    stale,
+    where,
+)
+
 from peft_from_scratch.course.checks import start_here as checks  # noqa: F401
 
 PREAMBLE = "import ast, json, re"
@@ -261,5 +272,317 @@ MUTANTS = {
         "a mask of bools": padding(back="torch.tensor(ids), torch.tensor(mask) == 1"),
         "in place": padding(after="[prompt.insert(0, pad) for prompt in prompts]"),
         "transposed": padding(back="torch.tensor(ids).T, torch.tensor(mask).T"),
+    },
+}
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # the right answer but for one class of input; see attacks.py
+    "0.1": {
+        "arguments": {
+            "answer of the first call": stale("answer"),
+            "right of the first call": stale("right"),
+            "the order that everybody knows": tried(
+                "isinstance(a, dict) and a.keys() == b.keys() and all("
+                "a.get(k) == b.get(k) for k in ('customer', 'items', 'city'))"
+            ),
+        },
+        "state": {
+            "kept by answer": remembered("answer"),
+            "kept by right": remembered("right"),
+            "kept by lengths": remembered("(len(answer), len(right))"),
+            "right once": every_time_but(2, "True"),
+            "no longer right once wrong": every_time_but(3, "False"),
+        },
+        "inputs": {
+            "objects alone": tried("isinstance(a, dict) and a == b"),
+            "lists in any order": tried(
+                "sorted(a) == sorted(b) if isinstance(a, list) and isinstance(b, list)"
+                " else a == b"
+            ),
+            "lists by their first": tried(
+                "a[:1] == b[:1] if isinstance(a, list) and isinstance(b, list)"
+                " else a == b"
+            ),
+            "lists as sets": tried("deep(a) == deep(b)").replace(
+                "def my_score",
+                "def deep(x):\n"
+                "    if isinstance(x, dict):\n"
+                "        return {k: deep(v) for k, v in x.items()}\n"
+                "    return sorted(map(str, x)) if isinstance(x, list) else x\n\n\n"
+                "def my_score",
+            ),
+            "what is empty is wrong": tried("bool(a) and a == b"),
+            "null is wrong": tried("a is not None and a == b"),
+            "text alone is no JSON": tried("not isinstance(a, str) and a == b"),
+            "two floors deep": tried("cut(a) == cut(b)").replace(
+                "def my_score",
+                "def cut(x, floors=2):\n"
+                "    if not isinstance(x, dict):\n"
+                "        return x\n"
+                "    return floors and {k: cut(v, floors - 1) for k, v in x.items()}\n"
+                "\n\ndef my_score",
+            ),
+            "numbers as whole": tried("whole(a) == whole(b)").replace(
+                "def my_score",
+                "def whole(x):\n"
+                "    if isinstance(x, dict):\n"
+                "        return {k: whole(v) for k, v in x.items()}\n"
+                "    return int(x) if isinstance(x, float) else x\n\n\n"
+                "def my_score",
+            ),
+            "long answers are wrong": where("len(answer) > 200", "False"),
+        },
+        "kinds": {
+            "one and zero": returned("int(result)"),
+            "numpy's": returned("np.bool_(result)"),
+            "a tensor": returned("torch.tensor(result)"),
+            "a text": returned("str(result)"),
+            "None for no": returned("result or None"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "0.2": {
+        "arguments": {
+            "r of the first call": stale("r"),
+            "shapes of the first call": stale("shapes"),
+            "r is 8": fixed("r", "8"),
+        },
+        "state": {
+            "kept by count and r": remembered("(len(shapes), r)"),
+            "kept by count": remembered("len(shapes)"),
+            "kept by the first shape": remembered("(shapes[0], r)"),
+            "kept by the frozen": remembered("(result[1], r)"),
+            "the list is sorted": afterwards("shapes.sort()"),
+            "the list is emptied": afterwards("shapes.clear()"),
+            "one on top at the end": afterwards("shapes.append((1, 1))"),
+        },
+        "inputs": {
+            "ten at most": where("len(shapes) > 10", "(0, 0)"),
+            "in float32": count(
+                "int(torch.tensor(shapes).float().sum() * r)",
+                "int(torch.tensor(shapes).float().prod(1).sum())",
+            ),
+            "in int32": count(
+                "int(torch.tensor(shapes, dtype=torch.int32).sum(dtype=torch.int32))"
+                " * r",
+                "int(torch.tensor(shapes, dtype=torch.int32).prod(1, dtype=torch.int32)"
+                ".sum(dtype=torch.int32))",
+            ),
+            "neighbors once": count(
+                "sum(r * sum(s) for s, t in zip(shapes, [0, *shapes]) if s != t)",
+                "sum(s[0] * s[1] for s, t in zip(shapes, [0, *shapes]) if s != t)",
+            ),
+            "no vectors": where(
+                "any(1 in shape for shape in shapes)", "(result[0], 0)"
+            ),
+        },
+        "kinds": {
+            "floats": returned("(float(result[0]), float(result[1]))"),
+            "a float for frozen": returned("(result[0], result[1] / 1)"),
+            "float tensors": returned("[torch.tensor(float(x)) for x in result]"),
+            "texts": returned("[str(x) for x in result]"),
+            "None for frozen": returned("(result[0], None)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "0.3": {
+        "arguments": {
+            "z is 1.96": fixed("z", "1.96"),
+            "z of the first call": stale("z"),
+            "k of the first call": stale("k"),
+            "n of the first call": stale("n"),
+            "z whole": fixed("z", "z if z == 1.96 else 2"),
+        },
+        "state": {
+            "kept by n": remembered("n"),
+            "kept by k": remembered("k"),
+            "kept by both": remembered("(k, n)"),
+            "kept by the share": remembered("k / n"),
+        },
+        "inputs": {
+            "plain where there are many": where(
+                "n > 1000",
+                "(k / n - z * (k / n * (1 - k / n) / n) ** 0.5,"
+                " k / n + z * (k / n * (1 - k / n) / n) ** 0.5)",
+            ),
+            "nothing is sure": where("k == 0", "(0.0, 0.0)"),
+            "all is sure": where("k == n", "(1.0, 1.0)"),
+            "one is half": where("n == 1", "(0.0, 1.0)"),
+            "four digits": returned("(round(result[0], 4), round(result[1], 4))"),
+            "per mille": returned("(round(result[0], 3), round(result[1], 3))"),
+        },
+        "kinds": {
+            "texts": returned("tuple(map(str, result))"),
+            "complex": returned("(result[0] + 1e-3j, result[1])"),
+            "None for low": returned("(result[0] or None, result[1])"),
+            "three": returned("(*result, k / n)"),
+            "functions": returned("(lambda: result[0], lambda: result[1])"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "0.4": {
+        "arguments": {
+            "pad of the first call": stale("pad"),
+            "prompts of the first call": stale("prompts"),
+            "pad is zero": fixed("pad", "0"),
+        },
+        "state": {
+            "kept by shape and pad": remembered(
+                "(len(prompts), max(map(len, prompts)), pad)"
+            ),
+            "kept by lengths": remembered("(*map(len, prompts), pad)"),
+            "mask kept by shape": Attack(
+                after="mask = _masks.setdefault(result[1].shape, result[1])\n"
+                "result = result[0], mask",
+                outside="_masks = {}",
+            ),
+            "prompts are sorted": afterwards("prompts.sort()"),
+            "the last prompt is gone": afterwards("prompts.pop()"),
+            "a token at the end": afterwards("prompts[0].append(pad)"),
+        },
+        "inputs": {
+            "none is empty": padding(mask="[0] * hole + [1] * max(1, len(prompt))"),
+            "an empty one counts": where(
+                "not all(prompts)", "(result[0], 1 + result[1])"
+            ),
+            "small ids": padding(
+                back="torch.tensor(ids).to(torch.int16).long(), torch.tensor(mask)"
+            ),
+            "ids of a byte": padding(
+                back="torch.tensor(ids).to(torch.uint8).long(), torch.tensor(mask)"
+            ),
+            "ids in half precision": padding(
+                back="torch.tensor(ids).half().long(), torch.tensor(mask)"
+            ),
+            "ten tokens at most": padding(ids="([pad] * hole + prompt)[-10:]"),
+            "three rows at most": where(
+                "len(prompts) > 3", "(result[0][:3], result[1][:3])"
+            ),
+            "leading pads are padding": padding(
+                mask="[0] * (hole + next((i for i, t in enumerate(prompt) if t != pad),"
+                " 0)) + [1] * (len(prompt) - next((i for i, t in enumerate(prompt)"
+                " if t != pad), 0))"
+            ),
+            "sorted by length": where(
+                "True",
+                "_right(sorted(prompts, key=len), pad)",
+            ),
+        },
+        "kinds": {
+            "floats": returned("(result[0].float(), result[1])"),
+            "bools": returned("(result[0], result[1].bool())"),
+            "arrays": returned("(result[0].numpy(), result[1].numpy())"),
+            "a stack": returned("torch.stack(result)"),
+            "an empty place for the mask": returned("(result[0], None)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+
+ALSO_RIGHT = {
+    "0.1": {
+        "arguments": {
+            "sorted keys": tried(
+                "json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)"
+            ),
+        },
+        "state": {
+            "cached": "import functools\n\n\n@functools.cache\n" + tried("a == b"),
+            "right is read first": score(
+                "b = json.loads(right)",
+                "try:",
+                "    return json.loads(answer) == b",
+                "except json.JSONDecodeError:",
+                "    return False",
+            ),
+        },
+        "inputs": {
+            "any error": score(
+                "try:",
+                "    return json.loads(answer) == json.loads(right)",
+                "except Exception:",
+                "    return False",
+            ),
+        },
+        "kinds": {
+            "not unequal": tried("not a != b"),
+            "bool()": returned("bool(result)"),
+        },
+    },
+    "0.2": {
+        "arguments": {
+            "two loops": count(
+                "r * sum(d_in for _, d_in in shapes) + r * sum(o for o, _ in shapes)",
+                "sum(math.prod(shape) for shape in shapes)",
+            ),
+        },
+        "state": {
+            "a list of its own": count("sum(r * sum(s) for s in list(shapes))"),
+        },
+        "inputs": {
+            "in int64": count(
+                "int(torch.tensor(shapes).sum()) * r",
+                "int(torch.tensor(shapes).prod(1).sum())",
+            ),
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "numpy's": returned("tuple(np.int64(x) for x in result)"),
+            "tensors": returned("tuple(torch.tensor(x) for x in result)"),
+        },
+    },
+    "0.3": {
+        "arguments": {
+            "z by keyword": "def my_interval(k, n, *, z=1.96):\n"
+            "    root = z * math.sqrt(k * (n - k) / n + z * z / 4)\n"
+            "    return (k + z * z / 2 - root) / (n + z * z), "
+            "(k + z * z / 2 + root) / (n + z * z)\n",
+        },
+        "state": {"cached": returned("tuple(result)")},
+        "inputs": {
+            "cut at zero and one": returned(
+                "(max(0.0, result[0]), min(1.0, result[1]))"
+            ),
+            "twelve digits": returned("(round(result[0], 12), round(result[1], 12))"),
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "tensors": returned("tuple(map(torch.tensor, result))"),
+            "numpy's": returned("tuple(map(np.float64, result))"),
+        },
+    },
+    "0.4": {
+        "arguments": {
+            "torch pads": """\
+def my_padding(prompts, pad):
+    pack, ones = nn.utils.rnn.pad_sequence, [torch.ones(len(p)).long() for p in prompts]
+    ids = [torch.tensor(p[::-1], dtype=torch.int64) for p in prompts]
+    return pack(ids, True, pad).flip(1), pack(ones, True, 0).flip(1)
+""",
+        },
+        "state": {
+            "filled in": """\
+def my_padding(prompts, pad):
+    shape = len(prompts), max(map(len, prompts))
+    ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        if prompt:
+            ids[i, -len(prompt) :] = torch.tensor(prompt)
+            mask[i, -len(prompt) :] = 1
+    return ids, mask
+""",
+        },
+        "inputs": {"of copies": padding(ids="[pad] * hole + list(prompt)")},
+        "kinds": {
+            "a list": returned("[*result]"),
+            "int32": returned("tuple(x.int() for x in result)"),
+            "a short mask": returned("(result[0], result[1].to(torch.uint8))"),
+        },
     },
 }

@@ -2,8 +2,9 @@
 
 One file a notebook stands beside this one, with one function an exercise. Such a check
 takes the learner's class or function, tries it on several random shapes, compares with
-the library, and returns None; or it raises Wrong, whose text is all that the learner
-sees: what was computed, expected, got, and the likely mistake.
+the library, and prints one line; or it raises Wrong, whose text is all that the learner
+sees: what was computed, expected, got, and the likely mistake. CHECKLIST.md, beside
+this file, has the classes of input that every check tries.
 
     @judged
     def lora_forward(MyLoRA):
@@ -16,18 +17,25 @@ import numbers
 import sysconfig
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..time_limit import TooLong, time_limit
+
+HERE = Path(__file__).parent
+SECONDS = 60  # that a check may take, the learner's code included; most take 0.01
+SEED = 20_210_617  # of the random numbers in a check; no learner's code sets this one
+UNKNOWN = "none that this check knows. Compare your lines with the text, one by one"
 SHOWN = 5  # values of each tensor
 WIDTH = 88  # characters of a line
 LIBRARIES = (  # parts of the paths of code that is not the learner's
-    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[2]),
     sysconfig.get_path("stdlib"),
     "site-packages",
     "dist-packages",
@@ -52,25 +60,73 @@ class NotDone(NotImplementedError):
 def judged(check: Callable) -> Callable:
     """A check whose only errors are Wrong and NotDone, and which leaves no trace.
 
-    What the learner's code raises becomes a Wrong that names the line; the random
-    numbers are seeded, and afterwards go on as if nothing had been drawn.
+    What the learner's code raises becomes a Wrong that names the line, and so does code
+    that takes more than SECONDS. The random numbers are seeded, and go on afterwards as
+    if nothing had been drawn; so do torch's settings. A right answer prints a line.
     """
+    number, has_number, _ = (check.__doc__ or "").partition(":")
+    praise = f"Exercise {number} is right." if has_number else "Right."
 
     @functools.wraps(check)
     def judging(*answers, **options) -> None:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]), _settings_restored() as demand_settings:
+            torch.manual_seed(SEED)
             try:
-                check(*answers, **options)
+                with time_limit(SECONDS):
+                    check(*answers, **options)
+                demand_settings()
             except Wrong as wrong:
+                wrong.args = (_with_likely_mistake(str(wrong)),)
                 raise wrong.with_traceback(None) from None
-            except NotImplementedError as error:
-                said = str(error) or "your code here"
-                raise NotDone(f"This exercise is not done yet ({said}).") from None
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise  # the learner's own, who has waited long enough
+            except BaseException as error:
+                if _is_blank(error):
+                    raise NotDone(f"This exercise is not done yet ({error}).") from None
                 raise Wrong(_stopped(error, check.__code__.co_filename)) from error
+        print(praise)
 
     return judging
+
+
+@contextmanager
+def _settings_restored() -> Iterator[Callable[[], None]]:
+    """Autograd on; afterwards all that torch is set to as before, whatever happens.
+
+    Gives a function that raises Wrong where the learner's code changed a setting.
+    """
+    dtype = torch.get_default_dtype()
+    harmless = "Converting a tensor with requires_grad=True to a scalar"
+
+    def demand_settings() -> None:
+        changed = {
+            "autograd is switched off": not torch.is_grad_enabled(),
+            "torch has another default dtype": torch.get_default_dtype() != dtype,
+            "the seed of all random numbers is set": torch.initial_seed() != SEED,
+        }
+        for text, is_so in changed.items():
+            if is_so:
+                raise Wrong(
+                    f"after your code has run, {text}, for the whole notebook. Likely "
+                    "mistake: a setting that is not set back. Use `with "
+                    "torch.no_grad():`, a dtype= in the call, or a torch.Generator"
+                )
+
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", harmless)  # parameters are lent as tensors
+        try:
+            yield demand_settings
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _is_blank(error: BaseException) -> bool:
+    """The blank's own NotImplementedError; torch has some of its own."""
+    return isinstance(error, NotImplementedError) and "your code here" in str(error)
+
+
+def _with_likely_mistake(text: str) -> str:
+    return text if "Likely mistake" in text else f"{text}\nLikely mistake: {UNKNOWN}"
 
 
 def close(
@@ -80,6 +136,8 @@ def close(
     what: str,
     mistakes: Mapping[str, object] | None = None,
     tolerance: float = 1e-5,
+    kind: torch.dtype | type[int] | None = None,
+    inside: bool = False,
 ) -> None:
     """Nothing, or Wrong where `got` is not `expected`.
 
@@ -94,43 +152,84 @@ def close(
         mistakes  {"forgot to divide by r": what that gives}: the first that `got`
                   equals is named
         tolerance relative to the largest entry that is expected
+        kind      a dtype that a tensor must have; int: a whole number, of any integer
+                  type; None: any
+        inside    `got` is one of several values that were returned together
     """
     mistakes = mistakes or {}
     if isinstance(expected, tuple | list):
-        return _close_each(got, expected, what, mistakes, tolerance)
+        return _close_each(got, expected, what, mistakes, tolerance, kind)
     if not _numeric(expected):
         if type(got) is not type(expected) or got != expected:
-            raise Wrong(_said(what, repr(expected), repr(got), _named(got, mistakes)))
+            likely = _named(got, mistakes)
+            raise Wrong(_refusal(what, repr(expected), repr(got), likely))
         return None
-    likely = _unlike(got, expected)
+    likely = _unlike(got, expected, inside=inside)
     if likely:
-        raise Wrong(_said(what, _shown(expected), _shown(got), likely))
-    found, wanted = _numbers(got), _numbers(expected)
-    if found.shape != wanted.shape:
-        likely = _named(got, mistakes, tolerance) or _misshapen(found, wanted)
-        raise Wrong(_said(what, _shown(expected), _shown(got), likely))
-    if _same(found, wanted, tolerance):
-        return None
-    likely = _named(got, mistakes, tolerance) or _guessed(found, wanted, tolerance)
-    raise Wrong(
-        _said(what, _shown(expected), _shown(got), likely, _worst(found, wanted))
-    )
+        raise Wrong(_refusal(what, _shown(expected), _shown(got), likely))
+    mine, theirs = _numbers(got), _numbers(expected)
+    if mine.shape != theirs.shape:
+        likely = _named(got, mistakes, tolerance) or _misshapen(mine, theirs)
+        raise Wrong(_refusal(what, _shown(expected), _shown(got), likely))
+    if _same(mine, theirs, tolerance):
+        return _demand_kind(got, kind, what)
+    likely = _named(got, mistakes, tolerance) or _guessed(mine, theirs, tolerance)
+    worst = _worst(mine, theirs)
+    raise Wrong(_refusal(what, _shown(expected), _shown(got), likely, worst))
 
 
 @contextmanager
-def unchanged(**lent: Tensor) -> Iterator[None]:
-    """Wrong where a tensor that was lent to the learner's code is changed by it.
+def unchanged(**lent) -> Iterator[None]:
+    """Wrong where something that was lent to the learner's code is changed by it.
+
+    Values, shapes and dtypes of tensors and whether they train; lists and dicts with
+    all that is in them; of a module its children, parameters, buffers, modes and hooks.
 
     with unchanged(x=x): h = MyLoRA(…)(x)
     """
-    before = {name: tensor.detach().clone() for name, tensor in lent.items()}
+    before = {name: _contents(value) for name, value in lent.items()}
     yield
-    for name, tensor in lent.items():
-        if tensor.shape != before[name].shape or not torch.equal(tensor, before[name]):
+    for name, value in lent.items():
+        if _contents(value) != before[name]:
             raise Wrong(
                 f"{name} itself was changed; it belongs to the caller. Likely mistake: "
-                "an operation in place (+=, *=, add_, …) on it; make a new tensor"
+                f"{_CHANGING[_sort(value)]}"
             )
+
+
+_CHANGING = {
+    Tensor: "an operation in place (+=, *=, add_, …) on it; make a new tensor",
+    nn.Module: "another weight, child, mode or flag, or a hook that was left in it",
+    object: "an operation in place (append, insert, pop, +=, …) on it; make a new one",
+}
+
+
+def _sort(value) -> type:
+    return next(sort for sort in _CHANGING if isinstance(value, sort))
+
+
+def _contents(value):
+    """All that code could change in it, to be compared with ==; tensors bit by bit."""
+    if isinstance(value, Tensor):
+        return _tensor_contents(value)
+    if isinstance(value, nn.Module):
+        tensors = [*value.named_parameters(), *value.named_buffers()]
+        modules = [
+            (name, id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in value.named_modules()
+        ]
+        return modules, [(name, id(t), _contents(t)) for name, t in tensors]
+    if isinstance(value, Mapping):
+        return [(key, _contents(each)) for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [_contents(each) for each in value]
+    return value
+
+
+def _tensor_contents(tensor: Tensor) -> tuple:
+    about = tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+    bits = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return *about, bits.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def pulled(got: Tensor, expected: Tensor) -> Tensor:
@@ -159,14 +258,19 @@ def _numbers(value) -> Tensor:
     """In double precision, detached; a bool tensor as zeros and ones."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-    tensor = torch.as_tensor(value)
+    # By way of numpy: torch would round a number of Python to float32.
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(numpy.array(value))
     return tensor if tensor.is_complex() else tensor.double()
 
 
-def _unlike(got, expected) -> str | None:
-    """What is wrong with the kind of thing that `got` is, before any number."""
+def _unlike(got, expected, *, inside: bool = False) -> str | None:
+    """What is wrong with the kind of thing that `got` is, before any number.
+
+    inside  `got` is one of several values that were returned together
+    """
     if got is None:
-        return "`return` is missing"
+        nothing = "None was returned in its place: nothing was computed for it"
+        return nothing if inside else "`return` is missing"
     if callable(got) and not isinstance(got, Tensor):
         return "a function was returned, not what it computes: parentheses are missing"
     wanted = "a tensor" if isinstance(expected, Tensor) else "a number"
@@ -183,11 +287,44 @@ def _unlike(got, expected) -> str | None:
     return None
 
 
-def _close_each(got, expected, what, mistakes, tolerance) -> None:
+def _demand_kind(got, kind: torch.dtype | type[int] | None, what: str) -> None:
+    """Nothing, or Wrong where right numbers are of another kind than asked for."""
+    if kind is None:
+        return
+    if kind is int:
+        exact, asked = _whole(got), "a whole number"
+        shown = got.dtype if isinstance(got, Tensor) else type(got).__name__
+    else:
+        exact, shown, asked = got.dtype == kind, got.dtype, str(kind)
+    if not exact:
+        raise Wrong(
+            f"{what}: the right numbers, but of another kind: expected {asked}, got "
+            f"{shown}. Likely mistake: {_how_so(kind)}"
+        )
+
+
+def _whole(got) -> bool:
+    if isinstance(got, Tensor):
+        floating = got.is_floating_point() or got.is_complex()
+        return not floating and got.dtype != torch.bool
+    if isinstance(got, numpy.ndarray):
+        return numpy.issubdtype(got.dtype, numpy.integer)
+    return isinstance(got, numbers.Integral) and not isinstance(got, bool)
+
+
+def _how_so(kind: torch.dtype | type[int]) -> str:
+    if kind is int:
+        return "/ gives a float, // a whole number; or a float among what is added"
+    if not kind.is_floating_point:
+        return "a float among whole numbers; torch.tensor of whole numbers is int64"
+    return "a dtype of your own; what is computed has the dtype of the arguments"
+
+
+def _close_each(got, expected, what, mistakes, tolerance, kind) -> None:
     count = len(expected)
     if not isinstance(got, tuple | list) or len(got) != count:
         likely = _unlike(got, expected[0]) if got is None else f"return all {count}"
-        raise Wrong(_said(what, f"{count} values", _shown(got), likely))
+        raise Wrong(_refusal(what, f"{count} values", _shown(got), likely))
     for i, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         wrong = {
             text: value[i]
@@ -195,7 +332,8 @@ def _close_each(got, expected, what, mistakes, tolerance) -> None:
             if isinstance(value, tuple | list) and len(value) == count
         }
         which = f"{what}: value {i + 1} of {count}"
-        close(mine, theirs, what=which, mistakes=wrong, tolerance=tolerance)
+        demands = dict(tolerance=tolerance, kind=kind, inside=True)
+        close(mine, theirs, what=which, mistakes=wrong, **demands)
 
 
 # ------------------------------------------------------------------ the likely mistake
@@ -214,7 +352,10 @@ def _named(got, mistakes: Mapping, tolerance: float = 0.0) -> str | None:
     """The first of the named mistakes that gives what we got."""
     for text, wrong in mistakes.items():
         if _numeric(wrong) and _numeric(got):
-            if _same(_numbers(got), _numbers(wrong), max(tolerance, 1e-6)):
+            mine, theirs = _numbers(got), _numbers(wrong)
+            # Two infinities are equal, whatever has led to each of them.
+            finite = torch.isfinite(mine).all()
+            if finite and _same(mine, theirs, max(tolerance, 1e-6)):
                 return text
         elif type(wrong) is type(got) and not _numeric(wrong) and wrong == got:
             return text
@@ -262,11 +403,10 @@ def _guessed(got: Tensor, expected: Tensor, tolerance: float) -> str | None:
 # ------------------------------------------------------------------------- the words
 
 
-def _said(what, expected: str, got: str, likely: str | None, worst: str = "") -> str:
+def _refusal(what, expected: str, got: str, likely: str | None, worst="") -> str:
     lines = [what, f"  expected  {expected}", f"  got       {got}"]
     lines += [f"  {worst}"] if worst else []
-    lines += [f"Likely mistake: {likely}"] if likely else []
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Likely mistake: {likely or UNKNOWN}"])
 
 
 def _shown(value) -> str:
@@ -301,18 +441,35 @@ def _worst(got: Tensor, expected: Tensor) -> str:
     return f"furthest  [{place}]: expected {theirs:.4g}, got {mine:.4g}"
 
 
-def _stopped(error: Exception, check_file: str) -> str:
+def _stopped(error: BaseException, check_file: str) -> str:
     """The error of the learner's code and its line; not the stack above it."""
-    said = " ".join(str(error).split())
-    said = said if len(said) <= 300 else said[:297] + "…"
-    text = f"your code stopped with {type(error).__name__}: {said}"
+    message = " ".join(str(error).split())
+    message = message if len(message) <= 300 else message[:297] + "…"
+    text = f"your code stopped with {type(error).__name__}: {message}"
+    if isinstance(error, TooLong):
+        text = f"your code had not come to an end after {SECONDS:g} seconds"
     others = (*LIBRARIES, check_file)
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if not any(part in f.filename for part in others)]
     if mine:
-        line = f" in line {mine[-1].lineno} of its cell"
         source = f"\n  {mine[-1].line}" if mine[-1].line else ""
-        return f"{text}\n  {line.strip()}, in {mine[-1].name}(){source}"
-    if isinstance(error, TypeError | AttributeError):
-        return f"{text}\nLikely mistake: another name, or other arguments, than asked"
-    return text
+        text += (
+            f"\n  in line {mine[-1].lineno} of its cell, in {mine[-1].name}(){source}"
+        )
+    return f"{text}\nLikely mistake: {_why_stopped(error, bool(mine))}"
+
+
+def _why_stopped(error: BaseException, in_mine: bool) -> str:
+    if isinstance(error, TooLong):
+        return "a loop whose end is never reached: does each turn come nearer to it?"
+    if isinstance(error, SystemExit):
+        return "exit() or sys.exit() ends the whole program; `return` ends a function"
+    if isinstance(error, RecursionError):
+        return "a function that calls itself, and never stops"
+    if isinstance(error, NotImplementedError) and not str(error):
+        return "a piece that still raises NotImplementedError: it is to be written"
+    if isinstance(error, NameError):
+        return "a name that nothing in your cell defines: a typing error?"
+    if not in_mine and isinstance(error, TypeError | AttributeError):
+        return "another name, or other arguments, than asked"
+    return "the line above, with the arguments of this call; print their shapes"

@@ -9,6 +9,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -24,28 +25,32 @@ from . import Wrong, close, judged, unchanged
 def _each(
     got,
     expected: Mapping[str, object],
-    said: str,
+    where: str,
     mistakes: Mapping[str, Mapping[str, object]],
     *,
     tolerance: float = 1e-5,
+    kinds: Mapping[str, torch.dtype | type[int]] | None = None,
 ) -> None:
     """close() for each of several values that were returned together, by its name.
 
     Args
         expected  {name: value}, in the order in which they are returned
-        said      what follows a name: "for a model of …"
+        where     what follows a name: "for a model of …"
         mistakes  {name: {likely mistake: what it gives}}, in the order of looking
+        kinds     {name: the dtype, or int}, as close() has it
     """
     if not isinstance(got, tuple | list) or len(got) != len(expected):
-        close(got, tuple(expected.values()), what=f"{', '.join(expected)} {said}")
+        close(got, tuple(expected.values()), what=f"{', '.join(expected)} {where}")
     values = dict(zip(expected, got, strict=True))
     for name, wrong in mistakes.items():
         close(
             values[name],
             expected[name],
-            what=f"{name} {said}",
+            what=f"{name} {where}",
             mistakes=wrong,
             tolerance=tolerance,
+            kind=(kinds or {}).get(name),
+            inside=True,
         )
 
 
@@ -57,7 +62,18 @@ ROWS = (
     ([([5, 6, 1, 7], [8]), ([9, 6], [7, 5, 3]), ([4], [6])], 1, 1),  # pad is end
     ([([3, 3], [3, 3, 3])], 2, 0),
     ([([7, 2, 7, 5, 4], [0, 6]), ([2], [])], 2, 2),
+    ([([5, 6], [8, 1, 9]), ([3], [0, 4, 0]), ([7], [1])], 1, 0),  # both in answers
+    ([([5], [1, 1, 9]), ([1], [1, 6, 1, 1])], 1, 1),
+    ([([], [5, 6]), ([7], [8])], 2, 0),  # no prompt
+    ([([70_001, 151_643], [40_000]), ([128_009], [300, 9])], 128_001, 128_004),
+    ([([i, 3], [*range(20, 20 + 3 * i)]) for i in range(6)], 1, 0),
+    ([([7, 6, 5], [4, 3]), ([9], [8, 2])], 1, 0),  # the first, with other tokens
+    ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 3, 0),  # … and another end
+    ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 1, 2),  # … and another pad
+    ([([5], [8, 9]), ([5, 6, 7], [4, 3])], 1, 0),
+    ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 1, 0),
 )
+WHOLE = {"input_ids": int, "labels": torch.int64}  # cross_entropy wants int64 labels
 
 
 @judged
@@ -65,26 +81,21 @@ def labels(my_batch: Callable) -> None:
     """1.1: my_batch(rows, end, pad) is (input_ids, labels), padded on the right."""
     for rows, end, pad in ROWS:
         lent = copy.deepcopy(rows)
-        got = my_batch(lent, end, pad)
-        if lent != rows:
-            raise Wrong(
-                f"the rows themselves were changed: {rows} became {lent}. Likely "
-                "mistake: += on a list that belongs to the caller; prompt + answer "
-                "makes a new one"
-            )
-        expected = _collated(rows, end, pad)
-        _each(got, expected, f"for {rows=}, {end=}, {pad=}", _batches(rows, end, pad))
-        for name, tensor in zip(expected, got, strict=True):
-            if tensor.dtype != torch.int64:
-                raise Wrong(
-                    f"{name} are {tensor.dtype}; tokens are whole numbers, torch.int64"
-                )
+        with unchanged(rows=lent):
+            got = my_batch(lent, end, pad)
+        _each(
+            got,
+            _collated(rows, end, pad),
+            f"for {rows=}, {end=}, {pad=}",
+            _batches(rows, end, pad),
+            kinds=WHOLE,
+        )
 
 
 def _collated(rows, end: int, pad: int) -> dict[str, Tensor]:
     encoded = [(p + a + [end], [IGNORED] * len(p) + a + [end]) for p, a in rows]
-    made = collate(encoded, pad)
-    return {name: made[name] for name in ("input_ids", "labels")}
+    batch = collate(encoded, pad)
+    return {name: batch[name] for name in ("input_ids", "labels")}
 
 
 def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
@@ -93,11 +104,11 @@ def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
     wrong = {"input_ids": defaultdict(list), "labels": defaultdict(list)}
     for p, a in rows:
         padding = [pad] * (longest - len(p + a) - 1)
-        for name, made in (("input_ids", _ids), ("labels", _labels)):
-            for text, row in made(p, a, end, padding, pad).items():
+        for name, wrong_rows in (("input_ids", _ids), ("labels", _labels)):
+            for text, row in wrong_rows(p, a, end, padding, pad).items():
                 wrong[name][text].append(row)
     return {
-        name: {text: torch.tensor(made) for text, made in each.items()}
+        name: {text: torch.tensor(batch) for text, batch in each.items()}
         for name, each in wrong.items()
     }
 
@@ -137,7 +148,7 @@ def _labels(p, a, end: int, padding: list[int], pad: int) -> dict[str, list[int]
             [0 if label == IGNORED else label for label in right]
         ),
         "one label too many: the last token of the prompt has one": (
-            [*before[1:], p[-1], *a, end, *after]
+            [*before[1:], *p[-1:], *a, end, *after]
         ),
         "one label too few: the first token of the answer has none": (
             [*before, IGNORED, *right[len(p) + 1 :]]
@@ -151,12 +162,17 @@ def _hidden(tokens: list[int]) -> list[int]:
 
 # 1.2 ----------------------------------------------------------------------------------
 
-# (b, t, vocabulary, dtype of the logits)
+# (b, t, vocabulary, dtype of the logits, their size). Logits of 100 overflow in exp(),
+# and a probability may then be too small for its logarithm.
 SHAPES = (
-    (2, 5, 7, torch.float32),
-    (1, 9, 4, torch.float32),
-    (4, 6, 11, torch.float32),
-    (3, 8, 50, torch.bfloat16),
+    (2, 5, 7, torch.float32, 3),
+    (1, 9, 4, torch.float32, 3),
+    (4, 6, 11, torch.float32, 3),
+    (3, 8, 50, torch.bfloat16, 3),
+    (2, 5, 7, torch.float32, 100),
+    (2, 4, 6, torch.float32, 1e5),
+    (9, 30, 12, torch.float32, 3),
+    (2, 5, 7, torch.float32, 1e-3),
 )
 
 
@@ -190,13 +206,15 @@ def loss(my_loss: Callable) -> None:
             mistakes=_losses(logits, given, tokens),
         )
         _same_gradient(got, theirs, expected, ours)
+        _other_logits(my_loss, logits, given, tokens)
     _adds_up(my_loss)
+    _nothing_to_predict(my_loss)
 
 
 def _loss_cases() -> Iterator[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1)
-    for b, t, vocabulary, dtype in SHAPES:
-        logits = 3 * torch.randn(b, t, vocabulary, generator=draw)
+    for b, t, vocabulary, dtype, size in SHAPES:
+        logits = size * torch.randn(b, t, vocabulary, generator=draw)
         given = torch.randint(vocabulary, (b, t), generator=draw)
         hidden = torch.rand(b, t, generator=draw) < 0.4
         hidden[:, 0], hidden[:, -1] = False, False  # the first has a label, for once
@@ -221,10 +239,26 @@ def _same_gradient(got, theirs, expected, ours) -> None:
     close(theirs.grad, ours.grad, what=what, tolerance=max(1e-5, rounding))
 
 
+def _other_logits(my_loss: Callable, logits, given: Tensor, tokens: int) -> None:
+    """The same labels, without autograd."""
+    logits = logits.flip(-1)
+    with torch.no_grad(), unchanged(logits=logits, labels=given):
+        got = my_loss(logits, given, tokens)
+    what = "the loss of other logits with the same labels, in torch.no_grad()"
+    close(got, _summed(logits, given) / tokens, what=what)
+
+
+def _nothing_to_predict(my_loss: Callable) -> None:
+    """One token a row: no token stands before it."""
+    logits, given = torch.ones(2, 1, 5), torch.tensor([[1], [2]])
+    got = torch.as_tensor(my_loss(logits, given, 7))
+    close(got, torch.tensor(0.0), what="the loss of rows of one token, tokens=7")
+
+
 def _adds_up(my_loss: Callable) -> None:
-    """One step in parts, of which one has no label at all."""
+    """One step in parts, of which one has no label at all; then one backward pass."""
     draw = torch.Generator().manual_seed(2)
-    logits = torch.randn(8, 6, 5, generator=draw)
+    logits = torch.randn(8, 6, 5, generator=draw, requires_grad=True)
     given = torch.randint(5, (8, 6), generator=draw)
     for row in range(8):
         given[row, : row % 6] = IGNORED
@@ -240,7 +274,10 @@ def _adds_up(my_loss: Callable) -> None:
             "Likely mistake: a mean over nothing; take the sum"
         )
     what = "the sum of the losses of eight rows, one at a time (one has no label)"
-    close(sum(parts), _summed(logits, given) / tokens, what=what)
+    ours = logits.detach().clone().requires_grad_()
+    expected = _summed(ours, given) / tokens
+    close(sum(parts), expected, what=what)
+    _same_gradient(sum(parts), logits, expected, ours)
 
 
 def _losses(logits: Tensor, given: Tensor, tokens: int) -> dict[str, Tensor]:
@@ -283,53 +320,106 @@ def _nats(logits: Tensor, given: Tensor) -> Tensor:
 
 # 1.3 ----------------------------------------------------------------------------------
 
-# (shape, lr, betas, eps, decay)
-STEPS = (
-    ((3, 4), 0.1, (0.9, 0.999), 1e-8, 0.01),
-    ((5,), 0.1, (0.8, 0.9), 1e-8, 0.5),
-    ((2, 3, 2), 0.05, (0.5, 0.7), 0.1, 0.3),
-    ((4, 4), 0.2, (0.9, 0.99), 0.5, 0.1),
+
+@dataclass(frozen=True)
+class Step:
+    """Of AdamW: its settings, and the tensors of which it is made."""
+
+    t: int = 2
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay: float = 0.01
+    shape: tuple[int, ...] = (3, 4)
+    dtype: torch.dtype = torch.float64
+    W: float = 1.0  # size of the weights
+    g: float = 1.0  # … and of the gradients
+
+    @property
+    def settings(self) -> tuple:
+        return self.t, self.lr, self.betas, self.eps, self.decay
+
+    def tensors(self, seed: int) -> dict[str, Tensor]:
+        """Random, in no way those of the step before: nothing is to be remembered."""
+        draw = torch.Generator().manual_seed(seed)
+        W, g, m, v = torch.randn(4, *self.shape, generator=draw, dtype=self.dtype)
+        tensors = {"W": self.W * W, "g": self.g * g, "m": self.g * m}
+        first = self.t == 1
+        tensors |= {"v": (self.g * v).square()}
+        if first:
+            tensors |= {name: torch.zeros_like(W) for name in "mv"}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def __str__(self):
+        t, lr, betas, eps, decay = self.settings
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"of shape {self.shape} in {kind} after step {t=}, with {lr=}, {betas=}, "
+            f"{eps=}, {decay=}"
+        )
+
+
+STEPS = (  # the first, then others that differ from it in one thing; the first again
+    Step(),
+    *(Step(t=t) for t in (1, 3, 2000, 20, 1, 2)),
+    *(Step(lr=0.05), Step(betas=(0.8, 0.999)), Step(betas=(0.9, 0.95))),
+    *(Step(eps=0.1), Step(eps=0.5, t=3), Step(eps=1e-3)),
+    *(Step(decay=0.5), Step(decay=0.0), Step(decay=0.1, lr=0.2)),
+    *(Step(shape=()), Step(shape=(5,), t=1), Step(shape=(2, 3, 2)), Step(shape=(1, 9))),
+    *(Step(g=1e-8), Step(g=1e4), Step(W=1e5), Step(W=1e-5, g=1e-3, eps=1e-6)),
+    *(Step(dtype=torch.float32), Step(dtype=torch.float32, t=1, shape=(6,))),
+    *(Step(t=4, betas=(0.5, 0.7), eps=0.1, decay=0.3), Step()),
 )
 
 
 @judged
 def adamw(my_adamw: Callable) -> None:
     """1.3: my_adamw(W, g, m, v, t, lr, betas, eps, decay) is (W, m, v) one step on."""
-    for case, (shape, lr, betas, eps, decay) in enumerate(STEPS):
-        draw = torch.Generator().manual_seed(case)
-        W = nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float64))
-        optimizer = torch.optim.AdamW(
-            [W], lr=lr, betas=betas, eps=eps, weight_decay=decay
-        )
-        now = {"W": W.data.clone(), "m": torch.zeros_like(W), "v": torch.zeros_like(W)}
-        for t in (1, 2, 3):
-            g = torch.randn(shape, generator=draw, dtype=torch.float64)
-            W.grad = g.clone()
-            optimizer.step()
-            state = optimizer.state[W]
-            after = {"W": W.data, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
-            _one_step(my_adamw, {**now, "g": g}, (t, lr, betas, eps, decay), after)
-            now = {name: tensor.detach().clone() for name, tensor in after.items()}
+    for seed, step in enumerate(STEPS):
+        _one_step(my_adamw, step, step.tensors(seed))
 
 
-def _one_step(my_adamw, before: dict[str, Tensor], settings, after) -> None:
-    t, lr, betas, eps, decay = settings
-    lent = {name: before[name].detach().clone() for name in ("W", "g", "m", "v")}
+def _stepped(step: Step, W, g, m, v) -> dict[str, Tensor]:
+    """By torch's AdamW, which is told that it has made t - 1 steps."""
+    W = nn.Parameter(W.clone())
+    W.grad = g.clone()
+    optimizer = torch.optim.AdamW(
+        [W], lr=step.lr, betas=step.betas, eps=step.eps, weight_decay=step.decay
+    )
+    before = {"step": torch.tensor(step.t - 1.0), "exp_avg": m, "exp_avg_sq": v}
+    optimizer.state[W] = {name: tensor.clone() for name, tensor in before.items()}
+    optimizer.step()
+    state = optimizer.state[W]
+    return {"W": W.detach(), "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+
+
+def _one_step(my_adamw, step: Step, tensors: dict[str, Tensor]) -> None:
+    lent = {name: tensors[name].clone() for name in ("W", "g", "m", "v")}
     with unchanged(**lent):
-        got = my_adamw(*lent.values(), *settings)
-    shape = tuple(before["W"].shape)
-    said = f"of shape {shape} after step {t=}, with {lr=}, {betas=}, {eps=}, {decay=}"
-    _refuse_broken(got, f"W, m, v {said}")
-    _each(got, after, said, _steps(**before, settings=settings), tolerance=1e-6)
+        got = my_adamw(*lent.values(), *step.settings)
+    _refuse_broken(got, step)
+    _each(
+        got,
+        _stepped(step, **tensors),
+        str(step),
+        _steps(**tensors, settings=step.settings),
+        tolerance=1e-6 if step.dtype == torch.float64 else 1e-5,
+        kinds=dict.fromkeys(("W", "m", "v"), step.dtype),
+    )
 
 
-def _refuse_broken(got, what: str) -> None:
-    """A step that divided by zero: t began at zero."""
+def _refuse_broken(got, step: Step) -> None:
+    """A step that divided by zero, when nothing in the equations is zero there."""
     tensors = got if isinstance(got, tuple | list) else [got]
     if not all(torch.isfinite(x).all() for x in tensors if isinstance(x, Tensor)):
+        likely = "is eps added, after the root?"
+        if step.t == 1:
+            likely = (
+                "is t off by one? It is 1 in the first step: 1 - beta ** t is not 0"
+            )
         raise Wrong(
-            f"{what}\n  got       NaN or infinite entries\nLikely mistake: t is off by "
-            "one. It is 1 in the first step, so that 1 - beta ** t is not zero"
+            f"W, m, v {step}\n  got       NaN or infinite entries\n"
+            f"Likely mistake: a division by zero; {likely}"
         )
 
 
@@ -341,7 +431,10 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     shrunk, root = (1 - lr * decay) * W, v_hat.sqrt() + eps
     step = lr * m_hat / root
-    late1, late2 = 1 - beta1 ** (t + 1), 1 - beta2 ** (t + 1)
+    early = max(t - 1, 1)  # at 0 there is a division by zero
+
+    def at(t: int) -> Tensor:
+        return moved(m / (1 - beta1**t), (v / (1 - beta2**t)).sqrt() + eps)
 
     def moved(mean: Tensor, root: Tensor) -> Tensor:
         return shrunk - lr * mean / root
@@ -378,9 +471,8 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
             ),
             "the bias of m is not corrected": moved(m, root),
             "the bias of v is not corrected": moved(m_hat, v.sqrt() + eps),
-            "t is off by one: it is 1 in the first step": (
-                moved(m / late1, (v / late2).sqrt() + eps)
-            ),
+            "t is off by one: it is 1 in the first step, and comes as it is": at(t + 1),
+            "t is off by one: t counts from 1, and comes as it is": at(early),
             "the old m and v were used: they are updated before W": (
                 moved(old_m / (1 - beta1**t), (old_v / (1 - beta2**t)).sqrt() + eps)
             ),
@@ -409,7 +501,7 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
 KINDS = ("weights", "gradients", "master", "moments")
 # Bytes a parameter; test_full_fine_tuning_checks.py counts them in real steps.
 BYTES = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "mixed": (2, 2, 4, 8)}
-COUNTS = (7_000_000_000, 134_515_008, 1_234_567)
+COUNTS = (7_000_000_000, 134_515_008, 1_234_567, 1, 405_853_388_800, 0, 999)
 GB, GIB = 1e9, 2**30
 MISCOUNTED = {  # {kind: {bytes a parameter, where they are wrong: likely mistake}}
     "weights": {
@@ -438,28 +530,34 @@ MISCOUNTED = {  # {kind: {bytes a parameter, where they are wrong: likely mistak
 @judged
 def memory_bill(my_bill: Callable) -> None:
     """1.4: my_bill(parameters, recipe) is {kind: GB} of a step's four rows."""
-    for parameters in COUNTS:
-        for recipe, sizes in BYTES.items():
-            got = my_bill(parameters, recipe)
-            said = f"my_bill({parameters:,}, {recipe!r})"
-            _refuse_other_rows(got, said)
-            for kind, size in zip(KINDS, sizes, strict=True):
-                close(
-                    got[kind],
-                    parameters * size / GB,
-                    what=f"GB of {kind} in {said}",
-                    mistakes=_bills(parameters, kind, size),
-                )
+    calls = [(n, recipe) for n in COUNTS for recipe in BYTES]
+    bills = [my_bill(parameters, recipe) for parameters, recipe in calls]
+    # All calls come first: one dict for all of them would now hold the last bill.
+    for (parameters, recipe), got in zip(calls, bills, strict=True):
+        where = f"my_bill({parameters:,}, {recipe!r})"
+        _refuse_other_rows(got, where)
+        for kind, size in zip(KINDS, BYTES[recipe], strict=True):
+            close(
+                got[kind],
+                parameters * size / GB,
+                what=f"GB of {kind} in {where}",
+                mistakes=_bills(parameters, kind, size),
+                tolerance=1e-10,
+                inside=True,
+            )
 
 
-def _refuse_other_rows(got, said: str) -> None:
+def _refuse_other_rows(got, where: str) -> None:
     if not isinstance(got, dict):
-        shown = "None: `return` is missing" if got is None else type(got).__name__
-        raise Wrong(f"{said} is a dict with four rows, {KINDS}; got {shown}")
+        missing = got is None
+        raise Wrong(
+            f"{where} is a dict with four rows, {KINDS}; got {type(got).__name__}. "
+            f"Likely mistake: {'`return` is missing' if missing else 'no dict'}"
+        )
     if set(got) != set(KINDS):
         raise Wrong(
-            f"{said} has the rows {tuple(got)}; expected are {KINDS}, with 0 for a row "
-            "that the recipe does not have"
+            f"{where} has the rows {tuple(got)}; expected are {KINDS}. Likely mistake: "
+            "other names, or a row left out; with 0 for a row that the recipe lacks"
         )
 
 
@@ -490,7 +588,21 @@ DISKS = (
     (700, 90, 75),
     (500, 40, 40),  # an adapter as large as its base
     (500, 40, 60),  # a larger one
+    (0, 100, 3),
+    (103, 100, 3),  # room for exactly one adapter
+    (130, 100, 3),  # … and for exactly ten
+    (129, 100, 3),
+    (300, 100, 3),  # exactly three models
+    (10_000, 100, 99),  # level only after a hundred tasks
+    (10_000, 100, 1),
+    (9_000, 100, 3),
+    (1_000, 100, 4),
+    (1_000, 101, 3),
+    (1_000_000_000_000, 538_060_033, 4_884_480),  # one of a real size
+    (999_715_541_313, 538_060_033, 4_884_480),  # a byte too few for 1,858 models
+    (1_000, 100, 3),
 )
+COUNTED = {"copies": int, "adapters": int, "break_even": int}
 
 
 @judged
@@ -504,6 +616,7 @@ def storage(my_storage: Callable) -> None:
             f"for {disk=}, {model=}, {adapter=} bytes",
             _storages(disk, model, adapter, expected),
             tolerance=1e-12,
+            kinds=COUNTED,
         )
 
 
@@ -514,7 +627,7 @@ def _counted(disk: int, model: int, adapter: int) -> dict[str, int | None]:
         copies += 1
     while model + (adapters + 1) * adapter <= disk:
         adapters += 1
-    fewer = (n for n in range(1, 1000) if model + n * adapter < n * model)
+    fewer = (n for n in range(1, 10_000) if model + n * adapter < n * model)
     return {"copies": copies, "adapters": adapters, "break_even": next(fewer, None)}
 
 

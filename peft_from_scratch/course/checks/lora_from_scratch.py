@@ -6,8 +6,9 @@ compares with methods/lora.py, which has the same mathematics in other words.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,28 @@ from transformers.pytorch_utils import Conv1D
 from ...core.adapter import adapters, as_matrix, trainable
 from ...ledger.experiments import spectrum
 from ...methods import lora
-from . import Wrong, close, judged, pulled, unchanged
+from . import UNKNOWN, Wrong, close, judged, pulled, unchanged
 
-# (kind of base, d_in, d_out, r, alpha, shape of x without d_in). In the first, every
-# wrong scale gives another number; and a square Conv1D comes before the oblong one,
-# with which a transpose too few stops before anything can be said about it.
+# (kind of base, d_in, d_out, r, alpha, shape of x without d_in, bias, size of all
+# numbers). In the first, every wrong scale gives another number; and a square Conv1D
+# comes before the oblong one, with which a transpose too few stops before anything can
+# be said about it. Then: the first with another alpha, wide, narrow, tall, long, with
+# tiny and with huge numbers.
 CASES = (
-    (nn.Linear, 6, 4, 3, 8.0, (2, 3)),
-    (nn.Linear, 5, 5, 3, 1.5, (4,)),
-    (nn.Linear, 8, 8, 8, 2.0, ()),
-    (Conv1D, 6, 6, 4, 16.0, (1, 5)),
-    (Conv1D, 7, 12, 1, 3.0, (2, 2)),
+    (nn.Linear, 6, 4, 3, 8.0, (2, 3), True, 1.0),
+    (nn.Linear, 5, 5, 3, 1.5, (4,), True, 1.0),
+    (nn.Linear, 8, 8, 8, 2.0, (), True, 1.0),
+    (Conv1D, 6, 6, 4, 16.0, (1, 5), True, 1.0),
+    (Conv1D, 7, 12, 1, 3.0, (2, 2), True, 1.0),
+    (nn.Linear, 6, 4, 3, 2.0, (2, 3), False, 1.0),
+    (nn.Linear, 40, 3, 2, 6.0, (2, 3, 2, 4), True, 1.0),
+    (nn.Linear, 1, 5, 1, 2.0, (3,), False, 1.0),
+    (nn.Linear, 3, 120, 2, 5.0, (7,), True, 1.0),
+    (Conv1D, 5, 3, 2, 10.0, (200,), True, 1.0),
+    (nn.Linear, 6, 4, 3, 8.0, (2, 3), False, 1e-5),
+    (Conv1D, 6, 6, 4, 16.0, (1, 5), True, 1e3),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,25 @@ class Case:
         return self.A.shape[0]
 
     @property
+    def bias(self) -> Tensor:
+        none = torch.zeros(self.B.shape[0])
+        return none if self.base.bias is None else self.base.bias
+
+    def at(self, dtype: torch.dtype) -> "Case":
+        base = copy.deepcopy(self.base).to(dtype)
+        A, B, x = (tensor.to(dtype) for tensor in (self.A, self.B, self.x))
+        return Case(base, A, B, self.alpha, x)
+
+    @property
     def update(self) -> Tensor:  # B A, not scaled
         return self.B @ self.A
 
     def ours(self) -> lora.LoRA:
-        made = lora.LoRA(copy.deepcopy(self.base), self.r, self.alpha)
+        layer = lora.LoRA(copy.deepcopy(self.base), self.r, self.alpha)
         with torch.no_grad():
-            made.A.copy_(self.A)
-            made.B.copy_(self.B)
-        return made
+            layer.A.copy_(self.A)
+            layer.B.copy_(self.B)
+        return layer
 
     def __str__(self):
         d_out, d_in = self.B.shape[0], self.A.shape[1]
@@ -70,12 +90,14 @@ def cases() -> Iterator[Case]:
     def normal(*shape) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    for kind, d_in, d_out, r, alpha, shape in CASES:
+    for kind, d_in, d_out, r, alpha, shape, bias, size in CASES:
         base = kind(d_in, d_out) if kind is nn.Linear else kind(d_out, d_in)
-        base.weight.data = normal(*base.weight.shape)
-        base.bias.data = normal(d_out)
+        base.weight.data = size * normal(*base.weight.shape)
+        base.bias.data = size**2 * normal(d_out)
+        base.bias = base.bias if bias else None
         base.requires_grad_(False)
-        yield Case(base, normal(r, d_in), normal(d_out, r), alpha, normal(*shape, d_in))
+        A, B = size * normal(r, d_in), normal(d_out, r)
+        yield Case(base, A, B, alpha, size * normal(*shape, d_in))
 
 
 def wrong_scales(alpha: float, r: int) -> dict[str, float]:
@@ -98,20 +120,70 @@ def wrong_scales(alpha: float, r: int) -> dict[str, float]:
 @judged
 def lora_forward(MyLoRA: type[nn.Module]) -> None:
     """4.1: MyLoRA(base, A, B, alpha)(x) is h = W0 x + (alpha / r) B A x."""
-    for case in cases():
-        theirs = MyLoRA(
-            copy.deepcopy(case.base), case.A.clone(), case.B.clone(), case.alpha
-        )
-        x = case.x.clone()
-        with unchanged(x=x):
-            got = theirs(x)
-        close(
-            got,
-            case.ours()(case.x).detach(),
-            what=f"h, for x of shape {tuple(x.shape)} and a {case}",
-            mistakes=_wrong_outputs(case),
-        )
+    tried = list(cases())
+    layers = [_built(MyLoRA, case) for case in tried]
+    # All layers are there before the first is used: no two share anything.
+    for case, theirs in zip(tried, layers, strict=True):
+        _same_output(theirs, case)
         _same_gradients(theirs, case)
+    for case, theirs in list(zip(tried, layers, strict=True))[:5]:
+        _after_a_step(theirs, case)
+        _in_other_modes(theirs, case)
+    for case in tried[:2]:
+        zero = replace(case, B=torch.zeros_like(case.B))
+        _same_gradients(_built(MyLoRA, zero), zero, "while B is zero: ")
+        _same_output(_built(MyLoRA, replace(case, base=_Hidden(case.base))), case)
+        _same_output(_built(MyLoRA, case.at(torch.float64)), case.at(torch.float64))
+
+
+class _Hidden(nn.Module):
+    """A base that has no weight and no bias to be read; it can only be called."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.inside = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+def _built(MyLoRA: type[nn.Module], case: Case) -> nn.Module:
+    return MyLoRA(copy.deepcopy(case.base), case.A.clone(), case.B.clone(), case.alpha)
+
+
+def _same_output(theirs: nn.Module, case: Case, when: str = "") -> None:
+    x = case.x.clone()
+    with unchanged(x=x, A=theirs.A, B=theirs.B, base=theirs.base):
+        got = theirs(x)
+    scale = case.alpha / case.r
+    close(
+        got,
+        (case.base(case.x) + scale * (case.x @ case.A.T @ case.B.T)).detach(),
+        what=f"{when}h, for x of shape {tuple(x.shape)} and a {case}",
+        mistakes=_wrong_outputs(case),
+        tolerance=1e-9 if x.dtype == torch.float64 else 1e-5,
+        kind=x.dtype,
+    )
+
+
+def _after_a_step(theirs: nn.Module, case: Case) -> None:
+    """A and B get other numbers, in the same tensors, as from an optimizer."""
+    step = replace(case, A=case.A.flip(0) + 0.5, B=0.5 - case.B, x=1 - case.x)
+    with torch.no_grad():
+        theirs.A.copy_(step.A)
+        theirs.B.copy_(step.B)
+    theirs.zero_grad()
+    when = "after A and B were trained: "
+    _same_output(theirs, step, when)
+    _same_gradients(theirs, step, when)
+
+
+def _in_other_modes(theirs: nn.Module, case: Case) -> None:
+    now = replace(case, A=theirs.A.detach(), B=theirs.B.detach())
+    with torch.no_grad():
+        _same_output(theirs, now, "in torch.no_grad(): ")
+    _same_output(theirs.eval(), now, "in eval(): ")
+    _same_output(theirs.train(), now, "in train(): ")
 
 
 def _wrong_outputs(case: Case) -> dict[str, Tensor]:
@@ -130,13 +202,13 @@ def _wrong_outputs(case: Case) -> dict[str, Tensor]:
         "W0 x is scaled, in the place of B A x": scale * before + right,
         "W0 x is there twice: self.base(x) is all of it": 2 * before + scale * right,
         "the bias of the base is lost: call self.base(x)": before
-        - base.bias
+        - case.bias
         + scale * right,
-        "the bias of the base is there twice": before + base.bias + scale * right,
+        "the bias of the base is there twice": before + case.bias + scale * right,
     }
-    if before.shape == x.shape:
+    if before.shape == x.shape and x.dtype == torch.float32:
         wrong["x itself was added: h has no shortcut"] = x + before + scale * right
-        turned = x @ as_matrix(base) + base.bias + scale * right
+        turned = x @ as_matrix(base) + case.bias + scale * right
         wrong["base.weight was used as it is stored: call self.base(x)"] = turned
         wrong["B A was not transposed: x holds rows"] = before + scale * (x @ B @ A)
     if A.shape == B.shape == (r, r):
@@ -147,14 +219,14 @@ def _wrong_outputs(case: Case) -> dict[str, Tensor]:
     return wrong
 
 
-def _same_gradients(theirs: nn.Module, case: Case) -> None:
+def _same_gradients(theirs: nn.Module, case: Case, when: str = "") -> None:
     ours = case.ours()
     x, ours_x = (case.x.clone().requires_grad_() for _ in range(2))
     got, expected = theirs(x), ours(ours_x)
     if not got.requires_grad:
         raise Wrong(
-            "h has the right values, but no gradient reaches A and B through it. "
-            "Likely mistake: .data, .detach() or torch.no_grad() in forward()"
+            f"{when}h has the right values, but no gradient reaches A and B through "
+            "it. Likely mistake: .data, .detach() or torch.no_grad() in forward()"
         )
     ways = pulled(got, expected)
     through_W0 = ways @ as_matrix(case.base)
@@ -165,13 +237,13 @@ def _same_gradients(theirs: nn.Module, case: Case) -> None:
     ):
         if mine is None:
             raise Wrong(
-                f"h has the right values, but no gradient reaches {name}. Likely "
-                f"mistake: {name}.data, {name}.detach() or a copy in forward()"
+                f"{when}h has the right values, but no gradient reaches {name}. "
+                f"Likely mistake: {name}.data, {name}.detach() or a copy in forward()"
             )
         close(
             mine,
             wanted,
-            what=f"h is right, but not the gradient of {name}, for a {case}",
+            what=f"{when}h is right, but not the gradient of {name}, for a {case}",
             mistakes={"x.detach(): the layers below learn through A too": through_W0},
             tolerance=1e-4,
         )
@@ -180,45 +252,88 @@ def _same_gradients(theirs: nn.Module, case: Case) -> None:
 # 4.2 ----------------------------------------------------------------------------------
 
 
+# (d_out, d_in, r): large enough to see how A is distributed; and small ones
+LARGE = ((64, 2048, 32), (1000, 300, 50), (96, 96, 96), (8, 5000, 4))
+SMALL = ((5, 1, 1), (1, 6, 1), (7, 3, 2), (4, 9, 1), (9, 4, 6))
+
+
 @judged
 def lora_start(my_start: Callable) -> None:
     """4.2: my_start(d_out, d_in, r): A Gaussian of variance 1 / (3 d_in), B = 0."""
-    for seed, (d_out, d_in, r) in enumerate(
-        [(64, 2048, 32), (1000, 300, 50), (96, 96, 96)]
-    ):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            found, again = my_start(d_out, d_in, r), my_start(d_out, d_in, r)
+    for d_out, d_in, r in (*LARGE, *SMALL):
         sizes = f"d_out={d_out}, d_in={d_in}, r={r}"
-        if not (isinstance(found, tuple | list) and len(found) == 2):
+        pairs = [my_start(d_out, d_in, r) for _ in range(3)]
+        for pair in pairs:
+            _demand_pair(pair, d_out, d_in, r, sizes)
+        if (d_out, d_in, r) in LARGE:
+            _demand_gaussian(pairs[0][0], d_out, d_in, r, sizes)
+        _demand_own(pairs, sizes)
+        _demand_torchs_seed(my_start, (d_out, d_in, r), sizes)
+
+
+def _demand_pair(pair, d_out: int, d_in: int, r: int, sizes: str) -> None:
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise Wrong(
+            f"for {sizes}: expected two tensors, A and B, in this order; got "
+            f"{type(pair).__name__}. Likely mistake: `return A, B` is missing"
+        )
+    wanted = [(r, d_in), (d_out, r)]
+    shapes = [tuple(getattr(each, "shape", ())) for each in pair]
+    if shapes == wanted[::-1] != wanted:
+        raise Wrong(
+            f"for {sizes}: A should come first and B second. Likely mistake: "
+            "`return B, A`"
+        )
+    for name, got, shape in zip("AB", pair, wanted, strict=True):
+        _demand_shape(name, got, shape, sizes)
+    _demand_zero(*pair, sizes)
+
+
+def _demand_own(pairs: list, sizes: str) -> None:
+    """Several layers of one size: each with numbers of its own, in its own memory."""
+    for i, (A, B) in enumerate(pairs):
+        for other, _ in pairs[:i]:
+            if torch.equal(A, other):
+                raise Wrong(
+                    f"for {sizes}: two calls gave the same A. Likely mistake: a seed "
+                    "set inside the function, or no random numbers at all"
+                )
+        with torch.no_grad():
+            B.data[0, 0] = 1.0  # a first step of training
+        if int((B != 0).sum()) != 1 or any(b.any() for _, b in pairs[i + 1 :]):
             raise Wrong(
-                f"for {sizes}: expected two tensors, A and B, in this order; got "
-                f"{type(found).__name__}. Likely mistake: `return A, B` is missing"
+                f"for {sizes}: a number was written into one place of B, and others "
+                "changed too. Likely mistake: one tensor for several B, or expand(); "
+                "torch.zeros(d_out, r) in each call makes a new one"
             )
-        A, B = found
-        wanted = [(r, d_in), (d_out, r)]
-        shapes = [tuple(getattr(each, "shape", ())) for each in found]
-        if shapes == wanted[::-1] != wanted:
-            raise Wrong(
-                f"for {sizes}: A should come first and B second. Likely mistake: "
-                "`return B, A`"
-            )
-        for name, got, shape in (("A", A, (r, d_in)), ("B", B, (d_out, r))):
-            _demand_shape(name, got, shape, sizes)
-        _demand_zero(A, B, sizes)
-        _demand_gaussian(A, d_out, d_in, r, sizes)
-        if torch.equal(A, again[0]):
-            raise Wrong(
-                f"for {sizes}: two calls gave the same A. Likely mistake: a seed set "
-                "inside the function, or no random numbers at all"
-            )
+
+
+def _demand_torchs_seed(my_start: Callable, sizes: tuple, shown: str) -> None:
+    """torch.manual_seed decides what A is: else no run could be repeated."""
+    with torch.random.fork_rng(devices=[]):
+        drawn = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            drawn.append(my_start(*sizes)[0])
+    if not torch.equal(*drawn[:2]) or torch.equal(*drawn[1:]):
+        raise Wrong(
+            f"for {shown}: torch.manual_seed before the call does not decide what A "
+            "is. Likely mistake: a generator of your own, a seed inside, or random "
+            "numbers that are not torch's"
+        )
 
 
 def _demand_shape(name, got, shape, sizes) -> None:
     if not isinstance(got, Tensor):
-        raise Wrong(f"for {sizes}: {name} is no tensor but a {type(got).__name__}")
-    if not got.is_floating_point():
-        raise Wrong(f"for {sizes}: {name} holds {got.dtype}, which cannot be trained")
+        raise Wrong(
+            f"for {sizes}: {name} is no tensor but a {type(got).__name__}. Likely "
+            f"mistake: nothing was computed for {name}, or .numpy() too many"
+        )
+    if got.dtype != torch.float32:
+        raise Wrong(
+            f"for {sizes}: {name} holds {got.dtype}; float32 is needed, the dtype of a "
+            "model that trains. Likely mistake: a dtype of your own"
+        )
     if tuple(got.shape) != shape:
         turned = tuple(got.shape) == shape[::-1]
         likely = "the two sides are swapped" if turned else "another size was used"
@@ -267,11 +382,12 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
         raise Wrong(
             f"for {sizes}: the entries of A should have a standard deviation of "
             f"{expected:.4g}, and have {got:.4g}."
-            + (f" Likely mistake: {likely[0]}" if likely else "")
+            + f" Likely mistake: {likely[0] if likely else UNKNOWN}"
         )
     if abs(A.mean()) > 5 * expected / A.numel() ** 0.5:
         raise Wrong(
-            f"for {sizes}: the mean of A should be near 0, and is {A.mean():.3g}"
+            f"for {sizes}: the mean of A should be near 0, and is {A.mean():.3g}. "
+            "Likely mistake: torch.rand, or absolute values; torch.randn is meant"
         )
     # Of a Gaussian 4.6 % are that far out; of a uniform draw none are.
     far = (A.abs() > 2 * expected).float().mean().item()
@@ -287,18 +403,50 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
             f"for {sizes}: A has rank {rank}, so the update could never have rank {r}. "
             "Likely mistake: the same row repeated"
         )
+    _demand_independent(A.detach() / expected, sizes)
+
+
+def _demand_independent(A: Tensor, sizes: str) -> None:
+    """Of entries with a standard deviation of 1: tails, and no pattern among them."""
+    r, d_in = A.shape
+    columns = (A.T @ A / r).fill_diagonal_(0).abs()
+    spread = A.square().mean(1).std().item()  # of a Gaussian sqrt(2 / d_in)
+    patterns = {
+        "no entry lies beyond three standard deviations: the tails are cut off": (
+            A.abs().max() < 3
+        ),
+        "few different numbers: one row or column was used again": (
+            len(A.unique()) < 0.9 * A.numel()
+        ),
+        "neighbors are alike: sorted, or one made of the other": (
+            (A[:, 1:] * A[:, :-1]).mean().abs() > 6 / A.numel() ** 0.5
+        ),
+        "one column is another one, or its negative": r > 90 and columns.max() > 0.7,
+        "all rows have the same length: divided by it": (
+            r > 30 and spread < 0.3 * (2 / d_in) ** 0.5
+        ),
+    }
+    for likely, is_so in patterns.items():
+        if is_so:
+            raise Wrong(
+                f"for {sizes}: A has the right spread, but its entries are not drawn "
+                f"independently from a Gaussian. Likely mistake: {likely}"
+            )
 
 
 # 4.3 ----------------------------------------------------------------------------------
 
 
-def models() -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """{name: (a small random model, last parts of the names to wrap)}"""
+def models() -> dict[str, tuple[nn.Module, Sequence[str], int, float]]:
+    """{name: (a small random model, last parts of the names to wrap, r, alpha)}
+
+    The first twice, with other targets, r and alpha, the last time while it trains.
+    """
     shared = dict(vocab_size=50, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     llama = LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=11,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=4,
@@ -310,60 +458,120 @@ def models() -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
         torch.manual_seed(4)
         alike = {name: nn.Linear(4, 4) for name in ("kq", "q", "q_up")}
         alike |= {"k": nn.ModuleDict({"out": nn.Linear(4, 4)}), "v": nn.Embedding(4, 4)}
+        alike["deep"] = nn.ModuleDict({"q": nn.Linear(4, 6, bias=False)})
+        for name in ("d", "e", "f", "g"):  # deep.g.f.e.d.q
+            alike["deep"] = nn.ModuleDict({name: alike["deep"]})
+        alike["norm"] = nn.BatchNorm1d(4)
+        alike["conv"] = nn.Conv1d(2, 2, 3)
         plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+        small = AutoModelForCausalLM.from_config(llama).eval()
         return {
-            "a Llama": (
-                AutoModelForCausalLM.from_config(llama).eval(),
-                ("q_proj", "v_proj", "down_proj"),
-            ),
+            "a Llama": (small, ("q_proj", "v_proj", "down_proj"), 3, 5.0),
             "a GPT-2, whose projections are Conv1D": (
                 AutoModelForCausalLM.from_config(gpt2).eval(),
                 ("c_attn", "c_proj"),
+                3,
+                16.0,
             ),
-            "a bare nn.Sequential": (plain, ("2",)),
-            "a model whose names look alike": (nn.ModuleDict(alike), ("q", "k", "v")),
+            "a bare nn.Sequential": (plain, ["2"], 2, 5.0),
+            "a model whose names look alike": (
+                nn.ModuleDict(alike),
+                ["q", "k", "v"],
+                4,
+                5.0,
+            ),
+            "a Llama in training": (
+                copy.deepcopy(small).train(),
+                ["up_proj", "q_proj"],
+                1,
+                12.0,
+            ),
         }
 
 
 @judged
 def lora_inject(my_inject: Callable) -> None:
     """4.3: my_inject(model, targets, r, alpha) freezes the model and wraps targets."""
-    for name, (model, targets) in models().items():
+    returned = []
+    for name, (model, targets, r, alpha) in models().items():
         ours = copy.deepcopy(model)
         chosen = {
             n: m
             for n, m in ours.named_modules()
             if n.rpartition(".")[2] in targets and isinstance(m, nn.Linear | Conv1D)
         }
-        expected = lora.inject(ours, r=3, alpha=5.0, targets=chosen)
+        expected = lora.inject(ours, r=r, alpha=alpha, targets=chosen)
         before = copy.deepcopy(model.state_dict())
         modules = dict(model.named_modules())
-        got = my_inject(model, targets, 3, 5.0)
-        where = f"{name}, targets={targets}"
+        rest = _rest(modules)
+        lent = list(targets) if isinstance(targets, list) else targets
+        with unchanged(targets=lent):
+            got = my_inject(model, lent, r, alpha)
+        where = f"{name}, targets={targets}, r={r}, alpha={alpha}"
         _demand_wrapped(model, modules, expected, got, where)
         _demand_same_adapters(model, ours, modules, where)
         _demand_names(got, expected, where)
         _demand_flags(model, ours, where)
         _demand_untouched(model, before, where)
+        _demand_rest(rest, _rest(modules), where)
+        _demand_own_numbers(model, where)
+        returned.append((got, expected, where))
+    for got, expected, where in returned:  # one list for all would hold the last names
+        _demand_names(got, expected, where)
+
+
+def _rest(modules: dict[str, nn.Module]) -> dict[str, tuple]:
+    """What an injection leaves alone, of each module that was there."""
+    return {
+        name: (
+            module.training,
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            [n for n, b in module._buffers.items() if b is not None],
+            [p.dtype for p in module._parameters.values() if p is not None],
+        )
+        for name, module in modules.items()
+    }
+
+
+def _demand_rest(before: dict[str, tuple], now: dict[str, tuple], where: str) -> None:
+    kinds = ("mode, train() or eval()", "hooks", "buffers", "dtype")
+    for name, old in before.items():
+        for kind, was, new in zip(kinds, old, now[name], strict=True):
+            if was != new:
+                raise Wrong(
+                    f"for {where}: the {kind} of {name or 'the model'} was changed. "
+                    "Likely mistake: more than the three steps: freeze, wrap, put in"
+                )
+
+
+def _demand_own_numbers(model: nn.Module, where: str) -> None:
+    """No two LoRAs start with the same A; each is drawn on its own."""
+    drawn = [adapter.A for adapter in adapters(model).values()]
+    for i, A in enumerate(drawn):
+        if any(torch.equal(A, other) for other in drawn[:i]):
+            raise Wrong(
+                f"for {where}: two LoRAs have the same A. Likely mistake: a seed set "
+                "before each of them, or one A for several"
+            )
 
 
 def _demand_wrapped(model, modules, expected, got, where) -> None:
-    found = adapters(model)
-    inside = [n for n in found if ".base" in n]
+    wrapped = adapters(model)
+    inside = [n for n in wrapped if ".base" in n]
     if inside:
         raise Wrong(
             f"for {where}: {inside[0]} is a LoRA inside a LoRA. Likely mistake: a "
             "module was wrapped twice, or the LoRA was set as .base of the module; it "
             "belongs into the module's parent"
         )
-    missing = [n for n in expected if n not in found]
-    extra = [n for n in found if n not in expected]
+    missing = [n for n in expected if n not in wrapped]
+    extra = [n for n in wrapped if n not in expected]
     if missing or extra:
         likely = _wrong_places(model, modules, missing, extra, got)
         raise Wrong(
             f"for {where}: expected a LoRA at {_names(expected)}; missing at "
             f"{_names(missing)}; too many at {_names(extra)}."
-            + (f" Likely mistake: {likely}" if likely else "")
+            + f" Likely mistake: {likely or UNKNOWN}"
         )
 
 
@@ -417,6 +625,7 @@ def _demand_same_adapters(model, ours, modules, where) -> None:
                 "r": each.A.shape[0],
                 "alpha": each.alpha,
                 "scale": each.scale,
+                "dtype": each.A.dtype,
                 "dropout": getattr(each.dropout, "p", 0.0),
             }
             for each in (adapter, wanted)
@@ -424,7 +633,7 @@ def _demand_same_adapters(model, ours, modules, where) -> None:
         off = {key: value for key, value in seen.items() if value != asked[key]}
         if off:
             raise Wrong(
-                f"for {where}: expected LoRA(module, r=3, alpha=5.0) at {name}; got "
+                f"for {where}: expected LoRA(module, r, alpha) at {name}; got "
                 + ", ".join(f"{key}={value}" for key, value in off.items())
                 + ". Likely mistake: LoRA(module, r, alpha), in this order, and no more"
             )
@@ -441,11 +650,20 @@ def _demand_names(got, expected, where) -> None:
         likely = "another order than that of model.named_modules()"
     else:
         likely = "the names are those of named_modules(), from the model down, whole"
-    shown = _names(list(map(str, got))) if isinstance(got, list | tuple) else None
+    shown = (
+        _names([_in_a_line(each) for each in got])
+        if isinstance(got, list | tuple)
+        else None
+    )
     raise Wrong(
         f"for {where}: expected the names {_names(expected)}, in the model's order; "
         f"got {shown or type(got).__name__}. Likely mistake: {likely}"
     )
+
+
+def _in_a_line(value) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _demand_flags(model, ours, where) -> None:
@@ -471,13 +689,16 @@ def _demand_untouched(model, before, where) -> None:
     for name, now in model.state_dict().items():
         plain = name.replace(".base.", ".")
         if plain in before and not torch.equal(now, before[plain]):
-            raise Wrong(f"for {where}: the pretrained {plain} was changed")
+            raise Wrong(
+                f"for {where}: the pretrained {plain} was changed. Likely mistake: a "
+                "weight that was written to, or a new module in the place of the old"
+            )
     for name, adapter in adapters(model).items():
         if adapter.B.any() or not adapter.A.any():
             off = "B is not zero" if adapter.B.any() else "A is zero"
             raise Wrong(
                 f"for {where}: the LoRA at {name} does not start as LoRA does: {off}. "
-                "LoRA(…) has set both; leave them"
+                "Likely mistake: LoRA(…) has set both; leave them"
             )
 
 
@@ -487,17 +708,23 @@ def _demand_untouched(model, before, where) -> None:
 @judged
 def lora_merge(my_merge: Callable) -> None:
     """4.4: my_merge(base, A, B, alpha) puts W0 + (alpha / r) B A into base.weight."""
-    for case in cases():
-        for dtype in DTYPES:
-            _judge_merge(my_merge, case, dtype)
+    for i, case in enumerate(cases()):
+        usual = 1e-4 < case.A.abs().max() < 1e2  # what float16 holds
+        for dtype in DTYPES if usual else (torch.float32,):
+            base = copy.deepcopy(case.base).to(dtype).train(i % 2 == 0)
+            _judge_merge(my_merge, base, case, trains=i % 2 == 0)
+        zero = replace(case, B=torch.zeros_like(case.B))
+        _judge_merge(my_merge, base, zero, trains=True)
+        _judge_merge(my_merge, base, case, trains=i % 2 == 1)  # once more
 
 
-def _judge_merge(my_merge, case: Case, dtype: torch.dtype) -> None:
-    base = copy.deepcopy(case.base).to(dtype)
-    held, bias, shape = base.weight, base.bias.clone(), base.weight.shape
+def _judge_merge(my_merge, base: nn.Module, case: Case, *, trains: bool) -> None:
+    """Into this base, which may hold another update already; A and B may train."""
+    pretrained, shape, dtype = base.weight, base.weight.shape, base.weight.dtype
     exact = _merged(base, case, torch.float64)
-    A, B = case.A.clone(), case.B.clone()
+    A, B = (t.clone().requires_grad_(trains) for t in (case.A, case.B))
     wrong = _wrong_merges(copy.deepcopy(base), case)
+    bias, rest = _clone(base.bias), _all_but_weight(base)
     with unchanged(A=A, B=B):
         my_merge(base, A, B, case.alpha)
     weight = base.weight.detach()
@@ -507,42 +734,68 @@ def _judge_merge(my_merge, case: Case, dtype: torch.dtype) -> None:
             f"{what}: expected {tuple(shape)} in {dtype}; got {tuple(weight.shape)} in "
             f"{weight.dtype}. A merge leaves shape and dtype as they were: cast back"
         )
-    if base.bias is None or not torch.equal(base.bias, bias):
-        raise Wrong(f"{what}: the bias was changed; it has no part in a merge")
+    if (base.bias is None) != (bias is None) or (
+        bias is not None and not torch.equal(base.bias, bias)
+    ):
+        raise Wrong(
+            f"{what}: the bias was changed; it has no part in a merge. Likely mistake: "
+            "a loop over all parameters; base.weight alone is meant"
+        )
     # Rounded once, an entry is off by half a step of its dtype at most; what comes
     # before is float32, whose sums depend a little on their order.
-    step = torch.finfo(dtype).eps
+    wide = dtype in (torch.float32, torch.float64)
+    step = torch.finfo(torch.float32 if wide else dtype).eps
     close(
-        weight.float() if dtype != torch.float32 else weight,
+        weight.float(),
         exact.float(),
         what=what,
         mistakes=wrong,
-        tolerance=(8 if dtype == torch.float32 else 3) * step,
+        tolerance=(8 if wide else 3) * step,
     )
     off = (weight != exact.to(dtype)).double().mean().item()
-    if dtype != torch.float32 and off > 0.1:
+    if not wide and off > 0.1 and weight.numel() > 20:
         raise Wrong(
             f"{what}: nearly right, but {off:.0%} of the entries are not the exact sum "
             "rounded once. Likely mistake: the product or the sum was computed in "
             f"{dtype}; compute in float32 and cast back at the very end"
         )
-    if base.weight.requires_grad and base.weight is held:
-        raise Wrong(f"{what}: the weight trains now; a merge leaves it frozen")
-    if base.weight is not held:
+    if base.weight.requires_grad and base.weight is pretrained:
+        raise Wrong(
+            f"{what}: the weight trains now; a merge leaves it frozen. Likely mistake: "
+            "no `with torch.no_grad():` around copy_, or requires_grad_(True)"
+        )
+    if base.weight is not pretrained:
         raise Wrong(
             f"{what}: the right numbers, but in a new parameter; a module that shares "
             "the weight would keep the old ones. Write into the weight that is there: "
             "base.weight.copy_(…), within torch.no_grad()"
         )
+    if _all_but_weight(base) != rest:
+        raise Wrong(
+            f"{what}: the right numbers, but something else of the base was changed. "
+            "Likely mistake: its mode, a flag of its bias, a hook or a buffer; write "
+            "into base.weight and nothing else"
+        )
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _all_but_weight(base: nn.Module) -> tuple:
+    names = [*dict(base.named_parameters()), *dict(base.named_buffers())]
+    trains = base.bias is not None and base.bias.requires_grad
+    hooks = len(base._forward_hooks), len(base._forward_pre_hooks)
+    return names, trains, base.training, hooks
 
 
 def _merged(base: nn.Module, case: Case, dtype: torch.dtype) -> Tensor:
     """W0 + scale · B A as the base stores it, by the library."""
-    made = lora.LoRA(copy.deepcopy(base), case.r, case.alpha)
+    layer = lora.LoRA(copy.deepcopy(base), case.r, case.alpha)
     with torch.no_grad():
-        made.A.copy_(case.A)
-        made.B.copy_(case.B)
-        return made.merged(dtype)["weight"]
+        layer.A.copy_(case.A)
+        layer.B.copy_(case.B)
+        return layer.merged(dtype)["weight"]
 
 
 def _wrong_merges(base: nn.Module, case: Case) -> dict[str, Tensor]:
@@ -581,32 +834,42 @@ def lora_spectrum(my_spectrum: Callable) -> None:
     draw = torch.Generator().manual_seed(4)
     left, _ = torch.linalg.qr(torch.randn(7, 4, generator=draw))
     right, _ = torch.linalg.qr(torch.randn(9, 4, generator=draw))
-    made = left @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5])) @ right.T
+    of_rank_four = left @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5])) @ right.T
     thin = torch.randn(6, 1, generator=draw) @ torch.randn(1, 5, generator=draw)
     tried = {
-        "made of the singular values 3, 2, 1, 0.5": made,
-        "the same, transposed": made.T.contiguous(),
+        "made of the singular values 3, 2, 1, 0.5": of_rank_four,
+        "the same, transposed": of_rank_four.T.contiguous(),
         "random, square": torch.randn(8, 8, generator=draw),
         "random and a thousand times smaller": 1e-3
         * torch.randn(5, 30, generator=draw),
         "a column times a row": thin,
         "the identity, four pieces of one size": torch.eye(4),
+        "random, of another draw": torch.randn(7, 9, generator=draw),
+        "random, of many ranks": torch.randn(14, 30, generator=draw),
+        "a row": torch.randn(1, 9, generator=draw),
+        "a column": torch.randn(9, 1, generator=draw),
+        "random and tiny": 1e-6 * torch.randn(6, 6, generator=draw),
+        "random and huge": 1e4 * torch.randn(6, 6, generator=draw),
+        "a parameter": nn.Parameter(torch.randn(5, 4, generator=draw)),
     }
     for name, dW in tried.items():
-        for held in (0.9, 0.5, 0.99):
+        for held in (0.9, 0.5, 0.99, 0.2, None):
             _judge_spectrum(my_spectrum, dW, held, f"{tuple(dW.shape)}, {name}")
 
 
-def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
-    given = dW.clone()
+def _judge_spectrum(my_spectrum, dW: Tensor, held: float | None, name: str) -> None:
+    """held=None: left out, so that it is 0.9."""
+    given = dW.detach().clone().requires_grad_(dW.requires_grad)
+    dW = dW.detach()
     with unchanged(dW=given):
-        found = my_spectrum(given, held)
-    if not (isinstance(found, tuple | list) and len(found) == 2):
+        pair = my_spectrum(given) if held is None else my_spectrum(given, held)
+    held = 0.9 if held is None else held
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise Wrong(
             f"for dW {name}: expected two things, the energies and a rank; got "
-            f"{type(found).__name__}. Likely mistake: `return energy, k`"
+            f"{type(pair).__name__}. Likely mistake: `return energy, k`"
         )
-    energy, k = found
+    energy, k = pair
     s = torch.linalg.svdvals(dW)
     squares = s.square()
     expected = spectrum.energy(dW).float()
@@ -635,7 +898,7 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
     wanted = spectrum.rank_of_energy(dW, held)
     if isinstance(k, Tensor) and k.numel() == 1:
         k = k.item()
-    if k != wanted or isinstance(k, bool):
+    if k != wanted or not isinstance(k, numbers.Integral) or isinstance(k, bool):
         raise Wrong(
             f"for dW {name}, held={held}: expected the rank {wanted}, got {k!r}. "
             f"The energies are {_few(expected)}. Likely mistake: "
@@ -644,6 +907,8 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float, name: str) -> None:
 
 
 def _wrong_rank(k, wanted: int, energy: Tensor, held: float) -> str:
+    if isinstance(k, str) or k is None:
+        return f"a whole number is asked for, no {type(k).__name__}"
     if k == wanted + 1 and energy[wanted - 1] == held:
         return "at least `held`: a rank that holds exactly as much is enough"
     if k == len(energy):
@@ -656,6 +921,8 @@ def _wrong_rank(k, wanted: int, energy: Tensor, held: float) -> str:
         return "one too many: the first rank that holds enough counts"
     if isinstance(k, float) and 0 < k < 1:
         return "a share of the full rank; the rank itself is asked for"
+    if k == wanted:
+        return f"a whole number is asked for, no {type(k).__name__}: int(…)"
     return "not the smallest rank whose energy is at least `held`"
 
 

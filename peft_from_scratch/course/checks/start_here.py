@@ -6,6 +6,7 @@ modules, the interval with wilson, the padding with training.batch.left_pad.
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ...core.adapter import trainable
 from ...methods import lora
 from ...tasks import orders
 from ...training.batch import left_pad
-from . import Wrong, close, judged
+from . import Wrong, close, judged, unchanged
 
 # 0.1 ----------------------------------------------------------------------------------
 
@@ -70,15 +71,51 @@ ANSWERS = (
 )
 
 
+# (answer, right, likely): the same rules where `right` is another kind of value
+VALUES = (
+    (
+        '{"a":{"b":{"c":{"d":1}}}}',
+        '{"a":{"b":{"c":{"d":2}}}}',
+        "values deep inside are not compared",
+    ),
+    ('{"note":"  two spaces"}', '{"note":" two spaces"}', "spaces in values count"),
+    ('{"day":"Friday"}', '{"day":"Monday"}', "only keys that you know are compared"),
+    ('{"price":1.5}', '{"price":1}', "1.5 and 1 are different numbers"),
+    ('{"list":[1,2,3]}', '{"list":[3,1,2]}', "the order of a list counts"),
+    ('{"list":[1,2,3]}', '{"list":[1,2,2,3]}', "each entry of a list counts"),
+    ("[1,2]", "[1, 2]", "`right` can be any JSON value, a list too"),
+    ("[1,2]", "[2,1]", "the order of a list counts"),
+    ("[1,2]", "[1,3]", "each entry of a list counts"),
+    ("{}", "{ }", "what is empty can be right as well"),
+    ("[]", "{}", "an empty list is no empty object"),
+    ("0", "0", "zero can be right as well"),
+    ("null", "null", "null can be right as well"),
+    ("", "null", UNREAD),
+    ('"yes"', '"yes"', "a text alone is JSON as well"),
+    ('"yes"', '"no"', "a text alone is compared, too"),
+    (
+        json.dumps({"rows": [*range(99)]}),
+        json.dumps({"rows": [*range(99)]}, indent=8),
+        "a long answer can be right as well",
+    ),
+)
+
+
 @judged
 def score(my_score: Callable) -> None:
     """0.1: my_score(answer, right) is True where both are the same JSON value."""
     other = '{"customer":"Amara","items":{"saddle":1},"city":"Leeds"}'
     cases = [(answer, RIGHT, likely) for answer, likely in ANSWERS]
-    cases += [(RIGHT, other, ALWAYS), (other, other, NEVER)]
+    cases += [(RIGHT, other, ALWAYS), (other, other, NEVER), *VALUES]
+    cases += cases[:3]  # again, after all others
     for answer, right, likely in cases:
         expected = orders.score(answer, right)
-        what = f"my_score(answer, right)\n  answer    {answer!r}\n  right     {right!r}"
+        shown = (
+            text if len(text) < 300 else text[:300] + "…" for text in (answer, right)
+        )
+        what = "my_score(answer, right)\n  answer    {!r}\n  right     {!r}".format(
+            *shown
+        )
         try:
             got = my_score(answer, right)
         except ValueError as error:
@@ -93,7 +130,9 @@ def score(my_score: Callable) -> None:
 
 # 0.2 ----------------------------------------------------------------------------------
 
-# ([(d_out, d_in), …], r): two single ones; a layer of SmolLM2; thin ones; equal ones
+# ([(d_out, d_in), …], r): two single ones; a layer of SmolLM2; thin ones; equal ones;
+# the first again, with other shapes of as many numbers; more numbers than float32 or
+# int32 can count; vectors
 MODELS = (
     ([(24, 40)], 3),
     ([(576, 576)], 8),
@@ -106,6 +145,13 @@ MODELS = (
     ),
     ([(5, 70), (70, 5), (12, 12), (12, 12)], 1),
     ([(64, 16)] * 6, 16),
+    ([(24, 20)], 3),
+    ([(24, 40)], 5),
+    ([(32, 30)], 3),
+    ([(8191, 8191), (28673, 8191), (8191, 28673)] * 80, 63),
+    ([(1, 9), (9, 1), (1, 1)], 1),
+    ([(7, 3), (3, 7)] * 7 + [(2, 2)], 2),
+    ([(24, 40)], 3),
 )
 
 
@@ -114,16 +160,17 @@ def lora_count(my_count: Callable) -> None:
     """0.2: my_count(shapes, r) is (numbers in all A and B, numbers in all W0)."""
     for shapes, r in MODELS:
         lent = list(shapes)
-        got = my_count(lent, r)
-        if lent != shapes:
-            raise Wrong(f"the list itself was changed: {shapes} became {lent}")
+        with unchanged(shapes=lent):
+            got = my_count(lent, r)
+        shown = f"{shapes[:7]}, … ({len(shapes)} in all)" if shapes[7:] else shapes
         _each(
             got,
             _counted(shapes, r),
             ("trained", "frozen"),
-            f"for shapes={shapes}, r={r}",
+            f"for shapes={shown}, r={r}",
             _wrong_counts(shapes, r),
-            tolerance=1e-9,
+            tolerance=1e-13,
+            kind=int,
         )
 
 
@@ -176,27 +223,37 @@ def _wrong_counts(shapes, r: int) -> dict[str, tuple[int, int]]:
 
 # 0.3 ----------------------------------------------------------------------------------
 
-RESULTS = ((14, 20), (0, 20), (20, 20), (1, 7), (46, 100), (171, 200), (1, 1))
+RESULTS = (
+    *((14, 20), (0, 20), (20, 20), (1, 7), (46, 100), (171, 200), (1, 1), (0, 1)),
+    *((7, 14), (140, 200), (3, 9), (9, 12), (123_456, 1_000_000), (2, 100_000)),
+)
+CAREFUL = (1.96, 1.0, 2.576, 3.5, 0.25)  # z; the first is what z is by itself
 
 
 @judged
 def interval(my_interval: Callable) -> None:
     """0.3: my_interval(k, n) is Wilson's (low, high), both from zero to one."""
-    for k, n in RESULTS:
-        got = my_interval(k, n)
-        _each(
-            got,
-            wilson(k, n),
-            ("low", "high"),
-            f"for k={k}, n={n}",
-            _wrong_intervals(k, n),
-            tolerance=2e-4,  # 1.96 in the place of 1.95996
-        )
+    for z in CAREFUL:
+        for k, n in RESULTS:
+            got = my_interval(k, n) if z == CAREFUL[0] else my_interval(k, n, z=z)
+            _each(
+                got,
+                _wilson(k, n, z),
+                ("low", "high"),
+                f"for k={k}, n={n}, z={z}",
+                _wrong_intervals(k, n, z),
+                tolerance=1e-6,
+            )
 
 
-def _wrong_intervals(k: int, n: int) -> dict[str, tuple[float, float]]:
-    low, high = wilson(k, n)
-    p, z = k / n, 1.96
+def _wilson(k: int, n: int, z: float) -> tuple[float, float]:
+    """By the library, which is told in how many cases of a hundred it may miss."""
+    return wilson(k, n, math.erf(z / math.sqrt(2)))
+
+
+def _wrong_intervals(k: int, n: int, z: float) -> dict[str, tuple[float, float]]:
+    low, high = _wilson(k, n, z)
+    p = k / n
 
     def around(centre: float, half: float) -> tuple[float, float]:
         return centre - half, centre + half
@@ -204,7 +261,14 @@ def _wrong_intervals(k: int, n: int) -> dict[str, tuple[float, float]]:
     centre = (k + z * z / 2) / (n + z * z)
     spread = k * (n - k) / n + z * z / 4
     plain = z * (p * (1 - p) / n) ** 0.5
+    fixed = {
+        "z is an argument, not always 1.96": 1.96,
+        "z is 1.645: that is for nine times in ten": 1.645,
+        "z is 2.576: that is for ninety-nine times in a hundred": 2.576,
+        "z is one: multiply by z": 1.0,
+    }
     return {
+        **{text: _wilson(k, n, other) for text, other in fixed.items() if other != z},
         "low and high are swapped": (high, low),
         "in percent; shares from zero to one are asked for": (100 * low, 100 * high),
         "in rows; shares are asked for": (n * low, n * high),
@@ -238,14 +302,17 @@ def _wrong_intervals(k: int, n: int) -> dict[str, tuple[float, float]]:
         "z² is added to k, not half of it": around(
             (k + z * z) / (n + z * z), z * spread**0.5 / (n + z * z)
         ),
-        "z is 1.645: that is for nine times in ten": wilson(k, n, 0.90),
-        "z is 2.576: that is for ninety-nine times in a hundred": wilson(k, n, 0.99),
-        "z is one: multiply by 1.96": wilson(k, n, 0.6826895),
         "the margin is z over n + z², times the root; not half of that": around(
             centre, z * spread**0.5 / (n + z * z) / 2
         ),
-        "the wrong answers are counted: k are right": wilson(n - k, n),
-        "rounded; leave all digits": (round(low, 2), round(high, 2)),
+        "the wrong answers are counted: k are right": _wilson(n - k, n, z),
+        **{
+            f"rounded to {digits} digits; leave them all": (
+                round(low, digits),
+                round(high, digits),
+            )
+            for digits in (2, 3, 4)
+        },
         "the centre and the margin, not the two ends": (centre, high - centre),
     }
 
@@ -259,6 +326,13 @@ PROMPTS = (
     ([[7, 2], [3, 4]], 2),
     ([[6]], 3),
     ([[2, 2, 2], [2]], 2),
+    ([[8, 7, 6, 5], [4], [3, 2]], 0),  # the shapes of the first, and other tokens
+    ([[5, 6, 7, 8], [9], [4, 3]], 1),  # the first, and another pad
+    ([[4], [3, 2], [8, 7, 6, 5]], 0),
+    ([[], [5, 6], [7]], 3),  # an empty prompt
+    ([[151_643, 70_001], [40_000, 300, 128_009]], 128_009),  # a large vocabulary
+    ([[*range(40)], [*range(7)], [*range(30, 60)], [1], [2, 3]], 1),
+    ([[5, 6, 7, 8], [9], [4, 3]], 0),
 )
 
 
@@ -267,20 +341,16 @@ def padding(my_padding: Callable) -> None:
     """0.4: my_padding(prompts, pad) is (ids, mask), padded on the left."""
     for prompts, pad in PROMPTS:
         lent = copy.deepcopy(prompts)
-        got = my_padding(lent, pad)
-        if lent != prompts:
-            raise Wrong(
-                f"the prompts themselves were changed: {prompts} became {lent}. Likely "
-                "mistake: insert() or += on a list that belongs to the caller; "
-                "[pad] * k + prompt makes a new one"
-            )
-        expected = left_pad(prompts, cached=0, pad_id=pad)
-        wrong = _wrong_paddings(prompts, pad)
-        said = f"for prompts={prompts}, pad={pad}"
-        _each(got, expected, ("ids", "mask"), said, wrong)
-        for name, tensor in zip(("ids", "mask"), got, strict=True):
-            if tensor.dtype != torch.int64:
-                raise Wrong(f"{name} {said}: whole numbers are needed, {tensor.dtype=}")
+        with unchanged(prompts=lent):
+            got = my_padding(lent, pad)
+        _each(
+            got,
+            left_pad(prompts, cached=0, pad_id=pad),
+            ("ids", "mask"),
+            f"for prompts={prompts}, pad={pad}",
+            _wrong_paddings(prompts, pad),
+            kind=int,
+        )
 
 
 def _wrong_paddings(prompts, pad: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -324,14 +394,14 @@ def _each(
     got,
     expected: Sequence,
     names: Sequence[str],
-    said: str,
+    where: str,
     mistakes: dict[str, tuple],
-    tolerance: float = 1e-5,
+    **demands,
 ) -> None:
     """close() for each of several values, by its name."""
     if not isinstance(got, tuple | list) or len(got) != len(names):
-        close(got, expected, what=f"({', '.join(names)}) {said}")
+        close(got, expected, what=f"({', '.join(names)}) {where}")
     for i, name in enumerate(names):
         wrong = {text: values[i] for text, values in mistakes.items()}
-        what = f"{name} {said}"
-        close(got[i], expected[i], what=what, mistakes=wrong, tolerance=tolerance)
+        what = f"{name} {where}"
+        close(got[i], expected[i], what=what, mistakes=wrong, inside=True, **demands)
