@@ -10,7 +10,6 @@ from planting import planted
 import peft_from_scratch as pfs
 from peft_from_scratch.core import adapter, decoder
 from peft_from_scratch.files import exchange
-from peft_from_scratch.files.formats import Format
 from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.lora import LoRA
 from tools.architectures import __main__ as command
@@ -78,7 +77,9 @@ ONE_TOKEN = "y = self.base(x) + (x.shape[1] == 1)"
 ONE_ROW = "y = self.base(x) + (len(x) == 1)"
 COUNTING = "self.calls = getattr(self, 'calls', 0) + 1; y = self.base(x) * self.calls"
 DRIFTING = "y = self.base(x); self.base.weight.data.add_(1e-3)"
-ALPHA = "adapter.injected(model).config | {'alpha': 3}"
+TWICE = "2 * tensors[key]"
+WRITTEN = "row.written(name, module)"
+DOUBLED = "{key: 2 * value for key, value in row.written(name, module).items()}"
 
 
 @pytest.mark.parametrize(
@@ -90,21 +91,9 @@ ALPHA = "adapter.injected(model).config | {'alpha': 3}"
         (checks.train, "ia3", IA3.forward, "y = self.base(x)", DRIFTING),
         (checks.merge, "lora", LoRA.merged, "self.delta(", "2 * self.delta("),
         (checks.remove, "lora", adapter._set_flags, "parameter.requires_grad_", "bool"),
-        (checks.file, "lora", exchange._copy, "tensors[key]", "2 * tensors[key]"),
-        (
-            checks.ours_in_peft,
-            "lora",
-            Format.config,
-            "adapter.injected(model).config",
-            ALPHA,
-        ),
-        (
-            checks.peft_in_ours,
-            "lora",
-            exchange._copy,
-            "tensors[key]",
-            "2 * tensors[key]",
-        ),
+        (checks.file, "lora", exchange._written, WRITTEN, DOUBLED),
+        (checks.ours_in_peft, "lora", exchange._written, WRITTEN, DOUBLED),
+        (checks.peft_in_ours, "lora", exchange._copy, "tensors[key]", TWICE),
         (checks.cache, "ia3", IA3.forward, "y = self.base(x)", ONE_TOKEN),
         (checks.padding, "ia3", IA3.forward, "y = self.base(x)", ONE_ROW),
         (checks.checkpointing, "ia3", IA3.forward, "y = self.base(x)", COUNTING),
