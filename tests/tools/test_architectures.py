@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 
 import pytest
 from planting import planted
@@ -118,6 +119,21 @@ def test_a_refusal_is_the_library_s_own_and_touches_nothing(llama, monkeypatch):
     monkeypatch.setattr(pfs.bitfit, "inject", half_done)
     found, message = outcome(checks.inject, bitfit)
     assert found == "wrong" and "lm_head.weight changed" in message
+
+
+def test_what_save_warns_of_is_refused(llama, monkeypatch):
+    """Also in a child, which shows no warnings."""
+
+    def save(model, folder, save=pfs.save):
+        warnings.warn("PEFT reads this otherwise", stacklevel=2)
+        save(model, folder)
+
+    monkeypatch.setattr(pfs, "save", save)
+    with warnings.catch_warnings(action="ignore"):
+        with planted(exchange._written, WRITTEN, DOUBLED):
+            found = outcome(checks.ours_in_peft, Subject(llama, "lora"))
+        assert found == ("refused", "save() warns: PEFT reads this otherwise")
+        assert outcome(checks.ours_in_peft, Subject(llama, "lora"))[0] == "passed"
 
 
 @pytest.mark.parametrize("error", [ValueError("from outside"), TypeError("no")])
