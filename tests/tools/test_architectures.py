@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 
 import pytest
 from planting import planted
@@ -10,7 +11,6 @@ from planting import planted
 import peft_from_scratch as pfs
 from peft_from_scratch.core import adapter, decoder
 from peft_from_scratch.files import exchange
-from peft_from_scratch.files.formats import Format
 from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.lora import LoRA
 from tools.architectures import __main__ as command
@@ -78,7 +78,9 @@ ONE_TOKEN = "y = self.base(x) + (x.shape[1] == 1)"
 ONE_ROW = "y = self.base(x) + (len(x) == 1)"
 COUNTING = "self.calls = getattr(self, 'calls', 0) + 1; y = self.base(x) * self.calls"
 DRIFTING = "y = self.base(x); self.base.weight.data.add_(1e-3)"
-ALPHA = "adapter.injected(model).config | {'alpha': 3}"
+TWICE = "2 * tensors[key]"
+WRITTEN = "row.written(name, module)"
+DOUBLED = "{key: 2 * value for key, value in row.written(name, module).items()}"
 
 
 @pytest.mark.parametrize(
@@ -90,21 +92,9 @@ ALPHA = "adapter.injected(model).config | {'alpha': 3}"
         (checks.train, "ia3", IA3.forward, "y = self.base(x)", DRIFTING),
         (checks.merge, "lora", LoRA.merged, "self.delta(", "2 * self.delta("),
         (checks.remove, "lora", adapter._set_flags, "parameter.requires_grad_", "bool"),
-        (checks.file, "lora", exchange._copy, "tensors[key]", "2 * tensors[key]"),
-        (
-            checks.ours_in_peft,
-            "lora",
-            Format.config,
-            "adapter.injected(model).config",
-            ALPHA,
-        ),
-        (
-            checks.peft_in_ours,
-            "lora",
-            exchange._copy,
-            "tensors[key]",
-            "2 * tensors[key]",
-        ),
+        (checks.file, "lora", exchange._written, WRITTEN, DOUBLED),
+        (checks.ours_in_peft, "lora", exchange._written, WRITTEN, DOUBLED),
+        (checks.peft_in_ours, "lora", exchange._copy, "tensors[key]", TWICE),
         (checks.cache, "ia3", IA3.forward, "y = self.base(x)", ONE_TOKEN),
         (checks.padding, "ia3", IA3.forward, "y = self.base(x)", ONE_ROW),
         (checks.checkpointing, "ia3", IA3.forward, "y = self.base(x)", COUNTING),
@@ -129,6 +119,21 @@ def test_a_refusal_is_the_library_s_own_and_touches_nothing(llama, monkeypatch):
     monkeypatch.setattr(pfs.bitfit, "inject", half_done)
     found, message = outcome(checks.inject, bitfit)
     assert found == "wrong" and "lm_head.weight changed" in message
+
+
+def test_what_save_warns_of_is_refused(llama, monkeypatch):
+    """Also in a child, which shows no warnings."""
+
+    def save(model, folder, save=pfs.save):
+        warnings.warn("PEFT reads this otherwise", stacklevel=2)
+        save(model, folder)
+
+    monkeypatch.setattr(pfs, "save", save)
+    with warnings.catch_warnings(action="ignore"):
+        with planted(exchange._written, WRITTEN, DOUBLED):
+            found = outcome(checks.ours_in_peft, Subject(llama, "lora"))
+        assert found == ("refused", "save() warns: PEFT reads this otherwise")
+        assert outcome(checks.ours_in_peft, Subject(llama, "lora"))[0] == "passed"
 
 
 @pytest.mark.parametrize("error", [ValueError("from outside"), TypeError("no")])

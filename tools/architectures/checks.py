@@ -157,7 +157,7 @@ def ours_in_peft(subject: Subject) -> float:
     """PEFT reads our file and computes the same, or save() warned that it does not."""
     changed = subject.changed
     with tempfile.TemporaryDirectory() as folder:
-        with warnings.catch_warnings(record=True, category=UserWarning) as said:
+        with warnings.catch_warnings(record=True, action="always") as said:
             pfs.save(changed, folder)
         try:
             return close(peft_files.read(subject, folder), subject.expected)

@@ -49,7 +49,8 @@ SIZES = (
         " encoder_attention_heads num_decoder_attention_heads attention_heads"
         " num_encoder_attention_heads swa_num_attention_heads num_experts"
         " n_routed_experts num_local_experts moe_num_experts linear_num_value_heads"
-        " mamba_d_state state_size linear_num_heads mamba_num_heads ssm_state_size",
+        " mamba_d_state state_size linear_num_heads mamba_num_heads ssm_state_size"
+        " index_n_heads",
     ),
     (
         2,
@@ -104,6 +105,12 @@ EXCEPTIONS: Mapping[str, Mapping] = {
         ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
     ),
     "deepseek_v2": dict(num_experts_per_tok=2),
+    "deepseek_v4": dict(
+        compress_rates={
+            "compressed_sparse_attention": 2,
+            "heavily_compressed_attention": 4,
+        }
+    ),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "falcon_h1": MAMBA | dict(mamba_d_ssm=64),
     "gemma3n_text": dict(
