@@ -43,8 +43,8 @@ def qlora(
     Raises  ValueError  a Conv1D, whose transposed weight this does not turn; a row
             length that is no multiple of 64, which it dequantizes wrongly on a CPU
     """
-    model = adapter.unwrap_compiled(model)
-    adapter.refuse_second(model)
+    model = adapter.unwrapped(model)
+    adapter.refuse_unfit(model)
     for name, module in resolve(model, "all-linear").items():
         if isinstance(module, Conv1D):
             raise ValueError(f"{name} is a Conv1D: not turned for {LIBRARY} here")

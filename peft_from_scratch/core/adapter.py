@@ -36,13 +36,11 @@ from .targets import (
     Wrapper,
     named_modules,
     named_parameters,
-    refuse_second,
     refuse_synchronized,
+    refuse_unfit,
     resolve,
     unwrapped,
 )
-
-unwrap_compiled = unwrapped
 
 
 class CannotMerge(ValueError):
@@ -162,7 +160,7 @@ def plan(
     """
     refuse_synchronized(model)
     model = unwrapped(model)
-    refuse_second(model)
+    refuse_unfit(model)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "inject() inside torch.inference_mode() would make parameters that can "
@@ -192,7 +190,7 @@ def apply(model: nn.Module, plan: Plan) -> list[str]:
     """
     refuse_synchronized(model)
     model = unwrapped(model)
-    refuse_second(model)
+    refuse_unfit(model)
     if plan.prepare is not None:
         plan.prepare(model)
     _refuse_another(model, plan)

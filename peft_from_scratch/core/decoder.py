@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common import check
 from .adapter import Adapter, adapters
-from .targets import named_modules, refuse_second
+from .targets import named_modules, refuse_unfit, unwrapped
 
 LARGEST_N = 4096  # positions that a prompt or a prefix may occupy
 CACHES = ("past_key_values", "cache_params", "state")  # a trunk's names for its cache
@@ -131,12 +131,12 @@ def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     It is the smallest module around the layers that embeds token ids. A model that
     carries adapters already is refused as well.
     """
-    refuse_second(model)
+    refuse_unfit(model)
     lists = [
         (name.rpartition(".")[0], layers)
         for name, layers in named_modules(model)
         if isinstance(layers, nn.ModuleList)
-        and any(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+        and any(isinstance(unwrapped(x), GradientCheckpointingLayer) for x in layers)
     ]
     modules = dict(named_modules(model))
     name = lists[0][0] if len(lists) == 1 else ""

@@ -204,10 +204,10 @@ def _class_names(instance: object) -> set[str]:
     return {kind.__name__ for kind in type(instance).__mro__}
 
 
-def refuse_second(model: nn.Module) -> None:
-    """ValueError where the model, or a part of it, carries adapters already.
+def refuse_unfit(model: nn.Module) -> None:
+    """ValueError where nothing can be put beside the model's weights.
 
-    So it is where its weights are elsewhere, so that nothing can be put beside them.
+    The model, or a part of it, carries adapters already, or its weights are elsewhere.
     """
     _refuse_elsewhere(model)
     injection = getattr(unwrapped(model), "pfs_injection", None)
@@ -380,7 +380,7 @@ def resolve(
     Raises   ValueError   a name that matches nothing, nothing left to wrap, or a model
              that carries adapters already
     """
-    refuse_second(model)
+    refuse_unfit(model)
     linear = projections(model)
     chosen = _choose(model, linear, targets, "targets")
     dropped = _choose(model, linear, exclude, "exclude") if exclude is not None else ()

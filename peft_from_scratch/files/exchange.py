@@ -148,7 +148,7 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
 
 def _refuse_empty(model: nn.Module) -> None:
     """ValueError for a model without weights, in which a file's would be lost."""
-    adapter.refuse_second(model)
+    adapter.refuse_unfit(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"this {type(model).__name__} is on the device meta and has no weights: "

@@ -140,7 +140,7 @@ def last_projections(
         needed  whether there must be one
     Raises  ValueError  no such projection; a model that carries adapters already
     """
-    targets.refuse_second(model)
+    targets.refuse_unfit(model)
     hidden = targets.hidden_size(model)
     linear = targets.projections(model)
     last: dict[tuple[str, str], str] = {}

@@ -204,7 +204,7 @@ class PrefixConfig:
 
 def plan(model: nn.Module, **options) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
-    name, trunk = find_decoder(adapter.unwrap_compiled(model))
+    name, trunk = find_decoder(adapter.unwrapped(model))
     config = PrefixConfig(**options)
     shape = probe_kv_shape(trunk)
 

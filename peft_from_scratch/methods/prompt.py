@@ -154,7 +154,7 @@ class PromptConfig:
 def plan(model: nn.Module, **options) -> Plan:
     """The plan of inject, with its arguments; see adapter.plan."""
     config = PromptConfig(**options)
-    name, trunk = find_decoder(adapter.unwrap_compiled(model))
+    name, trunk = find_decoder(adapter.unwrapped(model))
 
     def wrap(base: nn.Module) -> Prompt:
         refuse_unless_equal(base, "soft prompt", lambda ids: Prompt(base, 1, ids))

@@ -265,7 +265,7 @@ def quantize_model(
              Conv1D one and a quarter: its transpose); each one's own weight goes as
              soon as its codes are there
     """
-    model = adapter.unwrap_compiled(model)
+    model = adapter.unwrapped(model)
     modules = quantizable(
         model,
         block=block,
@@ -325,8 +325,8 @@ def dequantize_model(model: nn.Module) -> list[str]:
     Returns  names of the projections
     Raises   ValueError  adapters on the model: merge() or remove() them first
     """
-    model = adapter.unwrap_compiled(model)
-    adapter.refuse_second(model)
+    model = adapter.unwrapped(model)
+    adapter.refuse_unfit(model)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     for module in packed.values():
         replace_modules(model, {module: module.plain()})

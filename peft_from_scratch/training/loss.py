@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.scoped import mode
-from ..core.adapter import unwrap_compiled
+from ..core.adapter import unwrapped
 from ..tasks.templates import IGNORED
 from .batch import Batch, Row, batch_of, label_tokens
 
@@ -132,6 +132,4 @@ def widened(logits: Tensor) -> Tensor:
 
 def can_choose_logits(model: nn.Module) -> bool:
     """Whether the model's forward takes the positions whose logits are wanted."""
-    return (
-        "logits_to_keep" in inspect.signature(unwrap_compiled(model).forward).parameters
-    )
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

@@ -234,13 +234,13 @@ CONTRACT = {
         contract(laws.mode_is_kept_and_changes_nothing),
     ),
     "a second injection is let through": Bug(
-        targets.refuse_second,
+        targets.refuse_unfit,
         "if injection is not None:",
         "if False:",
         contract(laws.a_second_injection_is_refused),
     ),
     "adapters in a part of the model are not seen": Bug(
-        targets.refuse_second,
+        targets.refuse_unfit,
         'isinstance(module, Wrapper) or hasattr(module, "adapter_layer_names")',
         "False",
         verbs.adapters_in_a_part_are_refused,
@@ -561,7 +561,7 @@ FILES = {
 }
 WRAPPED = {
     "a part called base_layer is an adapter": Bug(
-        targets.refuse_second,
+        targets.refuse_unfit,
         'hasattr(module, "adapter_layer_names")',
         'hasattr(module, "base_layer")',
         wrapped.a_part_of_the_name_base_layer_is_no_adapter,

@@ -400,7 +400,7 @@ PRODUCTS = {
     ),
     "adapters are quantized under": Bug(
         targets.resolve,
-        "refuse_second(model)",
+        "refuse_unfit(model)",
         "pass",
         left("adapters on it"),
     ),

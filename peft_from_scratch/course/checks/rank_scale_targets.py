@@ -313,7 +313,7 @@ def _wrong_budget(got, expected: int, shapes, targets, layers, budget) -> str:
         "the targets were taken as square": 2 * sum(i for _, i in sides) * layers,
     }
     if got > _most(shapes, targets):
-        return "a rank above the smallest side of a target: no LoRA takes it"
+        return "a rank above the smallest side adds nothing that a lower one has not"
     if got == 1 and expected == 0:
         return "not even rank 1 fits: return 0"
     if got == expected - 1 and budget == expected * one:

@@ -70,7 +70,7 @@ IN_FRONT = {
     "prefix": lambda model: pfs.prefix.inject(model, n=3),
 }
 PAIRS = [(around, method) for around in AROUND for method in METHODS]
-PAIRS += [(around, method) for around in list(AROUND)[:3] for method in IN_FRONT]
+PAIRS += [(around, method) for around in AROUND for method in IN_FRONT]
 
 
 def are_equal(folder, other):
