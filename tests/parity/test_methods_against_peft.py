@@ -12,7 +12,8 @@ import pytest
 import torch
 from against import answers, gradients_of, our_name, ours, quietly
 from architectures import CONFIGS, build
-from model_state import train
+from laws.methods.unlike_tokens import other
+from model_state import refused, train
 
 import peft_from_scratch as pfs
 from peft_from_scratch.core.decoder import find_decoder
@@ -179,3 +180,14 @@ def test_the_mlp_of_a_prefix_is_pefts(architecture, tmp_path, measure):
     read = copy.deepcopy(base)
     pfs.load(read, tmp_path)
     measure("file", answers(read)[0], answers(reference)[0])
+
+
+@pytest.mark.parametrize("architecture", ["bart", "doge"])
+def test_a_prefix_that_would_compute_something_else_is_refused(architecture, tmp_path):
+    """PEFT puts it into the cache, from which these models number and mask tokens."""
+    base = other(architecture)
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    theirs = quietly(peft.get_peft_model, copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    with refused(base, "a prefix on", "differs by"):
+        pfs.load(base, tmp_path)
