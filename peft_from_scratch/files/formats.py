@@ -219,8 +219,6 @@ def _lora_targets(model: nn.Module, times: int = 1) -> dict:
     alphas = {names[n]: times * m.alpha for n, m in wrapped.items()}
     r, alpha = times * options["r"], times * options["alpha"]
     return _targets(model) | {
-        "r": r,
-        "lora_alpha": alpha,
         "rank_pattern": {name: own for name, own in ranks.items() if own != r},
         "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "target_modules": patterns.target_modules_of(model, wrapped),
@@ -237,7 +235,9 @@ def _exact_patterns(arguments: dict, names: list[str]) -> dict:
 
 def _twice_the_rank(model: nn.Module) -> dict:
     """A PiSSA as a LoRA of rank 2r: alpha doubles too, and the scale stays."""
-    return _lora_targets(model, times=2)
+    options = adapter.injected(model).config
+    sizes = {"r": 2 * options["r"], "lora_alpha": 2 * options["alpha"]}
+    return _lora_targets(model, times=2) | sizes
 
 
 def _change_since_start(module: adapter.Adapter) -> dict[str, Tensor]:

@@ -364,8 +364,8 @@ CONTRACT = {
     ),
     "the head counts as a projection of the layers": Bug(
         targets.kinds,
-        "if name.startswith(tuple(layers))",
-        "",
+        "if name.startswith(layers)",
+        "if True",
         targeting.all_linear_is_every_projection_and_no_head,
     ),
     "a typo inside a list is skipped": Bug(
@@ -447,7 +447,7 @@ FILES = {
         written("rslora"),
     ),
     "alpha_pattern is not saved": Bug(
-        formats._lora_targets, 'a != options["alpha"]', "False", written("patterns")
+        formats._lora_targets, "own != alpha", "False", written("patterns")
     ),
     "our default in the place of PEFT's": Bug(
         Format.arguments,
