@@ -121,9 +121,11 @@ def report(names: Sequence[str], cases: dict, file) -> None:
 
 
 def hold(law) -> None:
-    """Call a law, with a monkeypatch if it asks for one."""
+    """Call a law, with seed 0, and with a monkeypatch if it asks for one."""
     import pytest  # not before the process has its device
+    import torch
 
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         takes = "monkeypatch" in inspect.signature(law).parameters
