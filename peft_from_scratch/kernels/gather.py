@@ -74,6 +74,7 @@ class Stack:
         ends = torch.tensor((0, *self.ranks), dtype=torch.int32).cumsum(0)
         first = ends.to(self.A.device, torch.int32)
         object.__setattr__(self, "first", first)
+        object.__setattr__(self, "scale", self.scale.contiguous())  # read one by one
 
     @classmethod
     def of(cls, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> "Stack":
@@ -445,6 +446,7 @@ def compulsory_bytes(stack: Stack, plan: Plan) -> int:
 # The checked wrapper ------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def gather_lora(
     y: Tensor,
     x: Tensor,
