@@ -466,7 +466,10 @@ def gather_lora(
                  more of them; or a Plan, made once for all projections of a batch
         backend  None: Triton on CUDA, the torch spec elsewhere; or "torch", "triton"
     Returns  y itself. Summed in float32; where rows share adapters, h = scale x A^T is
-             rounded to x's dtype before its product with B
+             rounded to x's dtype before its product with B. A row's bits are the same
+             alone and in company only in blocks of one row, Plan.of(…, rows=1): the
+             default plan takes blocks of 16 or 64 where rows share an adapter, and the
+             blocks decide how h is summed and rounded
     Raises   ValueError     a shape, dtype, device, index or backend that does not fit,
                             named; nothing has been added then
                             a tensor that requires a gradient, outside no_grad(): this
