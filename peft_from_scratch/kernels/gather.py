@@ -74,6 +74,7 @@ class Stack:
         ends = torch.tensor((0, *self.ranks), dtype=torch.int32).cumsum(0)
         first = ends.to(self.A.device, torch.int32)
         object.__setattr__(self, "first", first)
+        object.__setattr__(self, "scale", self.scale.contiguous())  # read one by one
 
     @classmethod
     def of(cls, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> "Stack":
@@ -445,6 +446,7 @@ def compulsory_bytes(stack: Stack, plan: Plan) -> int:
 # The checked wrapper ------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def gather_lora(
     y: Tensor,
     x: Tensor,
@@ -464,7 +466,10 @@ def gather_lora(
                  more of them; or a Plan, made once for all projections of a batch
         backend  None: Triton on CUDA, the torch spec elsewhere; or "torch", "triton"
     Returns  y itself. Summed in float32; where rows share adapters, h = scale x A^T is
-             rounded to x's dtype before its product with B
+             rounded to x's dtype before its product with B. A row's bits are the same
+             alone and in company only in blocks of one row, Plan.of(…, rows=1): the
+             default plan takes blocks of 16 or 64 where rows share an adapter, and the
+             blocks decide how h is summed and rounded
     Raises   ValueError     a shape, dtype, device, index or backend that does not fit,
                             named; nothing has been added then
                             a tensor that requires a gradient, outside no_grad(): this

@@ -12,7 +12,6 @@ so.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +48,7 @@ except ImportError:
 INSTALLED = not isinstance(triton, _Absent)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 UPCAST = tl.constexpr(INTERPRETED)
+OLDEST = (8, 0)  # compute capability from which Triton uses the matrix units
 
 
 @dataclass(frozen=True)
@@ -82,45 +82,64 @@ class Launch:
     stages: int
 
 
-_recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
-_observer: ContextVar[Callable | None] = ContextVar("observer", default=None)
+# What `recorded` and `observed` have entered, the innermost last. They hold for all
+# threads, because autograd runs the backward pass of a CUDA device in a thread of its
+# own, which knows no context variable of the caller's.
+_recorders: dict[object, Callable[[Launch], None]] = {}
+_observers: dict[object, Callable[[Launch], None]] = {}
 
 
 def launch(kernel, grid, arguments: dict, constants: dict, warps=4, stages=1) -> None:
-    """Run a kernel, or within `recorded()` write its launch down instead."""
+    """Run a kernel on its tensors' device, or within `recorded()` write it down."""
     asked = Launch(kernel, grid, arguments, constants, warps, stages)
-    if (observer := _observer.get()) is not None:
-        observer(asked)
-    if (log := _recorder.get()) is not None:
-        log.append(asked)
+    for told in list(_observers.values())[-1:]:
+        told(asked)
+    if _recorders:
+        list(_recorders.values())[-1](asked)
         return
-    kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+    with torch.cuda.device_of(first_tensor(arguments)):  # Triton takes the current one
+        kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def first_tensor(arguments: dict) -> torch.Tensor:
+    """A tensor of a launch; all of them are on one device."""
+    values = (v[0] if isinstance(v, tuple) else v for v in arguments.values())
+    return next(value for value in values if isinstance(value, torch.Tensor))
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within it kernels are written down instead of run; tensors may be on "meta"."""
-    token = _recorder.set([])
-    try:
-        yield _recorder.get()
-    finally:
-        _recorder.reset(token)
+    """Within it kernels are written down instead of run, in whichever thread.
+
+    Tensors may be on "meta".
+    """
+    log: list[Launch] = []
+    with _entered(_recorders, log.append):
+        yield log
 
 
 @contextmanager
 def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
-    """Within it `observer` is told of each launch before it runs."""
-    token = _observer.set(observer)
+    """Within it `observer` is told of each launch before it runs, of any thread."""
+    with _entered(_observers, observer):
+        yield
+
+
+@contextmanager
+def _entered(listeners: dict, listener: Callable[[Launch], None]) -> Iterator[None]:
+    token = object()
+    listeners[token] = listener
     try:
         yield
     finally:
-        _observer.reset(token)
+        del listeners[token]
 
 
 def choose(device: torch.device | str, backend: str | None = None) -> str:
     """The backend that a kernel takes for tensors on `device`: "torch" or "triton".
 
-    None is Triton on CUDA where it is installed, and the torch spec elsewhere.
+    None is Triton on CUDA where it is installed and uses the matrix units, which it
+    does from compute capability 8.0 on; elsewhere None is the torch spec.
 
     Raises   MissingTriton   Triton asked for, and not installed
              ValueError      another name, or Triton for a device that it cannot run on
@@ -132,18 +151,52 @@ def choose(device: torch.device | str, backend: str | None = None) -> str:
         )
     kind = torch.device(device).type
     if backend is None:
-        return "triton" if kind == "cuda" and INSTALLED else "torch"
-    if backend == "torch" or _recorder.get() is not None:
+        runs = kind == "cuda" and INSTALLED and not _too_old(device)
+        return "triton" if runs else "torch"
+    if backend == "torch" or _recorders:
         return backend
     if not INSTALLED:
         raise MissingTriton(MISSING)
-    if kind != "cuda" and not INTERPRETED:
+    if INTERPRETED:
+        return "triton"
+    if kind == "cuda" and (reason := _too_old(device)):
+        raise ValueError(reason)
+    if kind != "cuda":
         raise ValueError(
             f"backend='triton' cannot run on {kind}: Triton compiles for GPUs. Set the "
             "environment variable TRITON_INTERPRET=1 before Python starts to run its "
             "interpreter, slowly and on any device; or take backend='torch'"
         )
     return "triton"
+
+
+def _too_old(device: torch.device | str) -> str:
+    """Why Triton does not fit an NVIDIA GPU; empty where it does, or none is here."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return ""
+    has = torch.cuda.get_device_capability(device)
+    if has >= OLDEST:
+        return ""
+    return (
+        f"backend='triton' does not fit {device}, of compute capability "
+        f"{has[0]}.{has[1]}: below {OLDEST[0]}.{OLDEST[1]} Triton's products use no "
+        "matrix unit, and their registers spill by kilobytes a thread; take "
+        "backend='torch'"
+    )
+
+
+def as_autocast(device: torch.device, *tensors: torch.Tensor | None) -> tuple:
+    """The tensors as F.linear takes them: where autocast is on, in its dtype.
+
+    Float64 and None stay as they are. The cast is differentiable.
+    """
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )
 
 
 # Pieces that the kernels share --------------------------------------------------------

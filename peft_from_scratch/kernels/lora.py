@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .language import (
     Tiles,
+    as_autocast,
     choose,
     dot,
     grouped,
@@ -235,7 +236,7 @@ def product(
         "W": W,
         "A": matrix(A) if fused else None,
         "B": None if B is None else matrix(B),
-        "bias": bias,
+        "bias": None if bias is None else bias.contiguous(),
         "h": None if h is None else matrix(h),
         "y": matrix(y),
         "m_size": m,
@@ -353,6 +354,7 @@ class LoRAProduct(torch.autograd.Function):
 # The checked wrapper ------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def lora_linear(
     x: Tensor,
     W: Tensor,
@@ -370,18 +372,24 @@ def lora_linear(
         x        (…, d_in), float32, float16 or bfloat16, in torch float64 too; any
                  strides
         W        (d_out, d_in), x's dtype; any strides: a Conv1D's weight as weight.T
-        A, B     (r, d_in), (d_out, r), 1 <= r <= 256; x's dtype or float32
+        A, B     (r, d_in), (d_out, r), 1 <= r <= 256; x's dtype or float32. The kernel
+                 rounds float32 to x's dtype when it reads them, so that in float16
+                 entries below 6e-8 are 0; the spec multiplies in float32
         scale    a number, alpha / r in [1]
-        bias     (d_out,), x's dtype or float32
-        backend  None: Triton on CUDA, the torch spec elsewhere; or "torch", "triton"
+        bias     (d_out,), x's dtype or float32; any stride
+        backend  None: Triton on CUDA from compute capability 8.0 on, the torch spec
+                 elsewhere; or "torch", "triton"
     Returns  (…, d_out), x's dtype; summed in float32, h = scale x A^T rounded to x's
-             dtype before its product with B. Differentiable once, by all five tensors
+             dtype before its product with B. Differentiable once, by all five tensors.
+             Under autocast all of them are cast first, as F.linear casts its own. In a
+             torch.compile'd model this call is a graph break
     Raises   ValueError     a shape, dtype, device or backend that does not fit, named
              MissingTriton  backend="triton" where Triton is not installed
     Memory   h: (rows of x) r numbers, kept for the gradient of B
     Source   [1] arXiv:2106.09685v2
     """
     backend = choose(x.device, backend)
+    x, W, A, B, bias = as_autocast(x.device, x, W, A, B, bias)
     more = () if backend == "triton" else (torch.float64,)
     check(x, W, A, B, scale, bias, (*DTYPES, *more))
     if backend == "torch":

@@ -35,7 +35,7 @@ from ..nf4 import Quantized, dequantize
 from ..nf4.codes import book
 from ..nf4.double import BLOCK as CONSTANTS_OF_A_BLOCK
 from ..nf4.double import DoubleQuantized
-from .language import Tiles, choose, launch, rounded, tl, triton
+from .language import Tiles, as_autocast, choose, launch, rounded, tl, triton
 from .lora import ONE_PASS, check, gradients, product, spec
 
 UNIT = tl.constexpr(CONSTANTS_OF_A_BLOCK)
@@ -244,6 +244,7 @@ def nf4_dequantize(
     return out
 
 
+@torch.compiler.disable
 def nf4_lora_linear(
     x: Tensor,
     q: Quantized,
@@ -274,6 +275,7 @@ def nf4_lora_linear(
              (but the torch spec makes it)
     Source   [1] arXiv:2305.14314v1
     """
+    x, A, B, bias = as_autocast(x.device, x, A, B, bias)
     _check(x, q, A, B, scale, bias)
     if choose(x.device, backend) == "torch":
         return nf4_spec(x, q, A, B, scale, bias)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import law, planted, planted_kernel
+from planting import assert_caught, law, planted, planted_kernel
 
 from peft_from_scratch.kernels import Plan, Stack, gather, gather_lora
 from peft_from_scratch.kernels.gather import ROWS, compulsory_bytes, rows_for
@@ -158,6 +158,19 @@ def test_strides_do_not_matter_and_only_the_view_of_y_changes():
     gather_lora(wide[:, ::2], x, stack, which, "triton")
     assert torch.equal(wide[:, ::2], want)
     assert torch.equal(wide[:, 1::2], before[:, 1::2])
+
+
+@law
+def strided_scales_are_read_where_they_are():
+    """A stack of every second scale, and of one scale for all adapters."""
+    pool, which = adapters((2, 3, 5)), torch.tensor([2, 0, 1])
+    stack, (y, x) = Stack.of(pool), drawn((3,))
+    spread = torch.randn(6)
+    for scale in (spread[::2], spread[:1].expand(3)):
+        own = [(A, B, s.item()) for (A, B, _), s in zip(pool, scale, strict=True)]
+        want = gather_lora(y.clone(), x, Stack.of(own), which, "triton")
+        strided = Stack(stack.A, stack.B, stack.ranks, scale)
+        assert torch.equal(gather_lora(y.clone(), x, strided, which, "triton"), want)
 
 
 # The choice between the shapes --------------------------------------------------------
@@ -320,6 +333,13 @@ def test_a_bug_in_a_kernel_is_caught(name, right, wrong, rows):
         pytest.raises(AssertionError),
     ):
         law()
+
+
+def test_scales_taken_for_contiguous_are_caught():
+    right = "self.scale.contiguous()"
+    assert_caught(
+        Stack.__post_init__, right, "self.scale", strided_scales_are_read_where_they_are
+    )
 
 
 def test_sums_in_half_precision_are_caught():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import planted_kernel
+from planting import law, planted_kernel
 from torch.utils.checkpoint import checkpoint
 
 from peft_from_scratch.kernels import MissingTriton, choose, language, lora, lora_linear
@@ -161,6 +161,16 @@ def test_strides_change_no_bit():
         strided = tensors | {"x": x, "W": tensors["W"].T.contiguous().T}
         found = run(strided, 0.5, dy)
         assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@law
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+def a_strided_bias_is_read_where_it_is(dtype=FLOAT):
+    """Every second number, one number for all, backwards in memory: never its own."""
+    tensors = numbers(5, 24, 17, 3, dtype)
+    wide, dy = torch.randn(34).to(dtype), torch.randn(5, 17).to(dtype)
+    for bias in (wide[::2], wide[:1].expand(17), wide.view(17, 2)[:, 1]):
+        assert_close(tensors | {"bias": bias}, 0.5, dy)
 
 
 def test_two_runs_have_the_same_bits():
@@ -315,15 +325,6 @@ def test_what_does_not_fit_is_refused_by_name(wrong, said, backend):
         )
 
 
-def test_under_autocast_dtypes_are_the_callers():
-    tensors = numbers(5, 24, 17, 3)
-    with torch.autocast("cpu", BRAIN):
-        assert lora_linear(**tensors, scale=0.5, backend="triton").dtype == FLOAT
-        x = tensors["x"].to(BRAIN)
-        with pytest.raises(ValueError, match="must be the same one"):
-            lora_linear(**(tensors | {"x": x}), scale=0.5, backend="triton")
-
-
 USE = """
 import sys, torch
 {first}
@@ -452,6 +453,12 @@ def test_a_bug_in_a_kernel_is_caught(bug):
     law()
     with planted_kernel(lora, name, right, wrong), pytest.raises(AssertionError):
         law()
+
+
+def test_a_bias_taken_for_contiguous_is_caught():
+    as_it_is = mock.patch.object(torch.Tensor, "contiguous", lambda self: self)
+    with as_it_is, pytest.raises(AssertionError):
+        a_strided_bias_is_read_where_it_is()
 
 
 def test_an_unscaled_dx_is_caught():
