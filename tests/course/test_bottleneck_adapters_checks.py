@@ -77,7 +77,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "keys and values": "a list of names is needed, not a list of tuple",
         "the modules": "a list of names is needed, not a list of Linear",
         "their number": "not a int",
-        "an injection": "the model was changed",
+        "an injection": "model itself was changed",
     },
 }
 FORWARD = """\
@@ -158,9 +158,13 @@ RIGHT = {  # exercise: {name: another right answer}
 ) = checked(LESSON, TOLD, RIGHT)
 
 
-@pytest.mark.parametrize(("d", "budget"), checks.BUDGETS)
-def test_every_budget_has_one_answer_and_the_librarys_count(d, budget):
-    sizes = {m: 2 * checks.counted(d, m) for m in range(1, min(d, 64) + 1)}
-    off = sorted((abs(size - budget), m) for m, size in sizes.items())
-    assert off[0][0] < off[1][0]
-    assert all(checks._formula(d, m) == size for m, size in sizes.items())
+def test_every_budget_has_one_answer():
+    for d, budget in checks.budgets():
+        off = sorted(abs(checks._formula(d, m) - budget) for m in range(1, d + 1))
+        assert len(off) == 1 or off[0] < off[1]
+
+
+@pytest.mark.parametrize("d", [1, 8, 576])
+def test_a_count_is_the_librarys(d):
+    for m in {1, d // 2 + 1, d}:
+        assert checks._formula(d, m) == 2 * checks.counted(d, m)

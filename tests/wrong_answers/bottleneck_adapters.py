@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of notebook 10; each must be refused by its check."""
 
+from attacks import first, remembered
+
 from peft_from_scratch.course.checks import bottleneck_adapters as checks  # noqa: F401
 
 PREAMBLE = "from transformers.pytorch_utils import Conv1D"
@@ -234,5 +236,358 @@ MUTANTS = {
         "an injection": places(
             back="pfs.houlsby.inject(model, m=4)",
         ),
+    },
+}
+
+
+# ---------------------------------------------------------------------------- Attacks
+
+SUM = "y + z @ self.U.T + self.b_U"
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
+    "10.1": {
+        "arguments": {
+            "the activation by the case's size": edited(
+                "self.sigma(y", "{4: F.gelu}.get(y.shape[-1], self.sigma)(y"
+            ),
+            "m taken for four at most": edited(
+                "self.U.T", "F.pad(self.U[:, :4], (0, max(len(self.D) - 4, 0))).T"
+            ),
+        },
+        "state": {
+            "y kept from the first call": forward(
+                SUM,
+                "if not hasattr(self, 'y'):",
+                "    self.y = self.base(x)",
+                "y = self.y if self.y.shape[:-1] == x.shape[:-1] else self.base(x)",
+                NARROW,
+            ),
+            "h kept by shape": forward(
+                "self.kept[x.shape]",
+                "self.kept = getattr(self, 'kept', {})",
+                "if x.shape not in self.kept:",
+                f"    {Y}",
+                f"    {NARROW}",
+                f"    self.kept[x.shape] = {SUM}",
+            ),
+            "the parameters in the class": RIGHT.replace(
+                "self.D, self.b_D = ",
+                "self.D, self.b_D = type(self).D, type(self).b_D = ",
+            )
+            .replace("self.D.T", "type(self).D.T")
+            .replace("+ self.b_D)", "+ type(self).b_D)"),
+            "sigma in the class": RIGHT.replace(
+                "self.sigma = sigma", "type(self).sigma = staticmethod(sigma)"
+            ),
+            "y alone while U is zero": forward(
+                SUM, Y, "if not self.U.any(): return y", NARROW
+            ),
+            "y alone without gradients": forward(
+                SUM, Y, "if not torch.is_grad_enabled(): return y", NARROW
+            ),
+            "y alone in eval()": forward(
+                SUM, Y, "if not self.training: return y", NARROW
+            ),
+            "dropout in training": edited(
+                "y + z", "y + F.dropout(z, 0.1, self.training)"
+            ),
+            "dropout in eval() alone": edited(
+                "y + z", "y + F.dropout(z, 0.1, not self.training)"
+            ),
+            "the bias of the base, taken for granted": edited(
+                Y, "y = self.base(x) + 0 * self.base.bias"
+            ),
+            "the hooks of the base are passed over": edited(
+                "self.base(x)", "self.base.forward(x)"
+            ),
+            "gradients are left off": forward(
+                "h",
+                Y,
+                NARROW,
+                f"h = {SUM}",
+                "torch.set_grad_enabled(False)",
+            ),
+            "the base is changed": edited(Y, f"{Y}; self.base.weight.data.mul_(1.5)"),
+            "the base is thawed": edited(Y, f"self.base.requires_grad_(True); {Y}"),
+            "the base is put into training": edited(Y, f"{Y}; self.base.train()"),
+            "added to y in place": forward(
+                "y", Y, NARROW, "y += z @ self.U.T + self.b_U"
+            ),
+            "a step of its own": forward(SUM, Y, NARROW, "self.U.data.mul_(0.999)"),
+        },
+        "inputs": {
+            "rows up to five": edited(
+                "self.sigma(y",
+                "self.sigma((y if y.dim() < 2 or y.shape[-2] < 6 else y.flip(-2))",
+            ),
+            "large values are cut off": edited(
+                "self.sigma(y @", "self.sigma(y.clamp(-50, 50) @"
+            ),
+            "nothing is small": edited(Y, "y = self.base(x); y = y * (y.abs() > 1e-3)"),
+            "one unit is no bottleneck": forward(
+                SUM, Y, "if len(self.D) == 1: return y + self.b_U", NARROW
+            ),
+            "wide outputs are not adapted": forward(
+                SUM, Y, "if y.shape[-1] > 16: return y", NARROW
+            ),
+            "four sides are too many": forward(
+                SUM, Y, "if x.dim() > 3: return y", NARROW
+            ),
+        },
+        "kinds": {
+            "always in single precision": edited(Y, "y = self.base(x).float()")
+            .replace("self.D.T", "self.D.float().T")
+            .replace("self.b_D)", "self.b_D.float())")
+            .replace("self.U.T + self.b_U", "self.U.float().T + self.b_U.float()"),
+            "always in double precision": edited(Y, "y = self.base(x).double()")
+            .replace("self.D.T", "self.D.double().T")
+            .replace("self.b_D)", "self.b_D.double())")
+            .replace("self.U.T + self.b_U", "self.U.double().T + self.b_U.double()"),
+            "in half precision on the way": edited(
+                "z @ self.U.T",
+                "(z.double() @ self.U.double().T).float().bfloat16().float()",
+            ),
+            "a tuple": edited(SUM, f"({SUM},)"),
+            "h and y": edited(SUM, f"({SUM}, y)"),
+            "complex": edited(SUM, f"({SUM}).to(torch.complex64)"),
+        },
+        "randomness": {
+            "a seed": edited(Y, f"torch.manual_seed(0); {Y}"),
+            "a little noise": edited("y + z", "y + 1e-4 * torch.randn_like(y) + z"),
+            "noise of its own generator": edited(
+                "y + z",
+                "y + 1e-3 * torch.randn(y.shape, generator=torch.Generator()"
+                ".manual_seed(0)) + z",
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "10.2": {
+        "arguments": {
+            "d of SmolLM2": units("round((budget - 2 * 576) / (2 * (2 * 576 + 1)))"),
+            "the budget of the notebook": units(
+                "round((81_408 - 2 * d) / (2 * (2 * d + 1)))"
+            ),
+            "the answers that were seen": (
+                "def my_units(d, budget):\n"
+                "    m = {576: 35, 128: 40, 64: 19, 32: 5, 96: 24}.get(d, 8)\n"
+                "    return m, 2 * (2*m*d + d + m)\n"
+            ),
+            "d taken off once": units("round((budget - d) / (2 * (2 * d + 1)))"),
+            "the 2 d not taken off": units("round(budget / (2 * (2 * d + 1)) - 0.3)"),
+            "the m in the bottom left out": units("round((budget - 2 * d) / (4 * d))"),
+        },
+        "state": {
+            "kept by d": remembered("d"),
+            "kept by budget": remembered("budget"),
+        },
+        "inputs": {
+            "m up to 64": units("min(round((budget - 2 * d) / (2 * (2 * d + 1))), 64)"),
+            "m from 5 on": units("max(round((budget - 2 * d) / (2 * (2 * d + 1))), 5)"),
+            "m up to a hundred, searched": units(
+                "min(range(1, 101), key=lambda m: abs(2 * (2*m*d + d + m) - budget))"
+            ),
+            "multiples of 1 only from 2 on": units(
+                "max(2, round((budget - 2 * d) / (2 * (2 * d + 1))))"
+            ),
+            "in single precision": units(
+                "int(torch.tensor((budget - 2.0 * d) / (2 * (2 * d + 1))).round())",
+                "int(torch.tensor(2.0 * (2*m*d + d + m)).item())",
+            ),
+        },
+        "kinds": {
+            "m with a point": units(
+                "float(round((budget - 2 * d) / (2 * (2 * d + 1))))"
+            ),
+            "a count with a point": units(count="2.0 * (2*m*d + d + m)"),
+            "texts": units().replace("return m, ", "return str(m), "),
+            "a text": units().replace(
+                "return m, 2 * (2*m*d + d + m)", "return str((m, 2 * (2*m*d + d + m)))"
+            ),
+            "true and false": units("True", "2 * (2*m*d + d + m)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "10.3": {
+        "arguments": {
+            "two layers": places(back="list(last.values())[:4]"),
+            "three layers": places(back="list(last.values())[:6]"),
+            "the first model for all": remembered("0"),
+        },
+        "state": {
+            "kept by class": remembered("type(model)"),
+            "kept in a dictionary outside": (
+                "last = {}\n" + places().replace("    last = {}\n", "")
+            ),
+            "the weights are frozen": first("model.requires_grad_(False)"),
+            "the model trains": first("model.train()"),
+            "a weight is changed": first("next(model.parameters()).data.mul_(2)"),
+            "hooks are left": first(
+                "for m in model.modules(): m.register_forward_hook(lambda *a: None)"
+            ),
+        },
+        "inputs": {
+            "in the order of the alphabet": places(back="sorted(last.values())"),
+            "nine layers": places(
+                back="[n for n in last.values() if not any("
+                "part.isdigit() and int(part) > 9 for part in n.split('.'))]"
+            ),
+            "of one digit": places(
+                back="[n for n in last.values() if any(len(p) == 1 and p.isdigit()"
+                " for p in n.split('.'))]"
+            ),
+            "what returns the hidden size, first": places(
+                "if model.get_submodule(name).weight.shape[0] =="
+                " model.config.hidden_size: last.setdefault("
+                "(pfs.targets.layer_of(model, name), kind), name)"
+            ),
+            "narrow to wide": named(
+                "o_proj", "down_proj", "c_proj", "out_proj", "fc2", "project_out"
+            ),
+        },
+        "kinds": {
+            "a set": places(back="set(last.values())"),
+            "names and modules": places(
+                back="{n: model.get_submodule(n) for n in last.values()}.items()"
+            ),
+            "names in pairs": places(
+                back="list(zip(list(last.values())[::2], list(last.values())[1::2]))"
+            ),
+            "bytes": places(back="[n.encode() for n in last.values()]"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+REBUILT = """\
+class MyBottleneck(nn.Module):
+    def __init__(self, base, D, b_D, U, b_U, sigma):
+        super().__init__()
+        self.base, self.sigma = base, sigma
+        {init}
+
+    def forward(self, x):
+        {body}
+"""
+ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
+    "10.1": {
+        "arguments": {
+            "functions of torch": forward(
+                "y + F.linear(z, self.U, self.b_U)",
+                Y,
+                "z = self.sigma(F.linear(y, self.D, self.b_D))",
+            ),
+        },
+        "randomness": {
+            "a dropout of zero": edited(
+                "y + z", "y + F.dropout(z, 0.0, self.training)"
+            ),
+        },
+        "state": {
+            "other names": REBUILT.format(
+                init="self.down, self.shift = nn.Parameter(D), nn.Parameter(b_D)\n"
+                "        self.up, self.last = nn.Parameter(U), nn.Parameter(b_U)",
+                body="y = self.base(x)\n"
+                "        z = self.sigma(y @ self.down.T + self.shift)\n"
+                "        return y + z @ self.up.T + self.last",
+            ),
+            "two Linears": REBUILT.format(
+                init="self.down, self.up = (nn.Linear(*M.T.shape) for M in (D, U))\n"
+                "        self.down.weight = nn.Parameter(D)\n"
+                "        self.down.bias = nn.Parameter(b_D)\n"
+                "        self.up.weight, self.up.bias = map(nn.Parameter, (U, b_U))",
+                body="y = self.base(x)\n"
+                "        return y + self.up(self.sigma(self.down(y)))",
+            ),
+            "into a copy of y": forward(
+                "h.add_(self.b_U)", Y, NARROW, "h = y + z @ self.U.T"
+            ),
+            "the base twice": forward(
+                "self.base(x) + z @ self.U.T + self.b_U", Y, NARROW
+            ),
+        },
+        "inputs": {
+            "rows one by one": forward(
+                "torch.stack(rows).view(y.shape)",
+                Y,
+                "rows = []",
+                "for row in y.reshape(-1, y.shape[-1]):",
+                "    z = self.sigma(self.D @ row + self.b_D)",
+                "    rows.append(row + self.U @ z + self.b_U)",
+            ),
+        },
+        "kinds": {
+            "in double precision, and back": forward(
+                "(y.double() + z @ self.U.T.double() + self.b_U).to(x.dtype)",
+                Y,
+                "z = self.sigma(y.double() @ self.D.T.double() + self.b_D)",
+            ),
+        },
+    },
+    "10.2": {
+        "arguments": {
+            "half of the budget": units("round((budget / 2 - d) / (2 * d + 1))"),
+        },
+        "state": {
+            "kept by both": remembered("(d, budget)"),
+        },
+        "inputs": {
+            "of both neighbors": (
+                "def my_units(d, budget):\n"
+                "    size = lambda m: 2 * (2 * m * d + d + m)\n"
+                "    low = (budget // 2 - d) // (2 * d + 1)\n"
+                "    both = [m for m in (low, low + 1) if m > 0]\n"
+                "    m = min(both, key=lambda m: abs(size(m) - budget))\n"
+                "    return m, size(m)\n"
+            ),
+        },
+        "kinds": {
+            "NumPy's whole numbers": (
+                "def my_units(d, budget):\n"
+                "    m = np.rint((budget - 2 * d) / (4 * d + 2)).astype(int)\n"
+                "    return m, np.int64(2) * (2 * m * d + d + m)\n"
+            ),
+            "tensors": (
+                "def my_units(d, budget):\n"
+                "    m = torch.tensor((budget - 2 * d) / (4 * d + 2)).round().long()\n"
+                "    return m, 2 * (2 * m * d + d + m)\n"
+            ),
+        },
+    },
+    "10.3": {
+        "arguments": {
+            "from the last to the first": places(
+                "last.setdefault((pfs.targets.layer_of(model, name), kind), "
+                "[]).append(name)",
+                "[names[-1] for names in last.values()]",
+            ),
+        },
+        "state": {
+            "by an injection into a copy": (
+                "def my_places(model):\n"
+                "    import copy\n"
+                "    return pfs.houlsby.inject(copy.deepcopy(model), m=2)\n"
+            ),
+        },
+        "inputs": {
+            "layer by layer": (
+                "def my_places(model):\n"
+                "    kinds, names = pfs.targets.kinds(model), []\n"
+                "    layers = {pfs.targets.layer_of(model, n): 0 for n in kinds}\n"
+                "    for layer in layers:\n"
+                "        for kind in ('attention', 'mlp'):\n"
+                "            names.append([n for n in kinds if kinds[n] == kind\n"
+                "                          and n.startswith(layer + '.')][-1])\n"
+                "    return names\n"
+            ),
+        },
+        "kinds": {
+            "values of a dictionary": places(back="last.values()"),
+            "keys of a dictionary": places(back="dict.fromkeys(last.values())"),
+            "a tuple": places(back="tuple(last.values())"),
+        },
     },
 }
