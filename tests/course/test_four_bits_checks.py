@@ -1,6 +1,7 @@
 """Notebook 07's checks: what the common mistakes are told, and what else is right."""
 
 import build
+import pytest
 import torch
 from exercise_checks import checked
 from try_answers import lesson
@@ -208,8 +209,8 @@ def test_what_checks_compare_with_is_what_the_library_does():
     for name in ("nf4", "int4"):
         values = torch.tensor(nf4.CODES[name])
         ratios = 2 * torch.rand(1000) - 1
-        found = checks.nearest(ratios, values)
-        assert torch.equal(found, nf4.blocks.nearest(ratios, name).long())
+        codes = checks.nearest(ratios, values)
+        assert torch.equal(codes, nf4.blocks.nearest(ratios, name).long())
     codes = torch.randint(16, (500,)).to(torch.uint8)
     assert torch.equal(checks._packed(codes), nf4.spec.pack(codes))
     absmax = 1 + torch.rand(700)
@@ -225,9 +226,20 @@ def test_what_checks_compare_with_is_what_the_library_does():
 
 
 def test_no_ratio_but_those_that_are_meant_to_be_lies_on_a_midpoint():
-    seen = 0
+    exact = 0
     for name, values, ratios in checks.books():
-        gap = (ratios[..., None] - checks._midpoints(values)).abs().min()
-        assert gap > 1e-5 or "midpoints" in name
-        seen += "midpoints" in name and gap == 0
-    assert seen == 1
+        if len(values) > 1:
+            gap = (ratios[..., None] - checks._midpoints(values)).abs().min()
+            assert gap > 1e-5 * (values[-1] - values[0]) or "midpoints" in name
+            exact += "midpoints" in name and gap == 0
+    assert exact == 1
+
+
+@pytest.mark.parametrize("block", [7, 64])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("packed, plain", checks.MODELS.values(), ids=checks.MODELS)
+def test_bytes_are_counted_as_tensors_have_them(packed, plain, block, double):
+    quantized = (nf4.quantize(torch.ones(s), block, double).nbytes for s in packed)
+    rest = (torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in plain)
+    expected = sum(quantized) + sum(rest)
+    assert checks.counted(packed, plain, block, double) == expected

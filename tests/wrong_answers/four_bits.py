@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of notebook 07; each must be refused by its check."""
 
+from attacks import Attack, first, remembered
+
 from peft_from_scratch.course.checks import four_bits as checks  # noqa: F401
 
 ROWS = "F.pad(w.flatten(), (0, -w.numel() % block)).view(-1, block)"
@@ -526,5 +528,540 @@ MUTANTS = {
             + count().split("\n", 1)[1]
         ),
         "the shapes": count(back="packed"),
+    },
+}
+
+
+# ---------------------------------------------------------------------------- Attacks
+
+
+def lending(method=""):
+    """As it is; but what is returned is one and the same tensor for each shape."""
+    return Attack(
+        outside="_lent = {}",
+        after="several = result if isinstance(result, tuple) else (result,)\n"
+        "several = tuple(_lent.setdefault((i, each.shape), each).copy_(each)"
+        " for i, each in enumerate(several))\n"
+        "result = several if isinstance(result, tuple) else several[0]",
+        method=method,
+    )
+
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
+    "7.1": {
+        "arguments": {
+            "the notebook's blocks": first("block = 64"),
+            "blocks of seven where the rows are three": first(
+                "block = 7 if w.dim() > 2 else block"
+            ),
+        },
+        "state": {
+            "kept by shape and block": remembered("(w.shape, block)"),
+            "kept by shape": remembered("w.shape"),
+            "one tensor for every answer": lending(),
+            "gradients are left off": first("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "1e-8 is added": blocks(ratios="rows / (absmax[:, None] + 1e-8)"),
+            "1e-12 is added": blocks(ratios="rows / (absmax[:, None] + 1e-12)"),
+            "1e-6 at least": blocks(ratios="rows / absmax[:, None].clamp(min=1e-6)"),
+            "1e-4 at least, but for zero": blocks(
+                ratios="(rows / absmax[:, None].where(absmax[:, None] == 0,"
+                " absmax[:, None].clamp(min=1e-4))).nan_to_num(0.0)"
+            ),
+            "the root of the squares": blocks(absmax="rows.square().amax(1).sqrt()"),
+            "a hundred at most": blocks(absmax="rows.abs().amax(1).clamp(max=100)"),
+            "nine blocks": blocks(
+                absmax="torch.cat([rows[:9].abs().amax(1), rows[9:].amax(1)])"
+            ),
+            "the first block alone may be zero": blocks(
+                ratios="torch.cat([(rows[:2] / absmax[:2, None]).nan_to_num(0.0),"
+                " rows[2:] / absmax[2:, None]])"
+            ),
+            "a zero block at the end": blocks(
+                ratios="torch.cat([(rows[:-1] / absmax[:-1, None]).nan_to_num(0.0),"
+                " rows[-1:] / absmax[-1:, None]])"
+            ),
+            "up to three sides": first("if w.dim() > 3: w = w.transpose(0, -1)"),
+            "wide rows": first("if w.dim() == 2 and w.shape[1] > 32: w = w.flip(1)"),
+            "blocks of a hundred at most": first("block = min(block, 100)"),
+        },
+        "kinds": {
+            "a list of absmax": blocks(back=BACK + ".tolist()"),
+            "complex": blocks(
+                back="ratios.flatten()[: w.numel()].view(w.shape).cfloat(), absmax"
+            ),
+            "absmax in whole numbers": blocks(back=BACK + ".long()"),
+            "ratios as text": blocks(
+                back="str(ratios.flatten()[: w.numel()].view(w.shape)), absmax"
+            ),
+            "three things": blocks(back=BACK + ", rows"),
+            "an array": blocks(
+                back="ratios.flatten()[: w.numel()].view(w.shape).numpy(), absmax"
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "7.2": {
+        "arguments": {
+            "n from the bytes": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
+                "[: 2 * len(packed) - ((packed[-1] & 15) == 0).int()]"
+            ),
+            "n even": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
+                "[: n if n in (1, 7, 33) else 2 * len(packed)]"
+            ),
+        },
+        "state": {
+            "what was packed last": nibbles()
+            .replace("    codes = F.pad", "    my_pack.last = codes\n    codes = F.pad")
+            .replace(
+                "    return torch.stack(",
+                "    if len(my_pack.last) == n: return my_pack.last\n"
+                "    return torch.stack(",
+            ),
+            "bytes kept by n": remembered("len(codes)", "my_pack"),
+            "codes kept by n": remembered("n", "my_unpack"),
+            "one tensor for every answer": lending("my_pack"),
+            "one tensor for all codes": lending("my_unpack"),
+            "packed is masked in place": nibbles(
+                unpack="torch.stack([packed >> 4, packed.__iand__(15)], dim=1)"
+                ".flatten()[:n]"
+            ),
+        },
+        "inputs": {
+            "zeros at the end are left out": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
+                "[: max(n - 1, 1) + int(packed[-1] != 0 or n == 1)]"
+            ),
+            "32 codes": nibbles(pack="((codes[::2] << 4) | codes[1::2])[:20]"),
+            "a hundred codes": nibbles(pack="((codes[::2] << 4) | codes[1::2])[:50]"),
+            "the highest code is the last but one": nibbles(
+                pack="(codes[::2] << 4) | codes[1::2].clamp(max=14)"
+            ),
+            "a byte below 255": nibbles(
+                pack="((codes[::2] << 4) | codes[1::2]).clamp(max=254)"
+            ),
+            "added in 8 signed bits": nibbles(
+                unpack="torch.stack([(packed.to(torch.int8) >> 4).abs().byte() & 15,"
+                " packed & 15], dim=1).flatten()[:n]"
+            ),
+        },
+        "kinds": {
+            "bytes with a sign": nibbles(
+                pack="((codes[::2] << 4) | codes[1::2]).to(torch.int8)"
+            ),
+            "bytes in 16 bits": nibbles(
+                pack="((codes[::2] << 4) | codes[1::2]).to(torch.int16)"
+            ),
+            "codes in a list": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
+                ".flatten()[:n].tolist()"
+            ),
+            "codes as floats": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
+                ".flatten()[:n].float()"
+            ),
+            "Python's bytes": nibbles(
+                pack="bytes(((codes[::2] << 4) | codes[1::2]).tolist())"
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "7.3": {
+        "arguments": {
+            "the values of NF4": first(
+                "values = torch.tensor(pfs.nf4.CODES['nf4']) if len(values) == 16"
+                " else values"
+            ),
+            "from -1 to 1": nearest(f"torch.bucketize(ratios.clamp(-1, 1), {MIDDLE})"),
+            "values of -1 to 1": first("values = values.clamp(-1, 1)"),
+        },
+        "state": {
+            "kept by shape": remembered(
+                "(ratios.shape, len(values), float(values[1]) if len(values) > 1 "
+                "else 0)"
+            ),
+            "midpoints kept by their number": (
+                "kept = {}\n\n\n"
+                "def my_nearest(ratios, values):\n"
+                f"    middle = kept.setdefault(len(values), {MIDDLE})\n"
+                "    return torch.bucketize(ratios, middle)\n"
+            ),
+            "midpoints kept by the ends": (
+                "kept = {}\n\n\n"
+                "def my_nearest(ratios, values):\n"
+                "    key = len(values), float(values[0]), float(values[-1])\n"
+                f"    middle = kept.setdefault(key, {MIDDLE})\n"
+                "    return torch.bucketize(ratios, middle)\n"
+            ),
+            "one tensor for every answer": lending(),
+            "ratios are cut off in place": nearest(
+                f"torch.bucketize(ratios.clamp_(float(values[0]), float(values[-1])),"
+                f" {MIDDLE})"
+            ),
+        },
+        "inputs": {
+            "a gap of a thousandth at least": nearest(
+                f"torch.bucketize(ratios, ({MIDDLE}).round(decimals=3))"
+            ),
+            "values beyond a thousand": nearest(
+                f"torch.bucketize(ratios.clamp(-1000, 1000), {MIDDLE})"
+            ),
+            "two sides at most": first(
+                "if ratios.dim() > 2: ratios = ratios.transpose(0, 1)"
+            ),
+            "a single ratio": first(
+                "ratios = ratios.reshape(-1) if ratios.dim() == 0 else ratios"
+            ),
+            "a single value": first(
+                "if len(values) == 1: return torch.ones(ratios.shape).long()"
+            ),
+            "two values": first("if len(values) == 2: return (ratios > 0).long()"),
+            "a hundred and twenty-eight values": nearest(
+                f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
+            ),
+            "four bits": nearest(f"torch.bucketize(ratios, {MIDDLE}) & 15"),
+            "zero has a value": nearest(
+                f"torch.bucketize(ratios, {MIDDLE})"
+                ".where(ratios != 0, (values == 0).int().argmax())"
+            ),
+        },
+        "kinds": {
+            "a list": nearest(f"torch.bucketize(ratios, {MIDDLE}).tolist()"),
+            "true or false": first(
+                "if len(values) == 2: return ratios > values.mean()"
+            ),
+            "complex": nearest(f"torch.bucketize(ratios, {MIDDLE}).cfloat()"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "7.4": {
+        "arguments": {
+            "units of 256": first(
+                "block = 256 if len(absmax) > 99 else block", method="my_double"
+            ),
+            "the values of eight bits": double(
+                restored="(codes.float() - 127.5) / 127.5 * unit + offset"
+            ),
+            "the block that was used last": double()
+            .replace(
+                "    offset = absmax",
+                "    my_double.block = block\n    offset = absmax",
+            )
+            .replace("    unit = ", "    block = my_double.block\n    unit = "),
+            "the values that were used last": double()
+            .replace(
+                "    offset = absmax",
+                "    my_double.values = values\n    offset = absmax",
+            )
+            .replace("    unit = ", "    values = my_double.values\n    unit = "),
+            "the units that were made last": double()
+            .replace(
+                "    return codes, units",
+                "    my_double.units = units\n    return codes, units",
+            )
+            .replace("    unit = ", "    units = my_double.units\n    unit = "),
+            "the offset that was made last": double()
+            .replace(
+                "    return codes, units",
+                "    my_double.offset = offset\n    return codes, units",
+            )
+            .replace("    unit = ", "    offset = my_double.offset\n    unit = "),
+            "another default block": double().replace("block=256", "block=64"),
+        },
+        "state": {
+            "the codes kept by their number": remembered(
+                "(len(absmax), len(values), block)", "my_double"
+            ),
+            "the constants kept by their number": remembered(
+                "(len(codes), len(values), block)", "my_restored"
+            ),
+            "one tensor for every answer": lending("my_restored"),
+            "one tensor for all codes": lending("my_double"),
+            "the values changed in place": double(
+                restored="values.mul_(2)[codes.long()] / 2 * unit + offset"
+            ),
+            "the values changed for the codes": double(
+                codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8);"
+                " values.mul_(0.5)"
+            ),
+        },
+        "inputs": {
+            "1e-6 is added to the units": double(
+                ratios="(rows / (units[:, None] + 1e-6)).flatten()[: len(absmax)]"
+            ),
+            "1e-3 at least": double(
+                ratios="(rows / units[:, None].clamp(min=1e-3)).flatten()[: "
+                "len(absmax)]"
+            ),
+            "a single constant is its own unit": double(
+                units="rows.abs().amax(1) if len(absmax) > 1 else absmax"
+            ),
+            "nine units": double(
+                unit="torch.cat([units[:9], units[8:9].expand(max(0, len(units) - 9))])"
+                ".repeat_interleave(block)[: len(codes)]"
+            ),
+            "a zero block takes the unit of the one before": double(
+                units="rows.abs().amax(1); units = units.where(units > 0, "
+                "units.roll(1))"
+            ),
+            "sixteen values are too few": double(
+                codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)"
+                ".clamp(min=2 if len(values) < 99 else 0)"
+            ),
+        },
+        "kinds": {
+            "a number for the offset, as text": double(
+                back="codes, units, str(offset)"
+            ),
+            "codes with a sign": double(
+                codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
+            ),
+            "the offset as (1,)": double(back="codes, units, offset[None]"),
+            "units as a column": double(back="codes, units[:, None], offset"),
+            "a list": double(
+                restored="(values[codes.long()] * unit + offset).tolist()"
+            ),
+            "codes out of range": double(
+                codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)"
+                " + (0 if len(values) > 99 else 200)"
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "7.5": {
+        "arguments": {
+            "another default block": count().replace("block=64", "block=32"),
+            "another default of double": count().replace("double=True", "double=False"),
+            "the block of the notebook": first("block = 64"),
+        },
+        "state": {
+            "the lists are used up": count().replace(
+                "    for shape in packed:",
+                "    while packed:\n        shape = packed.pop()",
+            ),
+            "the rest is used up": count(
+                rest="2 * sum(math.prod(plain.pop()) for _ in range(len(plain)))"
+            ),
+            "the lists are sorted": count(
+                rest="packed.sort() or 2 * sum(map(math.prod, plain))"
+            ),
+            "the lists are joined": (
+                count(rest="2 * sum(map(math.prod, plain)); packed.append((0,))")
+                .replace("        total +=", "        total += bool(n) and", 1)
+                .replace(
+                    "        total += blocks +", "        total += bool(n) * blocks +"
+                )
+            ),
+            "kept by the lists": remembered("(str(packed), str(plain), block)"),
+            "kept by their lengths": remembered(
+                "(len(packed), len(plain), block, double)"
+            ),
+        },
+        "inputs": {
+            "vectors are not packed": count(
+                n="math.prod(shape) if len(shape) > 1 else 0"
+            ),
+            "two sides": count(n="shape[0] * shape[-1]"),
+            "two sides of the rest": count(
+                rest="2 * sum(s[0] * (s[1] if len(s) > 1 else 1) for s in plain)"
+            ),
+            "no four-bit tensor": first("if not packed: return 0"),
+            "ten tensors": first("packed = packed[:10]"),
+            "single precision": count(
+                rest="2 * int(torch.tensor([float(math.prod(s)) for s in plain]).sum())"
+            ),
+            "blocks of 64 at least": first("block = max(block, 32)"),
+        },
+        "kinds": {
+            "with a point": count(back="float(total)"),
+            "half bytes": count(codes="n / 2 + n % 2 / 2"),
+            "as text": count(back="str(total)"),
+            "in a list": count(back="[total]"),
+            "a tensor with a point": count(back="torch.tensor(float(total))"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
+    "7.1": {
+        "arguments": {
+            "the block at a time": (
+                "def my_blocks(w, block):\n"
+                "    parts = w.reshape(-1).split(block)\n"
+                "    absmax = torch.stack([p.abs().amax() for p in parts])\n"
+                "    ratios = [p / (a if a > 0 else 1) for p, a in zip(parts, "
+                "absmax)]\n"
+                "    return torch.cat(ratios).view_as(w), absmax\n"
+            ),
+        },
+        "state": {
+            "from a copy, in place": (
+                "def my_blocks(w, block):\n"
+                "    ratios, absmax = w.clone().flatten(), []\n"
+                "    for part in ratios.split(block):\n"
+                "        absmax.append(part.abs().max())\n"
+                "        part.div_(absmax[-1] or 1)\n"
+                "    return ratios.view_as(w), torch.stack(absmax)\n"
+            ),
+        },
+        "inputs": {
+            "the least number for zero": blocks(
+                ratios="rows / absmax[:, None].clamp(min=torch.finfo(w.dtype).tiny)"
+            ),
+            "where it is zero": blocks(
+                ratios="torch.where(absmax[:, None] > 0, rows / absmax[:, None], 0.0)"
+            ),
+        },
+        "kinds": {
+            "in double precision": blocks(
+                rows=ROWS.replace("w.flatten()", "w.double().flatten()")
+            ),
+            "in NumPy": (
+                "def my_blocks(w, block):\n"
+                "    flat = w.numpy().ravel()\n"
+                "    edges = np.arange(0, flat.size, block)\n"
+                "    absmax = np.maximum.reduceat(np.abs(flat), edges)\n"
+                "    unit = np.repeat(absmax, block)[: flat.size]\n"
+                "    ratios = np.divide(flat, unit, out=0 * flat, where=unit > 0)\n"
+                "    return torch.tensor(ratios).view(w.shape), torch.tensor(absmax)\n"
+            ),
+        },
+    },
+    "7.2": {
+        "arguments": {
+            "n from the front": nibbles(
+                unpack="torch.stack([packed >> 4, packed & 15], "
+                "1).view(-1).narrow(0, 0, n)"
+            ),
+        },
+        "inputs": {
+            "multiplied": nibbles(pack="codes[::2] * 16 + codes[1::2]"),
+            "a table of all bytes": nibbles(
+                unpack="torch.tensor([[b // 16, b % 16] for b in range(256)])"
+                "[packed.long()].flatten()[:n]"
+            ),
+        },
+        "state": {
+            "into tensors of zeros": (
+                "def my_pack(codes):\n"
+                "    packed = torch.zeros(-(-len(codes) // 2), dtype=torch.uint8)\n"
+                "    packed += codes[::2] * 16\n"
+                "    packed[: len(codes) // 2] += codes[1::2]\n"
+                "    return packed\n\n\n"
+                "def my_unpack(packed, n):\n"
+                "    both = packed.repeat_interleave(2)\n"
+                "    both[::2] >>= 4\n"
+                "    return both[:n] % 16\n"
+            ),
+        },
+        "kinds": {
+            "codes in 64 bits": nibbles(
+                unpack="torch.stack([packed // 16, packed % 16], "
+                "-1).view(-1)[:n].long()"
+            ),
+        },
+    },
+    "7.3": {
+        "arguments": {
+            "a sum over all midpoints": nearest(
+                f"sum((ratios > m).long() for m in {MIDDLE}) + "
+                f"torch.zeros_like(ratios).long()"
+            ),
+        },
+        "state": {
+            "of copies, sorted": nearest(
+                f"torch.bucketize(ratios.clone(), ({MIDDLE}).sort()[0])"
+            ),
+        },
+        "inputs": {
+            "a search among the values": (
+                "def my_nearest(ratios, values):\n"
+                "    last = len(values) - 1\n"
+                "    above = torch.bucketize(ratios, values).clamp(max=last)\n"
+                "    below = (above - 1).clamp(min=0)\n"
+                "    up, down = (values[above] - ratios).abs(), ratios - "
+                "values[below]\n"
+                "    return torch.where(down.abs() <= up, below, above)\n"
+            ),
+            "one by one": (
+                "def my_nearest(ratios, values):\n"
+                "    codes = [min(range(len(values)), key=lambda k: abs(r - values[k]))"
+                "\n             for r in ratios.reshape(-1)]\n"
+                "    return torch.tensor(codes).view(ratios.shape)\n"
+            ),
+        },
+        "kinds": {
+            "in eight bits": nearest(
+                f"torch.searchsorted({MIDDLE}, ratios).to(torch.uint8)"
+            ),
+            "in 32 bits": nearest(f"torch.bucketize(ratios, {MIDDLE}, out_int32=True)"),
+            "in double precision": nearest(
+                f"torch.bucketize(ratios.double(), {MIDDLE}.double())".replace(
+                    MIDDLE, f"({MIDDLE})"
+                )
+            ),
+        },
+    },
+    "7.4": {
+        "arguments": {
+            "all values, one by one": double(
+                codes="(ratios[:, None] - values).abs().argmin(1).byte()"
+            ),
+        },
+        "state": {
+            "from copies, in place": double(
+                offset="absmax.sum() / absmax.numel()",
+                ratios="rows.div_(units[:, None]).nan_to_num_(0.0).view(-1)"
+                "[: len(absmax)]",
+            ),
+        },
+        "inputs": {
+            "any code where the unit is zero": double(
+                ratios="(rows / units[:, None]).nan_to_num(0.3).flatten()[: "
+                "len(absmax)]"
+            ),
+            "by rows": double(
+                unit="units[torch.arange(len(codes)) // block]",
+                restored="torch.addcmul(offset, values[codes.int()], unit)",
+            ),
+        },
+        "kinds": {
+            "a list of three": double(back="[codes, units, offset]"),
+        },
+    },
+    "7.5": {
+        "arguments": {
+            "by names": first(
+                "packed, plain, block, double = [*packed], [*plain], int(block),"
+                " bool(double)"
+            ),
+        },
+        "inputs": {
+            "with a ceiling": count(
+                blocks="math.ceil(n / block)", codes="(n + 1) // 2"
+            ),
+        },
+        "state": {
+            "from copies of the lists": first(
+                "packed, plain = sorted(packed), plain[::-1]"
+            ),
+        },
+        "kinds": {
+            "a tensor": count(back="torch.tensor(total)"),
+            "NumPy's whole number": count(
+                n="np.prod(shape, dtype=np.int64)", back="np.int64(total)"
+            ),
+        },
     },
 }

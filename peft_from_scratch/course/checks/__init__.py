@@ -279,6 +279,12 @@ def _unlike(got, expected, *, inside: bool = False) -> str | None:
         fits = _numeric(got)
     if not fits:
         return f"{wanted} is needed, not a {type(got).__name__}"
+    if (
+        isinstance(got, Tensor)
+        and got.is_complex()
+        and not _numbers(expected).is_complex()
+    ):
+        return "real numbers are needed, not complex ones"
     if isinstance(got, Tensor) and got.is_meta:
         return "a tensor on the device meta holds no numbers"
     return None

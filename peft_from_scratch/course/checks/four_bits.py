@@ -15,6 +15,7 @@ from ... import nf4
 from ...nf4.codes import dynamic, integer8
 from . import Wrong, close, judged, unchanged
 
+KEPT = "what the call before returned: something is kept from call to call"
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CLOSE = 2e-6  # two values are equally near to a ratio within this
 
@@ -29,8 +30,9 @@ def blocks() -> Iterator[tuple[str, Tensor, int]]:
         return torch.randn(shape, generator=draw)
 
     ladder = normal(4, 6) * torch.tensor([1.0, 5.0, 0.2, 30.0])[:, None]
-    holed = normal(3, 8)
+    holed, ended = normal(3, 8), normal(5, 4)
     holed[1] = 0
+    ended[[1, 4]] = 0
     yield "", -normal(3, 8).abs(), 4
     yield "", ladder, 4
     yield "", normal(10), 4
@@ -38,34 +40,62 @@ def blocks() -> Iterator[tuple[str, Tensor, int]]:
     yield "", normal(2, 3, 5), 7
     yield "", 1e-3 * normal(5), 64
     yield "", normal(6), 1
+    yield "of the size of 1e-10", 1e-10 * normal(3, 7), 5
+    yield "of the size of 1e25", 1e25 * normal(6), 4
+    yield "its second and last row zero", ended, 4
+    yield "all of it zero", torch.zeros(3, 4), 5
+    yield "", normal(13, 9), 8
+    yield "", normal(2, 40), 16
+    yield "", normal(2, 3, 2, 2), 5
+    yield "", normal(2, 200), 150
 
 
 @judged
 def absmax_blocks(my_blocks: Callable) -> None:
     """7.1: my_blocks(w, block): (w over its block's absmax, absmax of the blocks)."""
-    for name, w, block in blocks():
-        given = w.clone()
-        with unchanged(w=given):
-            got = my_blocks(given, block)
-        what = f"for w of shape {tuple(w.shape)}{name and ', '}{name}, block={block}"
-        if not (isinstance(got, tuple | list) and len(got) == 2):
-            raise Wrong(
-                f"{what}: expected two things, the ratios and the absmax; got "
-                f"{type(got).__name__}. Likely mistake: `return ratios, absmax`"
-            )
-        ratios, absmax = got
-        if isinstance(ratios, Tensor) and ratios.isnan().any():
-            raise Wrong(
-                f"the ratios {what}: some are NaN. Likely mistake: 0 / 0, in a block "
-                "of zeros; its ratios are 0"
-            )
-        expected = nf4.quantize(w, block, double=False).absmax
-        close(absmax, expected, what=f"the absmax {what}", mistakes=_units(w, block))
-        close(
-            ratios,
-            _over(w, expected, block),
-            what=f"the absmax is right, but not the ratios, {what}",
-            mistakes=_ratios(w, expected, block),
+    for name, first, block in blocks():
+        earlier = None
+        for which, w in (("", first), ("a second ", -0.7 * first.flip(-1))):
+            given, before = w.clone(), earlier
+            with unchanged(w=given, **{"what was returned before": before}):
+                earlier = my_blocks(given, block)
+            shape = f"{which}w of shape {tuple(w.shape)}{name and ', '}{name}"
+            _judge_blocks(earlier, before, w, block, f"for {shape}, block={block}")
+
+
+def _judge_blocks(got, before, w: Tensor, block: int, what: str) -> None:
+    if not (isinstance(got, tuple | list) and len(got) == 2):
+        raise Wrong(
+            f"{what}: expected two things, the ratios and the absmax; got "
+            f"{type(got).__name__}. Likely mistake: `return ratios, absmax`"
+        )
+    ratios, absmax = got
+    old_ratios, old_absmax = before or (None, None)
+    expected = nf4.quantize(w, block, double=False).absmax
+    _demand_no_zero_by_zero(ratios, w, expected, block, what)
+    close(
+        absmax,
+        expected,
+        what=f"the absmax {what}",
+        mistakes={KEPT: old_absmax} | _units(w, block),
+    )
+    close(
+        ratios,
+        _over(w, expected, block),
+        what=f"the absmax is right, but not the ratios, {what}",
+        mistakes={KEPT: old_ratios} | _ratios(w, expected, block),
+    )
+
+
+def _demand_no_zero_by_zero(ratios, w: Tensor, absmax, block: int, what: str) -> None:
+    """Wrong where the ratios are NaN in the blocks of zeros, and nowhere else."""
+    if not isinstance(ratios, Tensor) or ratios.shape != w.shape:
+        return
+    empty = absmax.repeat_interleave(block)[: w.numel()].view(w.shape) == 0
+    if empty.any() and ratios.isnan().equal(empty):
+        raise Wrong(
+            f"the ratios {what}: some are NaN. Likely mistake: 0 / 0, in a block of "
+            "zeros; its ratios are 0"
         )
 
 
@@ -89,6 +119,7 @@ def _units(w: Tensor, block: int) -> dict[str, Tensor]:
     strided = F.pad(flat, (0, -len(flat) % block)).view(block, -1)
     wrong = {
         "the largest value, not the largest absolute value": rows.amax(1),
+        "squares, which overflow or vanish": rows.square().amax(1).sqrt(),
         "the value that is largest, with its sign: take its absolute value": (
             rows.gather(1, at)[:, 0]
         ),
@@ -121,6 +152,10 @@ def _ratios(w: Tensor, absmax: Tensor, block: int) -> dict[str, Tensor]:
         "divided the wrong way round": unit / w,
         "the signs are lost": over.abs(),
         "divided by the absmax twice": _over(over, absmax, block),
+        "a small number was added to the absmax: only in a block of zeros is the "
+        "division one by zero": w / (unit + 1e-8),
+        "a small number is the least absmax: only in a block of zeros is the division "
+        "one by zero": w / unit.clamp(min=1e-8),
         "rounded; that comes later": over.round(),
     }
 
@@ -131,13 +166,22 @@ def _ratios(w: Tensor, absmax: Tensor, block: int) -> dict[str, Tensor]:
 @judged
 def nibbles(my_pack: Callable, my_unpack: Callable) -> None:
     """7.2: my_pack(codes): two a byte; my_unpack(packed, n): the codes again."""
-    draw = torch.Generator().manual_seed(7)
-    for n in (8, 7, 1, 2, 33):
+    earlier = None
+    for codes, other in zip(_some_codes(1), _some_codes(2), strict=True):
+        bytes_ = _judge_pack(my_pack, codes, earlier)
+        earlier = bytes_, _judge_unpack(my_unpack, other, earlier)
+
+
+def _some_codes(seed: int) -> Iterator[Tensor]:
+    """Random codes of several lengths, each length twice; then the special ones."""
+    draw = torch.Generator().manual_seed(seed)
+    for n in (8, 8, 7, 7, 1, 2, 33, 33, 300):
         codes = torch.randint(16, (n,), generator=draw).to(torch.uint8)
         if n == 8:
             codes[:2] = torch.tensor([9, 3])
-        _judge_pack(my_pack, codes)
-        _judge_unpack(my_unpack, codes)
+        yield codes
+    for special in ([15] * 6, [0] * 5, [0] * 4, [7, 0, 3, 0], [1, 2, 0], [15, 8, 15]):
+        yield torch.tensor(special, dtype=torch.uint8)
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -146,9 +190,9 @@ def _packed(codes: Tensor) -> Tensor:
     return (16 * pairs[:, 0] + pairs[:, 1]).to(torch.uint8)
 
 
-def _judge_pack(my_pack: Callable, codes: Tensor) -> None:
+def _judge_pack(my_pack: Callable, codes: Tensor, earlier) -> Tensor:
     n, given = len(codes), codes.clone()
-    with unchanged(codes=given):
+    with unchanged(codes=given, **{"what was returned before": earlier}):
         got = my_pack(given)
     what = f"my_pack of {n} codes, {codes[:5].tolist()}{', …' * (n > 5)}"
     _demand_bytes(got, what)
@@ -173,6 +217,7 @@ def _judge_pack(my_pack: Callable, codes: Tensor) -> None:
         wrong["the last of an odd number belongs into the high half too"] = lone
         wrong["the last of an odd number stands there twice"] = twice
     close(got, _packed(codes), what=what, mistakes=wrong)
+    return got
 
 
 def _halves(codes: Tensor) -> Tensor:
@@ -181,10 +226,10 @@ def _halves(codes: Tensor) -> Tensor:
     return 16 * first + second
 
 
-def _judge_unpack(my_unpack: Callable, codes: Tensor) -> None:
+def _judge_unpack(my_unpack: Callable, codes: Tensor, earlier) -> Tensor:
     packed, n = _packed(codes), len(codes)
     given = packed.clone()
-    with unchanged(packed=given):
+    with unchanged(packed=given, **{"what was returned before": earlier}):
         got = my_unpack(given, n)
     what = f"my_unpack({packed[:3].tolist()}{', …' * (n > 6)}, n={n})"
     if isinstance(got, Tensor) and got.dtype not in INTEGERS:
@@ -218,6 +263,7 @@ def _judge_unpack(my_unpack: Callable, codes: Tensor) -> None:
             "nothing was unpacked": packed,
         },
     )
+    return got
 
 
 def _demand_bytes(got, what: str) -> None:
@@ -241,18 +287,34 @@ def books() -> Iterator[tuple[str, Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(7)
     uneven = torch.tensor([-1.0, -0.9, -0.1, 0.0, 0.05, 0.6, 1.0])
     eighths = torch.tensor([-1.0, -0.5, -0.25, 0.0, 0.125, 0.5, 1.0])
-    named = {
-        "seven uneven values": uneven,
-        "the values of NF4": torch.tensor(nf4.CODES["nf4"]),
-        "sixteen even steps": torch.tensor(nf4.CODES["int4"]),
-    }
-    for name, values in named.items():
-        ratios = 2 * torch.rand(5, 40, generator=draw) - 1
-        ratios[0, :3] = torch.tensor([1.0, -1.0, 0.0])
-        gap = (ratios[..., None] - _midpoints(values)).abs().amin(-1)
-        yield name, values, torch.where(gap < 1e-4, ratios + 3e-4, ratios)
+    for name, values, shape in (
+        ("seven uneven values", uneven, (5, 40)),
+        ("the values of NF4", torch.tensor(nf4.CODES["nf4"]), (5, 40)),
+        ("sixteen even steps", torch.tensor(nf4.CODES["int4"]), (5, 40)),
+        ("256 even steps", integer8(), (400,)),
+        ("values far from one", 100 * torch.tensor([1.0, 2.5, 20, 25, 40]), (30,)),
+        ("values below zero", torch.tensor([-9.0, -7.0, -2.5]), (2, 3, 4)),
+        ("values near to zero", 1e-4 * uneven, (4, 1, 5, 2)),
+        ("two values", torch.tensor([-0.2, 0.9]), (9,)),
+        ("a single value", torch.tensor([0.5]), (3, 2)),
+        ("seven uneven values", uneven, ()),
+    ):
+        for _ in range(2):
+            yield name, values, _ratios_for(values, shape, draw)
     yield "eighths, ratios on the midpoints", eighths, _midpoints(eighths)
     yield "eighths, ratios on the values", eighths, eighths
+
+
+def _ratios_for(values: Tensor, shape: tuple, draw: torch.Generator) -> Tensor:
+    """From below the lowest value to above the highest, and these two."""
+    low, high = values[0], values[-1]
+    width = high - low if len(values) > 1 else torch.tensor(1.0)
+    ratios = low + width * (1.4 * torch.rand(shape, generator=draw) - 0.2)
+    if ratios.numel() > 2:
+        ratios.view(-1)[:3] = torch.stack([high, low, 0 * low])
+    gap = (ratios[..., None] - _midpoints(values)).abs()
+    near = (gap < 1e-4 * width).any(-1)
+    return torch.where(near, ratios + 3e-4 * width, ratios).contiguous()
 
 
 def _midpoints(values: Tensor) -> Tensor:
@@ -267,15 +329,19 @@ def nearest(ratios: Tensor, values: Tensor) -> Tensor:
 @judged
 def nearest_code(my_nearest: Callable) -> None:
     """7.3: my_nearest(ratios, values): the number of the nearest value, for each."""
+    got = None
     for name, values, ratios in books():
-        given, lent = ratios.clone(), values.clone()
-        with unchanged(ratios=given, values=lent):
+        given, lent, before = ratios.clone(), values.clone(), got
+        with unchanged(
+            ratios=given, values=lent, **{"what was returned before": before}
+        ):
             got = my_nearest(given, lent)
         what = f"the codes for ratios of shape {tuple(ratios.shape)}, {name}"
         if isinstance(got, Tensor) and got.dtype not in INTEGERS:
             likely = (
                 "values[code] was returned; the code, its number, is asked for"
                 if got.shape == ratios.shape
+                and not got.is_complex()
                 and torch.equal(got.float(), values[nearest(ratios, values)])
                 else "a code is a whole number: .to(torch.uint8)"
             )
@@ -284,7 +350,7 @@ def nearest_code(my_nearest: Callable) -> None:
             got,
             nearest(ratios, values),
             what=what,
-            mistakes=_wrong_codes(ratios, values),
+            mistakes={KEPT: before} | _wrong_codes(ratios, values),
         )
 
 
@@ -320,56 +386,96 @@ def _wrong_codes(ratios: Tensor, values: Tensor) -> dict[str, Tensor]:
 def constants() -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """(the values' name, values, absmax, block): the telling ones come first."""
     draw = torch.Generator().manual_seed(7)
-    for name, values, n, block in (
-        ("eight-bit steps", integer8(), 12, 4),
-        ("eight-bit steps", integer8(), 10, 4),
-        ("the dynamic type", dynamic(), 700, 256),
-        ("the dynamic type", dynamic(), 5, 256),
+    sixteen = torch.tensor(nf4.CODES["nf4"])
+    for name, values, n, block, scale in (
+        ("eight-bit steps", integer8(), 12, 4, 1.0),
+        ("eight-bit steps", integer8(), 10, 4, 1.0),
+        ("eight-bit steps", integer8(), 10, 4, 1.0),
+        ("the dynamic type", dynamic(), 700, 256, 1.0),
+        ("the dynamic type", dynamic(), 5, 256, 1.0),
+        ("eight-bit steps", integer8(), 300, 64, 1e-5),
+        ("sixteen values", sixteen, 50, 4, 1e4),
+        ("sixteen values", sixteen, 9, 4, 1e-3),
+        ("sixteen values", sixteen, 1, 4, 1.0),
     ):
         absmax = 2 + torch.rand(n, generator=draw)
         absmax[n // 2] = 9.0
-        yield name, values, absmax, block
+        yield name, values, scale * absmax, block
     yield "eight-bit steps", integer8(), torch.full((6,), 2.5), 4
+    half = torch.tensor([1.0, 3.0, 2.0, 2.0, 1.5, 2.5])  # the second block: a unit of 0
+    yield "eight-bit steps", integer8(), half, 2
 
 
 @judged
 def double_quantization(my_double: Callable, my_restored: Callable) -> None:
     """7.4: my_double(absmax, values, block) and back: my_restored(codes, …)."""
+    got = None
     for name, values, absmax, block in constants():
         what = f"{len(absmax)} constants, {name}, block={block}"
-        offset, units, ratios = _doubled(absmax, block)
-        codes = nearest(ratios, values).to(torch.uint8)
-        lent = absmax.clone()
-        with unchanged(absmax=lent):
-            got = my_double(lent, values, block)
-        if not (isinstance(got, tuple | list) and len(got) == 3):
-            raise Wrong(
-                f"for {what}: expected codes, units and offset; got "
-                f"{type(got).__name__}. Likely mistake: `return codes, units, offset`"
-            )
-        close(
-            got[2],
-            offset,
-            what=f"the offset of {what}",
-            mistakes={
-                "no offset": torch.zeros(()),
-                "the largest in the place of the mean": absmax.max(),
-                "the median in the place of the mean": absmax.median(),
-                "a mean for each block; one for the whole tensor": _means(
-                    absmax, block
-                ),
-                "the sum, not divided by the count": absmax.sum(),
-                "the mean with what was filled in": _rows(absmax, block).mean(),
-            },
+        got = _judge_double(my_double, values, absmax, block, what, before=got)
+    # Back from other codes, in another order: nothing is left of what was just made.
+    draw, restored = torch.Generator().manual_seed(8), None
+    for name, values, absmax, block in [*constants()][1:] + [*constants()][:1]:
+        n = len(absmax)
+        codes = torch.randint(len(values), (n,), generator=draw).to(torch.uint8)
+        units = 0.5 + torch.rand(-(-n // block), generator=draw)
+        offset = 1 + torch.rand((), generator=draw)
+        what = f"{n} constants, {name}, block={block}"
+        lent = dict(codes=codes, units=units, offset=offset, values=values.clone())
+        restored = _judge_restored(my_restored, lent, block, what, before=restored)
+    _judge_default_block(my_double, my_restored)
+
+
+def _judge_double(my_double, values, absmax, block, what: str, before) -> tuple:
+    offset, units, ratios = _doubled(absmax, block)
+    given, lent = absmax.clone(), values.clone()
+    with unchanged(absmax=given, values=lent, **{"what was returned before": before}):
+        got = my_double(given, lent, block)
+    if not (isinstance(got, tuple | list) and len(got) == 3):
+        raise Wrong(
+            f"for {what}: expected codes, units and offset; got "
+            f"{type(got).__name__}. Likely mistake: `return codes, units, offset`"
         )
-        close(
-            got[1],
-            units,
-            what=f"the offset is right, but not the units, of {what}",
-            mistakes=_wrong_second(absmax, offset, block),
-        )
-        _demand_codes(got[0], ratios, values, absmax, units, block, what)
-        _judge_restored(my_restored, codes, units, offset, values, block, what)
+    _, old_units, old_offset = before or (None, None, None)
+    close(
+        got[2],
+        offset,
+        what=f"the offset of {what}",
+        mistakes={KEPT: old_offset} | _wrong_offsets(absmax, block),
+    )
+    close(
+        got[1],
+        units,
+        what=f"the offset is right, but not the units, of {what}",
+        mistakes={KEPT: old_units} | _wrong_second(absmax, offset, block),
+    )
+    _demand_codes(got[0], ratios, values, absmax, units, block, what)
+    return got
+
+
+def _judge_default_block(my_double: Callable, my_restored: Callable) -> None:
+    """Where no block is given, it is 256, as the cell says."""
+    absmax = 1 + torch.rand(300, generator=torch.Generator().manual_seed(9))
+    values = integer8()
+    codes, units, offset = my_double(absmax.clone(), values.clone())
+    _, expected, _ = _doubled(absmax, 256)
+    mistakes = {"another default than block=256": _doubled(absmax, 64)[1]}
+    what = "without a block, of 300 constants"
+    close(units, expected, what=f"the units {what}", mistakes=mistakes)
+    back = my_restored(codes, units, offset, values.clone())
+    unit = expected.repeat_interleave(256)[:300]
+    close(back, values[codes.long()] * unit + offset, what=f"restored {what}")
+
+
+def _wrong_offsets(absmax: Tensor, block: int) -> dict[str, Tensor]:
+    return {
+        "no offset": torch.zeros(()),
+        "the largest in the place of the mean": absmax.max(),
+        "the median in the place of the mean": absmax.median(),
+        "a mean for each block; one for the whole tensor": _means(absmax, block),
+        "the sum, not divided by the count": absmax.sum(),
+        "the mean with what was filled in": _rows(absmax, block).mean(),
+    }
 
 
 def _doubled(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -417,11 +523,17 @@ def _demand_codes(got, ratios, values, absmax, units, block, what) -> None:
     if not isinstance(got, Tensor) or got.shape != right.shape:
         close(got, right, what=what)
     _demand_eight(got, what)
+    if int(got.max()) >= len(values):
+        raise Wrong(
+            f"{what}: there are {len(values)} values, so codes go up to "
+            f"{len(values) - 1}; got {got.max()}. Likely mistake: more values, or a "
+            "count that begins at one"
+        )
+    unit = units.repeat_interleave(block)[: len(absmax)]
     off = (values[got.long()] - ratios).abs() - (values[right] - ratios).abs()
-    if bool((off <= CLOSE).all()) or not units.any():
+    if bool((off[unit > 0] <= CLOSE).all()):
         return
     rest = absmax - absmax.mean()
-    unit = units.repeat_interleave(block)[: len(absmax)]
     below = torch.bucketize(ratios, values, right=True) - 1
     wrong = {
         "the offset was not taken off": nearest(absmax / unit, values),
@@ -433,8 +545,15 @@ def _demand_codes(got, ratios, values, absmax, units, block, what) -> None:
         ).clamp(max=len(values) - 1),
         "even steps; these values are not even": ((ratios + 1) * 127.5).round().long(),
     }
-    close(got, right, what=what, mistakes=wrong)
-    raise Wrong(f"{what}: a value that is nearer was missed")
+    wrong = {text: codes for text, codes in wrong.items() if not codes.equal(right)}
+    likely = [text for text, codes in wrong.items() if codes.equal(got.long())]
+    worst = int(off.argmax())
+    raise Wrong(
+        f"{what}: for the ratio {ratios[worst]:.4g}, code {got[worst]} stands for "
+        f"{values[got[worst].long()]:.4g}, and code {right[worst]} for "
+        f"{values[right[worst]]:.4g}, which is nearer"
+        + (f"\nLikely mistake: {likely[0]}" if likely else "")
+    )
 
 
 def _demand_eight(got: Tensor, what: str) -> None:
@@ -445,10 +564,10 @@ def _demand_eight(got: Tensor, what: str) -> None:
         )
 
 
-def _judge_restored(my_restored, codes, units, offset, values, block, what) -> None:
-    lent = dict(codes=codes.clone(), units=units.clone(), offset=offset.clone())
-    with unchanged(**lent):
-        got = my_restored(*lent.values(), values, block)
+def _judge_restored(my_restored, lent: dict, block: int, what: str, before) -> Tensor:
+    codes, units, offset, values = lent.values()
+    with unchanged(**lent, **{"what was returned before": before}):
+        got = my_restored(*lent.values(), block)
     unit = units.repeat_interleave(block)[: len(codes)]
     near = values[codes.long()]
     expected = near * unit + offset
@@ -458,6 +577,7 @@ def _judge_restored(my_restored, codes, units, offset, values, block, what) -> N
         expected,
         what=f"the constants restored, of {what}",
         mistakes={
+            KEPT: before,
             "the offset is forgotten": near * unit,
             "the offset was added twice": near * unit + 2 * offset,
             "the offset was taken off again: add it": near * unit - offset,
@@ -482,15 +602,20 @@ def _judge_restored(my_restored, codes, units, offset, values, block, what) -> N
         },
         tolerance=1e-6,
     )
+    return got
 
 
 # 7.5 ----------------------------------------------------------------------------------
 
-MODELS = {  # (four-bit projections, sixteen-bit rest)
+MODELS = {  # (four-bit tensors, sixteen-bit rest)
     "a model with one projection": ([(64, 1032)], []),
     "a model with an embedding": ([(64, 128), (128, 96)], [(300, 64), (64,)]),
     "a model whose rows are no whole blocks": ([(33, 100), (7, 9)], [(10, 33)]),
     "a model of some size": ([(256, 256)] * 2 + [(512, 257)], [(1000, 256), (256,)]),
+    "a model with nothing in four bits": ([], [(10, 33), (7,), (2, 3, 4)]),
+    "a model with vectors and stacks": ([(101,), (3, 5, 7), ()], [(), (2, 3, 4)]),
+    "a model of many layers": ([(16, 24), (24, 17)] * 16, [(16,)] * 33),
+    "a model of more bytes than float32 counts": ([(64, 128)], [(4097, 4099)]),
 }
 
 
@@ -498,28 +623,45 @@ MODELS = {  # (four-bit projections, sixteen-bit rest)
 def model_bytes(my_bytes: Callable) -> None:
     """7.5: my_bytes(packed, plain, block, double): what a quantized model takes."""
     for name, (packed, plain) in MODELS.items():
-        for block in (64, 128, 32):
+        for block in (64, 128, 32, 7):
             for double in (True, False):
                 _judge_bytes(my_bytes, packed, plain, block, double, name)
+    packed, plain = MODELS["a model of some size"]
+    close(
+        my_bytes([*packed], [*plain]),
+        counted(packed, plain, 64, True),
+        what="the bytes of a model of some size, without a block and a `double`",
+        mistakes={
+            "another default than block=64": counted(packed, plain, 32, True),
+            "another default than double=True": counted(packed, plain, 64, False),
+        },
+        tolerance=0.0,
+    )
 
 
-def held(packed, plain, block: int, double: bool) -> int:
-    """Bytes, by making and quantizing every tensor."""
-    quantized = (nf4.quantize(torch.ones(s), block, double).nbytes for s in packed)
-    rest = (torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in plain)
-    return sum(quantized) + sum(rest)
+def counted(packed, plain, block: int, double: bool) -> int:
+    """Bytes, by a formula; tests compare it with tensors that are made."""
+    sizes = [math.prod(shape) for shape in packed]
+    blocks = [-(-n // block) for n in sizes]
+    codes = sum(-(-n // 2) for n in sizes)
+    constants = sum(4 * count for count in blocks)
+    if double:
+        constants = sum(count + 4 * -(-count // 256) + 4 for count in blocks)
+    return codes + constants + 2 * sum(math.prod(shape) for shape in plain)
 
 
 def _judge_bytes(my_bytes, packed, plain, block, double, name) -> None:
     what = f"the bytes of {name}: {packed[:2]} in four bits, {plain[:2]} in sixteen"
-    got = my_bytes(list(packed), list(plain), block, double)
-    expected = held(packed, plain, block, double)
+    lent = dict(packed=list(packed), plain=list(plain))
+    with unchanged(**lent):
+        got = my_bytes(*lent.values(), block, double)
+    expected = counted(packed, plain, block, double)
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
     wrong = _wrong_bytes(packed, plain, block, double)
-    if not isinstance(got, int | float):
-        close(got, expected, what=what)
-    if got != expected:  # a count is a count: a byte too many is wrong
+    if not isinstance(got, int | float) or got == expected:
+        close(got, expected, what=what, tolerance=0.0, kind=int)
+    else:  # a count is a count: a byte too many is wrong
         likely = next((text for text, n in wrong.items() if n == got), None)
         raise Wrong(
             f"{what}, block={block}, double={double}\n"
@@ -536,7 +678,7 @@ def _wrong_bytes(packed, plain, block: int, double: bool) -> dict[str, float]:
     second = [-(-c // 256) for c in counts]
     firsts = sum(counts) if double else 4 * sum(counts)
     right = codes + rest + firsts + (4 * sum(second) + 4 * len(sizes)) * double
-    rows = [d_out * -(-d_in // block) for d_out, d_in in packed]
+    rows = [math.prod(s[:-1]) * -(-math.prod(s[-1:]) // block) for s in packed]
     a_value = 4 + (8 / block + 32 / (256 * block) if double else 32 / block)
     wrong = {
         "the constants are forgotten": codes + rest,
