@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of notebook 11; each must be refused by its check."""
 
+from attacks import first, remembered
+
 from peft_from_scratch.course.checks import prefix_and_prompt as checks  # noqa: F401
 
 PROMPT = """\
@@ -283,5 +285,426 @@ MUTANTS = {
         "the prefix alone": counts(back="n * 2 * layers * heads * size"),
         "bytes": counts(back="4 * n * 2 * layers * heads * size, 4 * n * d"),
         "one layer too few": counts(back="n * 2 * (layers - 1) * heads * size, n * d"),
+    },
+}
+
+
+# ---------------------------------------------------------------------------- Attacks
+
+
+def once(source, old, kept):
+    """With what one expression gave at its first use, for the same key, outside."""
+    assert old in source, old
+    return "kept = {}\n\n\n" + source.replace(old, kept, 1)
+
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
+    "11.1": {
+        "arguments": {
+            "n of the first call": prompt(
+                before="n = my_prompt.__dict__.setdefault('n', n)",
+                back="out.logits[:, -t:]",
+                joined="torch.cat([P[:n].expand(b, -1, -1), E], dim=1)",
+            ),
+            "the mask from the ids": prompt(
+                before="attention_mask = (input_ids != "
+                "model.config.pad_token_id).long()",
+            ),
+            "pad tokens are hidden too": prompt(
+                before="attention_mask = attention_mask *"
+                " (input_ids != model.config.pad_token_id)",
+            ),
+        },
+        "state": {
+            "kept by shape": remembered("(input_ids.shape, P.shape)"),
+            "embeddings kept by shape": once(
+                prompt(),
+                "model.get_input_embeddings()(input_ids)",
+                "kept.setdefault((type(model), input_ids.shape),"
+                " model.get_input_embeddings()(input_ids))",
+            ),
+            "the mask kept by shape": once(
+                prompt(),
+                f"torch.cat([{ONES}, attention_mask], dim=1)",
+                f"kept.setdefault((n, attention_mask.shape), torch.cat([{ONES},"
+                " attention_mask], dim=1))",
+            ),
+            "P kept by shape": once(
+                prompt(), "P.expand", "kept.setdefault(P.shape, P).expand"
+            ),
+            "the model of the first call": once(
+                prompt(), "model(inputs", "kept.setdefault(P.shape[1], model)(inputs"
+            ),
+            "gradients are left off": prompt(
+                back="(out.logits[:, n:], torch.set_grad_enabled(False))[0]"
+            ),
+            "the model trains": prompt(back="(out.logits[:, n:], model.train())[0]"),
+            "the model is thawed": prompt(before="model.requires_grad_(True)"),
+            "a hook is left": prompt(
+                before="model.register_forward_hook(lambda *a: None)"
+            ),
+            "the cache of the model is turned off": prompt(
+                before="model.config.use_cache = False"
+            ),
+            "the weights are shared with P": prompt(
+                before="weight = model.get_input_embeddings().weight;"
+                " weight.data[:n].lerp_(P.detach(), 1e-4)",
+            ),
+            "the mask is changed": prompt(
+                before="ones = attention_mask.clone(); attention_mask[:, 0] = 1;"
+                " attention_mask = ones"
+            ),
+            "parameters are cut off": prompt(
+                before="P = P.data if isinstance(P, nn.Parameter) else P"
+            ),
+        },
+        "inputs": {
+            "three rows": prompt(
+                before="attention_mask = torch.cat([attention_mask[:3],"
+                " torch.ones_like(attention_mask[3:])])"
+            ),
+            "one token": prompt(
+                positions="(mask.cumsum(1) - 1).clamp(min=0) + (t == 1)",
+            ),
+            "seven tokens": prompt(
+                before="attention_mask = torch.cat([attention_mask[:, :7],"
+                " torch.ones_like(attention_mask[:, 7:])], 1)"
+            ),
+            "prompts of six": prompt(
+                joined="torch.cat([torch.cat([P[:6], 0 * P[6:]]).expand(b, -1, -1), E],"
+                " dim=1)"
+            ),
+            "large values are cut off": prompt(
+                joined="torch.cat([P.clamp(-5, 5).expand(b, -1, -1), E], dim=1)"
+            ),
+            "the first id for the padding": prompt(
+                before="attention_mask = attention_mask * (input_ids != "
+                "input_ids[0, 0])"
+                " if not attention_mask.all() and 0 in input_ids else attention_mask"
+            ),
+            "a position for at most twelve": prompt(
+                positions="(mask.cumsum(1) - 1).clamp(min=0, max=12)"
+            ),
+        },
+        "kinds": {
+            "in half precision": prompt(back="out.logits[:, n:].half().float()"),
+            "in double precision": prompt(back="out.logits[:, n:].double()"),
+            "logits and mask": prompt(back="(out.logits[:, n:], mask)"),
+            "one number": prompt(back="out.logits[:, n:].sum()"),
+            "an array": prompt(back="out.logits[:, n:].detach().numpy()"),
+        },
+        "randomness": {
+            "a seed": prompt(before="torch.manual_seed(0)"),
+            "a little noise": prompt(
+                joined="torch.cat([(P + 1e-3 * torch.randn(P.shape)).expand(b, -1, -1),"
+                " E], dim=1)"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "11.2": {
+        "arguments": {
+            "d of four": attention(
+                scores="q @ torch.cat([P_K, K]).T / min(d, 4) ** 0.5"
+                if False
+                else "q @ torch.cat([P_K, K]).T / {4: 2.0}.get(d, d**0.5)"
+                " * (1 if d < 10 else 0.5)"
+            ),
+        },
+        "state": {
+            "kept by shape": remembered("(q.shape, P_K.shape)"),
+            "scores kept by shape": once(
+                attention(), SCORES, f"kept.setdefault((t, n, d), {SCORES})"
+            ),
+            "P_V kept by shape": once(
+                attention(),
+                "torch.cat([P_V, V])",
+                "torch.cat([kept.setdefault((P_V.shape, t), P_V), V])",
+            ),
+            "parameters are cut off": first(
+                "P_K = P_K.data if isinstance(P_K, nn.Parameter) else P_K"
+            ),
+            "only where q trains": first(
+                "P_K, P_V = (P_K, P_V) if q.requires_grad else"
+                " (P_K.detach(), P_V.detach())"
+            ),
+            "gradients are left off": attention(
+                back="(weights @ torch.cat([P_V, V]), torch.set_grad_enabled(False))[0]"
+            ),
+            "no prefix while P_V is zero": first(
+                "P_V = P_V if P_V.any() else P_V.detach()"
+            ),
+        },
+        "inputs": {
+            "a bare exponential": attention(
+                weights="scores.exp() * seen;"
+                " weights = weights / weights.sum(-1, keepdim=True)"
+            ),
+            "masked with -100": attention(
+                weights="scores.masked_fill(~seen, -100.0).softmax(-1)"
+            ),
+            "masked with -20": attention(
+                weights="scores.masked_fill(~seen, -20.0).softmax(-1)"
+            ),
+            "100 is taken off": attention(weights="(scores - 100 * ~seen).softmax(-1)"),
+            "scores up to thirty": attention(
+                weights="scores.clamp(-30, 30).masked_fill(~seen, float('-inf'))"
+                ".softmax(-1)"
+            ),
+            "ten tokens": attention(
+                seen="torch.ones(t, n + t, dtype=torch.bool).tril(n) |"
+                " (torch.arange(t) > 9)[:, None]"
+            ),
+            "a prefix of ten": attention(
+                seen="torch.ones(t, n + t, dtype=torch.bool).tril(n);"
+                " seen[:, 10:n] = False"
+            ),
+            "heads of sixteen": attention(
+                scores="q[:, :16] @ torch.cat([P_K, K])[:, :16].T / d**0.5"
+            ),
+            "1e-3 in the sum": attention(
+                weights="(scores - scores.amax(1, keepdim=True)).exp() * seen;"
+                " weights = weights / (weights.sum(-1, keepdim=True) + 1e-5)"
+            ),
+        },
+        "kinds": {
+            "half precision": attention(
+                back="(weights.bfloat16() @ torch.cat([P_V, V]).bfloat16()).float()"
+            ),
+            "a batch": attention(back="(weights @ torch.cat([P_V, V]))[None]"),
+            "with the weights": attention(
+                back="(weights @ torch.cat([P_V, V]), weights)"
+            ),
+        },
+        "randomness": {
+            "a seed": first("torch.manual_seed(0)"),
+            "dropout": attention(back="F.dropout(weights, 0.1) @ torch.cat([P_V, V])"),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "11.3": {
+        "arguments": {
+            "d of four": share(
+                scores="q @ torch.cat([P_K, K]).T / (2 if d < 9 and d != 3"
+                " and d != 2 else d**0.5)"
+            ),
+        },
+        "state": {
+            "kept by shape": remembered("(q.shape, P_K.shape)"),
+            "one tensor for every answer": once(
+                share(),
+                "return weights[:, :n].sum(-1)",
+                "return kept.setdefault(t, torch.empty(t)).copy_(weights[:, "
+                ":n].sum(-1))",
+            ),
+            "gradients are left off": first("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "only the prefix's largest is taken off": share(
+                weights="(scores - scores[:, :n].amax(1, keepdim=True)).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "only the tokens' largest is taken off": share(
+                weights="(scores - scores[:, n:].amax(1, keepdim=True)).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "the largest of all, later tokens included": share(
+                weights="(scores - scores.amax(1, keepdim=True)).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "the largest of all queries": share(
+                weights="(scores - scores.max()).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "scores up to eighty": share(
+                weights="scores.clamp(max=80).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "scores from -80 to 80": share(
+                weights="scores.clamp(-80, 80).exp() * seen",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "masked with -100": share(
+                weights="scores.masked_fill(~seen, -100.0).softmax(-1)"
+            ),
+            "NaN is zero": share(
+                weights="scores.exp() * seen",
+                back="(weights[:, :n].sum(-1) / weights.sum(-1)).nan_to_num(0.0)",
+            ),
+            "NaN is a half": share(
+                weights="scores.exp() * seen",
+                back="(weights[:, :n].sum(-1) / weights.sum(-1)).nan_to_num(0.5)",
+            ),
+            "ten tokens": share(
+                seen="torch.ones(t, n + t, dtype=torch.bool).tril(n) |"
+                " (torch.arange(t) > 9)[:, None]"
+            ),
+            "a prefix of ten": share(back="weights[:, : min(n, 10)].sum(-1)"),
+        },
+        "kinds": {
+            "a list": share(back="weights[:, :n].sum(-1).tolist()"),
+            "an array": share(back="weights[:, :n].sum(-1).numpy()"),
+            "half precision": share(back="weights[:, :n].sum(-1).half()"),
+            "complex": share(back="weights[:, :n].sum(-1).cfloat()"),
+            "rounded": share(back="weights[:, :n].sum(-1).round(decimals=4)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "11.4": {
+        "arguments": {
+            "the heads of the notebook": counts(
+                heads="min(config.num_key_value_heads, 3)"
+                " if config.num_key_value_heads != 4 else 4"
+            ),
+            "three layers": counts(back="n * 2 * min(layers, 3) * heads * size, n * d"),
+        },
+        "state": {
+            "kept by n": remembered("n"),
+            "kept by the config's class and layers": remembered(
+                "config.num_hidden_layers"
+            ),
+            "the config is changed": first(
+                "config.num_attention_heads = config.num_key_value_heads"
+            ),
+        },
+        "inputs": {
+            "one head": counts(heads="max(config.num_key_value_heads, 2)"),
+            "sixteen positions": counts(
+                back="min(n, 16) * 2 * layers * heads * size, n * d"
+            ),
+            "ten layers": counts(back="n * 2 * min(layers, 10) * heads * size, n * d"),
+            "in single precision": counts(
+                back="int(torch.tensor(n * 2.0 * layers * heads * size)), n * d"
+            ),
+            "heads of eight": counts(size="min(config.head_dim, 8)"),
+            "a width of 42": counts(
+                back="n * 2 * layers * heads * size, n * min(d, 42)"
+            ),
+        },
+        "kinds": {
+            "with a point": counts(back="float(n * 2 * layers * heads * size), n * d"),
+            "halves": counts(back="n * 2 * layers * heads * size, n * d / 1"),
+            "texts": counts(back="str(n * 2 * layers * heads * size), str(n * d)"),
+            "a dictionary": counts(
+                back="dict(prefix=n * 2 * layers * heads * size, prompt=n * d)"
+            ),
+            "three": counts(back="n * 2 * layers * heads * size, n * d, n"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
+    "11.1": {
+        "arguments": {
+            "n from the shape": prompt(back="out.logits.narrow(1, P.shape[0], t)"),
+        },
+        "state": {
+            "without the cache": prompt().replace(
+                "position_ids=positions", "position_ids=positions, use_cache=False"
+            ),
+        },
+        "inputs": {
+            "positions of padding that nobody sees": prompt(
+                positions="(mask.cumsum(1) - 1).masked_fill(mask == 0, 1)"
+            ),
+        },
+        "kinds": {
+            "a batch of P by einsum": prompt(
+                joined="torch.cat([torch.einsum('nd,b->bnd', P, torch.ones(b)), E], 1)"
+            ),
+        },
+        "randomness": {
+            "a dropout of zero": prompt(
+                joined="torch.cat([F.dropout(P, 0.0).expand(b, -1, -1), E], dim=1)"
+            ),
+        },
+    },
+    "11.2": {
+        "arguments": {
+            "q divided first": attention(scores="(q / d**0.5) @ torch.cat([P_K, K]).T"),
+        },
+        "state": {
+            "into new scores": attention(
+                weights="(scores + torch.zeros(t, n + t).masked_fill_(~seen,"
+                " float('-inf'))).softmax(-1)"
+            ),
+        },
+        "inputs": {
+            "the largest taken off by hand": attention(
+                weights="scores.masked_fill(~seen, float('-inf'));"
+                " weights = (weights - weights.amax(-1, True)).exp();"
+                " weights = weights / weights.sum(-1, True)"
+            ),
+            "token by token": (
+                "def my_attention(q, K, V, P_K, P_V):\n"
+                "    rows = []\n"
+                "    for i in range(len(q)):\n"
+                "        keys = torch.cat([P_K, K[: i + 1]])\n"
+                "        weights = (keys @ q[i] / len(q[i]) ** 0.5).softmax(0)\n"
+                "        rows.append(weights @ torch.cat([P_V, V[: i + 1]]))\n"
+                "    return torch.stack(rows)\n"
+            ),
+        },
+        "kinds": {
+            "in double precision, and back": attention(
+                weights="scores.double().masked_fill(~seen, float('-inf')).softmax(-1)"
+                ".to(q.dtype)"
+            ),
+        },
+        "randomness": {
+            "torch's attention, no dropout": attention(
+                back="F.scaled_dot_product_attention(q, torch.cat([P_K, K]),"
+                " torch.cat([P_V, V]), seen, dropout_p=0.0)"
+            ),
+        },
+    },
+    "11.3": {
+        "arguments": {
+            "one minus the tokens' share": share(back="1 - weights[:, n:].sum(-1)"),
+        },
+        "state": {
+            "into new weights": share(
+                weights="scores.clone().masked_fill_(~seen, float('-inf')).softmax(-1)"
+            ),
+        },
+        "inputs": {
+            "the largest taken off by hand": share(
+                weights="scores.masked_fill(~seen, float('-inf'));"
+                " weights = (weights - weights.amax(-1, True)).exp()",
+                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+        },
+        "kinds": {
+            "in double precision": share(
+                weights="scores.double().masked_fill(~seen, float('-inf')).softmax(-1)"
+            ),
+        },
+    },
+    "11.4": {
+        "arguments": {
+            "layer by layer": counts(
+                back="sum(2 * n * heads * size for _ in range(layers)), n * d"
+            ),
+        },
+        "state": {
+            "kept by all of it": remembered("(str(config), n)"),
+        },
+        "inputs": {
+            "of tensors on the device meta": counts(
+                back="layers * 2 * torch.empty(n, heads, size, device='meta').numel(),"
+                " torch.empty(n, d, device='meta').numel()"
+            ),
+        },
+        "kinds": {
+            "a list": counts(back="[n * 2 * layers * heads * size, n * d]"),
+            "tensors": counts(
+                back="torch.tensor(n * 2 * layers * heads * size), n * d"
+            ),
+        },
     },
 }

@@ -7,7 +7,7 @@ with the tensor that a model really gets.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +22,8 @@ from . import Wrong, close, judged, pulled, unchanged
 
 VOCABULARY = 50
 TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+KEPT = "what the call before returned: something is kept from call to call"
+BEFORE = "what was returned before"
 SIDES = {"left": "padded on the left", "right": "padded on the right"}
 
 # 11.1 ---------------------------------------------------------------------------------
@@ -59,14 +61,20 @@ def batches() -> Iterator[Batch]:
         ("a Llama", 4, (3, 5), "left"),
         ("a Llama", 1, (6,), "left"),
         ("a GPT-2", 6, (5, 2, 5), "right"),
+        ("a Llama", 9, (1, 12, 3, 7, 12, 2), "left"),
+        ("a GPT-2", 2, (1, 1), "left"),
     ):
         t, model = max(lengths), models[name]
         ids = torch.randint(3, VOCABULARY, (len(lengths), t), generator=draw)
         fill = [(t - k, 0) if side == "left" else (0, t - k) for k in lengths]
         ones = [torch.ones(k, dtype=torch.long) for k in lengths]
         mask = torch.stack([F.pad(o, f) for o, f in zip(ones, fill, strict=True)])
+        if len(lengths) > 2:  # some of the padding is pad tokens, and some real tokens
+            ids[0, 0] = ids[0, -1] = ids[-1, t // 2] = TOKENS["pad_token_id"]
         d = model.get_input_embeddings().weight.shape[1]
-        yield Batch(name, model, torch.randn(n, d, generator=draw), ids, mask)
+        size = 20.0 if n == 9 else 1.0
+        P = size * torch.randn(n, d, generator=draw)
+        yield Batch(name, model, P, ids, mask)
 
 
 def _gpt2() -> nn.Module:
@@ -102,43 +110,100 @@ def _random(config) -> nn.Module:
 @judged
 def prompt_forward(my_prompt: Callable) -> None:
     """11.1: my_prompt(model, P, input_ids, attention_mask): logits behind P."""
-    for batch in batches():
-        P = batch.P.clone().requires_grad_()
-        ids, mask = batch.input_ids.clone(), batch.mask.clone()
-        before = copy.deepcopy(batch.model.state_dict())
-        with unchanged(P=P, input_ids=ids, attention_mask=mask):
-            got = my_prompt(batch.model, P, ids, mask)
-        _demand_same_model(batch, before)
-        ours, ours_P = _library(batch)
-        _demand_cut(got, ours, batch)
-        close(
-            got[batch.real],
-            ours.detach()[batch.real],
-            what=f"the logits at real tokens, for {batch}",
-            mistakes=_wrong_prompts(batch),
-            tolerance=1e-4,
+    got = None
+    for first in batches():
+        # Again with other values in the same shapes: the model's own logits are reused.
+        again = replace(
+            first,
+            P=first.P.flip(0) - first.P / 3,
+            input_ids=first.input_ids.roll(1, 0).flip(1),
+            mask=first.mask.roll(1, 0),
         )
-        _same_gradient_of_P(got, P, ours, ours_P, batch)
+        for which, batch in (("", first), (", a second time", again)):
+            got = _judge_prompt(my_prompt, batch, which, before=got)
+    _judge_two_prompts(my_prompt, first)
+
+
+def _judge_prompt(my_prompt, batch: Batch, which: str, before) -> Tensor:
+    kind = nn.Parameter if which else torch.Tensor
+    P = kind(batch.P.clone()).requires_grad_()
+    ids, mask = batch.input_ids.clone(), batch.mask.clone()
+    lent = dict(P=P, input_ids=ids, attention_mask=mask)
+    state = copy.deepcopy(batch.model.state_dict())
+    config = batch.model.config.to_dict()
+    with unchanged(**lent, **{BEFORE: before}):
+        got = my_prompt(batch.model, P, ids, mask)
+    _demand_same_model(batch, state, config)
+    ours, ours_P = _library(batch)
+    _demand_cut(got, ours, batch)
+    old = before[batch.real] if before is not None and which else None
+    close(
+        got[batch.real],
+        ours.detach()[batch.real],
+        what=f"the logits at real tokens, for {batch}{which}",
+        mistakes={KEPT: old} | _wrong_prompts(batch),
+        tolerance=1e-4,
+        kind=ours.dtype,
+    )
+    _same_gradient_of_P(got, P, ours, ours_P, batch)
+    return got.detach()
+
+
+def _judge_two_prompts(my_prompt, batch: Batch) -> None:
+    """Two prompts of one model before one backward pass."""
+    Ps = [(sign * batch.P).clone().requires_grad_() for sign in (1, -1)]
+    got = [my_prompt(batch.model, P, batch.input_ids, batch.mask) for P in Ps]
+    sum(logits[batch.real].square().sum() for logits in got).backward()
+    for which, sign, P in (("first", 1, Ps[0]), ("second", -1, Ps[1])):
+        ours, ours_P = _library(replace(batch, P=sign * batch.P))
+        ours[batch.real].square().sum().backward()
+        close(
+            torch.zeros_like(P) if P.grad is None else P.grad,
+            ours_P.grad,
+            what=f"the gradient of the {which} P of two, for {batch}",
+            mistakes={
+                "P is kept in the function or outside, where the next call writes "
+                "over it": 0 * P
+            },
+            tolerance=1e-3,
+        )
 
 
 def _library(batch: Batch) -> tuple[Tensor, nn.Parameter]:
     """(logits (b, t, vocabulary), P), by methods/prompt.py."""
     model = copy.deepcopy(batch.model)
     prompt.inject(model, n=len(batch.P), start="random")
-    (made,) = adapters(model).values()
+    (adapter,) = adapters(model).values()
     with torch.no_grad():
-        made.P.copy_(batch.P)
+        adapter.P.copy_(batch.P)
     out = model(batch.input_ids, attention_mask=batch.mask, use_cache=False)
-    return out.logits, made.P
+    return out.logits, adapter.P
 
 
-def _demand_same_model(batch: Batch, before: dict) -> None:
-    now = batch.model.state_dict()
-    if any(not torch.equal(now[name], before[name]) for name in before):
-        raise Wrong(
-            f"for {batch}: the model itself was changed; it is frozen. Likely mistake: "
-            "P was written into the table of embeddings"
-        )
+def _demand_same_model(batch: Batch, state: dict, config: dict) -> None:
+    """Wrong where weights, mode, flags, hooks or configuration have changed."""
+    model = batch.model
+    now = model.state_dict()
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    changes = {
+        "P was written into the table of embeddings": any(
+            not torch.equal(now[name], state[name]) for name in state
+        ),
+        "the weights were set to train: only P does": any(
+            parameter.requires_grad for parameter in model.parameters()
+        ),
+        "train() was called on it": model.training,
+        "a hook was left in it": bool(hooks),
+        "its config was changed: pass an argument to the call": (
+            model.config.to_dict() != config
+        ),
+    }
+    for likely, so in changes.items():
+        if so:
+            raise Wrong(
+                f"for {batch}: the model itself was changed; it is frozen. Likely "
+                f"mistake: {likely}"
+            )
 
 
 def _demand_cut(got, ours: Tensor, batch: Batch) -> None:
@@ -150,7 +215,7 @@ def _demand_cut(got, ours: Tensor, batch: Batch) -> None:
     shape, n = tuple(got.shape), len(batch.P)
     if shape == (b, n + t, vocabulary):
         likely = "the outputs of the n positions are still there: cut them off"
-    elif got.shape[-1] == batch.P.shape[1]:
+    elif shape[-1:] == (batch.P.shape[1],):
         likely = "hidden states or embeddings in the place of logits: out.logits"
     else:
         likely = "cut off n outputs, and only those"
@@ -250,19 +315,47 @@ class Head:
     P_K: Tensor  # (n, d)
     P_V: Tensor  # (n, d)
 
+    @property
+    def loud(self) -> bool:
+        """Whether scores are so large that exponentials overflow or vanish."""
+        return bool((self.q @ torch.cat([self.P_K, self.K]).T).abs().max() > 80)
+
     def __str__(self):
         (t, d), n = self.q.shape, len(self.P_K)
         return f"{t} tokens and a prefix of {n}, d={d}"
 
 
-def heads(loud: bool = False) -> Iterator[Head]:
-    """Random heads, the same at every call; with `loud`, one of large scores too."""
+def heads() -> Iterator[Head]:
+    """Random heads, two of each size, the same at every call."""
     draw = torch.Generator().manual_seed(11)
-    sizes = [(5, 3, 4, 1.0), (6, 1, 9, 1.0), (1, 2, 3, 1.0), (4, 7, 2, 2.0)]
-    for t, n, d, size in sizes + [(3, 2, 4, 30.0)] * loud:
-        q, K, V = (torch.randn(t, d, generator=draw) for _ in range(3))
-        P_K, P_V = (torch.randn(n, d, generator=draw) for _ in range(2))
-        yield Head(size * q, size * K, V, size * P_K, P_V)
+    for t, n, d, size in (
+        (5, 3, 4, 1.0),
+        (6, 1, 9, 1.0),
+        (1, 2, 3, 1.0),
+        (4, 7, 2, 2.0),
+        (14, 12, 20, 1.0),
+        (3, 2, 4, 30.0),  # scores as large as hundreds
+        (2, 3, 1, 0.01),
+    ):
+        for _ in range(2):
+            q, K, V = (torch.randn(t, d, generator=draw) for _ in range(3))
+            P_K, P_V = (torch.randn(n, d, generator=draw) for _ in range(2))
+            yield Head(size * q, size * K, V, size * P_K, P_V)
+
+
+def extreme_heads() -> Iterator[Head]:
+    """Scores of hundreds on one side, or on both, or far below zero on both."""
+    draw = torch.Generator().manual_seed(12)
+    t, n, d = 4, 3, 4
+    for own, front in ((25.0, 0.1), (0.1, 25.0), (-20.0, -20.0), (-20.0, 0.1)):
+        q = 10 + torch.rand(t, d, generator=draw)
+        K = own * (1 + 0.02 * torch.rand(t, d, generator=draw))
+        P_K = front * (1 + 0.02 * torch.rand(n, d, generator=draw))
+        V, P_V = torch.randn(t, d, generator=draw), torch.randn(n, d, generator=draw)
+        yield Head(q, K, V, P_K, P_V)
+    q = torch.tensor([[1.0, 0, 0, 0]] * 2)  # what the first token must not see is large
+    K = torch.tensor([[0.0, 0, 0, 0], [700.0, 0, 0, 0]])
+    yield Head(q, K, torch.ones(2, 4), 2 + 0 * K[:1], 3 * torch.ones(1, 4))
 
 
 def attended(head: Head) -> Tensor:
@@ -277,35 +370,82 @@ def attended(head: Head) -> Tensor:
     return out[0, :, 0]
 
 
+NAMES = ("q", "K", "V", "P_K", "P_V")
+
+
 @judged
 def prefix_attention(my_attention: Callable) -> None:
     """11.2: my_attention(q, K, V, P_K, P_V): one causal head with a prefix."""
-    names = ("q", "K", "V", "P_K", "P_V")
-    for head in heads():
-        mine = {name: getattr(head, name).clone().requires_grad_() for name in names}
-        with unchanged(**mine):
-            got = my_attention(*mine.values())
-        theirs = {name: getattr(head, name).clone().requires_grad_() for name in names}
-        expected = attended(Head(**theirs))
-        close(
-            got,
-            expected.detach(),
-            what=f"what the head returns, for {head}",
-            mistakes=_wrong_heads(head),
+    got = None
+    for head in [*heads(), *extreme_heads()]:
+        got = _judge_head(my_attention, head, got)
+    (first, *_) = heads()
+    _judge_head(my_attention, first, got, names=NAMES[3:])
+    _judge_head(my_attention, replace(first, P_V=0 * first.P_V), got)
+    _judge_two_heads(my_attention)
+
+
+def _judge_head(my_attention, head: Head, before, names=NAMES) -> Tensor:
+    """`names` are those that train: all, or the prefix as Parameters."""
+    mine = {name: getattr(head, name).clone() for name in NAMES}
+    theirs = {name: getattr(head, name).clone() for name in NAMES}
+    for name in names:
+        if names is not NAMES:
+            mine[name] = nn.Parameter(mine[name])
+        mine[name].requires_grad_()
+        theirs[name].requires_grad_()
+    with unchanged(**mine, **{BEFORE: before}):
+        got = my_attention(*mine.values())
+    expected = attended(Head(**theirs))
+    where = f"{head}" + ("" if names is NAMES else ", where the prefix alone trains")
+    close(
+        got,
+        expected.detach(),
+        what=f"what the head returns, for {where}",
+        mistakes={KEPT: before} | _wrong_heads(head),
+        tolerance=1e-4 if head.loud else 1e-5,
+    )
+    if not got.requires_grad:
+        raise Wrong(
+            "the values are right, but no gradient passes. Likely mistake: .data, "
+            ".detach() or torch.no_grad()"
         )
-        if not got.requires_grad:
+    if head.loud:  # its gradients are zero, but for rounding errors
+        return got.detach()
+    pulled(got, expected)
+    for name in names:
+        if mine[name].grad is None:
             raise Wrong(
-                "the values are right, but no gradient passes. Likely mistake: .data, "
-                ".detach() or torch.no_grad()"
+                f"the values are right, but no gradient reaches {name}, for {where}. "
+                f"Likely mistake: {name}.data, {name}.detach() or a copy of it"
             )
-        pulled(got, expected)
-        for name in names:
-            if mine[name].grad is None:
-                raise Wrong(f"the values are right, but no gradient reaches {name}")
+        close(
+            mine[name].grad,
+            theirs[name].grad,
+            what=f"right values, but another gradient of {name}, for {where}",
+            tolerance=1e-4,
+        )
+    return got.detach()
+
+
+def _judge_two_heads(my_attention) -> None:
+    """Two heads of the same sizes before one backward pass."""
+    one, two, *_ = heads()
+    leaves = [
+        [getattr(h, n).clone().requires_grad_() for n in NAMES] for h in (one, two)
+    ]
+    twins = [
+        [getattr(h, n).clone().requires_grad_() for n in NAMES] for h in (one, two)
+    ]
+    got = torch.cat([my_attention(*each) for each in leaves])
+    pulled(got, torch.cat([attended(Head(*each)) for each in twins]))
+    for which, mine, theirs in zip(("first", "second"), leaves, twins, strict=True):
+        for name, a, b in zip(NAMES, mine, theirs, strict=True):
             close(
-                mine[name].grad,
-                theirs[name].grad,
-                what=f"right values, but another gradient of {name}, for {head}",
+                torch.zeros_like(a) if a.grad is None else a.grad,
+                b.grad,
+                what=f"the gradient of {name} of the {which} of two heads",
+                mistakes={"something is kept in the function or outside": 0 * a},
                 tolerance=1e-4,
             )
 
@@ -375,20 +515,23 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
 @judged
 def prefix_share(my_share: Callable) -> None:
     """11.3: my_share(q, K, P_K): of each token's attention, what the prefix gets."""
-    for head in heads(loud=True):
+    got = None
+    for head in [*heads(), *extreme_heads()]:
+        before = got
         q, K, P_K = head.q.clone(), head.K.clone(), head.P_K.clone()
-        with unchanged(q=q, K=K, P_K=P_K):
+        with unchanged(q=q, K=K, P_K=P_K, **{BEFORE: before}):
             got = my_share(q, K, P_K)
         # With ones for the prefix's values and zeros for the tokens', attention
         # returns the share itself.
         ones, zeros = torch.ones_like(head.P_V), torch.zeros_like(head.V)
-        expected = attended(Head(q, K, zeros, P_K, ones))[:, 0]
+        expected = attended(Head(head.q, head.K, zeros, head.P_K, ones))[:, 0]
         _demand_one_each(got, expected, head)
         close(
             got,
             expected,
             what=f"the prefix's share for each token, for {head}",
-            mistakes=_wrong_shares(head),
+            mistakes={KEPT: before} | _wrong_shares(head),
+            tolerance=1e-4 if head.loud else 1e-5,
         )
 
 
@@ -415,6 +558,7 @@ def _wrong_shares(head: Head) -> dict[str, Tensor]:
     right = _softmax(scores, seen)[:, :n].sum(-1)
     masses = scores.exp() * seen
     linear = scores * seen
+    shifted = (scores - scores.amax(1, keepdim=True)).exp() * seen
     counts = torch.arange(1.0, t + 1)
     return {
         "the tokens' share: 1 minus what is asked for": 1 - right,
@@ -435,6 +579,12 @@ def _wrong_shares(head: Head) -> dict[str, Tensor]:
         "the ratio of the prefix to the tokens: divide by both": masses[:, :n].sum(-1)
         / masses[:, n:].sum(-1),
         "the mass of the prefix, not divided by the whole": masses[:, :n].sum(-1),
+        "a bare exponential of large scores: torch.softmax takes the largest off": (
+            masses[:, :n].sum(-1) / masses.sum(-1)
+        ).nan_to_num(0.0),
+        "the largest score was taken off, but of what the token does not see": (
+            shifted[:, :n].sum(-1) / shifted.sum(-1)
+        ).nan_to_num(0.0),
         "scores were added up, not their exponentials": linear[:, :n].sum(-1)
         / linear.sum(-1),
         "the mean over all tokens: one share for each": right.mean().expand(t),
@@ -448,6 +598,10 @@ SHAPES = (  # layers, query heads, key-value heads, head size, hidden size, n
     (3, 6, 2, 4, 42, 5),  # grouped queries, and heads that do not add up to the width
     (2, 4, 4, 8, 32, 16),
     (1, 6, 3, 4, 24, 1),
+    (14, 8, 1, 16, 96, 100),  # one head for all queries
+    (2, 4, 4, 8, 32, 3),  # as the second, with another n
+    (14, 8, 4, 16, 96, 100),
+    (40, 8, 7, 1022, 8176, 4093),  # more than float32 counts
 )
 
 
@@ -462,25 +616,32 @@ def soft_counts(my_counts: Callable) -> None:
             head_dim=size,
             hidden_size=hidden,
             intermediate_size=8,
-            max_position_embeddings=64,
+            max_position_embeddings=8192,
             **TOKENS,
         )
         with torch.device("meta"):
             trunk = AutoModelForCausalLM.from_config(config).model
             counted = [
-                made(trunk, config, n).P.numel() for made in counting.SOFT.values()
+                soft(trunk, config, n).P.numel() for soft in counting.SOFT.values()
             ]
-        found = my_counts(config, n)
+        before = config.to_dict()
+        got = my_counts(config, n)
+        if config.to_dict() != before:
+            raise Wrong(
+                "the configuration was changed; it belongs to the caller. Likely "
+                "mistake: config.… = …; give the number a name of its own"
+            )
         shape = (
             f"{layers} layers, {heads} heads of size {size}, {kv_heads} of them with "
             f"keys and values, hidden size {hidden}"
         )
         close(
-            found,
+            got,
             tuple(counted),
             what=f"(prefix, prompt) for n={n} on {shape}",
             mistakes=_wrong_counts(config, n, *counted),
-            tolerance=1e-9,
+            tolerance=0.0,
+            kind=int,
         )
 
 
