@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of notebook 08; each must be refused by its check."""
 
+from attacks import afterwards, first, remembered
+
 from peft_from_scratch.course.checks import qlora_and_paging as checks  # noqa: F401
 
 PREAMBLE = "from collections import OrderedDict, deque"
@@ -462,5 +464,548 @@ MUTANTS = {
         "a new p": pager(
             decayed="p = p * (1 - lr * decay)",
         ),
+    },
+}
+
+
+# ---------------------------------------------------------------------------- Attacks
+
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
+    "8.1": {
+        "arguments": {
+            "codes in blocks of 64": product(
+                y="x @ (torch.tensor(pfs.nf4.CODES['nf4'])[q.codes().long()]"
+                " * q.constants().repeat_interleave(64)[: q.numel]).view(q.shape).T"
+            ),
+            "the codes of NF4": product(
+                y="x @ pfs.nf4.dequantize(type(q)(q.packed, q.absmax, q.shape, q.dtype,"
+                " q.block, 'nf4')).T"
+            ),
+        },
+        "state": {
+            "q in the class": product(
+                keep="MyProduct.q = q",
+                dx="dy @ pfs.nf4.dequantize(MyProduct.q), None",
+            ),
+            "q of the first layer": product(
+                keep="ctx.q = MyProduct.q = getattr(MyProduct, 'q', q)"
+                " if getattr(MyProduct, 'q', q).shape == q.shape else q",
+                y=f"x @ {CTX_W}.T",
+            ),
+            "q outside": "last = []\n\n\n"
+            + product(
+                keep="last.append(q)",
+                dx="dy @ pfs.nf4.dequantize(last[-1]), None",
+            ),
+            "nothing added while B is zero": product(
+                h=f"MyProduct.apply(x, q) + (scale * ({UPDATE}) if B.any() else 0)"
+            ),
+            "W' in half precision until backward": product(
+                keep=f"ctx.W = {W}.half(); ctx.rest = ({W} - ctx.W.float()).half()",
+                dx="dy @ (ctx.W.float() + ctx.rest.float()), None",
+            ),
+            "W' in two pieces": product(
+                keep=f"ctx.parts = [part.clone() for part in {W}.chunk(8)]",
+                dx="dy @ torch.cat(ctx.parts), None",
+            ),
+            "W' as an array": product(
+                keep=f"ctx.W = {W}.numpy().copy()",
+                dx="dy @ torch.from_numpy(ctx.W), None",
+            ),
+            "W' as a list": product(
+                keep=f"ctx.W = {W}.tolist()",
+                dx="dy @ torch.tensor(ctx.W), None",
+            ),
+            "the codes unpacked until backward": product(
+                keep="ctx.q, ctx.codes = q, q.codes()",
+            ),
+            "W' in the codes": product(
+                keep=f"ctx.q = q; q.__dict__['W'] = {W}",
+                dx="dy @ ctx.q.__dict__['W'], None",
+            ),
+            "W' outside": "weights = {}\n\n\n"
+            + product(
+                keep=f"ctx.q = q; weights.setdefault(id(q), {W})",
+                dx="dy @ weights[id(ctx.q)], None",
+            ),
+            "gradients are left off": product(
+                before="h = MyProduct.apply(x, q) + scale * (x @ A.T @ B.T);"
+                " torch.set_grad_enabled(False)",
+                h="h",
+            ),
+            "dy is changed in place": product(
+                dx=f"dy.mul_(2) @ {CTX_W} / 2, None",
+            ),
+            "the constants are changed": product(
+                keep="ctx.q = q; c = getattr(q.absmax, 'codes', q.absmax);"
+                " c.copy_(c.flip(0))",
+            ),
+            "the rank-r product of the first call": product(
+                h="MyProduct.apply(x, q) + scale * (x @ my_qlora.__dict__"
+                ".setdefault((A.shape, B.shape), A).T @ B.T)"
+            ),
+            "parameters alone train": product(
+                before="A = A if isinstance(A, nn.Parameter) else A.clone();"
+                " B = B if isinstance(B, nn.Parameter) else B.detach()",
+            ),
+            "tensors alone train": product(
+                before="B = B.data if isinstance(B, nn.Parameter) else B",
+            ),
+            "where x does not train, nothing does": product(
+                before="A, B = (A, B) if x.requires_grad else (A.detach(), B.detach())",
+            ),
+            "where A is frozen, x is": product(
+                before="x = x if A.requires_grad else x.detach()",
+            ),
+        },
+        "inputs": {
+            "a rank of one": product(
+                before="B = B if B.shape[1] > 1 else B * 0.5",
+            ),
+            "ranks above four": product(before="A, B = A[:4], B[:, :4]"),
+            "rows up to six": product(
+                before="x = torch.cat([x[:6], 0 * x[6:]]) if x.dim() == 2 else x",
+            ),
+            "small updates are dropped": product(
+                before="scale = scale if abs(scale) > 0.1 else 0.0",
+            ),
+            "positive scales": product(before="scale = abs(scale)"),
+            "blocks that fill the rows": product(
+                y="x @ pfs.nf4.dequantize(q).T if q.shape[1] % 8 == 0 else"
+                " x @ pfs.nf4.dequantize(q).T * 0.9",
+            ),
+        },
+        "kinds": {
+            "in double precision": product(
+                y=f"(x.double() @ {W}.double().T)",
+                dx=f"(dy @ {CTX_W}.double()).float(), None",
+            ),
+            "a pair": product(h=f"(MyProduct.apply(x, q) + scale * ({UPDATE}), q)"),
+            "an array": product(
+                h=f"(MyProduct.apply(x, q) + scale * ({UPDATE})).detach().numpy()"
+            ),
+        },
+        "randomness": {
+            "dropout on x": product(
+                h="MyProduct.apply(x, q) + scale * (F.dropout(x, 0.05) @ A.T @ B.T)"
+            ),
+            "a seed": product(before="torch.manual_seed(0)"),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "8.2": {
+        "arguments": {
+            "W' made again from W0": start(
+                "W0 - pfs.nf4.dequantize(pfs.nf4.quantize(W0))"
+            ),
+            "blocks of 64": start(
+                "W0 - pfs.nf4.dequantize(pfs.nf4.quantize(W0, 64, False))"
+            ),
+            "a rank of four": first("r = min(r, 5)"),
+            "positive scales": first("scale = abs(scale)"),
+        },
+        "state": {
+            "kept by shape": remembered("(W0.shape, r, scale)"),
+            "kept by q": remembered("id(q)"),
+            "gradients are left off": first("torch.set_grad_enabled(False)"),
+            "the constants of q are changed": afterwards(
+                "c = getattr(q.absmax, 'codes', q.absmax)", "c.copy_(c.flip(0))"
+            ),
+        },
+        "inputs": {
+            "ranks up to five": start(
+                A="F.pad(s[:min(r, 5)].sqrt()[:, None] * Vt[:min(r, 5)],"
+                " (0, 0, 0, r - min(r, 5)))",
+                B="F.pad(U[:, :min(r, 5)] * s[:min(r, 5)].sqrt() / scale,"
+                " (0, r - min(r, 5)))",
+            ),
+            "no piece below a thousandth": start(
+                "((W0 - pfs.nf4.dequantize(q)) * 1e4).round() / 1e4"
+            ),
+            "1e-6 is added to the values": start(
+                B="U[:, :r] * s[:r] / (s[:r].sqrt() + 1e-5) / scale"
+            ),
+            "a randomized SVD": (
+                "def my_start(W0, q, r, scale):\n"
+                "    U, s, V = torch.svd_lowrank(W0 - pfs.nf4.dequantize(q), r)\n"
+                "    return s.sqrt()[:, None] * V.T, U * s.sqrt() / scale\n"
+            ),
+        },
+        "kinds": {
+            "arrays": start(back="A.numpy(), B.numpy()"),
+            "lists": start(back="A.tolist(), B.tolist()"),
+            "a dictionary": start(back="dict(A=A, B=B)"),
+            "three": start(back="A, B, s"),
+            "complex": start(back="A.cfloat(), B.cfloat()"),
+        },
+        "randomness": {
+            "a seed": first("torch.manual_seed(0)"),
+            "a little noise": start(
+                A="s[:r].sqrt()[:, None] * Vt[:r] * (1 + 1e-3 * torch.randn(r, 1))"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "8.3": {
+        "arguments": {
+            "W' made again from W0": errors(
+                trained="pfs.nf4.dequantize(pfs.nf4.quantize(W0)) + update"
+            ),
+            "W0 as it is after quantizing": errors(
+                original="W0.round(decimals=2) + update"
+            ),
+        },
+        "state": {
+            "kept by shape": remembered("(W0.shape, scale)"),
+            "gradients are left off": first("torch.set_grad_enabled(False)"),
+            "the constants of q are changed": afterwards(
+                "c = getattr(q.absmax, 'codes', q.absmax)", "c.copy_(c.flip(0))"
+            ),
+        },
+        "inputs": {
+            "positive scales": errors(update="abs(scale) * (B @ A)"),
+            "1e-2 is added below": errors(
+                back="tuple(((W - trained).norm() / (update.norm() + 1e-2)).item()"
+                " for W in merges)"
+            ),
+            "no error above one": errors(
+                back="tuple(min(1.0, ((W - trained).norm() / update.norm()).item())"
+                " for W in merges)"
+            ),
+            "errors rounded": errors(
+                back="tuple(round(((W - trained).norm() / update.norm()).item(), 4)"
+                " for W in merges)"
+            ),
+            "the spectral norm": errors(
+                back="tuple((torch.linalg.matrix_norm(W - trained, 2) /"
+                " torch.linalg.matrix_norm(update, 2)).item() for W in merges)"
+            ),
+        },
+        "kinds": {
+            "percent": errors(
+                back="tuple((100 * (W - trained).norm() / update.norm()).item()"
+                " for W in merges)"
+            ),
+            "texts": errors(
+                back="tuple(str(((W - trained).norm() / update.norm()).item())"
+                " for W in merges)"
+            ),
+            "a dictionary": errors(
+                back="dict(original=((original - trained).norm() / "
+                "update.norm()).item(),"
+                " requantized=((requantized - trained).norm() / update.norm()).item())"
+            ),
+            "an array for each": errors(
+                back="tuple(((W - trained).norm() / update.norm())[None] for W in "
+                "merges)"
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "8.4": {
+        "arguments": {
+            "five slots": pages(full="len(self.resident) == min(self.slots, 5)"),
+        },
+        "state": {
+            "one list for all tables": pages()
+            .replace(
+                "    def __init__(self, slots):\n",
+                "    resident = []\n\n    def __init__(self, slots):\n",
+            )
+            .replace(
+                "self.slots, self.resident, self.faults = slots, [], 0",
+                "self.slots, self.faults = slots, 0; self.resident.clear()",
+            ),
+            "one count for all tables": pages(fault="MyPages.faults += 1")
+            .replace(
+                "    def __init__(self, slots):\n",
+                "    faults = 0\n\n    def __init__(self, slots):\n",
+            )
+            .replace(
+                "self.slots, self.resident, self.faults = slots, [], 0",
+                "self.slots, self.resident, MyPages.faults = slots, [], 0",
+            ),
+            "the slots of the last table": pages(
+                full="len(self.resident) == MyPages.slots"
+            ).replace("self.slots, self.resident", "MyPages.slots, self.resident"),
+        },
+        "inputs": {
+            "page zero never leaves": pages(back="left or None"),
+            "pages below ten": pages(
+                hit="i = [p % 10 for p in self.resident]"
+                ".index(page % 10); self.resident.append(self.resident.pop(i))"
+            ).replace(
+                "if page in self.resident:",
+                "if page % 10 in [p % 10 for p in self.resident]:",
+            ),
+            "the same object": pages().replace(
+                "if page in self.resident:", "if any(p is page for p in self.resident):"
+            ),
+            "ten slots": pages(full="len(self.resident) >= min(self.slots, 10)"),
+            "sixty uses": pages(
+                hit="self.calls += 1; self.calls > 99 or"
+                " (self.resident.remove(page), self.resident.append(page))",
+            ),
+            "a slot that is never full": pages(
+                full="len(self.resident) == self.slots and self.slots < 9"
+            ),
+        },
+        "kinds": {
+            "a list of who left": pages(back="[left]"),
+            "as text": pages(back="left if left is None else str(left)"),
+            "with a point": pages(back="left if left is None else float(left)"),
+            "-1 for nobody": pages(back="-1 if left is None else left"),
+            "False for nobody": pages(back="False if left is None else left"),
+            "faults with a point": pages(fault="self.faults += 1.0"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "8.5": {
+        "arguments": {
+            "the rate of the check": pager(
+                first="lr = 0.05",
+            ),
+            "beta1 of the check": pager(first="beta1 = 0.8"),
+            "beta2 of the check": pager(first="beta2 = 0.95"),
+            "eps of the check": pager(first="eps = 1e-3"),
+            "the decay of the check": pager(first="decay = 0.1"),
+            "the rate of the first step": pager(
+                first="lr = self.seen.setdefault('lr', lr)"
+            ),
+            "the decay of the first step": pager(
+                first="decay = self.seen.setdefault('decay', decay)"
+            ),
+            "betas of the first step": pager(
+                first="beta1, beta2 = self.seen.setdefault('betas', (beta1, beta2))"
+            ),
+            "t counted by page": pager(
+                first="t = self.seen[self.page] = self.seen.get(self.page, 0) + 1"
+            ),
+        },
+        "state": {
+            "states in the class": pager().replace("self.states", "MyPager.states"),
+            "the page in the class": pager().replace("self.page", "MyPager.page"),
+            "dirty in the class": pager().replace("self.dirty", "MyPager.dirty"),
+            "the store in the class": pager().replace("self.store", "MyPager.store"),
+            "pages kept beside the slot": pager(
+                read="self.seen.setdefault(page, self.store.read(page))",
+            ),
+            "pages kept beside the slot, and read": pager(
+                read="(self.store.read(page), self.seen.setdefault(page,"
+                " torch.zeros_like(self.store.pages[page])))[1]",
+            ),
+            "in the store itself": pager(
+                read="(self.store.read(page), self.store.pages[page])[1]",
+            ),
+            "zeros at the first sight of a page": pager(
+                read="self.store.read(page) * (page in self.seen);"
+                " self.seen[page] = True",
+            ),
+            "dirty up to step nine": pager(dirty="t < 9"),
+            "dirty where a gradient is": pager(dirty="bool(g.any())"),
+            "g is changed": pager(first="g.mul_(1.0001)"),
+            "g is squared in place": pager(
+                step="lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps);"
+                " g.pow_(2)",
+            ),
+            "gradients are left off": pager(first="torch.set_grad_enabled(False)"),
+            "the other pages of p move": pager(
+                first="p.untyped_storage().nbytes() == p.nbytes or"
+                " p.as_strided((p.untyped_storage().nbytes() // 4,), (1,), "
+                "0).mul_(0.9999)",
+            ),
+        },
+        "inputs": {
+            "large gradients are cut off": pager(first="g = g.clamp(-10, 10)"),
+            "norms are cut off": pager(first="g = g / max(1.0, float(g.norm()) / 100)"),
+            "small gradients are noise": pager(first="g = g * (g.abs() > 1e-5)"),
+            "ten pages": pager(must="self.dirty and (self.page < 10)"),
+            "nine steps": pager(first="t = min(t, 9)"),
+            "pages in order": pager(
+                must="self.dirty and page != self.page - 2",
+            ),
+            "no decay, no shrinking": pager(decayed="p *= 1 - lr * (decay or 0.01)"),
+            "six values": pager(
+                step="F.pad((lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt()"
+                " + eps))[:6], (0, max(0, len(p) - 6)))",
+            ),
+        },
+        "kinds": {
+            "states in half precision": pager(
+                write="self.store.write(self.page, self.states.half().float())",
+            ),
+            "p in half precision": pager(
+                step="(lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps))"
+                ".bfloat16().float()",
+            ),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+}
+ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
+    "8.1": {
+        "arguments": {
+            "the update in another order": product(
+                h="MyProduct.apply(x, q) + (scale * x) @ (B @ A).T"
+            ),
+        },
+        "state": {
+            "codes and constants on ctx": product(
+                keep="ctx.parts = q.packed, q.absmax, q.shape, q.dtype, q.block, "
+                "q.codebook",
+                dx="dy @ pfs.nf4.dequantize(type(q)(*ctx.parts)), None",
+            ).replace("type(q)", "pfs.nf4.Quantized"),
+            "x is saved too": product(keep="ctx.q = q; ctx.save_for_backward(x)"),
+            "checkpointed": (
+                "from torch.utils.checkpoint import checkpoint\n\n\n"
+                "def my_qlora(x, q, A, B, scale):\n"
+                "    def layer(x, A, B):\n"
+                "        y = x @ pfs.nf4.dequantize(q).T\n"
+                "        return y + scale * (x @ A.T @ B.T)\n"
+                "    return checkpoint(layer, x, A, B, use_reentrant=False)\n"
+            ),
+        },
+        "inputs": {
+            "a piece of the rows at a time": product(
+                y="torch.cat([part @ pfs.nf4.dequantize(q).T for part in"
+                " x.reshape(-1, x.shape[-1]).split(2)]).view(*x.shape[:-1], -1)"
+            ),
+        },
+        "kinds": {
+            "in double precision, and back": product(
+                y=f"(x.double() @ {W}.double().T).to(x.dtype)",
+                dx=f"(dy.double() @ {CTX_W}.double()).to(dy.dtype), None",
+            ),
+        },
+        "randomness": {
+            "a dropout of zero": product(
+                h="MyProduct.apply(x, q) + scale * (F.dropout(x, 0.0) @ A.T @ B.T)"
+            ),
+        },
+    },
+    "8.2": {
+        "arguments": {
+            "the scale in A": start(
+                A="s[:r].sqrt()[:, None] * Vt[:r] / scale", B="U[:, :r] * s[:r].sqrt()"
+            ),
+        },
+        "state": {
+            "from a copy, in place": start("W0.clone().sub_(pfs.nf4.dequantize(q))"),
+        },
+        "inputs": {
+            "divided by the roots": start(
+                A="U[:, :r].T @ D / s[:r].sqrt()[:, None]",
+            ),
+            "all of the values in A": start(
+                A="s[:r].diag() @ Vt[:r]", B="U[:, :r] / scale"
+            ),
+        },
+        "kinds": {
+            "in double precision": start("(W0 - pfs.nf4.dequantize(q)).double()"),
+            "a list": start(back="[A, B]"),
+        },
+        "randomness": {
+            "signs by chance": start(
+                A="(signs := torch.randn(r).sign())[:, None] * s[:r].sqrt()[:, "
+                "None] * Vt[:r]",
+                B="U[:, :r] * signs * s[:r].sqrt() / scale",
+            ),
+        },
+    },
+    "8.3": {
+        "arguments": {
+            "the scale in B": errors(update="(scale * B) @ A"),
+        },
+        "state": {
+            "into copies": errors(original="W0.clone().add_(update)"),
+        },
+        "inputs": {
+            "roots of sums of squares": errors(
+                back="tuple(((W - trained).square().sum() / update.square().sum())"
+                ".sqrt().item() for W in merges)"
+            ),
+        },
+        "kinds": {
+            "a list of tensors": errors(
+                back="[(W - trained).norm() / update.norm() for W in merges]"
+            ),
+            "in double precision": errors(
+                back="tuple(float((W - trained).double().norm() / "
+                "update.double().norm())"
+                " for W in merges)"
+            ),
+        },
+    },
+    "8.4": {
+        "arguments": {
+            "free slots counted down": pages(
+                full="not self.free",
+                enter="self.free -= left is None; self.resident.append(page)",
+            ).replace("self.calls = 0", "self.free = slots"),
+        },
+        "state": {
+            "a deque": pages(leave="self.resident.popleft()").replace(
+                "slots, [], 0", "slots, deque(), 0"
+            ),
+        },
+        "inputs": {
+            "times of use": pages(
+                hit="pass",
+                leave="min(self.resident, key=self.resident.get);"
+                " del self.resident[left]",
+                enter="pass",
+                back="(self.resident.__setitem__(page, self.faults + len(self.seen)),"
+                " self.seen.append(page), left)[2]",
+            )
+            .replace("slots, [], 0", "slots, {}, 0")
+            .replace("self.calls = 0", "self.seen = []"),
+        },
+        "kinds": {
+            "a table read anew": pages().replace(
+                "    def use(self, page):",
+                "    @property\n    def count(self):\n"
+                "        return len(self.resident)\n\n    def use(self, page):",
+            ),
+        },
+    },
+    "8.5": {
+        "arguments": {
+            "in torch's own order": pager(
+                decayed="p.mul_(1 - lr * decay)",
+                step="lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t) ** 0.5 "
+                "+ eps)",
+            ),
+        },
+        "state": {
+            "a dictionary for the slot": pager().replace(
+                "self.seen = {}", "self.seen = {'store': store}"
+            ),
+            "written when it leaves, as a copy": pager(
+                write="self.store.write(self.page, self.states.clone())"
+            ),
+        },
+        "inputs": {
+            "into both at once": pager(
+                first="self.states.mul_(torch.tensor([[beta1], [beta2]]))",
+                moments="self.states.add_(torch.stack([(1 - beta1) * g,"
+                " (1 - beta2) * g**2]))",
+            )
+            .replace("        m.mul_(beta1).add_((1 - beta1) * g)\n", "")
+            .replace("        v.mul_(beta2).add_((1 - beta2) * g**2)\n", ""),
+        },
+        "kinds": {
+            "in double precision on the way": pager(
+                step="(lr * (m.double() / (1 - beta1**t)) / ((v.double() / (1 - "
+                "beta2**t))"
+                ".sqrt() + eps)).float()",
+            ),
+        },
     },
 }

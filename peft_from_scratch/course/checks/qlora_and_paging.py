@@ -6,24 +6,47 @@ with a list of when each page was last used, the last with torch's AdamW.
 
 import gc
 import random
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...nf4 import Quantized, dequantize, quantize
-from . import Wrong, close, judged, pulled, unchanged
+from . import Wrong, close, judged, unchanged
 
-# (d_out, d_in, r, scale, shape of x without d_in). The first is square, so that what is
-# turned round has the same shape; in all, W' is far larger than x and h.
+KEPT = "what the call before returned: something is kept from call to call"
+BEFORE = "what was returned before"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a case, before its numbers are drawn."""
+
+    d_out: int
+    d_in: int
+    r: int
+    scale: float
+    shape: tuple[int, ...] = (3,)  # of x, without d_in
+    options: dict = field(default_factory=dict)  # of quantize
+    idle: bool = False  # B is zero, where LoRA begins
+    size: float = 1.0  # of W0
+
+
+# The first is square, so that what is turned round has the same shape.
 CASES = (
-    (48, 48, 3, 2.5, (2, 3)),
-    (40, 64, 2, 0.5, (4,)),
-    (64, 24, 4, 3.0, (1, 2, 2)),
+    Sizes(48, 48, 3, 2.5, (2, 3)),
+    Sizes(40, 64, 2, 0.5, (4,)),
+    Sizes(64, 24, 4, 3.0, (1, 2, 2)),
+    Sizes(56, 40, 1, -0.7, (5,), dict(block=32, double=False)),
+    Sizes(30, 70, 6, 0.01, (9,), dict(code="int4")),
+    Sizes(48, 24, 3, 2.0, (2, 3), idle=True),
+    Sizes(50, 90, 9, 0.05, (3,), dict(block=128), size=1e-3),
 )
 
 
@@ -46,22 +69,38 @@ class Case:
     def update(self) -> Tensor:
         return self.scale * (self.B @ self.A)
 
+    @property
+    def of_q(self) -> list[Tensor]:
+        """All tensors of q."""
+        absmax = self.q.absmax
+        constants = [absmax] if isinstance(absmax, Tensor) else vars(absmax).values()
+        return [self.q.packed, *(t for t in constants if isinstance(t, Tensor))]
+
+    def h(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return x @ self.W.T + self.scale * (x @ A.T @ B.T)
+
     def __str__(self):
         (d_out, d_in), r = self.W0.shape, len(self.A)
         return f"d_in={d_in}, d_out={d_out}, r={r}, scale={self.scale}"
 
 
-def cases() -> Iterator[Case]:
+def cases(rows: tuple[Sizes, ...] = CASES, seed: int = 8) -> Iterator[Case]:
     """Random weights, adapters and inputs, the same at every call."""
-    draw = torch.Generator().manual_seed(8)
+    draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    for d_out, d_in, r, scale, shape in CASES:
-        W0 = normal(d_out, d_in)
-        A, B = normal(r, d_in) / d_in**0.5, normal(d_out, r)
-        yield Case(W0, quantize(W0), A, B, scale, normal(*shape, d_in))
+    for row in rows:
+        W0 = row.size * normal(row.d_out, row.d_in)
+        A, B = normal(row.r, row.d_in) / row.d_in**0.5, normal(row.d_out, row.r)
+        q, x = quantize(W0, **row.options), normal(*row.shape, row.d_in)
+        yield Case(W0, q, A, B * (not row.idle), row.scale, x)
+
+
+def pairs_of_cases() -> Iterator[tuple[Case, Case]]:
+    """Each case, and one of the same sizes with other numbers."""
+    return zip(cases(), cases(seed=9), strict=True)
 
 
 # 8.1 ----------------------------------------------------------------------------------
@@ -70,20 +109,28 @@ def cases() -> Iterator[Case]:
 @judged
 def qlora_forward(my_qlora: Callable) -> None:
     """8.1: my_qlora(x, q, A, B, scale) and its gradients; W' is not kept between."""
+    for first, second in pairs_of_cases():
+        h = _judge_output(my_qlora, first, "", None)
+        _judge_output(my_qlora, second, "second ", h)
+    _demand_nothing_kept(my_qlora)
     for case in cases():
-        x, A, B = (t.clone().requires_grad_() for t in (case.x, case.A, case.B))
-        with unchanged(x=x, A=A, B=B, packed=case.q.packed), _Kept(case.W) as kept:
-            h = my_qlora(x, case.q, A, B, case.scale)
-        twin = [t.clone().requires_grad_() for t in (case.x, case.A, case.B)]
-        expected = twin[0] @ case.W.T + case.scale * (twin[0] @ twin[1].T @ twin[2].T)
-        close(
-            h,
-            expected.detach(),
-            what=f"h, for x of shape {tuple(x.shape)} and {case}",
-            mistakes=_wrong_outputs(case),
-        )
-        kept.demand_none()
-        _same_gradients(case, h, expected, (x, A, B), twin)
+        for train in TRAIN:
+            _judge_gradients(my_qlora, case, train)
+    _judge_in_a_row(my_qlora)
+
+
+def _judge_output(my_qlora, case: Case, which: str, before) -> Tensor:
+    x, A, B = (t.clone().requires_grad_() for t in (case.x, case.A, case.B))
+    with unchanged(x=x, A=A, B=B, q=case.of_q, **{BEFORE: before}):
+        h = my_qlora(x, case.q, A, B, case.scale)
+    close(
+        h,
+        case.h(case.x, case.A, case.B),
+        what=f"h, for {which}x of shape {tuple(x.shape)} and {case}",
+        mistakes={KEPT: before} | _wrong_outputs(case),
+        kind=x.dtype,
+    )
+    return h
 
 
 def _wrong_outputs(case: Case) -> dict[str, Tensor]:
@@ -106,65 +153,168 @@ def _wrong_outputs(case: Case) -> dict[str, Tensor]:
     return wrong
 
 
-def _same_gradients(case, h, expected, mine, twin) -> None:
+TRAIN = (  # (what trains, of x, A and B; of which class A and B are)
+    ((True, True, True), torch.Tensor),
+    ((False, True, True), nn.Parameter),
+    ((True, False, True), torch.Tensor),
+)
+
+
+def _judge_gradients(my_qlora, case: Case, train) -> None:
+    flags, kind = train
+    trained = dict(zip(("x", "A", "B"), flags, strict=True))
+    lent, twin = _leaves(case, trained, kind), _leaves(case, trained, kind)
+    h = my_qlora(lent["x"], case.q, lent["A"], lent["B"], case.scale)
+    some = ", ".join(name for name, so in trained.items() if so)
+    where = f"for {case}" + ("" if all(flags) else f", where only {some} train")
     if not (isinstance(h, Tensor) and h.requires_grad):
         raise Wrong(
-            "h has the right values, but no gradient passes through it. Likely "
-            "mistake: .data, .detach(), torch.no_grad(), or MyProduct.forward(…) in "
-            "the place of MyProduct.apply(…)"
+            f"h has the right values, but no gradient passes through it, {where}. "
+            "Likely mistake: .data, .detach(), torch.no_grad(), or "
+            "MyProduct.forward(…) in the place of MyProduct.apply(…)"
         )
-    ways = pulled(h, expected)
-    through_A = case.scale * (ways @ case.B @ case.A)
-    mistakes = {
-        "the gradient through W' is missing: the layers below learn by it": through_A,
-        "the gradient passes W' only: through A and B it must go too": ways @ case.W,
-        "the gradient passes the codes: in backward too they are dequantized": through_A
-        + ways @ case.q.codes().view(case.W.shape).float(),
-    }
-    if case.W.shape[0] == case.W.shape[1]:
-        turned = through_A + ways @ case.W.T
-        mistakes["W' was transposed in backward: dx is dy W'"] = turned
-    for name, got, wanted in zip(("x", "A", "B"), mine, twin, strict=True):
-        if got.grad is None:
-            raise Wrong(
-                f"h has the right values, but no gradient reaches {name}. Likely "
-                f"mistake: {name}.detach(), or None in backward() in its place"
-            )
+    expected = case.h(**twin)
+    dy = torch.arange(1.0, expected.numel() + 1).view(expected.shape).cos()
+    names = [name for name, so in trained.items() if so]
+    with unchanged(dy=dy, q=case.of_q):
+        got = _gradients(h, [lent[name] for name in names], dy)
+    wanted = _gradients(expected, [twin[name] for name in names], dy)
+    for name, mine, theirs in zip(names, got, wanted, strict=True):
+        if mine is None:
+            raise Wrong(_no_gradient(name, where, case))
         close(
-            got.grad,
-            wanted.grad,
-            what=f"h is right, but not the gradient of {name}, for {case}",
-            mistakes=mistakes,
+            mine,
+            theirs,
+            what=f"h is right, but not the gradient of {name}, {where}",
+            mistakes=_wrong_gradients(case, dy),
             tolerance=1e-4,
         )
 
 
-class _Kept(TorchDispatchMode):
-    """Which tensors as large as W' are made inside the block, and still held after."""
+def _leaves(case: Case, trained: dict[str, bool], kind: type) -> dict[str, Tensor]:
+    tensors = {name: getattr(case, name).clone() for name in trained}
+    return {
+        name: nn.Parameter(tensor, trained[name])
+        if kind is nn.Parameter and name != "x"
+        else tensor.requires_grad_(trained[name])
+        for name, tensor in tensors.items()
+    }
 
-    def __init__(self, W: Tensor):
+
+def _gradients(h: Tensor, inputs: list[Tensor], dy: Tensor) -> tuple:
+    return torch.autograd.grad(h, inputs, dy, allow_unused=True)
+
+
+def _no_gradient(name: str, where: str, case: Case) -> str:
+    likely = f"{name}.detach(), or None in backward() in its place"
+    if not case.B.any():
+        likely = "a shortcut where B is zero, which is where training begins"
+    return (
+        f"h has the right values, but no gradient reaches {name}, {where}. Likely "
+        f"mistake: {likely}"
+    )
+
+
+def _wrong_gradients(case: Case, dy: Tensor) -> dict[str, Tensor]:
+    """Of x."""
+    through_A = case.scale * (dy @ case.B @ case.A)
+    codes = case.q.codes().view(case.W.shape).float()
+    mistakes = {
+        "the gradient through W' is missing: the layers below learn by it": through_A,
+        "the gradient passes W' only: through A and B it must go too": dy @ case.W,
+        "the gradient passes the codes: in backward too they are dequantized": through_A
+        + dy @ codes,
+    }
+    if case.W.shape[0] == case.W.shape[1]:
+        turned = through_A + dy @ case.W.T
+        mistakes["W' was transposed in backward: dx is dy W'"] = turned
+    return mistakes
+
+
+def _judge_in_a_row(my_qlora) -> None:
+    """Two layers, the first of them used twice, before one backward pass."""
+    one, two = cases((Sizes(32, 32, 3, 0.5, (2, 3)), Sizes(32, 32, 2, -1.5)))
+    where = "with two layers, the first used once more, before one backward pass"
+
+    def run(first: Callable, second: Callable) -> tuple[Tensor, list[Tensor]]:
+        leaves = [t.clone().requires_grad_() for c in (one, two) for t in (c.A, c.B)]
+        x = one.x.clone().requires_grad_()
+        h = first(second(first(x, *leaves[:2]), *leaves[2:]), *leaves[:2])
+        return h, [x, *leaves]
+
+    def layer(case: Case) -> Callable:
+        return lambda x, A, B: my_qlora(x, case.q, A, B, case.scale)
+
+    h, mine = run(layer(one), layer(two))
+    expected, theirs = run(one.h, two.h)
+    close(h, expected.detach(), what=f"h {where}")
+    dy = torch.arange(1.0, h.numel() + 1).view(h.shape).cos()
+    names = ("x", "A of the first", "B of the first", "A of the second", "B of it")
+    for name, got, wanted in zip(
+        names, _gradients(h, mine, dy), _gradients(expected, theirs, dy), strict=True
+    ):
+        if got is None or not torch.allclose(
+            got, wanted, 1e-3, 1e-3 * wanted.abs().max()
+        ):
+            raise Wrong(
+                f"h is right, but not the gradient of {name}, {where}. Likely mistake: "
+                "what backward() needs is kept in the class or outside, where the next "
+                "layer writes over it: keep it on ctx"
+            )
+
+
+def _demand_nothing_kept(my_qlora) -> None:
+    """Wrong where W' lives on between the passes; the caller holds the graph."""
+    (case,) = cases((Sizes(192, 256, 4, 0.5),))
+    x, A, B = (t.clone().requires_grad_() for t in (case.x, case.A, case.B))
+    tracemalloc.start()  # arrays and lists; tensors are seen by _Storages
+    try:
+        with _Storages() as storages:
+            h = my_qlora(x, case.q, A, B, case.scale)
+        gc.collect()
+        traced, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    bytes_ = traced + storages.alive(h, case.B @ case.A, case.update)
+    if bytes_ >= case.W.nbytes / 4:
+        raise Wrong(
+            "h has the right values, but W' is still in memory after the forward "
+            f"pass, or something as large: {bytes_:,} bytes are kept, and W' has "
+            f"{case.W.nbytes:,}. Every layer keeps as much until backward. Likely "
+            "mistake: plain autograd, save_for_backward(W) or ctx.W; keep ctx.q, and "
+            "dequantize again in backward()"
+        )
+
+
+class _Storages(TorchDispatchMode):
+    """Which tensors are made inside the block, and still alive after."""
+
+    def __init__(self):
         super().__init__()
-        self.bytes, self.made = W.nbytes, []
+        self.made = {}  # their places in memory: weak references
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = {_storage(t) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         result = operation(*args, **(kwargs or {}))
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         for tensor in filter(_is_tensor, tree_leaves(result)):
-            held = tensor.untyped_storage()
-            if held.nbytes() >= self.bytes and held._cdata not in given:
-                self.made.append(weakref.ref(held))
+            if _storage(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self.made[_storage(tensor)] = weakref.ref(storage)
         return result
 
-    def demand_none(self) -> None:
-        """Wrong where W' lives on between the passes; the caller holds the graph."""
-        gc.collect()
-        if any(held() is not None for held in self.made):
-            raise Wrong(
-                "h has the right values, but W' is still in memory after the forward "
-                "pass: that of every layer, until backward. Likely mistake: plain "
-                "autograd, save_for_backward(W) or ctx.W; keep ctx.q, and dequantize "
-                "again in backward()"
-            )
+    def alive(self, *besides: Tensor) -> int:
+        """Bytes of those that are, without `besides` and what has the same numbers."""
+        places = [_storage(tensor) for tensor in besides]
+        sides = [t.reshape(-1) for b in besides for t in (b, b.T) if b.dim() == 2]
+        total = 0
+        for place, reference in self.made.items():
+            storage = reference()
+            if storage is None or place in places:
+                continue
+            mine = torch.empty(0).set_(storage)
+            same = (mine.shape == s.shape and torch.allclose(mine, s) for s in sides)
+            total += 0 if any(same) else storage.nbytes()
+        return total
 
 
 def _is_tensor(value) -> bool:
@@ -181,31 +331,49 @@ def _storage(tensor: Tensor) -> int:
 @judged
 def loftq_start(my_start: Callable) -> None:
     """8.2: my_start(W0, q, r, scale): scale B A is the best rank r of W0 - W'."""
-    for case in cases():
-        r, scale = len(case.A) + 1, case.scale
-        with unchanged(W0=case.W0, packed=case.q.packed):
-            found = my_start(case.W0, case.q, r, scale)
-        sizes = f"{tuple(case.W0.shape)}, r={r}, scale={scale}"
-        A, B = _pair(found, case.W0.shape, r, sizes)
-        close(
-            scale * (B @ A),
-            _best(case.W0 - case.W, r),
-            what=f"scale · B A, for W0 of {sizes}",
-            mistakes=_wrong_starts(case, r),
-            tolerance=1e-4,
-        )
+    for first, second in pairs_of_cases():
+        for r in (len(first.A) + 1, min(12, *first.W0.shape)):
+            product = _judge_start(my_start, first, r, None)
+            _judge_start(my_start, second, r, product)
+    (small,) = cases((Sizes(6, 20, 2, 0.5),))
+    for r in (1, 6):  # one piece, and all of them
+        _judge_start(my_start, small, r, None)
 
 
-def _pair(found, shape, r: int, sizes: str) -> tuple[Tensor, Tensor]:
-    if not (isinstance(found, tuple | list) and len(found) == 2):
+def _judge_start(my_start, case: Case, r: int, before) -> Tensor:
+    with unchanged(W0=case.W0, q=case.of_q):
+        answer = my_start(case.W0, case.q, r, case.scale)
+    sizes = f"{tuple(case.W0.shape)}, r={r}, scale={case.scale}"
+    A, B = _pair(answer, case.W0.shape, r, sizes)
+    product = case.scale * (B @ A)
+    close(
+        product,
+        _best(case.W0 - case.W, r),
+        what=f"scale · B A, for W0 of {sizes}",
+        mistakes={KEPT: before} | _wrong_starts(case, r),
+        tolerance=1e-4,
+    )
+    return product
+
+
+def _pair(answer, shape, r: int, sizes: str) -> tuple[Tensor, Tensor]:
+    """A and B, detached, in double precision; Wrong where they are something else."""
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
         raise Wrong(
             f"for W0 of {sizes}: expected two tensors, A and B, in this order; got "
-            f"{type(found).__name__}. Likely mistake: `return A, B` is missing"
+            f"{type(answer).__name__}. Likely mistake: `return A, B` is missing"
         )
+    for name, each in zip("AB", answer, strict=True):
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            kind = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise Wrong(
+                f"for W0 of {sizes}: {name} should be a tensor of real numbers, and is "
+                f"{kind}. Likely mistake: .numpy(), .tolist() or another dtype"
+            )
     wanted = [(r, shape[1]), (shape[0], r)]
-    shapes = [tuple(getattr(each, "shape", ())) for each in found]
+    shapes = [tuple(each.shape) for each in answer]
     if shapes == wanted:
-        return found[0].detach(), found[1].detach()
+        return answer[0].detach().double(), answer[1].detach().double()
     likely = "another size was used: A reads x, B writes h, r lies between"
     if shapes == wanted[::-1]:
         likely = "`return B, A`"
@@ -229,7 +397,8 @@ def _wrong_starts(case: Case, r: int) -> dict[str, Tensor]:
     D, scale = case.W0 - case.W, case.scale
     right = _best(D, r)
     U, s, Vt = torch.linalg.svd(D, full_matrices=False)
-    return {
+    again = dequantize(quantize(case.W0))
+    wrong = {
         "the wrong sign: W0 - W', not W' - W0": -right,
         "the scale is forgotten: divide the pieces by it": scale * right,
         "divided by the scale in A and in B: once is enough": right / scale,
@@ -245,7 +414,11 @@ def _wrong_starts(case: Case, r: int) -> dict[str, Tensor]:
         ),
         "one piece too few": _best(D, r - 1),
         "B A is zero: that is LoRA's own start": torch.zeros_like(D),
+        "W' was made again from W0: dequantize the codes that you are given": _best(
+            case.W0 - again, r
+        ),
     }
+    return {text: value for text, value in wrong.items() if not value.equal(right)}
 
 
 # 8.3 ----------------------------------------------------------------------------------
@@ -254,16 +427,28 @@ def _wrong_starts(case: Case, r: int) -> dict[str, Tensor]:
 @judged
 def merge_errors(my_errors: Callable) -> None:
     """8.3: my_errors(W0, q, A, B, scale): (original, requantized), in updates."""
-    for case in cases():
-        with unchanged(W0=case.W0, A=case.A, B=case.B, packed=case.q.packed):
-            got = my_errors(case.W0, case.q, case.A, case.B, case.scale)
-        close(
-            got,
-            _errors(case),
-            what=f"(original, requantized), for {case}",
-            mistakes=_wrong_errors(case),
-            tolerance=1e-4,
-        )
+    for first, second in zip(_merges(8), _merges(9), strict=True):
+        got = None
+        for case in (first, second):
+            before = got
+            with unchanged(W0=case.W0, A=case.A, B=case.B, q=case.of_q):
+                got = my_errors(case.W0, case.q, case.A, case.B, case.scale)
+            close(
+                got,
+                _errors(case),
+                what=f"(original, requantized), for {case}",
+                mistakes={KEPT: before} | _wrong_errors(case),
+                tolerance=1e-4,
+            )
+
+
+def _merges(seed: int) -> Iterator[Case]:
+    """Codes made with the defaults, of a weight that is not quite W0."""
+    rows = [replace(row, options={}, idle=False) for row in CASES]
+    for case in cases(tuple(rows), seed):
+        draw = torch.Generator().manual_seed(seed)
+        noise = case.W0.std() * torch.randn(case.W0.shape, generator=draw)
+        yield replace(case, W0=case.W0 + 0.05 * noise)
 
 
 def _errors(
@@ -293,6 +478,9 @@ def _wrong_errors(case: Case) -> dict[str, tuple]:
         "compared with W0": _errors(case, truth=W0),
         "requantized W0 + ΔW, not W' + ΔW": _errors(case, again=W0 + update),
         "requantized without the update": _errors(case, again=W),
+        "requantized without the update, and W0 in the place of W'": _errors(
+            case, again=W0
+        ),
         "the update is not scaled": _errors(case, update=case.B @ case.A),
         "squared: take the root of the sums of squares": tuple(e**2 for e in right),
         "sums of the absolute values: norms are asked for": tuple(
@@ -301,6 +489,9 @@ def _wrong_errors(case: Case) -> dict[str, tuple]:
         ),
         "not divided by ‖ΔW‖": _errors(case, whole=torch.tensor(1.0)),
         "the two are swapped": right[::-1],
+        "W' was made again from W0: dequantize the codes that you are given": _errors(
+            replace(case, q=quantize(W0))
+        ),
     }
 
 
@@ -311,21 +502,37 @@ def _wrong_errors(case: Case) -> dict[str, tuple]:
 def lru_pages(MyPages: type) -> None:
     """8.4: MyPages(slots).use(page) -> who left, or None; .resident, .faults."""
     for slots, trace in _traces():
-        theirs, last, faults = MyPages(slots), {}, 0
-        for now, page in enumerate(trace):
-            got = theirs.use(page)
-            left = None
-            if page not in last:
-                faults += 1
-                if len(last) == slots:
-                    left = min(last, key=last.get)
-            wrong = _wrong_leavers(last, left, page, trace[:now])
-            last.pop(left, None)
-            last[page] = now
-            where = f"{slots} slots, pages used so far {trace[: now + 1]}"
-            if type(got) is not type(left) or got != left:
-                raise Wrong(_who_left(where, left, got, wrong))
-            _same_table(theirs, set(last), slots, faults, where)
+        for _ in _follow(MyPages, slots, trace, ""):
+            pass
+    (slots, trace), (other, rest) = [*_traces()][-2:]
+    what = ", with two tables at a time"
+    one, two = _follow(MyPages, slots, trace, what), _follow(MyPages, other, rest, what)
+    for _ in zip_longest(one, two):
+        pass
+
+
+def _follow(MyPages: type, slots: int, trace: list[int], more: str) -> Iterator[None]:
+    """Use each page of the trace and compare; stops before each."""
+    theirs, last, faults = MyPages(slots), {}, 0
+    for now, page in enumerate(trace):
+        yield
+        got = theirs.use(page)
+        left = None
+        if page not in last:
+            faults += 1
+            if len(last) == slots:
+                left = min(last, key=last.get)
+        wrong = _wrong_leavers(last, left, page, trace[:now])
+        last.pop(left, None)
+        last[page] = now
+        where = f"{slots} slots, pages used so far {_shown(trace[: now + 1])}{more}"
+        if type(got) is not type(left) or got != left:
+            raise Wrong(_who_left(where, left, got, wrong))
+        _same_table(theirs, set(last), slots, faults, where)
+
+
+def _shown(trace: list[int]) -> str:
+    return str(trace) if len(trace) < 30 else f"[…, {str(trace[-20:])[1:]}"
 
 
 def _traces() -> Iterator[tuple[int, list[int]]]:
@@ -335,9 +542,16 @@ def _traces() -> Iterator[tuple[int, list[int]]]:
     yield 1, [3, 3, 4, 3]
     yield 4, [0, 1, 2, 3, 4, 5] * 3  # over and over
     yield 4, [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0] * 2  # back and forth
+    yield 9, [*range(7)] * 2  # never full
     dice = random.Random(8)
-    for slots in (2, 3, 5):
-        yield slots, [dice.randrange(8) for _ in range(60)]
+    for slots, pages, first, uses in (
+        (2, 8, 0, 60),
+        (3, 8, 0, 60),
+        (5, 8, 0, 60),
+        (12, 20, 1000, 400),  # numbers above 256: equal ones are not the same object
+        (11, 16, 0, 200),
+    ):
+        yield slots, [first + dice.randrange(pages) for _ in range(uses)]
 
 
 def _wrong_leavers(last: dict, left, page, before: list) -> dict:
@@ -364,14 +578,16 @@ def _who_left(where, left, got, wrong: dict) -> str:
         likely = ["nobody has to leave: the page is there, or a slot is free"]
     elif got is None:
         likely = ["all slots are taken and the page is in none: return who left"]
-    told = f"who left: {where}\n  expected  {left!r}\n  got       {got!r}"
-    return told + (f"\nLikely mistake: {likely[0]}" if likely else "")
+    if left is not None and got == left:
+        likely = [f"the right page, but as a {type(got).__name__}"]
+    text = f"who left: {where}\n  expected  {left!r}\n  got       {got!r}"
+    return text + (f"\nLikely mistake: {likely[0]}" if likely else "")
 
 
 def _same_table(theirs, resident: set, slots: int, faults: int, where: str) -> None:
-    found = list(theirs.resident)
-    if set(found) != resident or len(found) != len(resident):
-        more = len(found) > slots
+    pages = list(theirs.resident)
+    if set(pages) != resident or len(pages) != len(resident):
+        more = len(pages) > slots
         likely = (
             "more pages than slots: one must leave before the new one comes"
             if more
@@ -379,7 +595,8 @@ def _same_table(theirs, resident: set, slots: int, faults: int, where: str) -> N
         )
         raise Wrong(
             f"self.resident: {where}\n  expected  {sorted(resident)}\n"
-            f"  got       {found}\nLikely mistake: {likely}"
+            f"  got       {pages}\nLikely mistake: {likely}; or two tables share one "
+            "list"
         )
     if theirs.faults != faults:
         raise Wrong(
@@ -387,18 +604,17 @@ def _same_table(theirs, resident: set, slots: int, faults: int, where: str) -> N
             "Likely mistake: a use of a page that is not there is a fault, a hit is "
             "none; the first use of a page counts too"
         )
+    close(theirs.faults, faults, what=f"self.faults: {where}", kind=int)
 
 
 # 8.5 ----------------------------------------------------------------------------------
-
-SETTINGS = dict(lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, decay=0.1)
 
 
 class Store:
     """Slow memory: of each page m and v, a tensor (2, n). Counts the copies."""
 
-    def __init__(self, pages: int, n: int):
-        self.pages = torch.zeros(pages, 2, n)
+    def __init__(self, pages: Tensor):
+        self.pages = pages.clone()
         self.reads = self.writes = 0
 
     def read(self, page: int) -> Tensor:
@@ -411,114 +627,192 @@ class Store:
         self.pages[page].copy_(states)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Pages of n values, in the order of their updates at each step; how to update."""
+
+    pages: int
+    n: int
+    order: list[list[int]]
+    lr: float = 0.05
+    beta1: float = 0.8
+    beta2: float = 0.95
+    eps: float = 1e-3
+    decay: float = 0.1
+    done: int = 0  # steps before the first, whose m and v are in the store
+    size: float = 1.0  # of the gradients
+    steady: bool = True  # the same rate, betas, eps and decay at each step
+
+    def settings(self, t: int) -> dict[str, float]:
+        """Of the step number t."""
+        names = ("lr", "beta1", "beta2", "eps", "decay")
+        turn = 1 if self.steady else 1 - 0.2 * (t % 3)
+        return {name: turn * getattr(self, name) for name in names}
+
+    def begin(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(p (pages, n), gradients (steps, pages, n), m and v (pages, 2, n))"""
+        draw = torch.Generator().manual_seed(self.pages * self.n + self.done)
+        p = torch.randn(self.pages, self.n, generator=draw)
+        shape = (len(self.order), self.pages, self.n)
+        grads = self.size * torch.randn(shape, generator=draw)
+        if len(grads) > 5:
+            grads[3, 1] = 0  # m and v change all the same
+        states = self.size * torch.randn(self.pages, 2, self.n, generator=draw)
+        states[:, 1] = states[:, 1] ** 2
+        return p, grads, states * bool(self.done)
+
+    def __str__(self):
+        shown = f"{self.order[:3]}" + (", …" if len(self.order) > 3 else "")
+        more = f", after {self.done} steps before" if self.done else ""
+        size = "" if self.size == 1 else f", gradients of the size of {self.size:g}"
+        return f"{self.pages} pages of {self.n} values, walks {shown}{more}{size}"
+
+
+WALKS = (
+    Walk(1, 5, [[0], [0], [0]]),
+    Walk(3, 4, [[0, 1, 2]] * 4),
+    Walk(3, 4, [[0, 1, 2], [2, 1, 0], [0, 1, 2]]),
+    Walk(2, 6, [[1, 0]] * 3),
+    Walk(3, 4, [[0, 1, 2]] * 3, 0.01, 0.5, 0.7, 0.1, 0.0),
+    Walk(2, 9, [[0, 1]] * 6, decay=0.5, done=4, steady=False),
+    Walk(
+        13, 1, [[*range(13)]] * 2 + [[*range(12, -1, -1)]] * 10, beta1=0.9, beta2=0.99
+    ),
+    Walk(2, 4, [[0, 1]] * 3, eps=1e-9, size=1e-6),
+    Walk(2, 4, [[1, 0]] * 3, size=1e4),
+)
+
+
 @judged
 def paged_adamw(MyPager: type) -> None:
     """8.5: MyPager(store): bring(page), update(p, g, t, …); AdamW's weights."""
-    for pages, n, walk in (
-        (1, 5, [[0], [0], [0]]),
-        (3, 4, [[0, 1, 2]] * 4),
-        (3, 4, [[0, 1, 2], [2, 1, 0], [0, 1, 2]]),
-        (2, 6, [[1, 0]] * 3),
-    ):
-        told = f"{pages} pages of {n} values, walks {walk}"
-        store, pager, p, grads = _begin(MyPager, pages, n, len(walk))
-        reads = writes = 0
-        held = None
-        for t, (order, g) in enumerate(zip(walk, grads, strict=True), 1):
-            for page in order:
-                pager.bring(page)
-                if page != held:
-                    reads, writes = reads + 1, writes + (held is not None)
-                _same_counts(store, reads, writes, told)
-                pager.update(p[page], g[page].clone(), t, **SETTINGS)
-                held = page
-        _same_weights(p, grads, told)
-        _same_when_only_looked_at(pager, store, pages, told)
+    for walk in WALKS:
+        for _ in _updates(MyPager, walk, str(walk)):
+            pass
+    one, two = (replace(WALKS[1], n=n) for n in (4, 6))
+    where = f"two pagers at a time, each with {one}"
+    for _ in zip_longest(_updates(MyPager, one, where), _updates(MyPager, two, where)):
+        pass
+    _same_after_a_change(MyPager)
 
 
-def _begin(MyPager, pages: int, n: int, steps: int):
-    draw = torch.Generator().manual_seed(pages * n)
-    store = Store(pages, n)
-    p = torch.randn(pages, n, generator=draw)
-    grads = torch.randn(steps, pages, n, generator=draw)
-    return store, MyPager(store), p, grads
+def _updates(MyPager: type, walk: Walk, where: str) -> Iterator[None]:
+    """Take the walk and compare; stops before each update."""
+    p, grads, states = walk.begin()
+    store, first = Store(states), p.clone()
+    pager, reads, writes, here = MyPager(store), 0, 0, None
+    for t, order in enumerate(walk.order, walk.done + 1):
+        for page in order:
+            yield
+            pager.bring(page)
+            if page != here:
+                reads, writes = reads + 1, writes + (here is not None)
+            _same_counts(store, reads, writes, where)
+            _update(pager, store, p, grads[t - walk.done - 1], page, t, walk)
+            here = page
+    _same_weights(p, first, grads, states, walk, where)
+    _same_when_only_looked_at(pager, store, walk, where)
+    _same_states(store, first, grads, states, walk, where)
 
 
-def _start(grads: Tensor) -> Tensor:
-    """The weights that _begin drew, with these sizes."""
-    _, pages, n = grads.shape
-    return torch.randn(pages, n, generator=torch.Generator().manual_seed(pages * n))
+def _update(pager, store: Store, p: Tensor, g: Tensor, page: int, t: int, walk) -> None:
+    """Of one page: nothing else may change."""
+    others = [each for i, each in enumerate(p) if i != page]
+    g, before, writes = g[page].clone(), store.pages.clone(), store.writes
+    with unchanged(g=g, **{"another page of p": others}):
+        pager.update(p[page], g, t, **walk.settings(t))
+    if store.writes != writes or not torch.equal(store.pages, before):
+        raise Wrong(
+            f"for {walk}: an update of page {page} changed the store. Likely mistake: "
+            "nothing is written when nobody leaves; the slot holds a copy of its own"
+        )
 
 
-def _same_weights(p: Tensor, grads: Tensor, told: str) -> None:
-    steps = len(grads)
+def _same_weights(p, first, grads, states, walk: Walk, where: str) -> None:
     mistakes = {
-        text: _adamw(grads, **{name: value})
-        for text, name, value in (
-            ("no bias correction: divide m and v by 1 - beta ** t", "corrected", False),
-            ("m is lost between the steps", "forget_m", True),
-            ("v is lost between the steps: both states are in the page", "forget_v", 1),
-            ("weight decay is missing: p shrinks by lr · decay", "decay", 0.0),
-            ("weight decay went into the gradient: that is Adam's L2", "l2", True),
-            ("eps was added under the root", "under", True),
-            ("v moves by beta1: it has a beta of its own, beta2", "pace", 0.8),
-            ("t counts the updates of all pages: it is the step's number", "each", 1),
+        text: _adamw(first, grads, states, walk, **{name: True})
+        for text, name in (
+            ("no bias correction: divide m and v by 1 - beta ** t", "bare"),
+            ("m is lost between the steps", "forget_m"),
+            ("v is lost between the steps: both states are in the page", "forget_v"),
+            ("weight decay is missing: p shrinks by lr · decay", "no_decay"),
+            ("weight decay went into the gradient: that is Adam's L2", "l2"),
+            ("eps was added under the root", "under"),
+            ("v moves by beta1: it has a beta of its own, beta2", "one_beta"),
+            ("t counts the updates of all pages: it is the step's number", "each"),
+            ("the states before the first step were lost: read them", "afresh"),
+            ("t was counted from one on: the step's number is given", "count"),
         )
     }
+    expected, _ = _torch_adamw(first, grads, states, walk)
     close(
         p,
-        _torch_adamw(grads),
-        what=f"the weights after step {steps}, for {told}",
-        mistakes=mistakes,
+        expected,
+        what=f"the weights after step {walk.done + len(grads)}, for {where}",
+        mistakes={text: q for text, q in mistakes.items() if not q.equal(expected)},
         tolerance=1e-4,
     )
 
 
-def _torch_adamw(grads: Tensor) -> Tensor:
-    s = SETTINGS
-    p = torch.nn.Parameter(_start(grads))
-    optimizer = torch.optim.AdamW(
-        [p], s["lr"], (s["beta1"], s["beta2"]), s["eps"], s["decay"], foreach=False
-    )
-    for g in grads:
+def _torch_adamw(first, grads, states, walk: Walk) -> tuple[Tensor, Tensor]:
+    """(p, m and v) by torch."""
+    p = nn.Parameter(first.clone())
+    optimizer = torch.optim.AdamW([p], foreach=False)
+    m, v = states.unbind(1)
+    optimizer.state[p] = {
+        "step": torch.tensor(float(walk.done)),
+        "exp_avg": m.clone(),
+        "exp_avg_sq": v.clone(),
+    }
+    for t, g in enumerate(grads, walk.done + 1):
+        lr, beta1, beta2, eps, decay = walk.settings(t).values()
+        settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
+        optimizer.param_groups[0].update(settings)
         p.grad = g.clone()
         optimizer.step()
-    return p.detach()
+    state = optimizer.state[p]
+    return p.detach(), torch.stack([state["exp_avg"], state["exp_avg_sq"]], 1)
 
 
 def _adamw(
+    first: Tensor,
     grads: Tensor,
+    states: Tensor,
+    walk: Walk,
     *,
-    corrected=True,
+    bare=False,
     forget_m=False,
     forget_v=False,
-    decay=SETTINGS["decay"],
+    no_decay=False,
     l2=False,
     under=False,
-    pace=SETTINGS["beta2"],
+    one_beta=False,
     each=False,
+    afresh=False,
+    count=False,
 ) -> Tensor:
     """AdamW in its equations, with a mistake at choice."""
-    lr, beta1, beta2, eps = (SETTINGS[n] for n in ("lr", "beta1", "beta2", "eps"))
-    p = _start(grads)
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for t, g in enumerate(grads, 1):
+    p, (m, v) = first, (0 * states if afresh else states).unbind(1)
+    for t, g in enumerate(grads, 1 if count else walk.done + 1):
+        lr, beta1, beta2, eps, decay = walk.settings(t).values()
         g = g + decay * p if l2 else g
+        pace = beta1 if one_beta else beta2
         m = beta1 * (0 if forget_m else m) + (1 - beta1) * g
         v = pace * (0 if forget_v else v) + (1 - pace) * g**2
-        count = torch.tensor(float(t))
+        number = torch.tensor(float(t))
         if each:  # the pages take their turns
-            count = (t - 1) * len(p) + torch.arange(1.0, len(p) + 1)[:, None]
-        low, high = (1 - beta1**count, 1 - beta2**count) if corrected else (1, 1)
+            number = (t - 1) * len(p) + torch.arange(1.0, len(p) + 1)[:, None]
+        low, high = (1, 1) if bare else (1 - beta1**number, 1 - beta2**number)
         root = (v / high + eps).sqrt() if under else (v / high).sqrt() + eps
-        p = (p if l2 else p * (1 - lr * decay)) - lr * (m / low) / root
+        p = p if l2 or no_decay else p * (1 - lr * decay)
+        p = p - lr * (m / low) / root
     return p
 
 
-def _same_counts(store: Store, reads: int, writes: int, told: str) -> None:
+def _same_counts(store: Store, reads: int, writes: int, where: str) -> None:
     if store.reads != reads:
         raise Wrong(
-            f"pages read from the store, for {told}\n  expected  {reads}\n"
+            f"pages read from the store, for {where}\n  expected  {reads}\n"
             f"  got       {store.reads}\nLikely mistake: a page that is in the slot "
             "already is not read again, and every other one is, once"
         )
@@ -529,27 +823,73 @@ def _same_counts(store: Store, reads: int, writes: int, told: str) -> None:
             else "nothing is written when nobody leaves; and once when somebody does"
         )
         raise Wrong(
-            f"pages written back, for {told}\n  expected  {writes}\n"
+            f"pages written back, for {where}\n  expected  {writes}\n"
             f"  got       {store.writes}\nLikely mistake: {likely}"
         )
 
 
-def _same_when_only_looked_at(pager, store: Store, pages: int, told: str) -> None:
+def _same_when_only_looked_at(pager, store: Store, walk: Walk, where: str) -> None:
     """Pages that are brought and not updated are clean: dropped, not written."""
+    last = walk.pages - 1
     pager.bring(0)
-    pager.bring(pages - 1)
-    writes, kept = store.writes, store.pages.clone()
-    for page in [*range(pages), *range(pages)]:
+    pager.bring(last)
+    writes, before = store.writes, store.pages.clone()
+    for page in [*range(last + 1), *range(last + 1)]:
         pager.bring(page)
     late = store.writes - writes
     if late:
         raise Wrong(
-            f"for {told}, and then looked at without an update: {late} clean pages "
+            f"for {where}, and then looked at without an update: {late} clean pages "
             "were written back. Likely mistake: only a dirty page is written; a page "
             "that was just read is clean"
         )
-    if not torch.equal(kept, store.pages):
+    if not torch.equal(before, store.pages):
         raise Wrong(
-            f"for {told}: looking at pages changed the store. Likely mistake: another "
+            f"for {where}: looking at pages changed the store. Likely mistake: another "
             "page's states were written, or to another page's place"
         )
+
+
+def _same_states(store: Store, first, grads, states, walk: Walk, where: str) -> None:
+    """Of all pages; where there is only one, it is in the slot."""
+    _, expected = _torch_adamw(first, grads, states, walk)
+    if walk.pages > 1:
+        close(
+            store.pages,
+            expected,
+            what=f"m and v in the store after the last step, for {where}",
+            tolerance=1e-5,
+        )
+
+
+def _same_after_a_change(MyPager: type) -> None:
+    """Somebody else writes to the store: a page that was away is read from there."""
+    walk = Walk(3, 4, [[0, 1, 2]])
+    p, (g,), states = walk.begin()
+    store = Store(states)
+    pager = MyPager(store)
+    for page in range(3):
+        pager.bring(page)
+        pager.update(p[page], g[page].clone(), 1, **walk.settings(1))
+    changed = torch.rand(2, 4, generator=torch.Generator().manual_seed(8))
+    store.pages[0] = changed
+    first = p[:1].clone()
+    pager.bring(0)
+    pager.update(p[0], g[0].clone(), 2, **walk.settings(2))
+    later = replace(walk, done=1)
+    expected, _ = _torch_adamw(first, g[None, :1], changed[None], later)
+    close(
+        p[:1],
+        expected,
+        what="the weights of page 0, whose m and v the store has got from elsewhere",
+        mistakes={
+            "pages are kept beside the slot: what the store holds counts": _adamw(
+                first,
+                g[None, :1],
+                (1 - torch.tensor([[0.8], [0.95]]))
+                * torch.stack([g[:1], g[:1] ** 2], 1),
+                later,
+            )
+        },
+        tolerance=1e-4,
+    )
