@@ -277,3 +277,727 @@ MUTANTS = {
         },
     ),
 }
+
+
+# ---------------------------------------------------------------------------- Attacks
+
+FAR = "tl.program_id(0) * 0 + 10_000_000"
+AT = "at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)\n"
+ADD_ALL = """\
+@triton.jit
+def my_add(x, y, out, size, BLOCK: tl.constexpr):
+    {only}
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        keep = at < size
+        total = tl.load(x + at, mask=keep) + tl.load(y + at, mask=keep)
+        tl.store(out + at, total, mask=keep{more})
+"""
+PRODUCT_ALL = """\
+@triton.jit
+def my_product(
+    x, W, y, m_size, n_size, k_size,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    {only}
+    for row in range({rows}):
+        for column in range({columns}):
+            m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+            total = tl.zeros((BM, BN), tl.float32)
+            for first in range(0, k_size, BK):
+                k = first + tl.arange(0, BK)
+                part = load(x, m, k, within(m, k, m_size, k_size))
+                wide = load(W, n, k, within(n, k, n_size, k_size))
+                total = dot(part, tl.trans(wide), total)
+            store(y, m, n, total, within(m, n, m_size, n_size))
+"""
+ROWS, COLUMNS = "0, tl.cdiv(m_size, BM)", "0, tl.cdiv(n_size, BN)"
+OWN_ROW = "tl.program_id(0), tl.program_id(0) + 1"
+OWN_COLUMN = "tl.program_id(1), tl.program_id(1) + 1"
+STORE = "    store(y, m, n, total, within(m, n, m_size, n_size))\n"
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+STATELESS = "a kernel keeps nothing: Triton lets it see no variable from outside"
+
+ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
+    "9.1": {
+        "arguments": table(
+            ADD,
+            {
+                "blocks of 64": [
+                    ("    at = ", "    tl.static_assert(BLOCK >= 1)\n    at = "),
+                    ("at < size", "(at < size) & (tl.arange(0, BLOCK) < 128)"),
+                ],
+            },
+        ),
+        "state": STATELESS,
+        "inputs": table(
+            ADD,
+            {
+                "four programs": [
+                    ("at < size", "(at < size) & (tl.program_id(0) < 4)")
+                ],
+                "large sums are cut off": [
+                    (
+                        "tl.load(y + at, mask=keep)\n",
+                        "tl.load(y + at, mask=keep)\n"
+                        "    total = tl.minimum(total, 1e4)\n",
+                    )
+                ],
+                "a size of one": [("at < size", "(at < size) & (size > 1)")],
+                "a single number more": [("at < size", "at < tl.maximum(size, 2)")],
+                "a full block is cut": [
+                    ("at < size", "(at < size) & (at < size - (size == BLOCK))")
+                ],
+            },
+        ),
+        "kinds": table(
+            ADD,
+            {
+                "in half precision": [
+                    (
+                        "mask=keep)\n    tl",
+                        "mask=keep)\n"
+                        "    total = total.to(tl.float16).to(tl.float32)\n    tl",
+                    )
+                ],
+            },
+        ),
+        "randomness": NOTHING_DRAWN,
+        "kernels": {
+            "the first program does all": ADD_ALL.format(
+                only="pass", more=" & (tl.program_id(0) == 0)"
+            ),
+            "each program does all": ADD_ALL.format(only="pass", more=""),
+            "the last program does all": ADD_ALL.format(
+                only="pass", more=" & (tl.program_id(0) == tl.num_programs(0) - 1)"
+            ),
+            "from last to first": changed(
+                ADD, ("tl.program_id(0)", "(tl.num_programs(0) - 1 - tl.program_id(0))")
+            ),
+            "in strides": changed(
+                ADD,
+                (
+                    "tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)",
+                    "tl.program_id(0) + tl.arange(0, BLOCK) * tl.num_programs(0)",
+                ),
+            ),
+            "stored twice": changed(
+                ADD,
+                (
+                    "    tl.store(out",
+                    "    tl.store(out + at, total * 0, mask=keep)\n    tl.store(out",
+                ),
+            ),
+            "all of x is read": changed(
+                ADD,
+                (
+                    "    total =",
+                    "    for first in range(0, size, BLOCK):\n"
+                    "        more = first + tl.arange(0, BLOCK)\n"
+                    "        tl.load(x + more, mask=more < size)\n"
+                    "    total =",
+                ),
+            ),
+            "stores far away": changed(
+                ADD,
+                (
+                    "    tl.store(out",
+                    "    tl.store(out + at + 10_000_000_000, total, mask=keep)\n"
+                    "    tl.store(out",
+                ),
+            ),
+            "reads far away": changed(
+                ADD, ("    total =", "    tl.load(x - 10_000_000_000)\n    total =")
+            ),
+            "a second store beside": changed(
+                ADD,
+                (
+                    "    tl.store(out",
+                    "    tl.store(out + at - 1, total, mask=keep & (at == 0))\n"
+                    "    tl.store(out",
+                ),
+            ),
+            "what is hidden is counted": changed(
+                ADD,
+                (
+                    "    tl.store(out",
+                    "    hidden = tl.sum(tl.where(keep, 0.0, tl.load(x + at, "
+                    "mask=keep)))\n"
+                    "    total += hidden\n    tl.store(out",
+                ),
+            ),
+            "through out": changed(
+                ADD,
+                (
+                    "    total = tl.load(x + at, mask=keep) + tl.load(y + at, "
+                    "mask=keep)\n",
+                    "    tl.store(out + at, tl.load(x + at, mask=keep), mask=keep)\n"
+                    "    total = tl.load(out + at, mask=keep) + tl.load(y + at, "
+                    "mask=keep)\n",
+                ),
+            ),
+        },
+    },
+    "9.2": {
+        "arguments": table(
+            PRODUCT,
+            {
+                "sixteen rows": [("tl.program_id(0) * BM", "tl.program_id(0) * 16")],
+                "the columns of x packed": [
+                    ("part = load(x, m,", "part = load((x[0], x[1], 1), m,"),
+                ],
+                "y's strides taken for granted": [
+                    ("store(y, m,", "store((y[0], n_size, 1), m,"),
+                ],
+            },
+        ),
+        "state": STATELESS,
+        "inputs": table(
+            PRODUCT,
+            {
+                "four blocks of columns": [
+                    (OUT, f"{OUT} & (tl.program_id(1) < 4)"),
+                ],
+                "two blocks of rows": [(OUT, f"{OUT} & (tl.program_id(0) < 2)")],
+                "large sums are cut off": [
+                    ("n, total,", "n, tl.minimum(total, 1e4),"),
+                ],
+                "a k of one": [
+                    ("range(0, k_size,", "range(0, tl.where(k_size == 1, 0, k_size),")
+                ],
+            },
+        ),
+        "kinds": table(
+            PRODUCT,
+            {
+                "half precision for all": [
+                    ("n, total,", "n, total.to(tl.float16),"),
+                ],
+                "operands in half precision": [
+                    (
+                        "dot(part, tl.trans(wide)",
+                        "dot(part.to(tl.float16), tl.trans(wide).to(tl.float16)",
+                    ),
+                ],
+            },
+        ),
+        "randomness": NOTHING_DRAWN,
+        "kernels": {
+            "the first program does all": PRODUCT_ALL.format(
+                only="pass", rows=ROWS, columns=COLUMNS
+            ).replace(OUT, f"{OUT} & (tl.program_id(0) + tl.program_id(1) == 0)"),
+            "each program does all": PRODUCT_ALL.format(
+                only="pass", rows=ROWS, columns=COLUMNS
+            ),
+            "each program does its row": PRODUCT_ALL.format(
+                only="pass", rows=OWN_ROW, columns=COLUMNS
+            ),
+            "each program does its column": PRODUCT_ALL.format(
+                only="pass", rows=ROWS, columns=OWN_COLUMN
+            ),
+            "the first of each row does the row": PRODUCT_ALL.format(
+                only="pass", rows=OWN_ROW, columns=COLUMNS
+            ).replace(OUT, f"{OUT} & (tl.program_id(1) == 0)"),
+            "blocks from the other end": changed(
+                PRODUCT,
+                ("tl.program_id(1)", "(tl.num_programs(1) - 1 - tl.program_id(1))"),
+            ),
+            "stored in each turn": changed(PRODUCT, (STORE, f"    {STORE}")),
+            "summed in y": changed(
+                PRODUCT,
+                (
+                    "        total = dot(part, tl.trans(wide), total)\n" + STORE,
+                    "        before = load(y, m, n, within(m, n, m_size, n_size)"
+                    " & (first > 0))\n"
+                    "        total = dot(part, tl.trans(wide), before.to(tl.float32))\n"
+                    f"    {STORE}",
+                ),
+            ),
+            "all of W is read": changed(
+                PRODUCT,
+                (
+                    "    total = tl.zeros",
+                    "    for more in range(0, n_size, BN):\n"
+                    "        every = more + tl.arange(0, BN)\n"
+                    "        load(W, every, tl.arange(0, BK), within(every,"
+                    " tl.arange(0, BK), n_size, k_size))\n"
+                    "    total = tl.zeros",
+                ),
+            ),
+            "hidden lanes of x are not zero": changed(
+                PRODUCT,
+                (
+                    f"part = load(x, m, k, {PART})",
+                    "part = tl.load(x[0] + m[:, None] * x[1] + k[None, :] * x[2],"
+                    f" mask={PART})",
+                ),
+            ),
+            "hidden lanes of both are not zero": changed(
+                PRODUCT,
+                (
+                    f"part = load(x, m, k, {PART})",
+                    "part = tl.load(x[0] + m[:, None] * x[1] + k[None, :] * x[2],"
+                    f" mask={PART})",
+                ),
+                (
+                    f"wide = load(W, n, k, {WIDE})",
+                    "wide = tl.load(W[0] + n[:, None] * W[1] + k[None, :] * W[2],"
+                    f" mask={WIDE})",
+                ),
+            ),
+            "stores far away": changed(
+                PRODUCT,
+                (
+                    STORE,
+                    "    tl.store(y[0] + 10_000_000_000 + n, tl.sum(total, 0))\n"
+                    + STORE,
+                ),
+            ),
+        },
+    },
+    "9.3": {
+        "arguments": table(
+            READER,
+            {
+                "blocks of sixteen rows": [
+                    ("other=0.0)", "other=0.0) * (tl.arange(0, BN) < 16)[:, None]")
+                ],
+                "blocks of sixteen columns": [
+                    ("other=0.0)", "other=0.0) * (tl.arange(0, BK) < 16)[None, :]")
+                ],
+            },
+        ),
+        "state": STATELESS,
+        "inputs": table(
+            READER,
+            {
+                "k up to forty-eight": [("other=0.0)", "other=0.0) * (k < 48)")],
+                "n up to forty-eight": [("other=0.0)", "other=0.0) * (n < 48)")],
+                "small weights are zero": [
+                    (
+                        "return tl.load(at, mask=within(rows, columns, n_size, "
+                        "k_size), other=0.0)",
+                        "wide = tl.load(at, mask=within(rows, columns, n_size, "
+                        "k_size), other=0.0)\n"
+                        "    return tl.where(tl.abs(wide) < 1e-4, 0.0, wide)",
+                    )
+                ],
+            },
+        ),
+        "kinds": table(
+            READER,
+            {
+                "in half precision": [
+                    ("other=0.0)", "other=0.0).to(tl.float16).to(tl.float32)")
+                ],
+            },
+        ),
+        "randomness": NOTHING_DRAWN,
+        "kernels": table(
+            READER,
+            {
+                "ones where there is nothing": [("other=0.0", "other=1.0")],
+                "nothing said of what is hidden": [(", other=0.0", "")],
+                "the block's edge again": [
+                    (
+                        "    at = pointer",
+                        "    rows = tl.minimum(rows, n_size - 1)\n"
+                        "    columns = tl.minimum(columns, k_size - 1)\n    at = "
+                        "pointer",
+                    )
+                ],
+                "the rows' edge again": [
+                    (
+                        "    at = pointer",
+                        "    rows = tl.minimum(rows, n_size - 1)\n    at = pointer",
+                    )
+                ],
+                "more is read": [
+                    (
+                        "    return",
+                        "    tl.load(pointer + tl.arange(0, 16) * along)\n    return",
+                    )
+                ],
+                "W is written to": [
+                    (
+                        "    return",
+                        "    tl.store(pointer + tl.arange(0, 1) * 0,"
+                        " tl.load(pointer + tl.arange(0, 1) * 0))\n    return",
+                    )
+                ],
+            },
+        ),
+    },
+    "9.4": {
+        "arguments": table(
+            UPDATE,
+            {
+                "a rank of sixteen": [
+                    (THIN, "within(n, rank, n_size, r) & (rank < 16)[None, :]")
+                ],
+                "sixteen columns": [
+                    (
+                        THIN,
+                        "within(n, rank, n_size, r) & (n % 16 < 16)[:, None]"
+                        " & ((n - tl.min(n, 0)) < 16)[:, None]",
+                    )
+                ],
+                "sixteen rows": [
+                    (
+                        "return dot(low * scale",
+                        "return dot(low * scale *"
+                        " (tl.arange(0, low.shape[0]) < 16)[:, None]",
+                    )
+                ],
+                "the columns packed": [
+                    ("load(B, n,", "load((B[0], r, 1) if True else B, n,")
+                ],
+                "positive scales": [("low * scale", "low * tl.abs(scale + 0.0)")],
+            },
+        ),
+        "state": STATELESS,
+        "inputs": table(
+            UPDATE,
+            {
+                "three blocks of columns": [
+                    ("tl.trans(b), total)", "tl.trans(b) * (tl.min(n, 0) < 48), total)")
+                ],
+                "large updates are cut off": [
+                    (
+                        "return dot(low * scale, tl.trans(b), total)",
+                        "return total + tl.minimum(dot(low * scale, tl.trans(b), "
+                        "total * 0), 1e4)",
+                    )
+                ],
+                "a rank of one": [("low * scale", "low * scale * (r > 1)")],
+            },
+        ),
+        "kinds": table(
+            UPDATE,
+            {
+                "in half precision": [
+                    ("low * scale", "(low * scale).to(tl.float16).to(tl.float32)")
+                ],
+            },
+        ),
+        "randomness": NOTHING_DRAWN,
+        "kernels": table(
+            UPDATE,
+            {
+                "more of B is read": [
+                    (
+                        "    return",
+                        "    load(B, rank, rank, within(rank, rank, n_size, r))\n"
+                        "    return",
+                    )
+                ],
+                "B is written to": [
+                    (
+                        "    return",
+                        "    store(B, n, rank, b, within(n, rank, n_size, r))\n"
+                        "    return",
+                    )
+                ],
+                "nothing said of what is hidden": [
+                    (
+                        f"load(B, n, rank, {THIN})",
+                        "tl.load(B[0] + n[:, None] * B[1]"
+                        f" + rank[None, :] * B[2], mask={THIN})",
+                    )
+                ],
+                "the low is written beyond r": [
+                    ("low * scale", "(low + (rank >= r)[None, :]) * scale"),
+                    (
+                        f"load(B, n, rank, {THIN})",
+                        "tl.load(B[0] + n[:, None] * B[1]"
+                        f" + rank[None, :] * B[2], mask={THIN}, other=0.1)",
+                    ),
+                ],
+            },
+        ),
+    },
+    "9.5": {
+        "arguments": table(
+            LORA,
+            {
+                "a scale of a half": [("low * scale", "low * 0.5")],
+                "positive scales": [("low * scale", "low * tl.abs(scale + 0.0)")],
+                "sixteen ranks": [
+                    ("tl.arange(0, RANK)", "tl.arange(0, 16)"),
+                    ("(BM, RANK)", "(BM, 16)"),
+                ],
+                "four blocks": [("* SWEEP + step", "* 4 + step")],
+                "x packed": [
+                    ("part = load(x, m,", "part = load((x[0], k_size, 1), m,")
+                ],
+                "W packed": [
+                    ("wide = load(W, n,", "wide = load((W[0], k_size, 1), n,")
+                ],
+                "A packed": [
+                    ("a = load(A, rank,", "a = load((A[0], k_size, 1), rank,")
+                ],
+                "B packed": [("b = load(B, n,", "b = load((B[0], r, 1), n,")],
+                "y packed": [("store(y, m,", "store((y[0], n_size, 1), m,")],
+                "sixteen rows": [
+                    ("tl.program_id(0) * BM", "tl.program_id(0) * tl.minimum(BM, 32)")
+                ],
+            },
+        ),
+        "state": STATELESS,
+        "inputs": table(
+            LORA,
+            {
+                "two programs along": [(OUT, f"{OUT} & (tl.program_id(1) < 2)")],
+                "two programs down": [(OUT, f"{OUT} & (tl.program_id(0) < 2)")],
+                "a rank of one": [("low * scale", "low * scale * (r > 1)")],
+            },
+        ),
+        "kinds": table(
+            LORA,
+            {
+                "in half precision": [
+                    ("low * scale", "(low * scale).to(tl.float16).to(tl.float32)")
+                ],
+                "stored in half precision": [("n, total,", "n, total.to(tl.float16),")],
+            },
+        ),
+        "randomness": NOTHING_DRAWN,
+        "kernels": {
+            "stores far away": changed(
+                LORA,
+                (
+                    "        store(y, m",
+                    "        tl.store(y[0] + 10_000_000_000 + n, tl.sum(total, 0))\n"
+                    "        store(y, m",
+                ),
+            ),
+            "stored in each turn": changed(
+                LORA,
+                (
+                    "            if step == 0:\n",
+                    "            store(y, m, n, total, within(m, n, m_size, n_size))\n"
+                    "            if step == 0:\n",
+                ),
+            ),
+            "the first rows do all": changed(
+                LORA,
+                (
+                    "    m = tl.program_id(0) * BM + tl.arange(0, BM)\n    rank = "
+                    "tl.arange(0, RANK)\n",
+                    "    rank = tl.arange(0, RANK)\n"
+                    "    for row in range(0, m_size, BM):\n"
+                    "     m = row + tl.arange(0, BM)\n",
+                ),
+                (
+                    "    low = tl.zeros((BM, RANK), tl.float32)\n    for step",
+                    "     low = tl.zeros((BM, RANK), tl.float32)\n     for step",
+                ),
+                (OUT, f"{OUT} & (tl.program_id(0) == 0)"),
+            ),
+            "columns in strides": changed(
+                LORA,
+                (
+                    "(tl.program_id(1) * SWEEP + step)",
+                    "(tl.program_id(1) + step * tl.num_programs(1))",
+                ),
+            ),
+            "hidden lanes of both are not zero": changed(
+                LORA,
+                (
+                    f"part = load(x, m, k, {PART})",
+                    "part = tl.load(x[0] + m[:, None] * x[1] + k[None, :] * x[2],"
+                    f" mask={PART})",
+                ),
+                (
+                    f"wide = load(W, n, k, {WIDE})",
+                    "wide = tl.load(W[0] + n[:, None] * W[1] + k[None, :] * W[2],"
+                    f" mask={WIDE})",
+                ),
+            ),
+            "from the last rows to the first": changed(
+                LORA,
+                ("tl.program_id(0)", "(tl.num_programs(0) - 1 - tl.program_id(0))"),
+            ),
+        },
+    },
+}
+ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
+    "9.1": {
+        "arguments": {
+            "the end of the block": changed(
+                ADD, ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK) % BLOCK")
+            ),
+        },
+        "inputs": {
+            "the last number again, where there is none": changed(
+                ADD,
+                ("    total =", "    near = tl.minimum(at, size - 1)\n    total ="),
+                ("tl.load(x + at, mask=keep)", "tl.load(x + near)"),
+                ("tl.load(y + at, mask=keep)", "tl.load(y + near)"),
+            ),
+        },
+        "kinds": {
+            "in single precision": changed(
+                ADD,
+                (
+                    "tl.load(x + at, mask=keep)",
+                    "tl.load(x + at, mask=keep).to(tl.float32)",
+                ),
+            ),
+        },
+        "kernels": {
+            "y first": changed(
+                ADD,
+                (
+                    "tl.load(x + at, mask=keep) + tl.load(y + at, mask=keep)",
+                    "tl.load(y + at, mask=keep) + tl.load(x + at, mask=keep)",
+                ),
+            ),
+        },
+    },
+    "9.2": {
+        "arguments": {
+            "steps counted": changed(
+                PRODUCT,
+                (
+                    "for first in range(0, k_size, BK)",
+                    "for step in range(tl.cdiv(k_size, BK))",
+                ),
+                ("k = first +", "k = step * BK +"),
+            ),
+        },
+        "inputs": {
+            "from the last columns to the first": changed(
+                PRODUCT,
+                ("k = first + ", "k = tl.cdiv(k_size, BK) * BK - BK - first + "),
+            ),
+        },
+        "kinds": {
+            "operands in single precision": changed(
+                PRODUCT,
+                (
+                    "dot(part, tl.trans(wide)",
+                    "dot(part.to(tl.float32), tl.trans(wide).to(tl.float32)",
+                ),
+            ),
+        },
+        "kernels": {
+            "hidden lanes of x are one": changed(
+                PRODUCT,
+                (
+                    f"part = load(x, m, k, {PART})",
+                    "part = tl.load(x[0] + m[:, None] * x[1] + k[None, :] * x[2],"
+                    f" mask={PART}, other=1.0)",
+                ),
+            ),
+            "hidden lanes set to zero afterwards": changed(
+                PRODUCT,
+                (
+                    f"part = load(x, m, k, {PART})",
+                    f"some = {PART}\n"
+                    "        part = tl.load(x[0] + m[:, None] * x[1] + k[None, :] "
+                    "* x[2],"
+                    " mask=some)\n"
+                    "        part = tl.where(some, part, 0.0)",
+                ),
+            ),
+        },
+    },
+    "9.3": {
+        "arguments": {
+            "the strides exchanged": (
+                "@triton.jit\n"
+                "def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: "
+                "tl.constexpr):\n"
+                "    at, rows = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
+                "    turned = W[0], W[2], W[1]\n"
+                "    return load(turned, rows, at, within(rows, at, n_size, k_size))\n"
+            ),
+        },
+        "inputs": {
+            "in 64 bits": changed(
+                READER, ("+ columns[None, :]", "+ columns[None, :].to(tl.int64)")
+            ),
+        },
+        "kinds": {
+            "zeros of W's own dtype": changed(READER, ("other=0.0", "other=0")),
+        },
+        "kernels": {
+            "a block of W, turned": (
+                "@triton.jit\n"
+                "def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: "
+                "tl.constexpr):\n"
+                "    at, across = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
+                "    block = load(W, at, across, within(at, across, k_size, n_size))\n"
+                "    return tl.trans(block)\n"
+            ),
+        },
+    },
+    "9.4": {
+        "arguments": {
+            "the scale of the update": changed(
+                UPDATE,
+                (
+                    "dot(low * scale, tl.trans(b), total)",
+                    "total + scale * dot(low, tl.trans(b), total * 0)",
+                ),
+            ),
+        },
+        "inputs": {
+            "the scale in B": changed(
+                UPDATE,
+                ("low * scale, tl.trans(b)", "low, tl.trans(b * scale)"),
+            ),
+        },
+        "kinds": {
+            "in single precision": changed(
+                UPDATE, ("tl.trans(b)", "tl.trans(b).to(tl.float32)")
+            ),
+        },
+        "kernels": {
+            "B turned while it is read": changed(
+                UPDATE,
+                (
+                    f"b = load(B, n, rank, {THIN})",
+                    "b = load((B[0], B[2], B[1]), rank, n, within(rank, n, r, n_size))",
+                ),
+                ("tl.trans(b)", "b"),
+            ),
+        },
+    },
+    "9.5": {
+        "arguments": {
+            "low is scaled once": changed(
+                LORA,
+                (
+                    "        b = load",
+                    "        if step == 0:\n            low *= scale\n        b = load",
+                ),
+                ("low * scale", "low"),
+            ),
+        },
+        "inputs": {
+            "a depth of its own": changed(
+                LORA,
+                ("range(0, k_size, BK)", "range(0, tl.cdiv(k_size, BK) * BK, BK)"),
+            ),
+        },
+        "kinds": {
+            "low in single precision": changed(
+                LORA, ("dot(low * scale", "dot((low * scale).to(tl.float32)")
+            ),
+        },
+        "kernels": {
+            "A before W": changed(
+                LORA,
+                ("            total = dot(part, tl.trans(wide), total)\n", ""),
+                (
+                    "                low = dot(part, tl.trans(a), low)\n",
+                    "                low = dot(part, tl.trans(a), low)\n"
+                    "            total = dot(part, tl.trans(wide), total)\n",
+                ),
+            ),
+        },
+    },
+}
