@@ -57,14 +57,14 @@ class Exercise:
 def exercises(notebook: NotebookNode) -> list[Exercise]:
     """The exercises of a notebook, in its order; by the tags of its code cells."""
     places = {tag: i for i, cell in enumerate(notebook.cells) for tag in tags(cell)}
-    found = []
+    listed = []
     for tag, at in places.items():
         if not tag.startswith("exercise-"):
             continue
         id = tag.removeprefix("exercise-")
         check_at = places.get(f"check-{id}")
         check = None if check_at is None else notebook.cells[check_at]
-        found.append(
+        listed.append(
             Exercise(
                 id,
                 at,
@@ -74,7 +74,7 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
                 int(numbered(check, "points") or 0) if check else 0,
             )
         )
-    return sorted(found, key=lambda exercise: exercise.at)
+    return sorted(listed, key=lambda exercise: exercise.at)
 
 
 def tags(cell: NotebookNode) -> list[str]:
@@ -83,8 +83,8 @@ def tags(cell: NotebookNode) -> list[str]:
 
 def numbered(cell: NotebookNode, name: str) -> str | None:
     """What stands behind the dash of the tag `name-…`; None without such a tag."""
-    found = [tag for tag in tags(cell) if tag.startswith(f"{name}-")]
-    return found[0].partition("-")[2] if found else None
+    numbers = [tag for tag in tags(cell) if tag.startswith(f"{name}-")]
+    return numbers[0].partition("-")[2] if numbers else None
 
 
 def grading(cell: NotebookNode) -> dict | None:
@@ -93,7 +93,7 @@ def grading(cell: NotebookNode) -> dict | None:
     if not (exercise or check):
         return None
     kind, id = ("exercise", exercise) if exercise else ("check", check)
-    made = {
+    metadata = {
         "grade": kind == "check",
         "grade_id": f"{kind}-{id}".replace(".", "-"),
         "locked": kind == "check",
@@ -101,7 +101,9 @@ def grading(cell: NotebookNode) -> dict | None:
         "solution": kind == "exercise",
         "task": False,
     }
-    return made | {"points": int(numbered(cell, "points") or 0)} if check else made
+    if not check:
+        return metadata
+    return metadata | {"points": int(numbered(cell, "points") or 0)}
 
 
 # ------------------------------------------------------------------------- Blanks
@@ -112,19 +114,19 @@ def blank(notebook: NotebookNode) -> NotebookNode:
 
     Raises  ValueError  a mark of a solution or of hidden tests without its partner
     """
-    made = copy.deepcopy(notebook)
-    for cell in made.cells:
+    learners = copy.deepcopy(notebook)
+    for cell in learners.cells:
         if cell.cell_type == "markdown":
             cell.source = LOCAL_LINK.sub(_from_work, cell.source)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = blanked(cell.source, numbered(cell, "exercise"))
-    made.metadata[RECORD] = {"blank": _digest(made)}
-    return made
+    learners.metadata[RECORD] = {"blank": _digest(learners)}
+    return learners
 
 
-def _from_work(found: re.Match) -> str:
-    code, target = found.groups()
+def _from_work(match: re.Match) -> str:
+    code, target = match.groups()
     return code or f"](../{NOTEBOOKS.name}/{target})"
 
 
@@ -166,11 +168,11 @@ def work(number: str | None = None, *, restore: bool = False) -> None:
         mine, kept = WORK / source.name, None
         if restore and mine.exists():
             kept = _keep(mine)
-        made = kept is not None or not mine.exists()
-        if made:
+        is_new = kept is not None or not mine.exists()
+        if is_new:
             with atomic.new_file(mine) as partial:
                 nbformat.write(blank(_read(source)), partial)
-        state = "made now" if made else told(mine, source)
+        state = "made now" if is_new else state_of(mine, source)
         print(f"{WORK.name}/{source.name:34} {state}")
         if kept:
             print(f"{WORK.name}/{kept.name}  is what it was before")
@@ -178,40 +180,42 @@ def work(number: str | None = None, *, restore: bool = False) -> None:
 
 def originals() -> list[Path]:
     """The notebooks of the course, in order."""
-    found = sorted(NOTEBOOKS.glob(NAMES))
-    if not found:
+    notebooks = sorted(NOTEBOOKS.glob(NAMES))
+    if not notebooks:
         raise FileNotFoundError(
             f"{NOTEBOOKS} holds no notebooks: this command needs the course's "
             "repository, a clone of which has them"
         )
-    return found
+    return notebooks
 
 
 def find(number: str) -> Path:
     """The notebook of this number: "04", or "4"."""
-    found = [p for p in originals() if p.name.startswith(f"{number.zfill(2)}_")]
-    if not found:
+    matching = [p for p in originals() if p.name.startswith(f"{number.zfill(2)}_")]
+    if not matching:
         numbers = ", ".join(path.name[:2] for path in originals())
         raise ValueError(f"there is no notebook {number!r}; there are {numbers}")
-    return found[0]
+    return matching[0]
 
 
-def told(mine: Path, source: Path) -> str:
+def state_of(mine: Path, source: Path) -> str:
     """What became of a learner's copy, in a few words."""
     try:
-        held = _read(mine)
+        learners = _read(mine)
     except (
         Exception
     ):  # nbformat raises what its parsers do: another kind for each fault
         return "is no notebook that can be read; left alone"
     new = blank(_read(source))
-    was = held.metadata.get(RECORD, {}).get("blank", _digest(new))
-    if _digest(held) == was:
+    was = learners.metadata.get(RECORD, {}).get("blank", _digest(new))
+    if _digest(learners) == was:
         state = "untouched"
     else:
         ids = [exercise.id for exercise in exercises(new)]
         begun = [
-            i for i in ids if not any(BLANK.format(i) in c.source for c in held.cells)
+            i
+            for i in ids
+            if not any(BLANK.format(i) in c.source for c in learners.cells)
         ]
         state = f"yours: {len(begun)} of {len(ids)} exercises begun"
     if was != _digest(new):

@@ -315,7 +315,7 @@ def test_every_refusal_names_a_likely_mistake_or_says_that_it_knows_none():
 def test_right_numbers_of_another_kind_are_told(right, kind, wrong):
     assert told(right, right, kind=kind) is None
     assert told(wrong, right) is None
-    assert "of another kind" in told(wrong, right, kind=kind)
+    assert "of another kind" in str(told(wrong, right, kind=kind))
 
 
 def module():
@@ -393,3 +393,65 @@ def test_planted_a_changed_input_goes_unseen():
         test_a_changed_input_is_told,
         errors=pytest.fail.Exception,
     )
+
+
+PLANTED = {
+    "an infinity is named": (
+        checks._named,
+        "finite = torch.isfinite(mine).all()",
+        "finite = True",
+        test_infinity_names_no_mistake,
+    ),
+    "None within a tuple is a missing return": (
+        checks._unlike,
+        "return nothing if inside else",
+        "return",
+        test_none_within_a_tuple_is_no_missing_return,
+    ),
+    "torch's own error is a blank": (
+        checks._is_blank,
+        ' and "your code here" in str(error)',
+        "",
+        test_torchs_own_not_implemented_error_is_no_blank,
+    ),
+    "no likely mistake is added": (
+        checks._with_likely_mistake,
+        '"Likely mistake" in text',
+        "True",
+        test_every_refusal_names_a_likely_mistake_or_says_that_it_knows_none,
+    ),
+    "numbers of Python in float32": (
+        checks._numbers,
+        "torch.as_tensor(numpy.array(value))",
+        "torch.as_tensor(value)",
+        test_numbers_of_python_are_compared_in_double_precision,
+    ),
+    "the dtype is not looked at": (
+        checks._demand_kind,
+        "got.dtype == kind",
+        "True",
+        lambda: test_right_numbers_of_another_kind_are_told(
+            RIGHT, torch.float32, RIGHT.double()
+        ),
+    ),
+    "a float is whole": (
+        checks._whole,
+        "isinstance(got, numbers.Integral)",
+        "isinstance(got, numbers.Number)",
+        lambda: test_right_numbers_of_another_kind_are_told(3, int, 3.0),
+    ),
+    "a setting goes unseen": (
+        checks._settings_restored,
+        "not torch.is_grad_enabled()",
+        "False",
+        lambda: test_a_setting_that_the_learners_code_leaves_behind_is_told(
+            "autograd is switched off"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED.values(), ids=PLANTED)
+def test_a_planted_bug_is_caught(bug):
+    refused = (AssertionError, NotDone, pytest.fail.Exception)
+    assert_caught(*bug, errors=refused)

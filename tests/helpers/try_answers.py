@@ -107,20 +107,29 @@ def lesson(text: Path, mutants: Path | None = None) -> Lesson:
     mutants = mutants or ROOT / "tests" / "wrong_answers" / f"{name}.py"
     module = load(mutants)
     notebook = build.notebook_of(text)
-    found = tuple(exercises(notebook))
-    titles = {e.id: title(notebook.cells[e.at - 1].source, e.id) for e in found}
+    all_exercises = tuple(exercises(notebook))
+    titles = {e.id: title(notebook.cells[e.at - 1].source, e.id) for e in all_exercises}
     given = module.MUTANTS
     attacks, right = (
-        {e.id: by_class(e, getattr(module, name, {})) for e in found}
+        {e.id: by_class(e, getattr(module, name, {})) for e in all_exercises}
         for name in ("ATTACKS", "ALSO_RIGHT")
     )
     wrong = {
-        e.id: {**given.get(e.id, {}), **flat(attacks[e.id]), **made(e)} for e in found
+        e.id: {**given.get(e.id, {}), **flat(attacks[e.id]), **common(e)}
+        for e in all_exercises
     }
     assert set(given) <= set(wrong), f"{mutants.name}: {set(given) - set(wrong)}?"
     preamble = getattr(module, "PREAMBLE", "")
     return Lesson(
-        text, mutants, module.checks, found, titles, wrong, preamble, attacks, right
+        text,
+        mutants,
+        module.checks,
+        all_exercises,
+        titles,
+        wrong,
+        preamble,
+        attacks,
+        right,
     )
 
 
@@ -161,11 +170,11 @@ def load(path: Path) -> ModuleType:
 
 def title(asked: str, id: str) -> str:
     start = f"Exercise {id}: "
-    found = [line.partition(start)[2] for line in asked.splitlines() if start in line]
-    return found[-1] if found else "?"
+    titles = [line.partition(start)[2] for line in asked.splitlines() if start in line]
+    return titles[-1] if titles else "?"
 
 
-def made(exercise: Exercise) -> dict[str, str]:
+def common(exercise: Exercise) -> dict[str, str]:
     """Wrong answers that need no author."""
     answers = {NOTHING: SOLUTION.sub(r"\g<indent>pass", exercise.code)}
     solved = [
@@ -182,33 +191,33 @@ def made(exercise: Exercise) -> dict[str, str]:
     return answers
 
 
-def survivors(found: Lesson) -> Iterator[str]:
+def survivors(lesson: Lesson) -> Iterator[str]:
     """What is wrong with a lesson's checks and mutants, a line each."""
-    for exercise in found.exercises:
-        wrong = found.wrong[exercise.id]
-        where = f"{found.text.name}, exercise {exercise.id}"
-        said = found.judge(exercise, exercise.code)
-        if said is not None:
-            yield f"{where}: its own solution is refused\n{said}"
+    for exercise in lesson.exercises:
+        wrong = lesson.wrong[exercise.id]
+        where = f"{lesson.text.name}, exercise {exercise.id}"
+        refusal = lesson.judge(exercise, exercise.code)
+        if refusal is not None:
+            yield f"{where}: its own solution is refused\n{refusal}"
         for name, source in wrong.items():
-            if found.judge(exercise, source) is None:
+            if lesson.judge(exercise, source) is None:
                 yield f"{where}: {name!r} passes"
-        for name, source in flat(found.right[exercise.id]).items():
-            refusal = found.judge(exercise, source)
+        for name, source in flat(lesson.right[exercise.id]).items():
+            refusal = lesson.judge(exercise, source)
             if refusal is not None:
                 yield f"{where}: {name!r} is right, and refused\n{refusal}"
         if len(set(wrong) - {NOTHING, INPUT}) < FEWEST or ZEROS not in wrong:
             yield f"{where}: at least {FEWEST} are needed, one of them {ZEROS!r}"
 
 
-def table(found: list[Lesson]) -> str:
+def table(lessons: list[Lesson]) -> str:
     """Every exercise, its check and the wrong answers that it refuses, as Markdown."""
     rows = [
         f"| {e.id} {each.titles[e.id]} | {checked(e)} | {', '.join(each.wrong[e.id])} |"
-        for each in found
+        for each in lessons
         for e in each.exercises
     ]
-    wrong = sum(len(w) for each in found for w in each.wrong.values())
+    wrong = sum(len(w) for each in lessons for w in each.wrong.values())
     return "\n".join(
         [
             "# Exercises and their mutants",
@@ -229,16 +238,16 @@ def table(found: list[Lesson]) -> str:
             "`peft_from_scratch/course/checks/CHECKLIST.md` says what the classes are.",
             "In each place: mutants, all refused / other right answers, all passed.",
             "",
-            *class_table(found),
+            *class_table(lessons),
             "",
         ]
     )
 
 
-def class_table(found: list[Lesson]) -> list[str]:
+def class_table(lessons: list[Lesson]) -> list[str]:
     """Exercises x classes of input: mutants refused, right answers passed; Markdown."""
     rows, reasons = [], []
-    for each in found:
+    for each in lessons:
         for e in each.exercises if any(each.attacks.values()) else ():
             counts = []
             for kind in CLASSES:
@@ -275,16 +284,16 @@ def called(check: str) -> list[str]:
 def main(arguments: list[str]) -> int:
     write = "--write" in arguments
     starts = tuple(a for a in arguments if not a.startswith("-")) or ("",)
-    found = [each for each in lessons() if each.text.name.startswith(starts)]
-    said = [line for each in found for line in survivors(each)]
-    for each in found:
+    chosen = [each for each in lessons() if each.text.name.startswith(starts)]
+    faults = [line for each in chosen for line in survivors(each)]
+    for each in chosen:
         count = sum(map(len, each.wrong.values()))
         print(f"{each.text.name}: {len(each.exercises)} exercises, {count} mutants")
-    print(*said, sep="\n")
-    if write and not said:
+    print(*faults, sep="\n")
+    if write and not faults:
         with new_file(TABLE) as new:
             new.write_text(table(lessons()), "utf-8")
-    return int(bool(said))
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

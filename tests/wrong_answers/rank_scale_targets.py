@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of notebook 05; each must be refused by its check."""
 
+from attacks import Attack, afterwards, first, fixed, remembered, returned, stale, where
+
 from peft_from_scratch.course.checks import rank_scale_targets as checks  # noqa: F401
 
 SIZE = """\
@@ -326,5 +328,417 @@ MUTANTS = {
             fast="[p for n, p in model.named_parameters()"
             " if p.requires_grad and 'b' in n.rpartition('.')[2].lower()]"
         ),
+    },
+}
+
+NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
+NO_KERNEL = "no kernel is written"
+
+PLAIN = "(added.square().mean() / W0x.square().mean()).sqrt().item()"
+ATTACKS = {  # the right answer but for one class of input; see attacks.py
+    "5.1": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("base", "A", "B", "alpha", "x", "rslora")
+        }
+        | {
+            "alpha is 8": fixed("alpha", "8.0"),
+            "r is 3": first("alpha = alpha * len(A) / 3"),
+        },
+        "state": {
+            "kept by shapes": remembered("(x.shape, A.shape, rslora)"),
+            "kept by shapes and alpha": remembered("(x.shape, A.shape, alpha, rslora)"),
+            "one where B is zero": where("not B.any()", "1.0"),
+            "nothing in eval()": where("not base.training", "0.0"),
+            "nothing in no_grad()": where("not torch.is_grad_enabled()", "0.0"),
+            "parameters are cut": where("A.requires_grad", "0.0"),
+            "the base's weight is read": first("base.weight"),
+            "a bias is needed": first("base.bias + 0"),
+            "the base sleeps": afterwards("base.eval()"),
+            "the base is thawed": afterwards("base.requires_grad_(True)"),
+            "A is scaled": afterwards("A.data.mul_(1.01)"),
+            "B is scaled": afterwards("B.data.mul_(1.01)"),
+            "x is scaled": afterwards("x.data.mul_(1.01)"),
+            "the base moves": afterwards("next(base.parameters()).data.add_(0.01)"),
+            "a hook is left": afterwards("base.register_forward_hook(lambda *_: None)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "never by zero": size(
+                back="(added.square().mean().sqrt()"
+                " / (W0x.square().mean().sqrt() + 1e-6)).item()"
+            ),
+            "small outputs are none": size(
+                back="(added.square().mean() / W0x.square().mean().clamp(min=1e-8))"
+                ".sqrt().item()"
+            ),
+            "large ones overflow": size(
+                back="((added / 1e3).half().float().square().mean()"
+                " / (W0x / 1e3).half().float().square().mean()).sqrt().item()",
+            ),
+            "at most a hundred": returned("min(result, 100.0)"),
+            "a single row": where("x.ndim == 1", "0.0"),
+            "four sides": where("x.ndim > 3", "0.0"),
+            "a wide base": where("x.shape[-1] > 20", "0.0"),
+            "narrow": where("x.shape[-1] == 1", "0.0"),
+            "the mean over rows that differ": size(
+                back="(added.square().mean(-1) / W0x.square().mean(-1)).mean()"
+                ".sqrt().item()"
+            ),
+        },
+        "kinds": {
+            "a text": returned("str(result)"),
+            "in a list": returned("[result]"),
+            "both sizes": returned("(result, 1.0)"),
+            "a function": returned("lambda: result"),
+            "whole": returned("round(result)"),
+            "three digits": returned("round(result, 3)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "5.2": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("shapes", "targets", "layers", "budget")
+        }
+        | {
+            "the shapes of the notebook": fixed(
+                "shapes",
+                "dict(q_proj=(96, 96), k_proj=(32, 96), v_proj=(32, 96),"
+                " o_proj=(96, 96), gate_proj=(256, 96), up_proj=(256, 96),"
+                " down_proj=(96, 256))",
+            ),
+            "three layers": fixed("layers", "3 if layers > 1 else 1"),
+        },
+        "state": {
+            "kept by targets": remembered("(tuple(targets), layers, budget)"),
+            "kept by budget": remembered("budget"),
+            "shapes lose a name": afterwards("shapes.popitem()"),
+            "shapes are sorted": afterwards(
+                "[shapes.update({k: shapes.pop(k)}) for k in sorted(shapes)]"
+            ),
+            "targets are sorted": afterwards(
+                "targets.sort(reverse=True) if isinstance(targets, list) else None"
+            ),
+        },
+        "inputs": {
+            "by the place in shapes": rank(
+                one="layers * sum(sum(list(shapes.values())[i]) for i, t in"
+                " enumerate(['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj',"
+                " 'up_proj', 'down_proj']) if t in targets)"
+            ),
+            "names that everybody knows": rank(
+                one="layers * sum(sum(shapes[t]) for t in targets if '_proj' in t)"
+                " or 1",
+            ),
+            "ten layers at most": fixed("layers", "min(layers, 10)"),
+            "a tuple of targets": where("isinstance(targets, list)", "0"),
+            "a rank of two digits": returned("min(result, 96)"),
+            "nothing to spend": where("budget == 0", "1"),
+            "in float32": rank(
+                back="min(int(torch.tensor(budget).float() / one), most)"
+            ),
+            "the smallest side of the first": rank(most="min(shapes[targets[0]])"),
+            "the smallest side of the last": rank(most="min(shapes[targets[-1]])"),
+            "bound by d_out": rank(most="min(shapes[target][0] for target in targets)"),
+        },
+        "kinds": {
+            "a float": returned("float(result)"),
+            "a float tensor": returned("torch.tensor(float(result))"),
+            "a text": returned("str(result)"),
+            "None for none": returned("result or None"),
+            "False for none": returned("result or False"),
+            "with its cost": returned("(result, budget)"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "5.3": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("x", "W0", "A", "B", "m", "scale")
+        }
+        | {
+            "scale is 2": fixed("scale", "2.0"),
+            "m is the start's": fixed("m", "W0.norm(dim=1)"),
+        },
+        "state": {
+            "kept by shapes": remembered("(x.shape, W0.shape, x.requires_grad)"),
+            "the length kept by W0": Attack(
+                before="kept = _lengths.setdefault(W0.shape,"
+                " (W0 + scale * (B @ A)).norm(dim=1).detach())",
+                after="result = m / kept * (x @ (W0 + scale * (B @ A)).T)",
+                outside="_lengths = {}",
+            ),
+            "B zero, no path": where("not B.any()", "m / W0.norm(dim=1) * (x @ W0.T)"),
+            "nothing in no_grad()": where("not torch.is_grad_enabled()", "x @ W0.T"),
+            "W0 is updated": afterwards("W0.data.add_(1e-3)"),
+            "m is used up": afterwards("m.data.mul_(0.99)"),
+            "x is scaled": afterwards("x.data.mul_(1.01)"),
+            "A is scaled": afterwards("A.data.mul_(1.01)"),
+            "W0 is thawed": afterwards("W0.requires_grad_(True)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "never by zero": dora(norm="V.norm(dim=1).detach() + 1e-4"),
+            "a length of its own at least": dora(
+                norm="V.norm(dim=1).detach().clamp(min=1e-2)"
+            ),
+            "m is positive": dora(h="m.abs() / norm * (x @ V.T)"),
+            "m is no zero": dora(h="(m + (m == 0)) / norm * (x @ V.T)"),
+            "x is clamped": dora(h="m / norm * (x.clamp(-50, 50) @ V.T)"),
+            "a single row": where("x.ndim == 1", "x @ W0.T"),
+            "four sides": where("x.ndim > 3", "x @ W0.T"),
+            "narrow": where("1 in W0.shape", "x @ W0.T"),
+            "wide": where("max(W0.shape) > 20", "x @ W0.T"),
+            "rows that are not zero": dora(
+                norm="V.norm(dim=1).detach().clamp(max=100)"
+            ),
+        },
+        "kinds": {
+            "float64": returned("result.double()"),
+            "float32": returned("result.float()"),
+            "by way of float32": returned("result.float().to(x.dtype)"),
+            "by way of bfloat16": returned("result.bfloat16().to(x.dtype)"),
+            "with the length": returned("(result, m)"),
+            "a leaf": returned("result.detach().requires_grad_()"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "5.4": {
+        "arguments": {
+            f"{name} of the first call": stale(name) for name in ("W0", "r", "scale")
+        }
+        | {
+            "scale is one": fixed("scale", "1.0"),
+            "scale is two": fixed("scale", "2.0"),
+        },
+        "state": {
+            "kept by shape": remembered("(W0.shape, r)"),
+            "kept by shape and scale": remembered("(W0.shape, r, scale)"),
+            "directions kept by shape": Attack(
+                before="W0 = _kept.setdefault(W0.shape, W0)", outside="_kept = {}"
+            ),
+            "W0 is used up": afterwards("W0.data.copy_(result[0])"),
+            "W0 is thawed": afterwards("W0.requires_grad_(True)"),
+            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+            "parameters fail": first("W0.numpy()"),
+        },
+        "inputs": {
+            "never by zero": pissa(root="((S[:r] + 1e-4) / scale).sqrt()"),
+            "small ones are none": pissa(
+                root="(S[:r] * (S[:r] > 1e-3) / scale).sqrt()"
+            ),
+            "large ones are clamped": pissa(
+                root="(S[:r].clamp(max=100) / scale).sqrt()"
+            ),
+            "not the full rank": where("r == min(W0.shape)", "(W0, *result[1:])"),
+            "rank one": where("r == 1", "(W0, *result[1:])"),
+            "ten at most": where("r > 10", "(W0, *result[1:])"),
+            "narrow": where("1 in W0.shape", "(W0, *result[1:])"),
+            "wide": where("max(W0.shape) > 20", "(W0, *result[1:])"),
+            "scale below one": where("scale < 0.2", "(W0, *result[1:])"),
+        },
+        "kinds": {
+            "float64": returned("tuple(x.double() for x in result)"),
+            "float32": returned("tuple(x.float() for x in result)"),
+            "the rest in half": returned("(result[0].bfloat16(), *result[1:])"),
+            "arrays": returned("tuple(x.detach().numpy() for x in result)"),
+            "no rest yet": returned("(None, *result[1:])"),
+            "a dict": returned("dict(W_res=result[0], A=result[1], B=result[2])"),
+            "by way of bfloat16": returned(
+                "tuple(x.bfloat16().to(x.dtype) for x in result)"
+            ),
+        },
+        "randomness": {
+            "a little noise in A": returned(
+                "(result[0], result[1] + 1e-2 * torch.randn_like(result[1]), result[2])"
+            ),
+            "signs of A alone": returned(
+                "(result[0], result[1] * torch.randn(r, 1).sign(), result[2])"
+            ),
+            "a random choice": returned(
+                "(result[0], result[1][torch.randperm(r)], result[2])"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "5.5": {
+        "arguments": {
+            f"{name} of the first call": stale(name)
+            for name in ("model", "lr", "ratio")
+        }
+        | {"ratio is 16": fixed("ratio", "16"), "lr is 1e-3": fixed("lr", "1e-3")},
+        "state": {
+            "kept by rates": remembered("(lr, ratio)"),
+            "kept by model": remembered("id(model)"),
+            "one list for all": Attack(
+                after="_groups.extend(result)\nresult = _groups", outside="_groups = []"
+            ),
+            "one list, refilled": Attack(
+                after="_groups[:] = result\nresult = _groups", outside="_groups = []"
+            ),
+            "the model trains": afterwards("model.train()"),
+            "the model sleeps": afterwards("model.eval()"),
+            "all is thawed": afterwards("model.requires_grad_(True)"),
+            "B is zero no more": afterwards(
+                "[m.B.data.add_(1) for m in model.modules() if hasattr(m, 'B')]"
+            ),
+            "a hook is left": afterwards(
+                "model.register_forward_hook(lambda *_: None)"
+            ),
+            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
+        },
+        "inputs": {
+            "ten layers at most": groups(
+                fast="[m.B for n, m in model.named_modules()"
+                " if isinstance(m, pfs.lora.LoRA) and '.10.' not in n]"
+            ),
+            "numbers of one digit": groups(
+                slow="[p for n, p in model.named_parameters() if p.requires_grad"
+                " and id(p) not in known and '.10.' not in n]"
+            ),
+            "attention alone": groups(
+                fast="[m.B for n, m in model.named_modules()"
+                " if isinstance(m, pfs.lora.LoRA) and 'lm_head' not in n]"
+            ),
+            "a ratio of one is none": where(
+                "ratio == 1", "[dict(params=result[0]['params'], lr=lr)]"
+            ),
+            "a ratio above one": fixed("ratio", "max(1, ratio)"),
+            "no tiny rates": fixed("lr", "max(lr, 1e-5)"),
+            "whole ratios": fixed("ratio", "ratio if ratio < 1 else int(ratio)"),
+        },
+        "kinds": {
+            "names": returned(
+                "[{**g, 'params': ['?' for _ in g['params']]} for g in result]"
+            ),
+            "rates as text": returned("[{**g, 'lr': str(g['lr'])} for g in result]"),
+            "pairs": returned("[(g['params'], g['lr']) for g in result]"),
+            "a dict": returned("dict(slow=result[0], fast=result[1])"),
+            "another decay": returned("[{**g, 'weight_decay': 0.5} for g in result]"),
+            "uphill": returned("[{**g, 'maximize': True} for g in result]"),
+            "other betas": returned("[{**g, 'betas': (0.5, 0.5)} for g in result]"),
+        },
+        "randomness": {
+            "some of the slow": groups(
+                back="[{'params': [p for p in slow if torch.rand(()) < 0.9], 'lr': lr},"
+                " {'params': fast, 'lr': lr * ratio}]"
+            ),
+            "a rate that trembles": groups(
+                back="[{'params': slow, 'lr': lr},"
+                " {'params': fast, 'lr': lr * ratio + lr * torch.rand(1).item() / 99}]"
+            ),
+        },
+        "kernels": NO_KERNEL,
+    },
+}
+
+ALSO_RIGHT = {
+    "5.1": {
+        "arguments": {
+            "r of B": size(
+                scale="alpha / B.shape[1] ** (0.5 if rslora else 1)", back=PLAIN
+            )
+        },
+        "state": {
+            "in no_grad": size(first="added, W0x = added.detach(), W0x.detach()")
+        },
+        "inputs": {"norms": size(back="added.norm().item() / W0x.norm().item()")},
+        "kinds": {
+            "a tensor": returned("torch.tensor(result)"),
+            "numpy's": returned("np.float64(result)"),
+        },
+    },
+    "5.2": {
+        "arguments": {
+            "one target after the other": rank(
+                one="layers * sum(shapes[t][0] + shapes[t][1] for t in list(targets))"
+            )
+        },
+        "state": {
+            "a set": rank(one="layers * sum(sum(shapes[t]) for t in set(targets))")
+        },
+        "inputs": {
+            "from above": """\
+def my_rank(shapes, targets, layers, budget):
+    sides = [side for target in targets for side in shapes[target]]
+    ranks = range(min(sides), 0, -1)
+    return next((r for r in ranks if r * layers * sum(sides) <= budget), 0)
+"""
+        },
+        "kinds": {
+            "int()": returned("int(result)"),
+            "numpy's": returned("np.int64(result)"),
+        },
+    },
+    "5.3": {
+        "arguments": {"F.linear": dora(h="F.linear(x, V) * (m / norm)")},
+        "state": {"clones": dora(V="W0.clone() + scale * B.clone() @ A.clone()")},
+        "inputs": {"by the root": dora(norm="V.detach().square().sum(1).sqrt()")},
+        "kinds": {"in x's dtype": returned("result.to(x.dtype)")},
+    },
+    "5.4": {
+        "arguments": {
+            "the other way round": pissa(
+                root="S[:r].sqrt() / math.sqrt(scale)",
+                rest="U[:, r:] @ S[r:].diag() @ Vt[r:]",
+            )
+        },
+        "state": {"of a copy": first("W0 = W0.detach().clone()")},
+        "inputs": {
+            "full matrices": """\
+def my_pissa(W0, r, scale):
+    U, S, Vt = torch.linalg.svd(W0)
+    A = (S[:r, None] / scale).sqrt() * Vt[:r]
+    B = U[:, :r] * (S[:r] / scale).sqrt()
+    return W0 - scale * B @ A, A, B
+"""
+        },
+        "kinds": {
+            "a list": returned("[*result]"),
+            "parameters": returned("tuple(map(nn.Parameter, result))"),
+        },
+        "randomness": {
+            "the same random signs in both": returned(
+                "(lambda s: (result[0], s[:, None] * result[1], result[2] * s))"
+                "(torch.where(torch.rand(r) < 0.5, -1.0, 1.0).to(W0.dtype))"
+            )
+        },
+    },
+    "5.5": {
+        "arguments": {
+            "fast first": groups(
+                back="[{'lr': lr * ratio, 'params': fast}, {'lr': lr, 'params': slow}]"
+            )
+        },
+        "state": {
+            "new lists": groups(
+                back="[dict(params=[*slow], lr=lr),"
+                " dict(params=[*fast], lr=ratio * lr)]"
+            )
+        },
+        "inputs": {
+            "a group for each": groups(
+                back="[{'params': [p], 'lr': lr} for p in slow]"
+                " + [{'params': [p], 'lr': lr * ratio} for p in fast]"
+            )
+        },
+        "kinds": {
+            "a tuple": returned("tuple(result)"),
+            "the usual decay": returned(
+                "[{**g, 'weight_decay': 0.01} for g in result]"
+            ),
+        },
+        "randomness": {
+            "in any order": groups(
+                back="[{'params': [slow[i] for i in torch.randperm(len(slow))],"
+                " 'lr': lr},"
+                " {'params': fast, 'lr': lr * ratio}]"
+            )
+        },
     },
 }

@@ -17,6 +17,7 @@ import numbers
 import sysconfig
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,7 @@ def _settings_restored() -> Iterator[Callable[[], None]]:
     Gives a function that raises Wrong where the learner's code changed a setting.
     """
     dtype = torch.get_default_dtype()
+    harmless = "Converting a tensor with requires_grad=True to a scalar"
 
     def demand_settings() -> None:
         changed = {
@@ -110,7 +112,8 @@ def _settings_restored() -> Iterator[Callable[[], None]]:
                     "torch.no_grad():`, a dtype= in the call, or a torch.Generator"
                 )
 
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", harmless)  # parameters are lent as tensors
         try:
             yield demand_settings
         finally:

@@ -94,8 +94,8 @@ def labels(my_batch: Callable) -> None:
 
 def _collated(rows, end: int, pad: int) -> dict[str, Tensor]:
     encoded = [(p + a + [end], [IGNORED] * len(p) + a + [end]) for p, a in rows]
-    made = collate(encoded, pad)
-    return {name: made[name] for name in ("input_ids", "labels")}
+    batch = collate(encoded, pad)
+    return {name: batch[name] for name in ("input_ids", "labels")}
 
 
 def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
@@ -104,11 +104,11 @@ def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
     wrong = {"input_ids": defaultdict(list), "labels": defaultdict(list)}
     for p, a in rows:
         padding = [pad] * (longest - len(p + a) - 1)
-        for name, made in (("input_ids", _ids), ("labels", _labels)):
-            for text, row in made(p, a, end, padding, pad).items():
+        for name, wrong_rows in (("input_ids", _ids), ("labels", _labels)):
+            for text, row in wrong_rows(p, a, end, padding, pad).items():
                 wrong[name][text].append(row)
     return {
-        name: {text: torch.tensor(made) for text, made in each.items()}
+        name: {text: torch.tensor(batch) for text, batch in each.items()}
         for name, each in wrong.items()
     }
 

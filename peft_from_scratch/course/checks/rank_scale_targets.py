@@ -5,10 +5,14 @@ methods/lora.py, dora.py and pissa.py, training/ and experiments/scaling.py, whi
 the same mathematics in other words.
 """
 
+import copy
 import math
+import numbers
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,13 +24,22 @@ from ...training.config import TrainConfig
 from ...training.state import parameter_groups
 from . import Wrong, close, judged, pulled, unchanged
 
-# (d_in, d_out, r, alpha, shape of x without d_in). In the first, every wrong scale
-# gives another number; in the second, every wrong order of square matrices fits.
+# (d_in, d_out, r, alpha, shape of x without d_in, size of all numbers). In the first,
+# every wrong scale gives another number; in the second, every wrong order of square
+# matrices fits. Then: the first with another alpha and with other numbers, a single
+# row, narrow, wide, tiny and huge.
 CASES = (
-    (6, 4, 3, 8.0, (2, 3)),
-    (5, 5, 5, 1.5, (4,)),
-    (8, 12, 4, 2.0, (1, 5)),
-    (9, 7, 1, 3.0, (2, 2)),
+    (6, 4, 3, 8.0, (2, 3), 1.0),
+    (5, 5, 5, 1.5, (4,), 1.0),
+    (8, 12, 4, 2.0, (1, 5), 1.0),
+    (9, 7, 1, 3.0, (2, 2), 1.0),
+    (6, 4, 3, 2.0, (2, 3), 1.0),
+    (6, 4, 3, 8.0, (2, 3), 1.0),
+    (6, 4, 2, 900.0, (), 1.0),
+    (1, 5, 1, 2.0, (3,), 1.0),
+    (40, 3, 2, 6.0, (2, 3, 2, 4), 1.0),
+    (6, 4, 3, 8.0, (2, 3), 1e-5),
+    (5, 7, 2, 4.0, (9,), 1e4),
 )
 
 
@@ -72,14 +85,14 @@ def cases() -> Iterator[Case]:
     def normal(*shape) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    for d_in, d_out, r, alpha, shape in CASES:
+    for d_in, d_out, r, alpha, shape, size in CASES:
         yield Case(
-            normal(d_out, d_in),
-            normal(d_out),
-            normal(r, d_in),
+            size * normal(d_out, d_in),
+            size**2 * normal(d_out),
+            size * normal(r, d_in),
             normal(d_out, r),
             alpha,
-            normal(*shape, d_in),
+            size * normal(*shape, d_in),
         )
 
 
@@ -91,18 +104,46 @@ def update_size(my_size: Callable) -> None:
     """5.1: my_size(base, A, B, alpha, x, rslora): rms of the update over the base's."""
     for case in cases():
         for rslora in (False, True):
-            made = lora.LoRA(case.base(), case.r, case.alpha, rslora=rslora)
-            expected = _size(case.filled(made), case.x)
-            base, A, B, x = case.base(), case.A.clone(), case.B.clone(), case.x.clone()
-            with unchanged(A=A, B=B, x=x):
-                got = my_size(base, A, B, case.alpha, x, rslora)
-            close(
-                got.item() if isinstance(got, Tensor) and got.numel() == 1 else got,
-                expected,
-                what=f"the size, for {case}, rslora={rslora}",
-                mistakes=_wrong_sizes(case, rslora),
-                tolerance=1e-4,
-            )
+            _judge_size(my_size, case, case.base(), rslora)
+            if case.r == 3:
+                _judge_size(my_size, case, case.base(bias=False), rslora)
+                _judge_size(my_size, case, _Hidden(case.base()), rslora)
+                zero = replace(case, B=torch.zeros_like(case.B))
+                _judge_size(my_size, zero, case.base().eval(), rslora)
+                with torch.no_grad():
+                    _judge_size(my_size, case, case.base().eval(), rslora)
+
+
+class _Hidden(nn.Module):
+    """A base that has no weight and no bias to be read; it can only be called."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.inside = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+def _judge_size(my_size, case: Case, base: nn.Module, rslora: bool) -> None:
+    """A and B are parameters, as in a LoRA."""
+    scale = case.alpha / (math.sqrt(case.r) if rslora else case.r)
+    x, A, B = case.x.clone(), nn.Parameter(case.A.clone()), nn.Parameter(case.B.clone())
+    plain = isinstance(base, nn.Linear) and base.bias is not None
+    if plain and B.any():
+        layer = lora.LoRA(case.base(), case.r, case.alpha, rslora=rslora)
+        expected = _size(case.filled(layer), case.x)
+    else:
+        expected = (_rms(scale * (x @ case.A.T @ case.B.T)) / _rms(base(x))).item()
+    with unchanged(A=A, B=B, x=x, base=base):
+        got = my_size(base, A, B, case.alpha, x, rslora)
+    close(
+        got.item() if isinstance(got, Tensor) and got.numel() == 1 else got,
+        expected,
+        what=f"the size, for {case}, rslora={rslora}",
+        mistakes=_wrong_sizes(case, rslora),
+        tolerance=1e-4,
+    )
 
 
 class _Alone(nn.Module):
@@ -122,6 +163,8 @@ def _size(module: lora.LoRA, x: Tensor) -> float:
 
 
 def _wrong_sizes(case: Case, rslora: bool) -> dict[str, float]:
+    if not case.B.any():
+        return {}
     r, alpha = case.r, case.alpha
     scale, other = alpha / r, alpha / math.sqrt(r)
     if rslora:
@@ -178,59 +221,84 @@ SHAPES = {
     "down_proj": (96, 256),
 }
 ATTENTION, MLP = tuple(SHAPES)[:4], tuple(SHAPES)[4:]
+# The same names with other sizes and in another order, and a large model's names.
+SMALLER = {name: (o // 4, i // 2) for name, (o, i) in reversed(SHAPES.items())}
+LARGE = {"c_attn": (24_576, 8192), "c_proj": (8192, 8192), "gate": (1, 8192)}
+
+# (shapes, targets, layers)
+MODELS = (
+    *(
+        (SHAPES, targets, layers)
+        for targets in (ATTENTION, MLP, ("q_proj",), ("q_proj", "v_proj"), [*SHAPES])
+        for layers in (3, 1)
+    ),
+    (SHAPES, ["v_proj", "q_proj", "k_proj"], 32),
+    (SHAPES, ("up_proj", "gate_proj"), 3),
+    (SHAPES, ("down_proj", "v_proj", "q_proj"), 3),
+    (SMALLER, ATTENTION, 3),
+    (SMALLER, ["q_proj"], 3),
+    (LARGE, ("c_attn", "c_proj"), 80),
+    (LARGE, ("gate", "c_proj"), 12),
+    (SHAPES, ATTENTION, 3),
+)
 
 
 @judged
 def rank_for_budget(my_rank: Callable) -> None:
     """5.2: my_rank(shapes, targets, layers, budget): the largest rank that fits."""
-    for targets in (ATTENTION, MLP, ("q_proj",), ("q_proj", "v_proj"), tuple(SHAPES)):
-        for layers in (3, 1):
-            one = _numbers_at(1, targets, layers)
-            for budget in (8 * one + 1, 5 * one, 8 * one - 1, one, one - 1, 900 * one):
-                _judge_rank(my_rank, targets, layers, budget)
+    for shapes, targets, layers in MODELS:
+        one = _numbers_at(1, shapes, targets, layers)
+        half = _most(shapes, targets) // 2
+        budgets = (8 * one + 1, 5 * one, 8 * one - 1, one, one - 1, 900 * one)
+        for budget in (*budgets, max(0, half * one - 1), 0, 12_345):
+            _judge_rank(my_rank, shapes, targets, layers, budget)
 
 
-def _judge_rank(my_rank, targets, layers: int, budget: int) -> None:
-    one, most = _numbers_at(1, targets, layers), _most(targets)
-    expected = max((r for r in range(1, most + 1) if r * one <= budget), default=0)
+def _judge_rank(my_rank, shapes: dict, targets, layers: int, budget: int) -> None:
+    one, most = _numbers_at(1, shapes, targets, layers), _most(shapes, targets)
+    expected = min(budget // one, most)
     # The library's own modules have the last word.
     for r, fits in ((expected, True), (expected + 1, False)):
         if 1 <= r <= most:
-            assert (_numbers_at(r, targets, layers) <= budget) == fits
-    got = my_rank(dict(SHAPES), targets, layers, budget)
+            assert (_numbers_at(r, shapes, targets, layers) <= budget) == fits
+    lent, names = dict(shapes), copy.copy(targets)
+    with unchanged(shapes=lent, targets=names):
+        got = my_rank(lent, names, layers, budget)
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
-    if got == expected and isinstance(got, int) and not isinstance(got, bool):
+    whole = isinstance(got, numbers.Integral) and not isinstance(got, bool)
+    if got == expected and whole:
         return
     asked = f"{', '.join(targets)} in {layers} layers, with {budget:,} numbers to spend"
     raise Wrong(
         f"for {asked}: expected the rank {expected}, got {got!r}. Rank 1 costs "
         f"{one:,} numbers; the smallest side is {most}. Likely mistake: "
-        + _wrong_budget(got, expected, one, targets, layers, budget)
+        + _wrong_budget(got, expected, shapes, targets, layers, budget)
     )
 
 
-def _numbers_at(r: int, targets, layers: int) -> int:
+def _numbers_at(r: int, shapes: dict, targets, layers: int) -> int:
     """Counted on the library's modules, which have shapes and no memory here."""
     count = 0
     with torch.device("meta"):
         for target in targets:
-            d_out, d_in = SHAPES[target]
-            made = lora.LoRA(nn.Linear(d_in, d_out, bias=False), r, 1.0)
-            count += sum(p.numel() for p in made.parameters() if p.requires_grad)
+            d_out, d_in = shapes[target]
+            layer = lora.LoRA(nn.Linear(d_in, d_out, bias=False), r, 1.0)
+            count += sum(p.numel() for p in layer.parameters() if p.requires_grad)
     return layers * count
 
 
-def _most(targets) -> int:
-    return min(min(SHAPES[target]) for target in targets)
+def _most(shapes: dict, targets) -> int:
+    return min(min(shapes[target]) for target in targets)
 
 
-def _wrong_budget(got, expected: int, one: int, targets, layers, budget) -> str:
+def _wrong_budget(got, expected: int, shapes, targets, layers, budget) -> str:
     if got is None:
         return "`return` is missing"
-    if not isinstance(got, int) or isinstance(got, bool):
+    if not isinstance(got, numbers.Integral) or isinstance(got, bool):
         return f"a whole number is needed, not a {type(got).__name__}: round down, //"
-    sides = [SHAPES[target] for target in targets]
+    sides = [shapes[target] for target in targets]
+    one = layers * sum(map(sum, sides))
     costs = {
         "B is forgotten: d_out counts too": sum(i for _, i in sides) * layers,
         "A is forgotten: d_in counts too": sum(o for o, _ in sides) * layers,
@@ -239,19 +307,19 @@ def _wrong_budget(got, expected: int, one: int, targets, layers, budget) -> str:
         ),
         "the number of layers is left out": sum(o + i for o, i in sides),
         "every projection was counted, not the targets alone": (
-            sum(o + i for o, i in SHAPES.values()) * layers
+            sum(o + i for o, i in shapes.values()) * layers
         ),
         "the first target was counted, and no other": sum(sides[0]) * layers,
         "the targets were taken as square": 2 * sum(i for _, i in sides) * layers,
     }
-    if got > _most(targets):
+    if got > _most(shapes, targets):
         return "a rank above the smallest side of a target: no LoRA takes it"
     if got == 1 and expected == 0:
         return "not even rank 1 fits: return 0"
     if got == expected - 1 and budget == expected * one:
         return "one too few: a rank that spends exactly the budget fits"
     for text, cost in costs.items():
-        if got == min(budget // cost, _most(targets)):
+        if got == min(budget // cost, _most(shapes, targets)):
             return text
     if got == expected + 1:
         return "rounded up: this rank spends more than there is"
@@ -264,14 +332,27 @@ def _wrong_budget(got, expected: int, one: int, targets, layers, budget) -> str:
 @judged
 def dora_forward(my_dora: Callable) -> None:
     """5.3: my_dora(x, W0, A, B, m, scale) is m / ‖V‖ ⊙ (V x), ‖V‖ held constant."""
-    for case in cases():
-        scale = case.alpha / case.r
-        ours = case.filled(dora.DoRA(case.base(bias=False), case.r, case.alpha))
-        m = ours.m.detach() * torch.linspace(0.5, 2, len(case.W0))
-        ours.m.data.copy_(m)
-        lent = {"x": case.x, "W0": case.W0, "A": case.A, "B": case.B, "m": m}
-        lent = {name: each.clone() for name, each in lent.items()}
-        with unchanged(**lent):
+    for i, case in enumerate(cases()):
+        _judge_dora(my_dora, case, torch.linspace(0.5, 2, len(case.W0)))
+        if i < 2:
+            # A direction turned round and one that is off; B as at the start.
+            signs = torch.linspace(-1, 1, len(case.W0)).round()
+            _judge_dora(my_dora, case, signs)
+            zero = replace(case, B=torch.zeros_like(case.B))
+            _judge_dora(my_dora, zero, torch.linspace(0.5, 2, len(case.W0)))
+            _double_dora(my_dora, case)
+
+
+def _judge_dora(my_dora: Callable, case: Case, factors: Tensor) -> None:
+    """m is what it starts as, times these factors."""
+    scale = case.alpha / case.r
+    ours = case.filled(dora.DoRA(case.base(bias=False), case.r, case.alpha))
+    m = ours.m.detach() * factors
+    ours.m.data.copy_(m)
+    lent = {"x": case.x, "W0": case.W0, "A": case.A, "B": case.B, "m": m}
+    lent = {name: each.clone() for name, each in lent.items()}
+    for grad_mode in (torch.enable_grad(), torch.no_grad()):
+        with unchanged(**lent), grad_mode:
             got = my_dora(*lent.values(), scale)
         close(
             got,
@@ -279,8 +360,23 @@ def dora_forward(my_dora: Callable) -> None:
             what=f"h, for x of shape {tuple(case.x.shape)} and {case}",
             mistakes=_wrong_doras(case, m, scale),
             tolerance=1e-4,
+            kind=torch.float32,
         )
-        _same_dora_gradients(my_dora, ours, case, m, scale)
+    _same_dora_gradients(my_dora, ours, case, m, scale)
+
+
+def _double_dora(my_dora: Callable, case: Case) -> None:
+    """In float64, by the equation."""
+    scale = case.alpha / case.r
+    x, W0, A, B = (t.double() for t in (case.x, case.W0, case.A, case.B))
+    V, m = W0 + scale * (B @ A), torch.linspace(0.5, 2, len(W0), dtype=torch.float64)
+    close(
+        my_dora(x, W0, A, B, m, scale),
+        (m / V.square().sum(1).sqrt()) * (x @ V.T),
+        what=f"h, in float64, for {case}",
+        tolerance=1e-10,
+        kind=torch.float64,
+    )
 
 
 def _wrong_doras(case: Case, m: Tensor, scale: float) -> dict[str, Tensor]:
@@ -327,8 +423,8 @@ def _wrong_doras(case: Case, m: Tensor, scale: float) -> dict[str, Tensor]:
 
 
 def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None:
-    held = {"x": case.x, "A": case.A, "B": case.B, "m": m}
-    mine = {name: each.clone().requires_grad_() for name, each in held.items()}
+    leaves = {"x": case.x, "A": case.A, "B": case.B, "m": m}
+    mine = {name: each.clone().requires_grad_() for name, each in leaves.items()}
     x, W0 = case.x.clone().requires_grad_(), case.W0
     got = my_dora(mine["x"], W0, mine["A"], mine["B"], mine["m"], scale)
     if not got.requires_grad:
@@ -363,37 +459,74 @@ def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None
 # 5.4 ----------------------------------------------------------------------------------
 
 
+FLOAT, DOUBLE = torch.float32, torch.float64
+# (d_out, d_in, r, alpha, size of W0, dtype): the first again with another alpha and
+# with other numbers; of full rank, narrow, wide, tiny, huge
+PISSAS = (
+    (7, 9, 2, 8.0, 1.0, FLOAT),
+    (8, 8, 3, 1.5, 1.0, FLOAT),
+    (12, 6, 1, 3.0, 1.0, FLOAT),
+    (10, 10, 5, 5.0, 1.0, FLOAT),
+    (7, 9, 2, 3.0, 1.0, FLOAT),
+    (7, 9, 2, 8.0, 1.0, FLOAT),
+    (6, 6, 6, 3.0, 1.0, FLOAT),
+    (1, 9, 1, 2.0, 1.0, FLOAT),
+    (9, 1, 1, 2.0, 1.0, FLOAT),
+    (30, 50, 12, 1.2, 1.0, FLOAT),
+    (8, 6, 2, 4.0, 1e-5, FLOAT),
+    (8, 6, 2, 4.0, 1e4, FLOAT),
+    (7, 5, 2, 3.0, 1.0, DOUBLE),
+)
+
+
 @judged
 def pissa_start(my_pissa: Callable) -> None:
     """5.4: my_pissa(W0, r, scale): (W_res, A, B), from the largest directions."""
     draw = torch.Generator().manual_seed(6)
-    for d_out, d_in, r, alpha in (
-        (7, 9, 2, 8.0),
-        (8, 8, 3, 1.5),
-        (12, 6, 1, 3.0),
-        (10, 10, 5, 5.0),
-    ):
-        W0, scale = torch.randn(d_out, d_in, generator=draw), alpha / r
-        _judge_pissa(my_pissa, W0, r, alpha, scale)
+    for d_out, d_in, r, alpha, size, dtype in PISSAS:
+        W0 = size * torch.randn(d_out, d_in, generator=draw)
+        _judge_pissa(my_pissa, W0.to(dtype), r, alpha, alpha / r)
+    trains = nn.Parameter(torch.randn(6, 4, generator=draw))
+    _judge_pissa(my_pissa, trains, 2, 3.0, 1.5)
+
+
+class Start(NamedTuple):
+    """What PiSSA starts with."""
+
+    W_res: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def _start(W0: Tensor, r: int, alpha: float) -> Start:
+    """By the library, whose files allow half of the full rank; above that by numpy."""
+    W0 = W0.detach()
+    if 2 * r <= min(W0.shape):
+        base = nn.Linear(W0.shape[1], W0.shape[0], bias=False)
+        base.weight.data.copy_(W0)
+        ours = pissa.PiSSA(base, r, alpha)
+        ours.on_attach()
+        return Start(*(t.detach() for t in (base.weight, ours.A, ours.B)))
+    U, S, Vt = map(torch.from_numpy, numpy.linalg.svd(W0.numpy(), full_matrices=False))
+    root = (S[:r] * r / alpha) ** 0.5
+    return Start((U[:, r:] * S[r:]) @ Vt[r:], root[:, None] * Vt[:r], U[:, :r] * root)
 
 
 def _judge_pissa(my_pissa, W0: Tensor, r: int, alpha: float, scale: float) -> None:
     where = f"W0 of {tuple(W0.shape)}, r={r}, scale={scale:.3g}"
-    base = nn.Linear(W0.shape[1], W0.shape[0], bias=False)
-    base.weight.data.copy_(W0)
-    ours = pissa.PiSSA(base, r, alpha)
-    ours.on_attach()
-    given = W0.clone()
+    ours = _start(W0, r, alpha)
+    given = W0.detach().clone().requires_grad_(W0.requires_grad)
+    W0 = W0.detach()
     with unchanged(W0=given):
-        found = my_pissa(given, r, scale)
-    if not (isinstance(found, tuple | list) and len(found) == 3):
+        parts = my_pissa(given, r, scale)
+    if not (isinstance(parts, tuple | list) and len(parts) == 3):
         raise Wrong(
             f"for {where}: expected three tensors, W_res, A and B, in this order; got "
-            f"{type(found).__name__}. Likely mistake: `return W_res, A, B`"
+            f"{type(parts).__name__}. Likely mistake: `return W_res, A, B`"
         )
-    W_res, A, B = found
+    W_res, A, B = parts
     wanted = {"W_res": W0.shape, "A": ours.A.shape, "B": ours.B.shape}
-    for (name, shape), each in zip(wanted.items(), found, strict=True):
+    for (name, shape), each in zip(wanted.items(), parts, strict=True):
         if not isinstance(each, Tensor) or each.shape != shape:
             got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise Wrong(
@@ -401,7 +534,7 @@ def _judge_pissa(my_pissa, W0: Tensor, r: int, alpha: float, scale: float) -> No
                 "Likely mistake: A (r, d_in) and B (d_out, r) are swapped or turned; "
                 "torch gives Vᵀ, whose rows are the directions that W0 reads"
             )
-    update = ours.scale * (ours.B @ ours.A).detach()
+    update = scale * (ours.B @ ours.A)
     close(
         scale * (B @ A),
         update,
@@ -409,18 +542,33 @@ def _judge_pissa(my_pissa, W0: Tensor, r: int, alpha: float, scale: float) -> No
         mistakes=_wrong_starts(W0, r, scale),
         tolerance=1e-3,
     )
+    if r < min(W0.shape):
+        close(
+            W_res,
+            ours.W_res,
+            what=f"the residual W_res, for {where}",
+            mistakes={
+                "nothing was taken out: the model would count its largest part twice": (
+                    W0
+                ),
+                "added: the principal part is taken out": W0 + update,
+                "the principal part itself: the residual is what is left": update,
+                "the scale is missing: W_res = W0 - scale · B A": W0 - update / scale,
+            },
+            tolerance=1e-3,
+        )
     close(
-        W_res,
-        base.weight.detach(),
-        what=f"the residual W_res, for {where}",
-        mistakes={
-            "nothing was taken out: the model would count its largest part twice": W0,
-            "added: the principal part is taken out": W0 + update,
-            "the principal part itself: the residual is what is left": update,
-            "the scale is missing: W_res = W0 - scale · B A": W0 - update / scale,
-        },
-        tolerance=1e-3,
+        (W_res + scale * (B @ A)).detach(),
+        W0,
+        what=f"W_res + scale · B A, for {where}",
+        tolerance=1e-12 if W0.dtype == DOUBLE else 1e-5,
     )
+    for name, part in zip(wanted, parts, strict=True):
+        if part.dtype != W0.dtype:
+            raise Wrong(
+                f"for {where}: {name} is {part.dtype}, and W0 {W0.dtype}. Likely "
+                "mistake: a dtype of your own; a model has one"
+            )
     _demand_shared(A, B, ours, where)
 
 
@@ -451,18 +599,18 @@ def _wrong_starts(W0: Tensor, r: int, scale: float) -> dict[str, Tensor]:
     return wrong
 
 
-def _demand_shared(A: Tensor, B: Tensor, ours: pissa.PiSSA, where: str) -> None:
+def _demand_shared(A: Tensor, B: Tensor, ours: Start, where: str) -> None:
     """Each direction's size in A and in B; its sign is free."""
     sizes = {"A": (A.norm(dim=1), ours.A.norm(dim=1))}
     sizes["B"] = (B.norm(dim=0), ours.B.norm(dim=0))
     for name, (mine, theirs) in sizes.items():
         close(
             mine,
-            theirs.detach(),
+            theirs,
             what=f"B A is right, but not how A and B share it: the size of each "
             f"direction in {name}, for {where}",
             mistakes={
-                "all of S is in this one: each has its root": theirs.detach().square(),
+                "all of S is in this one: each has its root": theirs.square(),
                 "the other has all of S: each has its root": torch.ones_like(theirs),
             },
             tolerance=1e-3,
@@ -471,7 +619,7 @@ def _demand_shared(A: Tensor, B: Tensor, ours: pissa.PiSSA, where: str) -> None:
     for name, mine, theirs in (("A", A, ours.A), ("B", B.T, ours.B.T)):
         close(
             (mine @ mine.T).detach(),
-            (theirs @ theirs.T).detach(),
+            theirs @ theirs.T,
             what=f"B A is right, but the directions in {name} are mixed, for {where}",
             tolerance=1e-3,
         )
@@ -484,7 +632,7 @@ def _small_model() -> nn.Module:
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=11,
         num_attention_heads=2,
         num_key_value_heads=1,
         vocab_size=32,
@@ -496,19 +644,26 @@ def _small_model() -> nn.Module:
 @judged
 def loraplus_groups(my_groups: Callable) -> None:
     """5.5: my_groups(model, lr, ratio): groups in which every B has lr · ratio."""
+    returned = []
     for name, options in {
         "LoRA on q_proj and v_proj": dict(targets=("q_proj", "v_proj")),
         "LoRA on every projection, whose biases train": dict(bias="lora_only"),
+        "LoRA on the head and o_proj": dict(targets=("lm_head", "o_proj")),
     }.items():
-        model = _small_model()
+        model = _small_model().train(not returned)
         lora.inject(model, r=2, alpha=4, **options)
-        for lr, ratio in ((1e-3, 16), (2e-2, 3.0), (5e-3, 0.5)):
-            _judge_groups(
-                my_groups, model, lr, ratio, f"{name}, lr={lr}, ratio={ratio}"
-            )
+        for lr, ratio in ((1e-3, 16), (2e-2, 3.0), (5e-3, 0.5), (1e-7, 1), (1e-3, 2.5)):
+            where = f"{name}, lr={lr}, ratio={ratio}"
+            with unchanged(model=model):
+                got = my_groups(model, lr, ratio)
+                got = list(got) if isinstance(got, Iterator) else got
+            _judge_groups(got, model, lr, ratio, where)
+            returned.append((got, model, lr, ratio, where))
+    for each in returned:  # one list for all calls would now hold the last groups
+        _judge_groups(*each)
 
 
-def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None:
+def _judge_groups(got, model, lr: float, ratio: float, where: str) -> None:
     names = {id(p): n for n, p in model.named_parameters()}
     parameters = trainable(model)
     recipe = TrainConfig(steps=1, lr=lr, lr_ratio=ratio)
@@ -517,9 +672,6 @@ def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None
         for group in parameter_groups(model, parameters, recipe)
         for p in group["params"]
     }
-    got = my_groups(model, lr, ratio)
-    if isinstance(got, Iterator):
-        got = list(got)
     if not isinstance(got, list | tuple) or not all(isinstance(g, dict) for g in got):
         raise Wrong(
             f"for {where}: expected a list of dicts, got {type(got).__name__}. Likely "
@@ -530,16 +682,20 @@ def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None
             f'for {where}: a group without "params" or without "lr". Likely mistake: '
             "another key; AdamW would take its own rate, and say nothing"
         )
+    _demand_rates_alone(got, where)
     pairs = [(p, float(g["lr"])) for g in got for p in _listed(g["params"])]
-    found = {names.get(id(p), "?"): rate for p, rate in pairs}
-    if "?" in found:
+    rates = {names.get(id(p), "?"): rate for p, rate in pairs}
+    if "?" in rates:
         raise Wrong(
             f"for {where}: a tensor that is none of the model's. Likely mistake: a "
             "copy, .data or .detach(); the optimizer moves what it is given"
         )
-    if len(pairs) != len(found):
-        raise Wrong(f"for {where}: a parameter is there twice; AdamW refuses that")
-    extra, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
+    if len(pairs) != len(rates):
+        raise Wrong(
+            f"for {where}: a parameter is there twice; AdamW refuses that. Likely "
+            "mistake: what is fast was not left out of the slow group"
+        )
+    extra, missing = sorted(set(rates) - set(wanted)), sorted(set(wanted) - set(rates))
     if extra or missing:
         likely = (
             "frozen parameters were given too: requires_grad"
@@ -548,17 +704,34 @@ def _judge_groups(my_groups, model, lr: float, ratio: float, where: str) -> None
         )
         raise Wrong(
             f"for {where}: expected the {len(wanted)} tensors that train, got "
-            f"{len(found)}. Too many: {_few(extra)}; missing: {_few(missing)}. Likely "
+            f"{len(rates)}. Too many: {_few(extra)}; missing: {_few(missing)}. Likely "
             f"mistake: {likely}"
         )
     fast = {names[id(module.B)] for module in adapters(model).values()}
-    off = [n for n in wanted if not math.isclose(found[n], wanted[n], rel_tol=1e-6)]
+    off = [n for n in wanted if not math.isclose(rates[n], wanted[n], rel_tol=1e-6)]
     if off:
         raise Wrong(
-            f"for {where}: {off[0]} has the rate {found[off[0]]:.4g}, expected "
+            f"for {where}: {off[0]} has the rate {rates[off[0]]:.4g}, expected "
             f"{wanted[off[0]]:.4g}. Likely mistake: "
-            + _wrong_rates(found, fast, lr, ratio)
+            + _wrong_rates(rates, fast, lr, ratio)
         )
+
+
+def _demand_rates_alone(groups, where: str) -> None:
+    """The rates are numbers, and all else is as AdamW has it by itself."""
+    usual = torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).defaults
+    for group in groups:
+        if not isinstance(group["lr"], numbers.Real | Tensor):
+            raise Wrong(
+                f"for {where}: a rate is a {type(group['lr']).__name__}. Likely "
+                'mistake: quotes, or a list; "lr" is a number'
+            )
+        for key in set(group) & set(usual) - {"lr"}:
+            if group[key] != usual[key]:
+                raise Wrong(
+                    f"for {where}: a group has {key}={group[key]}, where AdamW has "
+                    f"{usual[key]}. Likely mistake: more than two rates was changed"
+                )
 
 
 def _listed(params) -> list:
@@ -574,13 +747,13 @@ def _lost(missing: list[str]) -> str:
     return "everything that trains is in one group or the other"
 
 
-def _wrong_rates(found: dict, fast: set, lr: float, ratio: float) -> str:
+def _wrong_rates(rates: dict, fast: set, lr: float, ratio: float) -> str:
     def same(a: float, b: float) -> bool:
         return math.isclose(a, b, rel_tol=1e-6)
 
-    b = {found[n] for n in fast}
-    a = {found[n] for n in found if n.endswith(".A")}
-    others = {found[n] for n in found if n not in fast and not n.endswith(".A")}
+    b = {rates[n] for n in fast}
+    a = {rates[n] for n in rates if n.endswith(".A")}
+    others = {rates[n] for n in rates if n not in fast and not n.endswith(".A")}
     if all(same(x, lr) for x in a | b | others):
         return "one rate for all: that is LoRA; B is the fast one"
     if all(same(x, lr * ratio) for x in a | b):
