@@ -1,6 +1,6 @@
 """The sweep over architectures: every method on every causal language model type.
 
-    python -m tools.architectures                      all, in half an hour
+    python -m tools.architectures                      all types, all methods
     python -m tools.architectures --types llama,mamba --methods lora,prompt --jobs 2
 
 The library finds its way in a model by structure, not by a table of names. The sweep
