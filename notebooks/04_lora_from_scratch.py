@@ -456,9 +456,9 @@ class HandLoRA(nn.Module):
     def __init__(self, base, r, alpha):
         super().__init__()
         d_out, d_in = base.weight.shape
-        self.base = base
-        self.A = nn.Parameter(torch.randn(r, d_in) / math.sqrt(3 * d_in))
-        self.B = nn.Parameter(torch.zeros(d_out, r))
+        self.base, device = base, base.weight.device
+        self.A = nn.Parameter(torch.randn(r, d_in, device=device) / math.sqrt(3 * d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, r, device=device))
         self.scale = alpha / r
 
     def forward(self, x):
