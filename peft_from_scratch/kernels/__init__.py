@@ -1,5 +1,8 @@
 """Fused kernels in Triton, each beside its spec in torch.
 
+They are study objects: no layer of the library calls them, and no GPU has run them yet.
+LoRA and NF4Linear use torch's own products.
+
 Reading order: language.py (Triton or its absence, the shared pieces), lora.py (the
 product and its gradients), nf4.py (the same on a weight in four bits), gather.py (many
 adapters in one product, for serving). Without a GPU: trace.py counts what a launch

@@ -278,7 +278,7 @@ def multiply(a, b, total):
         return dot(rounded(a, b.dtype), b, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "largest"])
 def _shrink(
     x,
     A,
@@ -311,7 +311,7 @@ def _shrink(
         store(out, place, rank - begin, total, within(place, rank, end, stop))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "largest", "shares"])
 def _expand(
     low,
     B,
@@ -339,7 +339,7 @@ def _expand(
         for _ in range(shares):
             keep = within(place, rank, end, stop)
             h += load((share, largest, 1), place, rank - begin, keep)
-            share += count * largest
+            share += count.to(tl.int64) * largest
         b = load(B, rank, n, within(rank, n, stop, d_out))  # (BR, BN)
         total = multiply(h * tl.load(scale + adapter), b, total)
     keep = within(place, n, end, d_out)
@@ -466,7 +466,10 @@ def gather_lora(
                  more of them; or a Plan, made once for all projections of a batch
         backend  None: Triton on CUDA, the torch spec elsewhere; or "torch", "triton"
     Returns  y itself. Summed in float32; where rows share adapters, h = scale x A^T is
-             rounded to x's dtype before its product with B
+             rounded to x's dtype before its product with B. A row's bits are the same
+             alone and in company only in blocks of one row, Plan.of(…, rows=1): the
+             default plan takes blocks of 16 or 64 where rows share an adapter, and the
+             blocks decide how h is summed and rounded
     Raises   ValueError     a shape, dtype, device, index or backend that does not fit,
                             named; nothing has been added then
                             a tensor that requires a gradient, outside no_grad(): this
