@@ -235,6 +235,9 @@ SASS = """
         /*0040*/               @P2 BRA `(.L_x_0) ;
         /*0050*/                   IMAD.MOV.U32 R7, RZ, RZ, R9 ;
         /*0060*/               @P3 BRA `(.L_x_1) ;
+.L_x_4:
+        /*0068*/                   NOP ;
+        /*006c*/               @P5 BRA `(.L_x_4) ;
         /*0070*/               @P4 BRA `(.L_x_3) ;
         /*0080*/                   EXIT ;
 .L_x_2:
@@ -249,7 +252,8 @@ def the_longest_loop_is_read():
     found = gpu_targets.loop(SASS)
     assert found == ["LDG", "SEL", "HMMA", "BRA", "IMAD", "BRA"]
     straight = SASS.replace("@P2 BRA", "@P2 NOP").replace("@P3 BRA", "@P3 NOP")
-    assert len(gpu_targets.loop(straight)) == 11  # all of it
+    straight = straight.replace("@P5 BRA", "@P5 NOP")
+    assert len(gpu_targets.loop(straight)) == 13  # all of it
 
 
 @law
