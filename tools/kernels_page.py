@@ -6,6 +6,7 @@ A test holds the page to data/results/kernels.json and to the formulas of count.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -23,6 +24,7 @@ from peft_from_scratch.kernels.cases import (
     forward_in_four_bits,
 )
 from peft_from_scratch.kernels.count import (
+    LaunchCost,
     count,
     fused,
     in_three,
@@ -30,8 +32,10 @@ from peft_from_scratch.kernels.count import (
     total,
     unfused,
 )
-from peft_from_scratch.kernels.gpu_targets import LARGEST, RESULT, TARGETS
-from peft_from_scratch.kernels.roofline import DEVICES, bound, counts_of
+from peft_from_scratch.kernels.gpu_targets import LARGEST, RESULT, TARGETS, described
+from peft_from_scratch.kernels.language import Launch
+from peft_from_scratch.kernels.nf4 import DENSE_FROM
+from peft_from_scratch.kernels.roofline import DEVICES, SHOWN, bound, counts_of
 from peft_from_scratch.plotting.roofline import alt, figure
 from peft_from_scratch.plotting.theme import svg
 
@@ -39,6 +43,7 @@ PAGE = ROOT / "docs" / "kernels.md"
 FIGURE = PAGE.with_name("roofline.svg")
 KIND = r"v_mfma|[a-z0-9]+"  # at the start of an instruction's name
 LIMIT = 1.1  # times the bytes of x W^T alone, that the fused product should issue
+NVIDIAS = [target for target, (kind, *_) in TARGETS.items() if kind == "cuda"]
 BF16 = torch.bfloat16
 
 
@@ -63,11 +68,21 @@ def tables(result: dict) -> str:
         "What fusing takes off the bound on the time, % of the bound of four steps (of "
         "three), bf16:",
         bounds(),
+        "## Four bits",
         "A weight in four bits, with its constants in eight: bytes (issued, "
         "compulsory) and the bound on the time, over those of the product with W in "
-        "bf16, r 16. Each has its own blocks. Unpacking, fifteen selects a weight and "
-        "row of blocks, is not in the bound:",
+        "bf16, r 16. Each has its own blocks. The bound knows bytes and FLOPs, and no "
+        f"instructions of unpacking. From {DENSE_FROM} rows on W' is written once, and "
+        "the bound is the sum over that launch and the dense one:",
         in_four_bits(),
+        "Instructions of the loop that unpacks, for each weight, r 16 and bf16. They "
+        "were counted in the machine code; what a look-up in the table costs in the "
+        "L1 cache was not measured:",
+        instructions(result["rows"]),
+        f"What that is on the {SHOWN.name}, 4,096 → 4,096, r 16, in microseconds at "
+        "least. Its multiprocessors issue an instruction for 128 lanes a clock, which "
+        "is half of the float32 FLOP/s above. None of these is a measured time:",
+        waits(result["rows"]),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -156,7 +171,7 @@ def against_plain(make: Callable) -> str:
 
     def cell(shape: tuple, r: int) -> str:
         launches = fused(*shape, r, BF16, make)
-        ours, alone = total(launches), count(plain(launches))
+        ours, alone = total(launches), total(plain(launches))
         issued = ours.issued / alone.issued
         text = f"{issued:.3f}" if issued <= LIMIT else f"**{issued:.3f}**"
         return f"{text}, {ours.compulsory / alone.compulsory:.2f}"
@@ -215,13 +230,74 @@ def in_four_bits() -> str:
     """Bytes and bounds of QLoRA's product over LoRA's."""
     lines = []
     for shape in SHAPES:
-        packed = total(fused(*shape, 16, BF16, forward_in_four_bits))
-        dense = total(fused(*shape, 16, BF16))
+        four, bf16 = (
+            [count(one) for one in fused(*shape, 16, BF16, make)]
+            for make in (forward_in_four_bits, forward)
+        )
+        packed, dense = (sum(costs, LaunchCost()) for costs in (four, bf16))
         bytes_ = packed.issued / dense.issued, packed.compulsory / dense.compulsory
-        bounds = [bound([packed], d, BF16) / bound([dense], d, BF16) for d in DEVICES]
+        bounds = [bound(four, d, BF16) / bound(bf16, d, BF16) for d in DEVICES]
         cells = ", ".join(f"{share:.2f}" for share in bytes_)
         lines.append([_shape(shape), cells, *(f"{share:.2f}" for share in bounds)])
     return markdown(("shape", "bytes", *(d.name for d in DEVICES)), lines)
+
+
+def instructions(rows: Sequence[dict]) -> str:
+    """What unpacking a weight takes, by kernel and block."""
+    lines = []
+    for row in rows:
+        on = row["targets"]
+        if row["dtype"] == "bf16" and row["constants"].get("RANK", 16) == 16:
+            each = [on[target].get("a_weight") for target in NVIDIAS]
+            if all(each):
+                kernel, _, _, tile, *_ = _words(row)
+                reader = row["constants"].get("LOAD", "")
+                lines.append([kernel, reader, tile, *each])
+    most: dict[tuple, list] = {}
+    for *words, a, b, c in lines:
+        known = most.setdefault(tuple(words), [a, b, c])
+        most[tuple(words)] = [max(*both) for both in zip(known, (a, b, c), strict=True)]
+    return markdown(
+        ("kernel", "reader", "tile", *NVIDIAS),
+        [[*words, *each] for words, each in most.items()],
+    )
+
+
+def waits(rows: Sequence[dict]) -> str:
+    """The bound of bytes and FLOPs, and of instructions, beside that of bf16."""
+    lines = []
+    for m in (4096, 128, 64, 16, 1):
+        shape = (m, 4096, 4096)
+        launches = fused(*shape, 16, BF16, forward_in_four_bits)
+        costs = [count(one) for one in launches]
+        dense = [count(one) for one in fused(*shape, 16, BF16)]
+        issued = sum(_unpacking(one, rows) for one in launches)
+        times = (
+            bound(costs, SHOWN, BF16),
+            issued / (SHOWN.plain / 2),
+            bound(dense, SHOWN, BF16),
+        )
+        lines.append([f"{m:,}", *(f"{1e6 * seconds:.1f}" for seconds in times)])
+    heads = ("rows of x", "four bits: bytes or FLOPs", "four bits: instructions")
+    return markdown((*heads, "bf16: bytes or FLOPs"), lines)
+
+
+def _unpacking(launch: Launch, rows: Sequence[dict]) -> float:
+    """Instructions, of all threads together, of the loop that unpacks in a launch."""
+    kind, arguments = described(launch), launch.arguments
+    alike = ("LOAD", "RANK", "BM", "BN", "BK", "SPLIT", "CHUNK")
+    for row in rows:
+        each = row["targets"]["sm_90"].get("a_weight")
+        same = all(
+            row["constants"].get(name) == kind["constants"].get(name) for name in alike
+        )
+        if each and same and row["dtype"] == kind["dtype"]:
+            blocks = math.ceil(
+                arguments.get("m_size", 1) / kind["constants"].get("BM", 1)
+            )
+            sizes = (arguments.get(name, 1) for name in ("n_size", "k_size", "size"))
+            return each * blocks * math.prod(sizes)
+    return 0
 
 
 def _by_rank(shapes: Iterable[tuple], cell: Callable) -> str:

@@ -24,7 +24,7 @@ ROWS = (4096, 16, 1)  # a training step's or a prompt's tokens; decoding
 RANKS = (8, 16, 32, 64, 128, 256)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-NAMES |= {torch.uint8: "u8", torch.int32: "i32"}
+NAMES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 SHAPES = tuple((m, *sizes) for sizes in PROJECTIONS for m in ROWS)  # m, d_in, d_out
 
 
@@ -136,12 +136,13 @@ CASES = (
     ),
     *(
         _case("nf4", m, 4096, 4096, r, dtype, make=four_bits)
-        for m, r, dtype in pairs(ROWS, (16, 64), DTYPES)
+        for m, r, dtype in pairs((*ROWS, 64, 128), (16, 64), DTYPES)
         if (m > 1 or dtype == "bf16") and (r == 16 or dtype != "fp16")
     ),
+    _case("nf4, odd rows", 16, 577, 576, 16, "bf16", make=four_bits),
     _case(
         "nf4, constants in float32",
-        *(*SHAPES[0], 16, "bf16"),
+        *(16, 4096, 4096, 16, "bf16"),
         make=four_bits,
         double=False,
     ),
@@ -153,4 +154,5 @@ CASES = (
 SAMPLE = (  # compiled anew by the tests: few, each of another kind
     "lora 4096 x 576 -> 1536, r 16, bf16",
     "lora 16 x 4096 -> 4096, r 16, bf16",
+    "nf4 16 x 4096 -> 4096, r 16, bf16",
 )

@@ -11,7 +11,11 @@ A block of y = x W^T reads its rows of x and of W: with blocks of BM x BN
     x   ⌈n / BN⌉ m k         W   ⌈m / BM⌉ n k         y   m n        elements
 
 and the update adds to it, fused: A once a program, which has `sweep` blocks; B once a
-block of rows. A sweep that ends beyond n reads nothing there.
+block of rows. A sweep that ends beyond n reads nothing there. Where programs sum shares
+of the columns k (split-K), x, W and A are read as often, and the shares are written and
+read again, in float32:
+
+    s m n  of y, once              s m r  of h, once for each ⌈n / BN⌉ of `_finish`
 
 trace.py counts the same in the interpreter, element by element: the tests hold the two
 to each other.
@@ -66,51 +70,94 @@ def total(launches: Iterable[Launch]) -> LaunchCost:
 def _product(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
     m, n, k, r = (arguments[size] for size in ("m_size", "n_size", "k_size", "r"))
     update, BM, BN, BK = (constants[c] for c in ("UPDATE", "BM", "BN", "BK"))
+    split, shares = constants["SPLIT"], math.prod(grid[1:])
     down = math.ceil(m / BM)
     programs = grid[0] // down  # side by side
     blocks = programs * constants["SWEEP"]
     columns = math.ceil(n / BN)  # of blocks that are not wholly beyond n
-    fused, read = update == "fused", update == "given"
+    fused = update == "fused"
     moved = {  # name: (elements of the operand, how often each is loaded)
         "x": (m * k, columns),
         "A": (r * k, fused and programs * down),
+    }
+    stored = {"y": shares * m * n}
+    if constants["KEEP"]:
+        stored["h"] = shares * m * r
+    height, depth = down * BM, math.ceil(k / BK) * BK
+    whole = height * BN * columns * depth
+    whole += fused * programs * height * constants["RANK"] * depth
+    needed = m * n * k + fused * m * r * k
+    if not split:
+        last, flops, useful = _update(arguments, constants, down, blocks)
+        moved, whole, needed = moved | last, whole + flops, needed + useful
+    others = _moved(arguments, moved, stored, 2 * whole, 2 * needed)
+    return others + _weight(arguments["W"], constants, n, k, down)
+
+
+def _update(arguments: dict, constants: dict, down: int, blocks: int) -> tuple:
+    """What is added to a whole x W^T: ({name: (elements, loads)}, products, needed)."""
+    m, n, r = (arguments[size] for size in ("m_size", "n_size", "r"))
+    fused, read = (constants["UPDATE"] == kind for kind in ("fused", "given"))
+    rank = constants["RANK"] if fused else math.ceil(r / 64) * 64 if read else 0
+    moved = {
         "B": (n * r, (fused or read) and down),
         "h": (m * r, read and blocks),
         "bias": (n, arguments["bias"] is not None and down),
     }
+    whole = down * constants["BM"] * constants["BN"] * blocks * rank
+    return moved, whole, (fused or read) * m * n * r
+
+
+def _finish(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
+    """The products alone: an addition for each number of a share is little beside k."""
+    m, n, r, count = (arguments[name] for name in ("m_size", "n_size", "r", "count"))
+    moved, whole, needed = _update(arguments, constants, *grid)
+    lows = (count * m * r, constants["UPDATE"] == "fused" and grid[1])
+    moved |= {"shares": (count * m * n, 1), "lows": lows}
     stored = {"y": m * n} | ({"h": m * r} if constants["KEEP"] else {})
-    rank = constants["RANK"] if fused else math.ceil(r / 64) * 64 if read else 0
-    height, depth = down * BM, math.ceil(k / BK) * BK
-    whole = height * BN * (columns * depth + blocks * rank)
-    whole += fused * programs * height * rank * depth
-    needed = m * n * k + fused * m * r * k + (fused or read) * m * n * r
-    others = _moved(arguments, moved, stored, 2 * whole, 2 * needed)
-    return others + _weight(arguments["W"], constants, n, k, down)
+    return _moved(arguments, moved, stored, 2 * whole, 2 * needed)
+
+
+def _dequantize(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
+    """One row of weights, cut into the programs' pieces."""
+    size = arguments["size"]
+    read = _packed(arguments["W"], 1, size, 1, constants["CHUNK"])
+    written = size * _itemsize(arguments["out"])
+    return read + LaunchCost(stores=written, compulsory=written)
 
 
 def _weight(W: tuple, constants: dict, n: int, k: int, down: int) -> LaunchCost:
     """W's part: each row of blocks of y reads all of it, as its reader does."""
     reader, BN, BK = constants["LOAD"].fn.__name__, constants["BN"], constants["BK"]
     if reader == "dense":
-        once = n * k * _itemsize(W)
-        return LaunchCost(loads=down * once, compulsory=once)
-    if reader == "unpacked":
-        rows, width, most = n, k, BK
+        size = n * k * _itemsize(W)
+        once = LaunchCost(loads=size, compulsory=size)
+    elif reader == "unpacked":
+        once = _packed(W, n, k, BN, BK)
     elif reader == "unpacked_across":  # the bytes run along n
-        rows, width, most = k, n, BN
+        once = _packed(W, k, n, BK, BN)
     else:
         raise ValueError(f"no formula for W as {reader} reads it")
-    packed, (absmax, *doubled), _, _, step = W
-    run = min(step.value, most)  # weights that share a load of their constant
-    codes = rows * (math.ceil(width / 2) if run > 1 else width)
-    asked = rows * math.ceil(width / run)
-    tensors = [t for t in (packed, absmax, *doubled) if t is not None]
-    blocks = math.ceil(n / BN) * math.ceil(k / BK)
+    return LaunchCost(loads=down * once.loads, compulsory=once.compulsory)
+
+
+def _packed(W: tuple, height: int, width: int, tall: int, wide: int) -> LaunchCost:
+    """Four bits (height, width), read once in blocks of tall x wide.
+
+    The table's entries are asked for by masked bytes as well, which are 0.
+    """
+    packed, (absmax, *doubled), table, _, step = W
+    run = min(step.value, wide)  # weights that share a load of their constant
+    blocks = math.ceil(height / tall) * math.ceil(width / wide)
+    codes = height * (math.ceil(width / 2) if run > 1 else width)
+    looked_up = blocks * tall * wide // (2 if run > 1 else 1) * table.element_size()
+    asked = height * math.ceil(width / run)
+    tensors = [t for t in (packed, absmax, table, *doubled) if t is not None]
     each = absmax.element_size() * asked
     if doubled[0] is not None:  # its unit and its value, and the offset for a block
         each += 4 * (2 * asked + blocks)
     return LaunchCost(
-        loads=down * (codes + each),
+        loads=codes + looked_up + each,
         compulsory=sum(t.numel() * t.element_size() for t in tensors),
     )
 
@@ -132,7 +179,13 @@ def _add_up(arguments: dict, constants: dict, grid: tuple) -> LaunchCost:
     return _moved(arguments, {"shares": (adds, 1)}, {"out": size}, adds, adds)
 
 
-FORMULAS = {"_product": _product, "_over_rows": _over_rows, "_add_up": _add_up}
+FORMULAS = {
+    "_product": _product,
+    "_finish": _finish,
+    "_over_rows": _over_rows,
+    "_add_up": _add_up,
+    "_dequantize": _dequantize,
+}
 
 
 def _moved(arguments, moved: dict, stored: dict, flops: int, needed: int) -> LaunchCost:
@@ -167,20 +220,21 @@ def fused(m, d_in, d_out, r, dtype, make=forward) -> list[Launch]:
     return KernelCase("", lambda: make(m, d_in, d_out, r, dtype)).launches()
 
 
-def plain(launches: list[Launch]) -> Launch:
-    """x W^T alone in the same blocks: the last of these launches without an update."""
-    arguments, constants = launches[-1].arguments, launches[-1].constants
+def plain(launches: list[Launch]) -> list[Launch]:
+    """x W^T alone in the same blocks: the last of these products without an update."""
+    last = [one for one in launches if one.kernel.fn.__name__ == "_product"][-1]
+    arguments, constants = last.arguments, last.constants
     tiles = Tiles(
         *(constants[name] for name in ("BM", "BN", "BK")),
         group=constants["GROUP"],
-        warps=launches[-1].warps,
-        stages=launches[-1].stages,
+        warps=last.warps,
+        stages=last.stages,
     )
     with recorded() as log:
         lora.product(
             arguments["x"][0], arguments["W"], arguments["n_size"], tiles=tiles
         )
-    return log[0]
+    return log
 
 
 def unfused(m, d_in, d_out, r, dtype) -> list[LaunchCost]:

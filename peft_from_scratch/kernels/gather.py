@@ -278,7 +278,7 @@ def multiply(a, b, total):
         return dot(rounded(a, b.dtype), b, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "largest"])
 def _shrink(
     x,
     A,
@@ -311,7 +311,7 @@ def _shrink(
         store(out, place, rank - begin, total, within(place, rank, end, stop))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "largest", "shares"])
 def _expand(
     low,
     B,
@@ -339,7 +339,7 @@ def _expand(
         for _ in range(shares):
             keep = within(place, rank, end, stop)
             h += load((share, largest, 1), place, rank - begin, keep)
-            share += count * largest
+            share += count.to(tl.int64) * largest
         b = load(B, rank, n, within(rank, n, stop, d_out))  # (BR, BN)
         total = multiply(h * tl.load(scale + adapter), b, total)
     keep = within(place, n, end, d_out)

@@ -9,6 +9,8 @@ would be specialised is asked of its own binder. From what comes out are read
     registers     of a thread; 255 is NVIDIA's limit, 512 AMD's
     shared        bytes that the threads of a program share
     spilled       bytes of a thread's stack: values that found no register
+    a_weight      of a kernel that unpacks four bits, on NVIDIA: the instructions of
+                  its loop, for each weight that the loop unpacks
     instructions  those that multiply matrices, with the operands' dtype
 
 How fast any of it is, a compiler does not say.
@@ -51,6 +53,8 @@ MATRIX = {  # by backend: the instructions that multiply matrices, in the assemb
     "cuda": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*?[^\s;]*",
     "hip": r"\bv_mfma_\w+",
 }
+# A line of nvdisasm: its address, a predicate or none, the operation.
+OPERATION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
 
 # Compiling ----------------------------------------------------------------------------
@@ -79,12 +83,47 @@ def compiled(launch: Launch, target: str) -> dict:
     compilable, options = source(launch, target)
     binary = triton.compile(compilable, target=target, options=options)
     read = nvidia if target.backend == "cuda" else amd
-    return read(binary.asm) | {"shared": binary.metadata.shared}
+    made = read(binary.asm) | {"shared": binary.metadata.shared}
+    if target.backend == "cuda" and (weights := unpacked_by_a_thread(launch)):
+        sass = _nvidias("nvdisasm", binary.asm["cubin"], "-c")
+        made["a_weight"] = round(len(loop(sass)) / weights, 1)
+    return made
+
+
+def unpacked_by_a_thread(launch: Launch) -> float:
+    """How many weights in four bits a thread unpacks on a way through the loop."""
+    constants = launch.constants
+    reader = getattr(constants.get("LOAD"), "fn", None)
+    if launch.kernel.fn.__name__ == "_dequantize":
+        return constants["CHUNK"] / (32 * launch.warps)
+    if reader is None or not reader.__name__.startswith("unpacked"):
+        return 0
+    return constants["BN"] * constants["BK"] / (32 * launch.warps)
+
+
+def loop(sass: str) -> list[str]:
+    """The operations of a kernel's longest loop; all of them where it has none.
+
+    A loop is what lies between a label and the last branch back to it.
+    """
+    operations, labels, longest = [], {}, (0, None)
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(operations)
+        elif found := OPERATION.match(line):
+            operations.append(found[1])
+            back = re.search(r"\.L_\w+", line)
+            if found[1] == "BRA" and back is not None and back[0] in labels:
+                begin, end = labels[back[0]], len(operations)
+                if end - begin > 1:  # not the branch to itself behind the end
+                    longest = max(longest, (end - begin, begin))
+    length, begin = longest
+    return operations if begin is None else operations[begin : begin + length]
 
 
 def nvidia(assembly: dict) -> dict:
     """What cuobjdump says of a cubin, and the instructions of its PTX."""
-    usage = resources(_cuobjdump(assembly["cubin"]))
+    usage = resources(_nvidias("cuobjdump", assembly["cubin"], "--dump-resource-usage"))
     names = instructions(assembly["ptx"], "cuda")
     dtypes = operands(assembly["ttgir"])
     kinds = [n + "." + "/".join(dtypes) if "kind::f16" in n else n for n in names]
@@ -127,14 +166,15 @@ def instructions(assembly: str, backend: str) -> list[str]:
     return sorted(re.sub(noise, "", name) for name in kinds)
 
 
-def _cuobjdump(cubin: bytes) -> str:
+def _nvidias(name: str, cubin: bytes, option: str) -> str:
+    """What one of the tools that Triton brings along says of a cubin."""
     import triton
 
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [str(tool), option, file.name]
         return subprocess.run(
             command, capture_output=True, text=True, check=True
         ).stdout

@@ -9,10 +9,12 @@
 With h = scale x A^T and dh = scale dy B, both (m, r), scale is used up: dA = dh^T x and
 dB = dy^T h. The forward pass keeps h, the product for dx leaves dh behind.
 
-Three kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
+Four kernels. `_product` computes a block of y, or `sweep` of them side by side; beside
 x W^T it sums x A^T from the same block of x (r <= ONE_PASS), or is given h where r is
-larger, which `_product` itself has computed as a product with W = A. `_over_rows` sums
-over a share of the rows, `_add_up` adds the shares. No atomics: equal bits each time.
+larger, which `_product` itself has computed as a product with W = A. Few rows make few
+blocks, too few for a GPU's processors: then each program sums a share of the columns k
+(split-K), and `_finish` adds the shares up. For dA and dB `_over_rows` sums over a
+share of the rows, and `_add_up` adds these. No atomics: equal bits each time.
 """
 
 import math
@@ -67,6 +69,41 @@ def dense(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def finished(
+    total,
+    low,
+    B,
+    bias,
+    h,
+    m,
+    n,
+    m_size,
+    n_size,
+    r,
+    dtype: tl.constexpr,
+    UPDATE: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """A block of y of its whole x W^T, `total`: plus low B^T or h B^T, plus bias.
+
+    low = scale x A^T
+    """
+    if UPDATE == "fused":
+        rank = tl.arange(0, RANK)
+        b = rounded(load(B, n, rank, within(n, rank, n_size, r)), dtype)
+        total = dot(rounded(low, dtype), tl.trans(b), total)
+    elif UPDATE == "given":
+        for start in range(0, r, 64):
+            some = start + tl.arange(0, 64)
+            part = load(h, m, some, within(m, some, m_size, r))
+            b = rounded(load(B, n, some, within(n, some, n_size, r)), dtype)
+            total = dot(part, tl.trans(b), total)
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["m_size"])
 def _product(
     x,
     W,
@@ -79,10 +116,12 @@ def _product(
     n_size,
     k_size,
     r,
+    columns,
     scale,
     LOAD: tl.constexpr,  # dense, or another reader of W
     UPDATE: tl.constexpr,  # "fused": h is computed here; "given": it is read; "none"
     KEEP: tl.constexpr,  # write h, for the gradients
+    SPLIT: tl.constexpr,  # sum `columns` of k, and leave what is left to `_finish`
     RANK: tl.constexpr,  # r, up to the next power of two, 16 at least
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -92,7 +131,8 @@ def _product(
 ):
     """y = x W^T, plus h B^T if there is an update, plus bias if there is one.
 
-    h = scale x A^T
+    h = scale x A^T. With SPLIT y and h are float32 and (shares m) high: share after
+    share, each the sum over its columns of k.
     """
     dtype = x[0].dtype.element_ty
     down, along = tl.cdiv(m_size, BM), tl.cdiv(n_size, BN * SWEEP)
@@ -100,12 +140,16 @@ def _product(
     m = row * BM + tl.arange(0, BM)
     rank = tl.arange(0, RANK)
     low = tl.zeros((BM, RANK), tl.float32)
+    below, begin, end = 0, 0, k_size
+    if SPLIT:
+        begin = tl.program_id(1) * columns
+        below, end = tl.program_id(1) * m_size, min(begin + columns, k_size)
     for step in tl.static_range(SWEEP):
         first = (column * SWEEP + step) * BN
         n = first + tl.arange(0, BN)
         total = tl.zeros((BM, BN), tl.float32)
-        depth = tl.where(first < n_size, k_size, 0)  # a sweep may end beyond n
-        for start in range(0, depth, BK):
+        depth = tl.where(first < n_size, end, begin)  # a sweep may end beyond n
+        for start in range(begin, depth, BK):
             k = start + tl.arange(0, BK)
             part = load(x, m, k, within(m, k, m_size, k_size))  # (BM, BK)
             wide = LOAD(W, first, start, n_size, k_size, BN, BK)  # (BN, BK)
@@ -114,25 +158,57 @@ def _product(
             if UPDATE == "fused" and step == 0:
                 a = rounded(load(A, rank, k, within(rank, k, r, k_size)), dtype)
                 low = dot(part, tl.trans(a), low)
-        if UPDATE == "fused":
-            b = rounded(load(B, n, rank, within(n, rank, n_size, r)), dtype)
-            total = dot(rounded(low * scale, dtype), tl.trans(b), total)
-        elif UPDATE == "given":
-            for start in range(0, r, 64):
-                some = start + tl.arange(0, 64)
-                part = load(h, m, some, within(m, some, m_size, r))
-                b = rounded(load(B, n, some, within(n, some, n_size, r)), dtype)
-                total = dot(part, tl.trans(b), total)
-        else:
+        if UPDATE == "none":
             total *= scale
-        if bias is not None:
-            total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]
-        store(y, m, n, total, within(m, n, m_size, n_size))
+        if not SPLIT:
+            high = low * scale
+            total = finished(
+                *(total, high, B, bias, h, m, n, m_size, n_size, r),
+                *(dtype, UPDATE, RANK),
+            )
+        store(y, below + m, n, total, within(m, n, m_size, n_size))
     if KEEP and column == 0:
-        store(h, m, rank, low * scale, within(m, rank, m_size, r))
+        store(h, below + m, rank, low * scale, within(m, rank, m_size, r))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_size", "count"])
+def _finish(
+    shares,
+    lows,
+    B,
+    bias,
+    h,
+    y,
+    m_size,
+    n_size,
+    r,
+    count,
+    UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    RANK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y of `count` shares of x W^T, and of h = scale x A^T if it is in shares, too."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    rank = tl.arange(0, RANK)
+    total, low = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, RANK), tl.float32)
+    for share in range(count):
+        below = share * m_size
+        total += load(shares, below + m, n, within(m, n, m_size, n_size))
+        if UPDATE == "fused":
+            low += load(lows, below + m, rank, within(m, rank, m_size, r))
+    dtype: tl.constexpr = y[0].dtype.element_ty
+    total = finished(
+        *(total, low, B, bias, h, m, n, m_size, n_size, r, dtype, UPDATE, RANK),
+    )
+    store(y, m, n, total, within(m, n, m_size, n_size))
+    if KEEP and tl.program_id(1) == 0:
+        store(h, m, rank, low, within(m, rank, m_size, r))
+
+
+@triton.jit(do_not_specialize=["m_size", "rows"])
 def _over_rows(
     U,
     V,
@@ -160,13 +236,14 @@ def _over_rows(
     store(block, rank, at, total, within(rank, at, r, width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_up(shares, out, count, size, BLOCK: tl.constexpr):
     """out = the sum of `count` shares of `size` elements, in their order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for share in range(count):
-        total += tl.load(shares + share * size + at, at < size, 0.0)
+    for _ in range(count):
+        total += tl.load(shares + at, at < size, 0.0)
+        shares += size
     tl.store(out + at, total.to(out.dtype.element_ty), at < size)
 
 
@@ -231,6 +308,7 @@ def product(
     if not y.numel():
         return y, h
     tiles = tiles or tiles_for(m, n, r, x.dtype)
+    columns = columns_of(m, n, k, tiles)
     arguments = {
         "x": matrix(x),
         "W": W,
@@ -243,12 +321,14 @@ def product(
         "n_size": n,
         "k_size": k,
         "r": r,
+        "columns": columns,
         "scale": float(scale),
     }
     constants = {
         "LOAD": reader,
         "UPDATE": "fused" if fused else "none" if B is None else "given",
         "KEEP": fused and keep,
+        "SPLIT": False,
         "RANK": max(16, triton.next_power_of_2(r)) if fused else 16,
         "BM": tiles.m,
         "BN": tiles.n,
@@ -256,9 +336,58 @@ def product(
         "SWEEP": tiles.sweep,
         "GROUP": tiles.group,
     }
-    grid = (math.ceil(m / tiles.m) * math.ceil(n / (tiles.n * tiles.sweep)),)
-    launch(_product, grid, arguments, constants, tiles.warps, tiles.stages)
+    if columns < k:
+        _launch_in_shares(arguments, constants, tiles)
+    else:
+        grid = (math.ceil(m / tiles.m) * math.ceil(n / (tiles.n * tiles.sweep)),)
+        launch(_product, grid, arguments, constants, tiles.warps, tiles.stages)
     return y, h
+
+
+def _launch_in_shares(arguments: dict, constants: dict, tiles: Tiles) -> None:
+    """The launch of `_product` as two: shares of the sum over k, and their sum."""
+    m, n, r = (arguments[size] for size in ("m_size", "n_size", "r"))
+    count = math.ceil(arguments["k_size"] / arguments["columns"])
+    y, fused = arguments["y"][0], constants["UPDATE"] == "fused"
+    shares = y.new_empty(count * m, n, dtype=torch.float32)
+    lows = y.new_empty(count * m, r, dtype=torch.float32) if fused else None
+    written = {"y": matrix(shares), "h": matrix(lows) if fused else None}
+    launch(
+        _product,
+        (math.ceil(m / tiles.m) * math.ceil(n / (tiles.n * tiles.sweep)), count),
+        arguments | {"B": None, "bias": None} | written,
+        constants | {"KEEP": fused, "SPLIT": True},
+        tiles.warps,
+        tiles.stages,
+    )
+    update = ("B", "bias", "h", "y", "m_size", "n_size", "r")
+    launch(
+        _finish,
+        (math.ceil(m / tiles.m), math.ceil(n / tiles.n)),
+        {"shares": written["y"], "lows": written["h"], "count": count}
+        | {name: arguments[name] for name in update},
+        {name: constants[name] for name in ("UPDATE", "KEEP", "RANK", "BM", "BN")},
+        tiles.warps,
+        stages=1,
+    )
+
+
+def columns_of(m: int, n: int, k: int, tiles: Tiles) -> int:
+    """How many of k columns a program sums: all, or a share where blocks are few.
+
+    As many shares as make PROGRAMS programs, or as there are blocks of k. But those of
+    y, written and read again in float32, may take a sixteenth of a 16-bit W's bytes:
+
+        8 shares m n <= 2 n k / 16        shares <= k / (64 m)
+
+    So k is shared out for one row of x always, for 16 rows where W is large. With k as
+    short as a rank there is nothing to share.
+    """
+    if k <= LARGEST:
+        return max(1, math.ceil(k / tiles.k)) * tiles.k
+    programs = math.ceil(m / tiles.m) * math.ceil(n / (tiles.n * tiles.sweep))
+    shares = max(1, min(math.ceil(PROGRAMS / programs), k // (64 * m)))
+    return max(1, math.ceil(k / shares / tiles.k)) * tiles.k
 
 
 def blocks_over_rows(r: int, width: int) -> tuple[int, int]:
@@ -327,14 +456,22 @@ def gradients(wanted, dy, x, A, B, h, bias, scale, across) -> tuple:
 
 
 class LoRAProduct(torch.autograd.Function):
-    """The kernels under autograd; x and y are matrices here."""
+    """The kernels under autograd; x and y are matrices here.
+
+    `grad` is whether gradients are recorded: ctx.needs_input_grad is True for a
+    parameter under no_grad(), too.
+    """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, scale, bias):
-        keep = ctx.needs_input_grad[3]  # only dB takes h
-        y, h = product(
-            x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=keep
+    def forward(ctx, x, W, A, B, scale, bias, grad):
+        for_x, for_W, _, for_B, *_ = (
+            grad and needed for needed in ctx.needs_input_grad
         )
+        y, h = product(
+            x, matrix(W), len(W), A=A, B=B, scale=scale, bias=bias, keep=for_B
+        )  # only dB takes h
+        for read in for_x * [W.T] + for_W * [x.T, y.T]:
+            matrix(read)  # what backward could not read is refused now
         ctx.save_for_backward(W, x, A, B, h, bias)
         ctx.scale = scale
         return y
@@ -343,12 +480,12 @@ class LoRAProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         W, x, *others = ctx.saved_tensors
-        for_x, for_W, for_A, for_B, _, for_bias = ctx.needs_input_grad
+        for_x, for_W, for_A, for_B, _, for_bias, _ = ctx.needs_input_grad
         wanted = for_x, for_A, for_B, for_bias
         across = {"W": matrix(W.T), "n": W.shape[1]}
         dx, dA, dB, dbias = gradients(wanted, dy, x, *others, ctx.scale, across)
         dW = product(dy.T, matrix(x.T), x.shape[1])[0] if for_W else None
-        return dx, dW, dA, dB, None, dbias
+        return dx, dW, dA, dB, None, dbias, None
 
 
 # The checked wrapper ------------------------------------------------------------------
@@ -395,7 +532,7 @@ def lora_linear(
     if backend == "torch":
         return spec(x, W, A, B, scale, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = LoRAProduct.apply(rows, W, A, B, float(scale), bias)
+    y = LoRAProduct.apply(rows, W, A, B, float(scale), bias, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], len(W))
 
 

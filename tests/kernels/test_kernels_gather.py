@@ -319,7 +319,11 @@ IN_KERNELS = {
         "last = min((share + 1) * columns, d_in)",
         "last = min((share + 1) * columns, d_in) - 1",
     ),
-    "one share counted for all": ("_expand", "share += count * largest", "share += 0"),
+    "one share counted for all": (
+        "_expand",
+        "share += count.to(tl.int64) * largest",
+        "share += 0",
+    ),
     "y lost": ("_expand", "load(y, row, n, keep) + total", "total"),
 }
 

@@ -4,10 +4,12 @@ A bound follows from the arithmetic: half a unit in the last place for the resul
 and a half for the rounded factors of the update, float32's for each number of a sum.
 """
 
+import math
 import os
 import subprocess
 import sys
 from functools import partial
+from itertools import product as pairs
 from pathlib import Path
 from unittest import mock
 
@@ -15,10 +17,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import law, planted_kernel
+from planting import Bug, each_is_caught, law, planted_kernel
 from torch.utils.checkpoint import checkpoint
 
-from peft_from_scratch.kernels import MissingTriton, choose, language, lora, lora_linear
+from peft_from_scratch import nf4
+from peft_from_scratch.kernels import (
+    MissingTriton,
+    choose,
+    language,
+    lora,
+    lora_linear,
+    nf4_lora_linear,
+)
 from peft_from_scratch.kernels.language import Tiles, matrix
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton: Linux alone")
@@ -263,6 +273,80 @@ def tiled(rows=50, columns=90, depth=24, r=3, **sizes):
     assert torch.equal(h, 0.5 * x @ A.T)
 
 
+split = partial(tiled, rows=2, columns=40, depth=16 * 64 + 5)
+LONG = 64 * 20 + 3  # columns of x, that some programs share for one row
+
+
+@law
+def shared_columns_are_summed():
+    """Split-K, of the fused product and of a given h, forward and for dx."""
+    with language.recorded() as log:
+        lora_linear(*_operands(1, LONG, 40, 5), 0.5, backend="triton")
+    assert log[0].constants["SPLIT"] and log[0].grid[1] > 1
+    split()
+    for dtype, r in ((FLOAT, 5), (BRAIN, 5), (BRAIN, 70)):
+        close(1, LONG, 40, r, dtype)
+
+
+def _operands(m, k, n, r):
+    return (torch.randn(s) for s in ((m, k), (n, k), (r, k), (n, r)))
+
+
+@law
+def few_rows_still_occupy_a_gpu():
+    """Decoding: two programs for each of 132 processors, or one for each 64 columns."""
+    for dtype, size in pairs((FLOAT, HALF, BRAIN), (4096, 576)):
+        for m in (1, 16):
+            x, W, A, B = (t.to("meta", dtype) for t in _operands(m, size, size, 16))
+            with language.recorded() as log:
+                lora_linear(x, W, A, B, 0.5, backend="triton")
+            tiles = lora.tiles_for(m, size, 16, dtype)
+            blocks = math.ceil(size / tiles.n) * (size // 64)
+            if size == 4096 or m == 1:
+                assert math.prod(log[0].grid) >= min(0.95 * lora.PROGRAMS, blocks)
+
+
+@given(m=st.integers(1, 10**5), n=st.integers(1, 10**5), k=st.integers(0, 10**5))
+def test_the_shares_of_the_columns(m, n, k):
+    """Whole blocks, which cover k; their sums take a sixteenth of W's bytes at most."""
+    tiles = lora.tiles_for(m, n, 16, BRAIN)
+    columns = lora.columns_of(m, n, k, tiles)
+    count = math.ceil(k / columns)
+    assert columns % tiles.k == 0 and (count - 1) * columns < max(k, 1)
+    assert count <= 1 or 2 * count * m * n * 4 <= 2 * n * k / 16
+
+
+@law
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def inference_keeps_no_h(mode=torch.no_grad):
+    tensors = numbers(5, 24, 17, 3)
+    with language.recorded() as log, mode():
+        lora_linear(**tensors, scale=0.5, backend="triton")
+        q = nf4.quantize(tensors["W"].detach())
+        adapter = tensors["A"], tensors["B"]
+        nf4_lora_linear(tensors["x"], q, *adapter, backend="triton")
+    assert [one.constants["KEEP"] for one in log] == [False, False]
+
+
+@law
+def what_backward_cannot_read_is_refused_before():
+    """W with over 2^31 elements: W^T would be walked along rows in 32 bits."""
+    size, m = 50_000, 50_000
+    x, W, A, B = (
+        torch.empty(shape, device="meta")
+        for shape in ((1, size), (size, size), (3, size), (size, 3))
+    )
+    many = x.expand(m, -1)
+    for pair in ((x.clone().requires_grad_(), W), (many, W.clone().requires_grad_())):
+        with language.recorded(), torch.no_grad():
+            lora_linear(*pair, A, B, 0.5, backend="triton")
+        with (
+            language.recorded(),
+            pytest.raises(ValueError, match=r"over 2\^31 elements"),
+        ):
+            lora_linear(*pair, A, B, 0.5, backend="triton")
+
+
 @few
 @given(
     m=st.integers(1, 100),
@@ -395,23 +479,54 @@ KERNEL = {
         "total = dot(part, tl.trans(wide), total).to(dtype).to(tl.float32)",
         partial(close, k=300, dtype=BRAIN),
     ),
-    "no scale": (
-        "_product",
-        "rounded(low * scale, dtype)",
-        "rounded(low, dtype)",
-        close,
-    ),
+    "no scale": ("_product", "high = low * scale", "high = low", close),
     "bias twice": (
-        "_product",
+        "finished",
         "total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]",
-        "total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :] * (1 + step)",
+        "total += 2 * tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]",
         partial(tiled, sweep=2),
     ),
     "h without scale": (
         "_product",
-        "store(h, m, rank, low * scale,",
-        "store(h, m, rank, low,",
+        "store(h, below + m, rank, low * scale,",
+        "store(h, below + m, rank, low,",
         tiled,
+    ),
+    "each share sums all columns": (
+        "_product",
+        "begin = tl.program_id(1) * columns",
+        "begin = tl.program_id(1) * 0",
+        split,
+    ),
+    "a share sums the next one's columns": (
+        "_product",
+        "min(begin + columns, k_size)",
+        "min(begin + 2 * columns, k_size)",
+        split,
+    ),
+    "shares over each other": (
+        "_product",
+        "below, end = tl.program_id(1) * m_size",
+        "below, end = tl.program_id(1) * 0",
+        split,
+    ),
+    "the last share of y is left out": (
+        "_finish",
+        "range(count)",
+        "range(count - 1)",
+        split,
+    ),
+    "the last share of h counts for all": (
+        "_finish",
+        "low += load(lows",
+        "low = load(lows",
+        split,
+    ),
+    "h of every block of columns": (
+        "_finish",
+        "if KEEP and tl.program_id(1) == 0:",
+        "if KEEP and tl.program_id(1) == 1000:",
+        split,
     ),
     "h again for each sweep": (
         "_product",
@@ -459,6 +574,29 @@ def test_a_bias_taken_for_contiguous_is_caught():
     as_it_is = mock.patch.object(torch.Tensor, "contiguous", lambda self: self)
     with as_it_is, pytest.raises(AssertionError):
         a_strided_bias_is_read_where_it_is()
+
+
+ON_THE_WAY = {
+    "one program for all of k": Bug(
+        lora.columns_of, "math.ceil(PROGRAMS / programs)", "1",
+        few_rows_still_occupy_a_gpu,
+    ),
+    "h is kept for no gradient": Bug(
+        lora.LoRAProduct.forward, "grad and needed", "needed",
+        inference_keeps_no_h,
+    ),
+    "W^T is looked at in backward": Bug(
+        lora.LoRAProduct.forward, "for_x * [W.T]", "[]",
+        what_backward_cannot_read_is_refused_before,
+    ),
+    "x^T and dy^T are looked at in backward": Bug(
+        lora.LoRAProduct.forward, "for_W * [x.T, y.T]", "[]",
+        what_backward_cannot_read_is_refused_before,
+    ),
+}  # fmt: skip
+test_a_bug_on_the_way_is_caught = each_is_caught(
+    ON_THE_WAY, (AssertionError, pytest.fail.Exception)
+)
 
 
 def test_an_unscaled_dx_is_caught():

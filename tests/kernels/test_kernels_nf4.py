@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import planted, planted_kernel
+from planting import law, planted, planted_kernel
 
 from peft_from_scratch import kernels, nf4
 from peft_from_scratch.kernels import language, lora
@@ -267,6 +267,33 @@ def test_the_weight_in_16_bits_is_nowhere():
     assert max(t.nbytes for t in found) == packed.nbytes
 
 
+@law
+@pytest.mark.parametrize("m, d_in", [(on_codes.DENSE_FROM, 64), (17, 68)])
+def many_rows_take_a_weight_that_is_written_once(m=on_codes.DENSE_FROM, d_in=64):
+    """The bits of the dense product with W', forward and backward."""
+    q = nf4.quantize(drawn(24, d_in))
+    x, A, B = (drawn(*s).requires_grad_() for s in ((m, d_in), (3, d_in), (24, 3)))
+    with language.observed(lambda one: names.append(one.kernel.__name__)):
+        names: list[str] = []
+        y = kernels.nf4_lora_linear(x, q, A, B, 2.0, **TRITON)
+        assert names == ["_dequantize", "_product"]
+        grads = torch.autograd.grad(y.square().sum(), (x, A, B))
+        assert names[2:4] == ["_dequantize", "_product"]
+    dense = kernels.lora_linear(x, nf4.dequantize(q), A, B, 2.0, **TRITON)
+    assert torch.equal(y, dense)
+    theirs = torch.autograd.grad(dense.square().sum(), (x, A, B))
+    assert all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
+
+
+@law
+@pytest.mark.parametrize("m, d_in", [(on_codes.DENSE_FROM - 1, 64), (16, 68)])
+def fewer_rows_unpack_it_on_the_way(m=16, d_in=68):
+    q, x = nf4.quantize(drawn(24, d_in)), drawn(m, d_in)
+    with language.recorded() as log:
+        kernels.nf4_lora_linear(x, q, **TRITON)
+    assert [one.constants["LOAD"] for one in log] == [on_codes.unpacked]
+
+
 def test_frozen_inputs_cost_no_launch():
     q, A, B = nf4.quantize(drawn(12, 64)), drawn(3, 64), drawn(12, 3)
     A.requires_grad_()
@@ -322,20 +349,27 @@ HALF = partial(product_and_gradients_are_those_of_float64, dtype=torch.bfloat16,
 
 KERNEL_BUGS = {
     "the low nibble is the first": (
-        ("codes_of", "tl.join(pair >> 4, pair & 15)", "tl.join(pair & 15, pair >> 4)"),
+        (
+            "values_of",
+            "tl.join(first_of(pair), second_of(pair))",
+            "tl.join(second_of(pair), first_of(pair))",
+        ),
         EVEN,
     ),
     "the low nibble is the first of an odd row": (
-        ("codes_of", "at % 2 == 0, pair", "at % 2 == 1, pair"),
+        ("values_of", "at % 2 == 0, first", "at % 2 == 1, first"),
         ODD,
     ),
     "an odd row starts with a byte": (
         ("unpacked", "BN, BK, RUN > 1)", "BN, BK, True)"),
         ODD,
     ),
-    "the table is shifted": (("chosen", "BITS[FIRST]", "BITS[(FIRST + 1) % 16]"), EVEN),
-    "the selects are in the other order": (
-        ("chosen", "high, low)", "low, high)"),
+    "the table is shifted": (
+        ("values_of", "tl.load(pairs + tl.load(", "tl.load(pairs + 1 + tl.load("),
+        EVEN,
+    ),
+    "the second value for the first": (
+        ("first_of", "pair.to(tl.int32)", "(pair >> 32).to(tl.int32)"),
         EVEN,
     ),
     "the second absmax is forgotten": (
@@ -371,12 +405,12 @@ KERNEL_BUGS = {
     ),
 }
 IN_THE_PRODUCT = {
-    "the scale is forgotten": ("rounded(low * scale, dtype)", "rounded(low, dtype)"),
+    "the scale is forgotten": ("high = low * scale", "high = low"),
     "the weight is not rounded": ("tl.trans(rounded(wide, dtype))", "tl.trans(wide)"),
 }
 ON_THE_WAY = {
     "runs as long as a block": (
-        (on_codes.operand, "math.gcd(q.block, width)", "q.block"),
+        (on_codes.step_of, "math.gcd(q.block, width)", "q.block"),
         SHARED,
     ),
     "dx with W for its transpose": (
@@ -384,6 +418,18 @@ ON_THE_WAY = {
         EVEN,
     ),
     "dx of W's height": ((on_codes.reading, "d_in if across", "d_out if across"), EVEN),
+    "W' transposed once more": (
+        (on_codes.reading, "W.T if across else W)", "W if across else W.T)"),
+        many_rows_take_a_weight_that_is_written_once,
+    ),
+    "W' unpacked for each block of rows": (
+        (on_codes.dequantizes, "DENSE_FROM if", "1000 * DENSE_FROM if"),
+        many_rows_take_a_weight_that_is_written_once,
+    ),
+    "W' written for any number of rows": (
+        (on_codes.dequantizes, "else 17", "else 1"),
+        fewer_rows_unpack_it_on_the_way,
+    ),
     "the bias is forgotten": (
         (on_codes.NF4Product.forward, "bias=bias, keep", "keep"),
         EVEN,
@@ -393,7 +439,11 @@ ON_THE_WAY = {
         HALF,
     ),
 }
-CAUGHT = (AssertionError, RuntimeError)  # torch refuses a gradient of another shape
+CAUGHT = (
+    AssertionError,
+    RuntimeError,
+    KeyError,
+)  # torch refuses a gradient of another shape
 
 
 @pytest.mark.parametrize("name", KERNEL_BUGS)
