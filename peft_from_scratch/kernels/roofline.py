@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .count import LaunchCost, count, fused, unfused
+from .count import LaunchCost, count, fused, in_three, unfused
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ DEVICES = (
         bandwidth=3.35e12,
         source="NVIDIA H100 Tensor Core GPU Architecture white paper and datasheet, "
         "2023; the datasheet's 1,979 TFLOP/s are with sparsity",
+    ),
+    Device(
+        name="H200 SXM",
+        matrix=989.4e12,
+        plain=66.9e12,
+        bandwidth=4.8e12,
+        source="NVIDIA H200 Tensor Core GPU datasheet, 2024: the H100's processors, "
+        "faster memory",
     ),
     Device(
         name="B200",
@@ -103,8 +111,9 @@ def counts_of(shape: tuple, r: int, dtype: torch.dtype) -> list[LaunchCost]:
 
 PLACES = ((4096, 4096, 4096), (4096, 576, 576), (16, 4096, 4096), (1, 4096, 4096))
 FUSED, UNFUSED = "fused", "unfused, in four steps"
+IN_PLACE = "unfused, in three: added in place"
 UNCACHED = "fused, were there no cache"
-KINDS = (UNFUSED, FUSED, UNCACHED)
+KINDS = (UNFUSED, IN_PLACE, FUSED, UNCACHED)
 
 
 def places(device: Device, r: int, dtype: torch.dtype) -> dict[str, list[tuple]]:
@@ -115,8 +124,9 @@ def places(device: Device, r: int, dtype: torch.dtype) -> dict[str, list[tuple]]
     points: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
     for shape in PLACES:
         ours, theirs = counts_of(shape, r, dtype), unfused(*shape, r, dtype)
+        three = in_three(*shape, r, dtype)
         needed, issued = sum(c.needed for c in theirs), sum(c.issued for c in ours)
-        for kind, counts in ((FUSED, ours), (UNFUSED, theirs)):
+        for kind, counts in ((FUSED, ours), (UNFUSED, theirs), (IN_PLACE, three)):
             moved = sum(cost.compulsory for cost in counts)
             rate = needed / bound(counts, device, dtype)
             points[kind].append((needed / moved, rate))

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from ..kernels.roofline import (
     DEVICES,
     FUSED,
+    IN_PLACE,
     PLACES,
     SHOWN,
     UNCACHED,
@@ -17,10 +18,15 @@ from ..kernels.roofline import (
     places,
 )
 from .draw import frame, legend, name_y, point
-from .theme import BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
+from .theme import AMBER, BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
 
-LOOKS = {UNFUSED: (ORANGE, "D"), FUSED: (BLUE, "o"), UNCACHED: (PURPLE, "^")}
-BESIDE = {"MI300X": "bottom", "H100 SXM": "top"}  # their roofs are close together
+LOOKS = {
+    UNFUSED: (ORANGE, "D"),
+    IN_PLACE: (AMBER, "s"),
+    FUSED: (BLUE, "o"),
+    UNCACHED: (PURPLE, "^"),
+}
+BESIDE = {"MI300X": "bottom", "H100, H200 SXM": "top"}  # their roofs are close together
 
 
 def figure(
@@ -39,7 +45,7 @@ def figure(
     with style(theme):
         handles = [point(mark, theme, label=kind) for kind, mark in LOOKS.items()]
         page, axes = frame(
-            "Fusing lifts prompts and training steps; decoding waits for W either way",
+            "Fusing lifts training, narrow models' most; decoding waits for W",
             f"The LoRA product of rank {r}, rows x d_in → d_out, under the roof of the "
             f"{device.name} (thick). {'; '.join(shapes)}. FLOPs are those that the "
             "product needs.",
@@ -58,10 +64,13 @@ def figure(
         axes.set_position((box.x0, box.y0, box.width - 0.85 / width, box.height))
         for one in devices:
             _roof(axes, one, peak(one, dtype), one == device, theme)
+        for top in dict.fromkeys(peak(one, dtype) for one in devices):
+            there = [one for one in devices if peak(one, dtype) == top]
+            _name(axes, there, top, device in there, theme)
         for kind, rows in shown.items():
             axes.add_line(point(LOOKS[kind], theme, *zip(*rows, strict=True), gid=kind))
-        for kind, rows in shown.items():
-            for letter, place in zip(letters, rows, strict=True):
+        for kind in (UNFUSED, FUSED, UNCACHED):  # the others' places are between them
+            for letter, place in zip(letters, shown[kind], strict=True):
                 _letter(axes, letter, place, above=kind != UNFUSED)
         legend(page, handles)
     return page
@@ -80,14 +89,21 @@ def _roof(axes, device: Device, top: float, thick: bool, theme: Theme) -> None:
     ys = [left * device.bandwidth, top, top]
     colour = theme.ink if thick else theme.muted
     axes.plot(xs, ys, color=colour, linewidth=1.8 if thick else 0.7, gid="roof")
+
+
+def _name(axes, devices: Sequence[Device], top: float, thick: bool, theme) -> None:
+    """The names of devices of one peak, at its right end."""
+    first, *others = (device.name for device in devices)
+    series = first.split()[0] if others else first
+    name = ", ".join([series, *others])
     axes.annotate(
-        device.name,
-        (right, top),
+        name,
+        (axes.get_xlim()[1], top),
         (3, -2),
         textcoords="offset points",
         size=SMALL - 1,
-        color=colour,
-        va=BESIDE.get(device.name, "center"),
+        color=theme.ink if thick else theme.muted,
+        va=BESIDE.get(name, "center"),
     )
 
 
