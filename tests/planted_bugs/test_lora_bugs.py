@@ -926,9 +926,9 @@ LEFT_OUT = {
         left.an_indexer_is_left_out,
     ),
     "biases that never run train": Bug(
-        bitfit.plan,
-        "not is_idle(model, name)",
-        "True",
+        bitfit.reached_by_text,
+        "if gradient is not None",
+        "if True",
         left.biases_that_never_run_do_not_train,
     ),
     "a file says nothing of PEFT's experts": Bug(

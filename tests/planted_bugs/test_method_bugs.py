@@ -550,6 +550,18 @@ BITFIT_AND_LORA_PLUS = {
         'in ("bias", "weight")',
         family.biases_and_nothing_else_train,
     ),
+    "a bias without a gradient trains": Bug(
+        bitfit.reached_by_text,
+        "if gradient is not None",
+        "if True",
+        family.biases_that_no_text_reaches_are_left_alone,
+    ),
+    "flags stay as the question left them": Bug(
+        bitfit.reached_by_text,
+        "parameter.requires_grad_(flag)",
+        "pass",
+        family.biases_that_no_text_reaches_are_left_alone,
+    ),
     "the ratio is that of A": Bug(
         state.parameter_groups,
         "m.get_parameter(name)) for m in modules for name in m.loraplus_parameters",

@@ -323,6 +323,22 @@ def biases_and_nothing_else_train():
     assert len(names) == 2 * 4 and list(values(model)) == names
 
 
+@law
+def biases_that_no_text_reaches_are_left_alone():
+    """A tower for images has biases, and no token's logits depend on them."""
+    model = with_biases()
+    model.tower = nn.Linear(4, 4)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    expected = [n for n in flags if n.endswith(".bias") and n != "tower.bias"]
+    assert list(bitfit.plan(model).base_params) == expected
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert bitfit.inject(model) == expected
+    none = build("llama")
+    none.tower = nn.Linear(4, 4)
+    with refused(none, "no text gives", "tower.bias"):
+        bitfit.inject(none)
+
+
 def first_moves(**changes):
     """{name: how far the first AdamW step moved a tensor, in the median}."""
     model = adapted(dropout=0)
