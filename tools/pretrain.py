@@ -167,7 +167,7 @@ def pretrained(
                 _keep(model, tokenizer, work / f"step-{run.history.steps:05d}")
             if run.history.steps % SAVED_EVERY == 0 or run.history.steps == steps:
                 checkpoint.save(run, work / "state", settings)
-    return model.eval(), tokenizer, _told(model, tokenizer, run.history, parts)
+    return model.eval(), tokenizer, _record(model, tokenizer, run.history, parts)
 
 
 def work_folder(out: Path) -> Path:
@@ -233,7 +233,7 @@ def _save(model: nn.Module, tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _told(model, tokenizer, history: History, parts: Sequence[Phase]) -> dict:
+def _record(model, tokenizer, history: History, parts: Sequence[Phase]) -> dict:
     seed = parts[0].recipe.seed
     return {
         "parameters": model.num_parameters(),

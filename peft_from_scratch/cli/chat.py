@@ -89,8 +89,8 @@ def _recorded(file: Path) -> tuple[str, str] | tuple[None, None]:
         recipe, instruction = record.get("recipe"), record.get("instruction")
         template = recipe.get("template") if isinstance(recipe, dict) else None
         words = " or ".join(map(repr, TEMPLATES))
-        found = f"recipe.template in {file}"
-        require(template in TEMPLATES, found, template, f"allowed is {words}")
+        field = f"recipe.template in {file}"
+        require(template in TEMPLATES, field, template, f"allowed is {words}")
         fine = isinstance(instruction, str) and is_unicode(instruction)
         require(fine, f"instruction in {file}", instruction, "allowed is text")
     except ValueError as error:

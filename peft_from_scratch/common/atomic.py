@@ -47,13 +47,13 @@ def _refusal(error: Exception) -> tuple[int, str] | None:
         if error.errno not in FULL or error.__cause__:  # with a cause, it is clear
             return None
         return error.errno, os.strerror(error.errno)
-    found = OF_RUST.search(str(error))
-    if found is None:
+    match = OF_RUST.search(str(error))
+    if match is None:
         return None
-    number = int(found[2])
+    number = int(match[2])
     if os.name == "nt":  # Windows' number of the error, of which Python knows the errno
         number = OSError(0, "", None, number).errno
-    return number, found[1].strip()
+    return number, match[1].strip()
 
 
 @contextmanager

@@ -52,9 +52,9 @@ def parse(content: bytes | str) -> object:
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
     """The object of these pairs; ValueError for a key that stands twice."""
-    found: dict[str, object] = {}
+    entries: dict[str, object] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise _Ambiguous(f"ambiguous: the key {key!r} stands twice in one object")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries

@@ -86,25 +86,25 @@ class DecoderAdapter(Adapter):
             if each is not None and not isinstance(each, list):
                 setattr(each, MARK, self.mark)
 
-    def refuse_lengths(self, attention_mask, held: int | None, t: int) -> None:
+    def refuse_lengths(self, attention_mask, past: int | None, t: int) -> None:
         """ValueError for a mask of another length, or tokens behind the last position.
 
         Args
-            held  the caller's tokens in the cache; None where it does not count
+            past  the caller's tokens in the cache; None where it does not count
             t     new tokens
         """
-        if held is None:
+        if past is None:
             return
-        columns = held + t if attention_mask is None else attention_mask.shape[1]
-        if columns != held + t:
+        columns = past + t if attention_mask is None else attention_mask.shape[1]
+        if columns != past + t:
             raise ValueError(
-                f"attention_mask has {columns} columns; the cache holds {held} tokens "
+                f"attention_mask has {columns} columns; the cache holds {past} tokens "
                 f"of yours, and {t} are new. {CUT}"
             )
-        if self.table is not None and self.n + held + t > self.table:
+        if self.table is not None and self.n + past + t > self.table:
             raise ValueError(
-                f"{held + t} tokens and {self.n} positions of the "
-                f"{type(self).__name__.lower()} are {self.n + held + t}; the model has "
+                f"{past + t} tokens and {self.n} positions of the "
+                f"{type(self).__name__.lower()} are {self.n + past + t}; the model has "
                 f"{self.table}. Allowed are {self.table - self.n} tokens: shorten them"
             )
 
@@ -161,8 +161,8 @@ def _embeds_ids(module: nn.Module) -> bool:
 
 def in_front(model: nn.Module) -> int:
     """The positions that a prompt or a prefix takes from the model's; 0 without one."""
-    found = adapters(model).values()
-    return sum(each.n for each in found if isinstance(each, DecoderAdapter))
+    wrapped = adapters(model).values()
+    return sum(each.n for each in wrapped if isinstance(each, DecoderAdapter))
 
 
 def positions(model: nn.Module) -> int | None:
@@ -217,11 +217,11 @@ def refuse_4d(attention_mask) -> None:
         )
 
 
-def cache_of(found):
+def cache_of(output):
     """The cache in a call's arguments, or in what a trunk returns; None without one."""
-    if isinstance(found, tuple):
-        return next((each for each in found if isinstance(each, Cache)), None)
-    caches = (found.get(name) for name in CACHES)
+    if isinstance(output, tuple):
+        return next((each for each in output if isinstance(each, Cache)), None)
+    caches = (output.get(name) for name in CACHES)
     return next((cache for cache in caches if cache is not None), None)
 
 

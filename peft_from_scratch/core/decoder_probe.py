@@ -74,7 +74,7 @@ def _difference(trunk, ids, make, filled) -> str | None:
     shapes = _shapes(trunk, first)
     adapter.on_attach()
     try:
-        found = _read(adapter, None, first, rest)
+        tensors = _read(adapter, None, first, rest)
         for parameter in adapter.parameters(recurse=False):
             parameter *= 1.5  # training moves it: away from each row of a table
         moved = _shapes(adapter, first)
@@ -85,7 +85,7 @@ def _difference(trunk, ids, make, filled) -> str | None:
         return f"{others[0]} of what it returns has another shape"
     bound = CLOSE if expected.dtype.itemsize >= 4 else CLOSE_IN_HALF
     for way, part in (("", slice(2)), (" through the cache", slice(2, None))):
-        distance = _distance(found[part], expected[part])
+        distance = _distance(tensors[part], expected[part])
         if not distance < bound:
             return f"what the model computes{way} differs by {distance:.2g}"
     return None
@@ -104,7 +104,7 @@ def _read(module: nn.Module, cache: Cache | None, *pieces: Tensor) -> Tensor:
     Later pieces come with their positions, as generate() gives them to who takes any. A
     model without a cache reads the first piece alone.
     """
-    hidden, held = [], {} if cache is None else {CACHES[0]: cache}
+    hidden, caches = [], {} if cache is None else {CACHES[0]: cache}
     numbered = "position_ids" in inspect.signature(module.forward).parameters
     read = cache_length(cache)
     for ids in pieces:
@@ -114,13 +114,13 @@ def _read(module: nn.Module, cache: Cache | None, *pieces: Tensor) -> Tensor:
                 torch.arange(len(ids), device=ids.device)[None] + read
             )
         read += len(ids)
-        if cache_length(next(iter(held.values()), None)) is not None:
+        if cache_length(next(iter(caches.values()), None)) is not None:
             given["attention_mask"] = ids.new_ones(1, read)
-        out = module(input_ids=ids[None], use_cache=True, **given, **held)
+        out = module(input_ids=ids[None], use_cache=True, **given, **caches)
         hidden.append(out[0][0])
         named = {} if isinstance(out, tuple) else {n: out.get(n) for n in CACHES}
-        held = {n: cache for n, cache in named.items() if cache is not None}
-        if not held:
+        caches = {n: cache for n, cache in named.items() if cache is not None}
+        if not caches:
             break
     return torch.cat(hidden)
 

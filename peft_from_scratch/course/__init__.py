@@ -7,7 +7,8 @@ lesson, in work/, runs as before. Nothing is imported before it is asked for.
 
 Reading order: lesson.py (start, predictions, verdicts, the receipt), cards.py (what a
 lesson takes), exercises.py (a learner's copies), checks/ (what judges an answer),
-pictures/ (pictures of ideas), bit_costs.py (what four bits save and cost, counted).
+time_limit.py (the end of a learner's endless loop), pictures/ (pictures of ideas),
+bit_costs.py (what four bits save and cost, counted).
 """
 
 from ..common import lazy

@@ -92,8 +92,8 @@ def _refuse_missing_parts(path: Path, parts: list[Path]) -> None:
     """FileNotFoundError unless these are the parts 1 to n of n."""
     numbers = [PART.search(part.stem).groups() for part in parts]
     total = int(numbers[0][1])
-    found = sorted(int(number) for number, of in numbers if int(of) == total)
-    if found != list(range(1, total + 1)) or len(found) < len(parts):
+    present = sorted(int(number) for number, of in numbers if int(of) == total)
+    if present != list(range(1, total + 1)) or len(present) < len(parts):
         raise FileNotFoundError(
             f"{path} does not exist, and of its {total} parts only "
             f"{', '.join(part.name for part in parts[:6])} are there: add the others"

@@ -83,11 +83,11 @@ def compiled(launch: Launch, target: str) -> dict:
     compilable, options = source(launch, target)
     binary = triton.compile(compilable, target=target, options=options)
     read = nvidia if target.backend == "cuda" else amd
-    made = read(binary.asm) | {"shared": binary.metadata.shared}
+    facts = read(binary.asm) | {"shared": binary.metadata.shared}
     if target.backend == "cuda" and (weights := unpacked_by_a_thread(launch)):
         sass = _nvidias("nvdisasm", binary.asm["cubin"], "-c")
-        made["a_weight"] = round(len(loop(sass)) / weights, 1)
-    return made
+        facts["a_weight"] = round(len(loop(sass)) / weights, 1)
+    return facts
 
 
 def unpacked_by_a_thread(launch: Launch) -> float:
@@ -110,10 +110,10 @@ def loop(sass: str) -> list[str]:
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(operations)
-        elif found := OPERATION.match(line):
-            operations.append(found[1])
+        elif match := OPERATION.match(line):
+            operations.append(match[1])
             back = re.search(r"\.L_\w+", line)
-            if found[1] == "BRA" and back is not None and back[0] in labels:
+            if match[1] == "BRA" and back is not None and back[0] in labels:
                 begin, end = labels[back[0]], len(operations)
                 if end - begin > 1:  # not the branch to itself behind the end
                     longest = max(longest, (end - begin, begin))

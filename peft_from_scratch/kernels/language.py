@@ -92,8 +92,8 @@ _observers: dict[object, Callable[[Launch], None]] = {}
 def launch(kernel, grid, arguments: dict, constants: dict, warps=4, stages=1) -> None:
     """Run a kernel on its tensors' device, or within `recorded()` write it down."""
     asked = Launch(kernel, grid, arguments, constants, warps, stages)
-    for told in list(_observers.values())[-1:]:
-        told(asked)
+    for observer in list(_observers.values())[-1:]:
+        observer(asked)
     if _recorders:
         list(_recorders.values())[-1](asked)
         return

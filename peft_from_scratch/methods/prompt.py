@@ -119,13 +119,13 @@ class Prompt(DecoderAdapter):
         """ValueError for a call of which the model would read another text."""
         cache = cache_of(others)
         length = cache_length(cache)
-        held = 0 if first else None if length is None else length - self.n
-        self.refuse_lengths(attention_mask, held, t)
-        if held is not None:
-            _refuse_full(cache, self.n, held + t)
+        past = 0 if first else None if length is None else length - self.n
+        self.refuse_lengths(attention_mask, past, t)
+        if past is not None:
+            _refuse_full(cache, self.n, past + t)
         if not first:
             if attention_mask is None and position_ids is not None:
-                _refuse_cut(position_ids, held)
+                _refuse_cut(position_ids, past)
             return
         _refuse_packed(position_ids, attention_mask, others)
         _refuse_one_a_token(others, len(pads), t)
@@ -198,12 +198,12 @@ def left_padding(attention_mask, b: int, device) -> Tensor:
     return ((attention_mask != 0).cumsum(-1) == 0).sum(-1)
 
 
-def _refuse_cut(position_ids: Tensor, held: int | None) -> None:
+def _refuse_cut(position_ids: Tensor, past: int | None) -> None:
     """ValueError for positions that do not go on where the cache ends."""
     begin = position_ids.min()
-    if held is not None and begin != held:
+    if past is not None and begin != past:
         raise ValueError(
-            f"position_ids begin at {begin}; the cache holds {held} tokens of yours. "
+            f"position_ids begin at {begin}; the cache holds {past} tokens of yours. "
             f"{CUT}. Give attention_mask with positions of your own"
         )
 

@@ -282,8 +282,8 @@ def _plain(tokenizer, text, template) -> list[int]:
     if not tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
         control = _control_tokens(tokenizer, template)
         unknown = tokenizer.unk_token_id  # of letters that it does not know
-        if held := [t for t, i in control.items() if i in ids and i != unknown]:
-            raise _not_text(held)
+        if spelled := [t for t, i in control.items() if i in ids and i != unknown]:
+            raise _not_text(spelled)
     return ids
 
 
@@ -330,7 +330,7 @@ def _turn_marks(tokenizer) -> set[int]:
 def _replaced(text, names) -> str:
     if not names:
         return text
-    return re.sub(_any_of(names), lambda found: names[found[0]], text)
+    return re.sub(_any_of(names), lambda match: names[match[0]], text)
 
 
 def _any_of(words: Iterable[str]) -> str:

@@ -63,13 +63,13 @@ CACHES = {
     ),
     "a mask of another length": Bug(
         DecoderAdapter.refuse_lengths,
-        "if columns != held + t:",
+        "if columns != past + t:",
         "if False:",
         on_llama(soft.masks_of_another_length_are_refused, prefix),
     ),
     "the whole text, behind a cache": Bug(
         prompt._refuse_cut,
-        "begin != held",
+        "begin != past",
         "False",
         prompt_laws.whole_texts_with_a_cache_are_refused,
     ),
@@ -114,14 +114,14 @@ CACHES = {
 LENGTHS = {
     "n is not counted in forward": Bug(
         DecoderAdapter.refuse_lengths,
-        "self.n + held + t > self.table",
-        "held + t > self.table",
+        "self.n + past + t > self.table",
+        "past + t > self.table",
         partial(soft.a_full_length_counts_n, prefix),
     ),
     "one position is lost": Bug(
         DecoderAdapter.refuse_lengths,
-        "self.n + held + t > self.table",
-        "self.n + held + t >= self.table",
+        "self.n + past + t > self.table",
+        "self.n + past + t >= self.table",
         partial(soft.a_full_length_counts_n, prompt),
     ),
     "n is not counted in generate": Bug(

@@ -252,3 +252,26 @@ def test_every_test_that_the_gotchas_name_exists():
     rows = re.findall(r"^\|.*\|$", text("tests/GOTCHAS.md"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([a-zA-Z]\w*_\w+)`", row)}
     assert len(named) > 40 and not named - written
+
+
+# Participles say that something happened to a value, and not what it is.
+EMPTY_NAMES = {"found", "made", "held", "told", "said"}
+# An argument of an exercise has the name that its text gives it.
+OF_AN_EXERCISE = {"lora_from_scratch.py": {"held"}}
+
+
+def names_of_values(tree):
+    """The names of all arguments and local variables."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "tools"])
+def test_values_are_named_for_what_they_are(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        names = set(names_of_values(ast.parse(path.read_text("utf-8"))))
+        empty = names & EMPTY_NAMES - OF_AN_EXERCISE.get(path.name, set())
+        assert not empty, f"{path.relative_to(ROOT)} calls a value {empty}"

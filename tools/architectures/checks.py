@@ -157,13 +157,13 @@ def ours_in_peft(subject: Subject) -> float:
     """PEFT reads our file and computes the same, or save() warned that it does not."""
     changed = subject.changed
     with tempfile.TemporaryDirectory() as folder:
-        with warnings.catch_warnings(record=True, action="always") as said:
+        with warnings.catch_warnings(record=True, action="always") as warned:
             pfs.save(changed, folder)
         try:
             return close(peft_files.read(subject, folder), subject.expected)
         except Exception:
-            if said:
-                raise Announced(f"save() warns: {said[0].message}") from None
+            if warned:
+                raise Announced(f"save() warns: {warned[0].message}") from None
             peft_files.make(subject, folder)  # Skipped where PEFT fails on its own
             raise
 

@@ -164,14 +164,14 @@ def gradients(subject: Subject, checkpointed: bool = False) -> Tensor:
 
 def state(model: nn.Module) -> dict[str, object]:
     """Every tensor, flag and class of module of a model, by name."""
-    found: dict[str, object] = {
+    entries: dict[str, object] = {
         f"tensor {name}": tensor.clone() for name, tensor in model.state_dict().items()
     }
     for name, parameter in model.named_parameters():
-        found[f"flag {name}"] = parameter.requires_grad
+        entries[f"flag {name}"] = parameter.requires_grad
     for name, module in model.named_modules():
-        found[f"module {name}"] = type(module), module.training
-    return found
+        entries[f"module {name}"] = type(module), module.training
+    return entries
 
 
 def first_change(

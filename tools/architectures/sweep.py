@@ -63,8 +63,8 @@ def sweep(
                 lines.write(json.dumps(row) + "\n")
         with writing:
             minutes = (time.monotonic() - began) / 60
-            told = f"{next(done)} of {len(types)} types, {minutes:.0f} minutes: {kind}"
-            print(told, file=sys.stderr, flush=True)
+            line = f"{next(done)} of {len(types)} types, {minutes:.0f} minutes: {kind}"
+            print(line, file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, types))
@@ -72,11 +72,11 @@ def sweep(
 
 def read(out: Path) -> list[dict]:
     """The rows of a file of results; a line that a kill left half is no row."""
-    found = []
+    outcomes = []
     for line in out.read_text("utf-8").splitlines() if out.exists() else ():
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            outcomes.append(json.loads(line))
+    return outcomes
 
 
 def rows(
@@ -92,15 +92,15 @@ def rows(
     left = list(methods)
     while left:
         method, check, outcomes = BUILD, BUILD, []
-        for what, *said in messages(kind, left, limit, work or child):
+        for what, *content in messages(kind, left, limit, work or child):
             if what == "starts":
-                if outcomes and said[0] != method:
+                if outcomes and content[0] != method:
                     yield {"type": kind, "method": method, "outcomes": outcomes}
                     outcomes = []
-                method, check = said
+                method, check = content
             elif what == "outcome":
-                outcomes += said
-        [error] = said  # of the last message
+                outcomes += content
+        [error] = content  # of the last message
         if error:
             outcomes.append({"check": check, "outcome": "crashed", "message": error})
         yield {"type": kind, "method": method, "outcomes": outcomes}
@@ -147,7 +147,7 @@ def child(pipe: Connection, kind: str, methods: list[str]) -> None:
     except Exception as error:
         pipe.send(("ended", subject.described(error)))
         return
-    found = outcomes.run(base, methods, lambda *at: pipe.send(("starts", *at)))
-    for _, outcome in found:
+    results = outcomes.run(base, methods, lambda *at: pipe.send(("starts", *at)))
+    for _, outcome in results:
         pipe.send(("outcome", asdict(outcome)))
     pipe.send(("ended", None))

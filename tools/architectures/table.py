@@ -53,10 +53,10 @@ def worst(outcomes: list[dict]) -> str:
 
     That a method cannot merge is no refusal of the type.
     """
-    found = {o["outcome"] for o in outcomes if o["outcome"] in FAILED}
+    kinds = {o["outcome"] for o in outcomes if o["outcome"] in FAILED}
     if any(o["outcome"] == "refused" and o["check"] != "merge" for o in outcomes):
-        found.add("refused")
-    return max(found, key=COUNTED.index, default="passed")
+        kinds.add("refused")
+    return max(kinds, key=COUNTED.index, default="passed")
 
 
 def shown(cell: Counter | None) -> str:
@@ -70,18 +70,18 @@ def failures(rows: Iterable[dict]) -> str:
 
     Where numbers differ, the largest difference stands behind the message.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    groups: dict[str, dict[str, list[str]]] = {}
     apart: dict[str, float] = {}
     for row in rows:
         for outcome in row["outcomes"]:
             if outcome["outcome"] in FAILED:
-                told = "{outcome}, {check}: {message}".format(**outcome)
-                methods = found.setdefault(told, {})
+                line = "{outcome}, {check}: {message}".format(**outcome)
+                methods = groups.setdefault(line, {})
                 methods.setdefault(row["method"], []).append(row["type"])
                 if measured := outcome.get("apart"):
-                    apart[told] = max(measured, apart.get(told, 0))
+                    apart[line] = max(measured, apart.get(line, 0))
     lines = []
-    for told, methods in sorted(found.items()):
-        lines.append(f"  {told}" + (f": {apart[told]:.1g}" if told in apart else ""))
+    for line, methods in sorted(groups.items()):
+        lines.append(f"  {line}" + (f": {apart[line]:.1g}" if line in apart else ""))
         lines += [f"      {method}: {', '.join(on)}" for method, on in methods.items()]
     return "\n".join(lines)
