@@ -64,7 +64,7 @@ BUGS = {
     ),
     "the token that asks for a model's heads": Bug(
         prefix.probe_kv_shape,
-        "dtype=torch.long, device=trunk.device",
+        "dtype=torch.long, device=device",
         "dtype=torch.long",
         of(injected, "prefix"),
     ),
@@ -76,7 +76,7 @@ BUGS = {
     ),
     "positions behind a prefix": Bug(
         DecoderAdapter.shifted_position_ids,
-        "torch.arange(past, past + t, device=self.device)",
+        "torch.arange(past, past + t, device=device)",
         "torch.arange(past, past + t)",
         pieces.positions_without_a_mask_are_the_cpus,
     ),
