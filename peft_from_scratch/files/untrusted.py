@@ -5,6 +5,7 @@ another kind, nested until Python's stack ends, or full of NaN. Each of that bec
 kind of error here, so that no caller has to know what a parser raises.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def read_json(path: Path) -> object:
 
 
 def parse_json(content: bytes | str, where: object) -> object:
-    """The value of a JSON text; `where` names its place in the ValueError."""
+    """The value of a JSON text; `where` names its place in the ValueError.
+
+    Bytes are in UTF-8, UTF-16 or UTF-32, as their first ones say.
+    """
     try:
+        if isinstance(content, bytes) and "-8" not in json.detect_encoding(content):
+            content = content.decode(json.detect_encoding(content))
         return records.parse(content)
     except ValueError as error:
         raise ValueError(f"{where} is {error}") from None

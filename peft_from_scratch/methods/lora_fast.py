@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _modes
 from transformers.pytorch_utils import Conv1D
 
 from ..nf4 import NF4Linear
@@ -29,7 +30,8 @@ def is_safe(base: nn.Module, W0x: Tensor) -> bool:
     - a base that is compiled, patched, or computes in a way that is not known here: the
       base may keep its output, and some operations need their output for the gradient
     - a module hook, which may keep the output. A full backward hook makes it a view
-    - torch.func, forward-mode AD, traces and dispatch modes, which follow each operator
+    - torch.func, forward-mode AD, traces and dispatch modes, which follow each
+      operator; but for modes that say that they keep nothing, as the meter of bytes
     - a subclass of Tensor, such as a DTensor, which has operators of its own
 
     Those get the equation as it is written. So does a compiler, which fuses it.
@@ -66,7 +68,7 @@ def _is_observed() -> bool:
     return bool(
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
+        or not all(getattr(mode, "keeps_nothing", False) for mode in _modes())
         or torch._C._len_torch_function_stack()
     )
 

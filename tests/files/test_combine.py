@@ -472,7 +472,8 @@ def test_a_broken_file_is_refused(name, sound, tmp_path):
     folders = [sound, tampered(sound, tmp_path / "broken", BROKEN[name][0])]
     refuses(tmp_path, folders, "broken")
     refuses(tmp_path, folders, "broken", call=cross_terms)
-    refuses(tmp_path, folders[1], "broken", call=updates)
+    if name != "broadcastable":  # alone it may be of a module with one output
+        refuses(tmp_path, folders[1], "broken", call=updates)
 
 
 @pytest.mark.parametrize("name", ["unknown module", "embedding"])
@@ -529,7 +530,8 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path):
     refuses(tmp_path, uneven, "[4, 5]", "equal", "concatenation", how="linear")
     refuses(tmp_path, uneven, "[4, 5]", call=cross_terms)
     many = [uneven[0]] * 5
-    refuses(tmp_path, many, "k_proj", "rank 20", "allows 16", "'svd' with r=16")
+    errors = combine(many, tmp_path / "long", how="concatenation")  # above a side of 16
+    assert max(errors.values()) < 1e-6
     errors = combine(many, tmp_path / "out", how="svd", r=16)
     assert max(errors.values()) < 1e-6
 

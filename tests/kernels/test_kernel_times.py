@@ -101,15 +101,15 @@ def test_these_are_all_works(bench):
 WRONG_KERNELS = {
     "h without its scale": (
         *(DENSE, planted_kernel, lora, "_product"),
-        *("rounded(low * scale, dtype)", "rounded(low, dtype)"),
+        *("high = low * scale", "high = low"),
     ),
     "half of dA": (
         *(BOTH_WAYS, planted, lora.gradients),
         *("dA = over_rows(dh, x, A.dtype)", "dA = over_rows(dh, x, A.dtype) / 2"),
     ),
     "the low nibble first": (
-        *(CODES, planted_kernel, on_codes, "codes_of"),
-        *("tl.join(pair >> 4, pair & 15)", "tl.join(pair & 15, pair >> 4)"),
+        *(CODES, planted_kernel, on_codes, "values_of"),
+        *("tl.join(first_of(pair), second", "tl.join(second_of(pair), second"),
     ),
     "the next block's constant": (
         *(ON_CODES, planted_kernel, on_codes, "unpacked"),
@@ -167,12 +167,15 @@ def test_no_case_starts_when_the_minutes_are_over(bench):
 BARE = """
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in {absent!r}
+        return None if absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 sys.path[:0] = {path!r}
 import torch, kernel_times as bench
 

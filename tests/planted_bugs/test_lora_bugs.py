@@ -789,11 +789,11 @@ FOREIGN = {
     ),
     "every config is UTF-8 without a mark": Bug(
         untrusted.parse_json,
-        "json.loads(content)",
-        "json.loads(content.decode())",
+        "if isinstance(content, bytes)",
+        "if False",
         partial(
             foreign_files.what_other_tools_leave_is_the_same_adapter,
-            how="a byte order mark",
+            how="UTF-16",
         ),
     ),
     "the name of a DataParallel inside PEFT stays": Bug(
@@ -982,8 +982,8 @@ STOPS = {
     ),
     "a selective checkpoint's cache is written into": Bug(
         lora_fast._is_observed,
-        "        or torch._C._len_torch_dispatch_stack()\n",
-        "",
+        "not all(getattr(mode",
+        "False and all(getattr(mode",
         lora_laws.modes_and_their_caches_are_not_written_into,
     ),
     "a ragged batch stops": Bug(
