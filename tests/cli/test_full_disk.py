@@ -244,7 +244,7 @@ BUGS = {
     ),
     "the error of safetensors is passed on": (
         atomic._refusal,
-        "if found is None:",
+        "if match is None:",
         "if True:",
         every_librarys_full_disk_is_the_same_error,
     ),
