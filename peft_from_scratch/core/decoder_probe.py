@@ -131,10 +131,3 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
         return 0.0
     ours, theirs = ours.double(), theirs.double()
     return ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).min().item()
-
-
-def _says(trunk, name: str, detail: str) -> str:
-    return (
-        f"a {name} on {type(trunk).__name__} would not do what tokens in front of the "
-        f"text do, as a probe with three tokens shows ({detail}). Use LoRA with it"
-    )

@@ -28,9 +28,7 @@ from ..common.check import shortened
 PRESETS = ("attention", "mlp", "all-linear")
 # Classes of a decoder that stands alone, and parts of names of its cross-attention.
 ALONE = ("ForCausalLM", "LMHeadModel")
-CROSS = re.compile(
-    r"\b(encoder_attn|cross_?attn|cross_?attention)(_layer_?norm)?\b", re.IGNORECASE
-)
+CROSS = re.compile(r"\b(encoder_attn|cross_?attn|cross_?attention)\b", re.IGNORECASE)
 INDEXER = re.compile(r"\bindexer\b")  # of sparse attention
 SIZES = {"in_features", "out_features", "nf", "nx"}  # of a Linear; of a Conv1D
 ENDS = r"(?:.*\.)?(?:{})"  # a regex of the whole name, or of its end after a dot
@@ -100,7 +98,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} says nothing of its weight")
+        raise NotImplementedError(f"{type(self).__name__} must define weight, in full")
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +110,7 @@ class QuantizedLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """A Linear or Conv1D with the same weight, as a parameter."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing of its weight")
+        raise NotImplementedError(f"{type(self).__name__} must define plain()")
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -35,8 +35,9 @@ def parse_json(content: bytes | str, where: object) -> object:
     Bytes are in UTF-8, UTF-16 or UTF-32, as their first ones say.
     """
     try:
-        if isinstance(content, bytes) and "-8" not in json.detect_encoding(content):
-            content = content.decode(json.detect_encoding(content))
+        if isinstance(content, bytes):
+            encoding = json.detect_encoding(content)
+            content = content if "-8" in encoding else content.decode(encoding)
         return records.parse(content)
     except ValueError as error:
         raise ValueError(f"{where} is {error}") from None

@@ -42,6 +42,17 @@ LIBRARIES = (  # parts of the paths of code that is not the learner's
 )
 
 
+class Hidden(nn.Module):
+    """A base that has no weight and no bias to be read; it can only be called."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.inside = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
 class Wrong(AssertionError):
     """A wrong answer to an exercise. In a notebook only its text is shown."""
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ...core.adapter import adapters, as_matrix, trainable
 from ...ledger.experiments import spectrum
 from ...methods import lora
-from . import UNKNOWN, Wrong, close, judged, pulled, unchanged
+from . import UNKNOWN, Hidden, Wrong, close, judged, pulled, unchanged
 
 # (kind of base, d_in, d_out, r, alpha, shape of x without d_in, bias, size of all
 # numbers). In the first, every wrong scale gives another number; and a square Conv1D
@@ -132,19 +132,8 @@ def lora_forward(MyLoRA: type[nn.Module]) -> None:
     for case in tried[:2]:
         zero = replace(case, B=torch.zeros_like(case.B))
         _same_gradients(_built(MyLoRA, zero), zero, "while B is zero: ")
-        _same_output(_built(MyLoRA, replace(case, base=_Hidden(case.base))), case)
+        _same_output(_built(MyLoRA, replace(case, base=Hidden(case.base))), case)
         _same_output(_built(MyLoRA, case.at(torch.float64)), case.at(torch.float64))
-
-
-class _Hidden(nn.Module):
-    """A base that has no weight and no bias to be read; it can only be called."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.inside = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inside(x)
 
 
 def _built(MyLoRA: type[nn.Module], case: Case) -> nn.Module:

@@ -22,7 +22,7 @@ from ...ledger.experiments import scaling
 from ...methods import dora, lora, pissa
 from ...training.config import TrainConfig
 from ...training.state import parameter_groups
-from . import Wrong, close, judged, pulled, unchanged
+from . import Hidden, Wrong, close, judged, pulled, unchanged
 
 # (d_in, d_out, r, alpha, shape of x without d_in, size of all numbers). In the first,
 # every wrong scale gives another number; in the second, every wrong order of square
@@ -107,22 +107,11 @@ def update_size(my_size: Callable) -> None:
             _judge_size(my_size, case, case.base(), rslora)
             if case.r == 3:
                 _judge_size(my_size, case, case.base(bias=False), rslora)
-                _judge_size(my_size, case, _Hidden(case.base()), rslora)
+                _judge_size(my_size, case, Hidden(case.base()), rslora)
                 zero = replace(case, B=torch.zeros_like(case.B))
                 _judge_size(my_size, zero, case.base().eval(), rslora)
                 with torch.no_grad():
                     _judge_size(my_size, case, case.base().eval(), rslora)
-
-
-class _Hidden(nn.Module):
-    """A base that has no weight and no bias to be read; it can only be called."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.inside = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inside(x)
 
 
 def _judge_size(my_size, case: Case, base: nn.Module, rslora: bool) -> None:
