@@ -8,6 +8,7 @@ JOBS ?= 2
 TUNE ?=
 FAMILY ?=
 PAGED ?=
+DTYPE ?=
 NB ?=
 ARGS ?=
 
@@ -43,13 +44,15 @@ help: ## this list
 	@echo '  TUNE=1            compare: search the settings instead of using the shipped'
 	@echo '  FAMILY=1          compare: DoRA, PiSSA, LoRA+ and other relatives too'
 	@echo '  PAGED=0.25        compare: this share of the optimizer states in memory'
+	@echo '  DTYPE=float32     compare: not the dtype in which this machine is fastest'
 	@echo '  JOBS=2            test: how many processes share the work'
 	@echo '  NB=04             notebooks: only those whose names start so'
 	@echo '  ARGS=…            compare, bench: further arguments'
 
 compare: $(MODEL) ## the main job: every method on one task, as a table and a page
 	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) \
-	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) $(ARGS)
+	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) \
+	    $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 test: $(MODEL) ## all tests, then all notebooks
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

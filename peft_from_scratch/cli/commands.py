@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from ..core.decoder import positions, positions_in_words
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
-from ..models.load import describe, load_model
+from ..models.load import AUTO, describe, load_model, pick_device, pick_dtype
 from ..nf4 import dequantize_model
 from ..tasks import templates
 from ..tasks.jsonl import refuse_bad
@@ -36,6 +36,7 @@ from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.loop import train
+from ..training.precision import autocast_of, loaded_in
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
@@ -53,8 +54,13 @@ def fine_tune(options) -> None:
     config, out = _config(options), Path(options.out)
     _check_out(out)
     task = load_task(options.data, **given(options, "prompt", "completion", "config"))
-    model, tokenizer = load_model(options.base, device=options.device)
-    print(describe(model))
+    dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
+    method, of_base = options.method, str(dtype).removeprefix("torch.")
+    model, tokenizer = load_model(
+        options.base, device=options.device, dtype=loaded_in(method, of_base)
+    )
+    config = replace(config, autocast=autocast_of(method, of_base))
+    print(describe(model) + (f", autocast to {of_base}" if config.autocast else ""))
     arguments = _arguments(options, tokenizer, task)
     torch.manual_seed(options.seed)
     named(options.method).module.inject(model, **arguments)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..common import atomic, records
 from ..common.digest import digest
 from ..common.provenance import provenance
+from ..models.load import pick_dtype
 from . import estimate, report
 from .candidates import Candidate
 from .measure import measure
@@ -61,8 +62,10 @@ def _without_missing(plan: Plan) -> Plan:
 def _announce(setup: Setup) -> None:
     """Print what is compared and, for the usual base, how long it will take."""
     print(setup.description)
+    if setup.why_dtype:
+        print(f"{setup.dtype}, since {setup.why_dtype}; DTYPE= names another one")
     if setup.plan.base == Plan.base:
-        rates = estimate.measured_rates(setup.device)
+        rates = estimate.measured_rates(setup.device, pick_dtype(setup.dtype))
         seconds = estimate.compare_seconds(rates, setup.plan)
         print(
             f"This takes about {estimate.duration(seconds)} on this machine; Ctrl-C "
@@ -129,6 +132,7 @@ def _configuration(
         "batch": plan.batch if candidate.trains else 0,
         "paged": plan.paged if candidate.trains else None,
         "device": setup.device.type,
+        "dtype": setup.dtype,
         "fingerprint": setup.fingerprint,
     }
 

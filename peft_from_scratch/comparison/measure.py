@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.load import OtherPrograms
 from ..core import adapter
 from ..core.counting import count as count_parameters
 from ..core.merge import merge
 from ..files import exchange
 from ..memory.meter import measure_step
-from ..models.load import load_model
 from ..tasks.task import Task
 from ..tasks.templates import encode_prompt, stop_token
 from ..training import evaluation
@@ -41,12 +41,11 @@ def measure(
     answering one batch. Decoding and merging are measured against an untouched copy of
     the base.
     """
-    plan, task = setup.plan, setup.task
-    ready = adapt(candidate, plan, task, setting, seed, checkpoints=checkpoints)
+    plan, task, others = setup.plan, setup.task, OtherPrograms()
+    ready = adapt(candidate, setup, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
     answers = ready.answer(task, test)
     history, clock = ready.history, Clock()
-    base, _ = load_model(plan.base, device=plan.device)
     adapter_folder = Path(plan.out) / "adapters" / f"{candidate.key}-{seed}"
     figures = {
         "correct": answers.correct,
@@ -63,7 +62,7 @@ def measure(
     count = clock.lap()
     figures["forgetting"] = _forgetting(setup.general, ready)
     general = clock.lap()
-    figures |= _inference(base, ready, task, test)
+    figures |= _inference(setup.base, ready, task, test)
     seconds = {
         "prepare": prepare,
         "train": history.seconds if history else 0.0,
@@ -73,7 +72,10 @@ def measure(
         "decode": clock.lap(),
     }
     step = history.seconds / history.steps if history else 0.0
-    return figures | {"seconds": seconds | {"step": step}}
+    return figures | {
+        "seconds": seconds | {"step": step},
+        "busy_elsewhere": others.cores(),
+    }
 
 
 class Clock:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..common import check
+from ..models.load import AUTO, DTYPES
 from ..tasks.templates import TEMPLATES
 from ..training.config import TrainConfig
 from .candidates import CANDIDATES, USUAL, Candidate
@@ -21,6 +23,8 @@ class Plan:
         template  "chat" or "raw" for every candidate; None: as the tuning found, or the
                   one that the base has
         device    None picks CUDA, then MPS, then the CPU
+        dtype     of the base's weights and of all products; "auto": see models.speed.
+                  What trains is in float32 in each case
         out       folder of all that is written
     Raises   ValueError   the field, its value and what is allowed
     """
@@ -35,6 +39,7 @@ class Plan:
     paged: float | None = None
     template: str | None = None
     device: str | None = None
+    dtype: str = "auto"
     out: str = "out"
 
     def __post_init__(self):
@@ -53,6 +58,7 @@ class Plan:
             raise ValueError(
                 f"seeds={self.seeds}: different ones are needed, from 0 on"
             )
+        check.one_of("dtype", self.dtype, (AUTO, *DTYPES))
         if self.template not in (None, *TEMPLATES):
             raise ValueError(
                 f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "

@@ -30,7 +30,7 @@ def summary(
     searched = [setting for setting in settings.values() if setting.file]
     return {
         "base": plan.base,
-        "base_name": setup.name,
+        "base_name": setup.base.config.name_or_path,
         "task": setup.task.name,
         "instruction": setup.task.instruction,
         "rows_tested": plan.rows,

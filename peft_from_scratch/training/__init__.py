@@ -6,6 +6,7 @@ Reading order:
     loss.py         cross-entropy at the labelled positions, and nowhere else
     batch.py        examples as tensors: padded right to train, left to generate
     config.py       TrainConfig (what is asked), History (what happened), the schedule
+    precision.py    which dtype holds what
     state.py        TrainState: all that the next step depends on; AdamW's groups
     guards.py       errors for what fails silently elsewhere
     checkpoint.py   a killed run goes on, and ends in the same bits

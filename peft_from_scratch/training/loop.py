@@ -30,6 +30,7 @@ from .guards import (
     refuse_unmoved,
 )
 from .loss import mean_loss, micro_batch_loss
+from .precision import autocast
 from .state import TrainState, new_state
 
 
@@ -54,7 +55,8 @@ def optimizer_steps(
         batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
         step_tokens = sum(map(label_tokens, batches))
         for batch in batches:
-            part = micro_batch_loss(model, batch, step_tokens)  # summed / step_tokens
+            with autocast(config, state.device):
+                part = micro_batch_loss(model, batch, step_tokens)  # sum / step_tokens
             part.backward()
             total += part.detach()
         max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
@@ -183,7 +185,8 @@ def _validate(
 ) -> None:
     """Add the loss on the validation rows to the history; with patience, act on it."""
     history = state.history
-    loss = mean_loss(model, rows, batch=config.batch // config.accumulate)
+    with autocast(config, state.device):
+        loss = mean_loss(model, rows, batch=config.batch // config.accumulate)
     if not math.isfinite(loss):
         raise Diverged(
             f"step {history.steps} of {config.steps}, learning rate "

@@ -33,6 +33,7 @@ from peft_from_scratch.tasks.task import load_task
 CANDIDATE = {candidate.key: candidate for candidate in CANDIDATES}
 # bitsandbytes has none for so narrow a base: test_bitsandbytes_rows.py
 OURS = tuple(key for key in CANDIDATE if key != "qlora-bnb")
+QUICK = {"rows": 4, "steps": 4, "batch": 2}
 SPENT = []  # seconds of the whole comparison, by a clock around it
 SETTINGS = {
     "zero-shot": {"template": "chat"},
@@ -49,7 +50,7 @@ SETTINGS = {
 @pytest.fixture
 def plan(base, tmp_path):
     """A comparison that takes seconds, with its settings already searched."""
-    plan = Plan(base=base, task="terms", rows=4, steps=4, batch=2, out=str(tmp_path))
+    plan = Plan(base, "terms", out=str(tmp_path), dtype="float32", **QUICK)
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -62,7 +63,7 @@ def plan(base, tmp_path):
 def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
-    plan = Plan(base, "terms", OURS, rows=4, steps=4, batch=2, out=str(out))
+    plan = Plan(base, "terms", OURS, out=str(out), dtype="float32", **QUICK)
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -371,11 +372,11 @@ def test_few_shot_examples_are_training_rows_of_one_order():
 
 def test_seed_and_rate_reach_the_training(plan):
     """Same seed, same weights; another seed or another rate, others."""
-    task = load_task("terms")
+    setup_of_plan = setup.load_setup(plan)
 
     def weights(seed=0, lr=1e-2):
         setting = {"template": "chat", "lr": lr}
-        ready = adapt(CANDIDATE["lora"], plan, task, setting, seed)
+        ready = adapt(CANDIDATE["lora"], setup_of_plan, setting, seed)
         return torch.cat([p.flatten() for p in ready.model.parameters()])
 
     first = weights()
@@ -500,7 +501,7 @@ def test_a_method_without_any_search_takes_its_own_rate_and_says_so(tmp_path):
 
 def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
     longer = replace(CANDIDATE["lora"], steps_factor=3)
-    ready = adapt(longer, plan, load_task("terms"), SETTINGS["lora"], 0)
+    ready = adapt(longer, setup.load_setup(plan), SETTINGS["lora"], 0)
     assert ready.history.steps == 3 * plan.steps
     search = {"steps": 3 * plan.steps, "batch": plan.batch}
     place = f"{plan.base}/{plan.task}"
@@ -510,12 +511,11 @@ def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
 
 
 def test_soft_prompts_start_from_the_instruction(plan):
-    task = load_task("orders")
-    plan = replace(plan, steps=1)
+    orders = setup.load_setup(replace(plan, steps=1, task="orders"))
     setting = {"template": "chat", "lr": 1e-30}
-    ready = adapt(CANDIDATE["prompt"], plan, task, setting, 0)
+    ready = adapt(CANDIDATE["prompt"], orders, setting, 0)
     (prompt,) = adapters(ready.model).values()
-    ids = ready.tokenizer(task.instruction).input_ids
+    ids = ready.tokenizer(orders.task.instruction).input_ids
     ids = torch.tensor((ids * 16)[:16])
     rows_of_table = ready.model.get_input_embeddings()(ids)
     assert torch.allclose(prompt.P, rows_of_table, atol=1e-6)
