@@ -103,7 +103,7 @@ def _texts(tokenizer, turns, names, stop) -> Iterator[tuple[str, bool]]:
     """(text, whether it is learned) of a conversation, in the order of the text."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     end, done = tokenizer.convert_ids_to_tokens(stop), ""
-    for i, following in zip(answers, [*answers[1:], None], strict=True):
+    for i, following in zip(answers, [*answers[1:], None], strict=False):
         before = _written(tokenizer, turns[:i])
         seen = _seen(tokenizer, turns, following)
         found = _answer(before, seen, turns[i]["content"], end)
@@ -138,8 +138,8 @@ def _answer(before: str, seen, content: str, end: str) -> str | None:
     None where that is anything but the content, the end token, and white space.
     """
     for text in seen:
-        rest = text.removeprefix(before).lstrip()
-        tail = rest.removeprefix(content.strip()).lstrip()
+        rest = text[len(before) :].lstrip()
+        tail = rest[len(content.strip()) :].lstrip()
         whole = text.startswith(before) and rest.startswith(content.strip())
         if whole and tail.startswith(end):
             return text[len(before) : len(text) - len(tail) + len(end)]

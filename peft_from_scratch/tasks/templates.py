@@ -81,7 +81,7 @@ def encode_row(
              and what encode_prompt raises
     """
     before = encode_prompt(tokenizer, instruction, prompt, template=template)
-    _refuse_end_inside(tokenizer, completion, template)
+    _refuse_end_inside(tokenizer, completion, stop_token(tokenizer, template))
     return _joined([(before, False), (_answer(tokenizer, completion, template), True)])
 
 
@@ -108,13 +108,14 @@ def encode_conversation(
     _check(tokenizer, template)
     _refuse_no_conversation(turns)
     instruction, turns = _system(instruction, turns)
+    stop = stop_token(tokenizer, template)
     for turn in turns:
         if turn["role"] == "assistant":
-            _refuse_end_inside(tokenizer, turn["content"], template)
+            _refuse_end_inside(tokenizer, turn["content"], stop)
     if template == "raw":
         return _joined(_raw(tokenizer, instruction, turns))
     turns = [*instructed(tokenizer, instruction, turns[:-1]), turns[-1]]
-    return _joined(parts(tokenizer, turns, end_of_turn(tokenizer)))
+    return _joined(parts(tokenizer, turns, stop))
 
 
 def encode_rows(
@@ -228,9 +229,8 @@ def _system(instruction, turns) -> tuple[str, Sequence[Turn]]:
     return turns[0]["content"], turns[1:]
 
 
-def _refuse_end_inside(tokenizer, completion, template) -> None:
+def _refuse_end_inside(tokenizer, completion, stop) -> None:
     """ValueError for an answer that spells the token which will end it."""
-    stop = stop_token(tokenizer, template)
     if stop in read(tokenizer, completion):
         raise ValueError(
             f"the completion {completion[:60]!r} holds the end token "
