@@ -296,8 +296,8 @@ def _groups(rows) -> list[list[Example]]:
     """
     asked, groups = {_alike(key) for key in rows}, {}
     for key in sorted(rows):
-        shared = (each for each in messages.beginnings(_alike(key)) if each in asked)
-        groups.setdefault(next(shared), []).append(rows[key])
+        shared = [each for each in messages.beginnings(_alike(key)) if each in asked]
+        groups.setdefault(min(shared, key=len), []).append(rows[key])
     return list(groups.values())
 
 
