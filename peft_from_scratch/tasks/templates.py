@@ -151,7 +151,7 @@ def encode_all(
     """
     _check(tokenizer, template)
     encoded, bad = [], []
-    for place, row in _placed(rows):
+    for place, row in placed(rows):
         try:
             encoded.append(_encode(tokenizer, instruction, row, template, max_tokens))
         except ValueError as error:
@@ -169,7 +169,7 @@ def stop_token(tokenizer, template: str) -> int:
     return tokenizer.eos_token_id if template == "raw" else end_of_turn(tokenizer)
 
 
-def _placed(rows):
+def placed(rows) -> Iterator[tuple[str, dict]]:
     """(where it stands, row): in its file, where the row says so, else in `rows`."""
     for number, row in enumerate(rows, 1):
         yield row.get("place", f"row {number}"), row
