@@ -289,15 +289,29 @@ def a_template_that_rewrites_an_answer_is_refused_by_name():
         tokenizer = speaking(template)
         chat = chat_of("2 + 2", answer, "3 + 3", "six", "4 + 4", "eight")
         for turns in (chat, chat[:4]):
-            with pytest.raises(ValueError, match="chat template does not write turn 2"):
+            with pytest.raises(
+                ValueError, match="does not write assistant turn 1 as it"
+            ):
                 encode_conversation(tokenizer, "", turns, template="chat")
-        with pytest.raises(ValueError, match=r"turn 2 \(assistant\) as it stands"):
+        with pytest.raises(ValueError, match="does not write assistant turn 1 as it"):
             encode_prompt(tokenizer, "", chat[:3], template="chat")
         encode_conversation(tokenizer, "", chat, template="raw")
         good, bad = encode_all(
             tokenizer, "", [{"messages": chat, "place": "line 9"}], template="chat"
         )
         assert not good and bad[0][0] == "line 9", name
+
+
+@law
+def the_answer_that_is_rewritten_is_counted_among_the_answers():
+    tokenizer = in_format("thinking")
+    for system in (None, "Be brief."):
+        chat = chat_of("2 + 2", "four", "3 + 3", THOUGHT, "4 + 4", "8", system=system)
+        with pytest.raises(
+            ValueError,
+            match=r"assistant turn 2 as it stands: for '<think>.* it writes '4<",
+        ):
+            encode_conversation(tokenizer, "", chat, template="chat")
 
 
 @law
@@ -445,20 +459,20 @@ BUGS = {
     ),
     "only the last answer trained": (
         TEXTS,
-        "yield found, True",
-        "yield found, following is None",
+        "yield answer, True",
+        "yield answer, following is None",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "only the last answer trained, against the marks": (
         TEXTS,
-        "yield found, True",
-        "yield found, following is None",
+        "yield answer, True",
+        "yield answer, following is None",
         the_mask_is_the_one_of_a_template_that_marks_what_is_said,
     ),
     "only the first answer trained": (
         TEXTS,
-        "yield found, True",
-        "yield found, not done",
+        "yield answer, True",
+        "yield answer, not done",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "the system turn trained": (
@@ -469,14 +483,14 @@ BUGS = {
     ),
     "an end that is not trained": (
         TEXTS,
-        "yield found, True",
-        "yield found.removesuffix(end), True; yield end, False",
+        "yield answer, True",
+        "yield answer.removesuffix(end), True; yield end, False",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "an end that is not trained, against the marks": (
         TEXTS,
-        "yield found, True",
-        "yield found.removesuffix(end), True; yield end, False",
+        "yield answer, True",
+        "yield answer.removesuffix(end), True; yield end, False",
         the_mask_is_the_one_of_a_template_that_marks_what_is_said,
     ),
     "labels off by one": (
@@ -488,8 +502,8 @@ BUGS = {
     "the space before an answer left to the question": (
         TEXTS,
         "yield before[len(done) :], False",
-        "gap = len(found) - len(found.lstrip()); before += found[:gap]; "
-        "found = found[gap:]; yield before[len(done) :], False",
+        "gap = len(answer) - len(answer.lstrip()); before += answer[:gap]; "
+        "answer = answer[gap:]; yield before[len(done) :], False",
         each_answer_is_trained_after_what_generation_starts_from,
     ),
     "a header in what is trained": (
@@ -584,18 +598,24 @@ BUGS = {
     ),
     "every answer compared with the end of the conversation": (
         TEXTS,
-        "_seen(tokenizer, turns, following)",
-        "_seen(tokenizer, turns[: i + 1], None)",
+        "_later(tokenizer, turns, following)",
+        "_later(tokenizer, turns[: i + 1], None)",
         a_template_that_rewrites_an_answer_is_refused_by_name,
     ),
+    "turns counted, and not answers": (
+        conversations._rewritten,
+        'sum(turn["role"] == "assistant" for turn in turns[: i + 1])',
+        "i + 1",
+        the_answer_that_is_rewritten_is_counted_among_the_answers,
+    ),
     "the last answer only as the conversation goes on": (
-        conversations._seen,
+        conversations._later,
         "yield _written(tokenizer, turns, ask=False)",
         "pass",
         the_last_answer_may_hold_what_is_stripped_later,
     ),
     "the last answer only as the conversation ends": (
-        conversations._seen,
+        conversations._later,
         "yield _written(tokenizer, [*turns, question])",
         "return",
         the_last_answer_may_hold_what_is_stripped_later,

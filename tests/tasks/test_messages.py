@@ -9,6 +9,7 @@ from architectures import build, byte_tokenizer
 from datasets import Dataset
 from planting import each_is_caught, law
 
+from peft_from_scratch.comparison import measure
 from peft_from_scratch.comparison.adapt import few_shot_examples
 from peft_from_scratch.tasks import jsonl, messages, task
 from peft_from_scratch.tasks.task import load_task
@@ -359,8 +360,18 @@ def a_conversation_is_an_example_with_each_of_its_answers():
     assert found.index(("c", "dd")) == found.index(("a", "b")) + 1
 
 
+@law
+def bytes_and_decoding_times_are_those_of_whole_conversations():
+    ready = SimpleNamespace(tokenizer=TOKENIZER, template="chat", examples=[("x", "y")])
+    asked = SimpleNamespace(instruction="")
+    for i, row in enumerate(CHATS):
+        assert measure._prompt(ready, asked, CHATS, i) == encode_prompt(
+            TOKENIZER, "", row["messages"][:-1], template="chat", examples=[("x", "y")]
+        )
+
+
 def test_the_loss_is_on_the_answers_alone():
-    """Another word in a question changes no label; one in an answer does."""
+    """transformers' own loss, against the surprise of each token that the row names."""
     ids, labels = encode_rows(TOKENIZER, "", CHATS[:1], template="chat")[0]
     model = build("llama")
     with torch.no_grad():
@@ -507,10 +518,16 @@ BUGS = {
         'row["prompt"]',
         the_last_answer_is_what_is_asked_for_and_scored,
     ),
+    "a transcript is measured": (
+        measure._prompt,
+        "prompt_of(rows[i])",
+        'rows[i]["prompt"]',
+        bytes_and_decoding_times_are_those_of_whole_conversations,
+    ),
     "the last answer of an example alone": (
         messages.pairs,
-        "return list(zip(said[::2], said[1::2], strict=True))",
-        "return [tuple(said[-2:])]",
+        "return list(zip(contents[::2], contents[1::2], strict=True))",
+        "return [tuple(contents[-2:])]",
         a_conversation_is_an_example_with_each_of_its_answers,
     ),
     "a system turn in an example": (
