@@ -142,7 +142,8 @@ def _train(commands) -> None:
         "--data",
         required=True,
         help="a task's name (orders, terms), the path of a .jsonl file with the keys "
-        "prompt and completion, a folder with a data set, or hub:owner/name",
+        "prompt and completion or messages (of several turns), a folder with a data "
+        "set, or hub:owner/name",
     )
     of_data_sets = "of a hub: data set or a folder: "
     command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
@@ -152,7 +153,14 @@ def _train(commands) -> None:
     command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
     names = [method.name for method in METHODS]
     command.add_argument("--method", choices=names, default="lora")
-    command.add_argument("--out", required=True, help="folder for the adapter")
+    command.add_argument("--out", help="folder for the adapter")
+    command.add_argument(
+        "--show-masks",
+        type=int,
+        metavar="N",
+        help="print N training rows with the tokens marked that are learned, check all "
+        "rows, and end there: needs no --out",
+    )
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--batch", type=int, default=8, help="rows of a step")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..common import atomic, records
+from ..common.check import whole
 from ..common.quiet import quiet_transformers
 from ..common.statistics import wilson
 from ..comparison.figures import training_curve
@@ -37,6 +38,7 @@ from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.loop import train
 from ..training.precision import autocast_of, loaded_in
+from . import masks
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
@@ -49,10 +51,10 @@ def fine_tune(options) -> None:
     Writes the adapter in PEFT's layout, training.png and training.json (recipe,
     instruction, losses, scores), then deletes its checkpoints. Stopped and called
     again, it goes on from the newest of them. All that can be wrong with the arguments
-    and the rows is found before the first answer and the first step.
+    and the rows is found before the first answer and the first step. With
+    --show-masks, which needs no folder, the rows are shown instead.
     """
-    config, out = _config(options), Path(options.out)
-    _check_out(out)
+    config, out = _config(options), _out(options)
     task = load_task(options.data, **given(options, "prompt", "completion", "config"))
     dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
     method, of_base = options.method, str(dtype).removeprefix("torch.")
@@ -66,6 +68,10 @@ def fine_tune(options) -> None:
     named(options.method).module.inject(model, **arguments)
     print(_counted(model))
     encoded = _encode(model, tokenizer, task, config, options)
+    if out is None:
+        n, template = options.show_masks, config.template
+        masks.show(tokenizer, task.train, encoded[0], n, template)
+        return
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
 
     def answer() -> Answers:
@@ -131,6 +137,20 @@ def _config(options) -> TrainConfig:
         validate_every=max(1, options.steps // 5),
         **given(options, "max_tokens", "paged"),
     )
+
+
+def _out(options) -> Path | None:
+    """The folder for the adapter; None where masks are shown and nothing is trained."""
+    if options.show_masks is not None:
+        whole("--show-masks", options.show_masks, 1, of="rows")
+        return None
+    if options.out is None:
+        raise ValueError(
+            "--out is missing: name a folder for the adapter; only --show-masks N, "
+            "which trains nothing, needs none"
+        )
+    _check_out(Path(options.out))
+    return Path(options.out)
 
 
 def _check_out(out: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from ..common import scoped
+from ..tasks.messages import prompt_of
 from ..tasks.task import Task
 from ..tasks.templates import Pair, encode_prompt, stop_token
 from .generation import generate
@@ -63,7 +64,7 @@ def answer_rows(
         encode_prompt(
             tokenizer,
             task.instruction,
-            row["prompt"],
+            prompt_of(row),
             template=template,
             examples=examples,
         )
