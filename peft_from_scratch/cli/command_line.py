@@ -147,6 +147,7 @@ def _train(commands) -> None:
         "--completion", help=f"{of_data_sets}the column of the completions"
     )
     command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
+    _own_rows(command)
     names = [method.name for method in METHODS]
     command.add_argument("--method", choices=names, default="lora")
     command.add_argument("--out", required=True, help="folder for the adapter")
@@ -238,6 +239,19 @@ def _paged(command) -> None:
         metavar="SHARE",
         help="keep this share of AdamW's states in memory, 0.25 for a quarter, and the "
         "others in a file",
+    )
+
+
+def _own_rows(command) -> None:
+    """What a generated task has, and rows of one's own have not."""
+    command.add_argument(
+        "--scorer",
+        help="of rows of your own, what counts as right: exact (by default), json, "
+        "label, rouge-l, or the path of a .py file with score(answer, completion)",
+    )
+    command.add_argument(
+        "--instruction",
+        help="of rows of your own: what to do, in a sentence, for every row",
     )
 
 

@@ -9,16 +9,14 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..common import atomic, records
+from ..common import atomic
 from ..common.quiet import quiet_transformers
-from ..common.statistics import wilson
+from ..common.statistics import are_counts, of_scores
 from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
@@ -30,6 +28,7 @@ from ..models.load import describe, load_model
 from ..nf4 import dequantize_model
 from ..tasks import templates
 from ..tasks.jsonl import refuse_bad
+from ..tasks.scorers import title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
 from ..training.batch import Row
@@ -39,7 +38,9 @@ from ..training.loop import train
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
+OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 TEST_ROWS = 100  # answered before and after
+BEFORE, AFTER = "answers-before.json", "answers-after.json"  # beside the checkpoints
 
 
 def fine_tune(options) -> None:
@@ -52,7 +53,7 @@ def fine_tune(options) -> None:
     """
     config, out = _config(options), Path(options.out)
     _check_out(out)
-    task = load_task(options.data, **given(options, "prompt", "completion", "config"))
+    task = load_task(options.data, **given(options, *OF_DATA))
     model, tokenizer = load_model(options.base, device=options.device)
     print(describe(model))
     arguments = _arguments(options, tokenizer, task)
@@ -61,24 +62,31 @@ def fine_tune(options) -> None:
     print(_counted(model))
     encoded = _encode(model, tokenizer, task, config, options)
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
+    checkpoints = out / "checkpoints"
 
-    def answer() -> Answers:
+    def answer(keep: str) -> Answers:
         return evaluation.answer_rows(
-            model, tokenizer, task, test, template=config.template, progress=True
+            model,
+            tokenizer,
+            task,
+            test,
+            template=config.template,
+            progress=True,
+            keep=checkpoints / keep,
         )
 
-    checkpoints = out / "checkpoints"
     with _base_alone(model):
-        before = _answers_before(checkpoints, len(test), answer)
+        before = answer(BEFORE)
     history = train(
         model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
     )
-    after = answer()
+    after = answer(AFTER)
     exchange.save(model, out)
     _write_record(out, options, task, config, history, before, after)
     _remove_checkpoints(checkpoints)
     print(
-        f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}"
+        f"{title(task.score)} on {len(test)} test rows: {_scored(before)} -> "
+        f"{_scored(after)}"
     )
     print(f"adapter, {RECORD} and training.png are in {out}")
     adapted = shlex.join(["--base", options.base, "--adapter", str(out)])
@@ -210,41 +218,15 @@ def _counted(model) -> str:
     return f"{counted.trainable:,} of {counted.total:,} parameters train"
 
 
-def _answers_before(
-    checkpoints: Path, rows: int, answer: Callable[[], Answers]
-) -> Answers:
-    """The answers before training; of a run that was stopped, those it had then.
-
-    So a resumed run asks nothing twice, and where the checkpoints are another run's,
-    train() refuses them at once and not after minutes of answering. A file that cannot
-    be read is said, and the rows are answered again, by the same model.
-    """
-    file = checkpoints / "answers-before.json"
-    if checkpoint.checkpoints(checkpoints) and file.exists():
-        try:
-            return _kept_answers(file, rows)
-        except ValueError as error:
-            print(f"{error}: the test rows are answered again")
-    before = answer()
-    with atomic.new_file(file) as new:
-        new.write_text(json.dumps(asdict(before)))
-    return before
-
-
-def _kept_answers(file: Path, rows: int) -> Answers:
-    """The answers to this many rows in a file; ValueError for another content."""
-    kept = records.read_object(file)
-    lists = [kept.get(name) for name in ("answers", "correct")]
-    fine = [isinstance(each, list) and len(each) == rows for each in lists]
-    if not all(fine) or kept.keys() != {"answers", "correct", "seconds"}:
-        raise ValueError(f"{file} does not hold the answers to {rows} rows")
-    return Answers(**kept)
-
-
-def _scored(answers) -> str:
-    k, n = sum(answers.correct), len(answers.correct)
-    low, high = wilson(k, n)
-    return f"{k}/{n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+def _scored(answers: Answers) -> str:
+    """How many are right of how many, or the mean score; with its interval."""
+    mean, low, high = of_scores(answers.correct)
+    if are_counts(answers.correct):
+        return (
+            f"{sum(answers.correct):.0f}/{len(answers.correct)} "
+            f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+        )
+    return f"{mean:.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def _write_record(out: Path, options, task, config, history, before, after) -> None:
@@ -256,6 +238,7 @@ def _write_record(out: Path, options, task, config, history, before, after) -> N
         "data": options.data,
         "method": options.method,
         "instruction": task.instruction,
+        "scorer": options.scorer,
         "recipe": vars(config),
         "loss": history.loss,
         "validation": history.validation,
@@ -270,6 +253,7 @@ def _remove_checkpoints(folder: Path) -> None:
     """Delete what the run kept for going on, and nothing that others put there."""
     for path in checkpoint.checkpoints(folder):
         atomic.remove_folder(path)
-    (folder / "answers-before.json").unlink(missing_ok=True)
+    for name in (BEFORE, AFTER):
+        (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty: then it is not only ours
         folder.rmdir()

@@ -4,8 +4,9 @@ A task is a module with an INSTRUCTION, `rows(split, …)` and a scorer.
 
 Reading order: task.py (`Task`, `load_task`), orders.py (the main one: a sentence in,
 JSON out), terms.py (new words), gap.py and kinds.py (for sweeps on tiny; world.py has
-what they tell of), jsonl.py (rows of your own), templates.py (how a row becomes tokens
-and labels).
+what they tell of), jsonl.py (rows of your own), scorers.py (what counts as right on
+them), score_file.py and score_worker.py (a scorer of your own, in a process of its
+own), templates.py (how a row becomes tokens and labels).
 """
 
 from ..common import lazy

@@ -7,8 +7,8 @@ keeps its place, so that a later error (a row that is too long) can name it as w
 
 The rows are cut into train, validation and test *by prompt*, so that no prompt is in
 two of them. Prompts that a reader would call the same (see `alike`) stay together: a
-test prompt that training has seen with one space more is no test. An answer is right
-when it equals the completion but for space around it.
+test prompt that training has seen with one space more is no test. What counts as a
+right answer is chosen by name: scorers.py.
 """
 
 import re
@@ -29,10 +29,6 @@ LINE_END = re.compile(rb"\r\n?|\n")  # of Windows, of old Macs, of all others
 UNSEEN = re.compile("[\N{VARIATION SELECTOR-1}-\N{VARIATION SELECTOR-16}]")
 Numbered = tuple[str, object]  # where the row stands, the row
 Example = dict[str, str]  # prompt, completion and place
-
-
-def score(answer: str, completion: str) -> bool:
-    return answer.strip() == completion.strip()
 
 
 def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:

@@ -1,6 +1,6 @@
 """Tasks: what is learned, and what counts as right.
 
-Every task has an instruction, three splits without a leak, and an exact scorer:
+Every task has an instruction, three splits without a leak, and a scorer:
 
     "orders"           a sentence -> JSON: an output format               orders.py
     "terms"            an invented trade: domain knowledge                terms.py
@@ -21,7 +21,7 @@ from typing import Protocol
 
 from datasets import Dataset
 
-from . import gap, jsonl, kinds, orders, terms
+from . import gap, jsonl, kinds, orders, scorers, terms
 
 Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
 
@@ -73,7 +73,7 @@ class Task:
     train: Dataset
     validation: Dataset
     test: Dataset
-    score: Callable[[str, str], bool]  # (answer, completion) -> right or wrong
+    score: Callable[[str, str], scorers.Score]  # (answer, completion) -> is it right?
 
 
 def load_task(
@@ -83,6 +83,8 @@ def load_task(
     prompt: str = "prompt",
     completion: str = "completion",
     config: str | None = None,
+    scorer: str | None = None,
+    instruction: str | None = None,
 ) -> Task:
     """The task called `name`; the same rows in the same order for the same seed.
 
@@ -91,12 +93,17 @@ def load_task(
                     ends in .jsonl, "hub:" and the id of a data set, or a folder which
                     `datasets.load_dataset` can read
         seed        draws the generated rows, or which of your rows go into which split
+    Only for rows of your own, since a generated task has both:
+        scorer      what counts as right: a name of scorers.SCORERS, or the path of a
+                    Python file with a function score(answer, completion); None: "exact"
+        instruction what to do, in a sentence, for every row; None: nothing is said
     Only for data sets and folders:
         prompt      the column that holds the prompts
         completion  the column that holds the completions
         config      the configuration, where a data set has several
     Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
-            few rows; a column that is not there, or chosen where rows have fixed ones
+            few rows; a column that is not there, or chosen where rows have fixed ones;
+            a scorer that does not suit the completions
             OSError      a file or data set that cannot be had
     """
     chosen = (prompt, completion, config) != ("prompt", "completion", None)
@@ -108,6 +115,11 @@ def load_task(
             "prompt and completion"
         )
     if plain in GENERATED:
+        if (scorer, instruction) != (None, None):
+            raise ValueError(
+                f"{name!r} has an instruction and a scorer: only for rows of your own "
+                "can others be chosen"
+            )
         source = GENERATED[plain]
         splits = source.rows(seed)
         splits = splits if plain == name else shuffled(splits, seed)
@@ -122,7 +134,9 @@ def load_task(
             f"these with {RANDOM!r} behind it, a path to a .jsonl file, 'hub:' and the "
             "id of a data set, or the path of a folder"
         )
-    return _task(name, "", splits, jsonl.score)
+    scored_by = scorers.scorer(scorer or "exact")
+    scorers.refuse_unfit(scored_by, splits, name)
+    return _task(name, instruction or "", splits, scored_by)
 
 
 def shuffled(splits: Splits, seed: int) -> Splits:
