@@ -7,7 +7,6 @@ spoken to (template, instruction); chat.py reads it and speaks to the adapter li
 import inspect
 import json
 import os
-import re
 import shlex
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -20,20 +19,17 @@ from ..common.statistics import are_counts, of_scores
 from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
-from ..core.decoder import positions, positions_in_words
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
 from ..models.load import describe, load_model
 from ..nf4 import dequantize_model
-from ..tasks import templates
-from ..tasks.jsonl import refuse_bad
 from ..tasks.scorers import title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
-from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.evaluation import Answers
+from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
 from .chat import RECORD
 
@@ -60,7 +56,12 @@ def fine_tune(options) -> None:
     torch.manual_seed(options.seed)
     named(options.method).module.inject(model, **arguments)
     print(_counted(model))
-    encoded = _encode(model, tokenizer, task, config, options)
+    encoded = encode_task(
+        tokenizer,
+        task,
+        template=config.template,
+        max_tokens=row_limit(model, options.max_tokens),
+    )
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
     checkpoints = out / "checkpoints"
 
@@ -78,7 +79,12 @@ def fine_tune(options) -> None:
     with _base_alone(model):
         before = answer(BEFORE)
     history = train(
-        model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
+        model,
+        tokenizer,
+        task,
+        config,
+        encoded=(encoded["train"], encoded["validation"]),
+        checkpoints=checkpoints,
     )
     after = answer(AFTER)
     exchange.save(model, out)
@@ -147,42 +153,6 @@ def _check_out(out: Path) -> None:
         raise NotADirectoryError(f"--out {out}: {there} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {out}: nothing can be written to {there}")
-
-
-def _encode(
-    model, tokenizer, task: Task, config: TrainConfig, options
-) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows as tokens; the test rows are only checked.
-
-    Raises  ValueError  an empty split, or a list of the bad rows of all three
-    """
-    limit, most = config.max_tokens, positions(model)
-    if most is not None and limit > most:
-        if options.max_tokens is not None:
-            raise ValueError(
-                f"--max-tokens {limit}: the model has {positions_in_words(model)}; "
-                "allowed is that many at most"
-            )
-        limit = most
-    encoded, bad = {}, []
-    for split in ("train", "validation", "test"):
-        rows = getattr(task, split)
-        if not len(rows):
-            raise ValueError(f"{task.name} has no rows left for its {split} split")
-        encoded[split], bad_rows = templates.encode_all(
-            tokenizer,
-            task.instruction,
-            rows,
-            template=config.template,
-            max_tokens=limit,
-        )
-        # A generated row has no place in a file, only one in its split.
-        of_split = "" if "place" in rows.column_names else f" of {split}"
-        bad += [(place + of_split, reason) for place, reason in bad_rows]
-    # The splits are shuffled; this is the order of the file again.
-    bad.sort(key=lambda each: int(re.search(r"\d+", each[0])[0]))
-    refuse_bad(bad, task.name)
-    return encoded["train"], encoded["validation"]
 
 
 def _base_alone(model) -> AbstractContextManager[None]:

@@ -88,6 +88,11 @@ def title(score: Callable[[str, str], Score]) -> str:
     return score.title if isinstance(score, Scorer) else "exact match"
 
 
+def identity(score: Callable[[str, str], Score]) -> str | None:
+    """What changes with a scorer's scores; None for a task's own function."""
+    return score.identity if isinstance(score, Scorer) else None
+
+
 def score_all(
     score: Callable[[str, str], Score], answers: Sequence[str], rows
 ) -> list[Score]:

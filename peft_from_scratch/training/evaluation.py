@@ -78,12 +78,8 @@ def answer_rows(
         for row in rows
     ]
     shared = shared_tokens(prompts)
-    # As text: letters that spell a control token are several tokens of an answer.
-    longest = max(
-        len(tokenizer(row["completion"], split_special_tokens=True).input_ids)
-        for row in rows
-    )
-    asked = digest(_weights(model), prompts, longest) if keep else ""
+    most = answer_room(tokenizer, rows)
+    asked = digest(_weights(model), prompts, most) if keep else ""
     kept = _kept(keep, asked)
     if kept is None:
         start = time.perf_counter()
@@ -92,7 +88,7 @@ def answer_rows(
             tokenizer,
             [prompt[shared:] for prompt in prompts],
             stop_id=stop_token(tokenizer, template),
-            max_new_tokens=longest + longest // 4 + 8,
+            max_new_tokens=most,
             batch=batch,
             prefix=prompts[0][:shared],
             progress=progress,
@@ -102,6 +98,16 @@ def answer_rows(
         _keep(keep, asked, *kept)
     answers, seconds = kept
     return Answers(answers, score_all(task.score, answers, rows), seconds)
+
+
+def answer_room(tokenizer, rows) -> int:
+    """Tokens after which an answer to one of the rows is cut, if it has not ended."""
+    # As text: letters that spell a control token are several tokens of an answer.
+    longest = max(
+        len(tokenizer(row["completion"], split_special_tokens=True).input_ids)
+        for row in rows
+    )
+    return longest + longest // 4 + 8
 
 
 def _kept(file: Path | None, asked: str) -> tuple[list[str], float] | None:

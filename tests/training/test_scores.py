@@ -279,13 +279,13 @@ BUGS = {
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "answers are cut at the longest completion": (
-        evaluate.answer_rows,
+        evaluate.answer_room,
         "longest + longest // 4 + 8",
         "longest",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "a control token in a completion counts as one": (
-        evaluate.answer_rows,
+        evaluate.answer_room,
         "split_special_tokens=True",
         "split_special_tokens=False",
         an_answer_has_room_for_the_letters_of_control_tokens,
