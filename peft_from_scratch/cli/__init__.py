@@ -1,6 +1,7 @@
 """The command line: `python -m peft_from_scratch --help`.
 
 Reading order: command_line.py (the commands and their options; it imports nothing heavy
-until a command runs), commands.py (train and merge), chat.py (talk to a model),
-doctor.py (what is here, what is missing, and what work costs on this machine).
+until a command runs), commands.py (train and merge), masks.py (which tokens would be
+trained), chat.py (talk to a model), doctor.py (what is here, what is missing, and what
+work costs on this machine).
 """

@@ -110,8 +110,9 @@ def _compare(commands) -> None:
     command.add_argument(
         "--data",
         metavar="FILE",
-        help="your own rows: a .jsonl file with the keys prompt and completion, a "
-        "folder with a data set, or hub:owner/name; the results go to out/FILE",
+        help="your own rows: a .jsonl file with the keys prompt and completion or "
+        "messages, a folder with a data set, or hub:owner/name; the results go to "
+        "out/FILE",
     )
     _own_rows(command)
     command.add_argument("--methods", help=f"some of {','.join((*USUAL, *RELATIVES))}")
@@ -147,7 +148,8 @@ def _train(commands) -> None:
         "--data",
         required=True,
         help="a task's name (orders, terms), the path of a .jsonl file with the keys "
-        "prompt and completion, a folder with a data set, or hub:owner/name",
+        "prompt and completion or messages (of several turns), a folder with a data "
+        "set, or hub:owner/name",
     )
     of_data_sets = "of a hub: data set or a folder: "
     command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
@@ -158,7 +160,14 @@ def _train(commands) -> None:
     _own_rows(command)
     names = [method.name for method in METHODS]
     command.add_argument("--method", choices=names, default="lora")
-    command.add_argument("--out", required=True, help="folder for the adapter")
+    command.add_argument("--out", help="folder for the adapter")
+    command.add_argument(
+        "--show-masks",
+        type=int,
+        metavar="N",
+        help="print N training rows with the tokens marked that are learned, check all "
+        "rows, and end there: needs no --out",
+    )
     command.add_argument("--lr", type=float, help="highest learning rate")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--batch", type=int, default=8, help="rows of a step")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..common import atomic
+from ..common.check import whole
 from ..common.quiet import quiet_transformers
 from ..common.statistics import are_counts, of_scores
 from ..comparison.figures import training_curve
@@ -31,6 +32,7 @@ from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
+from . import masks
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
@@ -45,10 +47,10 @@ def fine_tune(options) -> None:
     Writes the adapter in PEFT's layout, training.png and training.json (recipe,
     instruction, losses, scores), then deletes its checkpoints. Stopped and called
     again, it goes on from the newest of them. All that can be wrong with the arguments
-    and the rows is found before the first answer and the first step.
+    and the rows is found before the first answer and the first step. With
+    --show-masks, which needs no folder, the rows are shown instead.
     """
-    config, out = _config(options), Path(options.out)
-    _check_out(out)
+    config, out = _config(options), _out(options)
     task = load_task(options.data, **given(options, *OF_DATA))
     model, tokenizer = load_model(options.base, device=options.device)
     print(describe(model))
@@ -62,6 +64,10 @@ def fine_tune(options) -> None:
         template=config.template,
         max_tokens=row_limit(model, options.max_tokens),
     )
+    if out is None:
+        n, template = options.show_masks, config.template
+        masks.show(tokenizer, task.train, encoded["train"], n, template)
+        return
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
     checkpoints = out / "checkpoints"
 
@@ -139,6 +145,20 @@ def _config(options) -> TrainConfig:
         validate_every=max(1, options.steps // 5),
         **given(options, "max_tokens", "paged"),
     )
+
+
+def _out(options) -> Path | None:
+    """The folder for the adapter; None where masks are shown and nothing is trained."""
+    if options.show_masks is not None:
+        whole("--show-masks", options.show_masks, 1, of="rows")
+        return None
+    if options.out is None:
+        raise ValueError(
+            "--out is missing: name a folder for the adapter; only --show-masks N, "
+            "which trains nothing, needs none"
+        )
+    _check_out(Path(options.out))
+    return Path(options.out)
 
 
 def _check_out(out: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..memory.meter import Memory, measured_step
 from ..models.load import load_model
+from ..tasks.messages import pairs
 from ..tasks.task import Task
 from ..training.config import History, TrainConfig
 from ..training.evaluation import Answers, answer_rows
@@ -112,6 +113,10 @@ def _config(
 
 
 def few_shot_examples(task: Task, k: int, order: int) -> list[tuple[str, str]]:
-    """k pairs of the training split; `order` seeds which ones, and in what order."""
+    """The pairs of k training rows; `order` seeds which ones, and in what order.
+
+    A row is one pair; a conversation is a pair for each of its answers, and gives them
+    without a system turn of its own.
+    """
     chosen = random.Random(order).sample(range(len(task.train)), k)
-    return [(task.train[i]["prompt"], task.train[i]["completion"]) for i in chosen]
+    return [pair for i in chosen for pair in pairs(task.train[i])]

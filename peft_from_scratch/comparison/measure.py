@@ -16,6 +16,7 @@ from ..core.merge import merge
 from ..files import exchange
 from ..memory.meter import measure_step
 from ..models.load import load_model
+from ..tasks.messages import prompt_of
 from ..tasks.task import Task
 from ..tasks.templates import encode_prompt, stop_token
 from ..training import evaluation
@@ -208,7 +209,7 @@ def _prompt(ready: Adapted, task: Task, rows, i: int, examples=None) -> list[int
     return encode_prompt(
         ready.tokenizer,
         task.instruction,
-        rows[i]["prompt"],
+        prompt_of(rows[i]),
         template=ready.template,
         examples=ready.examples if examples is None else examples,
     )

@@ -8,8 +8,9 @@ from statistics import fmean
 from ..common.statistics import wilson
 from ..methods import named
 from ..tasks.jsonl import alike, refuse_bad
-from ..tasks.scorers import Scorer, label, place
-from ..tasks.templates import IGNORED, encode_all, encode_prompt
+from ..tasks.messages import prompt_of
+from ..tasks.scorers import Scorer, label
+from ..tasks.templates import IGNORED, encode_all, encode_prompt, placed
 from ..training.evaluation import answer_room
 from ..training.fitting import SPLITS, in_order
 from . import shots
@@ -82,7 +83,7 @@ def sizes(setup: Setup) -> Sizes:
     prompt = encode_prompt(
         setup.tokenizer,
         task.instruction,
-        task.test[0]["prompt"],
+        prompt_of(task.test[0]),
         template=template,
         examples=few_shot_examples(task, few, 0),
     )
@@ -112,18 +113,16 @@ def _bad_rows(setup: Setup, template: str) -> list[tuple[str, str]]:
         if left is None:
             continue
         room = 0 if split == "train" else answer_room(setup.tokenizer, rows)
-        good = [
-            row for i, row in enumerate(rows, 1) if place(row, i) not in dict(unfit)
-        ]
-        for row, (ids, labels) in zip(good, encoded, strict=True):
-            tokens = len(ids) if split == "train" else len(ids) - _labels(labels) + room
+        good = [place for place, _ in placed(rows) if place not in dict(unfit)]
+        for place, (ids, labels) in zip(good, encoded, strict=True):
+            tokens = len(ids) if split == "train" else _prompt(labels) + room
             if tokens > left:
-                what = "row" if split == "train" else "prompt and the longest answer"
+                what = "the row" if split == "train" else "prompt and longest answer"
                 reason = (
-                    f"the {what} have {tokens} tokens, and the model {left} positions "
+                    f"{what}: {tokens} tokens, and the model has {left} positions "
                     "beside those of a soft prompt: shorten it, or leave it out"
                 )
-                bad.append((row["place"], reason))
+                bad.append((place, reason))
     return bad
 
 
@@ -148,6 +147,11 @@ def _positions(candidate: Candidate) -> int:
 
 def _labels(labels: Sequence[int]) -> int:
     return sum(each != IGNORED for each in labels)
+
+
+def _prompt(labels: Sequence[int]) -> int:
+    """Tokens before the last answer, of which all carry a label."""
+    return max(i for i, each in enumerate(labels, 1) if each == IGNORED)
 
 
 def _without_few_shot(setup: Setup) -> Setup:
@@ -179,12 +183,18 @@ def _counts(setup: Setup) -> str:
 
 
 def _without_instruction(setup: Setup) -> str | None:
-    if setup.task.instruction or "zero-shot" not in setup.plan.methods:
+    instructed = setup.task.instruction or any(map(_has_system_turn, setup.task.test))
+    if instructed or "zero-shot" not in setup.plan.methods:
         return None
     return (
         "No instruction: zero-shot is not told what to do, and what it answers says "
         'little about the model. Give one with --instruction "…".'
     )
+
+
+def _has_system_turn(row) -> bool:
+    turns = row.get("messages") or [{}]
+    return turns[0].get("role") == "system"
 
 
 def _few_rows(setup: Setup) -> str | None:
@@ -204,8 +214,8 @@ def _contradictions(setup: Setup) -> str | None:
     """Prompts that a reader would call the same, with different completions."""
     groups = defaultdict(list)
     for split in SPLITS:
-        for number, row in enumerate(getattr(setup.task, split), 1):
-            groups[alike(row["prompt"])].append((place(row, number), row["completion"]))
+        for place, row in placed(getattr(setup.task, split)):
+            groups[alike(row["prompt"])].append((place, row["completion"]))
     odd = [g for g in groups.values() if len({completion for _, completion in g}) > 1]
     if not odd:
         return None

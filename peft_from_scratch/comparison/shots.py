@@ -7,6 +7,7 @@ all of them, about 3 GB on SmolLM2 at that length.
 
 import math
 
+from ..tasks.messages import prompt_of
 from ..tasks.templates import encode_prompt
 from ..training.evaluation import answer_room
 from .adapt import few_shot_examples
@@ -34,7 +35,7 @@ def _fits(setup: Setup, template: str, k: int, order: int) -> bool:
             encode_prompt(
                 tokenizer,
                 task.instruction,
-                longest["prompt"],
+                prompt_of(longest),
                 template=template,
                 examples=examples,
             )

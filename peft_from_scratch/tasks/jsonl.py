@@ -1,14 +1,18 @@
 """Your own rows as a task: a JSONL file, or any data set that `datasets` can load.
 
-One row a line, {"prompt": "…", "completion": "…"}; other keys are left alone, empty
-lines are skipped. A file with a bad row gives no task at all: every bad row is reported
-with its line and the reason, so that nothing is trained on by accident. A good row
-keeps its place, so that a later error (a row that is too long) can name it as well.
+One row a line, {"prompt": "…", "completion": "…"}, or a conversation of several turns,
+{"messages": [{"role": "user", "content": "…"}, …]} (messages.py). A file may hold both
+kinds; a row with all three keys is read as prompt and completion. Other keys are left
+alone, empty lines are skipped. A file with a bad row gives no task at all: every bad
+row is reported with its line and the reason, so that nothing is trained on by accident.
+A good row keeps its place, so that a later error (a row that is too long) can name it.
 
 The rows are cut into train, validation and test *by prompt*, so that no prompt is in
 two of them. Prompts that a reader would call the same (see `alike`) stay together: a
-test prompt that training has seen with one space more is no test. What counts as a
-right answer is chosen by name: scorers.py.
+test prompt that training has seen with one space more is no test. The prompt of a
+conversation is all that stands before its last answer. It stays together with every
+conversation that goes on from there, and learns an answer to it. What counts as a right
+answer is chosen by name: scorers.py.
 """
 
 import re
@@ -22,13 +26,17 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..common import records
+from . import messages
+from .letters import is_unicode
 
 LISTED = 20  # bad rows that an error spells out
 MINIMUM = 3  # distinct prompts: one for each split
 LINE_END = re.compile(rb"\r\n?|\n")  # of Windows, of old Macs, of all others
 UNSEEN = re.compile("[\N{VARIATION SELECTOR-1}-\N{VARIATION SELECTOR-16}]")
+PAIR = ("prompt", "completion")
 Numbered = tuple[str, object]  # where the row stands, the row
-Example = dict[str, str]  # prompt, completion and place
+Example = dict  # prompt, completion, place; messages of a conversation
+Key = messages.Key  # of a row: its prompt, as turns
 
 
 def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:
@@ -42,8 +50,8 @@ def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:
     return split_rows(check_rows(_lines(data), path), seed, path)
 
 
-def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Example]:
-    """{prompt: its row} of rows that are all good; identical rows count once.
+def check_rows(numbered: Iterable[Numbered], source: str) -> dict[Key, Example]:
+    """{key: its row} of rows that are all good; identical rows count once.
 
     Args
         numbered  (place, row); a row that could not be read is its ValueError
@@ -51,13 +59,11 @@ def check_rows(numbered: Iterable[Numbered], source: str) -> dict[str, Example]:
     """
     good, bad = {}, []
     for place, row in numbered:
-        reason = _reason(row) or _contradiction(row, good)
-        if reason:
+        kept = {} if (reason := _reason(row)) else {**_columns_of(row), "place": place}
+        if reason := reason or _contradiction(kept, good):
             bad.append((place, reason))
         else:
-            prompt, completion = row["prompt"], row["completion"]
-            kept = {"prompt": prompt, "completion": completion, "place": place}
-            good.setdefault(prompt, kept)
+            good.setdefault(messages.key(kept), kept)
     refuse_bad(bad, source)
     return good
 
@@ -74,9 +80,9 @@ def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
 
 
 def split_rows(
-    rows: dict[str, Example], seed: int, source: str
+    rows: dict[Key, Example], seed: int, source: str
 ) -> dict[str, list[Example]]:
-    """Cut {prompt: its row} by prompt into train, validation and test.
+    """Cut {key: its row} by prompt into train, validation and test.
 
     Prompts that are alike count as one. A tenth validates, a fifth tests (100 and 300
     prompts at most, one at least), the rest trains. Which prompt goes where depends on
@@ -118,7 +124,8 @@ def read_dataset(
 
     Args
         dataset     an id of the hub, or a folder
-        prompt      the column that holds the prompts; completion likewise
+        prompt      the column that holds the prompts; completion likewise. Where these
+                    are not chosen and not both there, a column `messages` is read
         config      the configuration, for data sets that have several
     Raises  ValueError  a file that cannot be read as data, a column that is not there,
             bad rows, too few rows
@@ -129,7 +136,7 @@ def read_dataset(
         numbered = _columns(data, prompt, completion, dataset, name)
         splits[name] = check_rows(numbered, f"{dataset} ({name})")
     if not {"train", "test"} <= splits.keys():
-        pooled = {p: row for rows in splits.values() for p, row in rows.items()}
+        pooled = {key: row for rows in splits.values() for key, row in rows.items()}
         return split_rows(pooled, seed, dataset)
     train, test = splits["train"], splits["test"]
     validation = splits.get("validation") or _tenth(train, seed)
@@ -145,11 +152,6 @@ def dataset_id(name: str) -> str | None:
     if name.startswith("hub:"):
         return name.removeprefix("hub:")
     return name if Path(name).is_dir() else None
-
-
-def is_unicode(text: str) -> bool:
-    """False for text with half a surrogate pair, which no tokenizer takes."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _read(path) -> bytes:
@@ -194,12 +196,22 @@ def _parse(line):
 
 
 def _columns(data, prompt, completion, source, split) -> Iterable[Numbered]:
-    for column in (prompt, completion):
+    """(place, row) of one split of a data set.
+
+    Raises  ValueError  a column that is not there
+    """
+    chosen = (prompt, completion)
+    if chosen == PAIR and _is_conversation(data.column_names):
+        for number, turns in enumerate(data["messages"], 1):
+            yield f"row {number} of {split}", {"messages": turns}
+        return
+    for column in chosen:
         if column not in data.column_names:
             raise ValueError(
                 f"{source} has no column {column!r}; its columns are "
                 f"{', '.join(data.column_names)}: choose with prompt= and completion=, "
-                "--prompt and --completion on the command line"
+                "--prompt and --completion on the command line, or name the column of "
+                "conversations messages"
             )
     pairs = zip(data[prompt], data[completion], strict=True)
     for number, (question, answer) in enumerate(pairs, 1):
@@ -229,7 +241,9 @@ def _reason(row) -> str | None:
         return str(row)
     if not isinstance(row, dict):
         return f"not an object but {type(row).__name__}"
-    for key in ("prompt", "completion"):
+    if _is_conversation(row):
+        return messages.reason(row["messages"])
+    for key in PAIR:
         if key not in row:
             return f"no {key!r}; it has {', '.join(map(repr, row)) or 'no key'}"
         if not isinstance(row[key], str):
@@ -241,9 +255,21 @@ def _reason(row) -> str | None:
     return None
 
 
+def _is_conversation(names) -> bool:
+    """Whether a row of these keys, a data set of these columns, holds conversations."""
+    return "messages" in names and not all(name in names for name in PAIR)
+
+
+def _columns_of(row) -> Example:
+    """The columns of a good row, without its place."""
+    if _is_conversation(row):
+        return messages.columns(row["messages"])
+    return {name: row[name] for name in PAIR}
+
+
 def _contradiction(row, good) -> str | None:
     """The reason against a row with an earlier row's prompt and another completion."""
-    earlier = good.get(row["prompt"], row)
+    earlier = good.get(messages.key(row), row)
     if earlier["completion"] == row["completion"]:
         return None
     return f"the prompt of {earlier['place']} with another completion"
@@ -260,24 +286,42 @@ def _require(groups, source) -> None:
 
 
 def _groups(rows) -> list[list[Example]]:
-    """The rows whose prompts are alike, together; the same whatever order they had."""
-    groups: dict[str, list[Example]] = {}
-    for prompt in sorted(rows):
-        groups.setdefault(alike(prompt), []).append(rows[prompt])
+    """The rows whose prompts are alike, together; the same whatever order they had.
+
+    A conversation is with the shortest one that it goes on with.
+    """
+    asked, groups = {_alike(key) for key in rows}, {}
+    for key in sorted(rows):
+        shared = [each for each in messages.beginnings(_alike(key)) if each in asked]
+        groups.setdefault(min(shared, key=len), []).append(rows[key])
     return list(groups.values())
 
 
-def _without(rows, others) -> dict[str, Example]:
-    """The rows with no prompt that is alike to one of the others."""
-    taken = set(map(alike, others))
-    return {prompt: row for prompt, row in rows.items() if alike(prompt) not in taken}
+def _alike(key: Key) -> Key:
+    """What the keys of all rows share whose turns a reader would call the same."""
+    return tuple((role, alike(content)) for role, content in key)
 
 
-def _tenth(rows, seed) -> dict[str, Example]:
+def _without(rows, others) -> dict[Key, Example]:
+    """The rows with no prompt that is alike to one of the others.
+
+    And no conversation that goes on with one of them, or that one of them goes on with.
+    """
+    taken = set(map(_alike, others))
+    begun = {each for key in taken for each in messages.beginnings(key)}
+    return {
+        key: row
+        for key, row in rows.items()
+        if _alike(key) not in begun
+        and taken.isdisjoint(messages.beginnings(_alike(key)))
+    }
+
+
+def _tenth(rows, seed) -> dict[Key, Example]:
     """A tenth of the rows to validate with."""
     groups = _groups(rows)
     drawn = _draw(groups, _share(groups, 10, 100), seed)
-    return {row["prompt"]: row for row in chain(*drawn)}
+    return {messages.key(row): row for row in chain(*drawn)}
 
 
 def _share(groups, part, most) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import score_worker
+from .templates import placed
 
 SECONDS = 60.0  # that the score of one row may take
 # What a model may answer to any row. A scorer that fails on it would fail in an hour.
@@ -58,7 +59,7 @@ class ScoreFile:
 
         Answers are tried that a model may give, and each row's own completion.
         """
-        places = [row.get("place", f"row {i}") for i, row in enumerate(rows, 1)]
+        places = [place for place, _ in placed(rows)]
         first = rows[0]["completion"]
         self.scores([(odd, first) for odd in ODD_ANSWERS], places[:1] * 4)
         own = [(row["completion"], row["completion"]) for row in rows]

@@ -26,6 +26,7 @@ from ..common.digest import digest
 from . import orders
 from .jsonl import refuse_bad
 from .score_file import ScoreFile
+from .templates import placed
 
 MOST_LABELS = 200  # more different completions than that are no set of labels
 WORD = re.compile(r"[^\W_]+")
@@ -100,17 +101,12 @@ def score_all(
     pairs = [(a, row["completion"]) for a, row in zip(answers, rows, strict=True)]
     if not isinstance(score, Scorer):
         return [score(answer, completion) for answer, completion in pairs]
-    return score.many(pairs, [place(row, i) for i, row in enumerate(rows, 1)])
+    return score.many(pairs, [place for place, _ in placed(rows)])
 
 
 def refuse_unfit(scorer: Scorer, splits: Splits, source: str) -> None:
     """ValueError with the rows, by place and reason, that the scorer cannot score."""
     refuse_bad(scorer.unfit(splits), f"{source}, for the scorer {scorer.name},")
-
-
-def place(row: Mapping[str, str], number: int) -> str:
-    """Where a row stands in its file, or its number where it does not say."""
-    return row.get("place", f"row {number}")
 
 
 # ------------------------------------------------------------------- built-in scorers
@@ -230,9 +226,9 @@ def _reason_against_label(completion: str) -> str | None:
 def _each(splits: Splits, reason: Callable[[str], str | None]) -> Refused:
     """(place, reason) of each row whose completion has a reason against it."""
     return [
-        (place(row, number), why)
+        (place, why)
         for rows in splits.values()
-        for number, row in enumerate(rows, 1)
+        for place, row in placed(rows)
         if (why := reason(row["completion"]))
     ]
 

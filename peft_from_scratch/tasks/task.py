@@ -6,7 +6,7 @@ Every task has an instruction, three splits without a leak, and a scorer:
     "terms"            an invented trade: domain knowledge                terms.py
     "gap-0" … "gap-4"  a dial: from tiny's pretraining to a cipher        gap.py
     "kinds"            a classification that tiny half knows              kinds.py
-    "path/rows.jsonl"  your own prompts and completions                   jsonl.py
+    "path/rows.jsonl"  your own prompts and completions, or conversations jsonl.py
     "hub:owner/name"   any data set of the hub, or a folder that holds one
 
 Each generated task has a twin for control, "orders-random": the same prompts, the same
@@ -21,9 +21,9 @@ from typing import Protocol
 
 from datasets import Dataset
 
-from . import gap, jsonl, kinds, orders, scorers, terms
+from . import gap, jsonl, kinds, messages, orders, scorers, terms
 
-Splits = Mapping[str, list[dict[str, str]]]  # split: its rows
+Splits = Mapping[str, list[dict]]  # split: its rows
 
 
 class TaskModule(Protocol):
@@ -66,6 +66,9 @@ class Task:
     """A task. The splits have the columns `prompt` and `completion`, both text.
 
     Rows that are not generated have a third, `place`: where they come from ("line 31").
+    Where some of them are conversations there is a fourth, `messages`: the turns, None
+    for a row without. Their `completion` is the last answer, and their `prompt` shows
+    what stands before it; encode_prompt takes `messages.prompt_of(row)`.
     """
 
     name: str
@@ -99,7 +102,8 @@ def load_task(
         instruction what to do, in a sentence, for every row; None: nothing is said
     Only for data sets and folders:
         prompt      the column that holds the prompts
-        completion  the column that holds the completions
+        completion  the column that holds the completions; without these columns, the
+                    conversations of a column `messages` are the rows
         config      the configuration, where a data set has several
     Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
             few rows; a column that is not there, or chosen where rows have fixed ones;
@@ -112,7 +116,7 @@ def load_task(
         raise ValueError(
             f"{name!r} is no data set of the hub and no folder: only for those can "
             "prompt=, completion= and config= be chosen; a .jsonl file has the keys "
-            "prompt and completion"
+            "prompt and completion, or messages"
         )
     if plain in GENERATED:
         if (scorer, instruction) != (None, None):
@@ -136,7 +140,13 @@ def load_task(
         )
     scored_by = scorers.scorer(scorer or "exact")
     scorers.refuse_unfit(scored_by, splits, name)
-    return _task(name, instruction or "", splits, scored_by)
+    system, splits = messages.shared_system(splits)
+    if system and instruction:
+        raise ValueError(
+            f"the rows of {name} have a system turn, {system[:60]!r}: take it out, or "
+            "leave the instruction out"
+        )
+    return _task(name, system or instruction or "", splits, scored_by)
 
 
 def shuffled(splits: Splits, seed: int) -> Splits:
@@ -157,6 +167,12 @@ def _task(name, instruction, splits, score) -> Task:
     return Task(
         name,
         instruction,
-        **{split: Dataset.from_list(rows) for split, rows in splits.items()},
+        **{split: _data(rows) for split, rows in splits.items()},
         score=score,
     )
+
+
+def _data(rows) -> Dataset:
+    """The rows with the columns that any of them has; None where a row has it not."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})

@@ -1,41 +1,41 @@
 """How a row becomes tokens: the prompt, the answer, and which of them carry a loss.
 
-A row is a prompt and a completion. What the model sees depends on a choice that is part
-of every run's configuration:
+A row is a prompt and a completion, or a conversation of several turns, of which each
+answer is learned. What the model sees depends on a choice that is part of every run's
+configuration:
 
     "chat"   the model's own chat template: the instruction as the system turn, examples
              as user and assistant turns, the end-of-turn token after an answer
     "raw"    plain text: "Input: …", "Output: …", the end-of-sequence token after an
-             answer
+             answer; further turns are further pairs, after an empty line
 
-Two promises hold for both. Prompt and completion are tokenized *apart* and joined, so
-that a training row starts with exactly the tokens that generation will start from.
-And labels are -100 on the prompt and on padding, nowhere else: the token that ends an
-answer is learned, or the model would never stop. (Padding is placed by counting, never
-by comparing with the pad token, which in many models is the end token.)
+Two promises hold for both. What is learned is tokenized *apart* from what stands before
+it, so that an answer is trained after exactly the tokens that generation will start
+from. And labels are -100 on the prompt and on padding, nowhere else: the token that
+ends an answer is learned, or the model would never stop. (Padding is placed by
+counting, never by comparing with the pad token, which in many models is the end token.)
 
-**Text stays text.** A row about chat models may spell `<|im_start|>`. That token begins
-a turn, and only the template may write it: in an instruction, a prompt, an example or a
-completion its letters are encoded as letters. Where a tokenizer cannot do this, the row
-is refused.
+**Text stays text**: letters that spell a control token are encoded as letters
+(letters.py). Which text of a chat template is an answer is found in conversations.py.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
-from jinja2 import TemplateError
+from . import messages
+from .conversations import end_of_turn, instructed, parts, render
+from .letters import Turn, plain, read
 
 TEMPLATES = ("chat", "raw")
 IGNORED = -100  # the label that torch's cross_entropy leaves out
-PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no text uses: Unicode's plane 15
 
 Pair = tuple[str, str]  # prompt, completion
+Encoded = tuple[list[int], list[int]]  # input_ids, labels
 
 
 def encode_prompt(
     tokenizer,
     instruction: str,
-    prompt: str,
+    prompt: str | Sequence[Turn],
     *,
     template: str,
     examples: Sequence[Pair] = (),
@@ -46,21 +46,31 @@ def encode_prompt(
         instruction  what to do, in a sentence; "" for none (a chat template may then
                      put a default system turn of its own). A template without a system
                      turn gets it at the top of the first user turn
-        prompt       the row's input
+        prompt       the row's input; or the turns before the answer,
+                     [{"role": "user", "content": "…"}, …], a system turn first or none
         template     "chat" or "raw"
         examples     (prompt, completion) pairs placed before the prompt: few-shot
     Raises  ValueError   an unknown template, "chat" without a chat template or with one
-            that leaves a turn out, or text that can only be encoded as a control token
+            that leaves a turn out, or text that can only be encoded as a control token;
+            of turns, what encode_conversation raises
     """
     _check(tokenizer, template)
-    if template == "chat":
-        return _chat(tokenizer, instruction, prompt, examples)
-    return _raw(tokenizer, instruction, prompt, examples)
+    asked = messages.question(prompt) if isinstance(prompt, str) else list(prompt)
+    if not isinstance(prompt, str):
+        _refuse_no_conversation([*asked, {"role": "assistant", "content": "…"}])
+    instruction, asked = _system(instruction, asked)
+    turns = [*messages.of_pairs(examples), *asked]
+    if template == "raw":
+        return _joined(_raw(tokenizer, instruction, turns))[0]
+    turns = instructed(tokenizer, instruction, turns)
+    if isinstance(prompt, str):
+        return render(tokenizer, turns)
+    return _joined(parts(tokenizer, turns, end_of_turn(tokenizer)))[0]
 
 
 def encode_row(
     tokenizer, instruction: str, prompt: str, completion: str, *, template: str
-) -> tuple[list[int], list[int]]:
+) -> Encoded:
     """A training row: prompt, completion, end token; and its labels.
 
         input_ids = encode_prompt(…) + completion + [stop]
@@ -71,23 +81,51 @@ def encode_row(
              and what encode_prompt raises
     """
     before = encode_prompt(tokenizer, instruction, prompt, template=template)
+    _refuse_end_inside(tokenizer, completion, stop_token(tokenizer, template))
+    return _joined([(before, False), (_answer(tokenizer, completion, template), True)])
+
+
+def encode_conversation(
+    tokenizer, instruction: str, turns: Sequence[Turn], *, template: str
+) -> Encoded:
+    """A training row of several turns: each of the assistant's is learned.
+
+        input_ids = encode_prompt(turns before the 1st answer) + 1st answer + [stop]
+                  + what stands between + 2nd answer + [stop] + …
+
+    Up to each answer these are the tokens that encode_prompt makes of the turns before
+    it. Labels are -100 but on the answers and their end tokens.
+
+    Args
+        turns  [{"role": "user", "content": "…"}, {"role": "assistant", …}, …], a system
+               turn first or none, the assistant's last
+    Returns  (input_ids, labels), equally long
+    Raises   ValueError   turns out of order, empty, or no text; a system turn beside an
+             instruction; an answer that spells the end token; a chat template that does
+             not write an answer as it stands, in all places the same
+             (conversations.py); and what encode_prompt raises
+    """
+    _check(tokenizer, template)
+    _refuse_no_conversation(turns)
+    instruction, turns = _system(instruction, turns)
     stop = stop_token(tokenizer, template)
-    answer = _answer(tokenizer, completion, template)
-    if stop in _read(tokenizer, completion):
-        raise ValueError(
-            f"the completion {completion[:60]!r} holds the end token "
-            f"{tokenizer.decode([stop])!r} as text; take it out, it is added by itself"
-        )
-    return before + answer, [IGNORED] * len(before) + answer
+    for turn in turns:
+        if turn["role"] == "assistant":
+            _refuse_end_inside(tokenizer, turn["content"], stop)
+    if template == "raw":
+        return _joined(_raw(tokenizer, instruction, turns))
+    turns = [*instructed(tokenizer, instruction, turns[:-1]), turns[-1]]
+    return _joined(parts(tokenizer, turns, stop))
 
 
 def encode_rows(
     tokenizer, instruction: str, rows, *, template: str, max_tokens: int = 512
-) -> list[tuple[list[int], list[int]]]:
-    """encode_row for every row of a split; a row that is too long is an error, not cut.
+) -> list[Encoded]:
+    """Every row of a split; a row that is too long is an error, not cut.
 
     Args
-        rows        iterable of {"prompt": …, "completion": …}; rows of one's own also
+        rows        iterable of {"prompt": …, "completion": …}, for encode_row, or
+                    {"messages": […]}, for encode_conversation; rows of one's own also
                     say where they stand, {…, "place": "line 31"}
         max_tokens  the longest row that is accepted, in tokens
     Raises  ValueError   naming the place of the first row that is too long, has no text
@@ -105,15 +143,15 @@ def encode_rows(
 
 def encode_all(
     tokenizer, instruction: str, rows, *, template: str, max_tokens: int = 512
-) -> tuple[list[tuple[list[int], list[int]]], list[tuple[str, str]]]:
-    """encode_row for every row of a split, and what is wrong with the others.
+) -> tuple[list[Encoded], list[tuple[str, str]]]:
+    """Every row of a split as encode_rows makes it, and what is wrong with the others.
 
     Args     those of encode_rows
     Returns  the encoded rows without the bad ones; and (place, reason) of each of those
     """
     _check(tokenizer, template)
     encoded, bad = [], []
-    for place, row in _placed(rows):
+    for place, row in placed(rows):
         try:
             encoded.append(_encode(tokenizer, instruction, row, template, max_tokens))
         except ValueError as error:
@@ -128,34 +166,34 @@ def stop_token(tokenizer, template: str) -> int:
     writes after an assistant's turn, such as <|im_end|>, <|eot_id|> or <end_of_turn>.
     """
     _check(tokenizer, template)
-    if template == "raw":
-        return tokenizer.eos_token_id
-    mark = "ANSWER"
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((i for i in after if i in special), tokenizer.eos_token_id)
+    return tokenizer.eos_token_id if template == "raw" else end_of_turn(tokenizer)
 
 
-def _placed(rows):
+def placed(rows) -> Iterator[tuple[str, dict]]:
     """(where it stands, row): in its file, where the row says so, else in `rows`."""
     for number, row in enumerate(rows, 1):
         yield row.get("place", f"row {number}"), row
 
 
-def _encode(tokenizer, instruction, row, template, max_tokens):
-    """encode_row of a row's columns; ValueError with the reason for a bad row."""
-    for column in ("prompt", "completion"):
-        if not isinstance(row.get(column), str):
-            raise ValueError(f"{column}={row.get(column)!r} is no text")
-    ids, labels = encode_row(
-        tokenizer, instruction, row["prompt"], row["completion"], template=template
-    )
+def _encode(tokenizer, instruction, row, template, max_tokens) -> Encoded:
+    """The tokens of a row's columns; ValueError with the reason for a bad row."""
+    if row.get("messages") is not None:
+        ids, labels = encode_conversation(
+            tokenizer, instruction, row["messages"], template=template
+        )
+        begins = row["messages"][0]["content"]
+    else:
+        for column in ("prompt", "completion"):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{column}={row.get(column)!r} is no text")
+        begins = row["prompt"]
+        ids, labels = encode_row(
+            tokenizer, instruction, begins, row["completion"], template=template
+        )
     if len(ids) > max_tokens:
         raise ValueError(
             f"{len(ids)} tokens, the limit is {max_tokens}: shorten it, leave it out "
-            f"or raise the limit; it begins {row['prompt'][:60]!r}"
+            f"or raise the limit; it begins {begins[:60]!r}"
         )
     return ids, labels
 
@@ -174,172 +212,62 @@ def _check(tokenizer, template):
         )
 
 
-def _chat(tokenizer, instruction, prompt, examples) -> list[int]:
-    turns = []
-    for question, answer in examples:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    turns.append({"role": "user", "content": prompt})
+def _refuse_no_conversation(turns) -> None:
+    if reason := messages.reason(turns):
+        raise ValueError(reason)
+
+
+def _system(instruction, turns) -> tuple[str, Sequence[Turn]]:
+    """(instruction, the other turns): a system turn is the instruction of its row."""
+    if turns[0]["role"] != "system":
+        return instruction, turns
     if instruction:
-        turns = _instructed(tokenizer, instruction, turns)
-    if lost := _lost(tokenizer, turns):
         raise ValueError(
-            f"this tokenizer's chat template leaves out {lost[0]['role']} turns: "
-            f'{lost[0]["content"][:60]!r} would be lost; use template="raw"'
+            f"the row has a system turn, {turns[0]['content'][:60]!r}, and the task an "
+            f"instruction, {instruction[:60]!r}: leave one of them out"
         )
-    return _render(tokenizer, turns)
+    return turns[0]["content"], turns[1:]
 
 
-def _instructed(tokenizer, instruction, turns) -> list[dict]:
-    """The turns with the instruction before them, or in the first one.
-
-    Gemma's template refuses a system turn, others drop it: the user's turn carries it.
-    """
-    system = {"role": "system", "content": instruction}
-    try:
-        if system not in _lost(tokenizer, [system, *turns]):
-            return [system, *turns]
-    except TemplateError:
-        pass  # another error than "no system turn" comes again without that turn
-    first = {**turns[0], "content": f"{instruction}\n\n{turns[0]['content']}"}
-    return [first, *turns[1:]]
+def _refuse_end_inside(tokenizer, completion, stop) -> None:
+    """ValueError for an answer that spells the token which will end it."""
+    if stop in read(tokenizer, completion):
+        raise ValueError(
+            f"the completion {completion[:60]!r} holds the end token "
+            f"{tokenizer.decode([stop])!r} as text; take it out, it is added by itself"
+        )
 
 
-def _lost(tokenizer, turns) -> list[dict]:
-    """The turns whose content the template does not write; each gets a mark for it."""
-    marks = list(map(chr, PRIVATE[: len(turns)]))
-    marked = [{**t, "content": m} for t, m in zip(turns, marks, strict=True)]
-    text = _written(tokenizer, marked)
-    return [t for t, mark in zip(turns, marks, strict=True) if mark not in text]
-
-
-def _written(tokenizer, turns) -> str:
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=False
-    )
-
-
-def _render(tokenizer, turns) -> list[int]:
-    """The tokens of a conversation; the template's control tokens and no others.
-
-    The template writes its own <bos>, and no second one is added.
-    """
-    contents = [turn["content"] for turn in turns]
-    spelled = _spelled(tokenizer, contents)
-    if not spelled:
-        return _read(tokenizer, _written(tokenizer, turns))
-    # Hidden behind a character each, they are not taken for the template's own.
-    free = (chr(i) for i in PRIVATE if not any(chr(i) in text for text in contents))
-    hidden = dict(zip(spelled, free, strict=False))
-    masked = [{**turn, "content": _replaced(turn["content"], hidden)} for turn in turns]
-    text = _written(tokenizer, masked)
-    still = _spelled(tokenizer, [turn["content"] for turn in masked])
-    if still or _pieces(tokenizer, text, {}) != _read(tokenizer, text):
-        raise _not_text(still or spelled)
-    return _pieces(tokenizer, text, {mark: token for token, mark in hidden.items()})
-
-
-def _pieces(tokenizer, text, names) -> list[int]:
-    """The tokens of a rendered conversation, cut at its control tokens.
-
-    Args
-        names  {character: what is to be written for it, as text}
-    """
-    control, ids = _control_tokens(tokenizer, "chat"), []
-    for piece in re.split(f"({_any_of(control)})", text):
-        if piece in control:
-            ids.append(control[piece])
-        elif piece:
-            ids += _plain(tokenizer, _replaced(piece, names), "chat")
-    return ids
-
-
-def _raw(tokenizer, instruction, prompt, examples) -> list[int]:
-    ids = _start(tokenizer)
+def _raw(tokenizer, instruction, turns) -> Iterator[tuple[list[int], bool]]:
+    """(tokens, whether they are learned) of turns as Input: and Output: pairs."""
+    yield _start(tokenizer), False
     if instruction:
-        ids += _plain(tokenizer, f"{instruction}\n\n", "raw")
-    for question, answer in examples:
-        ids += _plain(tokenizer, f"Input: {question}\nOutput:", "raw")
-        ids += _answer(tokenizer, answer, "raw") + _plain(tokenizer, "\n\n", "raw")
-    return ids + _plain(tokenizer, f"Input: {prompt}\nOutput:", "raw")
+        yield plain(tokenizer, f"{instruction}\n\n", "raw"), False
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            yield _answer(tokenizer, turn["content"], "raw"), True
+            continue
+        if i:
+            yield plain(tokenizer, "\n\n", "raw"), False
+        yield plain(tokenizer, f"Input: {turn['content']}\nOutput:", "raw"), False
+
+
+def _joined(parts) -> Encoded:
+    """Input ids and labels of (tokens, whether they are learned), one after another."""
+    ids, labels = [], []
+    for tokens, learned in parts:
+        ids += tokens
+        labels += tokens if learned else [IGNORED] * len(tokens)
+    return ids, labels
 
 
 def _answer(tokenizer, completion, template) -> list[int]:
     """The completion's tokens and the end token."""
     text = completion if template == "chat" else f" {completion}"
-    return [*_plain(tokenizer, text, template), stop_token(tokenizer, template)]
+    return [*plain(tokenizer, text, template), stop_token(tokenizer, template)]
 
 
 def _start(tokenizer) -> list[int]:
     """[bos] where this tokenizer begins every text with it, else nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
-
-
-def _plain(tokenizer, text, template) -> list[int]:
-    """The tokens of a text that is data: letters that spell a control token stay."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    if not tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
-        control = _control_tokens(tokenizer, template)
-        unknown = tokenizer.unk_token_id  # of letters that it does not know
-        if spelled := [t for t, i in control.items() if i in ids and i != unknown]:
-            raise _not_text(spelled)
-    return ids
-
-
-def _read(tokenizer, text) -> list[int]:
-    """The tokens of a text, control tokens included, without bos and eos around it."""
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _spelled(tokenizer, texts: Sequence[str]) -> list[str]:
-    """The control tokens that the texts of a conversation would become."""
-    ids = {i for text in texts for i in _read(tokenizer, text)}
-    if tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
-        return []
-    control = _control_tokens(tokenizer, "chat")
-    unknown = tokenizer.unk_token_id  # also of letters that it does not know
-    return [
-        token
-        for token, i in control.items()
-        if i in ids and (i != unknown or any(token in text for text in texts))
-    ]
-
-
-def _control_tokens(tokenizer, template) -> dict[str, int]:
-    """{token: its id} of what a text must not become.
-
-    The special tokens; and, where the chat template marks the turns with others, these.
-    """
-    added = tokenizer.added_tokens_decoder
-    marks = _turn_marks(tokenizer) if template == "chat" else set()
-    return {
-        token.content: i for i, token in added.items() if token.special or i in marks
-    }
-
-
-def _turn_marks(tokenizer) -> set[int]:
-    """The tokens that the template writes between an answer and the next prompt."""
-    roles = ("user", "assistant", "user")
-    marks = list(map(chr, PRIVATE[: len(roles)]))
-    turns = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    return {*_read(tokenizer, text.partition(marks[1])[2].partition(marks[2])[0])}
-
-
-def _replaced(text, names) -> str:
-    if not names:
-        return text
-    return re.sub(_any_of(names), lambda match: names[match[0]], text)
-
-
-def _any_of(words: Iterable[str]) -> str:
-    """A pattern of these words, longer ones first."""
-    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-
-
-def _not_text(tokens) -> ValueError:
-    return ValueError(
-        f"the text spells {tokens[0]!r}, a control token that this tokenizer cannot "
-        "encode as letters: take it out or write it in another way"
-    )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..common import atomic, records, scoped
 from ..common.digest import digest, sampled_crc
+from ..tasks.messages import prompt_of
 from ..tasks.scorers import Score, score_all
 from ..tasks.task import Task
 from ..tasks.templates import Pair, encode_prompt, stop_token
@@ -71,7 +72,7 @@ def answer_rows(
         encode_prompt(
             tokenizer,
             task.instruction,
-            row["prompt"],
+            prompt_of(row),
             template=template,
             examples=examples,
         )

@@ -78,7 +78,7 @@ def test_a_row_that_fits_but_for_its_answer_is_refused(setup_of, base):
     """256 positions: the prompt has some 230, and an answer may have 56."""
     pairs = [(f"{i} " + "x" * 190, "y" * 38) for i in range(40)]
     told = refused(setup_of(pairs, methods=("prompt",)))
-    assert "prompt and the longest answer have" in told
+    assert "prompt and longest answer: " in told
     assert "beside those of a soft prompt" in told
 
 

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import combinations
 from pathlib import Path
@@ -210,7 +209,7 @@ HOSTILE = {
         "mine.py: ended the process (exit status 0), for the answer 'right' to line 7",
     ),
     "never ends": (
-        "def score(a, c):\n    while True:\n        pass\n",
+        "def score(a, c):\n    while True: pass\n",
         "mine.py (line 2): took longer than 1 s",
     ),
     "sleeps": (
@@ -357,9 +356,13 @@ def a_file_is_tried_before_anything_is_trained(tmp_path):
     assert task.score("1", "1") == 0.9 and task.instruction == "Count."
 
 
-def test_ctrl_c_ends_a_score_without_a_word_of_the_process(written):
+def test_ctrl_c_ends_a_score_without_a_word_of_the_process(written, tmp_path):
     """The terminal sends it to both processes."""
-    path = written("import time\ndef score(a, c):\n    time.sleep(99)\n")
+    begun = tmp_path / "begun"
+    path = written(
+        "import time\ndef score(a, c):\n"
+        f"    open({str(begun)!r}, 'w').close()\n    time.sleep(99)\n"
+    )
     code = (
         "import sys\nfrom peft_from_scratch.tasks.scorers import scorer\n"
         "try:\n    scorer(sys.argv[1])('a', 'a')\n"
@@ -372,8 +375,10 @@ def test_ctrl_c_ends_a_score_without_a_word_of_the_process(written):
         start_new_session=True,
         text=True,
     )
-    timer = threading.Timer(5, os.killpg, (process.pid, signal.SIGINT))
-    timer.start()
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert out == "stopped\n" and error == ""
 

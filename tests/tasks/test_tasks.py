@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import each_is_caught, law
 
-from peft_from_scratch.tasks import jsonl, orders, terms
+from peft_from_scratch.tasks import jsonl, messages, orders, terms
 from peft_from_scratch.tasks.task import load_task
 
 SPLITS = ("train", "validation", "test")
@@ -155,12 +155,16 @@ def every_fact_has_six_wordings_in_three_splits():
     assert all(partner[partner[word]] == word != partner[word] for word in partner)
 
 
+def keyed(rows):
+    return {messages.key(row): row for row in rows}
+
+
 @law
 def rows_of_ones_own_keep_every_prompt_in_one_split():
-    rows = {
-        f"p{i}": {"prompt": f"p{i}", "completion": str(i), "place": f"line {i + 1}"}
+    rows = keyed(
+        {"prompt": f"p{i}", "completion": str(i), "place": f"line {i + 1}"}
         for i in range(57)
-    }
+    )
     splits = jsonl.split_rows(rows, 0, "here")
     assert {split: len(made) for split, made in splits.items()} == {
         "train": 41,
@@ -168,7 +172,7 @@ def rows_of_ones_own_keep_every_prompt_in_one_split():
         "test": 11,
     }
     together = [row for split in SPLITS for row in splits[split]]
-    assert {row["prompt"]: row for row in together} == rows
+    assert keyed(together) == rows
     assert len(together) == len(rows)
     backwards = dict(reversed(rows.items()))
     assert jsonl.split_rows(backwards, 0, "here") == splits
@@ -200,7 +204,8 @@ def prompts_that_look_the_same_are_in_one_split():
         for i in range(40):
             plain = f"café {i} \u2764 five fields of straße"
             for prompt in (plain, look(plain)):
-                rows[prompt] = {"prompt": prompt, "completion": "x", "place": ""}
+                row = {"prompt": prompt, "completion": "x", "place": ""}
+                rows |= keyed([row])
                 number[prompt] = i
         assert len(rows) == 80, name
         splits = jsonl.split_rows(rows, 0, "here")

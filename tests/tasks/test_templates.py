@@ -11,7 +11,7 @@ from planting import each_is_caught, law
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks import conversations, letters, messages, templates
 from peft_from_scratch.tasks.templates import (
     IGNORED,
     TEMPLATES,
@@ -147,18 +147,18 @@ SPELLED = [  # with control tokens at both ends, two in a row, cut off, nested
 ]
 
 
-def letters(text):
+def spelled(text):
     """The tokens of a text whose letters are encoded one by one: none is a token."""
     return [i for letter in text for i in ids_of(letter)]
 
 
 def turn(role, content):
-    return [TOKENIZER.bos_token_id, *letters(f"{role}:{content}"), END, *letters("\n")]
+    return [TOKENIZER.bos_token_id, *spelled(f"{role}:{content}"), END, *spelled("\n")]
 
 
 @law
 def text_that_spells_control_tokens_stays_text():
-    ask = [TOKENIZER.bos_token_id, *letters("assistant:")]
+    ask = [TOKENIZER.bos_token_id, *spelled("assistant:")]
     for text in SPELLED:
         for say, prompt, example in (
             (text, "x", ("a", "b")),
@@ -177,8 +177,8 @@ def text_that_spells_control_tokens_stays_text():
                 + ask
             )
             raw = encode_prompt(TOKENIZER, say, prompt, template="raw", **given)
-            before = letters(f"{say}\n\nInput: {q}\nOutput: {a}")
-            after = letters(f"\n\nInput: {prompt}\nOutput:")
+            before = spelled(f"{say}\n\nInput: {q}\nOutput: {a}")
+            after = spelled(f"\n\nInput: {prompt}\nOutput:")
             assert raw == [*before, END, *after]
 
 
@@ -370,36 +370,36 @@ def test_the_choice_of_template_is_explicit_and_checked():
         stop_token(endless, "raw")
 
 
-ROW, RAW = templates.encode_row, templates._raw
+RAW, JOINED = templates._raw, templates._joined
 BUGS = {
     "labels shifted by one": (
-        ROW,
-        "[IGNORED] * len(before) + answer",
-        "([IGNORED] * len(before) + answer)[1:] + [IGNORED]",
+        JOINED,
+        "return ids, labels",
+        "return ids, labels[1:] + [IGNORED]",
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "end token without a label": (
-        ROW,
-        "[IGNORED] * len(before) + answer",
-        "[IGNORED] * len(before) + answer[:-1] + [IGNORED]",
+        JOINED,
+        "labels += tokens if learned",
+        "labels += [*tokens[:-1], IGNORED] if learned",
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "no end token": (
         templates._answer,
-        "[*_plain(tokenizer, text, template), stop_token(tokenizer, template)]",
-        "_plain(tokenizer, text, template)",
+        "[*plain(tokenizer, text, template), stop_token(tokenizer, template)]",
+        "plain(tokenizer, text, template)",
         a_chat_row_is_the_conversation_up_to_its_end,
     ),
     "prompt with labels": (
-        ROW,
-        "[IGNORED] * len(before) + answer",
-        "before + answer",
+        JOINED,
+        "tokens if learned else [IGNORED] * len(tokens)",
+        "tokens",
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "prompt and completion tokenized apart, prompt without its last token": (
-        ROW,
-        "return before + answer, [IGNORED] * len(before) + answer",
-        "return before[:-1] + answer, [IGNORED] * (len(before) - 1) + answer",
+        templates.encode_row,
+        "_joined([(before, False)",
+        "_joined([(before[:-1], False)",
         a_chat_row_is_the_conversation_up_to_its_end,
     ),
     "padding on the left": (
@@ -422,80 +422,80 @@ BUGS = {
         the_loss_is_that_of_answer_and_end_given_what_stands_before,
     ),
     "examples in reverse": (
-        RAW,
-        "for question, answer in examples:",
-        "for question, answer in reversed(examples):",
+        messages.of_pairs,
+        "for asked, answered in pairs:",
+        "for asked, answered in reversed(pairs):",
         examples_are_turns_before_the_prompt,
     ),
     "bos again before every piece": (
-        templates._plain,
+        letters.plain,
         "add_special_tokens=False",
         "add_special_tokens=True",
         a_text_starts_with_one_bos,
     ),
     "no bos": (RAW, "_start(tokenizer)", "[]", a_text_starts_with_one_bos),
     "instruction dropped": (
-        templates._chat,
-        "if instruction:",
-        "if False:",
+        conversations.instructed,
+        "if not instruction:",
+        "if True:",
         a_chat_row_is_the_conversation_up_to_its_end,
     ),
     "special tokens of a text taken for tokens": (
-        templates._plain,
+        letters.plain,
         "split_special_tokens=True",
         "split_special_tokens=False",
         text_that_spells_control_tokens_stays_text,
     ),
     "special tokens of a completion taken for tokens": (
-        templates._plain,
+        letters.plain,
         "split_special_tokens=True",
         "split_special_tokens=False",
         a_completion_that_spells_control_tokens_is_read_as_it_was_written,
     ),
     "a conversation tokenized as one text": (
-        templates._render,
+        letters.hide,
         "if not spelled:",
         "if True:",
         text_that_spells_control_tokens_stays_text,
     ),
     "spelled tokens looked for in the last turn alone": (
-        templates._render,
+        letters.hide,
         "_spelled(tokenizer, contents)",
         "_spelled(tokenizer, contents[-1:])",
         text_that_spells_control_tokens_stays_text,
     ),
     "what hides a spelled token left in its place": (
-        templates._render,
-        "{mark: token for token, mark in hidden.items()}",
-        "{}",
+        letters.hide,
+        "{mark: token for token, mark in marks.items()}",
+        "{mark: mark for mark in marks.values()}",
         text_that_spells_control_tokens_stays_text,
     ),
     "only tokens called special are control tokens": (
-        templates._control_tokens,
+        letters.control_tokens,
         "token.special or i in marks",
         "token.special",
         marks_of_turns_that_stay_tokens_are_refused_by_name,
     ),
     "every added token is a control token": (
-        templates._control_tokens,
+        letters.control_tokens,
         "token.special or i in marks",
         "True",
         marks_of_turns_that_stay_tokens_are_refused_by_name,
     ),
     "a dropped system turn": (
-        templates._instructed,
+        conversations.instructed,
         "if system not in _lost(tokenizer, [system, *turns]):",
         "if _lost(tokenizer, [system, *turns]) is not None:",
         a_template_that_drops_or_refuses_the_system_turn_loses_no_instruction,
     ),
     "a dropped turn is looked for by its words": (
-        templates._lost,
+        conversations._lost,
         'marked = [{**t, "content": m} for t, m in zip(turns, marks, strict=True)]',
         'marked = turns; marks = [t["content"] for t in turns]',
         a_template_that_drops_or_refuses_the_system_turn_loses_no_instruction,
     ),
     "a dropped turn that is not noticed": (
-        templates._chat,
+        conversations._refuse_lost,
         "if lost := _lost(tokenizer, turns):",
         "if lost := _lost(tokenizer, turns[-1:]):",
         a_template_that_drops_another_turn_is_refused,
