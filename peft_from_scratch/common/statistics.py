@@ -1,6 +1,7 @@
 """Intervals: of a share, of paired differences, over seeds and over their items.
 
     wilson              k successes of n
+    of_scores           the mean of scores: right and wrong, or from 0 to 1
     paired_bootstrap    two methods on the same items
     over_seeds          one value a seed, by Student's t
     nested_bootstrap    items within seeds
@@ -42,6 +43,23 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def of_scores(scores: Sequence[float]) -> tuple[float, float, float]:
+    """mean, low, high of scores: Wilson's interval where each is 0 or 1.
+
+    Wilson's is of counts. For scores between, items are drawn with replacement, and the
+    interval holds the middle 95 % of their means.
+    """
+    if are_counts(scores):
+        low, high = wilson(int(sum(scores)), len(scores))
+        return sum(scores) / len(scores), low, high
+    return paired_bootstrap(scores, [0.0] * len(scores))
+
+
+def are_counts(scores: Sequence[float]) -> bool:
+    """Whether each of them is 0 or 1: right or wrong, and nothing between."""
+    return all(score in (0, 1) for score in scores)
 
 
 def paired_bootstrap(

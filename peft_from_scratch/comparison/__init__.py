@@ -6,6 +6,8 @@ that an equal tuning budget found for it. Reading order:
     candidates.py   who is compared: the methods of the one table, and variants of them
     plan.py         what is compared, on what: every result holds it
     setup.py        task and base of a plan, loaded once, and the fingerprint of it all
+    own_rows.py     rows of your own: all of them checked, and what so many can tell
+    shots.py        how many examples of few-shot fit before them
     adapt.py        a base adapted by one candidate, ready to answer
     measure.py      every figure of one candidate; timing.py times its decoding steps
     tuning.py       the same search of settings for every candidate

@@ -33,7 +33,7 @@ class Adapted:
     memory: Memory | None = None  # of a training step, counted
     seconds: float = 0.0  # that all of this took but for the training
 
-    def answer(self, task: Task, rows) -> Answers:
+    def answer(self, task: Task, rows, keep: Path | None = None) -> Answers:
         """Answer some rows of the task, in the template and after the examples."""
         return answer_rows(
             self.model,
@@ -43,6 +43,7 @@ class Adapted:
             template=self.template,
             examples=self.examples,
             progress=True,
+            keep=keep,
         )
 
 
@@ -99,7 +100,7 @@ def _examples(candidate: Candidate, task: Task, setting: dict) -> Sequence:
 
 def _init(candidate: Candidate, tokenizer, task: Task) -> dict:
     """Arguments of the injection that depend on the task."""
-    if not candidate.init_from_instruction:
+    if not (candidate.init_from_instruction and task.instruction):
         return {}
     return {"start": tokenizer(task.instruction).input_ids}
 
@@ -121,6 +122,7 @@ def _config(
         seed=seed,
         validate_every=steps if search else 0,
         checkpoint_every=25,
+        **({} if plan.max_tokens is None else {"max_tokens": plan.max_tokens}),
     )
 
 

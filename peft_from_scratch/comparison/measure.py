@@ -45,14 +45,14 @@ def measure(
     plan, task, others = setup.plan, setup.task, OtherPrograms()
     ready = adapt(candidate, setup, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
-    answers = ready.answer(task, test)
+    answers = ready.answer(task, test, checkpoints / "answers.json")
     history, clock = ready.history, Clock()
     adapter_folder = Path(plan.out) / "adapters" / f"{candidate.key}-{seed}"
     figures = {
         "correct": answers.correct,
         "samples": _samples(test, answers),
         **_size(ready),
-        "injected": _injected(ready.model, candidate),
+        "injected": _injected(ready.model, candidate, task),
         "steps": history.steps if history else 0,
         "curve": _curve(history),
         "batch": plan.batch if history else 0,
@@ -111,11 +111,11 @@ def _size(ready: Adapted) -> dict:
     }
 
 
-def _injected(model: nn.Module, candidate: Candidate) -> dict:
+def _injected(model: nn.Module, candidate: Candidate, task: Task) -> dict:
     """The arguments of the injection that a reader wants to see beside the figures."""
     config = adapter.injected(model).config if adapter.is_injected(model) else {}
     shown = {name: config[name] for name in ("r", "alpha", "m", "n") if name in config}
-    if candidate.init_from_instruction:
+    if candidate.init_from_instruction and task.instruction:
         shown["start"] = "the instruction's tokens"
     if candidate.lr_ratio != 1:
         shown["lr_ratio"] = candidate.lr_ratio

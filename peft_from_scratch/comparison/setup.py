@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.digest import digest, sampled_crc
 from ..common.provenance import code_digest
+from ..core.decoder import positions
 from ..models import speed
 from ..models.load import AUTO, describe, load_model, pick_device
 from ..tasks.task import Task, load_task
 from ..tasks.templates import TEMPLATES
 from ..training.evaluation import general_loss
+from ..training.fitting import row_limit
 from .plan import Plan
 
 # The files that make figures: measure.py and tuning.py with all that they import, and
@@ -41,6 +43,8 @@ class Setup:
     dtype: str  # of the base: what the plan's "auto" has become
     why_dtype: str | None  # None where it was asked for
     device: torch.device
+    positions: int | None  # of the base; None where it does not say
+    max_tokens: int  # of a row
     templates: tuple[str, ...]  # that the base's tokenizer can write
     fingerprint: str  # of the base's weights, the task's rows and the code
 
@@ -64,7 +68,7 @@ class Setup:
 def load_setup(plan: Plan) -> Setup:
     """Load base and task once, so that an error in them ends the job at once."""
     Path(plan.out).mkdir(parents=True, exist_ok=True)
-    task = load_task(plan.task)
+    task = load_task(plan.task, scorer=plan.scorer, instruction=plan.instruction)
     if plan.rows > len(task.test):
         print(f"{task.name} has {len(task.test)} test rows: all of them are answered")
         plan = replace(plan, rows=len(task.test))
@@ -82,6 +86,8 @@ def load_setup(plan: Plan) -> Setup:
         dtype=str(model.dtype).removeprefix("torch."),
         why_dtype=why,
         device=device,
+        positions=positions(model),
+        max_tokens=row_limit(model, plan.max_tokens),
         templates=TEMPLATES if tokenizer.chat_template else ("raw",),
         fingerprint=digest(weights, task.instruction, splits, code_digest(MEASURING)),
     )

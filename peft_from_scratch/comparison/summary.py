@@ -53,7 +53,7 @@ def command(plan: Plan, *, tuned: bool) -> str:
         value = getattr(plan, field.name)
         if value != field.default and field.name != "out":
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            asked += [f"--{field.name}", text]
+            asked += [f"--{field.name.replace('_', '-')}", text]
     if not asked:
         return "make compare TUNE=1" if tuned else "make compare"
     start = [".venv/bin/python", "-m", "peft_from_scratch", "compare"]

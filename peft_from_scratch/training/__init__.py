@@ -9,6 +9,7 @@ Reading order:
     precision.py    which dtype holds what
     state.py        TrainState: all that the next step depends on; AdamW's groups
     guards.py       errors for what fails silently elsewhere
+    fitting.py      all rows of a task as tokens, or all that are wrong with them
     checkpoint.py   a killed run goes on, and ends in the same bits
     generation.py   greedy answers in batches, equal to one by one
     evaluation.py   which answers are right, and what was forgotten

@@ -243,7 +243,7 @@ def test_other_weights_rows_or_code_are_another_configuration(plan, monkeypatch)
         assert setup.load_setup(plan).fingerprint != first
     with monkeypatch.context() as patched:
         sound = setup.load_task
-        patched.setattr(setup, "load_task", lambda name: sound(name, seed=1))
+        patched.setattr(setup, "load_task", lambda name, **more: sound(name, seed=1))
         assert setup.load_setup(plan).fingerprint != first
     with monkeypatch.context() as patched:
         sound = setup.load_model
