@@ -236,13 +236,13 @@ BUGS = {
     ),
     "Holm stays at the first bound": Bug(
         intervals.holm,
-        "if p > (1 - CONFIDENCE) / (m - told)",
+        "if p > (1 - CONFIDENCE) / (m - smaller)",
         "if p > (1 - CONFIDENCE) / m",
         pairs_are_told_apart_by_holms_rule,
     ),
     "pairs are not counted": Bug(
         intervals.holm,
-        "return (1 - CONFIDENCE) / (m - told)",
+        "return (1 - CONFIDENCE) / (m - smaller)",
         "return 1 - CONFIDENCE",
         pairs_are_told_apart_by_holms_rule,
     ),
