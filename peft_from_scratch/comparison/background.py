@@ -6,7 +6,7 @@ findings.py says what came out. Every sentence here is computed from the result,
 from statistics import median
 
 from .apart import own, trained
-from .columns import ABSENT, found, score_words, significant
+from .columns import ABSENT, LETTERS, found, score_words, significant
 
 LONG_SEEDS, LONG_ROWS = 3, 300  # of the long comparison
 NUMBERS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
@@ -58,9 +58,15 @@ def clock(result: dict) -> str:
     else:  # a result of an older version: its machine has the cores, if recorded
         place = before.get("machine") or f"{result['device']}, cores {NOT_RECORDED}"
     return (
-        f"Times: {result['dtype']} on {place}, threads {threads or NOT_RECORDED}, "
-        f"load {NOT_RECORDED if load is None else load}."
+        f"Times: {result['dtype']} on {place}, {_threads(threads)}, load "
+        f"{NOT_RECORDED if load is None else load}."
     )
+
+
+def _threads(count: int | None) -> str:
+    if not count:
+        return f"threads {NOT_RECORDED}"
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _task(result: dict) -> str:
@@ -154,8 +160,7 @@ def _lettered(result: dict) -> list[str]:
     if not pairs:
         return []
     return [
-        "Methods that share a letter cannot be told apart. This means undecided, not "
-        "equal.",
+        LETTERS,
         f"{len(pairs)} pairs were compared, so that some intervals exclude zero by "
         "chance. Letters follow Holm's rule, which allows for the number of pairs.",
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ..common.units import MB
 
 ABSENT = "—"  # what stands where nothing was measured
+LETTERS = "Methods that share a letter cannot be told apart: undecided, not equal."
 SCORES = {  # of the scorers: name, what a method does, meaning
     "exact": (
         "Exact match",
@@ -167,8 +168,7 @@ COLUMNS = (
         "Quality",
         "Letters",
         "",
-        "Methods that share a letter cannot be told apart. This means undecided, not "
-        "equal.",
+        LETTERS,
         lambda row: row.get("letters") or ABSENT,
     ),
     _over("zero-shot"),

@@ -27,6 +27,7 @@ from .advice import advice
 from .apart import pair
 from .columns import (
     ABSENT,
+    LETTERS,
     Column,
     columns_of,
     exact_match,
@@ -252,8 +253,7 @@ def _seconds(row: dict, part: str) -> str:
 
 def _under_table(result: dict) -> list[str]:
     """What must be read with the three columns."""
-    shared = "Methods that share a letter cannot be told apart: undecided, not equal."
-    lettered = [shared] if result.get("pairs") else []
+    lettered = [LETTERS] if result.get("pairs") else []
     return [*lettered, *background.resolution(result), background.clock(result)]
 
 

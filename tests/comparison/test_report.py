@@ -202,7 +202,7 @@ def test_times_stand_with_dtype_cores_and_load(recorded, without_pictures):
     if not recorded:
         del result["machine"]
         result["provenance"]["machine"] = "an invented one, 2 cores"
-    words = "float32 on an invented one, 2 cores, threads 2, load "
+    words = "float32 on an invented one, 2 cores, 2 threads, load "
     words += "0.1." if recorded else "not recorded."
     assert words in report.page(result) and words in " ".join(
         report.table(result, 100).split()
