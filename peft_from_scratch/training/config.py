@@ -46,8 +46,8 @@ class TrainConfig:
         weight_decay      of AdamW, on every trainable tensor
         betas             of AdamW
         paged             share of the bytes of AdamW's states that may be in memory at
-                          a time, at least a page: PagedAdamW. None: all of them, and
-                          torch's AdamW, whose fused loop rounds a little differently
+                          a time, at least a page: PagedAdamW, with the bits of
+                          torch's fused AdamW. None: all of them, and that AdamW
         autocast          "bfloat16": compute in it, from weights that stay in float32.
                           None: compute in the dtype of the weights
         clip              largest norm of the whole gradient; None for no clipping
