@@ -117,16 +117,31 @@ class NF4Linear(QuantizedLinear):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        dtype, result = self.dtypes(x)
+        y = DequantMatmul.apply(x, self, dtype, True).to(result)
+        self.release_if_last()
+        return y if self.bias is None else y + self.bias.to(result)
+
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of the product with x, and of what forward returns."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
-            dtype = result = torch.get_autocast_dtype(device)
-        else:
-            dtype, result = self.compute_dtype or x.dtype, x.dtype
-        y = DequantMatmul.apply(x, self, dtype, True).to(result)
+            return (torch.get_autocast_dtype(device),) * 2
+        return self.compute_dtype or x.dtype, x.dtype
+
+    def add_product(self, C: Tensor, x: Tensor) -> Tensor:
+        """C + x W'ᵀ, in the memory of C: a sum that BLAS rounds once. No gradient.
+
+        x (tokens, d_in) and C (tokens, d_out) are of one dtype.
+        """
+        with self.dequantized(C.dtype) as W:
+            return C.addmm_(x, W.T)
+
+    def release_if_last(self) -> None:
+        """After the last product of a training step, free the buffer."""
         if self.is_last and torch.is_grad_enabled():
             # The logits come next, where a step's bytes peak.
             self.buffer.release(self.packed.device)
-        return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
         """A Linear or Conv1D with W' as its weight, in the dtype before quantizing."""
