@@ -62,12 +62,10 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = self.dropout(x)
-        if lora_fast.is_safe(self.base, x):  # the lines below in one step, rounded once
-            return lora_fast.low_rank_sum(
-                self.base, x, dropped, self.A, self.B, self.scale
-            )
-        W0x = self.base(x)
+        base, dropped = self.base, self.dropout(x)
+        if lora_fast.is_safe(base, x):  # the lines below in one step, rounded once
+            return lora_fast.low_rank_sum(base, x, dropped, self.A, self.B, self.scale)
+        W0x = base(x)
         Ax = F.linear(dropped.to(self.A.dtype), self.A)
         h = W0x + self.scale * F.linear(Ax, self.B)
         return h.to(W0x.dtype)

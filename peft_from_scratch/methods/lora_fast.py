@@ -29,6 +29,7 @@ of this way equal those of the equation, to 1e-12 in float64.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
@@ -120,42 +121,60 @@ def low_rank_sum(
     Returns  (…, d_out), in the dtype of the base's output. A product's dtype is x's;
              under autocast it is autocast's; an NF4Linear may have a dtype of its own
     """
-    if isinstance(base, NF4Linear):
-        Wt, (dtype, result) = None, base.dtypes(x)
-    else:
-        Wt = base.weight if isinstance(base, Conv1D) else base.weight.T
-        dtype = result = _product_dtype(x)
-        Wt = Wt.to(dtype)
-    bias, into_C = base.bias, None
-    if bias is not None and Wt is not None and not _is_half(dtype):
-        bias, into_C = None, bias  # as a float32 Linear adds it
+    Wt, dtype, result = _operand(base, x)
+    bias, later = base.bias, None
+    if bias is not None and result != dtype:
+        bias, later = None, bias.to(result)  # as an NF4Linear adds it
     if dropped is x:
         dropped = None
-    of_sum = (x, dropped, A, B, into_C, Wt, base, scale, dtype)
+    terms = (x, dropped, A, B, bias, Wt, base, scale, dtype)
     if torch.is_grad_enabled():
-        h = LowRankSum.apply(*of_sum)
-    else:  # a decoding step feels what apply costs
-        h, _ = _sum(*of_sum)
-    h = h.to(result)
+        h = LowRankSum.apply(*terms)
+        if Wt is None:
+            base.release_if_last()
+    else:  # apply costs as much as the small products of a decoding step
+        h, _ = _sum(*terms)
+    h = _as(h, result)
+    return h if later is None else h + later
+
+
+def sum_with_product(base: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+    """x W0ᵀ + b + change, rounded once.
+
+    Args
+        base    is_safe(base, x)          W0 (d_out, d_in)
+        x       (…, d_in)
+        change  (…, d_out), in any dtype; rounded to that of the product first
+    Returns  (…, d_out), in the dtype of the base's output
+    """
+    Wt, dtype, result = _operand(base, x)
+    rounded = change.to(dtype, copy=True)  # written into
+    h = SumWithProduct.apply(rounded, x, Wt, base, dtype)
     if Wt is None:
         base.release_if_last()
-    return h if bias is None else h + bias.to(result)
+    h = _as(h, result)
+    return h if base.bias is None else h + base.bias.to(result)
+
+
+def rounds(base: nn.Module, x: Tensor) -> bool:
+    """Whether the base's output is in half precision, where a sum may lose a change."""
+    return is_safe(base, x) and _operand(base, x)[-1].itemsize == 2
 
 
 class LowRankSum(torch.autograd.Function):
     """h = x W0ᵀ + scale · (x̃ Aᵀ) Bᵀ + b, with the gradients written out.
 
-    Forward    z  = scale · x̃ Aᵀ            (tokens, r), kept
-               h  = z Bᵀ + b, rounded       (tokens, d_out)
-               h += x W0ᵀ                   in place: BLAS adds in float32
+    Forward    z = x̃ Aᵀ                     (tokens, r), kept
+               C = z Bᵀ, rounded            (tokens, d_out)
+               h = scale · C + b + x W0ᵀ    over C: BLAS adds in float32, rounds once
     Backward   dz = scale · dh B            (tokens, r)
                dA = dzᵀ x̃                   (r, d_in)
-               dB = dhᵀ z                   (d_out, r)
+               dB = scale · dhᵀ z           (d_out, r)
                dx̃ = dz A                    (tokens, d_in), rounded
                dx = dx̃ + dh W0              in place, as above; where x needs it
 
-    b is the bias of a float32 or float64 base, else None: low_rank_sum adds a rounded
-    one last. In C, it could be so much larger than the update that it hides it.
+    In half precision the bias b is added last: a rounded C that held a large bias would
+    have lost the update.
 
     Products with r columns are computed as their transposes, with r rows: on a CPU the
     same numbers in less than half of the time (benchmarks/lora_step.py). An NF4Linear's
@@ -167,32 +186,52 @@ class LowRankSum(torch.autograd.Function):
         h, z = _sum(x, dropped, A, B, bias, Wt, base, scale, dtype)
         ctx.save_for_backward(x if dropped is None else dropped, z, A, B, Wt)
         ctx.base, ctx.scale, ctx.dtype = base, scale, dtype
-        ctx.x_dtype, ctx.has_dropout = x.dtype, dropped is not None
+        ctx.has_dropout = dropped is not None
         return h
 
     @staticmethod
     def backward(ctx, dh):
+        """Autograd converts each gradient to the dtype of what it belongs to."""
         x, z, A, B, Wt = ctx.saved_tensors
-        needs_x, needs_dropped, _, _, needs_bias, *others = ctx.needs_input_grad
-        dh = _rows(dh).to(ctx.dtype)
+        dh = _as(_rows(dh), ctx.dtype)
         small = _small_dtype(ctx.dtype, len(dh), A)
-        dh_s, x_s, A_s, B_s = (t.to(small) for t in (dh, _rows(x), A, B))
-        if torch.is_grad_enabled():  # a second derivative passes through z as well
-            z = torch.mm(A_s, x_s.T).T * ctx.scale
+        dh_s, x_s, A_s, B_s = (_as(t, small) for t in (dh, _rows(x), A, B))
+        # A second derivative passes through z as well.
+        z = F.linear(x_s, A_s) if torch.is_grad_enabled() else _as(z, small)
         dz = torch.mm(B_s.T, dh_s.T) * ctx.scale  # (r, tokens)
-        dA = torch.mm(dz, x_s).to(A.dtype)
-        dB = torch.mm(z.T.to(small), dh_s).T.to(B.dtype)
-        dx = dropped = None
-        if needs_dropped or (needs_x and not ctx.has_dropout):
-            dx = torch.mm(dz.T, A_s).to(ctx.dtype)
+        dA = torch.mm(dz, x_s)
+        dB = torch.mm(z.T, dh_s).T * ctx.scale
+        needs_x, needs_dropped, _, _, needs_bias, *others = ctx.needs_input_grad
+        dx = d_dropped = None
+        if needs_x or needs_dropped:
+            dx = _as(torch.mm(dz.T, A_s), ctx.dtype).view(x.shape)
         if ctx.has_dropout:
-            dropped = None if dx is None else dx.to(x.dtype).view(x.shape)
-            dx = None
+            dx, d_dropped = None, dx
         if needs_x:
-            dx = _plus_dh_W0(dx, dh, Wt, ctx.base)
-            dx = dx.to(ctx.x_dtype).view(x.shape)
+            dx = _plus_dh_W0(dx, dh, Wt, ctx.base).view(x.shape)
         db = dh.sum(0) if needs_bias else None
-        return dx, dropped, dA, dB, db, *(None for _ in others)
+        return dx, d_dropped, dA, dB, db, *(None for _ in others)
+
+
+class SumWithProduct(torch.autograd.Function):
+    """C + x W0ᵀ, over C; dC = dh and dx = dh W0."""
+
+    @staticmethod
+    def forward(ctx, C, x, Wt, base, dtype):
+        ctx.save_for_backward(Wt)
+        ctx.base, ctx.dtype = base, dtype
+        ctx.mark_dirty(C)
+        _add_product(C.view(-1, C.shape[-1]), _as(_rows(x), dtype), Wt, base)
+        return C
+
+    @staticmethod
+    def backward(ctx, dh):
+        (Wt,) = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = _plus_dh_W0(None, _as(_rows(dh), ctx.dtype), Wt, ctx.base)
+            dx = dx.view(*dh.shape[:-1], -1)
+        return dh, dx, None, None, None
 
 
 def _sum(x, dropped, A, B, bias, Wt, base, scale, dtype) -> tuple[Tensor, Tensor]:
@@ -200,16 +239,31 @@ def _sum(x, dropped, A, B, bias, Wt, base, scale, dtype) -> tuple[Tensor, Tensor
     rows = _rows(x)
     small = _small_dtype(dtype, len(rows), A)
     inner = rows if dropped is None else _rows(dropped)
-    z = torch.mm(A.to(small), inner.to(small).T).T * scale
-    Bt = B.to(small).T
-    C = torch.mm(z, Bt) if bias is None else torch.addmm(bias, z, Bt)
-    C, rows = C.to(dtype), rows.to(dtype)
-    h = base.add_product(C, rows) if Wt is None else C.addmm_(rows, Wt)
-    return h.view(*x.shape[:-1], len(B)), z
+    z, Bt = F.linear(_as(inner, small), _as(A, small)), _as(B, small).T
+    if bias is None or Wt is None or small != dtype or dtype.itemsize == 2:
+        C = torch.mm(z, Bt)
+    else:  # where a Linear adds it
+        C, scale, bias = torch.addmm(bias, z, Bt, alpha=scale), 1, None
+    if dtype == torch.float16:  # B could be beyond its range, scale · B is not
+        C, scale = C * scale, 1
+    C, rows = _as(C, dtype), _as(rows, dtype)
+    _add_product(C, rows, Wt, base, scale)
+    if bias is not None:
+        C.add_(_as(bias, dtype))
+    return C.view(*x.shape[:-1], len(B)), z
+
+
+def _add_product(C, rows, Wt, base, scale=1) -> None:
+    """scale · C + rows W0ᵀ, over C."""
+    if Wt is None:
+        base.add_product(C, rows, scale)
+    else:
+        C.addmm_(rows, Wt, beta=scale)
 
 
 def _plus_dh_W0(C: Tensor | None, dh: Tensor, Wt: Tensor | None, base) -> Tensor:
-    """C + dh W0 (tokens, d_in), in the memory of C; without C, dh W0."""
+    """C + dh W0 (tokens, d_in), in the memory of C (…, d_in); without C, dh W0."""
+    C = None if C is None else _rows(C)
     if Wt is not None:
         return torch.mm(dh, Wt.T) if C is None else C.addmm_(dh, Wt.T)
     if C is None or torch.is_grad_enabled():
@@ -217,6 +271,18 @@ def _plus_dh_W0(C: Tensor | None, dh: Tensor, Wt: Tensor | None, base) -> Tensor
         return product if C is None else C + product
     with base.dequantized(dh.dtype) as W:
         return C.addmm_(dh, W)
+
+
+def _operand(base, x) -> tuple[Tensor | None, torch.dtype, torch.dtype]:
+    """(W0ᵀ (d_in, d_out), dtype of the product with x, dtype of the base's output).
+
+    None is the weight of an NF4Linear, which is made for each product.
+    """
+    W = base._parameters.get("weight")
+    if W is None:
+        return None, *base.dtypes(x)
+    dtype = _product_dtype(x)
+    return _as(W if isinstance(base, Conv1D) else W.T, dtype), dtype, dtype
 
 
 def _small_dtype(dtype: torch.dtype, tokens: int, A: Tensor) -> torch.dtype:
@@ -233,12 +299,15 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _is_autocast(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = x.device.type
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _is_half(dtype: torch.dtype) -> bool:
-    return dtype.itemsize < 4
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype; quicker than x.to(dtype) where it has it already."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -129,13 +129,13 @@ class NF4Linear(QuantizedLinear):
             return (torch.get_autocast_dtype(device),) * 2
         return self.compute_dtype or x.dtype, x.dtype
 
-    def add_product(self, C: Tensor, x: Tensor) -> Tensor:
-        """C + x W'ᵀ, in the memory of C: a sum that BLAS rounds once. No gradient.
+    def add_product(self, C: Tensor, x: Tensor, scale: float) -> Tensor:
+        """scale · C + x W'ᵀ, in the memory of C: rounded once, and not differentiable.
 
         x (tokens, d_in) and C (tokens, d_out) are of one dtype.
         """
         with self.dequantized(C.dtype) as W:
-            return C.addmm_(x, W.T)
+            return C.addmm_(x, W.T, beta=scale)
 
     def release_if_last(self) -> None:
         """After the last product of a training step, free the buffer."""

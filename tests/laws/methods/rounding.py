@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
+from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.lora import LoRA
+from peft_from_scratch.methods.pissa import PiSSA
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.training.config import TrainConfig
 from peft_from_scratch.training.loop import train
@@ -70,6 +72,62 @@ def an_update_survives(kind="Linear", bias=False, dtype=torch.bfloat16):
                 exact[size] += update.square().sum().item()
         for size in SIZES:
             assert abs(left[size] / exact[size] - 1) < 1 - LEFT, (rows, size)
+
+
+@law
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def a_change_of_length_survives(kind="Linear", dtype=torch.bfloat16):
+    """DoRA's m, by a thousandth: below the last bit of a rounded output."""
+    dora = DoRA(projection(kind, True, dtype), r=8)
+    start, exact, left = dora.m.clone(), 0.0, 0.0
+    by = 1e-3 * torch.randn_like(start)
+    for x in batches(512, 64, 2**20, 2048, dtype):
+        dora.m.copy_(start)
+        without = dora(x).double()
+        dora.m.copy_(start * (1 + by))
+        change = by * (x.double() @ weight(dora.base).T)
+        left += ((dora(x).double() - without) * change).sum().item()
+        exact += change.square().sum().item()
+    assert abs(left / exact - 1) < 1 - LEFT
+
+
+@law
+@pytest.mark.parametrize("dtype", HALF)
+def an_update_beside_a_residual_survives(dtype=torch.bfloat16):
+    """PiSSA starts from a large B; what a step adds to it is small."""
+    pissa = PiSSA(projection(bias=True, dtype=dtype), r=8)
+    pissa.on_attach()
+    by, exact, left = 5e-5 * torch.randn_like(pissa.B), 0.0, 0.0
+    with torch.no_grad():
+        for x in batches(512, 64, 2**21, 2048, dtype):
+            pissa.B.copy_(pissa.B0)
+            without = pissa(x).double()
+            pissa.B.copy_(pissa.B0 + by)
+            update = pissa.scale * x.double() @ pissa.A.double().T @ by.double().T
+            left += ((pissa(x).double() - without) * update).sum().item()
+            exact += update.square().sum().item()
+    assert abs(left / exact - 1) < 1 - LEFT
+
+
+@law
+@pytest.mark.parametrize("kind", KINDS)
+def doras_gradients_are_those_of_float64(kind="Linear", dtype=torch.bfloat16):
+    dora = DoRA(projection(kind, True, dtype), r=8, alpha=8)
+    nn.init.normal_(dora.B, std=0.1)
+    x = torch.randn(128, 64).to(dtype).requires_grad_()
+    dh = torch.randn(128, 2048).to(dtype)
+    wanted = (x, dora.A, dora.B, dora.m)
+    ours = dora(x), *torch.autograd.grad(dora(x), wanted, dh)
+    wide = [t.detach().double().requires_grad_() for t in wanted]
+    V = weight(dora.base) + wide[2] @ wide[1]
+    g = wide[3] / dora.norm(torch.float64)
+    h = wide[0] @ (g[:, None] * V).T + dora.base.bias.double()
+    theirs = h, *torch.autograd.grad(h, wide, dh.double())
+    for name, found, right in zip("hxABm", ours, theirs, strict=True):
+        off = (found.double() - right).norm() / right.norm()
+        assert off < 4 * UNIT[dtype], name
 
 
 @law
