@@ -131,17 +131,32 @@ class NF4Linear(QuantizedLinear):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = result = torch.get_autocast_dtype(device)
-        else:
-            dtype, result = self.compute_dtype or x.dtype, x.dtype
+        dtype, result = self.dtypes(x)
         product = DequantMatmul.apply if torch.is_grad_enabled() else times_dequantized
         y = product(x, self, dtype, True).to(result)
+        self.release_if_last()
+        return y if self.bias is None else y + self.bias.to(result)
+
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of the product with x, and of what forward returns."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return (torch.get_autocast_dtype(device),) * 2
+        return self.compute_dtype or x.dtype, x.dtype
+
+    def add_product(self, C: Tensor, x: Tensor, scale: float) -> Tensor:
+        """scale · C + x W'ᵀ, in the memory of C: rounded once, and not differentiable.
+
+        x (tokens, d_in) and C (tokens, d_out) are of one dtype.
+        """
+        with self.dequantized(C.dtype) as W:
+            return C.addmm_(x, W.T, beta=scale)
+
+    def release_if_last(self) -> None:
+        """After the last product of a training step, free the buffer."""
         if self.is_last and torch.is_grad_enabled():
             # The logits come next, where a step's bytes peak.
             self.buffer.release(self.packed.device)
-        return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
         """A Linear or Conv1D with W' as its weight, in the dtype before quantizing."""
