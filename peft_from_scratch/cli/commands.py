@@ -73,6 +73,7 @@ def fine_tune(options) -> None:
     history = train(
         model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
     )
+    print(history.packing)
     after = answer()
     exchange.save(model, out)
     _write_record(out, options, task, config, history, before, after)
