@@ -99,6 +99,7 @@ def fine_tune(options) -> None:
         encoded=(encoded["train"], encoded["validation"]),
         checkpoints=checkpoints,
     )
+    print(history.packing)
     after = answer(AFTER)
     exchange.save(model, out)
     _write_record(out, options, task, config, history, before, after)

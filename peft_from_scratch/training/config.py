@@ -166,6 +166,7 @@ class History:
                    what its checkpoints know of the parts before
     stopped_early  whether patience ran out before the steps did
     resumed_from   steps that a checkpoint brought along; None for a run in one go
+    packing        what the model reads of a step, in words: packed rows, or padded ones
     """
 
     loss: list[float] = field(default_factory=list)
@@ -177,6 +178,7 @@ class History:
     seconds: float = 0.0
     stopped_early: bool = False
     resumed_from: int | None = None
+    packing: str = ""
 
     def record(self, loss, lr, norm, tokens, seconds) -> None:
         """Append the figures of an optimizer step that has just been done."""

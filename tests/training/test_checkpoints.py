@@ -27,7 +27,7 @@ from peft_from_scratch.training.state import TrainState
 
 # Rates at which the loss on the validation rows falls first and rises later, so that
 # the best weights are neither the last nor those of the newest checkpoint.
-RATES = {"lora": 3e-2, "full": 1e-2}
+RATES = {"lora": 3e-2, "full": 2e-2}
 SETTINGS = recipe(validate_every=2, patience=9, checkpoint_every=4, lr=RATES["lora"])
 CLOCKS = ("seconds", "step_seconds", "resumed_from")
 
