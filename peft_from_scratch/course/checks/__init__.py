@@ -40,6 +40,32 @@ LIBRARIES = (  # parts of the paths of code that is not the learner's
     "site-packages",
     "dist-packages",
 )
+# (part of an error's text, the likely mistake)
+STUMBLES = (
+    (
+        "with more than one value is ambiguous",
+        "`in`, `==` or `if` with a whole tensor; id(a) == id(b) and `is` tell whether "
+        "two names mean one, .any() and .all() make one truth of many",
+    ),
+    (
+        "expected sequence of length",
+        "rows of different lengths make no tensor; fill all up to the longest",
+    ),
+    (
+        "returned an incorrect number of gradients",
+        "backward() returns one gradient for each input of forward(), in their order; "
+        "None for what has none",
+    ),
+    (
+        "save_for_backward can only save variables",
+        "save_for_backward takes tensors alone; set all else on ctx itself",
+    ),
+    (
+        "a leaf Variable that requires grad is being used in an in-place operation",
+        "a parameter is written to while autograd records; do it within "
+        "torch.no_grad()",
+    ),
+)
 
 
 class Hidden(nn.Module):
@@ -177,6 +203,7 @@ def close(
         return None
     likely = _unlike(got, expected, inside=inside)
     if likely:
+        likely = (got is None and _named(got, mistakes)) or likely
         raise Wrong(_refusal(what, _shown(expected), _shown(got), likely))
     mine, theirs = _numbers(got), _numbers(expected)
     if mine.shape != theirs.shape:
@@ -485,6 +512,9 @@ def _why_stopped(error: BaseException, in_mine: bool) -> str:
         return "a function that calls itself, and never stops"
     if isinstance(error, NotImplementedError) and not str(error):
         return "a piece that still raises NotImplementedError: it is to be written"
+    for part, likely in STUMBLES:
+        if part in str(error):
+            return likely
     if isinstance(error, NameError):
         return "a name that nothing in your cell defines: a typing error?"
     if not in_mine and isinstance(error, TypeError | AttributeError):
