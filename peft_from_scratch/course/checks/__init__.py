@@ -61,6 +61,10 @@ STUMBLES = (
         "save_for_backward takes tensors alone; set all else on ctx itself",
     ),
     (
+        "The shape of the mask",
+        "numbers in uint8 are taken for a mask of true and false; index with .long()",
+    ),
+    (
         "a leaf Variable that requires grad is being used in an in-place operation",
         "a parameter is written to while autograd records; do it within "
         "torch.no_grad()",
@@ -385,7 +389,7 @@ def _close_each(got, expected, what, mistakes, tolerance, kind) -> None:
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether a is b, entry by entry, within tolerance · max |b|."""
-    if a.shape != b.shape or not torch.isfinite(a).all():
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return a.shape == b.shape and torch.equal(a, b)
     largest = b.abs().max().item() if b.numel() else 0.0
     limit = tolerance * (largest or 1.0)
@@ -398,7 +402,7 @@ def _named(got, mistakes: Mapping, tolerance: float = 0.0) -> str | None:
         if _numeric(wrong) and _numeric(got):
             mine, theirs = _numbers(got), _numbers(wrong)
             # Two infinities are equal, whatever has led to each of them.
-            finite = torch.isfinite(mine).all()
+            finite = torch.isfinite(mine).all() and mine.any() == theirs.any()
             if finite and _same(mine, theirs, max(tolerance, 1e-6)):
                 return text
         elif type(wrong) is type(got) and not _numeric(wrong) and wrong == got:
