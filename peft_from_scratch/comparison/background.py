@@ -57,9 +57,10 @@ def clock(result: dict) -> str:
         place = f"{machine.get('cpu') or result['device']}, {machine['cores']} cores"
     else:  # a result of an older version: its machine has the cores, if recorded
         place = before.get("machine") or f"{result['device']}, cores {NOT_RECORDED}"
+    busy = f"{load:.2f}" if isinstance(load, float) else load
     return (
         f"Times: {result['dtype']} on {place}, {_threads(threads)}, load "
-        f"{NOT_RECORDED if load is None else load}."
+        f"{NOT_RECORDED if load is None else busy}."
     )
 
 
@@ -123,6 +124,8 @@ def least_difference(result: dict) -> float | None:
 def _longer(least: float, seeds: int, rows: int, more: int) -> str:
     """What three seeds and `more` test rows would change."""
     run = f"SEEDS={max(seeds, LONG_SEEDS)} ROWS={more}"
+    if rows == more:
+        return f"SEEDS={LONG_SEEDS} measures what seeds change."
     if seeds > 1:
         return f"{run} tells smaller differences apart."
     rows_alone = min(1.0, least * (rows / more) ** 0.5)
@@ -201,8 +204,10 @@ def settings_of(row: dict) -> str:
         parts.append(f"{row['steps']} steps of {row['batch']} rows")
     if row.get("settings_from"):
         parts.append(row["settings_from"])
-    if len(row.get("per_seed") or []) > 1:
-        parts.append("right by seed: " + ", ".join(f"{k:g}" for k in row["per_seed"]))
+    sums = row.get("per_seed") or []
+    if len(sums) > 1:
+        name = "right" if all(k == int(k) for k in sums) else "sum of scores"
+        parts.append(f"{name} by seed: " + ", ".join(f"{k:.4g}" for k in sums))
     return "; ".join(parts) or ABSENT
 
 
