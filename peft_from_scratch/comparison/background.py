@@ -103,7 +103,9 @@ def resolution(result: dict) -> list[str]:
             f"{run} tells methods apart that differ by about {_points(least)} or more."
         ]
     if seeds == 1 and trained(result):
-        sentences.append("It cannot tell how much another seed would change.")
+        sentences.append(
+            "It cannot tell how much the result changes with another seed."
+        )
     there = min(LONG_ROWS, found(result, "data", "rows", "test") or LONG_ROWS)
     if seeds < LONG_SEEDS or rows < there:
         sentences.append(_longer(least, seeds, rows, max(rows, there)))
@@ -127,11 +129,11 @@ def _longer(least: float, seeds: int, rows: int, more: int) -> str:
     if rows == more:
         return f"SEEDS={LONG_SEEDS} measures what seeds change."
     if seeds > 1:
-        return f"{run} tells smaller differences apart."
+        return f"{run} can tell smaller differences."
     rows_alone = min(1.0, least * (rows / more) ** 0.5)
     return (
-        f"{run} needs about {_points(rows_alone)} if seeds change nothing, and "
-        "measures what they change."
+        f"With {run}, about {_points(rows_alone)} are enough if seeds change nothing; "
+        "that run also measures what they change."
     )
 
 
@@ -164,7 +166,7 @@ def _lettered(result: dict) -> list[str]:
         return []
     return [
         LETTERS,
-        f"{len(pairs)} pairs were compared, so that some intervals exclude zero by "
+        f"{len(pairs)} pairs were compared, so some intervals may exclude zero by "
         "chance. Letters follow Holm's rule, which allows for the number of pairs.",
     ]
 
@@ -180,8 +182,8 @@ def _seeds(result: dict) -> list[str]:
         f"The score of a method that trains is its mean over {len(seeds)} seeds; the "
         f"other columns are those of seed {seeds[0]}.",
         "Intervals count test rows and seeds. A few seeds of one method say little, so "
-        "that all trained methods share one variance; a method that varies more keeps "
-        "its own.",
+        "all trained methods share one variance. A method that varies more keeps its "
+        "own.",
     ]
 
 

@@ -432,13 +432,13 @@ def test_the_run_says_which_differences_it_can_tell():
     assert "another seed" in seeds
     assert "SEEDS=3 ROWS=300" in more and "about 12 points" in more  # 20 / √3
     result["data"] = {"rows": {"test": 150}}
-    assert "SEEDS=3 ROWS=150 needs about 16 points" in background.resolution(result)[2]
+    assert "SEEDS=3 ROWS=150, about 16 points" in background.resolution(result)[2]
     result["data"]["rows"]["test"] = 100  # all of them were answered
     assert background.resolution(result)[2] == "SEEDS=3 measures what seeds change."
     result |= {"seeds": [0, 1, 2], "rows_tested": 300, "data": None}
     assert len(background.resolution(result)) == 1
     result["rows_tested"] = 200
-    assert "tells smaller" in background.resolution(result)[1]
+    assert "smaller differences" in background.resolution(result)[1]
     for pair in result["pairs"]:
         pair["least"] = 1.2
     assert "too short" in background.resolution(result)[0]
