@@ -8,6 +8,11 @@ JOBS ?= 2
 TUNE ?=
 FAMILY ?=
 PAGED ?=
+DTYPE ?=
+DATA ?=
+SCORER ?=
+SEEDS ?=
+ROWS ?=
 NB ?=
 ARGS ?=
 
@@ -28,6 +33,11 @@ NOT_PINNED := ^(cuda-|nvidia-|setuptools=|peft-from-scratch=)
 # What the pinned torch wants in its builds for CUDA, and so what it is everywhere.
 TRITON := triton==3.7.1
 
+# SEEDS=3: 0,1,2
+NONE :=
+COMMA := ,
+FIRST_SEEDS = $(subst $(NONE) ,$(COMMA),$(wordlist 1,$(SEEDS),0 1 2 3 4 5 6 7 8 9))
+
 .PHONY: help compare test lab notebooks bench lint lock
 .DEFAULT_GOAL := help
 
@@ -43,13 +53,21 @@ help: ## this list
 	@echo '  TUNE=1            compare: search the settings instead of using the shipped'
 	@echo '  FAMILY=1          compare: DoRA, PiSSA, LoRA+ and other relatives too'
 	@echo '  PAGED=0.25        compare: this share of the optimizer states in memory'
+	@echo '  DTYPE=float32     compare: not the dtype in which this machine is fastest'
+	@echo '  DATA=rows.jsonl   compare: on your own rows, {"prompt": …, "completion": …}'
+	@echo '  SCORER=label      compare: what is right: exact, json, label, rouge-l, a .py'
+	@echo '  SEEDS=3           compare: train that often, with seeds 0, 1 and 2; by default once'
+	@echo '  ROWS=300          compare: how many test rows are answered; by default 100'
 	@echo '  JOBS=2            test: how many processes share the work'
 	@echo '  NB=04             notebooks: only those whose names start so'
 	@echo '  ARGS=…            compare, bench: further arguments'
 
 compare: $(MODEL) ## the main job: every method on one task, as a table and a page
 	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) \
-	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) $(ARGS)
+	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) \
+	    $(if $(DTYPE),--dtype $(DTYPE)) \
+	    $(if $(DATA),--data '$(DATA)') $(if $(SCORER),--scorer '$(SCORER)') \
+	    $(if $(SEEDS),--seeds '$(FIRST_SEEDS)') $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 
 test: $(MODEL) ## all tests, then all notebooks
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

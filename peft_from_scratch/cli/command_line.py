@@ -17,6 +17,7 @@ from ..methods import METHODS
 
 TEMPLATES = ("chat", "raw")
 RESUMABLE = ("compare", "train", "ledger")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
 
 
@@ -53,7 +54,8 @@ def _replace_what_cannot_be_shown() -> None:
     lenient = {"strict": "replace", "surrogateescape": "bytes of names, else ?"}
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in lenient:
-            stream.reconfigure(errors=lenient[stream.errors])
+            # Line by line, so that a log file says at once what a terminal would.
+            stream.reconfigure(errors=lenient[stream.errors], line_buffering=True)
 
 
 def _shown(error: UnicodeError) -> tuple[bytes, int]:
@@ -106,7 +108,15 @@ def _compare(commands) -> None:
     command = _command(
         commands, "compare", "several methods, one table, picture and page"
     )
-    command.add_argument("--task", help="orders, terms, a .jsonl file …")
+    command.add_argument("--task", help="orders, terms, or as --data")
+    command.add_argument(
+        "--data",
+        metavar="FILE",
+        help="your own rows: a .jsonl file with the keys prompt and completion or "
+        "messages, a folder with a data set, or hub:owner/name; the results go to "
+        "out/FILE",
+    )
+    _own_rows(command)
     command.add_argument("--methods", help=f"some of {','.join((*USUAL, *RELATIVES))}")
     command.add_argument(
         "--family",
@@ -118,6 +128,7 @@ def _compare(commands) -> None:
     command.add_argument("--steps", type=int, help="optimizer steps")
     command.add_argument("--batch", type=int, help="rows of an optimizer step")
     _paged(command)
+    _max_tokens(command)
     command.add_argument(
         "--template", choices=TEMPLATES, help="for every row; by default as searched"
     )
@@ -128,6 +139,7 @@ def _compare(commands) -> None:
         help="search the settings on validation first (half an hour on two cores)",
     )
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_compare)
 
 
@@ -148,6 +160,7 @@ def _train(commands) -> None:
         "--completion", help=f"{of_data_sets}the column of the completions"
     )
     command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
+    _own_rows(command)
     names = [method.name for method in METHODS]
     command.add_argument("--method", choices=names, default="lora")
     command.add_argument("--out", help="folder for the adapter")
@@ -165,9 +178,7 @@ def _train(commands) -> None:
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
     )
-    command.add_argument(
-        "--max-tokens", type=int, help="longest row; a longer one is an error, not cut"
-    )
+    _max_tokens(command)
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--r", type=int, help="rank (lora and its kin)")
@@ -176,6 +187,7 @@ def _train(commands) -> None:
     command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
     command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_train)
 
 
@@ -188,6 +200,7 @@ def _chat(commands) -> None:
     command.add_argument("--system", help=f"the instruction; {as_trained}")
     command.add_argument("--template", choices=TEMPLATES, help=as_trained)
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_chat)
 
 
@@ -249,12 +262,39 @@ def _paged(command) -> None:
     )
 
 
+def _own_rows(command) -> None:
+    """What a generated task has, and rows of one's own have not."""
+    command.add_argument(
+        "--scorer",
+        help="of rows of your own, what counts as right: exact (by default), json, "
+        "label, rouge-l, or the path of a .py file with score(answer, completion)",
+    )
+    command.add_argument(
+        "--instruction",
+        help="of rows of your own: what to do, in a sentence, for every row",
+    )
+
+
+def _max_tokens(command) -> None:
+    command.add_argument(
+        "--max-tokens", type=int, help="longest row; a longer one is an error, not cut"
+    )
+
+
 def _base(command) -> None:
     command.add_argument(
         "--base", default="smollm2", help="smollm2, a hub id (owner/name) or a folder"
     )
     command.add_argument(
         "--device", help="cpu, cuda or mps; by default the fastest here"
+    )
+
+
+def _dtype(command) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the base; auto, the default: bfloat16 where the machine is fast in it",
     )
 
 
@@ -271,8 +311,10 @@ def run_compare(options) -> None:
     from .commands import given
 
     names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
-    names += ("out",)
+    names += ("dtype", "out", "scorer", "instruction", "max_tokens")
     chosen = given(options, *names)
+    if options.data is not None:
+        chosen = own_data(options.data, chosen)
     if options.family and options.methods is not None:
         raise ValueError("--family and --methods exclude each other: name them all")
     if options.family:
@@ -285,6 +327,26 @@ def run_compare(options) -> None:
     plan = Plan(**chosen)
     print(report.table(compare(plan, tune=options.tune)))
     print(f"\nThe page to look at and to pass on: {Path(plan.out, 'compare.html')}")
+
+
+def own_data(data: str, chosen: dict) -> dict:
+    """The plan's fields for rows of one's own, whose results have a folder of theirs.
+
+    Raises  ValueError  a task was named as well, or the data is none
+    """
+    if "task" in chosen:
+        raise ValueError("--data and --task exclude each other: name one of them")
+    data = os.path.expanduser(data)  # make hands ~ over as it is
+    if data.startswith("hub:"):
+        name = data.removeprefix("hub:").replace("/", "-")
+    elif data.endswith(".jsonl") or Path(data).is_dir():
+        name = Path(data).resolve().stem
+    else:
+        raise ValueError(
+            f"--data {data}: a .jsonl file is needed, a folder with a data set, or "
+            "hub: and an id"
+        )
+    return {"out": str(Path("out", name)), **chosen, "task": data}
 
 
 def seeds_in(text: str) -> tuple[int, ...]:

@@ -7,41 +7,40 @@ spoken to (template, instruction); chat.py reads it and speaks to the adapter li
 import inspect
 import json
 import os
-import re
 import shlex
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..common import atomic, records
+from ..common import atomic
 from ..common.check import whole
 from ..common.quiet import quiet_transformers
-from ..common.statistics import wilson
+from ..common.statistics import are_counts, of_scores
 from ..comparison.figures import training_curve
 from ..core import adapter
 from ..core.counting import count
-from ..core.decoder import positions, positions_in_words
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
-from ..models.load import describe, load_model
+from ..models.load import AUTO, describe, load_model, pick_device, pick_dtype
 from ..nf4 import dequantize_model
-from ..tasks import templates
-from ..tasks.jsonl import refuse_bad
+from ..tasks.scorers import title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
-from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.evaluation import Answers
+from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
+from ..training.precision import autocast_of, loaded_in
 from . import masks
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
+OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 TEST_ROWS = 100  # answered before and after
+BEFORE, AFTER = "answers-before.json", "answers-after.json"  # beside the checkpoints
 
 
 def fine_tune(options) -> None:
@@ -54,37 +53,60 @@ def fine_tune(options) -> None:
     --show-masks, which needs no folder, the rows are shown instead.
     """
     config, out = _config(options), _out(options)
-    task = load_task(options.data, **given(options, "prompt", "completion", "config"))
-    model, tokenizer = load_model(options.base, device=options.device)
-    print(describe(model))
+    task = load_task(options.data, **given(options, *OF_DATA))
+    dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
+    method, of_base = options.method, str(dtype).removeprefix("torch.")
+    model, tokenizer = load_model(
+        options.base, device=options.device, dtype=loaded_in(method, of_base)
+    )
+    config = replace(config, autocast=autocast_of(method, of_base))
+    print(describe(model) + (f", autocast to {of_base}" if config.autocast else ""))
     arguments = _arguments(options, tokenizer, task)
     torch.manual_seed(options.seed)
     named(options.method).module.inject(model, **arguments)
     print(_counted(model))
-    encoded = _encode(model, tokenizer, task, config, options)
+    encoded = encode_task(
+        tokenizer,
+        task,
+        template=config.template,
+        max_tokens=row_limit(model, options.max_tokens),
+    )
     if out is None:
         n, template = options.show_masks, config.template
-        masks.show(tokenizer, task.train, encoded[0], n, template)
+        masks.show(tokenizer, task.train, encoded["train"], n, template)
         return
     test = task.test.select(range(min(TEST_ROWS, len(task.test))))
+    checkpoints = out / "checkpoints"
 
-    def answer() -> Answers:
+    def answer(keep: str) -> Answers:
         return evaluation.answer_rows(
-            model, tokenizer, task, test, template=config.template, progress=True
+            model,
+            tokenizer,
+            task,
+            test,
+            template=config.template,
+            progress=True,
+            keep=checkpoints / keep,
         )
 
-    checkpoints = out / "checkpoints"
     with _base_alone(model):
-        before = _answers_before(checkpoints, len(test), answer)
+        before = answer(BEFORE)
     history = train(
-        model, tokenizer, task, config, encoded=encoded, checkpoints=checkpoints
+        model,
+        tokenizer,
+        task,
+        config,
+        encoded=(encoded["train"], encoded["validation"]),
+        checkpoints=checkpoints,
     )
-    after = answer()
+    print(history.packing)
+    after = answer(AFTER)
     exchange.save(model, out)
     _write_record(out, options, task, config, history, before, after)
     _remove_checkpoints(checkpoints)
     print(
-        f"exact match on {len(test)} test rows: {_scored(before)} -> {_scored(after)}"
+        f"{title(task.score)} on {len(test)} test rows: {_scored(before)} -> "
+        f"{_scored(after)}"
     )
     print(f"adapter, {RECORD} and training.png are in {out}")
     adapted = shlex.join(["--base", options.base, "--adapter", str(out)])
@@ -161,42 +183,6 @@ def _check_out(out: Path) -> None:
         raise PermissionError(f"--out {out}: nothing can be written to {there}")
 
 
-def _encode(
-    model, tokenizer, task: Task, config: TrainConfig, options
-) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows as tokens; the test rows are only checked.
-
-    Raises  ValueError  an empty split, or a list of the bad rows of all three
-    """
-    limit, most = config.max_tokens, positions(model)
-    if most is not None and limit > most:
-        if options.max_tokens is not None:
-            raise ValueError(
-                f"--max-tokens {limit}: the model has {positions_in_words(model)}; "
-                "allowed is that many at most"
-            )
-        limit = most
-    encoded, bad = {}, []
-    for split in ("train", "validation", "test"):
-        rows = getattr(task, split)
-        if not len(rows):
-            raise ValueError(f"{task.name} has no rows left for its {split} split")
-        encoded[split], bad_rows = templates.encode_all(
-            tokenizer,
-            task.instruction,
-            rows,
-            template=config.template,
-            max_tokens=limit,
-        )
-        # A generated row has no place in a file, only one in its split.
-        of_split = "" if "place" in rows.column_names else f" of {split}"
-        bad += [(place + of_split, reason) for place, reason in bad_rows]
-    # The splits are shuffled; this is the order of the file again.
-    bad.sort(key=lambda each: int(re.search(r"\d+", each[0])[0]))
-    refuse_bad(bad, task.name)
-    return encoded["train"], encoded["validation"]
-
-
 def _base_alone(model) -> AbstractContextManager[None]:
     """The model without its adapters inside: a new soft prompt has other answers.
 
@@ -230,41 +216,15 @@ def _counted(model) -> str:
     return f"{counted.trainable:,} of {counted.total:,} parameters train"
 
 
-def _answers_before(
-    checkpoints: Path, rows: int, answer: Callable[[], Answers]
-) -> Answers:
-    """The answers before training; of a run that was stopped, those it had then.
-
-    So a resumed run asks nothing twice, and where the checkpoints are another run's,
-    train() refuses them at once and not after minutes of answering. A file that cannot
-    be read is said, and the rows are answered again, by the same model.
-    """
-    file = checkpoints / "answers-before.json"
-    if checkpoint.checkpoints(checkpoints) and file.exists():
-        try:
-            return _kept_answers(file, rows)
-        except ValueError as error:
-            print(f"{error}: the test rows are answered again")
-    before = answer()
-    with atomic.new_file(file) as new:
-        new.write_text(json.dumps(asdict(before)))
-    return before
-
-
-def _kept_answers(file: Path, rows: int) -> Answers:
-    """The answers to this many rows in a file; ValueError for another content."""
-    kept = records.read_object(file)
-    lists = [kept.get(name) for name in ("answers", "correct")]
-    fine = [isinstance(each, list) and len(each) == rows for each in lists]
-    if not all(fine) or kept.keys() != {"answers", "correct", "seconds"}:
-        raise ValueError(f"{file} does not hold the answers to {rows} rows")
-    return Answers(**kept)
-
-
-def _scored(answers) -> str:
-    k, n = sum(answers.correct), len(answers.correct)
-    low, high = wilson(k, n)
-    return f"{k}/{n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+def _scored(answers: Answers) -> str:
+    """How many are right of how many, or the mean score; with its interval."""
+    mean, low, high = of_scores(answers.correct)
+    if are_counts(answers.correct):
+        return (
+            f"{sum(answers.correct):.0f}/{len(answers.correct)} "
+            f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+        )
+    return f"{mean:.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def _write_record(out: Path, options, task, config, history, before, after) -> None:
@@ -276,6 +236,7 @@ def _write_record(out: Path, options, task, config, history, before, after) -> N
         "data": options.data,
         "method": options.method,
         "instruction": task.instruction,
+        "scorer": options.scorer,
         "recipe": vars(config),
         "loss": history.loss,
         "validation": history.validation,
@@ -290,6 +251,7 @@ def _remove_checkpoints(folder: Path) -> None:
     """Delete what the run kept for going on, and nothing that others put there."""
     for path in checkpoint.checkpoints(folder):
         atomic.remove_folder(path)
-    (folder / "answers-before.json").unlink(missing_ok=True)
+    for name in (BEFORE, AFTER):
+        (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty: then it is not only ours
         folder.rmdir()

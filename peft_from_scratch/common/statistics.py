@@ -1,8 +1,10 @@
 """Intervals: of a share, of paired differences, over seeds and over their items.
 
     wilson              k successes of n
+    of_scores           the mean of scores: right and wrong, or from 0 to 1
     paired_bootstrap    two methods on the same items
     over_seeds          one value a seed, by Student's t
+    t_tail              how rare a value of Student's t is
     nested_bootstrap    items within seeds
     share_of            a part of a whole, both measured
     of_median           the middle of values of whatever distribution
@@ -11,7 +13,7 @@ All intervals of claims are at CONFIDENCE.
 """
 
 from collections.abc import Sequence
-from math import comb
+from math import atan, comb, lgamma, pi, sqrt
 from statistics import NormalDist, fmean, median, stdev
 
 import numpy as np
@@ -42,6 +44,23 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def of_scores(scores: Sequence[float]) -> tuple[float, float, float]:
+    """mean, low, high of scores: Wilson's interval where each is 0 or 1.
+
+    Wilson's is of counts. For scores between, items are drawn with replacement, and the
+    interval holds the middle 95 % of their means.
+    """
+    if are_counts(scores):
+        low, high = wilson(int(sum(scores)), len(scores))
+        return sum(scores) / len(scores), low, high
+    return paired_bootstrap(scores, [0.0] * len(scores))
+
+
+def are_counts(scores: Sequence[float]) -> bool:
+    """Whether each of them is 0 or 1: right or wrong, and nothing between."""
+    return all(score in (0, 1) for score in scores)
 
 
 def paired_bootstrap(
@@ -109,6 +128,19 @@ def t_quantile(p: float, df: int) -> float:
         below = 0.5 + integral(middle) / (2 * integral(np.pi / 2)) < p
         low, high = (middle, high) if below else (low, middle)
     return float(df**0.5 * np.tan(low))
+
+
+def t_tail(t: float, df: float) -> float:
+    """P(|T| > t) of Student's t, for t >= 0: t_quantile's inverse, on both sides.
+
+    The same density, from the angle of t to π/2; the whole integral has a closed form.
+    """
+    points, weights = np.polynomial.legendre.leggauss(64)
+    start = atan(t / sqrt(df))
+    half = (pi / 2 - start) / 2
+    inside = half * weights @ np.cos(start + half * (points + 1)) ** (df - 1)
+    whole = sqrt(pi) / 2 * np.exp(lgamma(df / 2) - lgamma((df + 1) / 2))
+    return float(inside / whole)
 
 
 def nested_bootstrap(

@@ -16,7 +16,9 @@ from pathlib import Path
 from ..common import atomic, records
 from ..common.digest import digest
 from ..common.provenance import provenance
-from . import estimate, report
+from ..models.load import pick_dtype
+from ..tasks import scorers
+from . import estimate, own_rows, report, shots
 from .candidates import Candidate
 from .measure import measure
 from .plan import Plan
@@ -34,15 +36,19 @@ def compare(plan: Plan, *, tune: bool = False) -> dict:
     Args
         tune  search the settings first (tuning.py)
     """
-    setup = load_setup(_without_missing(plan))
+    setup = own_rows.checked(load_setup(_without_missing(plan)))
+    notes = own_rows.notes(setup)
+    _announce(setup, notes, tune)
     if tune:
         search(setup)
-    _announce(setup)
     settings = {
-        candidate.key: settings_for(setup.plan, candidate, setup.templates)
+        candidate.key: _fitted(
+            setup, settings_for(setup.plan, candidate, setup.templates)
+        )
         for candidate in setup.plan.chosen()
     }
     result = summary(setup, settings, _measured(setup, settings))
+    result |= own_rows.data(setup, notes)
     report.write(result, Path(plan.out))
     return result
 
@@ -58,16 +64,42 @@ def _without_missing(plan: Plan) -> Plan:
     return replace(plan, methods=tuple(m for m in plan.methods if m not in keys))
 
 
-def _announce(setup: Setup) -> None:
+def _announce(setup: Setup, notes: list[str], tune: bool) -> None:
     """Print what is compared and, for the usual base, how long it will take."""
     print(setup.description)
+    if setup.why_dtype:
+        print(f"{setup.dtype}, since {setup.why_dtype}; DTYPE= names another one")
+    for sentence in notes:
+        print(sentence)
     if setup.plan.base == Plan.base:
-        rates = estimate.measured_rates(setup.device)
-        seconds = estimate.compare_seconds(rates, setup.plan)
+        rates = estimate.measured_rates(setup.device, pick_dtype(setup.dtype))
+        sizes = own_rows.sizes(setup)
+        seconds = estimate.compare_seconds(rates, setup.plan, sizes)
+        search = estimate.tuning_seconds(rates, setup.plan, sizes)
+        before = f", after a search of {estimate.duration(search)}" if tune else ""
         print(
-            f"This takes about {estimate.duration(seconds)} on this machine; Ctrl-C "
-            "keeps what is done."
+            f"This takes about {estimate.duration(seconds)} on this machine{before}; "
+            "Ctrl-C keeps what is done."
         )
+
+
+def _fitted(setup: Setup, setting: Setting) -> Setting:
+    """The setting with as many examples as fit; its warning says where these are fewer.
+
+    Raises  ValueError  not even one fits
+    """
+    values = shots.fitted(setup, setting.values)
+    if values == setting.values:
+        return setting
+    if not values["k"]:
+        raise ValueError(
+            "few-shot: not one example fits before these rows; leave it out of "
+            "--methods, or make the rows shorter"
+        )
+    fewer = f"k {values['k']} and not {setting.values['k']}, since more do not fit"
+    print(f"few-shot: {fewer}")
+    warning = "; ".join(filter(None, [setting.warning, fewer]))
+    return replace(setting, values=values, warning=warning)
 
 
 def _measured(setup: Setup, settings: dict[str, Setting]) -> dict[str, list[dict]]:
@@ -92,7 +124,10 @@ def _measured_once(
     configuration = _configuration(setup, candidate, setting, seed)
     name = f"{candidate.key}-{seed}-{digest(configuration)}"
     out = Path(setup.plan.out)
-    file, checkpoints = out / "rows" / f"{name}.json", out / "checkpoints" / name
+    file = out / "rows" / f"{name}.json"
+    # Not the scorer: with another one, the same training goes on and only scores anew.
+    trained = digest({**configuration, "scorer": None})
+    checkpoints = out / "checkpoints" / f"{candidate.key}-{seed}-{trained}"
     if file.exists():
         print(f"  seed {seed}: measured before, kept from {file}")
         return records.read_object(file)
@@ -129,7 +164,9 @@ def _configuration(
         "batch": plan.batch if candidate.trains else 0,
         "paged": plan.paged if candidate.trains else None,
         "device": setup.device.type,
+        "dtype": setup.dtype,
         "fingerprint": setup.fingerprint,
+        "scorer": scorers.identity(setup.task.score),
     }
 
 

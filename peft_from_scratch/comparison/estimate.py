@@ -10,20 +10,17 @@ products of SmolLM2's own shapes, so that caches and threads weigh in as they wi
 These are estimates, to plan an afternoon by; an experiment measures.
 """
 
-import math
-import time
 from dataclasses import dataclass
 
 import torch
 
 from ..memory.formulas import adamw_bytes, lora_parameters
+from ..models.speed import DEPTH, HIDDEN, MLP, measured_rate
 from ..training.checkpoint import KEPT
 from . import tuning
 from .candidates import Candidate
 from .plan import Plan
-from .timing import synchronize
 
-HIDDEN, MLP, DEPTH = 576, 1536, 30  # SmolLM2-135M's sizes
 VOCABULARY = 49_152
 PROJECTIONS = (  # (d_out, d_in) of a layer's: q, k, v, o, gate, up, down
     (HIDDEN, HIDDEN),
@@ -47,7 +44,19 @@ LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gra
 ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template
 FEW_SHOT_TOKENS = 459  # of its prompt with eight examples
 GENERAL_TOKENS = 16 * 256  # that evaluate.general_loss reads
-TIMED_STEPS = 220  # one-token steps of timing.against_first, for one row of the table
+TIMED_STEPS = 110  # one-token steps of timing.against_first, for one row of the table
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Mean tokens of a task's rows; by default of the task orders."""
+
+    tokens: float = ROW_TOKENS  # of a training row
+    labels: float = ROW_LABELS  # of these, with a loss: the answer
+    few_shot: float = FEW_SHOT_TOKENS  # of a prompt with examples
+
+
+ORDERS = Sizes()
 
 
 @dataclass(frozen=True)
@@ -59,47 +68,37 @@ class Rates:
     one: float  # 1: a chat
 
 
-def measured_rates(device: torch.device, *, seconds: float = 0.4) -> Rates:
-    """The calibration: `seconds` for each of three sizes, in float32."""
-    return Rates(*(measured_rate(device, rows, seconds) for rows in (600, 32, 1)))
+def measured_rates(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seconds: float = 0.4,
+) -> Rates:
+    """The calibration: `seconds` for each of three sizes."""
+    sizes = (600, 32, 1)
+    return Rates(*(measured_rate(device, rows, seconds, dtype) for rows in sizes))
 
 
-def measured_rate(device: torch.device, rows: int, seconds: float) -> float:
-    """FLOP/s of x W^T, with a W of its own for each layer, each at its fastest.
-
-    x (rows, 576), W (1536, 576). Fastest, since other programs only ever slow it down.
-    """
-    x = torch.randn(rows, HIDDEN, device=device)
-    layers = [torch.randn(MLP, HIDDEN, device=device) for _ in range(DEPTH)]
-    fastest = [math.inf] * DEPTH
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or math.isinf(fastest[-1]):
-        for layer, W in enumerate(layers):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, W)
-            synchronize(device)
-            fastest[layer] = min(fastest[layer], time.perf_counter() - start)
-    return 2 * rows * HIDDEN * MLP * DEPTH / sum(fastest)
-
-
-def reading_flops(tokens: int, labels: int) -> int:
+def reading_flops(tokens: float, labels: float) -> float:
     """One forward pass, with logits at `labels` positions."""
     return 2 * (LAYERS * tokens + HEAD * labels)
 
 
-def step_flops(rows: int, *, full: bool) -> int:
-    """One training step on rows of the task orders."""
-    return (3 if full else 2) * reading_flops(rows * ROW_TOKENS, rows * ROW_LABELS)
+def step_flops(rows: int, *, full: bool, sizes: Sizes = ORDERS) -> float:
+    """One training step on rows of a task."""
+    read = reading_flops(rows * sizes.tokens, rows * sizes.labels)
+    return (3 if full else 2) * read
 
 
-def step_bytes(rows: int, *, full: bool) -> int:
+def step_bytes(rows: int, *, full: bool, sizes: Sizes = ORDERS) -> float:
     """Peak bytes of one such step in float32: at the end of forward, or of backward.
 
     weights + optimizer + max(activations, gradients)
     """
     trained = LAYERS + HEAD if full else LORA
     weights = 4 * (LAYERS + HEAD + (0 if full else LORA))
-    activations = rows * (ROW_TOKENS * ACTIVATION_BYTES + ROW_LABELS * LABEL_BYTES)
+    a_row = sizes.tokens * ACTIVATION_BYTES + sizes.labels * LABEL_BYTES
+    activations = rows * a_row
     return weights + adamw_bytes(trained, 0) + max(activations, 4 * trained)
 
 
@@ -109,14 +108,18 @@ def checkpoint_bytes(*, full: bool) -> int:
     return (KEPT + 1) * (4 * trained + adamw_bytes(trained, 0))
 
 
-def step_seconds(rates: Rates, rows: int, *, full: bool) -> float:
-    return step_flops(rows, full=full) / (EFFICIENCY * rates.many)
+def step_seconds(
+    rates: Rates, rows: int, *, full: bool, sizes: Sizes = ORDERS
+) -> float:
+    return step_flops(rows, full=full, sizes=sizes) / (EFFICIENCY * rates.many)
 
 
-def answer_seconds(rates: Rates, rows: int, prompt_tokens: int) -> float:
-    """To answer so many rows of the task orders, in batches of 32."""
+def answer_seconds(
+    rates: Rates, rows: int, prompt_tokens: float, sizes: Sizes = ORDERS
+) -> float:
+    """To answer so many rows of a task, in batches of 32."""
     reading = reading_flops(rows * prompt_tokens, rows)
-    writing = reading_flops(rows * ROW_LABELS, rows * ROW_LABELS)
+    writing = reading_flops(rows * sizes.labels, rows * sizes.labels)
     return (reading / rates.many + writing / rates.some) / EFFICIENCY
 
 
@@ -130,43 +133,44 @@ def train_seconds(rates: Rates, steps: int, rows: int, *, full: bool) -> float:
     return steps * step_seconds(rates, rows, full=full) + answers
 
 
-def compare_seconds(rates: Rates, plan: Plan) -> float:
+def compare_seconds(rates: Rates, plan: Plan, sizes: Sizes = ORDERS) -> float:
     """`compare`: training, answers, general text before and after, and timing."""
     reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (EFFICIENCY * rates.many)
     timing = TIMED_STEPS / chat_tokens_a_second(rates)
     total = reading
     for candidate in plan.chosen():
-        once = _answering(rates, candidate, plan.rows) + timing
+        once = _answering(rates, candidate, plan.rows, sizes) + timing
         if candidate.trains:
-            once += _training(rates, candidate, plan) + reading
+            once += _training(rates, candidate, plan, sizes) + reading
         total += once * (len(plan.seeds) if candidate.trains else 1)
     return total
 
 
-def tuning_seconds(rates: Rates, plan: Plan) -> float:
+def tuning_seconds(rates: Rates, plan: Plan, sizes: Sizes = ORDERS) -> float:
     """The search of all settings: every run trains, where it does, and answers."""
     total = 0.0
     for candidate in plan.chosen():
-        once = _answering(rates, candidate, tuning.VALIDATION_ROWS)
+        once = _answering(rates, candidate, tuning.VALIDATION_ROWS, sizes)
         if candidate.trains:
-            once += _training(rates, candidate, plan)
+            once += _training(rates, candidate, plan, sizes)
         total += len(tuning.grid(candidate)) * once
     return total
 
 
-def _answering(rates: Rates, candidate: Candidate, rows: int) -> float:
+def _answering(rates: Rates, candidate: Candidate, rows: int, sizes: Sizes) -> float:
     """The examples of few-shot are read once, for all rows."""
-    alone = ROW_TOKENS - ROW_LABELS
-    shared = FEW_SHOT_TOKENS - alone if candidate.few_shot else 0
-    return answer_seconds(rates, rows, alone) + _reading(rates, shared)
+    alone = sizes.tokens - sizes.labels
+    shared = sizes.few_shot - alone if candidate.few_shot else 0
+    return answer_seconds(rates, rows, alone, sizes) + _reading(rates, shared)
 
 
-def _reading(rates: Rates, tokens: int) -> float:
+def _reading(rates: Rates, tokens: float) -> float:
     return reading_flops(tokens, 1) / (EFFICIENCY * rates.many)
 
 
-def _training(rates: Rates, candidate: Candidate, plan: Plan) -> float:
-    step = step_seconds(rates, plan.batch, full=candidate.method == "full")
+def _training(rates: Rates, candidate: Candidate, plan: Plan, sizes: Sizes) -> float:
+    full = candidate.method == "full"
+    step = step_seconds(rates, plan.batch, full=full, sizes=sizes)
     return plan.steps_of(candidate) * step
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..common import check
+from ..models.load import AUTO, DTYPES
 from ..tasks.templates import TEMPLATES
 from ..training.config import TrainConfig
 from .candidates import CANDIDATES, USUAL, Candidate
@@ -12,6 +14,7 @@ class Plan:
     """What is compared, and on what.
 
     Args
+        task      a generated task, or rows of your own: a .jsonl file, a data set
         methods   keys of candidates
         rows      test rows answered by each candidate; all there are, where they are
                   fewer
@@ -20,7 +23,11 @@ class Plan:
         paged     share of AdamW's states that may be in memory at a time; None: all
         template  "chat" or "raw" for every candidate; None: as the tuning found, or the
                   one that the base has
+        scorer, instruction   of rows of your own: tasks.task.load_task
+        max_tokens   longest row; None: TrainConfig's, or all positions that there are
         device    None picks CUDA, then MPS, then the CPU
+        dtype     of the base's weights and of all products; "auto": see models.speed.
+                  What trains is in float32 in each case
         out       folder of all that is written
     Raises   ValueError   the field, its value and what is allowed
     """
@@ -34,7 +41,11 @@ class Plan:
     batch: int = 8
     paged: float | None = None
     template: str | None = None
+    scorer: str | None = None
+    instruction: str | None = None
+    max_tokens: int | None = None
     device: str | None = None
+    dtype: str = "auto"
     out: str = "out"
 
     def __post_init__(self):
@@ -45,6 +56,8 @@ class Plan:
         for name in ("rows", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.max_tokens is not None:
+            TrainConfig(max_tokens=self.max_tokens)  # refuses none that long
         if self.paged is not None:
             TrainConfig(paged=self.paged)  # refuses a share that is none
         if not self.methods or not self.seeds:
@@ -53,6 +66,7 @@ class Plan:
             raise ValueError(
                 f"seeds={self.seeds}: different ones are needed, from 0 on"
             )
+        check.one_of("dtype", self.dtype, (AUTO, *DTYPES))
         if self.template not in (None, *TEMPLATES):
             raise ValueError(
                 f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "

@@ -25,8 +25,9 @@ from ..common.digest import digest
 from ..common.grid import GROWTH, at_an_end, rate_past
 from ..common.provenance import ROOT, provenance
 from ..methods import named
-from ..tasks.task import Task
+from ..tasks import scorers
 from ..tasks.templates import TEMPLATES
+from . import shots
 from .adapt import adapt
 from .candidates import Candidate
 from .plan import Plan
@@ -106,6 +107,9 @@ def _differs(
     """The search's base, task, steps and batch, where they are not this plan's."""
     now = {"steps": plan.steps_of(candidate), "batch": plan.batch}
     ours, theirs = [f"{plan.base}/{plan.task}"], [searched_on]
+    if searched_on == ours[0]:
+        ours.append(f"scorer {plan.scorer}")
+        theirs.append(f"scorer {search.get('scorer')}")
     for name in ("steps", "batch") if candidate.trains else ():
         ours.append(f"{name} {now[name]}")
         theirs.append(f"{name} {search.get(name, now[name])}")
@@ -170,6 +174,7 @@ def search(setup: Setup) -> Path:
                 "rule": RULE,
                 "when": f"{datetime.now(UTC):%Y-%m-%d}",
                 "validation_rows": VALIDATION_ROWS,
+                "scorer": plan.scorer,
                 "steps": plan.steps_of(candidate),
                 "batch": plan.batch if candidate.trains else 0,
                 "runs": runs,
@@ -184,7 +189,8 @@ def _runs(setup: Setup, candidate: Candidate) -> list[dict]:
     """The runs of the candidate's grid, and of up to GROWTH rates beyond its ends."""
     plan = setup.plan
     templates = (plan.template,) if plan.template else setup.templates
-    runs = [_run_once(setup, candidate, s) for s in grid(candidate, templates)]
+    settings = _fitting(setup, grid(candidate, templates))
+    runs = [_run_once(setup, candidate, setting) for setting in settings]
     most = len(grid(candidate)) + GROWTH
     while (beyond := next_rate(runs)) and len(runs) < most:
         setting = runs[0]["setting"] | {"lr": beyond}
@@ -192,8 +198,21 @@ def _runs(setup: Setup, candidate: Candidate) -> list[dict]:
     return runs
 
 
+def _fitting(setup: Setup, settings: list[dict]) -> list[dict]:
+    """The settings with as many examples as fit before the rows, each of them once."""
+    fitting = []
+    for setting in settings:
+        fitted = shots.fitted(setup, setting)
+        if fitted not in fitting and fitted.get("k") != 0:
+            fitting.append(fitted)
+    if len(fitting) < len(settings):
+        most = max(setting["k"] for setting in fitting)
+        print(f"  at most {most} examples fit before these rows")
+    return fitting
+
+
 def best_of(runs: list[dict]) -> dict:
-    """The most right answers; of equals the lowest loss, then the first."""
+    """The highest sum of scores; of equals the lowest loss, then the first."""
     return max(runs, key=lambda run: (run["correct"], -(run["loss"] or 0)))
 
 
@@ -222,21 +241,24 @@ def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
     hashed = (
         setup.fingerprint,
         setup.device.type,
+        setup.dtype,
         plan.steps,
         plan.batch,
         VALIDATION_ROWS,
+        scorers.identity(setup.task.score),
     )
     name = "-".join(str(part) for part in (candidate.key, *setting.values()))
     file = Path(plan.out) / "tuning" / f"{name}-{digest(hashed, plan.base)}.json"
     if not file.exists():
-        _write(file, _run(plan, candidate, setting, setup.task))
+        _write(file, _run(setup, candidate, setting))
     run = records.read_object(file)
-    print(f"  {setting}: {run['correct']} of {run['rows']}")
+    print(f"  {setting}: {run['correct']:.4g} of {run['rows']}")
     return run
 
 
-def _run(plan: Plan, candidate: Candidate, setting: dict, task: Task) -> dict:
-    ready = adapt(candidate, plan, task, setting, seed=0, search=True)
+def _run(setup: Setup, candidate: Candidate, setting: dict) -> dict:
+    task = setup.task
+    ready = adapt(candidate, setup, setting, seed=0, search=True)
     rows = task.validation.select(range(min(VALIDATION_ROWS, len(task.validation))))
     answers = ready.answer(task, rows)
     return {

@@ -5,8 +5,10 @@ A task is a module with an INSTRUCTION, `rows(split, …)` and a scorer.
 Reading order: task.py (`Task`, `load_task`), orders.py (the main one: a sentence in,
 JSON out), terms.py (new words), gap.py and kinds.py (for sweeps on tiny; world.py has
 what they tell of), jsonl.py (rows of your own), messages.py (rows of several turns),
-templates.py (how a row becomes tokens and labels), conversations.py (which text of a
-chat template is an answer), letters.py (text stays text).
+scorers.py (what counts as right on your own rows), score_file.py and score_worker.py (a
+scorer of your own, in a process of its own), templates.py (how a row becomes tokens and
+labels), conversations.py (which text of a chat template is an answer), letters.py (text
+stays text).
 """
 
 from ..common import lazy

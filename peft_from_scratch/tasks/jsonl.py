@@ -11,8 +11,8 @@ The rows are cut into train, validation and test *by prompt*, so that no prompt 
 two of them. Prompts that a reader would call the same (see `alike`) stay together: a
 test prompt that training has seen with one space more is no test. The prompt of a
 conversation is all that stands before its last answer. It stays together with every
-conversation that goes on from there, and learns an answer to it. An answer is right
-when it equals the completion but for space around it.
+conversation that goes on from there, and learns an answer to it. What counts as a right
+answer is chosen by name: scorers.py.
 """
 
 import re
@@ -37,10 +37,6 @@ PAIR = ("prompt", "completion")
 Numbered = tuple[str, object]  # where the row stands, the row
 Example = dict  # prompt, completion, place; messages of a conversation
 Key = messages.Key  # of a row: its prompt, as turns
-
-
-def score(answer: str, completion: str) -> bool:
-    return answer.strip() == completion.strip()
 
 
 def read_jsonl(path: str, seed: int) -> dict[str, list[Example]]:

@@ -129,12 +129,17 @@ def score(answer: str, completion: str) -> bool:
     No text around the JSON, no key twice, no NaN; 1, 1.0 and true are three values.
     """
     try:
-        return _canonical(answer) == _canonical(completion)
+        return canonical(answer) == canonical(completion)
     except (ValueError, RecursionError):
         return False
 
 
-def _canonical(text) -> str:
+def canonical(text: str) -> str:
+    """The JSON value as text that is the same for equal values, and only for those.
+
+    Raises  ValueError      no JSON, a key twice, NaN or an infinity
+            RecursionError  too many brackets in brackets
+    """
     value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse)
     return json.dumps(value, sort_keys=True)
 

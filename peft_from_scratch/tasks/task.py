@@ -1,6 +1,6 @@
 """Tasks: what is learned, and what counts as right.
 
-Every task has an instruction, three splits without a leak, and an exact scorer:
+Every task has an instruction, three splits without a leak, and a scorer:
 
     "orders"           a sentence -> JSON: an output format               orders.py
     "terms"            an invented trade: domain knowledge                terms.py
@@ -21,7 +21,7 @@ from typing import Protocol
 
 from datasets import Dataset
 
-from . import gap, jsonl, kinds, messages, orders, terms
+from . import gap, jsonl, kinds, messages, orders, scorers, terms
 
 Splits = Mapping[str, list[dict]]  # split: its rows
 
@@ -76,7 +76,7 @@ class Task:
     train: Dataset
     validation: Dataset
     test: Dataset
-    score: Callable[[str, str], bool]  # (answer, completion) -> right or wrong
+    score: Callable[[str, str], scorers.Score]  # (answer, completion) -> is it right?
 
 
 def load_task(
@@ -86,6 +86,8 @@ def load_task(
     prompt: str = "prompt",
     completion: str = "completion",
     config: str | None = None,
+    scorer: str | None = None,
+    instruction: str | None = None,
 ) -> Task:
     """The task called `name`; the same rows in the same order for the same seed.
 
@@ -94,13 +96,18 @@ def load_task(
                     ends in .jsonl, "hub:" and the id of a data set, or a folder which
                     `datasets.load_dataset` can read
         seed        draws the generated rows, or which of your rows go into which split
+    Only for rows of your own, since a generated task has both:
+        scorer      what counts as right: a name of scorers.SCORERS, or the path of a
+                    Python file with a function score(answer, completion); None: "exact"
+        instruction what to do, in a sentence, for every row; None: nothing is said
     Only for data sets and folders:
         prompt      the column that holds the prompts
         completion  the column that holds the completions; without these columns, the
                     conversations of a column `messages` are the rows
         config      the configuration, where a data set has several
     Raises  ValueError   an unknown name; bad rows, each with its number and reason; too
-            few rows; a column that is not there, or chosen where rows have fixed ones
+            few rows; a column that is not there, or chosen where rows have fixed ones;
+            a scorer that does not suit the completions
             OSError      a file or data set that cannot be had
     """
     chosen = (prompt, completion, config) != ("prompt", "completion", None)
@@ -112,6 +119,11 @@ def load_task(
             "prompt and completion, or messages"
         )
     if plain in GENERATED:
+        if (scorer, instruction) != (None, None):
+            raise ValueError(
+                f"{name!r} has an instruction and a scorer: only for rows of your own "
+                "can others be chosen"
+            )
         source = GENERATED[plain]
         splits = source.rows(seed)
         splits = splits if plain == name else shuffled(splits, seed)
@@ -126,8 +138,15 @@ def load_task(
             f"these with {RANDOM!r} behind it, a path to a .jsonl file, 'hub:' and the "
             "id of a data set, or the path of a folder"
         )
-    instruction, splits = messages.shared_system(splits)
-    return _task(name, instruction, splits, jsonl.score)
+    scored_by = scorers.scorer(scorer or "exact")
+    scorers.refuse_unfit(scored_by, splits, name)
+    system, splits = messages.shared_system(splits)
+    if system and instruction:
+        raise ValueError(
+            f"the rows of {name} have a system turn, {system[:60]!r}: take it out, or "
+            "leave the instruction out"
+        )
+    return _task(name, system or instruction or "", splits, scored_by)
 
 
 def shuffled(splits: Splits, seed: int) -> Splits:

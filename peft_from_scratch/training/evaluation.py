@@ -8,18 +8,22 @@ Three questions, in this order:
     general_loss                what has the model forgotten meanwhile?
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..common import scoped
+from ..common import atomic, records, scoped
+from ..common.digest import digest, sampled_crc
 from ..tasks.messages import prompt_of
+from ..tasks.scorers import Score, score_all
 from ..tasks.task import Task
 from ..tasks.templates import Pair, encode_prompt, stop_token
 from .generation import generate
@@ -30,7 +34,7 @@ class Answers:
     """What a model answered to some rows, in their order."""
 
     answers: list[str]
-    correct: list[bool]
+    correct: list[Score]  # right or wrong, or from 0 to 1
     seconds: float  # wall clock, for all rows together
 
 
@@ -44,6 +48,7 @@ def answer_rows(
     examples: Sequence[Pair] = (),
     batch: int = 32,
     progress: bool = False,
+    keep: Path | None = None,
 ) -> Answers:
     """Answer every row and score it by the task's own scorer.
 
@@ -53,6 +58,9 @@ def answer_rows(
         examples  (prompt, completion) pairs shown before each row: few-shot
         batch     rows answered at once
         progress  show a bar
+        keep      a file where the answers are before they are scored: a scorer that
+                  fails does not lose them. The next call with the same weights and
+                  prompts only scores; any other overwrites the file
     An answer that does not end is cut: a quarter and eight tokens past the longest
     completion of `rows`. What all prompts begin with is computed once (generation.py).
 
@@ -71,27 +79,74 @@ def answer_rows(
         for row in rows
     ]
     shared = shared_tokens(prompts)
+    most = answer_room(tokenizer, rows)
+    asked = digest(_weights(model), prompts, most) if keep else ""
+    kept = _kept(keep, asked)
+    if kept is None:
+        start = time.perf_counter()
+        answers = generate(
+            model,
+            tokenizer,
+            [prompt[shared:] for prompt in prompts],
+            stop_id=stop_token(tokenizer, template),
+            max_new_tokens=most,
+            batch=batch,
+            prefix=prompts[0][:shared],
+            progress=progress,
+        )
+        seconds = time.perf_counter() - start
+        kept = [answer.strip() for answer in answers], seconds
+        _keep(keep, asked, *kept)
+    answers, seconds = kept
+    return Answers(answers, score_all(task.score, answers, rows), seconds)
+
+
+def answer_room(tokenizer, rows) -> int:
+    """Tokens after which an answer to one of the rows is cut, if it has not ended."""
     # As text: letters that spell a control token are several tokens of an answer.
     longest = max(
         len(tokenizer(row["completion"], split_special_tokens=True).input_ids)
         for row in rows
     )
-    start = time.perf_counter()
-    answers = generate(
-        model,
-        tokenizer,
-        [prompt[shared:] for prompt in prompts],
-        stop_id=stop_token(tokenizer, template),
-        max_new_tokens=longest + longest // 4 + 8,
-        batch=batch,
-        prefix=prompts[0][:shared],
-        progress=progress,
-    )
-    seconds = time.perf_counter() - start
-    answers = [answer.strip() for answer in answers]
-    pairs = zip(answers, rows, strict=True)
-    correct = [task.score(answer, row["completion"]) for answer, row in pairs]
-    return Answers(answers, correct, seconds)
+    return longest + longest // 4 + 8
+
+
+def _kept(file: Path | None, asked: str) -> tuple[list[str], float] | None:
+    """The answers in a file and their seconds; None where there are none to `asked`.
+
+    A file that cannot be read is said, and the rows are answered again.
+    """
+    if file is None or not file.exists():
+        return None
+    try:
+        record = _read_answers(file)
+    except ValueError as error:
+        print(f"{error}: the rows are answered again")
+        return None
+    same = record["asked"] == asked
+    return (record["answers"], record["seconds"]) if same else None
+
+
+def _read_answers(file: Path) -> dict:
+    """What `_keep` wrote; ValueError for another content."""
+    record = records.read_object(file)
+    answers = record.get("answers")
+    texts = isinstance(answers, list) and all(isinstance(a, str) for a in answers)
+    if record.keys() != {"asked", "answers", "seconds"} or not texts:
+        raise ValueError(f"{file} does not hold the answers of a model")
+    return record
+
+
+def _keep(file: Path | None, asked: str, answers: list[str], seconds: float) -> None:
+    if file is not None:
+        record = {"asked": asked, "answers": answers, "seconds": seconds}
+        with atomic.new_file(file) as new:
+            new.write_text(json.dumps(record))
+
+
+def _weights(model) -> list[int]:
+    """Numbers that another model, or the same after a training step, does not have."""
+    return [sampled_crc(tensor) for tensor in model.state_dict().values()]
 
 
 @torch.no_grad()

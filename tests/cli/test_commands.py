@@ -61,7 +61,7 @@ def write_rows(file, rows):
 
 def training(base, data, out, *more):
     command = ["train", "--data", str(data), "--base", base, "--out", str(out)]
-    return [*command, "--steps", "6", *more]
+    return [*command, "--steps", "6", "--dtype", "float32", *more]
 
 
 def record_of(out):
@@ -73,14 +73,20 @@ def record_of(out):
 
 @pytest.fixture
 def answered(monkeypatch):
-    """What answer_rows was asked so far: the rows of each call."""
-    calls, answer_rows = [], evaluation.answer_rows
+    """The rows of each call of answer_rows for which a model was asked."""
+    asked, calls = [], []
+    answer_rows, generate = evaluation.answer_rows, evaluation.generate
 
     def noting(model, tokenizer, task, rows, **options):
-        calls.append(rows)
+        asked.append(rows)
         return answer_rows(model, tokenizer, task, rows, **options)
 
+    def generating(*args, **options):
+        calls.append(asked[-1])
+        return generate(*args, **options)
+
     monkeypatch.setattr(evaluation, "answer_rows", noting)
+    monkeypatch.setattr(evaluation, "generate", generating)
     return calls
 
 
@@ -266,6 +272,23 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     assert kept["answers"] == said.answers
 
 
+@pytest.mark.parametrize(
+    ("method", "described"),
+    [("lora", ", bfloat16\n"), ("full", ", float32, autocast to bfloat16\n")],
+)
+def test_a_train_in_bfloat16_keeps_what_trains_in_float32(
+    method, described, base, data, tmp_path, capsys
+):
+    asked = ["--method", method, "--dtype", "bfloat16"]
+    assert main(training(base, data, tmp_path, *asked)) == 0
+    assert described in capsys.readouterr().out
+    recipe = record_of(tmp_path)["recipe"]
+    assert recipe["autocast"] == (None if method == "lora" else "bfloat16")
+    model, _ = pfs.load_model(base, dtype="bfloat16" if method == "lora" else None)
+    pfs.load(model, tmp_path)
+    assert {p.dtype for p in pfs.trainable(model).values()} == {torch.float32}
+
+
 def test_a_train_injects_once_and_encodes_each_row_once(
     base, data, tmp_path, monkeypatch
 ):
@@ -356,7 +379,7 @@ def test_answers_of_a_run_without_a_checkpoint_are_not_taken_over(
     """Nothing says which base and rows they are of."""
     left = tmp_path / "checkpoints" / "answers-before.json"
     left.parent.mkdir()
-    left.write_text(json.dumps({"answers": [], "correct": [], "seconds": 1.0}))
+    left.write_text(json.dumps({"asked": "", "answers": [], "seconds": 1.0}))
     assert main(training(base, data, tmp_path)) == 0
     assert len(answered) == 2
     assert len(record_of(tmp_path)["correct_before"]) == len(answered[0])
@@ -369,23 +392,27 @@ def test_answers_of_a_run_without_a_checkpoint_are_not_taken_over(
         b"[]",
         b"{}",
         b"\xff",
-        b'{"answers": [], "correct": [], "seconds": 1}',
-        b'{"answers": 3, "correct": 3, "seconds": 1}',
+        b'{"asked": "", "answers": [3], "seconds": 1}',
+        b'{"asked": "", "answers": 3, "seconds": 1}',
+        b'{"asked": "", "answers": [], "seconds": 1, "more": 1}',
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_answers_that_cannot_be_read_are_asked_for_again_and_said(
     content, base, data, stopped, answered, capsys
 ):
     out = stopped()
     file = out / "checkpoints" / "answers-before.json"
-    first = json.loads(file.read_text())
+    first = json.loads(file.read_text())["answers"]
+    right = [
+        s.strip() == r["completion"] for s, r in zip(first, answered[0], strict=True)
+    ]
     file.write_bytes(content)
     answered.clear()
     assert main(training(base, data, out)) == 0
     assert len(answered) == 2
     assert f"{file} " in capsys.readouterr().out
-    assert record_of(out)["correct_before"] == first["correct"]
+    assert record_of(out)["correct_before"] == right
 
 
 # ------------------------------------------------------------------------- merge
@@ -535,13 +562,14 @@ def what_a_run_left_is_never_read_as_nothing(folder):
         with pytest.raises(ValueError) as refused:
             chat._recorded(file)
         assert str(refused.value).startswith(told.format(file=file))
-    whole = {"answers": ["a"], "correct": [True], "seconds": 1.0}
+    whole = {"asked": "0", "answers": ["a"], "seconds": 1.0}
     file.write_text(json.dumps(whole))
-    assert commands._kept_answers(file, 1).answers == ["a"]
-    for rows, change in ((2, {}), (1, {"correct": []}), (1, {"more": 1})):
+    assert evaluation._kept(file, "0") == (["a"], 1.0)
+    assert evaluation._kept(file, "1") is None
+    for change in ({"answers": [1]}, {"answers": "a"}, {"more": 1}):
         file.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=f"not hold the answers to {rows} rows"):
-            commands._kept_answers(file, rows)
+        with pytest.raises(ValueError, match="does not hold the answers"):
+            evaluation._read_answers(file)
 
 
 test_a_planted_bug_is_caught = each_is_caught(
@@ -565,8 +593,8 @@ test_a_planted_bug_is_caught = each_is_caught(
             what_a_run_left_is_never_read_as_nothing,
         ),
         "the answers to other rows are taken over": (
-            commands._kept_answers,
-            "len(each) == rows",
+            evaluation._kept,
+            'record["asked"] == asked',
             "True",
             what_a_run_left_is_never_read_as_nothing,
         ),

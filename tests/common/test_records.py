@@ -5,13 +5,12 @@ import json
 import pytest
 from planting import each_is_caught, law
 
-from peft_from_scratch.cli import commands
 from peft_from_scratch.common import records
 from peft_from_scratch.comparison import tuning
 from peft_from_scratch.course import cards
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.models.load import load_model
-from peft_from_scratch.training import checkpoint
+from peft_from_scratch.training import checkpoint, evaluation
 
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 RECORD = {"instruction": "Réponds.", "recipe": {"template": "raw", "lr": 1e-3}}
@@ -58,7 +57,7 @@ def test_every_reader_of_a_record_names_its_file(tmp_path):
         "tuning.json": tuning.read,
         "ledger.json": verdicts.read,
         "cards.json": cards.read,
-        "answers.json": lambda file: commands._kept_answers(file, 3),
+        "answers.json": evaluation._read_answers,
         "state.json": lambda file: checkpoint._read(file.parent),
         "adapter_config.json": lambda file: load_model(str(file.parent)),
     }

@@ -57,16 +57,17 @@ def test_reading_costs_what_torch_counts(smollm2, tokens, labels):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_step_costs_what_torch_counts(fresh_smollm2, monkeypatch, full):
+def test_a_step_costs_what_torch_counts(fresh_smollm2, full):
     model, _ = fresh_smollm2()
     INJECT[full](model)
-    monkeypatch.setattr(estimate, "ROW_TOKENS", 48)
-    monkeypatch.setattr(estimate, "ROW_LABELS", 12)
+    sizes = estimate.Sizes(48, 12)
     counted = flops(lambda: loss.summed_loss(model, batch_of(48, 12)).backward())
-    assert counted == pytest.approx(estimate.step_flops(1, full=full), rel=0.06)
+    assert counted == pytest.approx(
+        estimate.step_flops(1, full=full, sizes=sizes), rel=0.06
+    )
 
 
-def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
+def test_a_lora_step_holds_what_is_counted(fresh_smollm2):
     model, _ = fresh_smollm2()
     pfs.lora.inject(model)
     optimizer = torch.optim.AdamW(pfs.trainable(model).values())
@@ -77,10 +78,11 @@ def test_a_lora_step_holds_what_is_counted(fresh_smollm2, monkeypatch):
         optimizer.zero_grad()
 
     step()  # makes the moments, which every later step holds from the start
-    monkeypatch.setattr(estimate, "ROW_TOKENS", 40)
-    monkeypatch.setattr(estimate, "ROW_LABELS", 10)
+    sizes = estimate.Sizes(40, 10)
     measured = measure_step(model, step)
-    assert measured.peak == pytest.approx(estimate.step_bytes(1, full=False), rel=0.02)
+    assert measured.peak == pytest.approx(
+        estimate.step_bytes(1, full=False, sizes=sizes), rel=0.02
+    )
 
 
 def test_a_full_step_of_few_rows_holds_sixteen_bytes_a_parameter():

@@ -14,6 +14,7 @@ from model_state import assert_same, snapshot
 from planting import each_is_caught, law
 
 from peft_from_scratch.common.statistics import paired_bootstrap, wilson
+from peft_from_scratch.tasks import scorers
 from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
 from peft_from_scratch.training import evaluation as evaluate
 from peft_from_scratch.training.evaluation import answer_rows, general_loss
@@ -278,21 +279,21 @@ BUGS = {
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "answers are cut at the longest completion": (
-        evaluate.answer_rows,
+        evaluate.answer_room,
         "longest + longest // 4 + 8",
         "longest",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "a control token in a completion counts as one": (
-        evaluate.answer_rows,
+        evaluate.answer_room,
         "split_special_tokens=True",
         "split_special_tokens=False",
         an_answer_has_room_for_the_letters_of_control_tokens,
     ),
     "score(completion, answer)": (
-        evaluate.answer_rows,
-        'task.score(answer, row["completion"])',
-        'task.score(row["completion"], answer)',
+        scorers.score_all,
+        "score(answer, completion) for",
+        "score(completion, answer) for",
         answers_are_those_to_whole_prompts_one_by_one,
     ),
     "Wald's interval": (
