@@ -1,6 +1,7 @@
 """Laws of conversations as tokens: every answer is learned, and nothing else is."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -16,6 +17,8 @@ from chat_templates import (
     merging_tokenizer,
     unmarked,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from planting import each_is_caught, law
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -388,6 +391,80 @@ def rows_of_both_kinds_are_encoded_and_the_bad_ones_named():
         assert told in reason
     with pytest.raises(ValueError, match=r"^line 3: the last turn is the user's"):
         encode_rows(tokenizer, "", rows, **given)
+
+
+@pytest.mark.skipif(
+    "sanitize_control_tokens"
+    not in inspect.signature(TOKENIZER.apply_chat_template).parameters,
+    reason="this transformers cannot do it",
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversation_is_encoded_as_by_transformers_own_guard(name):
+    tokenizer, end = in_format(name), FORMATS[name].end
+    for text in (*SPELLED, "<turn><|header|></turn> <|eot|>"):
+        spelled = "<pad> <bos>" if end in text else text
+        chat = chat_of(text, spelled, f"{text} x", f"y {spelled}")
+        whole = tokenizer.apply_chat_template(
+            chat, return_dict=False, sanitize_control_tokens=True
+        )
+        ids, _ = encode_conversation(tokenizer, "", chat, template="chat")
+        assert ids == whole[: len(ids)] and len(whole) - len(ids) <= 1
+
+
+SCRAPS = [
+    *(
+        "a",
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "Hi",
+        "1",
+        "é",
+        "日本",
+        "🙂",
+        "\u200b",
+        "\x00",
+    ),
+    *("<|im_start|>", "<bos>", "<pad>", "[INST]", " [/INST]", "<turn>", "<|header|>"),
+    *(
+        "im_end|>",
+        "<",
+        "assistant",
+        "{{",
+        "{% if %}",
+        "\U000f0000",
+        "\U000ffffd",
+        "<think>",
+    ),
+]
+WORDS = st.lists(st.sampled_from(SCRAPS), min_size=1, max_size=6).map("".join)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    contents=st.lists(WORDS.filter(str.strip), min_size=2, max_size=6),
+    system=st.none() | WORDS.filter(str.strip),
+    name=st.sampled_from(list(FORMATS)),
+    words=st.sampled_from([TOKENIZER, merging_tokenizer(None, GPT2)]),
+)
+def test_whatever_the_words_only_answers_are_trained(contents, system, name, words):
+    """And the control tokens are those of a conversation of plain words."""
+    tokenizer = speaking(unmarked(FORMATS[name].template), words)
+    chat = chat_of(*contents[: len(contents) // 2 * 2], system=system)
+    ids, labels = encode_conversation(tokenizer, "", chat, template="chat")
+    end = FORMATS[name].end
+    places = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+    for (start, tokens), i in zip(runs(ids, labels), places, strict=True):
+        text = words.decode(tokens)
+        assert text.endswith(end) and text.count(end) == 1
+        assert text.removesuffix(end).strip() == chat[i]["content"].strip()
+        assert ids[:start] == encode_prompt(tokenizer, "", chat[:i], template="chat")
+    plain = [{**turn, "content": "x"} for turn in chat]
+    marks = encode_conversation(tokenizer, "", plain, template="chat")[0]
+    special = set(words.all_special_ids)
+    assert [i for i in ids if i in special] == [i for i in marks if i in special]
 
 
 def test_words_that_get_a_space_of_their_own_keep_the_one_token():

@@ -14,14 +14,17 @@ from peft_from_scratch.comparison.adapt import few_shot_examples
 from peft_from_scratch.tasks import jsonl, messages, task
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import (
+    IGNORED,
     encode_conversation,
     encode_prompt,
     encode_rows,
     stop_token,
 )
-from peft_from_scratch.training import evaluation
+from peft_from_scratch.training import evaluation, packing
 from peft_from_scratch.training.evaluation import answer_rows
 from peft_from_scratch.training.generation import generate
+from peft_from_scratch.training.loss import mean_loss
+from peft_from_scratch.training.packing import packing_for
 
 SPLITS = ("train", "validation", "test")
 TOKENIZER = byte_tokenizer()
@@ -370,18 +373,29 @@ def bytes_and_decoding_times_are_those_of_whole_conversations():
         )
 
 
-def test_the_loss_is_on_the_answers_alone():
-    """transformers' own loss, against the surprise of each token that the row names."""
-    ids, labels = encode_rows(TOKENIZER, "", CHATS[:1], template="chat")[0]
-    model = build("llama")
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0]
-        given = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
-    places = [i for i, label in enumerate(labels) if label != -100]
-    text = "".join(TOKENIZER.decode(ids[i]) for i in places)
-    assert text == "b<eos>dd<eos>"
-    surprises = [-logits[i - 1].log_softmax(-1)[ids[i]].item() for i in places]
-    assert given == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
+@law
+def the_loss_is_the_surprise_of_each_answer_and_its_end():
+    """Padded, and packed: rows that begin with the same answer learn it once each."""
+    model = build("llama", dtype=torch.float64)
+    began = ("a", "b", "c", "dd")
+    chats = [chat_of(*began), chat_of(*began, "e", "f"), chat_of(*began[:3], "gg")]
+    rows = encode_rows(
+        TOKENIZER, "Say it.", [{"messages": chat} for chat in chats], template="chat"
+    )
+    surprises = []
+    for ids, labels in rows:
+        places = [i for i, label in enumerate(labels) if label != IGNORED]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        surprises += [-logits[i - 1, ids[i]].item() for i in places]
+    learned = sum(len(turn["content"]) + 1 for chat in chats for turn in chat[1::2])
+    assert len(surprises) == learned
+    expected = sum(surprises) / learned
+    packed = packing_for(model, rows)
+    assert packed.works and len(packed.groups(rows)) < len(rows)
+    for collate in (None, packed.batch):
+        loss = mean_loss(model, rows, collate=collate)
+        assert loss == pytest.approx(expected, rel=1e-12)
 
 
 REASON = messages._wrong_turn
@@ -517,6 +531,12 @@ BUGS = {
         "prompt_of(row)",
         'row["prompt"]',
         the_last_answer_is_what_is_asked_for_and_scored,
+    ),
+    "an answer that several rows begin with is shared": (
+        packing.shared_length,
+        "min(common, *(_first_label(labels) - 1 for _, labels in rows))",
+        "common",
+        the_loss_is_the_surprise_of_each_answer_and_its_end,
     ),
     "a transcript is measured": (
         measure._prompt,
