@@ -43,6 +43,7 @@ def answer_rows(
     examples: Sequence[Pair] = (),
     batch: int = 32,
     progress: bool = False,
+    unpacked_bytes: int = 0,
 ) -> Answers:
     """Answer every row and score it by the task's own scorer.
 
@@ -52,6 +53,7 @@ def answer_rows(
         examples  (prompt, completion) pairs shown before each row: few-shot
         batch     rows answered at once
         progress  show a bar
+        unpacked_bytes  see generate
     An answer that does not end is cut: a quarter and eight tokens past the longest
     completion of `rows`. What all prompts begin with is computed once (generation.py).
 
@@ -85,6 +87,7 @@ def answer_rows(
         batch=batch,
         prefix=prompts[0][:shared],
         progress=progress,
+        unpacked_bytes=unpacked_bytes,
     )
     seconds = time.perf_counter() - start
     answers = [answer.strip() for answer in answers]
