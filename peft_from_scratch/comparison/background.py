@@ -49,18 +49,18 @@ def introduction(result: dict) -> str:
 
 
 def clock(result: dict) -> str:
-    """What the times were taken with: dtype, processor, cores, threads and load."""
+    """What the times were taken with: dtype, processor, threads, other programs."""
     machine, before = result.get("machine") or {}, result["provenance"]
     threads = machine.get("threads") or before.get("threads")
-    load = machine.get("load")
+    others = machine.get("busy_elsewhere")
     if machine.get("cores"):
         place = f"{machine.get('cpu') or result['device']}, {machine['cores']} cores"
     else:  # a result of an older version: its machine has the cores, if recorded
         place = before.get("machine") or f"{result['device']}, cores {NOT_RECORDED}"
-    busy = f"{load:.2f}" if isinstance(load, float) else load
+    beside = NOT_RECORDED if others is None else f"{others:.1f} cores at most"
     return (
-        f"Times: {result['dtype']} on {place}, {_threads(threads)}, load "
-        f"{NOT_RECORDED if load is None else busy}."
+        f"Times: {result['dtype']} on {place}, {_threads(threads)}; load of other "
+        f"programs {beside}."
     )
 
 
