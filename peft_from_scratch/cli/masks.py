@@ -125,7 +125,7 @@ def _decode(tokenizer, ids) -> str:
 def _letters(text, control) -> str:
     """Text with unseen characters escaped, and what only spells a control token."""
     text = UNSEEN.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-    return re.sub(letters.any_of(control), lambda match: f"\\{match[0]}", text)
+    return letters.replaced(text, {token: f"\\{token}" for token in control})
 
 
 def _has(stream: TextIO, signs: str) -> bool:

@@ -245,8 +245,8 @@ BUGS = {
     ),
     "letters that look like a control token": (
         masks._letters,
-        'lambda match: f"\\\\{match[0]}", text',
-        "lambda match: match[0], text",
+        'f"\\\\{token}"',
+        "token",
         what_stands_between_the_marks_is_what_is_trained,
     ),
     "what a terminal obeys": (
