@@ -205,6 +205,7 @@ def page(result: dict) -> str:
         main_rows=[(row["label"], _main_cells(row)) for row in result["rows"]],
         under_table=_under_table(result),
         matrix=_matrix(result),
+        bracketed=BRACKETED,
         groups=grouped(columns_of(result)),
         marked=marked,
         pictures=_pictures(result),
