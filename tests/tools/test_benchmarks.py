@@ -256,3 +256,45 @@ def test_the_qlora_benchmark_compares_equal_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(benchmark.INJECT, benchmark.OURS, other)
     with pytest.raises(RuntimeError, match="cannot be compared"):
         benchmark.measure("tiny", 7)
+
+
+def test_the_lora_benchmark_compares_equal_work_in_both_dtypes(tmp_path, monkeypatch):
+    import lora_step as benchmark
+
+    benchmark.main(["--model", "tiny", "--rounds", "7"])
+    result = json.loads((tmp_path / "out/lora_step.json").read_text())
+    assert [case["dtype"] for case in result["cases"]] == ["float32", "bfloat16"]
+    for case in result["cases"]:
+        names = [row["name"] for row in case["rows"]]
+        assert names[0] == "peft" and names[-1] == "ours" and len(names) == 4
+    scale = benchmark.ALPHA
+    monkeypatch.setattr(
+        benchmark.lora,
+        "inject",
+        lambda model, r, alpha, inject=benchmark.lora.inject: inject(
+            model, r=r, alpha=1.1 * scale
+        ),
+    )
+    with pytest.raises(RuntimeError, match="cannot be compared"):
+        benchmark.measure("tiny", 7, ["float32"])
+
+
+def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypatch):
+    import rounding as benchmark
+
+    monkeypatch.setattr(benchmark, "SHAPES", [(64, 64, 512)])
+    benchmark.main(["--model", "tiny", "--rounds", "7", "--steps", "2"])
+    result = json.loads((tmp_path / "out/rounding.json").read_text())
+    small = {row["name"]: row["shares"][0] for row in result["projections"][0]["rows"]}
+    assert small[benchmark.PLAIN] == 0 < small[benchmark.TWICE] < 0.2
+    for name in (benchmark.OURS, benchmark.WIDE, benchmark.ONE, benchmark.FLOAT32):
+        assert 0.95 < small[name] < 1.05, name
+    gained = {
+        row["series"]: row["losses"][0] - row["losses"][-1]
+        for row in result["curves"]
+        if row["rate"] == 1e-4
+    }
+    full = gained.pop(benchmark.FULL)
+    assert gained[benchmark.OUR_CURVE] > 0.9 * full
+    assert gained[benchmark.EQUATION] < 0.5 * full > gained[benchmark.PEFT]
+    assert "<svg" in (tmp_path / "out/rounding.svg").read_text()
