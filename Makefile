@@ -8,6 +8,7 @@ JOBS ?= 2
 TUNE ?=
 FAMILY ?=
 PAGED ?=
+DTYPE ?=
 DATA ?=
 SCORER ?=
 SEEDS ?=
@@ -52,6 +53,7 @@ help: ## this list
 	@echo '  TUNE=1            compare: search the settings instead of using the shipped'
 	@echo '  FAMILY=1          compare: DoRA, PiSSA, LoRA+ and other relatives too'
 	@echo '  PAGED=0.25        compare: this share of the optimizer states in memory'
+	@echo '  DTYPE=float32     compare: not the dtype in which this machine is fastest'
 	@echo '  DATA=rows.jsonl   compare: on your own rows, {"prompt": …, "completion": …}'
 	@echo '  SCORER=label      compare: what is right: exact, json, label, rouge-l, a .py'
 	@echo '  SEEDS=3           compare: train that often, with seeds 0, 1 and 2; by default once'
@@ -63,6 +65,7 @@ help: ## this list
 compare: $(MODEL) ## the main job: every method on one task, as a table and a page
 	@$(BIN)/python -m peft_from_scratch compare $(if $(TUNE),--tune) \
 	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) \
+	    $(if $(DTYPE),--dtype $(DTYPE)) \
 	    $(if $(DATA),--data '$(DATA)') $(if $(SCORER),--scorer '$(SCORER)') \
 	    $(if $(SEEDS),--seeds '$(FIRST_SEEDS)') $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 

@@ -73,6 +73,7 @@ def measure(side: int, rounds: int) -> dict:
     }
     return {
         "benchmark": "nf4",
+        "dtype": "float32",
         "side": side,
         "block": BLOCK,
         "rounds": rounds,

@@ -2,6 +2,11 @@
 
 The candidates take turns in one process, so that a machine which slows down slows all
 of them; a ratio compares two times of one round.
+
+Beside other work, even that is not enough: threads wait for each other, and whoever
+has more of them to wait for looks slower. So a machine with a load above 0.5 a core
+when a benchmark starts counts as busy. Its ratios are then of processor time, and
+nothing is recorded unless --allow-load asks for it; the record says which clock it was.
 """
 
 import argparse
@@ -16,11 +21,14 @@ from statistics import median
 import torch
 
 from peft_from_scratch.common.atomic import new_file
+from peft_from_scratch.common.provenance import processor
 from peft_from_scratch.comparison.timing import synchronize
 
 WARM_UP = 3  # rounds that are not counted
 FEWEST = 7  # counted rounds
 RESULTS, OUT = Path(__file__).parent / "results", Path("out")
+BUSY = 0.5  # load a core, above which a wall clock is not believed
+WALL, PROCESSOR = "wall", "processor"  # clocks; the places of a time in Times
 
 Times = dict[str, list[tuple[float, float]]]  # (seconds, of processor time), by round
 
@@ -60,9 +68,9 @@ def take_turns(
 
 
 def table(times: Times, first: str) -> list[dict]:
-    """As `ratios`, with the ratio of the processor times."""
-    walls = {name: [seconds for seconds, _ in laps] for name, laps in times.items()}
-    rows = ratios(walls, first)
+    """As `ratios`, by the clock that is believed, with the ratio of processor times."""
+    which = (WALL, PROCESSOR).index(clock())
+    rows = ratios({n: [lap[which] for lap in laps] for n, laps in times.items()}, first)
     for row in rows:
         pairs = zip(times[row["name"]], times[first], strict=True)
         row["processor_ratio"] = median(mine[1] / other[1] for mine, other in pairs)
@@ -88,6 +96,7 @@ def ratios(seconds: dict[str, list[float]], first: str) -> list[dict]:
 
 def lines(rows: list[dict], rounds: int) -> list[str]:
     """The table as text, for a terminal."""
+    busy = f"The machine is busy, {_a_core()}: all of these times are processor time."
     return [
         f"{'median of ' + str(rounds) + ' rounds':30}"
         f"{'seconds':>8}{'ratio':>8}{'lowest':>8}{'highest':>8}{'processor time':>16}",
@@ -96,6 +105,7 @@ def lines(rows: list[dict], rounds: int) -> list[str]:
             f"{row['high']:8.2f}{row['processor_ratio']:16.2f}"
             for row in rows
         ),
+        *([busy] if clock() == PROCESSOR else []),
     ]
 
 
@@ -105,7 +115,32 @@ def verdict(ratio: float, target: float) -> str:
 
 def load() -> float | None:
     """The load average of the last minute, where the system has one."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+START = load()  # before any work of our own
+
+
+def clock() -> str:
+    """The clock whose ratios are believed: wall, or on a busy machine processor."""
+    return PROCESSOR if (START or 0) > BUSY * os.cpu_count() else WALL
+
+
+def conditions() -> dict:
+    """Under which a result was measured, as JSON can hold it."""
+    return {
+        "clock": clock(),
+        "load_before": START,
+        "load_after": load(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }
+
+
+def _a_core() -> str:
+    cores = os.cpu_count()
+    return f"a load of {START} on {cores} cores, {(START or 0) / cores:.2f} a core"
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -119,6 +154,11 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--record", action="store_true", help=f"write to {RESULTS.name}/, for git"
     )
     new.add_argument(
+        "--allow-load",
+        action="store_true",
+        help="record on a busy machine as well, with ratios of processor time",
+    )
+    new.add_argument(
         "--out", type=Path, default=OUT, help="folder of a result that is not recorded"
     )
     return new
@@ -129,13 +169,18 @@ def parsed(new: argparse.ArgumentParser, arguments: list[str]) -> argparse.Names
     asked = new.parse_args(arguments)
     if asked.rounds < FEWEST or (asked.threads is not None and asked.threads < 1):
         new.error(f"--rounds: at least {FEWEST}; --threads: at least 1")
+    if asked.record and clock() == PROCESSOR and not asked.allow_load:
+        new.error(
+            f"the machine is busy, {_a_core()}; nothing is recorded above {BUSY}. Wait "
+            "until it is idle, or record ratios of processor time with --allow-load"
+        )
     if asked.threads:
         torch.set_num_threads(asked.threads)
     return asked
 
 
 def write(result: dict, record: bool, place: str | None = None, out: Path = OUT) -> str:
-    """Write the result to a folder, or to results/ with a place's name in its own.
+    """Write result and conditions to a folder, or to results/ with a place's name.
 
     The place is the machine, or what else was measured: a GPU.
 
@@ -145,6 +190,7 @@ def write(result: dict, record: bool, place: str | None = None, out: Path = OUT)
     slug = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
     folder, name = (RESULTS, f"-{slug}") if record else (out, "")
     file = folder / f"{result['benchmark']}{name}.json"
+    result = result | {"conditions": conditions()}
     with new_file(file) as new:
         new.write_text(json.dumps(result, indent=2) + "\n")
     return f"written to {os.path.relpath(file)}"

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from peft_from_scratch.common import atomic
 from peft_from_scratch.common.marks import between_marks
 from peft_from_scratch.common.provenance import ROOT
-from peft_from_scratch.comparison import findings
-from peft_from_scratch.comparison.columns import COLUMNS
+from peft_from_scratch.comparison import background, findings
+from peft_from_scratch.comparison.columns import ABSENT, COLUMNS, LETTERS
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.methods import METHODS
 
@@ -23,6 +23,7 @@ RESULT = ROOT / "data" / "results" / "compare.json"
 PAGE = ROOT / "README.md"
 SHOWN = (
     "Exact match",
+    "Letters",
     "Over few-shot",
     "Forgetting",
     "Trainable",
@@ -41,15 +42,25 @@ def renewed(page: str, result: dict) -> str:
 
 
 def results(result: dict) -> str:
-    """The finding, the main columns as a Markdown table, and where they come from."""
-    columns = [column for name in SHOWN for column in COLUMNS if column.name == name]
-    heads = ["Method", *(f"{c.name}, {c.unit}" for c in columns)]
+    """The finding, the main columns as a Markdown table, and where they come from.
+
+    A column in which no row has a value is left out.
+    """
+    columns = [
+        column
+        for name in SHOWN
+        for column in COLUMNS
+        if column.name == name
+        and any(column.cell(row) != ABSENT for row in result["rows"])
+    ]
+    heads = ["Method", *(", ".join(filter(None, (c.name, c.unit))) for c in columns)]
     lines = [heads, ["---", *("---:" for _ in columns)]]
     for row in result["rows"]:
         lines.append([row["label"], *(column.cell(row) for column in columns)])
-    machine = result["provenance"]["machine"]
-    wall = result["wall"]["sentence"]
-    return f"**{findings.headline(result)}.**\n\n{_table(lines)}\n\n{machine}. {wall}\n"
+    notes = [background.clock(result), result["wall"]["sentence"]]
+    if result.get("pairs"):
+        notes = [LETTERS, *background.resolution(result), *notes]
+    return f"**{findings.headline(result)}.**\n\n{_table(lines)}\n\n{' '.join(notes)}\n"
 
 
 def methods() -> str:

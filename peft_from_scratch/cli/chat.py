@@ -15,7 +15,7 @@ from ..common import records
 from ..common.check import require
 from ..core.decoder import positions
 from ..files import exchange
-from ..models.load import describe, load_model
+from ..models.load import AUTO, describe, load_model
 from ..tasks.jsonl import is_unicode
 from ..tasks.templates import TEMPLATES, encode_prompt, stop_token
 
@@ -31,7 +31,8 @@ def chat(options) -> None:
 
     Raises  ValueError  a record that is needed and broken, naming its file
     """
-    model, tokenizer = load_model(options.base, device=options.device)
+    dtype = options.dtype or AUTO
+    model, tokenizer = load_model(options.base, device=options.device, dtype=dtype)
     if options.adapter:
         exchange.load_as_trained(model, options.adapter)
     template, instruction = _manner(options, tokenizer)

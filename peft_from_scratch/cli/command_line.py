@@ -18,6 +18,7 @@ from ..methods import METHODS
 TEMPLATES = ("chat", "raw")
 OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 RESUMABLE = ("compare", "train", "ledger")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
 
 
@@ -54,7 +55,8 @@ def _replace_what_cannot_be_shown() -> None:
     lenient = {"strict": "replace", "surrogateescape": "bytes of names, else ?"}
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in lenient:
-            stream.reconfigure(errors=lenient[stream.errors])
+            # Line by line, so that a log file says at once what a terminal would.
+            stream.reconfigure(errors=lenient[stream.errors], line_buffering=True)
 
 
 def _shown(error: UnicodeError) -> tuple[bytes, int]:
@@ -138,6 +140,7 @@ def _compare(commands) -> None:
         help="search the settings on validation first (half an hour on two cores)",
     )
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_compare)
 
 
@@ -179,6 +182,7 @@ def _train(commands) -> None:
     command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
     command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_train)
 
 
@@ -191,6 +195,7 @@ def _chat(commands) -> None:
     command.add_argument("--system", help=f"the instruction; {as_trained}")
     command.add_argument("--template", choices=TEMPLATES, help=as_trained)
     _base(command)
+    _dtype(command)
     command.set_defaults(run=run_chat)
 
 
@@ -286,6 +291,14 @@ def _base(command) -> None:
     )
 
 
+def _dtype(command) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the base; auto, the default: bfloat16 where the machine is fast in it",
+    )
+
+
 def run_doctor(options) -> int:
     from .doctor import run
 
@@ -299,7 +312,7 @@ def run_compare(options) -> None:
     from .commands import given
 
     names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
-    names += ("out", "max_tokens", *OF_DATA)
+    names += ("dtype", "out", "max_tokens", *OF_DATA)
     chosen = given(options, *names)
     if options.data is not None:
         chosen = own_data(options.data, chosen)

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from ..core.counting import count
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
-from ..models.load import describe, load_model
+from ..models.load import AUTO, describe, load_model, pick_device, pick_dtype
 from ..nf4 import dequantize_model
 from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
@@ -34,6 +35,7 @@ from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
+from ..training.precision import autocast_of, loaded_in
 from . import masks
 from .chat import RECORD
 
@@ -53,8 +55,13 @@ def fine_tune(options) -> None:
     """
     config, out = _config(options), _out(options)
     task = load_task(options.data, **given(options, *OF_DATA))
-    model, tokenizer = load_model(options.base, device=options.device)
-    print(describe(model))
+    dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
+    method, of_base = options.method, str(dtype).removeprefix("torch.")
+    model, tokenizer = load_model(
+        options.base, device=options.device, dtype=loaded_in(method, of_base)
+    )
+    config = replace(config, autocast=autocast_of(method, of_base))
+    print(describe(model) + (f", autocast to {of_base}" if config.autocast else ""))
     arguments = _arguments(options, tokenizer, task)
     torch.manual_seed(options.seed)
     named(options.method).module.inject(model, **arguments)
@@ -93,6 +100,7 @@ def fine_tune(options) -> None:
         encoded=(encoded["train"], encoded["validation"]),
         checkpoints=checkpoints,
     )
+    print(history.packing)
     after = answer(AFTER)
     exchange.save(model, out)
     _write_record(out, options, task, config, history, before, after)

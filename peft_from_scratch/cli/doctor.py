@@ -237,19 +237,23 @@ def costs() -> list[Finding]:
     from ..comparison import estimate
     from ..comparison.plan import Plan
     from ..models.load import pick_device
+    from ..models.speed import fast_dtype
 
     device = pick_device()
-    rates = estimate.measured_rates(device)
+    chosen = fast_dtype(device)
+    rates = estimate.measured_rates(device, chosen.dtype)
+    name = str(chosen.dtype).removeprefix("torch.")
     tokens, plan = estimate.chat_tokens_a_second(rates), Plan()
     compare = estimate.duration(estimate.compare_seconds(rates, plan))
     tune = estimate.duration(estimate.tuning_seconds(rates, plan))
     return [
         *busy(),
+        Finding("dtype", f"{name}, since {chosen.reason}"),
         training(rates, device, full=False),
         training(rates, device, full=True),
         Finding("chat", f"{tokens:.2g} tokens/s"),
         Finding("compare", f"{compare}; with TUNE=1 {tune} before that"),
-        Finding("how", method(rates, device)),
+        Finding("how", method(rates, device, name)),
     ]
 
 
@@ -283,7 +287,7 @@ def training(rates, device, *, full: bool) -> Finding:
     return Finding("full" if full else "LoRA", text)
 
 
-def method(rates, device) -> str:
+def method(rates, device, dtype: str) -> str:
     """The formula of the estimates, with what was measured for it just now."""
     from ..comparison import estimate
     from ..training.config import TrainConfig
@@ -292,7 +296,7 @@ def method(rates, device) -> str:
     many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
     layers, head = f"{estimate.LAYERS / 1e6:.0f}M", f"{estimate.HEAD / 1e6:.0f}M"
     text = (
-        f"FLOPs / ({estimate.EFFICIENCY} x rate). On {device}, float32 products of "
+        f"FLOPs / ({estimate.EFFICIENCY} x rate). On {device}, {dtype} products of "
         f"the model's shapes reach {many} GFLOP/s with 600 rows, {some} with 32, {one} "
         f"with 1. A step of {rows} rows is {layers} x "
         f"{rows * estimate.ROW_TOKENS} tokens + {head} x "

@@ -85,14 +85,14 @@ def marked(tokenizer, row: Encoded, control: dict[str, int], marks: Marks) -> st
         control  {token: id} of the control tokens, which are not text
     """
     ids, labels = row
-    written, start = [], 0
+    parts, start = [], 0
     for learned, group in groupby(labels, key=lambda label: label != IGNORED):
         end = start + len(list(group))
         text = "".join(_pieces(tokenizer, ids, start, end, control))
         text = text.replace("\n", f"{marks.line_end}\n")
-        written.append(f"{marks.begin}{text}{marks.end}" if learned else text)
+        parts.append(f"{marks.begin}{text}{marks.end}" if learned else text)
         start = end
-    return "".join(written)
+    return "".join(parts)
 
 
 def _pieces(tokenizer, ids, start, end, control) -> Iterator[str]:
@@ -124,8 +124,8 @@ def _decode(tokenizer, ids) -> str:
 
 def _letters(text, control) -> str:
     """Text with unseen characters escaped, and what only spells a control token."""
-    text = UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    return re.sub(letters.any_of(control), lambda found: f"\\{found[0]}", text)
+    text = UNSEEN.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return letters.replaced(text, {token: f"\\{token}" for token in control})
 
 
 def _has(stream: TextIO, signs: str) -> bool:

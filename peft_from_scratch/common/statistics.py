@@ -4,6 +4,7 @@
     of_scores           the mean of scores: right and wrong, or from 0 to 1
     paired_bootstrap    two methods on the same items
     over_seeds          one value a seed, by Student's t
+    t_tail              how rare a value of Student's t is
     nested_bootstrap    items within seeds
     share_of            a part of a whole, both measured
     of_median           the middle of values of whatever distribution
@@ -12,7 +13,7 @@ All intervals of claims are at CONFIDENCE.
 """
 
 from collections.abc import Sequence
-from math import comb
+from math import atan, comb, lgamma, pi, sqrt
 from statistics import NormalDist, fmean, median, stdev
 
 import numpy as np
@@ -127,6 +128,19 @@ def t_quantile(p: float, df: int) -> float:
         below = 0.5 + integral(middle) / (2 * integral(np.pi / 2)) < p
         low, high = (middle, high) if below else (low, middle)
     return float(df**0.5 * np.tan(low))
+
+
+def t_tail(t: float, df: float) -> float:
+    """P(|T| > t) of Student's t, for t >= 0: t_quantile's inverse, on both sides.
+
+    The same density, from the angle of t to π/2; the whole integral has a closed form.
+    """
+    points, weights = np.polynomial.legendre.leggauss(64)
+    start = atan(t / sqrt(df))
+    half = (pi / 2 - start) / 2
+    inside = half * weights @ np.cos(start + half * (points + 1)) ** (df - 1)
+    whole = sqrt(pi) / 2 * np.exp(lgamma(df / 2) - lgamma((df + 1) / 2))
+    return float(inside / whole)
 
 
 def nested_bootstrap(

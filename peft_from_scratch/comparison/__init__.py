@@ -13,7 +13,10 @@ that an equal tuning budget found for it. Reading order:
     tuning.py       the same search of settings for every candidate
     compare.py      the job: search, measure what was not measured yet, summarize, write
     summary.py      the table of a result from the figures of all candidates and seeds
-    columns.py, findings.py, figures.py, report.py    how a result is shown
+    intervals.py, letters.py    how sure it is, and which methods are told apart
+    apart.py        the same, read from a result: what every sentence asks first
+    findings.py, background.py, advice.py    a result in words
+    columns.py, figures.py, report.py    how a result is shown
     estimate.py     what it all costs on this machine
     reference.py    bitsandbytes' four bits, to be measured beside ours
 """

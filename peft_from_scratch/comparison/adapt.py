@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from ..memory.meter import Memory, measured_step
-from ..models.load import load_model
+from ..models.load import pick_dtype
 from ..tasks.messages import pairs
 from ..tasks.task import Task
 from ..training.config import History, TrainConfig
 from ..training.evaluation import Answers, answer_rows
 from ..training.loop import train
+from ..training.precision import autocast_of, loaded_in
 from .candidates import Candidate
-from .plan import Plan
+from .setup import Setup
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Adapted:
 
 def adapt(
     candidate: Candidate,
-    plan: Plan,
-    task: Task,
+    setup: Setup,
     setting: dict,
     seed: int,
     *,
@@ -58,6 +58,9 @@ def adapt(
 ) -> Adapted:
     """Load the base and adapt it by the candidate, with the given setting.
 
+    Weights of the model's own are trained in float32 (training/precision.py), and the
+    result is rounded to the dtype of the comparison, in which it then answers.
+
     Args
         setting      {"template": …} and, where the candidate trains, {"lr": …}; where
                      it is few-shot {"k": …, "order": …}
@@ -65,19 +68,28 @@ def adapt(
         search       for tuning: look at the validation rows at the end of training, and
                      do not count bytes
     """
-    begun = time.perf_counter()
-    model, tokenizer = load_model(plan.base, device=plan.device)
+    begun, task = time.perf_counter(), setup.task
+    model, tokenizer = setup.load(loaded_in(candidate.method, setup.dtype))
     if not candidate.trains:
         examples = _examples(candidate, task, setting)
         seconds = time.perf_counter() - begun
         return Adapted(model, tokenizer, setting["template"], examples, seconds=seconds)
     torch.manual_seed(seed)
     candidate.inject(model, **_init(candidate, tokenizer, task))
-    config = _config(candidate, plan, setting, seed, search)
+    config = _config(candidate, setup, setting, seed, search)
     memory = None if search else measured_step(model, tokenizer, task, config)
     seconds = time.perf_counter() - begun
     history = train(model, tokenizer, task, config, checkpoints=checkpoints)
+    if config.autocast:
+        _round(model, setup.dtype)
     return Adapted(model, tokenizer, config.template, (), history, memory, seconds)
+
+
+@torch.no_grad()
+def _round(model: nn.Module, dtype: str) -> None:
+    """Parameters to this dtype, and no buffer: rotary frequencies need float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(pick_dtype(dtype))
 
 
 def _examples(candidate: Candidate, task: Task, setting: dict) -> Sequence:
@@ -94,8 +106,9 @@ def _init(candidate: Candidate, tokenizer, task: Task) -> dict:
 
 
 def _config(
-    candidate: Candidate, plan: Plan, setting: dict, seed: int, search: bool
+    candidate: Candidate, setup: Setup, setting: dict, seed: int, search: bool
 ) -> TrainConfig:
+    plan = setup.plan
     steps = plan.steps_of(candidate)
     return TrainConfig(
         steps=steps,
@@ -103,6 +116,7 @@ def _config(
         lr=setting["lr"],
         lr_ratio=candidate.lr_ratio,
         paged=plan.paged,
+        autocast=autocast_of(candidate.method, setup.dtype),
         warmup=steps // 10,
         template=setting["template"],
         seed=seed,

@@ -6,11 +6,36 @@ in both, said the same way.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..common.units import MB
 
 ABSENT = "—"  # what stands where nothing was measured
+LETTERS = "Methods that share a letter cannot be told apart: undecided, not equal."
+SCORES = {  # of the scorers: name, what a method does, meaning
+    "exact": (
+        "Exact match",
+        "answers {} of the test rows exactly",
+        "Share of the test rows that the method answers exactly right.",
+    ),
+    "json": (
+        "JSON match",
+        "answers {} of the test rows with the right JSON",
+        "Share of the test rows whose answer is the right JSON value.",
+    ),
+    "label": (
+        "Right labels",
+        "labels {} of the test rows right",
+        "Share of the test rows that get the right label.",
+    ),
+    "rouge-l": (
+        "ROUGE-L",
+        "scores {} in ROUGE-L",
+        "Mean ROUGE-L: the longest common run of words, in order, of answer and "
+        "expected answer.",
+    ),
+}
+OWN_SCORE = ("Score", "scores {}", "Mean score of the test rows, by your scorer.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +83,22 @@ def percent(row: dict, share: float, sign: str = "") -> str:
 
 
 def exact_match(row: dict) -> str:
-    """Percent of the test rows answered exactly: rate [95 % interval]."""
+    """The mean score in percent: rate [95 % interval]."""
     ends = (found(row, "exact", end) for end in ("rate", "low", "high"))
     return _ranged(*ends, lambda share: percent(row, share))
+
+
+def score_words(result: dict) -> tuple[str, str, str]:
+    """What the score of this result is called, what methods do, and what it means."""
+    scorer = found(result, "data", "scorer") or "exact"
+    return SCORES.get(scorer, OWN_SCORE)
+
+
+def columns_of(result: dict) -> tuple[Column, ...]:
+    """COLUMNS, with the score named as this result's scorer has it."""
+    name, _, meaning = score_words(result)
+    score, *others = COLUMNS
+    return replace(score, name=name, meaning=meaning), *others
 
 
 def _over(reference: str) -> Column:
@@ -75,7 +113,7 @@ def _over(reference: str) -> Column:
         "Quality",
         f"Over {reference}",
         "points [95 %]",
-        f"Exact match minus that of {reference} prompting, on the same rows.",
+        f"The score minus that of {reference} prompting, on the same rows.",
         cell,
     )
 
@@ -121,10 +159,17 @@ def _memory(kind: str, meaning: str) -> Column:
 COLUMNS = (
     Column(
         "Quality",
-        "Exact match",
+        SCORES["exact"][0],
         "% [95 %]",
-        "Share of the test rows that the method answers exactly right.",
+        SCORES["exact"][2],
         exact_match,
+    ),
+    Column(
+        "Quality",
+        "Letters",
+        "",
+        LETTERS,
+        lambda row: row.get("letters") or ABSENT,
     ),
     _over("zero-shot"),
     _over("few-shot"),
@@ -176,7 +221,8 @@ COLUMNS = (
         "Decode step",
         "× base [range]",
         "Time to produce one token, as a multiple of the untouched base model's time "
-        "in the same minutes; 1 is no overhead.",
+        "in the same minutes; 1 is no overhead. Weights in four bits are kept "
+        "dequantized meanwhile, which takes as many bytes as the base's.",
         decode_time,
     ),
     Column(

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..common import atomic, records
 from ..common.digest import digest
 from ..common.provenance import provenance
+from ..models.load import pick_dtype
 from ..tasks import scorers
 from . import estimate, own_rows, report, shots
 from .candidates import Candidate
@@ -66,10 +67,13 @@ def _without_missing(plan: Plan) -> Plan:
 def _announce(setup: Setup, notes: list[str], tune: bool) -> None:
     """Print what is compared and, for the usual base, how long it will take."""
     print(setup.description)
+    if setup.why_dtype:
+        print(f"{setup.dtype}, since {setup.why_dtype}; DTYPE= names another one")
     for sentence in notes:
         print(sentence)
     if setup.plan.base == Plan.base:
-        rates, sizes = estimate.measured_rates(setup.device), own_rows.sizes(setup)
+        rates = estimate.measured_rates(setup.device, pick_dtype(setup.dtype))
+        sizes = own_rows.sizes(setup)
         seconds = estimate.compare_seconds(rates, setup.plan, sizes)
         search = estimate.tuning_seconds(rates, setup.plan, sizes)
         before = f", after a search of {estimate.duration(search)}" if tune else ""
@@ -160,6 +164,7 @@ def _configuration(
         "batch": plan.batch if candidate.trains else 0,
         "paged": plan.paged if candidate.trains else None,
         "device": setup.device.type,
+        "dtype": setup.dtype,
         "fingerprint": setup.fingerprint,
         "scorer": scorers.identity(setup.task.score),
     }

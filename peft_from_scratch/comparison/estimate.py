@@ -10,20 +10,17 @@ products of SmolLM2's own shapes, so that caches and threads weigh in as they wi
 These are estimates, to plan an afternoon by; an experiment measures.
 """
 
-import math
-import time
 from dataclasses import dataclass
 
 import torch
 
 from ..memory.formulas import adamw_bytes, lora_parameters
+from ..models.speed import DEPTH, HIDDEN, MLP, measured_rate
 from ..training.checkpoint import KEPT
 from . import tuning
 from .candidates import Candidate
 from .plan import Plan
-from .timing import synchronize
 
-HIDDEN, MLP, DEPTH = 576, 1536, 30  # SmolLM2-135M's sizes
 VOCABULARY = 49_152
 PROJECTIONS = (  # (d_out, d_in) of a layer's: q, k, v, o, gate, up, down
     (HIDDEN, HIDDEN),
@@ -47,7 +44,7 @@ LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gra
 ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template
 FEW_SHOT_TOKENS = 459  # of its prompt with eight examples
 GENERAL_TOKENS = 16 * 256  # that evaluate.general_loss reads
-TIMED_STEPS = 220  # one-token steps of timing.against_first, for one row of the table
+TIMED_STEPS = 110  # one-token steps of timing.against_first, for one row of the table
 
 
 @dataclass(frozen=True)
@@ -71,27 +68,15 @@ class Rates:
     one: float  # 1: a chat
 
 
-def measured_rates(device: torch.device, *, seconds: float = 0.4) -> Rates:
-    """The calibration: `seconds` for each of three sizes, in float32."""
-    return Rates(*(measured_rate(device, rows, seconds) for rows in (600, 32, 1)))
-
-
-def measured_rate(device: torch.device, rows: int, seconds: float) -> float:
-    """FLOP/s of x W^T, with a W of its own for each layer, each at its fastest.
-
-    x (rows, 576), W (1536, 576). Fastest, since other programs only ever slow it down.
-    """
-    x = torch.randn(rows, HIDDEN, device=device)
-    layers = [torch.randn(MLP, HIDDEN, device=device) for _ in range(DEPTH)]
-    fastest = [math.inf] * DEPTH
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or math.isinf(fastest[-1]):
-        for layer, W in enumerate(layers):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, W)
-            synchronize(device)
-            fastest[layer] = min(fastest[layer], time.perf_counter() - start)
-    return 2 * rows * HIDDEN * MLP * DEPTH / sum(fastest)
+def measured_rates(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seconds: float = 0.4,
+) -> Rates:
+    """The calibration: `seconds` for each of three sizes."""
+    sizes = (600, 32, 1)
+    return Rates(*(measured_rate(device, rows, seconds, dtype) for rows in sizes))
 
 
 def reading_flops(tokens: float, labels: float) -> float:

@@ -33,8 +33,8 @@ from ..plotting.theme import (
     style,
 )
 from ..training.config import History
-from . import findings
-from .columns import megabytes
+from . import apart, findings
+from .columns import megabytes, score_words
 
 KINDS = {"weights": GREY, "gradients": ORANGE, "optimizer": PURPLE, "activations": SKY}
 FOOT = 0.55  # inches under the axes for the ticks and the name of the x axis
@@ -53,33 +53,40 @@ def quality_against_parameters(
         result  of compare.compare
         width   inches; 4.2 suits a phone
     """
-    rows = [r for r in findings.measured(result) if r.get("trainable") is not None]
+    rows = [r for r in apart.measured(result) if r.get("trainable") is not None]
     with style(theme):
         figure, axes, points = _quality(result, rows, width, FOOT, theme)
-        if place_labels(axes, [row["label"] for row in rows], points):
+        if place_labels(axes, [_lettered(row) for row in rows], points):
             return figure
-        handles = [point(look(row["key"]), theme, label=row["label"]) for row in rows]
+        handles = [point(look(row["key"]), theme, label=_lettered(row)) for row in rows]
         room = legend(figure, handles)
         figure, *_ = _quality(result, rows, width, FOOT + room, theme)
         legend(figure, handles)
         return figure
 
 
+def _lettered(row: dict) -> str:
+    """The row's name, and the letters that it shares with what is not told apart."""
+    return f"{row['label']} ({row['letters']})" if row.get("letters") else row["label"]
+
+
 def _quality(
     result: dict, rows: Sequence[dict], width: float, below: float, theme: Theme
 ) -> tuple[Figure, Axes, list[Bbox]]:
     """The figure without its labels, and the pixels that each point covers."""
-    few_shot = findings.reference(result)
+    few_shot = apart.reference(result)
     band = " Grey band: few-shot's." if few_shot else ""
+    lettered = any(row.get("letters") for row in rows)
+    letters = " A shared letter: not told apart." if lettered else ""
     figure, axes = frame(
         findings.best(result),
-        f"Bars: 95 % intervals.{band} Points that would coincide stand side by side.",
+        f"Bars: 95 % intervals.{band}{letters} Coinciding points stand side by side.",
         width,
         3.4,
         below,
         theme,
     )
-    _percent_axis(axes)
+    _percent_axis(axes, score_words(result)[0])
     if few_shot:
         _, low, high = _percents(few_shot)
         axes.axhspan(low, high, color=theme.faint, alpha=0.6, linewidth=0, zorder=0)
@@ -95,11 +102,11 @@ def _percents(row: dict) -> list[float]:
     return [100 * row["exact"][end] for end in ("rate", "low", "high")]
 
 
-def _percent_axis(axes: Axes) -> None:
+def _percent_axis(axes: Axes, name: str) -> None:
     axes.set_ylim(-4, 104)  # whole markers at 0 and at 100
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y")
-    name_y(axes, "Exact match, % of test rows")
+    name_y(axes, f"{name}, %")
 
 
 def _parameter_axis(axes: Axes, counts: Sequence[int], theme: Theme) -> list[float]:
@@ -202,13 +209,11 @@ def loss_against_seconds(
 ) -> Figure:
     """The training loss of every method, against the seconds that it had trained."""
     series = findings.loss_by_second(result)
-    last = {label: points[-1][1] for label, points in series.items()}
-    lowest = min(last, key=last.get)
     return curves.lines(
         series,
         x="Seconds of training, s",
         y="Training loss, nats per label token",
-        title=f"{lowest} ends at the lowest training loss, {last[lowest]:.3f}",
+        title=findings.final_losses(result),
         subtitle=f"Mean of {findings.SMOOTHED} steps, on a logarithmic scale.",
         keys={row["label"]: row["key"] for row in result["rows"]},
         log="y",

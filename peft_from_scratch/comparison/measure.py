@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.load import OtherPrograms
 from ..core import adapter
 from ..core.counting import count as count_parameters
 from ..core.merge import merge
 from ..files import exchange
 from ..memory.meter import measure_step
-from ..models.load import load_model
+from ..nf4 import unpacked
 from ..tasks.messages import prompt_of
 from ..tasks.task import Task
 from ..tasks.templates import encode_prompt, stop_token
 from ..training import evaluation
 from ..training.config import History
+from ..training.generation import UNPACKED_BYTES
 from . import timing
 from .adapt import Adapted, adapt
 from .candidates import Candidate
@@ -42,12 +44,11 @@ def measure(
     answering one batch. Decoding and merging are measured against an untouched copy of
     the base.
     """
-    plan, task = setup.plan, setup.task
-    ready = adapt(candidate, plan, task, setting, seed, checkpoints=checkpoints)
+    plan, task, others = setup.plan, setup.task, OtherPrograms()
+    ready = adapt(candidate, setup, setting, seed, checkpoints=checkpoints)
     test = task.test.select(range(plan.rows))
     answers = ready.answer(task, test, checkpoints / "answers.json")
     history, clock = ready.history, Clock()
-    base, _ = load_model(plan.base, device=plan.device)
     adapter_folder = Path(plan.out) / "adapters" / f"{candidate.key}-{seed}"
     figures = {
         "correct": answers.correct,
@@ -64,7 +65,7 @@ def measure(
     count = clock.lap()
     figures["forgetting"] = _forgetting(setup.general, ready)
     general = clock.lap()
-    figures |= _inference(base, ready, task, test)
+    figures |= _inference(setup.base, ready, task, test)
     seconds = {
         "prepare": prepare,
         "train": history.seconds if history else 0.0,
@@ -74,7 +75,10 @@ def measure(
         "decode": clock.lap(),
     }
     step = history.seconds / history.steps if history else 0.0
-    return figures | {"seconds": seconds | {"step": step}}
+    return figures | {
+        "seconds": seconds | {"step": step},
+        "busy_elsewhere": others.cores(),
+    }
 
 
 class Clock:
@@ -181,7 +185,8 @@ def _inference(base: nn.Module, ready: Adapted, task: Task, test) -> dict:
         merged, merge = _merged(ready.model, prompt)
         if merged is not None:
             candidates["merged"] = (merged, prompt)
-    timed = timing.against_first(candidates)
+    with unpacked(ready.model, budget_bytes=UNPACKED_BYTES):  # as when it answers
+        timed = timing.against_first(candidates)
     decode = asdict(timed["adapted"]) | {"base_ms": timed["base"].ms}
     decode["merged"] = asdict(timed["merged"]) if "merged" in timed else None
     return {"decode": decode, "merge": merge}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..common import check
+from ..models.load import AUTO, DTYPES
 from ..tasks.task import Task, load_task
 from ..tasks.templates import TEMPLATES
 from ..training.config import TrainConfig
@@ -28,6 +30,8 @@ class Plan:
                   of rows of your own: arguments of tasks.task.load_task
         max_tokens   longest row; None: TrainConfig's, or all positions that there are
         device    None picks CUDA, then MPS, then the CPU
+        dtype     of the base's weights and of all products; "auto": see models.speed.
+                  What trains is in float32 in each case
         out       folder of all that is written
     Raises   ValueError   the field, its value and what is allowed
     """
@@ -48,6 +52,7 @@ class Plan:
     config: str | None = None
     max_tokens: int | None = None
     device: str | None = None
+    dtype: str = "auto"
     out: str = "out"
 
     def __post_init__(self):
@@ -68,6 +73,7 @@ class Plan:
             raise ValueError(
                 f"seeds={self.seeds}: different ones are needed, from 0 on"
             )
+        check.one_of("dtype", self.dtype, (AUTO, *DTYPES))
         if self.template not in (None, *TEMPLATES):
             raise ValueError(
                 f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "

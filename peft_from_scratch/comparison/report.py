@@ -7,13 +7,12 @@ forbids the browser whatever might still get through.
 """
 
 import base64
-import itertools
 import json
 import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from unicodedata import category
@@ -23,12 +22,23 @@ from matplotlib.figure import Figure
 
 from ..common import atomic
 from ..plotting.theme import DARK, LIGHT, svg
-from . import figures, findings
-from .columns import ABSENT, COLUMNS, Column
+from . import background, figures, findings
+from .advice import advice
+from .apart import pair
+from .columns import (
+    ABSENT,
+    LETTERS,
+    Column,
+    columns_of,
+    exact_match,
+    found,
+    megabytes,
+    percent,
+)
 
 LABEL = 26  # characters; longer names of methods are wrapped
 READABLE = 100  # characters; longer lines of prose are wrapped
-WIDE, NARROW = 7.4, 4.2  # inches; the figures' widths on a desk and on a phone
+WIDE, NARROW = 6.5, 4.2  # inches; the figures' widths on a desk and on a phone
 COMMAND = "make compare"
 
 
@@ -60,24 +70,34 @@ def table(result: dict, width: int | None = None) -> str:
         width  characters a line; None takes the terminal's
     """
     width = width or shutil.get_terminal_size((READABLE, 24)).columns
-    rows = result["rows"]
-    blocks = [_block(rows, columns) for columns in _blocks(rows, width)]
+    rows, columns = result["rows"], columns_of(result)
+    blocks = [_block(rows, block) for block in _blocks(rows, columns, width)]
     prose = [_prose(*part, min(width, READABLE)) for part in _sections(result)]
-    title = f"{findings.headline(result)}\n{findings.setting(result)}"
-    return "\n\n".join([title, *blocks, *prose])
+    title = [f"{findings.headline(result)}\n{background.setting(result)}"]
+    advised = [textwrap.fill(" ".join(advised_for(result)), min(width, READABLE))]
+    return "\n\n".join([*title, *filter(None, advised), *blocks, *prose])
+
+
+def advised_for(result: dict) -> list[str]:
+    """The advice, where the rows are the user's own."""
+    return advice(result) if result.get("data") else []
 
 
 def _sections(result: dict) -> list[tuple[str, list[str]]]:
     """(heading, paragraphs) of what stands under the table."""
-    settings = [f"{label}: {text}." for label, text in findings.settings(result)]
+    settings = [f"{label}: {text}." for label, text in background.settings(result)]
     wall = result.get("wall") or {}
     parts = (
+        ("What this run can tell", background.resolution(result)),
         ("Against few-shot prompting", findings.verdicts(result)),
         ("Of equal size, and in equal time", findings.views(result)),
-        ("How sure this is", findings.certainty(result)),
-        ("Settings", settings + findings.tuning(result)),
-        ("Where the time went", [wall["sentence"]] if wall.get("sentence") else []),
-        ("Reading the columns", findings.notes(result)),
+        ("How sure this is", background.certainty(result)),
+        ("Settings", settings + background.tuning(result)),
+        (
+            "Where the time went",
+            [background.clock(result), *filter(None, [wall.get("sentence")])],
+        ),
+        ("Reading the columns", background.notes(result)),
     )
     return [(heading, text) for heading, text in parts if text]
 
@@ -90,25 +110,36 @@ def _prose(heading: str, paragraphs: list[str], width: int) -> str:
     return "\n".join([heading, *lines])
 
 
-def _blocks(rows: list[dict], width: int) -> list[list[Column]]:
+def _blocks(
+    rows: list[dict], columns: Sequence[Column], width: int
+) -> list[list[Column]]:
     """The columns, in as many blocks as the width asks for."""
     room = width - _label_width(rows)
     blocks: list[list[Column]] = [[]]
-    for unit in _units(rows, room):
+    for unit in _units(rows, columns, room):
         if blocks[-1] and sum(_widths(rows, blocks[-1] + unit)) > room:
             blocks.append([])
         blocks[-1].extend(unit)
     return blocks
 
 
-def _units(rows: list[dict], room: int) -> Iterator[list[Column]]:
+def _units(
+    rows: list[dict], columns: Sequence[Column], room: int
+) -> Iterator[list[Column]]:
     """What must not be torn apart: a group; a column, where its group is too wide."""
-    for _, group in itertools.groupby(COLUMNS, lambda column: column.group):
-        columns = list(group)
-        if sum(_widths(rows, columns)) <= room:
-            yield columns
+    for group in grouped(columns).values():
+        if sum(_widths(rows, group)) <= room:
+            yield group
         else:
-            yield from ([column] for column in columns)
+            yield from ([column] for column in group)
+
+
+def grouped(columns: Sequence[Column]) -> dict[str, list[Column]]:
+    """{group: its columns}, in the table's order."""
+    groups: dict[str, list[Column]] = {}
+    for column in columns:
+        groups.setdefault(column.group, []).append(column)
+    return groups
 
 
 def _label_width(rows: list[dict]) -> int:
@@ -166,8 +197,14 @@ def page(result: dict) -> str:
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         result=result,
         findings=findings,
-        columns=COLUMNS,
-        groups=Counter(column.group for column in COLUMNS),
+        background=background,
+        advised=advised_for(result),
+        main_heads=_main_heads(result),
+        main_rows=[(row["label"], _main_cells(row)) for row in result["rows"]],
+        under_table=_under_table(result),
+        matrix=_matrix(result),
+        groups=grouped(columns_of(result)),
+        marked=marked,
         pictures=_pictures(result),
         answers=sample_answers(result),
         origin=origin(result),
@@ -175,6 +212,73 @@ def page(result: dict) -> str:
         light=LIGHT,
         dark=DARK,
     )
+
+
+# The three columns of the first screen: what a method reaches, what its training costs
+# once, and what each answer costs from then on.
+
+
+def _main_heads(result: dict) -> list[tuple[str, str]]:
+    name = columns_of(result)[0].name
+    lettered = any(row.get("letters") for row in result["rows"])
+    return [
+        (name, f"%{', letters' * lettered} [95\N{NO-BREAK SPACE}%]"),
+        ("Training", "s, peak MB"),
+        ("Answering", "s, decoding × base"),
+    ]
+
+
+def _main_cells(row: dict) -> list[dict]:
+    """The value of each column, its letters where it has any, and the second line."""
+    score, _, ends = exact_match(row).partition(" [")
+    ratio, peak = found(row, "decode", "ratio"), found(row, "memory", "peak")
+    training = ("none", "")
+    if row.get("trainable"):
+        training = (_seconds(row, "train"), f"{megabytes(peak)} MB")
+    answering = (_seconds(row, "answer"), ABSENT if ratio is None else f"{ratio:.2f} ×")
+    return [
+        {"value": value, "more": more, "letters": letters}
+        for value, more, letters in (
+            (score, f"[{ends}" if ends else "", row.get("letters")),
+            (*training, None),
+            (*answering, None),
+        )
+    ]
+
+
+def _seconds(row: dict, part: str) -> str:
+    spent = found(row, "seconds", part)
+    return ABSENT if spent is None else f"{spent:,.0f}"
+
+
+def _under_table(result: dict) -> list[str]:
+    """What must be read with the three columns."""
+    lettered = [LETTERS] if result.get("pairs") else []
+    return [*lettered, *background.resolution(result), background.clock(result)]
+
+
+def _matrix(result: dict) -> list[tuple[str, list[dict | None]]]:
+    """(label, a cell for every method) of each row; () where there are no pairs."""
+    rows = result["rows"] if result.get("pairs") else []
+
+    def cells(row):
+        return [_pair_cell(row, pair(result, row["key"], o["key"])) for o in rows]
+
+    return [(row["label"], cells(row)) for row in rows]
+
+
+def _pair_cell(row: dict, compared: dict | None) -> dict | None:
+    if compared is None:
+        return None
+    value, low, high = (
+        percent(row, compared[name], "+") for name in ("difference", "low", "high")
+    )
+    return {"value": value, "more": f"[{low}, {high}]", "apart": compared["apart"]}
+
+
+def marked(score: float) -> str:
+    """A sample's score in words: right, wrong, or a number between."""
+    return {1: "✓ right", 0: "✗ wrong"}.get(score, f"{score:.2f}")
 
 
 def sample_answers(result: dict) -> list[dict]:

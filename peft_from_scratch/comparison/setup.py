@@ -5,11 +5,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..common.digest import digest, sampled_crc
 from ..common.provenance import code_digest
 from ..core.decoder import positions
-from ..models.load import describe, load_model
+from ..models import speed
+from ..models.load import AUTO, describe, load_model, pick_device
 from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES
 from ..training.evaluation import general_loss
@@ -30,15 +33,16 @@ MEASURING = (
 
 @dataclass(frozen=True)
 class Setup:
-    """The plan with what it names; each candidate loads the base itself anew."""
+    """The plan with what it names, and what its candidates share."""
 
     plan: Plan
     task: Task
-    name: str  # the base's own
+    base: nn.Module  # untouched: what every candidate is timed against
+    tokenizer: PreTrainedTokenizerBase
     description: str
-    dtype: str
+    dtype: str  # of the base: what the plan's "auto" has become
+    why_dtype: str | None  # None where it was asked for
     device: torch.device
-    tokenizer: object
     positions: int | None  # of the base; None where it does not say
     max_tokens: int  # of a row
     templates: tuple[str, ...]  # that the base's tokenizer can write
@@ -47,7 +51,18 @@ class Setup:
     @cached_property
     def general(self) -> float:
         """The base's loss on general text, in nats per token; read when first asked."""
-        return general_loss(*load_model(self.plan.base, device=self.plan.device))
+        return general_loss(self.base, self.tokenizer)
+
+    def load(
+        self, dtype: str | None = None
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """A model of its own for one candidate, which may change it.
+
+        Args
+            dtype  None: that of the comparison
+        """
+        plan = self.plan
+        return load_model(plan.base, device=plan.device, dtype=dtype or self.dtype)
 
 
 def load_setup(plan: Plan) -> Setup:
@@ -57,17 +72,20 @@ def load_setup(plan: Plan) -> Setup:
     if plan.rows > len(task.test):
         print(f"{task.name} has {len(task.test)} test rows: all of them are answered")
         plan = replace(plan, rows=len(task.test))
-    model, tokenizer = load_model(plan.base, device=plan.device)
+    device = pick_device(plan.device)
+    why = speed.fast_dtype(device).reason if plan.dtype == AUTO else None
+    model, tokenizer = load_model(plan.base, device=device, dtype=plan.dtype)
     splits = [list(getattr(task, name)) for name in ("train", "validation", "test")]
     weights = [sampled_crc(parameter) for parameter in model.parameters()]
     return Setup(
         plan=plan,
         task=task,
-        name=model.config.name_or_path,
+        base=model,
+        tokenizer=tokenizer,
         description=f"{describe(model)}, seeds {', '.join(map(str, plan.seeds))}",
         dtype=str(model.dtype).removeprefix("torch."),
-        device=next(model.parameters()).device,
-        tokenizer=tokenizer,
+        why_dtype=why,
+        device=device,
         positions=positions(model),
         max_tokens=row_limit(model, plan.max_tokens),
         templates=TEMPLATES if tokenizer.chat_template else ("raw",),

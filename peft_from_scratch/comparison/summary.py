@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from statistics import fmean
 
-from ..common import statistics
+import numpy as np
+
+from . import intervals
+from .letters import letters
 from .measure import PARTS
 from .plan import Plan
 from .setup import Setup
@@ -26,11 +29,11 @@ def summary(
     """
     plan = setup.plan
     first = next(iter(measured.values()))[0]
-    references = {key: measured[key] for key in REFERENCES if key in measured}
+    rows, pairs = compared(measured)
     searched = [setting for setting in settings.values() if setting.file]
     return {
         "base": plan.base,
-        "base_name": setup.name,
+        "base_name": setup.base.config.name_or_path,
         "task": setup.task.name,
         "instruction": setup.task.instruction,
         "rows_tested": plan.rows,
@@ -41,7 +44,8 @@ def summary(
         "command": command(plan, tuned=not all(s.shipped for s in searched)),
         "tuned": _tuned(searched) if searched else None,
         "provenance": first["provenance"],
-        "rows": [_row(seeds, references) for seeds in measured.values()],
+        "rows": rows,
+        "pairs": pairs,
         "wall": _wall(measured),
     }
 
@@ -60,36 +64,49 @@ def command(plan: Plan, *, tuned: bool) -> str:
     return shlex.join([*start, *(["--tune"] if tuned else []), *asked])
 
 
-def _row(seeds: list[dict], references: dict[str, list[dict]]) -> dict:
-    """One row of the table: the first seed's figures, the quality over all seeds."""
-    row = {name: value for name, value in seeds[0].items() if name != "correct"}
-    row["exact"] = _exact(seeds)
-    row["per_seed"] = [sum(figures["correct"]) for figures in seeds]
-    row["against"] = {
-        key: _difference(seeds, reference)
-        for key, reference in references.items()
-        if reference is not seeds
+def compared(measured: Mapping[str, list[dict]]) -> tuple[list[dict], list[dict]]:
+    """The rows of the table, and every two of them compared.
+
+    A row has the first seed's figures, and the quality over all seeds: `exact`, the
+    letters that it shares with what it cannot be told apart from, and the difference
+    `against` each reference.
+    """
+    scores = {
+        key: np.array([figures["correct"] for figures in seeds], dtype=float)
+        for key, seeds in measured.items()
     }
-    return row
+    pairs = intervals.pairs(scores)
+    best_first = sorted(scores, key=lambda key: -scores[key].mean())
+    shared = letters(best_first, {frozenset((p.of, p.over)) for p in pairs if p.apart})
+    luck = intervals.seeds_luck(scores)
+    rows = [
+        {name: value for name, value in seeds[0].items() if name != "correct"}
+        | {
+            "exact": _exact(scores[key], luck),
+            "per_seed": [sum(figures["correct"]) for figures in seeds],
+            "letters": shared[key],
+            "against": _against(key, pairs),
+        }
+        for key, seeds in measured.items()
+    ]
+    return rows, [asdict(pair) for pair in pairs]
 
 
-def _difference(seeds: list[dict], reference: list[dict]) -> dict:
-    """Exact match minus that of the reference, paired by test row."""
-    ends = statistics.paired_bootstrap(_per_item(seeds), _per_item(reference))
-    return dict(zip(("difference", "low", "high"), ends, strict=True))
-
-
-def _exact(seeds: list[dict]) -> dict:
-    """Exact match; the interval counts a test row once, however many the seeds."""
-    right = _per_item(seeds)
-    k, n = sum(right), len(right)
-    low, high = statistics.wilson(k, n)
+def _exact(scores: np.ndarray, luck: intervals.Luck | None) -> dict:
+    """The mean score; a test row counts once, however many the seeds."""
+    low, high = intervals.interval(scores, luck)
+    seeds, n = scores.shape
+    k = float(scores.sum()) / seeds
     return {"k": k, "n": n, "rate": k / n, "low": low, "high": high}
 
 
-def _per_item(seeds: list[dict]) -> list[float]:
-    """For each test row, the share of seeds that answered it right."""
-    return [fmean(item) for item in zip(*(s["correct"] for s in seeds), strict=True)]
+def _against(key: str, pairs: list[intervals.Pair]) -> dict:
+    """{reference: the score minus that of the reference, on the same rows}."""
+    return {
+        pair.over: {"difference": pair.difference, "low": pair.low, "high": pair.high}
+        for pair in (*pairs, *map(intervals.turned, pairs))
+        if pair.of == key and pair.over in REFERENCES
+    }
 
 
 def _wall(measured: dict[str, list[dict]]) -> dict:

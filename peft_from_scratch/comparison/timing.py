@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..models.speed import synchronize
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -25,8 +27,8 @@ class Decoding:
 def against_first(
     candidates: dict[str, tuple[nn.Module, list[int]]],
     *,
-    tokens: int = 12,
-    rounds: int = 7,
+    tokens: int = 8,
+    rounds: int = 5,
 ) -> dict[str, Decoding]:
     """Time greedy decoding of each candidate, in turn, against the first one.
 
@@ -58,14 +60,6 @@ def step_seconds(
         for name, (model, prompt) in candidates.items():
             seconds[name].append(_seconds_a_step(model, [prompt] * batch, tokens))
     return {name: times[1:] for name, times in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it, so that a clock tells."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _summary(times, first) -> Decoding:

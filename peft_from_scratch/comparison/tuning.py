@@ -26,7 +26,6 @@ from ..common.grid import GROWTH, at_an_end, rate_past
 from ..common.provenance import ROOT, provenance
 from ..methods import named
 from ..tasks import scorers
-from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES
 from . import shots
 from .adapt import adapt
@@ -242,6 +241,7 @@ def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
     hashed = (
         setup.fingerprint,
         setup.device.type,
+        setup.dtype,
         plan.steps,
         plan.batch,
         VALIDATION_ROWS,
@@ -250,14 +250,15 @@ def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
     name = "-".join(str(part) for part in (candidate.key, *setting.values()))
     file = Path(plan.out) / "tuning" / f"{name}-{digest(hashed, plan.base)}.json"
     if not file.exists():
-        _write(file, _run(plan, candidate, setting, setup.task))
+        _write(file, _run(setup, candidate, setting))
     run = records.read_object(file)
     print(f"  {setting}: {run['correct']:.4g} of {run['rows']}")
     return run
 
 
-def _run(plan: Plan, candidate: Candidate, setting: dict, task: Task) -> dict:
-    ready = adapt(candidate, plan, task, setting, seed=0, search=True)
+def _run(setup: Setup, candidate: Candidate, setting: dict) -> dict:
+    task = setup.task
+    ready = adapt(candidate, setup, setting, seed=0, search=True)
     rows = task.validation.select(range(min(VALIDATION_ROWS, len(task.validation))))
     answers = ready.answer(task, rows)
     return {

@@ -15,7 +15,7 @@ Both occupy the positions 0 … n-1, and the first real token is at n:
     positions   – – n n+1 n+2 n+3    n + the number of real tokens before
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
 import torch
@@ -93,18 +93,44 @@ class DecoderAdapter(Adapter):
             past  the caller's tokens in the cache; None where it does not count
             t     new tokens
         """
-        if past is None:
-            return
+        if past is None or (attention_mask is not None and attention_mask.dim() == 4):
+            return  # packed rows were judged by their positions
         columns = past + t if attention_mask is None else attention_mask.shape[1]
         if columns != past + t:
             raise ValueError(
                 f"attention_mask has {columns} columns; the cache holds {past} tokens "
                 f"of yours, and {t} are new. {CUT}"
             )
-        if self.table is not None and self.n + past + t > self.table:
+        self.refuse_beyond_table(past + t)
+
+    def is_packed(self, attention_mask, position_ids, others: Mapping) -> bool:
+        """Whether a call reads packed rows, with a mask and a position for each token.
+
+        The mask is (b or 1, 1, t, t), and there is no cache. Where every token sees the
+        n of this adapter, they stand in front of each row.
+
+        Raises  ValueError  another mask that is not (b, t); a position that the model
+                            has not
+        """
+        square = (
+            isinstance(attention_mask, Tensor)
+            and attention_mask.dim() == 4
+            and attention_mask.shape[1] == 1
+            and attention_mask.shape[2] == attention_mask.shape[3]
+        )
+        alone = others.get("use_cache") is False and cache_of(others) is None
+        if not (square and alone and position_ids is not None):
+            refuse_4d(attention_mask)
+            return False
+        self.refuse_beyond_table(int(position_ids.max()) + 1)
+        return True
+
+    def refuse_beyond_table(self, tokens: int) -> None:
+        """ValueError for a text of more tokens than a table of positions has left."""
+        if self.table is not None and self.n + tokens > self.table:
             raise ValueError(
-                f"{past + t} tokens and {self.n} positions of the "
-                f"{type(self).__name__.lower()} are {self.n + past + t}; the model has "
+                f"{tokens} tokens and {self.n} positions of the "
+                f"{type(self).__name__.lower()} are {self.n + tokens}; the model has "
                 f"{self.table}. Allowed are {self.table - self.n} tokens: shorten them"
             )
 
@@ -213,7 +239,9 @@ def refuse_4d(attention_mask) -> None:
         )
         raise ValueError(
             f"attention_mask is {kind}: with a soft prompt or a prefix it must be "
-            "(batch, tokens), 1 at real tokens (static caches make others)"
+            "(batch, tokens), 1 at real tokens (static caches make others), or that of "
+            "packed rows, (batch, 1, tokens, tokens) with position_ids and "
+            "use_cache=False"
         )
 
 

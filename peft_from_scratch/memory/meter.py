@@ -12,6 +12,7 @@ here have both.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..common import scoped
 from ..paged import PagedAdamW
+from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.loop import encode_splits, micro_batches, optimizer_steps
+from ..training.packing import Packing, packing_for
 from ..training.state import TrainState, new_state
 
 ELSEWHERE = "elsewhere"  # a paged optimizer's file: no memory of ours
@@ -63,7 +66,7 @@ def measure_step(model: nn.Module, step: Callable[[], object]) -> Memory:
 
 
 def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Memory:
-    """Count the bytes of a run's largest step, the one with the most padded tokens.
+    """Count the bytes of a run's largest step, the one that reads the most tokens.
 
     The optimizer's state is there from the start, as in every step but the first.
     Weights, flags and random generators are as before when it returns.
@@ -72,7 +75,8 @@ def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Mem
     rows, _ = encode_splits(tokenizer, task, config)
     before = state.copies()
     steps = (micro_batches(rows, config, step) for step in range(config.steps))
-    largest = max(steps, key=_padded_tokens)
+    packing = packing_for(model, rows)
+    largest = max(steps, key=partial(_most_tokens, packing))
     try:
         with (
             scoped.mode(model, training=True),
@@ -80,15 +84,15 @@ def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Mem
             state.without_gradients(),
         ):
             _allocate_moments(state)
-            loop = optimizer_steps(model, state, config, lambda _: largest)
+            loop = optimizer_steps(model, state, config, lambda _: largest, packing)
             return measure_step(model, lambda: next(loop))
     finally:
         state.load_weights(before)
 
 
-def _padded_tokens(micro_batches: list[list]) -> int:
-    """Tokens of a step's largest micro-batch, padding included."""
-    return max(len(rows) * max(len(ids) for ids, _ in rows) for rows in micro_batches)
+def _most_tokens(packing: Packing, micro_batches: list[list[Row]]) -> int:
+    """Tokens of a step's largest micro-batch, as the model reads it."""
+    return max(map(packing.tokens, micro_batches))
 
 
 def _allocate_moments(state: TrainState) -> None:

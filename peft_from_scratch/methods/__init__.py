@@ -69,6 +69,8 @@ class Method:
         rates          peak learning rates that a search tries first
         lr             peak learning rate that is used where nobody has searched; within
                        half a decade of the optimum on SmolLM2 where that was searched
+        own_weights    whether it trains the model's own weights, which must then be in
+                       float32: training/precision.py
         hyper          the arguments of inject that the configuration of an experiment's
                        run states, with their defaults there: stored runs hold them
         compared       its row of the comparison; None: it has none
@@ -87,6 +89,7 @@ class Method:
     peft_file: str
     rates: tuple[float, ...] = ADDED_MATRICES
     lr: float = 1e-3
+    own_weights: bool = False
     hyper: Mapping[str, object] = field(default_factory=dict)
     compared: Compared | None = None
 
@@ -116,6 +119,7 @@ METHODS = (
         peft_file="no",
         rates=WHOLE_MODEL,
         lr=1e-4,
+        own_weights=True,
         compared=Compared(),
     ),
     Method(
@@ -292,6 +296,7 @@ METHODS = (
         trains="the biases",
         mergeable="is merged",
         peft_file="no",
+        own_weights=True,
     ),
 )
 

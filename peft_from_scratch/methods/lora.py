@@ -62,10 +62,11 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        W0x, x = self.base(x), self.dropout(x)
-        if lora_fast.is_safe(self.base, W0x):  # the lines below in one step, and faster
-            return lora_fast.LowRankUpdate.apply(W0x, x, self.A, self.B, self.scale)
-        Ax = F.linear(x.to(self.A.dtype), self.A)
+        base, dropped = self.base, self.dropout(x)
+        if lora_fast.is_safe(base, x):  # the lines below in one step, rounded once
+            return lora_fast.low_rank_sum(base, x, dropped, self.A, self.B, self.scale)
+        W0x = base(x)
+        Ax = F.linear(dropped.to(self.A.dtype), self.A)
         h = W0x + self.scale * F.linear(Ax, self.B)
         return h.to(W0x.dtype)
 

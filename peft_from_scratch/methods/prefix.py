@@ -33,7 +33,6 @@ from ..core.decoder import (
     cache_length,
     cache_of,
     find_decoder,
-    refuse_4d,
     token_ids,
 )
 from ..core.decoder_probe import refuse_unless_equal
@@ -54,9 +53,10 @@ class Prefix(DecoderAdapter):
         n       trained positions, 1 <= n <= 4096
         start, hidden   see PrefixConfig
     Returns  what the trunk returns
-    Raises   ValueError   a mask that is not (b, t); a cache that was filled without P;
-             more tokens than the table of positions has places left; an attention
-             implementation that was set after the injection, and would ignore P
+    Raises   ValueError   a mask that is not (b, t), nor of packed rows; a cache that
+             was filled without P; more tokens than the table of positions has places
+             left; an attention implementation that was set after the injection, and
+             would ignore P
     Memory   n · 2 · layers · h_kv · d parameters; with the MLP, far more until drop_mlp
     Departs  [1] has P_K before the rotation of rotary models, which it does not know.
              Here P_K is not rotated, as in PEFT. A sliding window never hides P.
@@ -116,7 +116,7 @@ class Prefix(DecoderAdapter):
         inputs_embeds: Tensor | None = None,
         **others,
     ):
-        refuse_4d(attention_mask)
+        self.is_packed(attention_mask, position_ids, others)
         _refuse_another(self.base.config._attn_implementation, self.implementation)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         t, cache = tokens.shape[1], cache_of(others)

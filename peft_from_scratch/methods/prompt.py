@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -24,7 +25,6 @@ from ..core.decoder import (
     cache_length,
     cache_of,
     find_decoder,
-    refuse_4d,
     token_ids,
 )
 from ..core.decoder_probe import refuse_unless_equal
@@ -44,10 +44,11 @@ class Prompt(DecoderAdapter):
         n      trained positions, 1 <= n <= 4096
         start  "random", "vocabulary", or token ids; see PromptConfig
     Returns  what the trunk returns, without the n positions
-    Raises   ValueError   n or start out of range; a mask that is not (b, t); a row
-             of padding alone, with a cache; a cache that was filled without P, or has
-             no room for it; rows that are packed into one; an argument with one value
-             a token, which P has not; more tokens than the model has positions left
+    Raises   ValueError   n or start out of range; a mask that is not (b, t), nor of
+             packed rows; a row of padding alone, with a cache; a cache that was filled
+             without P, or has no room for it; rows that are packed into one without a
+             mask; an argument with one value a token, which P has not; more tokens than
+             the model has positions left
     Memory   n d parameters, and activations for n more tokens in every row
     Departs  [1] places P before everything. Here it comes after the padding on the
              left, so that a row's answer does not depend on its neighbours' lengths.
@@ -82,19 +83,21 @@ class Prompt(DecoderAdapter):
         inputs_embeds: Tensor | None = None,
         **others,
     ):
-        refuse_4d(attention_mask)
+        packed = self.is_packed(attention_mask, position_ids, others)
         embedding = self.base.get_input_embeddings()
         E = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         b, t, _ = E.shape
         cache = cache_of(others)
         first = self.begins(cache)
-        pads = left_padding(attention_mask, b, E.device)  # (b,)
+        pads = left_padding(None if packed else attention_mask, b, E.device)  # (b,)
         self._refuse_misread(pads, t, attention_mask, position_ids, others, first)
         if position_ids is not None or attention_mask is not None:
             position_ids = self.shifted_position_ids(
                 position_ids, attention_mask, 0, t, E.device
             )
-        if attention_mask is not None:
+        if packed:
+            attention_mask = in_front_of_square(attention_mask, self.n)
+        elif attention_mask is not None:
             ones = attention_mask.new_ones(b, self.n)
             attention_mask = insert_after_padding(pads, ones, attention_mask)
         if first:
@@ -232,8 +235,8 @@ def _refuse_packed(position_ids, attention_mask, others: Mapping) -> None:
         what = ", ".join(named) or "position_ids without attention_mask that restart"
         raise ValueError(
             f"{what}: several rows are packed into one, and a soft prompt would stand "
-            "before the first alone. Pad the rows instead, or train a prefix, which "
-            "every packed row sees"
+            "before the first alone. Pad the rows instead, train a prefix, which every "
+            "packed row sees, or give attention_mask (batch, 1, tokens, tokens)"
         )
 
 
@@ -257,6 +260,19 @@ def _refuse_padding_alone(pads: Tensor, t: int) -> None:
             "and no place for its prompt: let the first piece of a prefill "
             "reach into every row (prefill_chunk_size), or sort rows by length"
         )
+
+
+def in_front_of_square(mask: Tensor, n: int) -> Tensor:
+    """The mask (b, 1, n + t, n + t) of packed rows (b, 1, t, t), with P in front.
+
+    Every token sees all of P, and P sees of itself what stands before.
+    """
+    true = mask.dtype == torch.bool
+    shown, hidden = (True, False) if true else (0.0, torch.finfo(mask.dtype).min)
+    wide = F.pad(mask, (n, 0, n, 0), value=shown)
+    later = torch.ones(n, wide.shape[-1], dtype=torch.bool, device=mask.device).triu(1)
+    wide[..., :n, :].masked_fill_(later, hidden)
+    return wide
 
 
 def insert_after_padding(pads: Tensor, new: Tensor, old: Tensor) -> Tensor:

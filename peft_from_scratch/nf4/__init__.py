@@ -11,6 +11,8 @@ scale, the largest absolute value. Read spec.py first: it is the whole algorithm
               eighth of all bytes
     linear    a projection in four bits, dequantized for one product at a     linear.py
               time; a whole model of such projections
+    keeping   weights that stay dequantized while a model answers, within    keeping.py
+              a budget of bytes
     affine    for comparison: four bits with two constants a block            affine.py
 
 The scales take 32 / 64 bits a weight, so a weight takes 4.5 bits. With double
@@ -37,6 +39,7 @@ OF_MODELS = lazy.homes(
             "quantize_model",
             "share_buffer",
         ),
+        "nf4.keeping": ("Unpacked", "unpacked"),
         "files.quantized": ("load", "save"),
     }
 )

@@ -8,12 +8,14 @@ definition, for every tensor of finite values; tests hold it to the last bit:
     dequantize(q, torch.float32) == spec_dequantize(codes, absmax, block, codebook)
 
 Double quantization changes absmax alone: with q.constants() in its place the last line
-holds as well. Three things make the fast way fast, and leave the results as they are:
+holds as well. Four things make the fast way fast, and leave the results as they are:
 
-    pieces     each operation works on 32,767 values at most, which stay in the cache
+    pieces     each operation works on a piece of the values that stays in the cache
     counting   fifteen comparisons in a row, each with all ratios of a piece, count the
                midpoints below a ratio; the spec makes fifteen results a ratio at once
     pairs      dequantize looks up a byte, and gets the values of both of its codes
+    in place   it looks them up into the result itself, where that is in float32, and
+               multiplies them there
 
 The largest value of a block is exact (its ratio is 1 or -1, which every codebook has),
 and zero is exact. The error of any other value is at most half of the gap between two
@@ -32,14 +34,16 @@ from torch import Tensor
 
 from ..common.check import one_of, require, whole
 from .codes import CODES, book, pairs
-from .double import CODEBOOKS, DoubleQuantized, double_quantize
+from .double import CODEBOOKS, DoubleQuantized, double_quantize, scale
 from .spec import pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Values worked on at a time. On a CPU: in its cache, and below the 32,768 from which on
-# torch shares an operation out, whose threads would then meet thirty times a chunk.
-# On a GPU: enough to keep it busy; its temporaries take 12 bytes a value, 50 MB in all.
-CHUNK, GPU_CHUNK = (1 << 15) - 1, 1 << 22
+# Values worked on at a time. On a CPU: in its cache. To quantize, below the 32,768 from
+# which on torch shares an operation out, whose threads would then meet thirty times a
+# chunk. To dequantize, four operations a chunk: smaller ones would take less time than
+# calling them. On a GPU: enough to keep it busy; its temporaries take 12 bytes a value
+# at most, 50 MB in all.
+CHUNK, LOOKUP_CHUNK, GPU_CHUNK = (1 << 15) - 1, 1 << 18, 1 << 22
 TINY = 1e-37  # float32: 1 / absmax overflows below 3e-39
 
 
@@ -127,7 +131,7 @@ def quantize(
     flat, device = w.detach().reshape(-1), w.device
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-len(flat) // block), dtype=torch.float32, device=device)
-    for start, stop in _chunks(len(flat), block, device):
+    for start, stop in _chunks(len(flat), block, device, CHUNK):
         constants = absmax[start // block : -(-stop // block)]
         ratios = _ratios(flat[start:stop].float(), block, constants)
         ratios = F.pad(ratios, (0, len(ratios) % 2))  # a byte's second code is of 0
@@ -161,11 +165,18 @@ def dequantize(
         )
     flat, absmax = out.view(-1), q.constants()
     table = pairs(q.codebook, q.packed.device)
-    for start, stop in _chunks(q.numel, q.block, out.device):
-        bytes_ = q.packed[start // 2 : -(-stop // 2)].int()
-        values = table.index_select(0, bytes_).view(torch.float32)
+    for start, stop in _chunks(q.numel, q.block, out.device, LOOKUP_CHUNK):
+        part, bytes_ = flat[start:stop], q.packed[start // 2 : -(-stop // 2)]
         constants = absmax[start // q.block : -(-stop // q.block)]
-        _scale(values[: stop - start], constants, q.block, flat[start:stop])
+        if _holds_pairs(part):
+            _look_up(table, bytes_, part.view(torch.int64))
+            scale(part, constants, q.block)
+        else:
+            found = torch.empty(len(bytes_), dtype=torch.int64, device=out.device)
+            _look_up(table, bytes_, found)
+            values = found.view(torch.float32)[: stop - start]
+            scale(values, constants, q.block)
+            part.copy_(values)
     return out.view(q.shape)
 
 
@@ -200,18 +211,30 @@ def _ratios(values: Tensor, block: int, absmax: Tensor) -> Tensor:
     return torch.cat([ratios.view(-1), last])
 
 
-def _scale(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """out = values times the absmax of their block."""
-    whole = len(values) // block * block
-    rows, constants = values[:whole].view(-1, block), absmax[: whole // block, None]
-    torch.mul(rows, constants, out=out[:whole].view(-1, block))
-    if whole < len(values):
-        torch.mul(values[whole:], absmax[-1], out=out[whole:])
+def _holds_pairs(part: Tensor) -> bool:
+    """Whether these values can be written two at a time, as float32."""
+    pairs_fit = part.storage_offset() % 2 == len(part) % 2 == 0
+    return part.dtype == torch.float32 and pairs_fit
 
 
-def _chunks(n: int, block: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of pieces of whole blocks and whole bytes."""
-    most = CHUNK if device.type == "cpu" else GPU_CHUNK
+def _look_up(table: Tensor, bytes_: Tensor, out: Tensor) -> None:
+    """out = table[bytes_].
+
+    A lookup of one row is the work of one thread; so each thread gets a row.
+    """
+    threads = torch.get_num_threads() if out.device.type == "cpu" else 1
+    if threads == 1 or len(out) % threads:
+        torch.index_select(table, 0, bytes_.int(), out=out)
+    else:
+        rows = bytes_.view(threads, -1).long()
+        torch.gather(table.expand(threads, -1), 1, rows, out=out.view(threads, -1))
+
+
+def _chunks(
+    n: int, block: int, device: torch.device, most: int
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of whole blocks and bytes; on a CPU of `most` values."""
+    most = most if device.type == "cpu" else GPU_CHUNK
     size = 2 * block * max(1, most // (2 * block))
     for start in range(0, n, size):
         yield start, min(start + size, n)

@@ -61,14 +61,23 @@ class DoubleQuantized:
 
     def dequantize(self) -> Tensor:
         """values[code] · nested_absmax + offset: (blocks,) float32."""
-        values = book(self.codebook, self.codes.device).values[self.codes.int()]
-        scales = self.nested_absmax.repeat_interleave(BLOCK)[: len(values)]
-        return values * scales + self.offset
+        values = book(self.codebook, self.codes.device).values
+        constants = values.index_select(0, self.codes.int())
+        scale(constants, self.nested_absmax, BLOCK)
+        return constants.add_(self.offset)
 
     def to(self, device: torch.device | str) -> "DoubleQuantized":
         """The same on another device."""
         tensors = (self.codes, self.nested_absmax, self.offset)
         return DoubleQuantized(*(t.to(device) for t in tensors), self.codebook)
+
+
+def scale(values: Tensor, constants: Tensor, block: int) -> None:
+    """Multiply the values of each block by its constant, in place."""
+    whole = len(values) // block * block
+    values[:whole].view(-1, block).mul_(constants[: whole // block, None])
+    if whole < len(values):
+        values[whole:].mul_(constants[-1])
 
 
 def double_quantize(

@@ -7,7 +7,8 @@ Gradients pass through W' to x. The codes have no gradient and never train.
 
 All layers share one buffer, as large as the largest weight in full. The last layer
 frees it before the logits are computed, where a training step's memory peaks. The price
-is time: a training step dequantizes each weight twice.
+is time: a training step dequantizes each weight twice. While a model answers, weights
+may stay dequantized, within a budget (keeping.py).
 """
 
 import threading
@@ -72,6 +73,7 @@ class NF4Linear(QuantizedLinear):
         self.block, self.codebook, self.dtype = q.block, q.codebook, q.dtype
         self.compute_dtype, self.transposed = compute_dtype, transposed
         self.buffer, self.is_last = DequantBuffer(), False  # see share_buffer
+        self.unpacked = None  # inside the block of `nf4.unpacked`, what it keeps
         self.register_parameter("bias", bias)
         self.register_buffer("packed", q.packed)
         # The names are keys of state dicts, and stay as they are.
@@ -108,25 +110,53 @@ class NF4Linear(QuantizedLinear):
 
     @contextmanager
     def dequantized(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """W' (d_out, d_in) in the shared buffer, for the product inside the block."""
+        """W' (d_out, d_in) for the product inside the block; not to be written to.
+
+        It is in the shared buffer, or was kept by `nf4.unpacked`.
+        """
+        kept, device = self.unpacked, self.packed.device
+        W = None if kept is None else kept.weight(self, dtype, _stream(device))
+        if W is not None:
+            yield W
+            return
+        shape = (self.out_features, self.in_features)
+        with self.buffer.of(shape, dtype, device) as out:
+            yield self.dequantize_into(out)
+
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Write W' to `out` (d_out, d_in), in its dtype; the observers are called."""
         for observer in self.on_dequantize:
             observer(self)
-        shape = (self.out_features, self.in_features)
-        with self.buffer.of(shape, dtype, self.packed.device) as out:
-            yield dequantize(self.quantized, out=out)
+        return dequantize(self.quantized, out=out)
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        dtype, result = self.dtypes(x)
+        product = DequantMatmul.apply if torch.is_grad_enabled() else times_dequantized
+        y = product(x, self, dtype, True).to(result)
+        self.release_if_last()
+        return y if self.bias is None else y + self.bias.to(result)
+
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of the product with x, and of what forward returns."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
-            dtype = result = torch.get_autocast_dtype(device)
-        else:
-            dtype, result = self.compute_dtype or x.dtype, x.dtype
-        y = DequantMatmul.apply(x, self, dtype, True).to(result)
+            return (torch.get_autocast_dtype(device),) * 2
+        return self.compute_dtype or x.dtype, x.dtype
+
+    def add_product(self, C: Tensor, x: Tensor, scale: float) -> Tensor:
+        """scale · C + x W'ᵀ, in the memory of C: rounded once, and not differentiable.
+
+        x (tokens, d_in) and C (tokens, d_out) are of one dtype.
+        """
+        with self.dequantized(C.dtype) as W:
+            return C.addmm_(x, W.T, beta=scale)
+
+    def release_if_last(self) -> None:
+        """After the last product of a training step, free the buffer."""
         if self.is_last and torch.is_grad_enabled():
             # The logits come next, where a step's bytes peak.
             self.buffer.release(self.packed.device)
-        return y if self.bias is None else y + self.bias.to(result)
 
     def plain(self) -> nn.Module:
         """A Linear or Conv1D with W' as its weight, in the dtype before quantizing."""
@@ -171,13 +201,20 @@ class DequantMatmul(torch.autograd.Function):
     def forward(ctx, x, layer, dtype, transpose):
         ctx.layer, ctx.dtype, ctx.transpose = layer, dtype, transpose
         ctx.x_dtype = x.dtype
-        with layer.dequantized(dtype) as W:
-            return F.linear(x.to(dtype), W if transpose else W.T)
+        return times_dequantized(x, layer, dtype, transpose)
 
     @staticmethod
     def backward(ctx, dy):
         dx = DequantMatmul.apply(dy, ctx.layer, ctx.dtype, not ctx.transpose)
         return dx.to(ctx.x_dtype), None, None, None
+
+
+def times_dequantized(
+    x: Tensor, layer: NF4Linear, dtype: torch.dtype, transpose: bool
+) -> Tensor:
+    """x W'ᵀ with `transpose`, x W' without; not to be differentiated."""
+    with layer.dequantized(dtype) as W:
+        return F.linear(x.to(dtype), W if transpose else W.T)
 
 
 class DequantBuffer:

@@ -10,9 +10,9 @@ A *page* holds all states (m, v, and the largest v with amsgrad) of one slice of
 parameter. A step walks over the pages: bring some in, update their slice of the
 weights, go on. Every operation of AdamW is elementwise, so no slice needs another one.
 The weights are those of torch.optim.AdamW(foreach=False), bit for bit, whatever the
-budget.
+budget; with fused=True those of torch.optim.AdamW(fused=True), in less time.
 
-    adamw      the equations, on one slice                                     adamw.py
+    adamw      the equations, on one slice; torch's fused kernel on slices     adamw.py
     pages      who is resident, who leaves: LRU, dirty bits, counters          pages.py
     stores     where all other pages are: a file, or pinned host memory       stores.py
     layout     a parameter's states, cut into pages                           layout.py

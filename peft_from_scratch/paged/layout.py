@@ -10,6 +10,8 @@ A page holds its states one after the other, m then v, each contiguous:
 
     full page    | m (n) | v (n) |          n = page_bytes // (states · itemsize)
     last page    | m | v |                  as many values as are left
+
+For torch's fused kernel n is rounded down to whole vector registers (adamw.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,8 @@ from torch import Tensor
 from .pages import Page
 from .stores import WORD, FileStore
 
+REGISTER = 64  # bytes of the widest vector register that there is
+
 
 @dataclass
 class StatePages:
@@ -31,13 +35,24 @@ class StatePages:
     name: str
     layout: tuple  # of the parameter; see layout_of
     states: int  # 2, or 3 with amsgrad
+    fused: bool = False  # whether each page begins at a whole vector register
     pages: list[Page] = field(default_factory=list)
 
     @classmethod
-    def of(cls, p: Tensor, index: int, name: str, states: int, page_bytes: int):
+    def of(
+        cls,
+        p: Tensor,
+        index: int,
+        name: str,
+        states: int,
+        page_bytes: int,
+        fused: bool = False,
+    ):
         """All pages of `p`, without a place yet."""
-        state_pages = cls(index, name, layout_of(p), states)
+        state_pages = cls(index, name, layout_of(p), states, fused)
         length = page_bytes // (states * p.itemsize)  # values
+        if fused:
+            length -= length % (REGISTER // p.itemsize)
         for number, start in enumerate(range(0, p.numel(), length)):
             stop = min(start + length, p.numel())
             size = states * (stop - start) * p.itemsize

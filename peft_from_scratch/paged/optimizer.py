@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..common.check import whole
-from .adamw import SlicedAdamW
+from .adamw import FusedAdamW, SlicedAdamW
 from .layout import StatePages, allocate, in_order, neighbours
 from .pages import Counters, Page, Pager
 from .states import (
@@ -43,6 +43,7 @@ from .states import (
     check_settings,
     checked_states,
     full_states,
+    is_fused,
     merged_groups,
     other_entries,
     refuse_others,
@@ -78,11 +79,14 @@ class PagedAdamW(torch.optim.Optimizer):
         params        as torch.optim takes them: tensors, (name, tensor) or groups; all
                       on one device, CPU or CUDA
         lr … maximize as torch.optim.AdamW
+        fused         False: the bits of torch's plain loop, foreach=False. True: those
+                      of its fused kernel, which passes over a page once, as in train()
         budget_bytes  of the arena, at least one page. It can be set at any time, and
                       `lent` gives some of it up for a while
         page_bytes    of a page: a multiple of 8. 65536 are 8192 values in float32. On
-                      CUDA a page is a copy of its own: for parameters of millions of
-                      values, 1 << 22 asks for a sixtieth of the copies
+                      CUDA a page is a copy of its own, and if fused a call of the
+                      kernel: for parameters of millions of values, 1 << 22 asks for a
+                      sixtieth of them
         directory     CPU: the folder of the file; None for tempfile.gettempdir(). On
                       many systems /tmp is in memory: then name a folder on a disk
     Raises   ValueError   an argument out of its range, a parameter that is complex or
@@ -90,16 +94,17 @@ class PagedAdamW(torch.optim.Optimizer):
              optimizer is as it was before
     Memory   device: the arena, at most budget_bytes, a slot a page, however short; and
              during a step half of the bytes of a run (so at most 512 KiB, or half a
-             page), a copy of a gradient whose strides are not its parameter's, and of a
-             parameter with gaps. Store: 2 · parameters · itemsize bytes (3 with
-             amsgrad), for frozen ones too: pass what trains. On CUDA it is page-locked
-             host memory, rounded up to a power of two
+             page; none if fused), a copy of a gradient whose strides are not its
+             parameter's, and of a parameter with gaps. Store: 2 · parameters ·
+             itemsize bytes (3 with amsgrad), for frozen ones too: pass what trains. On
+             CUDA it is page-locked host memory, rounded up to a power of two
     Departs  `state` holds the step count and what hooks write there; state_dict() has
              the moments too, in torch's format, in a new file on CPU. Interrupted in
              the middle of a step, some slices of the weights have made it and others
              have not, and the slice in work may be between the two, as with torch's; no
-             page is lost. Take a checkpoint then. foreach, fused, capturable and
-             differentiable are refused
+             page is lost. Take a checkpoint then. foreach, capturable and
+             differentiable are refused. On a CPU, torch's fused kernel goes wrong where
+             a gradient's strides are not its parameter's; here it does not
     Source   [1] AdamW, arXiv:1711.05101; amsgrad, arXiv:1904.09237
     """
 
@@ -113,6 +118,7 @@ class PagedAdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        fused: bool | None = None,
         budget_bytes: int,
         page_bytes: int = PAGE_BYTES,
         directory: str | os.PathLike | None = None,
@@ -132,7 +138,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._directory = directory
         self._process = os.getpid()
         self._walks = 0
-        super().__init__(params, defaults | DECOUPLED | others)
+        super().__init__(params, defaults | DECOUPLED | {"fused": fused} | others)
         for name in others:
             del self.defaults[name]
 
@@ -253,15 +259,18 @@ class PagedAdamW(torch.optim.Optimizer):
                 for page in state_pages.pages:
                     pager.forget(page)
         runs = [state_pages.runs(length)[::order] for _, _, state_pages in work]
-        words = max((pages.words(length) for _, _, pages in work), default=0)
+        plain = [pages for _, _, pages in work if not pages.fused]
+        words = max((pages.words(length) for pages in plain), default=0)
         scratch = torch.empty(words, dtype=torch.int64, device=pager.device)
         walk = pairwise(chain(*runs, [[]]))  # (run, the next one)
         self._walks += 1
         for (p, group, state_pages), own in zip(work, runs, strict=True):
             state = self.state[p]
             first = "step" not in state
-            step = torch.tensor(0.0, dtype=step_dtype()) if first else state["step"]
-            update = SlicedAdamW(p, group, step.item() + 1, scratch)
+            dtype = step_dtype(group)
+            step = torch.tensor(0.0, dtype=dtype) if first else state["step"]
+            update_of = FusedAdamW if state_pages.fused else SlicedAdamW
+            update = update_of(p, group, step.item() + 1, scratch)
             try:
                 for run, next_run in islice(walk, len(own)):
                     self._bring(run[::order], next_run[::order])
@@ -356,12 +365,12 @@ class PagedAdamW(torch.optim.Optimizer):
         device = self.pager.device
         for group in groups:
             refuse_others(group)
-            states = state_count(group)
+            states, fused = state_count(group), is_fused(group)
             for number, p in enumerate(group["params"]):
                 index = len(before) + len(new)
                 names = group.get("param_names", {number: f"parameter {index}"})
                 name = names[number]
-                check_parameter(p, name, states, self.page_bytes)
+                check_parameter(p, name, states, self.page_bytes, fused)
                 device = p.device if device is None else device
                 if p.device != device:
                     raise ValueError(
@@ -370,13 +379,14 @@ class PagedAdamW(torch.optim.Optimizer):
                     )
                 if p in new:
                     raise ValueError(f"{name} is in the group twice; list it once")
-                new[p] = StatePages.of(p, index, name, states, self.page_bytes)
+                of = p, index, name, states, self.page_bytes, fused
+                new[p] = StatePages.of(*of)
         if device is not None and device.type == "cuda":
             allocate(new.values(), lambda words: PinnedStore(words, device))
         else:
             allocate(new.values(), lambda words: FileStore(words, self._directory))
         for group in groups:
-            for name in OTHERS:
+            for name in OTHERS if is_fused(group) else (*OTHERS, "fused"):
                 group.pop(name, None)
         self.pager.device = device
         return new

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.check import shortened, whole
-from .layout import StatePages, layout_of, shaped
+from .layout import REGISTER, StatePages, layout_of, shaped
 from .stores import WORD, FileStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,15 +23,21 @@ OF_ADAMW = ("step", *STATES)
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 OLD = {"amsgrad": False, "maximize": False}  # of state dicts that are older than these
 DECOUPLED = {"decoupled_weight_decay": True}  # tells torch.optim.Adam whose decay it is
-OTHERS = ("foreach", "fused", "capturable", "differentiable")  # torch's, not ours
+OTHERS = ("foreach", "capturable", "differentiable")  # torch's, not ours
 
 
 def state_count(group: dict) -> int:
     return 3 if group["amsgrad"] else 2
 
 
-def step_dtype() -> torch.dtype:
-    """Of torch's step counts: float32; float64 where that is the default."""
+def is_fused(group: dict) -> bool:
+    return bool(group.get("fused"))
+
+
+def step_dtype(group: dict) -> torch.dtype:
+    """Of torch's step counts: float32; not fused, float64 where that is the default."""
+    if is_fused(group):
+        return torch.float32
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
@@ -68,15 +74,21 @@ def refuse_others(group: dict) -> None:
             "decoupled_weight_decay=False is the decay of torch.optim.Adam; PagedAdamW "
             "has that of AdamW: leave it out"
         )
+    fused = group.get("fused")
+    if fused not in (None, False, True):
+        raise ValueError(f"{fused=}: allowed are True and False")
     for name in OTHERS:
         if group.get(name):
             raise ValueError(
                 f"{name}={group[name]!r}: PagedAdamW computes page by page, in the "
-                "order of torch's foreach=False; leave it out"
+                "order of torch's foreach=False, or with fused=True by torch's fused "
+                "kernel; leave it out"
             )
 
 
-def check_parameter(p: Tensor, name: str, states: int, page_bytes: int) -> None:
+def check_parameter(
+    p: Tensor, name: str, states: int, page_bytes: int, fused: bool = False
+) -> None:
     """ValueError for a parameter whose states cannot be paged here."""
     if p.layout != torch.strided or p.dtype not in DTYPES:
         raise ValueError(
@@ -92,6 +104,11 @@ def check_parameter(p: Tensor, name: str, states: int, page_bytes: int) -> None:
             f"{page_bytes=}: {name} needs at least {states * p.itemsize}, one value of "
             f"each of {states} states"
         )
+    if fused and states * REGISTER > page_bytes:
+        raise ValueError(
+            f"{page_bytes=}: with fused=True, {name} needs at least "
+            f"{states * REGISTER}, {REGISTER} bytes of each of {states} states"
+        )
 
 
 def check_gradient(p: Tensor, pages: StatePages, group: dict) -> None:
@@ -105,6 +122,11 @@ def check_gradient(p: Tensor, pages: StatePages, group: dict) -> None:
     if state_count(group) != pages.states:
         raise RuntimeError(
             f"amsgrad={group['amsgrad']} was set after the pages of {pages.name} were "
+            "made; make a new optimizer with it"
+        )
+    if is_fused(group) != pages.fused:
+        raise RuntimeError(
+            f"fused={group.get('fused')} was set after the pages of {pages.name} were "
             "made; make a new optimizer with it"
         )
     if p.grad.layout != torch.strided:
@@ -210,7 +232,8 @@ def checked_states(groups: list[dict], state_dict: dict) -> dict[Tensor, dict]:
                     name: _moment(key, name, saved.get(name), p)
                     for name in STATES[: state_count(group)]
                 }
-                states[p] = {"step": _step(key, saved.get("step")), **moments}
+                step = _step(key, saved.get("step"), step_dtype(group))
+                states[p] = {"step": step, **moments}
     return states
 
 
@@ -249,7 +272,7 @@ def _is_of_adamw(saved) -> bool:
     return isinstance(saved, Mapping) and not saved.keys().isdisjoint(OF_ADAMW)
 
 
-def _step(key, step) -> Tensor:
+def _step(key, step, dtype: torch.dtype) -> Tensor:
     try:
         value = float(step)
     except (TypeError, ValueError, RuntimeError):  # None, a word, a tensor of two
@@ -259,7 +282,7 @@ def _step(key, step) -> Tensor:
             f"'step' of parameter {key!r} in the state dict is {step!r}; it must be a "
             "number of steps"
         )
-    return torch.tensor(value, dtype=step_dtype())
+    return torch.tensor(value, dtype=dtype)
 
 
 def _moment(key, name: str, moment, p: Tensor) -> Tensor:

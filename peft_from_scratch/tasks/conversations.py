@@ -105,18 +105,18 @@ def _texts(tokenizer, turns, names, stop) -> Iterator[tuple[str, bool]]:
     end, done = tokenizer.convert_ids_to_tokens(stop), ""
     for i, following in zip(answers, [*answers[1:], None], strict=False):
         before = _written(tokenizer, turns[:i])
-        seen = _seen(tokenizer, turns, following)
-        found = _answer(before, seen, turns[i]["content"], end)
-        if found is None:
+        later = _later(tokenizer, turns, following)
+        answer = _answer(before, later, turns[i]["content"], end)
+        if answer is None:
             raise _rewritten(tokenizer, turns, i, following, names, end)
         yield before[len(done) :], False
-        yield found, True
-        done = before + found
+        yield answer, True
+        done = before + answer
     if turns[-1]["role"] != "assistant":
         yield _written(tokenizer, turns)[len(done) :], False
 
 
-def _seen(tokenizer, turns, following: int | None) -> Iterator[str]:
+def _later(tokenizer, turns, following: int | None) -> Iterator[str]:
     """What the template writes when an answer is there.
 
     Args
@@ -132,12 +132,12 @@ def _seen(tokenizer, turns, following: int | None) -> Iterator[str]:
         yield _written(tokenizer, [*turns, question])
 
 
-def _answer(before: str, seen, content: str, end: str) -> str | None:
-    """What follows `before` in one of the texts seen, up to the end of the turn.
+def _answer(before: str, later, content: str, end: str) -> str | None:
+    """What follows `before` in one of the later texts, up to the end of the turn.
 
     None where that is anything but the content, the end token, and white space.
     """
-    for text in seen:
+    for text in later:
         rest = text[len(before) :].lstrip()
         tail = rest[len(content.strip()) :].lstrip()
         whole = text.startswith(before) and rest.startswith(content.strip())
@@ -147,16 +147,17 @@ def _answer(before: str, seen, content: str, end: str) -> str | None:
 
 
 def _rewritten(tokenizer, turns, i, following, names, end) -> ValueError:
-    """The error for a template that does not write turn number i as it stands."""
+    """The error for a template that does not write turn i as it stands."""
     before = _written(tokenizer, turns[:i])
-    text = next(_seen(tokenizer, turns, following))
+    text = next(_later(tokenizer, turns, following))
     same = next(
         (n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b),
         min(len(before), len(text)),
     )
     wanted = before[same:] + turns[i]["content"] + end
+    number = sum(turn["role"] == "assistant" for turn in turns[: i + 1])
     return ValueError(
-        f"the chat template does not write turn {i + 1} (assistant) as it stands: for "
+        f"the chat template does not write assistant turn {number} as it stands: for "
         f"{_short(wanted, names)} it writes {_short(text[same:], names)}. What is "
         "trained must be what is read later: end the row before the next question, "
         'take out what the template changes, or use template="raw"'

@@ -62,8 +62,8 @@ def pairs(row: Mapping) -> list[tuple[str, str]]:
     """The (question, answer) pairs of a row, without its system turn: for few-shot."""
     if row.get("messages") is None:
         return [(row["prompt"], row["completion"])]
-    said = [turn["content"] for turn in row["messages"] if turn["role"] != "system"]
-    return list(zip(said[::2], said[1::2], strict=True))
+    contents = [turn["content"] for turn in row["messages"] if turn["role"] != "system"]
+    return list(zip(contents[::2], contents[1::2], strict=True))
 
 
 def of_pairs(pairs: Sequence[tuple[str, str]]) -> Iterator[Turn]:

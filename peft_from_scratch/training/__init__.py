@@ -5,7 +5,9 @@ Reading order:
     loop.py         optimizer_steps is the loop, 25 lines to be read whole
     loss.py         cross-entropy at the labelled positions, and nowhere else
     batch.py        examples as tensors: padded right to train, left to generate
+    packing.py      rows packed behind their shared prefix: no token computed twice
     config.py       TrainConfig (what is asked), History (what happened), the schedule
+    precision.py    which dtype holds what
     state.py        TrainState: all that the next step depends on; AdamW's groups
     guards.py       errors for what fails silently elsewhere
     fitting.py      all rows of a task as tokens, or all that are wrong with them

@@ -70,3 +70,20 @@ def label_tokens(batch: Batch) -> int:
     The first token of an example never counts: nothing stands before it to predict it.
     """
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def unpacked(values: Tensor, batch: Batch) -> Tensor:
+    """Values of tokens 1, 2, … of each row, from those of a pack's columns 1, 2, ….
+
+    Args
+        values  one of each token but the first: (b, t - 1), or (g, t - 1) of a pack
+    Returns  (b, t - 1) of the rows, 0 where there is none; a padded batch's as given
+    """
+    if "row" not in batch:
+        return values
+    row, position = batch["row"][:, 1:], batch["position_ids"][:, 1:]
+    own = (row >= 0) & (position > 0)  # no value stands for the first token of a row
+    rows, longest = int(batch["row"].max()) + 1, int(batch["position_ids"].max())
+    result = values.new_zeros(rows, longest)
+    result[row[own], position[own] - 1] = values[own]
+    return result

@@ -46,8 +46,10 @@ class TrainConfig:
         weight_decay      of AdamW, on every trainable tensor
         betas             of AdamW
         paged             share of the bytes of AdamW's states that may be in memory at
-                          a time, at least a page: PagedAdamW. None: all of them, and
-                          torch's AdamW, whose fused loop rounds a little differently
+                          a time, at least a page: PagedAdamW, with the bits of
+                          torch's fused AdamW. None: all of them, and that AdamW
+        autocast          "bfloat16": compute in it, from weights that stay in float32.
+                          None: compute in the dtype of the weights
         clip              largest norm of the whole gradient; None for no clipping
         seed              of the order of the rows, and of dropout
         template          "chat" or "raw": how a row becomes tokens
@@ -70,6 +72,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     paged: float | None = None
+    autocast: str | None = None
     clip: float | None = 1.0
     seed: int = 0
     template: str = "chat"
@@ -94,6 +97,8 @@ class TrainConfig:
         if self.paged is not None:
             share = check.is_finite(self.paged) and 0 < self.paged <= 1
             self._allow("paged", share, "a share in (0, 1], or None for no paging")
+        autocast = self.autocast in (None, "bfloat16")
+        self._allow("autocast", autocast, "bfloat16, or None")
         if self.clip is not None:
             words = "a finite number above 0, or None for no clipping"
             check.number("clip", self.clip, words, above=0)
@@ -161,6 +166,7 @@ class History:
                    what its checkpoints know of the parts before
     stopped_early  whether patience ran out before the steps did
     resumed_from   steps that a checkpoint brought along; None for a run in one go
+    packing        what the model reads of a step, in words: packed rows, or padded ones
     """
 
     loss: list[float] = field(default_factory=list)
@@ -172,6 +178,7 @@ class History:
     seconds: float = 0.0
     stopped_early: bool = False
     resumed_from: int | None = None
+    packing: str = ""
 
     def record(self, loss, lr, norm, tokens, seconds) -> None:
         """Append the figures of an optimizer step that has just been done."""

@@ -25,9 +25,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..common import scoped
 from ..common.progress import bar
 from ..core.decoder import in_front, positions, positions_in_words
+from ..nf4 import unpacked
 from .batch import left_pad
 from .loss import can_choose_logits
 
+UNPACKED_BYTES = 512 << 20  # that weights in four bits may take in full, meanwhile
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
 
 
@@ -56,7 +58,8 @@ def generate(
         progress        show a bar with the time left, in a terminal or a notebook
     Returns  the answers as text, in the order of the prompts, special tokens left out
     Raises   ValueError   an empty prompt, or more tokens than the model has positions
-    Memory   the keys and values of prefix, prompt and answer, batch times
+    Memory   the keys and values of prefix, prompt and answer, batch times; and
+             UNPACKED_BYTES at most of dequantized weights, see nf4.unpacked
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: leave its last token out of the prefix")
@@ -66,6 +69,7 @@ def generate(
     answers = [""] * len(prompts)
     with (
         scoped.mode(model, training=False),
+        unpacked(model, budget_bytes=UNPACKED_BYTES),
         _greedy(model, stop_id, max_new_tokens),
         bar("answer", "row", len(prompts), shown=progress) as shown,
     ):

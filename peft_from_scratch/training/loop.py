@@ -20,7 +20,7 @@ from ..common import scoped
 from ..common.progress import bar
 from ..tasks.templates import encode_rows
 from . import checkpoint
-from .batch import Row, batch_of, label_tokens
+from .batch import Row, label_tokens
 from .config import History, TrainConfig, learning_rate, rows_of_step
 from .guards import (
     MOVED_AFTER,
@@ -30,6 +30,8 @@ from .guards import (
     refuse_unmoved,
 )
 from .loss import mean_loss, micro_batch_loss
+from .packing import Packing, packing_for
+from .precision import autocast
 from .state import TrainState, new_state
 
 
@@ -38,12 +40,14 @@ def optimizer_steps(
     state: TrainState,
     config: TrainConfig,
     micro_batches_of: Callable[[int], list[list[Row]]],
+    packing: Packing,
 ) -> Iterator[History]:
     """The training loop: an optimizer step for each value that it yields.
 
     Args
         state             where the run stands: its history says which step is next
         micro_batches_of  gives the micro-batches of a step, whose numbers start at 0
+        packing           makes a batch of a micro-batch's rows (packing.py)
     Yields   the history, after each step
     Raises   Diverged, RuntimeError  see train(); the weights are those before the step
     """
@@ -51,10 +55,11 @@ def optimizer_steps(
     history = state.history
     while not history.finished(config.steps):
         start, step, total = time.perf_counter(), history.steps, 0.0
-        batches = [batch_of(rows, state.device) for rows in micro_batches_of(step)]
+        batches = [packing.batch(rows) for rows in micro_batches_of(step)]
         step_tokens = sum(map(label_tokens, batches))
         for batch in batches:
-            part = micro_batch_loss(model, batch, step_tokens)  # summed / step_tokens
+            with autocast(config, state.device):
+                part = micro_batch_loss(model, batch, step_tokens)  # sum / step_tokens
             part.backward()
             total += part.detach()
         max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
@@ -103,6 +108,7 @@ def train(
     state = new_state(model, config)
     rows, validation = encoded or encode_splits(tokenizer, task, config)
     settings = checkpoint.configuration(model, config, (rows, validation))
+    packing = packing_for(model, [*rows, *validation])
     with (
         scoped.mode(model, training=True),
         scoped.seeded(config.seed, state.device),
@@ -112,16 +118,17 @@ def train(
         if checkpoints:
             checkpoint.resume(state, checkpoints, settings)
         history, parameters = state.history, state.trainable
+        history.packing = packing.described(micro_batches(rows, config, 0))
         start = time.perf_counter() - history.seconds
         before = fingerprints(parameters) if history.steps < MOVED_AFTER else {}
         steps, done = config.steps, history.steps
         with bar("train", "step", steps, done=done, shown=progress) as shown:
             of_step = partial(micro_batches, rows, config)
-            for history in optimizer_steps(model, state, config, of_step):
+            for history in optimizer_steps(model, state, config, of_step, packing):
                 if history.steps == MOVED_AFTER:
                     refuse_unmoved(parameters, state.moments(), before)
                 if _due(config.validate_every, history, config):
-                    _validate(model, state, validation, config)
+                    _validate(model, state, validation, config, packing)
                 history.seconds = time.perf_counter() - start
                 stop = pressed.is_set()
                 due = stop or _due(config.checkpoint_every, history, config)
@@ -179,11 +186,17 @@ def _due(every: int, history: History, config: TrainConfig) -> bool:
 
 
 def _validate(
-    model: nn.Module, state: TrainState, rows: list[Row], config: TrainConfig
+    model: nn.Module,
+    state: TrainState,
+    rows: list[Row],
+    config: TrainConfig,
+    packing: Packing,
 ) -> None:
     """Add the loss on the validation rows to the history; with patience, act on it."""
     history = state.history
-    loss = mean_loss(model, rows, batch=config.batch // config.accumulate)
+    size = config.batch // config.accumulate
+    with autocast(config, state.device):
+        loss = mean_loss(model, rows, batch=size, collate=packing.batch)
     if not math.isfinite(loss):
         raise Diverged(
             f"step {history.steps} of {config.steps}, learning rate "

@@ -9,6 +9,8 @@ causal model cannot see it, and attention without a mask is the faster path.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from ..common.scoped import mode
 from ..core.adapter import unwrapped
 from ..tasks.templates import IGNORED
-from .batch import Batch, Row, batch_of, label_tokens
+from .batch import Batch, Row, batch_of, label_tokens, unpacked
+
+SEEN = ("position_ids", "attention_mask")  # what a model reads of a pack besides
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -35,14 +39,14 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each label token of a batch, before any sum.
 
     Returns  losses (b, t - 1) in nats, 0 at tokens without a label; and which of them
-             have one, (b, t - 1) bool
+             have one, (b, t - 1) bool; of b rows of t tokens, packed or not
     """
     logits, targets, keep = label_logits(model, batch)
     labelled = keep[:, :-1]
     each = F.cross_entropy(widened(logits), targets, reduction="none")
     losses = each.new_zeros(labelled.shape)
     losses[labelled] = each
-    return losses, labelled
+    return unpacked(losses, batch), unpacked(labelled, batch)
 
 
 def micro_batch_loss(model: nn.Module, batch: Batch, tokens: int) -> Tensor:
@@ -81,14 +85,25 @@ def accumulate_gradients(model: nn.Module, batches: list[Batch]) -> tuple[float,
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, rows: list[Row], *, batch: int = 8) -> float:
-    """Nats per label token over all rows, with dropout off, `batch` rows at a time."""
+def mean_loss(
+    model: nn.Module,
+    rows: list[Row],
+    *,
+    batch: int = 8,
+    collate: Callable[[list[Row]], Batch] | None = None,
+) -> float:
+    """Nats per label token over all rows, with dropout off, `batch` rows at a time.
+
+    Args
+        collate  makes a batch of rows, as Packing.batch does; None: padded
+    """
     device = next(model.parameters()).device
+    collate = collate or partial(batch_of, device=device)
     by_length = sorted(rows, key=lambda row: len(row[0]))  # hardly any padding
     total, tokens = 0.0, 0
     with mode(model, training=False):
         for start in range(0, len(rows), batch):
-            part = batch_of(by_length[start : start + batch], device)
+            part = collate(by_length[start : start + batch])
             total += summed_loss(model, part).item()
             tokens += label_tokens(part)
     return total / tokens
@@ -102,7 +117,8 @@ def label_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor
     """
     labels = batch["labels"][:, 1:]
     keep = F.pad(labels != IGNORED, (0, 1))  # (b, t): the next token has a label
-    logits = logits_at(model, batch["input_ids"], keep)
+    seen = {name: batch[name] for name in SEEN if name in batch}
+    logits = logits_at(model, batch["input_ids"], keep, **seen)
     return logits, labels[labels != IGNORED], keep
 
 

@@ -93,10 +93,11 @@ def parameter_groups(
 
 
 def new_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW for these groups, paged if the config says so."""
+    """AdamW for these groups, paged if the config says so: either has the same bits."""
     settings = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    settings["fused"] = True
     if config.paged is None:
-        return torch.optim.AdamW(groups, **settings, fused=True)
+        return torch.optim.AdamW(groups, **settings)
     paged = PagedAdamW(groups, **settings, budget_bytes=PAGE_BYTES)
     paged.budget_bytes = max(PAGE_BYTES, int(config.paged * paged.states_bytes))
     return paged

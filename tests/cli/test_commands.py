@@ -61,7 +61,7 @@ def write_rows(file, rows):
 
 def training(base, data, out, *more):
     command = ["train", "--data", str(data), "--base", base, "--out", str(out)]
-    return [*command, "--steps", "6", *more]
+    return [*command, "--steps", "6", "--dtype", "float32", *more]
 
 
 def record_of(out):
@@ -270,6 +270,23 @@ def test_what_is_answered_before_training_is_what_the_base_answers(
     assert main(training(base, data, tmp_path, *OPTIONS[method])) == 1
     kept = json.loads((tmp_path / "checkpoints/answers-before.json").read_text())
     assert kept["answers"] == said.answers
+
+
+@pytest.mark.parametrize(
+    ("method", "described"),
+    [("lora", ", bfloat16\n"), ("full", ", float32, autocast to bfloat16\n")],
+)
+def test_a_train_in_bfloat16_keeps_what_trains_in_float32(
+    method, described, base, data, tmp_path, capsys
+):
+    asked = ["--method", method, "--dtype", "bfloat16"]
+    assert main(training(base, data, tmp_path, *asked)) == 0
+    assert described in capsys.readouterr().out
+    recipe = record_of(tmp_path)["recipe"]
+    assert recipe["autocast"] == (None if method == "lora" else "bfloat16")
+    model, _ = pfs.load_model(base, dtype="bfloat16" if method == "lora" else None)
+    pfs.load(model, tmp_path)
+    assert {p.dtype for p in pfs.trainable(model).values()} == {torch.float32}
 
 
 def test_a_train_injects_once_and_encodes_each_row_once(

@@ -23,7 +23,7 @@ PROJECT = tomllib.loads(doctor.PYPROJECT.read_text("utf-8"))["project"]
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """One whose speed is known: nothing is timed here."""
-    monkeypatch.setattr(estimate, "measured_rates", lambda device: RATES)
+    monkeypatch.setattr(estimate, "measured_rates", lambda device, dtype: RATES)
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_the_table_of_a_comparison_is_shown(monkeypatch, tmp_path):
 
 def test_the_ledger_and_the_doctor_are_shown(monkeypatch):
     rates = estimate.Rates(many=80e9, some=50e9, one=8e9)
-    monkeypatch.setattr(estimate, "measured_rates", lambda device: rates)
+    monkeypatch.setattr(estimate, "measured_rates", lambda device, dtype: rates)
     monkeypatch.setattr(doctor, "busy", list)  # how busy it is may change meanwhile
     assert_said_in(ENCODINGS, ["doctor"], doctor.run(), monkeypatch)
     monkeypatch.setattr(verdicts, "rows", verdicts.read)  # as shipped

@@ -245,13 +245,13 @@ BUGS = {
     ),
     "letters that look like a control token": (
         masks._letters,
-        'lambda found: f"\\\\{found[0]}", text',
-        "lambda found: found[0], text",
+        'f"\\\\{token}"',
+        "token",
         what_stands_between_the_marks_is_what_is_trained,
     ),
     "what a terminal obeys": (
         masks._letters,
-        'UNSEEN.sub(lambda found: f"\\\\x{ord(found[0]):02x}", text)',
+        'UNSEEN.sub(lambda match: f"\\\\x{ord(match[0]):02x}", text)',
         "text",
         what_stands_between_the_marks_is_what_is_trained,
     ),

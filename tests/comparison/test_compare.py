@@ -34,6 +34,7 @@ from peft_from_scratch.tasks.task import load_task
 CANDIDATE = {candidate.key: candidate for candidate in CANDIDATES}
 # bitsandbytes has none for so narrow a base: test_bitsandbytes_rows.py
 OURS = tuple(key for key in CANDIDATE if key != "qlora-bnb")
+QUICK = {"rows": 4, "steps": 4, "batch": 2}
 SPENT = []  # seconds of the whole comparison, by a clock around it
 SETTINGS = {
     "zero-shot": {"template": "chat"},
@@ -50,7 +51,7 @@ SETTINGS = {
 @pytest.fixture
 def plan(base, tmp_path):
     """A comparison that takes seconds, with its settings already searched."""
-    plan = Plan(base=base, task="terms", rows=4, steps=4, batch=2, out=str(tmp_path))
+    plan = Plan(base, "terms", out=str(tmp_path), dtype="float32", **QUICK)
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -63,7 +64,7 @@ def plan(base, tmp_path):
 def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
-    plan = Plan(base, "terms", OURS, rows=4, steps=4, batch=2, out=str(out))
+    plan = Plan(base, "terms", OURS, out=str(out), dtype="float32", **QUICK)
     searches = {
         f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
         for key, chosen in SETTINGS.items()
@@ -173,31 +174,69 @@ def figures(correct, key="lora"):
     return {"key": key, "correct": correct}
 
 
+def summed(**measured):
+    """The summary's rows by key, and its pairs, of {key: what each seed got right}."""
+    rows, pairs = summary.compared(
+        {
+            key.replace("_", "-"): [figures(seed, key) for seed in seeds]
+            for key, seeds in measured.items()
+        }
+    )
+    return dict(zip(measured, rows, strict=True)), pairs
+
+
 def test_seeds_share_the_test_rows_and_do_not_multiply_them():
-    one = figures([True] * 30 + [False] * 20)
-    row = summary._row([one, one, one], {})
-    low, high = wilson(30, 50)
-    assert row["exact"] == {"k": 30, "n": 50, "rate": 0.6, "low": low, "high": high}
-    assert row["per_seed"] == [30, 30, 30]
+    one = [True] * 30 + [False] * 20
+    rows, _ = summed(lora=[one, one, one], full=[one])
+    assert rows["full"]["exact"] == dict(
+        zip(
+            ("k", "n", "rate", "low", "high"),
+            (30, 50, 0.6, *wilson(30, 50)),
+            strict=True,
+        )
+    )
+    exact = rows["lora"]["exact"]
+    assert (exact["k"], exact["n"], exact["rate"]) == (30, 50, 0.6)
+    assert [exact["low"], exact["high"]] == pytest.approx(wilson(30, 50), abs=0.01)
+    assert rows["lora"]["per_seed"] == [30, 30, 30]
 
 
 def test_the_difference_is_paired_by_row():
-    """Two methods that are right on the same rows differ by 0, without any spread."""
+    """Two methods that are right on the same rows differ by 0, within a few points."""
     right = np.random.default_rng(0).random(60) < 0.5
-    few, lora = figures(right.tolist(), "few-shot"), figures(right.tolist())
-    same = summary._row([lora], {"few-shot": [few]})["against"]["few-shot"]
-    assert same == {"difference": 0, "low": 0, "high": 0}
-    better = figures((right | (np.arange(60) < 20)).tolist())
-    gain = summary._row([better], {"few-shot": [few]})["against"]["few-shot"]
+    better = (right | (np.arange(60) < 20)).tolist()
+    rows, pairs = summed(
+        few_shot=[right.tolist()], same=[right.tolist()], more=[better]
+    )
+    same = rows["same"]["against"]["few-shot"]
+    assert same["difference"] == 0 and -0.06 < same["low"] < 0 < same["high"] < 0.06
+    gain = rows["more"]["against"]["few-shot"]
     assert gain["difference"] == pytest.approx(np.mean(~right[:20]) * 20 / 60)
     assert 0 < gain["low"] < gain["difference"] < gain["high"]
-    law = "fmean(item) for item in"
-    with (
-        planted(summary._per_item, law, "0.5 for item in"),
-        pytest.raises(AssertionError),
-    ):
-        row = summary._row([better], {"few-shot": [few]})["against"]["few-shot"]
-        assert row["difference"] == pytest.approx(gain["difference"])
+    assert "few-shot" not in rows["few_shot"]["against"]
+    assert len(pairs) == 3 and json.loads(json.dumps(pairs)) == pairs
+    turned = next(p for p in pairs if p["of"] == "few-shot" and p["over"] == "more")
+    assert turned["low"] == -gain["high"] and turned["difference"] < 0
+
+
+def test_scores_between_right_and_wrong_are_compared_as_they_are():
+    dice = np.random.default_rng(0)
+    low = dice.uniform(0, 0.5, 80)
+    rows, pairs = summed(few_shot=[low.tolist()], lora=[(low + 0.4).tolist()] * 2)
+    assert rows["lora"]["exact"]["rate"] == pytest.approx(low.mean() + 0.4)
+    assert rows["lora"]["against"]["few-shot"]["difference"] == pytest.approx(0.4)
+    assert rows["lora"]["letters"] == "a" and rows["few_shot"]["letters"] == "b"
+    assert pairs[0]["apart"] is True
+
+
+def test_letters_begin_with_the_highest_score():
+    right = {k: [[i < n for i in range(100)]] for k, n in dict(x=2, y=90, z=88).items()}
+    rows, _ = summed(**right)
+    assert [rows[key]["letters"] for key in "xyz"] == ["b", "a", "a"]
+    law = "-scores[key].mean()"
+    with planted(summary.compared, law, "scores[key].mean()"):
+        rows, _ = summed(**right)
+        assert rows["x"]["letters"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -372,11 +411,11 @@ def test_few_shot_examples_are_training_rows_of_one_order():
 
 def test_seed_and_rate_reach_the_training(plan):
     """Same seed, same weights; another seed or another rate, others."""
-    task = load_task("terms")
+    setup_of_plan = setup.load_setup(plan)
 
     def weights(seed=0, lr=1e-2):
         setting = {"template": "chat", "lr": lr}
-        ready = adapt(CANDIDATE["lora"], plan, task, setting, seed)
+        ready = adapt(CANDIDATE["lora"], setup_of_plan, setting, seed)
         return torch.cat([p.flatten() for p in ready.model.parameters()])
 
     first = weights()
@@ -501,7 +540,7 @@ def test_a_method_without_any_search_takes_its_own_rate_and_says_so(tmp_path):
 
 def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
     longer = replace(CANDIDATE["lora"], steps_factor=3)
-    ready = adapt(longer, plan, load_task("terms"), SETTINGS["lora"], 0)
+    ready = adapt(longer, setup.load_setup(plan), SETTINGS["lora"], 0)
     assert ready.history.steps == 3 * plan.steps
     search = {"steps": 3 * plan.steps, "batch": plan.batch}
     place = f"{plan.base}/{plan.task}"
@@ -511,12 +550,11 @@ def test_more_steps_reach_the_training_and_the_search_knows_them(plan):
 
 
 def test_soft_prompts_start_from_the_instruction(plan):
-    task = load_task("orders")
-    plan = replace(plan, steps=1)
+    orders = setup.load_setup(replace(plan, steps=1, task="orders"))
     setting = {"template": "chat", "lr": 1e-30}
-    ready = adapt(CANDIDATE["prompt"], plan, task, setting, 0)
+    ready = adapt(CANDIDATE["prompt"], orders, setting, 0)
     (prompt,) = adapters(ready.model).values()
-    ids = ready.tokenizer(task.instruction).input_ids
+    ids = ready.tokenizer(orders.task.instruction).input_ids
     ids = torch.tensor((ids * 16)[:16])
     rows_of_table = ready.model.get_input_embeddings()(ids)
     assert torch.allclose(prompt.P, rows_of_table, atol=1e-6)

@@ -92,14 +92,29 @@ def test_nothing_overlaps_and_every_method_is_named_once(many):
     width = (7.4, 4.2)[many // 2 % 2]
     figure = figures.quality_against_parameters(result, width=width)
     assert_apart(figure, dict(enumerate(boxes(figure))))
-    assert named(figure) == sorted(row["label"] for row in result["rows"])
+    names = [f"{row['label']} ({row['letters']})" for row in result["rows"]]
+    assert named(figure) == sorted(names)
     assert not (labels(figure) and figure.legends)
+
+
+def test_a_result_without_pairs_has_no_letters():
+    result = comparison(["few-shot", "lora", "full"], seed=1)
+    for row in result["rows"]:
+        del row["letters"]
+    assert "shared letter" in " ".join(
+        text.get_text()
+        for text in figures.quality_against_parameters(comparison(seed=1)).texts
+    )
+    figure = figures.quality_against_parameters(result)
+    assert named(figure) == sorted(row["label"] for row in result["rows"])
+    assert not any("letter" in text.get_text() for text in figure.texts)
 
 
 def test_labels_keep_clear_of_each_other_where_nothing_succeeds():
     result = comparison()
     for row in result["rows"]:
         row["exact"] |= {"rate": 0.0, "low": 0.0, "high": 0.04}
+        del row["letters"]
     figure = figures.quality_against_parameters(result)
     assert len(labels(figure)) == 5
     assert_apart(figure, dict(enumerate(boxes(figure))))

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from invented_comparisons import METHODS, comparison
 
-from peft_from_scratch.comparison import figures, findings, report
+from peft_from_scratch.comparison import apart, background, figures, findings, report
 from peft_from_scratch.comparison.columns import COLUMNS, significant
 
 HOSTILE = (
@@ -30,6 +30,7 @@ def numbers(row: dict) -> list[float | str | None]:
         over += [100 * paired[e] for e in ends] if paired else [None]
     return [
         *(100 * exact[end] for end in ("rate", "low", "high")),
+        row["letters"],
         *over,
         row["forgetting"]["change"],
         100 * row["trainable"] / row["total"],
@@ -51,7 +52,7 @@ def numbers(row: dict) -> list[float | str | None]:
 
 def agree(cells: str, expected: list[float | str | None]) -> bool:
     """Whether the cells say just these values, each right to its last digit."""
-    tokens = re.findall(r"[-−+]?\d[\d,]*\.?\d*|—|yes|no", cells)
+    tokens = re.findall(r"[-−+]?\d[\d,]*\.?\d*|—|[a-z]+", cells)
     return len(tokens) == len(expected) and all(map(says, tokens, expected))
 
 
@@ -70,25 +71,38 @@ class Outline(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict]] = []
         self.text: list[str] = []
-        self.cells: list[list[str]] = []
-        self.inside = False  # a cell
+        self.tables: list[list[list[str]]] = []  # of rows of cells
+        self.captions: list[str] = []
+        self.inside = ""  # a cell or a caption
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.cells.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.cells[-1].append("")
-            self.inside = True
+            self.tables[-1][-1].append("")
+        if tag == "caption":
+            self.captions.append("")
+        if tag in ("td", "th", "caption"):
+            self.inside = tag
 
     def handle_endtag(self, tag):
-        self.inside = self.inside and tag not in ("td", "th")
+        self.inside = "" if tag == self.inside else self.inside
 
     def handle_data(self, data):
         self.text.append(data)
-        if self.inside:
-            self.cells[-1][-1] += data
+        if self.inside == "caption":
+            self.captions[-1] += data
+        elif self.inside:
+            self.tables[-1][-1][-1] += f"{data} "
+
+    def table(self, caption: str) -> dict[str, list[str]]:
+        """{first cell: the other cells} of the rows of one table."""
+        (place,) = (i for i, c in enumerate(self.captions) if c.startswith(caption))
+        return {first.strip(): cells for first, *cells in self.tables[place]}
 
     def every(self, attribute: str) -> list[str]:
         return [held[attribute] for _, held in self.tags if attribute in held]
@@ -136,17 +150,78 @@ def test_groups_stay_together_at_100_characters():
         assert all(name in table.splitlines()[line + 1] for name in names)
 
 
-def test_page_table_holds_every_number_and_says_what_is_what(without_pictures):
+def test_page_tables_hold_every_number_and_say_what_is_what(without_pictures):
     result = comparison(seed=8)
     outline = Outline(report.page(result))
-    body = {cells[0]: cells[1:] for cells in outline.cells}
+    groups = [outline.table(group) for group in dict.fromkeys(c.group for c in COLUMNS)]
     for row in result["rows"]:
-        assert agree(" ".join(body[row["label"]]), numbers(row)), row["label"]
-        assert len(body[row["label"]]) == len(COLUMNS)
-    heads = [held for tag, held in outline.tags if tag == "th"]
-    assert all(held["scope"] in ("row", "col", "colgroup") for held in heads)
-    assert sum(int(held.get("colspan", 0)) for held in heads) == len(COLUMNS)
-    assert [tag for tag, _ in outline.tags].count("caption") == 1
+        cells = [cell for group in groups for cell in group[row["label"]]]
+        assert agree(" ".join(cells), numbers(row)), row["label"]
+        assert len(cells) == len(COLUMNS)
+    heads = [given for tag, given in outline.tags if tag == "th"]
+    assert all(given["scope"] in ("row", "col") for given in heads)
+    assert len(outline.captions) == len(outline.tables)
+
+
+def test_the_first_table_has_three_columns_and_the_matrix_every_pair(without_pictures):
+    result = comparison(seed=8, seeds=2)
+    outline = Outline(report.page(result))
+    first, matrix = outline.table("What a method reaches"), outline.table("Points")
+    labels = [row["label"] for row in result["rows"]]
+    assert list(first)[1:] == list(matrix)[1:] == labels
+    for row in result["rows"]:
+        exact = [100 * row["exact"][end] for end in ("rate", "low", "high")]
+        exact.insert(1, row["letters"])
+        training = [row["seconds"]["train"], row["memory"]["peak"] / 1e6]
+        answering = [row["seconds"]["answer"], row["decode"]["ratio"]]
+        cells = first[row["label"]]
+        assert agree(cells[0], exact) and agree(cells[2], answering)
+        assert agree(cells[1].removesuffix("MB "), training) or not row["trainable"]
+        for other, cell in zip(result["rows"], matrix[row["label"]], strict=True):
+            compared = apart.pair(result, row["key"], other["key"])
+            if other is row:
+                assert not cell
+                continue
+            ends = [100 * compared[end] for end in ("difference", "low", "high")]
+            assert agree(cell, ends) and ("*" in cell) == compared["apart"]
+
+
+def test_the_page_is_folded_below_its_first_screen(without_pictures):
+    """Without the folded parts: a heading, a picture, one table of three columns."""
+    page = report.page(comparison())
+    unfolded = Outline(re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL))
+    tags = [tag for tag, _ in unfolded.tags]
+    assert (tags.count("h1"), tags.count("img"), tags.count("table")) == (1, 1, 1)
+    assert len(unfolded.tables[0][0]) == 4
+    assert tags.count("h2") == 0 and page.count("<summary><h2") >= 8
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_times_stand_with_dtype_cores_and_load(recorded, without_pictures):
+    result = comparison()
+    if not recorded:
+        del result["machine"]
+        result["provenance"]["machine"] = "an invented one, 2 cores"
+    words = "float32 on an invented one, 2 cores, 2 threads, load "
+    words += "0.1." if recorded else "not recorded."
+    assert words in report.page(result) and words in " ".join(
+        report.table(result, 100).split()
+    )
+    result["provenance"] = {}
+    if not recorded:
+        assert "cpu, cores not recorded, threads not recorded" in report.page(result)
+
+
+def test_a_score_between_right_and_wrong_is_a_number(without_pictures):
+    result = comparison(["few-shot", "lora"])
+    result["data"] = {"file": "x.jsonl", "rows": {"test": 100}, "scorer": "rouge-l"}
+    for row in result["rows"]:
+        row["samples"][0]["correct"] = 0.4321
+    page = report.page(result)
+    assert "0.43" in page and "ROUGE-L" in page and "Exact match" not in page
+    assert "ROUGE-L" in report.table(result, 100)
+    result["data"]["scorer"] = "mine.py"
+    assert "by your scorer" in report.page(result)
 
 
 def test_hostile_text_stays_text(without_pictures):
@@ -211,7 +286,7 @@ def test_a_missing_value_is_a_dash(field, without_pictures):
     result["rows"][3][field] = None
     table = report.table(result, 120)
     report.page(result)
-    shown = field not in ("total", "batch", "samples", "settings_from")
+    shown = field not in ("total", "batch", "samples", "settings_from", "per_seed")
     shown &= field not in ("settings", "trainable")
     assert (table.count("—") > whole.count("—")) == shown
     del result["rows"][3][field]
@@ -274,43 +349,91 @@ def test_less_of_everything_still_reports(without_pictures):
         ),
     ],
 )
-def test_headline_says_what_the_intervals_say(intervals, sentence):
+def test_headline_says_what_the_pairs_say(intervals, sentence):
     result = comparison(["few-shot", *intervals])
-    for row in result["rows"][1:]:
-        ahead = intervals[row["key"]]
-        row["against"]["few-shot"] = dict(
-            difference=ahead, low=ahead - 0.1, high=ahead + 0.1
-        )
+    decided(result, {k: (d - 0.1, d + 0.1) for k, d in intervals.items()})
     assert findings.headline(result) == sentence
+
+
+def decided(result: dict, ends: dict, *, by_holm: bool = True) -> None:
+    """Give the pairs with few-shot these ends, and tell them apart where they say."""
+    for pair in result["pairs"]:
+        if pair["of"] == "few-shot":
+            low, high = ends[pair["over"]]
+            pair["difference"] = -(low + high) / 2
+            pair["low"], pair["high"] = -high, -low
+            pair["apart"] = by_holm and (low > 0 or high < 0)
+
+
+def test_an_older_result_is_decided_by_its_intervals():
+    result = comparison(["few-shot", "lora"])
+    del result["pairs"]
+    result["rows"][1]["against"]["few-shot"] = dict(difference=0.2, low=0.1, high=0.3)
+    assert findings.headline(result).startswith("LoRA on all linear layers beats")
+    result["rows"][1]["against"]["few-shot"] = dict(difference=0.2, low=-0.1, high=0.5)
+    assert findings.headline(result).startswith("No fine-tuned method is shown")
+    assert background.resolution(result) == []
+    report.page(result)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
         (0.01, 0.2, ("beats few-shot", "excludes zero")),
-        (0.0, 0.2, ("is not shown to differ", "includes zero")),
-        (-0.2, 0.0, ("is not shown to differ", "includes zero")),
+        (0.0, 0.2, ("is not told apart", "includes zero")),
+        (-0.2, 0.0, ("is not told apart", "includes zero")),
         (-0.2, -0.01, ("does worse than few-shot", "excludes zero")),
     ],
 )
-def test_verdict_is_that_of_the_paired_interval(low, high, words):
+def test_verdict_is_that_of_the_pair(low, high, words):
     result = comparison(["few-shot", "lora"])
-    paired = {"difference": (low + high) / 2, "low": low, "high": high}
-    result["rows"][1]["against"]["few-shot"] = paired
+    decided(result, {"lora": (low, high)})
     (verdict,) = findings.verdicts(result)
     assert all(word in verdict for word in words)
     assert f"{100 * low:+.0f} to {100 * high:+.0f}" in verdict
+    assert "chance" not in verdict
+
+
+def test_an_interval_without_zero_may_be_chance():
+    """Among many pairs, the letters decide, and the sentence says why."""
+    result = comparison(["few-shot", "lora", "full"])
+    decided(result, {"lora": (0.01, 0.2), "full": (0.01, 0.2)}, by_holm=False)
+    for verdict in findings.verdicts(result):
+        assert "is not told apart" in verdict and "excludes zero" in verdict
+        assert verdict.endswith("With 3 pairs, that can be chance.")
 
 
 def test_the_text_says_what_the_reader_must_know():
     result = comparison()
     text = " ".join(report.table(result, 100).split())
     assert result["wall"]["sentence"] in text
-    for words in ("Wilson", "paired bootstrap", "answering one batch", "one seed"):
+    for words in ("undecided, not equal", "Holm", "answering one batch", "one seed"):
         assert words in text
     assert "learning rate 0.001; 50 steps of 8 rows; searched on validation" in text
-    result["seeds"] = [0, 1, 2]
-    assert "mean over 3 seeds" in report.table(result, 200)
+    several = " ".join(report.table(comparison(seeds=3), 100).split())
+    assert "mean over 3 seeds" in several and "count test rows and seeds" in several
+
+
+def test_the_run_says_which_differences_it_can_tell():
+    """By the pairs of fine-tuned methods; and what a longer run would change."""
+    result = comparison(["zero-shot", "lora", "full", "prompt"])
+    for pair, least in zip(
+        result["pairs"], (0.9, 0.9, 0.9, 0.1, 0.2, 0.4), strict=True
+    ):
+        pair["least"] = least
+    tells, seeds, more = background.resolution(result)
+    assert "1 seed, 100 test rows" in tells and "about 20 points or more" in tells
+    assert "another seed" in seeds
+    assert "SEEDS=3 ROWS=300" in more and "about 12 points" in more  # 20 / √3
+    result["data"] = {"rows": {"test": 150}}
+    assert "SEEDS=3 ROWS=150 needs about 16 points" in background.resolution(result)[2]
+    result |= {"seeds": [0, 1, 2], "rows_tested": 300, "data": None}
+    assert len(background.resolution(result)) == 1
+    result["rows_tested"] = 200
+    assert "tells smaller" in background.resolution(result)[1]
+    for pair in result["pairs"]:
+        pair["least"] = 1.2
+    assert "too short" in background.resolution(result)[0]
 
 
 def test_several_seeds_show_a_digit_more():

@@ -34,6 +34,7 @@ from peft_from_scratch.training.checkpoint import checkpoints
 # Method, architecture: a LoRA with dropout, and a whole model with tied embeddings and
 # dropout of its own. Steps span epochs; checkpoints fall between validations.
 CASES = {"lora": "llama", "full": "gpt2"}
+IN_HALF = {f"{method} in bfloat16": method for method in CASES}
 SLOW_TO_IMPORT = [
     "datasets",
     *(f"transformers.models.{name}.modeling_{name}" for name in CASES.values()),
@@ -53,14 +54,18 @@ class Kill:
     half_written: int  # checkpoints it was in the middle of writing
 
 
-def child(method: str, folder: Path) -> None:
+def child(case: str, folder: Path) -> None:
     """The run; what it knows of earlier processes is in the folder."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # by default a semaphore, which a kill would leak
-    run(adapted(method, CASES[method]), recipe(**SETTINGS), checkpoints=folder)
+    method = IN_HALF.get(case, case)
+    half, masters = case in IN_HALF, method == "full"
+    dtype = torch.bfloat16 if half and not masters else torch.float32
+    settings = recipe(**SETTINGS, autocast="bfloat16" if half and masters else None)
+    run(adapted(method, CASES[method], dtype=dtype), settings, checkpoints=folder)
 
 
-def start(method: str, folder: Path) -> multiprocessing.Process:
+def start(case: str, folder: Path) -> multiprocessing.Process:
     """The run in a process of its own, forked where possible after the imports."""
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context(
@@ -68,7 +73,7 @@ def start(method: str, folder: Path) -> multiprocessing.Process:
     )
     if "forkserver" in known:
         context.set_forkserver_preload(SLOW_TO_IMPORT)
-    process = context.Process(target=child, args=(method, folder))
+    process = context.Process(target=child, args=(case, folder))
     process.start()
     return process
 
@@ -90,21 +95,21 @@ def differences(ours: dict, theirs: dict) -> list[str]:
     return sorted(missing) + [n for n in both if not torch.equal(ours[n], theirs[n])]
 
 
-def undisturbed(method: str, folder: Path) -> tuple[dict[str, torch.Tensor], float]:
+def undisturbed(case: str, folder: Path) -> tuple[dict[str, torch.Tensor], float]:
     """(the end of a run that nobody touches, seconds that its process lived)."""
-    start(method, folder).join()  # warms up the fork server
+    start(case, folder).join()  # warms up the fork server
     begin = time.perf_counter()
-    process = start(method, folder / "again")
+    process = start(case, folder / "again")
     process.join()
     return contents(folder / "again"), time.perf_counter() - begin
 
 
 def round_of_kills(
-    method: str, folder: Path, number: int, moments: list[float]
+    case: str, folder: Path, number: int, moments: list[float]
 ) -> Iterator[Kill]:
     """Start the run until it ends by itself, killed at each of `moments` before."""
     for seconds in [*moments, None]:
-        process = start(method, folder)
+        process = start(case, folder)
         process.join(seconds)
         process.kill()
         process.join()
@@ -114,22 +119,22 @@ def round_of_kills(
             raise RuntimeError(f"the run failed by itself, exit {process.exitcode}")
         newest = [path.name for path in checkpoints(folder)[-1:]]
         halves = len(list(folder.glob(f"{TEMPORARY}*")))
-        yield Kill(method, number, seconds, *newest or ["nothing"], halves)
+        yield Kill(case, number, seconds, *newest or ["nothing"], halves)
 
 
-def trial(method: str, kills: int, folder: Path, draw: random.Random) -> Iterator[Kill]:
+def trial(case: str, kills: int, folder: Path, draw: random.Random) -> Iterator[Kill]:
     """Rounds of one case until `kills` are used up; AssertionError on a difference."""
-    expected, lifetime = undisturbed(method, folder / "undisturbed")
+    expected, lifetime = undisturbed(case, folder / "undisturbed")
     number = 0
     while kills:
         number += 1
         here = folder / f"round-{number}"
         moments = [draw.uniform(0, lifetime) for _ in range(kills)]
-        for kill in round_of_kills(method, here, number, moments):
+        for kill in round_of_kills(case, here, number, moments):
             kills -= 1
             yield kill
         wrong = differences(contents(here), expected)
-        assert not wrong, f"{method}, round {number}: {', '.join(wrong[:3])} differ"
+        assert not wrong, f"{case}, round {number}: {', '.join(wrong[:3])} differ"
 
 
 def main() -> int:
@@ -140,10 +145,11 @@ def main() -> int:
     draw = random.Random(options.seed)
     print("  ".join(f"{field.name:>12}" for field in fields(Kill)))
     with tempfile.TemporaryDirectory() as folder:
-        for i, method in enumerate(CASES):
-            share = options.kills // len(CASES) + (i < options.kills % len(CASES))
+        cases = [*CASES, *IN_HALF]
+        for i, case in enumerate(cases):
+            share = options.kills // len(cases) + (i < options.kills % len(cases))
             try:
-                for kill in trial(method, share, Path(folder, method), draw):
+                for kill in trial(case, share, Path(folder, case), draw):
                     row = (
                         f"{v:.2f}" if isinstance(v, float) else v for v in astuple(kill)
                     )
@@ -151,7 +157,7 @@ def main() -> int:
             except AssertionError as error:
                 print(error)
                 return 1
-            print(f"{method}: every round ended in the bits of the undisturbed run")
+            print(f"{case}: every round ended in the bits of the undisturbed run")
     return 0
 
 

@@ -135,7 +135,7 @@ def test_the_dtype_is_float32_unless_asked_for_another(folder, asked, given):
     assert {p.dtype for p in model.parameters()} == {given}
 
 
-@pytest.mark.parametrize("wrong", ["bf16", "int8", torch.int8, "auto", ""])
+@pytest.mark.parametrize("wrong", ["bf16", "int8", torch.int8, "Auto", ""])
 def test_a_wrong_dtype_is_refused_with_the_allowed_ones(wrong):
     with pytest.raises(ValueError, match="float32, bfloat16, float16, float64"):
         pick_dtype(wrong)

@@ -358,7 +358,10 @@ REFUSED = {
     "betas=(0.9, 1.0)": dict(betas=(0.9, 1.0)),
     "betas=(0.9,)": dict(betas=(0.9,)),
     "foreach=True: PagedAdamW computes page by page": dict(foreach=True),
-    "fused=True": dict(fused=True),
+    "fused='yes': allowed are True and False": dict(fused="yes"),
+    "page_bytes=96: with fused=True, parameter 0 needs at least 128": dict(
+        fused=True, page_bytes=96
+    ),
     "capturable=True": dict(capturable=True),
     "differentiable=True": dict(differentiable=True),
 }

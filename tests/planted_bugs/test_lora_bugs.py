@@ -8,6 +8,7 @@ test_method_bugs.py.
 
 from functools import partial
 
+import torch
 from laws.core import adapter as verbs
 from laws.core import contract as laws
 from laws.core import left_out as left
@@ -18,6 +19,7 @@ from laws.files import foreign_files
 from laws.files import refused_files as hostile
 from laws.files import save_and_load as files
 from laws.methods import lora as lora_laws
+from laws.methods import rounding
 from laws.methods.one_row import contract
 from laws.methods.table import lora, low_rank
 from planting import Bug, each_is_caught
@@ -37,8 +39,10 @@ from peft_from_scratch.methods import (
     pissa,
 )
 from peft_from_scratch.methods import lora as method
+from peft_from_scratch.methods.dora import DoRA
 from peft_from_scratch.methods.lora import LoRA
-from peft_from_scratch.methods.lora_fast import LowRankUpdate
+from peft_from_scratch.methods.lora_fast import LowRankSum
+from peft_from_scratch.nf4 import NF4Linear
 
 SQUARE = Method("square", lora(targets="attn.c_proj"), low_rank)
 
@@ -91,8 +95,8 @@ LORA = {
     ),
     "dropout on the base's input as well": Bug(
         LoRA.forward,
-        "W0x, x = self.base(x), self.dropout(x)",
-        "x = self.dropout(x); W0x = self.base(x)",
+        "base, dropped = self.base, self.dropout(x)",
+        "base, dropped = self.base, self.dropout(x); x = dropped",
         lora_laws.dropout_falls_on_the_input_of_A_in_training_only,
     ),
     "dropout in evaluation": Bug(
@@ -103,39 +107,39 @@ LORA = {
     ),
     "evaluation writes into the base": Bug(
         LoRA.forward,
-        "W0x, x =",
-        "self.training or self.base.weight.data.add_(self.delta()); W0x, x =",
+        "base, dropped =",
+        "self.training or self.base.weight.data.add_(self.delta()); base, dropped =",
         contract(laws.mode_is_kept_and_changes_nothing),
     ),
     "evaluation keeps the A of its first call": Bug(
         LoRA.forward,
-        "(W0x, x, self.A,",
-        "(W0x, x, self.A if self.training else "
+        "dropped, self.A,",
+        "dropped, self.A if self.training else "
         "self.__dict__.setdefault('kept', self.A.detach().clone()),",
         contract(laws.state_dict_is_the_whole_state),
     ),
     "gradient of A without the scale": Bug(
-        LowRankUpdate.backward,
-        "dz = torch.mm(B.T, dh_rows.T).T * ctx.scale",
-        "dz = torch.mm(B.T, dh_rows.T).T",
+        LowRankSum.backward,
+        "dz = torch.mm(B_s.T, dh_s.T) * ctx.scale",
+        "dz = torch.mm(B_s.T, dh_s.T)",
         lora_laws.gradients_are_those_of_the_equation,
     ),
-    "gradient of B without the scale": Bug(
-        LowRankUpdate.backward,
-        "_rows(z).T.to(B.dtype), dh_rows).T * ctx.scale",
-        "_rows(z).T.to(B.dtype), dh_rows).T",
+    "gradient of B with the scale twice": Bug(
+        LowRankSum.backward,
+        "torch.mm(z.T, dh_s).T * ctx.scale",
+        "torch.mm(z.T, dh_s).T * ctx.scale**2",
         lora_laws.gradients_are_those_of_the_equation,
     ),
     "no gradient for the layers below": Bug(
-        LowRankUpdate.backward,
-        "if ctx.needs_input_grad[1]",
-        "if False",
+        LowRankSum.backward,
+        "if needs_x:",
+        "if False:",
         lora_laws.both_derivatives_are_those_of_finite_differences,
     ),
     "second derivative forgets x A": Bug(
-        LowRankUpdate.backward,
-        "if torch.is_grad_enabled():",
-        "if False:",
+        LowRankSum.backward,
+        "if torch.is_grad_enabled() else",
+        "if False else",
         lora_laws.both_derivatives_are_those_of_finite_differences,
     ),
     "the equation without its scale": Bug(
@@ -145,54 +149,70 @@ LORA = {
         lora_laws.fast_equals_plain,
     ),
     "the fast way without its scale": Bug(
-        LowRankUpdate.forward,
-        "_rows(z), B.T, alpha=scale",
-        "_rows(z), B.T",
+        lora_fast._add_product,
+        "rows, Wt, beta=scale",
+        "rows, Wt",
         lora_laws.fast_equals_plain,
     ),
-    "the fast way without its scale, in half precision": Bug(
-        LowRankUpdate.forward,
-        "F.linear(z, B), alpha=scale",
-        "F.linear(z, B)",
+    "the fast way without its scale, with a bias": Bug(
+        lora_fast._sum,
+        "z, Bt, alpha=scale",
+        "z, Bt",
         lora_laws.fast_equals_plain,
     ),
-    "what a hook has kept is written into": Bug(
+    "a hook of the base is passed over": Bug(
         lora_fast._is_hooked,
         "base._forward_hooks",
         "None",
-        partial(
-            lora_laws.what_is_kept_of_the_base_is_not_written_into, keeper="a hook"
-        ),
+        partial(lora_laws.what_the_base_returns_can_be_kept, keeper="a hook"),
     ),
-    "what a hook of all modules has kept is written into": Bug(
+    "a hook of all modules is passed over": Bug(
         lora_fast._is_hooked,
         "        or _has_any_global_hook()\n",
         "",
         partial(
-            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            lora_laws.what_the_base_returns_can_be_kept,
             keeper="a hook of all modules",
         ),
     ),
-    "what a patched base has kept is written into": Bug(
+    "full backward hooks are passed over": Bug(
+        lora_fast._is_hooked,
+        "        or base._backward_hooks\n        or base._backward_pre_hooks\n",
+        "",
+        lora_laws.backward_hooks_of_every_sort_run,
+    ),
+    "a patched base is passed over": Bug(
         lora_fast.is_safe,
         '        or "forward" in vars(base)\n',
         "",
         partial(
-            lora_laws.what_is_kept_of_the_base_is_not_written_into,
+            lora_laws.what_the_base_returns_can_be_kept,
             keeper="a forward of its own",
         ),
     ),
-    "what a projection keeps is written into": Bug(
+    "a projection that keeps its output is passed over": Bug(
         lora_fast.is_safe,
-        "        or type(base).forward not in FRESH\n",
+        "        or type(base).forward not in KNOWN\n",
         "",
-        lora_laws.what_a_projection_keeps_itself_is_not_written_into,
+        lora_laws.what_a_projection_keeps_itself_is_whole,
     ),
     "what a function mode has kept is written into": Bug(
         lora_fast._is_observed,
         "        or torch._C._len_torch_function_stack()\n",
         "",
         lora_laws.modes_and_their_caches_are_not_written_into,
+    ),
+    "a weight that trains gets no gradient": Bug(
+        lora_fast._has_frozen_matrix,
+        "        and not W.requires_grad\n",
+        "",
+        lora_laws.a_weight_that_trains_gets_its_gradient,
+    ),
+    "a weight of another dtype is converted": Bug(
+        lora_fast._has_frozen_matrix,
+        "W.dtype == x.dtype or",
+        "True or",
+        lora_laws.another_dtype_is_refused_as_the_base_refuses_it,
     ),
     "nothing is summed in place": Bug(
         lora_fast.is_safe,
@@ -945,22 +965,119 @@ LEFT_OUT = {
     ),
 }
 
+TWICE = "C.copy_(scale * C.double() + torch.mm({}).double())"  # rounded twice
+CASES = {kind: partial(rounding.an_update_survives, kind) for kind in rounding.KINDS}
+
+ROUNDING = {
+    "the product is rounded before the sum": Bug(
+        lora_fast._add_product,
+        "C.addmm_(rows, Wt, beta=scale)",
+        TWICE.format("rows, Wt"),
+        CASES["Linear"],
+    ),
+    "the product is rounded before the sum, in training at 1e-4": Bug(
+        lora_fast._add_product,
+        "C.addmm_(rows, Wt, beta=scale)",
+        TWICE.format("rows, Wt"),
+        rounding.training_in_bfloat16_follows_float32,
+    ),
+    "the product is rounded before the sum, in training at 1e-3": Bug(
+        lora_fast._add_product,
+        "C.addmm_(rows, Wt, beta=scale)",
+        TWICE.format("rows, Wt"),
+        partial(rounding.training_in_bfloat16_follows_float32, rate=1e-3),
+    ),
+    "the product is rounded before the sum, with float16": Bug(
+        lora_fast._add_product,
+        "C.addmm_(rows, Wt, beta=scale)",
+        TWICE.format("rows, Wt"),
+        partial(CASES["Conv1D"], dtype=torch.float16),
+    ),
+    "a product in four bits is rounded before the sum": Bug(
+        NF4Linear.add_product,
+        "C.addmm_(x, W.T, beta=scale)",
+        TWICE.format("x, W.T"),
+        CASES["NF4Linear"],
+    ),
+    "a rounded bias hides the update": Bug(
+        lora_fast._sum,
+        "or dtype.itemsize == 2:",
+        "or dtype != small:",
+        partial(CASES["Linear"], bias=True),
+    ),
+    "nothing is summed in the product": Bug(
+        lora_fast.is_safe,
+        "return not (",
+        "return not (\n        True or",
+        CASES["Linear"],
+    ),
+    "DoRA rounds before its sum": Bug(
+        DoRA.forward,
+        "if lora_fast.rounds(self.base, x):",
+        "if False:",
+        rounding.a_change_of_length_survives,
+    ),
+    "DoRA's second product has no gradient": Bug(
+        lora_fast.SumWithProduct.backward,
+        "if ctx.needs_input_grad[1]:",
+        "if False:",
+        rounding.doras_gradients_are_those_of_float64,
+    ),
+    "DoRA's bias is forgotten": Bug(
+        lora_fast.sum_with_product,
+        "h if base.bias is None else h + base.bias.to(result)",
+        "h",
+        rounding.doras_gradients_are_those_of_float64,
+    ),
+    "autocast is not seen": Bug(
+        lora_fast._product_dtype,
+        "return torch.get_autocast_dtype(x.device.type)",
+        "return x.dtype",
+        rounding.autocast_rounds_once_too,
+    ),
+    "autocast narrows float64": Bug(
+        lora_fast._product_dtype,
+        "x.dtype == torch.float64 or",
+        "",
+        rounding.autocast_leaves_float64_alone,
+    ),
+    "the scale comes last, after an overflow": Bug(
+        lora_fast._sum,
+        "if dtype == torch.float16:",
+        "if False:",
+        rounding.sums_that_half_precision_holds_are_finite,
+    ),
+    "float16 gradients": Bug(
+        lora_fast._small_dtype,
+        "dtype == torch.bfloat16 and",
+        "dtype.itemsize == 2 and",
+        rounding.small_gradients_survive_in_float16,
+    ),
+    "the gradient of x with dropout goes to x": Bug(
+        LowRankSum.backward,
+        "if ctx.has_dropout:",
+        "if False:",
+        lora_laws.both_derivatives_are_those_of_finite_differences,
+    ),
+}
+
 # Where the bug stops the work, with an error that tells nobody why.
 CAUGHT = AssertionError, AttributeError, LookupError, RuntimeError
 CAUGHT += TypeError, ValueError
 
 test_a_planted_bug_is_caught = each_is_caught(LORA | CONTRACT | MERGING | FILES)
+test_a_bug_of_rounding_is_caught = each_is_caught(ROUNDING)
 test_a_bug_of_wrapped_models_is_caught = each_is_caught(WRAPPED, CAUGHT)
 test_a_bug_of_what_is_left_out_is_caught = each_is_caught(LEFT_OUT, CAUGHT)
 test_a_bug_of_foreign_files_is_caught = each_is_caught(FOREIGN, CAUGHT)
 
 # Where torch itself stops: its own error, in the place of a wrong value.
 STOPS = {
-    "full backward hooks stop": Bug(
-        lora_fast._is_hooked,
-        "        or base._backward_hooks\n        or base._backward_pre_hooks\n",
-        "",
-        lora_laws.backward_hooks_of_every_sort_run,
+    "a weight that is computed stops": Bug(
+        lora_fast._has_frozen_matrix,
+        "return isinstance(base, NF4Linear)",
+        "return True",
+        partial(lora_laws.a_weight_that_trains_gets_its_gradient, computed=True),
     ),
     "torch.func stops": Bug(
         lora_fast._is_observed,
@@ -988,10 +1105,10 @@ STOPS = {
     ),
     "a ragged batch stops": Bug(
         lora_fast.is_safe,
-        "        or type(W0x) is not Tensor\n",
+        "        or type(x) is not Tensor\n",
         "",
         lora_laws.a_ragged_batch_goes_through,
     ),
 }
 
-test_a_stop_is_caught = each_is_caught(STOPS, RuntimeError)
+test_a_stop_is_caught = each_is_caught(STOPS, (AttributeError, RuntimeError))

@@ -11,6 +11,7 @@ from laws.files import quantized_models as on_disk
 from laws.methods import qlora as beside
 from laws.methods.one_row import contract
 from laws.nf4 import blocks as numbers
+from laws.nf4 import keeping as kept
 from laws.nf4 import linear as products
 from planting import Bug, each_is_caught
 
@@ -18,7 +19,16 @@ from peft_from_scratch.core import counting, merge, targets
 from peft_from_scratch.files import base_notes, combine, exchange, quantized
 from peft_from_scratch.methods import full, pissa, qlora
 from peft_from_scratch.models import load
-from peft_from_scratch.nf4 import NF4Linear, affine, blocks, codes, double, linear, spec
+from peft_from_scratch.nf4 import (
+    NF4Linear,
+    affine,
+    blocks,
+    codes,
+    double,
+    keeping,
+    linear,
+    spec,
+)
 from peft_from_scratch.nf4.linear import DequantBuffer, DequantMatmul
 
 
@@ -117,9 +127,9 @@ NUMBERS = {
         numbers.pieces_on_the_way_are_not_seen,
     ),
     "the short block has another's constant": Bug(
-        blocks._scale,
-        "torch.mul(values[whole:], absmax[-1]",
-        "torch.mul(values[whole:], absmax[0]",
+        double.scale,
+        "values[whole:].mul_(constants[-1])",
+        "values[whole:].mul_(constants[0])",
         numbers.blocks_are_runs_of_values_in_memory_order,
     ),
     "NaN is quantized": Bug(
@@ -130,14 +140,14 @@ NUMBERS = {
     ),
     "the second absmax is forgotten": Bug(
         double.DoubleQuantized.dequantize,
-        "values * scales + self.offset",
-        "values + self.offset",
+        "scale(constants, self.nested_absmax, BLOCK)",
+        "pass",
         numbers.doubled_constants_are_close_to_their_own,
     ),
     "the offset is forgotten": Bug(
         double.DoubleQuantized.dequantize,
-        "values * scales + self.offset",
-        "values * scales",
+        "constants.add_(self.offset)",
+        "constants",
         numbers.doubled_constants_are_close_to_their_own,
     ),
     "the mean is not taken off": Bug(
@@ -187,6 +197,136 @@ NUMBERS = {
         "flat, absmax = out.view(-1)",
         "flat, absmax = out.clone().view(-1)",
         numbers.out_is_written_to_and_its_dtype_counts,
+    ),
+}
+
+LOOKUPS = {
+    name: Bug(function, right, wrong, numbers.threads_and_places_are_not_seen)
+    for name, (function, right, wrong) in {
+        "half a row of a lookup is another thread's": (
+            blocks._look_up,
+            "bytes_.view(threads, -1).long()",
+            "bytes_.view(-1, threads).T.long()",
+        ),
+        "the constants are multiplied after rounding": (
+            blocks.dequantize,
+            "scale(values, constants, q.block)\n            part.copy_(values)",
+            "part.copy_(values)\n            scale(part, constants, q.block)",
+        ),
+    }.items()
+}
+
+KEEPING = {
+    "kept weights are dequantized all the same": Bug(
+        NF4Linear.dequantized,
+        "if W is not None:",
+        "if W is None and kept:",
+        kept.kept_weights_answer_with_the_same_bits,
+    ),
+    "the dtype of a kept weight is not looked at": Bug(
+        keeping.Unpacked.weight,
+        "state = dtype, *(",
+        "state = None, *(",
+        kept.autocast_and_its_end_are_seen_inside,
+    ),
+    "what is dropped still counts": Bug(
+        keeping.Unpacked._drop,
+        "self.nbytes -= self._weights.pop(key)[0].nbytes",
+        "del self._weights[key]",
+        kept.autocast_and_its_end_are_seen_inside,
+    ),
+    "the budget is looked at before the weight is counted": Bug(
+        keeping.Unpacked.weight,
+        "self.nbytes + layer.values * dtype.itemsize > self.budget_bytes",
+        "self.nbytes >= self.budget_bytes",
+        kept.the_budget_is_never_exceeded,
+    ),
+    "the first that does not fit ends it": Bug(
+        keeping.Unpacked.weight,
+        "> self.budget_bytes:\n",
+        "> self.budget_bytes:\n            self.budget_bytes = 0\n",
+        kept.the_budget_is_never_exceeded,
+    ),
+    "an error leaves the weights": Bug(
+        keeping.unpacked,
+        "    finally:\n",
+        "    except GeneratorExit:\n",
+        kept.all_is_freed_at_the_end_also_after_an_error,
+    ),
+    "the layers stay in the block": Bug(
+        keeping.unpacked,
+        "layer.unpacked = None",
+        "pass",
+        kept.all_is_freed_at_the_end_also_after_an_error,
+    ),
+    "a write to the codes is not seen": Bug(
+        keeping._version,
+        "0 if tensor.is_inference() else tensor._version",
+        "0",
+        kept.a_change_inside_is_seen,
+    ),
+    "other constants are not seen": Bug(
+        keeping.Unpacked.weight,
+        "list(layer.buffers(recurse=False))",
+        "[layer.packed]",
+        kept.a_change_inside_is_seen,
+    ),
+    "another tensor with codes is not seen": Bug(
+        keeping.Unpacked.weight,
+        "(id(t), _version(t)) for t",
+        "_version(t) for t",
+        kept.a_change_inside_is_seen,
+    ),
+    "the inner block takes over": Bug(
+        keeping.unpacked,
+        " and module.unpacked is None",
+        "",
+        kept.a_block_in_a_block_leaves_the_outer_one_its_weights,
+    ),
+    "a copy is in the block": Bug(
+        keeping.Unpacked.__deepcopy__,
+        "return None",
+        "return self",
+        kept.a_copy_made_inside_keeps_nothing,
+    ),
+    "threads do not wait for each other": Bug(
+        keeping.Unpacked.weight,
+        "with self._lock:",
+        "__import__('time').sleep(0.01)\n    if True:",
+        kept.two_threads_in_one_block_dequantize_once,
+    ),
+    "streams share what is kept": Bug(
+        keeping.Unpacked.weight,
+        "(layer, stream), list",
+        "layer, list",
+        kept.a_stream_does_not_read_what_another_one_writes,
+    ),
+    "bytes are counted before they are there": Bug(
+        keeping.Unpacked.weight,
+        "layer.dequantize_into(W)",
+        "self.nbytes += W.nbytes; layer.dequantize_into(W); self.nbytes -= W.nbytes",
+        kept.an_error_while_a_weight_is_made_counts_no_bytes,
+    ),
+}
+
+ERRORS = {
+    "autograd keeps the weight": Bug(
+        NF4Linear.forward,
+        "if torch.is_grad_enabled() else times_dequantized",
+        "if False else times_dequantized",
+        kept.no_graph_holds_a_kept_weight,
+    ),
+    "a result is written in pairs where it has none": Bug(
+        blocks._holds_pairs,
+        "part.dtype == torch.float32 and pairs_fit",
+        "part.dtype == torch.float32",
+        numbers.threads_and_places_are_not_seen,
+    ),
+    "threads share what cannot be shared evenly": Bug(
+        blocks._look_up,
+        "if threads == 1 or len(out) % threads:",
+        "if threads == 1:",
+        numbers.threads_and_places_are_not_seen,
     ),
 }
 
@@ -261,15 +401,14 @@ SPEC = {
             "torch.ge(",
         ),
         "the values of a byte change places": (
-            blocks.dequantize,
-            "table.index_select(0, bytes_).view(torch.float32)",
-            "table.index_select(0, bytes_).view(torch.float32).view(-1, 2).flip(1)"
-            ".flatten()",
+            blocks._look_up,
+            "bytes_.int()",
+            "((bytes_ << 4) | (bytes_ >> 4)).int()",
         ),
         "values are rounded before they are scaled": (
             blocks.dequantize,
-            "index_select(0, bytes_).view(torch.float32)",
-            "index_select(0, bytes_).view(torch.float32).bfloat16().float()",
+            "found.view(torch.float32)[",
+            "found.view(torch.float32).bfloat16().float()[",
         ),
     }.items()
 }
@@ -345,8 +484,8 @@ PRODUCTS = {
     ),
     "full weights are kept for the backward pass": Bug(
         DequantMatmul.forward,
-        "return F.linear(",
-        "ctx.kept = W.clone()\n        return F.linear(",
+        "return times_dequantized(",
+        "ctx.kept = layer.weight\n    return times_dequantized(",
         products.a_step_holds_one_dequantized_weight_at_a_time,
     ),
     "one dequantization too many": Bug(
@@ -683,8 +822,10 @@ BUGS = {
     f"{part}: {bug}": row
     for part, table in {
         "numbers": NUMBERS,
+        "lookups": LOOKUPS,
         "spec": SPEC,
         "products": PRODUCTS,
+        "keeping": KEEPING,
         "qlora": QLORA,
         "files": FILES,
     }.items()
@@ -693,3 +834,4 @@ BUGS = {
 
 
 test_a_planted_bug_is_caught = each_is_caught(BUGS)
+test_a_planted_error_is_caught = each_is_caught(ERRORS, RuntimeError)

@@ -1,6 +1,7 @@
 """Laws of conversations as tokens: every answer is learned, and nothing else is."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -16,6 +17,8 @@ from chat_templates import (
     merging_tokenizer,
     unmarked,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from planting import each_is_caught, law
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -289,15 +292,29 @@ def a_template_that_rewrites_an_answer_is_refused_by_name():
         tokenizer = speaking(template)
         chat = chat_of("2 + 2", answer, "3 + 3", "six", "4 + 4", "eight")
         for turns in (chat, chat[:4]):
-            with pytest.raises(ValueError, match="chat template does not write turn 2"):
+            with pytest.raises(
+                ValueError, match="does not write assistant turn 1 as it"
+            ):
                 encode_conversation(tokenizer, "", turns, template="chat")
-        with pytest.raises(ValueError, match=r"turn 2 \(assistant\) as it stands"):
+        with pytest.raises(ValueError, match="does not write assistant turn 1 as it"):
             encode_prompt(tokenizer, "", chat[:3], template="chat")
         encode_conversation(tokenizer, "", chat, template="raw")
         good, bad = encode_all(
             tokenizer, "", [{"messages": chat, "place": "line 9"}], template="chat"
         )
         assert not good and bad[0][0] == "line 9", name
+
+
+@law
+def the_answer_that_is_rewritten_is_counted_among_the_answers():
+    tokenizer = in_format("thinking")
+    for system in (None, "Be brief."):
+        chat = chat_of("2 + 2", "four", "3 + 3", THOUGHT, "4 + 4", "8", system=system)
+        with pytest.raises(
+            ValueError,
+            match=r"assistant turn 2 as it stands: for '<think>.* it writes '4<",
+        ):
+            encode_conversation(tokenizer, "", chat, template="chat")
 
 
 @law
@@ -376,6 +393,80 @@ def rows_of_both_kinds_are_encoded_and_the_bad_ones_named():
         encode_rows(tokenizer, "", rows, **given)
 
 
+@pytest.mark.skipif(
+    "sanitize_control_tokens"
+    not in inspect.signature(TOKENIZER.apply_chat_template).parameters,
+    reason="this transformers cannot do it",
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversation_is_encoded_as_by_transformers_own_guard(name):
+    tokenizer, end = in_format(name), FORMATS[name].end
+    for text in (*SPELLED, "<turn><|header|></turn> <|eot|>"):
+        spelled = "<pad> <bos>" if end in text else text
+        chat = chat_of(text, spelled, f"{text} x", f"y {spelled}")
+        whole = tokenizer.apply_chat_template(
+            chat, return_dict=False, sanitize_control_tokens=True
+        )
+        ids, _ = encode_conversation(tokenizer, "", chat, template="chat")
+        assert ids == whole[: len(ids)] and len(whole) - len(ids) <= 1
+
+
+SCRAPS = [
+    *(
+        "a",
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "Hi",
+        "1",
+        "é",
+        "日本",
+        "🙂",
+        "\u200b",
+        "\x00",
+    ),
+    *("<|im_start|>", "<bos>", "<pad>", "[INST]", " [/INST]", "<turn>", "<|header|>"),
+    *(
+        "im_end|>",
+        "<",
+        "assistant",
+        "{{",
+        "{% if %}",
+        "\U000f0000",
+        "\U000ffffd",
+        "<think>",
+    ),
+]
+WORDS = st.lists(st.sampled_from(SCRAPS), min_size=1, max_size=6).map("".join)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    contents=st.lists(WORDS.filter(str.strip), min_size=2, max_size=6),
+    system=st.none() | WORDS.filter(str.strip),
+    name=st.sampled_from(list(FORMATS)),
+    words=st.sampled_from([TOKENIZER, merging_tokenizer(None, GPT2)]),
+)
+def test_whatever_the_words_only_answers_are_trained(contents, system, name, words):
+    """And the control tokens are those of a conversation of plain words."""
+    tokenizer = speaking(unmarked(FORMATS[name].template), words)
+    chat = chat_of(*contents[: len(contents) // 2 * 2], system=system)
+    ids, labels = encode_conversation(tokenizer, "", chat, template="chat")
+    end = FORMATS[name].end
+    places = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+    for (start, tokens), i in zip(runs(ids, labels), places, strict=True):
+        text = words.decode(tokens)
+        assert text.endswith(end) and text.count(end) == 1
+        assert text.removesuffix(end).strip() == chat[i]["content"].strip()
+        assert ids[:start] == encode_prompt(tokenizer, "", chat[:i], template="chat")
+    plain = [{**turn, "content": "x"} for turn in chat]
+    marks = encode_conversation(tokenizer, "", plain, template="chat")[0]
+    special = set(words.all_special_ids)
+    assert [i for i in ids if i in special] == [i for i in marks if i in special]
+
+
 def test_words_that_get_a_space_of_their_own_keep_the_one_token():
     """SentencePiece puts a space before a text: tokenized apart, it would be two."""
     vocab = {t: i for i, t in enumerate(["<unk>", "<bos>", "<eos>", "▁", "▁▁"])}
@@ -445,20 +536,20 @@ BUGS = {
     ),
     "only the last answer trained": (
         TEXTS,
-        "yield found, True",
-        "yield found, following is None",
+        "yield answer, True",
+        "yield answer, following is None",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "only the last answer trained, against the marks": (
         TEXTS,
-        "yield found, True",
-        "yield found, following is None",
+        "yield answer, True",
+        "yield answer, following is None",
         the_mask_is_the_one_of_a_template_that_marks_what_is_said,
     ),
     "only the first answer trained": (
         TEXTS,
-        "yield found, True",
-        "yield found, not done",
+        "yield answer, True",
+        "yield answer, not done",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "the system turn trained": (
@@ -469,14 +560,14 @@ BUGS = {
     ),
     "an end that is not trained": (
         TEXTS,
-        "yield found, True",
-        "yield found.removesuffix(end), True; yield end, False",
+        "yield answer, True",
+        "yield answer.removesuffix(end), True; yield end, False",
         the_trained_tokens_are_the_answers_and_their_ends,
     ),
     "an end that is not trained, against the marks": (
         TEXTS,
-        "yield found, True",
-        "yield found.removesuffix(end), True; yield end, False",
+        "yield answer, True",
+        "yield answer.removesuffix(end), True; yield end, False",
         the_mask_is_the_one_of_a_template_that_marks_what_is_said,
     ),
     "labels off by one": (
@@ -488,8 +579,8 @@ BUGS = {
     "the space before an answer left to the question": (
         TEXTS,
         "yield before[len(done) :], False",
-        "gap = len(found) - len(found.lstrip()); before += found[:gap]; "
-        "found = found[gap:]; yield before[len(done) :], False",
+        "gap = len(answer) - len(answer.lstrip()); before += answer[:gap]; "
+        "answer = answer[gap:]; yield before[len(done) :], False",
         each_answer_is_trained_after_what_generation_starts_from,
     ),
     "a header in what is trained": (
@@ -584,18 +675,24 @@ BUGS = {
     ),
     "every answer compared with the end of the conversation": (
         TEXTS,
-        "_seen(tokenizer, turns, following)",
-        "_seen(tokenizer, turns[: i + 1], None)",
+        "_later(tokenizer, turns, following)",
+        "_later(tokenizer, turns[: i + 1], None)",
         a_template_that_rewrites_an_answer_is_refused_by_name,
     ),
+    "turns counted, and not answers": (
+        conversations._rewritten,
+        'sum(turn["role"] == "assistant" for turn in turns[: i + 1])',
+        "i + 1",
+        the_answer_that_is_rewritten_is_counted_among_the_answers,
+    ),
     "the last answer only as the conversation goes on": (
-        conversations._seen,
+        conversations._later,
         "yield _written(tokenizer, turns, ask=False)",
         "pass",
         the_last_answer_may_hold_what_is_stripped_later,
     ),
     "the last answer only as the conversation ends": (
-        conversations._seen,
+        conversations._later,
         "yield _written(tokenizer, [*turns, question])",
         "return",
         the_last_answer_may_hold_what_is_stripped_later,

@@ -9,18 +9,22 @@ from architectures import build, byte_tokenizer
 from datasets import Dataset
 from planting import each_is_caught, law
 
+from peft_from_scratch.comparison import measure
 from peft_from_scratch.comparison.adapt import few_shot_examples
 from peft_from_scratch.tasks import jsonl, messages, task
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import (
+    IGNORED,
     encode_conversation,
     encode_prompt,
     encode_rows,
     stop_token,
 )
-from peft_from_scratch.training import evaluation
+from peft_from_scratch.training import evaluation, packing
 from peft_from_scratch.training.evaluation import answer_rows
 from peft_from_scratch.training.generation import generate
+from peft_from_scratch.training.loss import mean_loss
+from peft_from_scratch.training.packing import packing_for
 
 SPLITS = ("train", "validation", "test")
 TOKENIZER = byte_tokenizer()
@@ -359,18 +363,39 @@ def a_conversation_is_an_example_with_each_of_its_answers():
     assert found.index(("c", "dd")) == found.index(("a", "b")) + 1
 
 
-def test_the_loss_is_on_the_answers_alone():
-    """Another word in a question changes no label; one in an answer does."""
-    ids, labels = encode_rows(TOKENIZER, "", CHATS[:1], template="chat")[0]
-    model = build("llama")
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0]
-        given = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
-    places = [i for i, label in enumerate(labels) if label != -100]
-    text = "".join(TOKENIZER.decode(ids[i]) for i in places)
-    assert text == "b<eos>dd<eos>"
-    surprises = [-logits[i - 1].log_softmax(-1)[ids[i]].item() for i in places]
-    assert given == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
+@law
+def bytes_and_decoding_times_are_those_of_whole_conversations():
+    ready = SimpleNamespace(tokenizer=TOKENIZER, template="chat", examples=[("x", "y")])
+    asked = SimpleNamespace(instruction="")
+    for i, row in enumerate(CHATS):
+        assert measure._prompt(ready, asked, CHATS, i) == encode_prompt(
+            TOKENIZER, "", row["messages"][:-1], template="chat", examples=[("x", "y")]
+        )
+
+
+@law
+def the_loss_is_the_surprise_of_each_answer_and_its_end():
+    """Padded, and packed: rows that begin with the same answer learn it once each."""
+    model = build("llama", dtype=torch.float64)
+    began = ("a", "b", "c", "dd")
+    chats = [chat_of(*began), chat_of(*began, "e", "f"), chat_of(*began[:3], "gg")]
+    rows = encode_rows(
+        TOKENIZER, "Say it.", [{"messages": chat} for chat in chats], template="chat"
+    )
+    surprises = []
+    for ids, labels in rows:
+        places = [i for i, label in enumerate(labels) if label != IGNORED]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        surprises += [-logits[i - 1, ids[i]].item() for i in places]
+    learned = sum(len(turn["content"]) + 1 for chat in chats for turn in chat[1::2])
+    assert len(surprises) == learned
+    expected = sum(surprises) / learned
+    packed = packing_for(model, rows)
+    assert packed.works and len(packed.groups(rows)) < len(rows)
+    for collate in (None, packed.batch):
+        loss = mean_loss(model, rows, collate=collate)
+        assert loss == pytest.approx(expected, rel=1e-12)
 
 
 REASON = messages._wrong_turn
@@ -507,10 +532,22 @@ BUGS = {
         'row["prompt"]',
         the_last_answer_is_what_is_asked_for_and_scored,
     ),
+    "an answer that several rows begin with is shared": (
+        packing.shared_length,
+        "min(common, *(_first_label(labels) - 1 for _, labels in rows))",
+        "common",
+        the_loss_is_the_surprise_of_each_answer_and_its_end,
+    ),
+    "a transcript is measured": (
+        measure._prompt,
+        "prompt_of(rows[i])",
+        'rows[i]["prompt"]',
+        bytes_and_decoding_times_are_those_of_whole_conversations,
+    ),
     "the last answer of an example alone": (
         messages.pairs,
-        "return list(zip(said[::2], said[1::2], strict=True))",
-        "return [tuple(said[-2:])]",
+        "return list(zip(contents[::2], contents[1::2], strict=True))",
+        "return [tuple(contents[-2:])]",
         a_conversation_is_an_example_with_each_of_its_answers,
     ),
     "a system turn in an example": (

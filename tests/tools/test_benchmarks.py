@@ -1,10 +1,15 @@
-"""What the benchmarks share, and a small run of the paged optimizer's."""
+"""What the benchmarks share, its guard against a busy machine, and small runs."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from planting import each_is_caught, law
+
+from peft_from_scratch.common.provenance import processor
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -14,13 +19,19 @@ def beside_the_benchmarks(monkeypatch, tmp_path):
     """They import each other as scripts do, and write to out/ where they are run."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.chdir(tmp_path)
+    import side_by_side
+
+    monkeypatch.setattr(side_by_side, "START", 0.0)
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path / "results")
+
+
+TIMES = {"a": [(1.0, 2.0), (4.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)] * 3}
 
 
 def test_a_ratio_compares_two_times_of_one_round():
     import side_by_side
 
-    times = {"a": [(1.0, 2.0), (4.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)] * 3}
-    first, second = side_by_side.table(times, "a")
+    first, second = side_by_side.table(TIMES, "a")
     assert first["ratio"] == first["low"] == first["high"] == 1
     assert second == {
         "name": "b",
@@ -35,6 +46,127 @@ def test_a_ratio_compares_two_times_of_one_round():
     assert rows[1].split() == ["b", "2.000", "1.00", "0.50", "2.00", "0.50"]
     assert side_by_side.verdict(1.0, 1.0).endswith("at most 1.00: reached")
     assert side_by_side.verdict(1.1, 1.0).endswith("missed")
+
+
+def busy(monkeypatch, a_core):
+    """As if the machine had this load for each core when the benchmark started."""
+    import side_by_side
+
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(side_by_side, "START", 4 * a_core)
+    return side_by_side
+
+
+@law
+def a_busy_machine_records_nothing_unasked(monkeypatch):
+    """Above 0.5 a core, not at it; and only where a record was asked for."""
+    for a_core, recorded in ((0.0, True), (0.5, True), (0.51, False), (3.0, False)):
+        module = busy(monkeypatch, a_core)
+        module.parsed(module.parser("A benchmark."), [])
+        refused = pytest.raises(SystemExit) if not recorded else nullcontext()
+        with refused:
+            module.parsed(module.parser("A benchmark."), ["--record"])
+        asked = module.parsed(module.parser("A."), ["--record", "--allow-load"])
+        assert asked.record and asked.allow_load
+
+
+def test_the_refusal_says_how_busy_and_what_to_do(monkeypatch, capsys):
+    module = busy(monkeypatch, 0.75)
+    with pytest.raises(SystemExit):
+        module.parsed(module.parser("A benchmark."), ["--record"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the machine is busy, a load of 3.0 on 4 cores, 0.75 a core" in said
+    assert "nothing is recorded above 0.5. Wait until it is idle, or record" in said
+    assert "ratios of processor time with --allow-load" in said
+
+
+@law
+def beside_other_work_the_ratio_is_of_processor_time(monkeypatch):
+    for a_core, clock, ratio in ((0.2, "wall", 1.0), (2.0, "processor", 0.5)):
+        module = busy(monkeypatch, a_core)
+        _, second = module.table(TIMES, "a")
+        assert module.clock() == module.conditions()["clock"] == clock
+        assert (second["ratio"], second["processor_ratio"]) == (ratio, 0.5)
+        assert second["seconds"] == (2.0 if clock == "wall" else 1.0)
+        said = module.lines([second], 3)[-1]
+        assert ("all of these times are processor time" in said) == (a_core > 0.5)
+
+
+@law
+def a_record_says_under_which_conditions_it_was_made(monkeypatch):
+    module = busy(monkeypatch, 2.0)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (9.126, 0, 0), raising=False)
+    provenance = {"machine": "A, 4 cores, 1 GiB"}
+    module.write({"benchmark": "x", "provenance": provenance}, record=True)
+    (file,) = module.RESULTS.glob("x-*.json")
+    assert json.loads(file.read_text())["conditions"] == {
+        "clock": "processor",
+        "load_before": 8.0,
+        "load_after": 9.13,
+        "cores": 4,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }
+
+
+def test_a_system_without_a_load_is_believed(monkeypatch):
+    import side_by_side
+
+    monkeypatch.delattr(side_by_side.os, "getloadavg", raising=False)
+    assert side_by_side.load() is None
+    monkeypatch.setattr(side_by_side, "START", None)
+    assert side_by_side.clock() == "wall"
+    asked = side_by_side.parsed(side_by_side.parser("A benchmark."), ["--record"])
+    assert asked.record
+
+
+def guards():
+    sys.path.insert(0, str(FOLDER))
+    import side_by_side
+
+    return {
+        "the load of all cores": (
+            side_by_side.clock,
+            "BUSY * os.cpu_count()",
+            "BUSY * 100",
+            a_busy_machine_records_nothing_unasked,
+        ),
+        "half a load is too much": (
+            side_by_side.clock,
+            "> BUSY",
+            ">= BUSY",
+            a_busy_machine_records_nothing_unasked,
+        ),
+        "nothing is refused": (
+            side_by_side.parsed,
+            "asked.record and clock() == PROCESSOR",
+            "False",
+            a_busy_machine_records_nothing_unasked,
+        ),
+        "refused although it was asked for": (
+            side_by_side.parsed,
+            " and not asked.allow_load",
+            "",
+            a_busy_machine_records_nothing_unasked,
+        ),
+        "the wall's ratio on a busy machine": (
+            side_by_side.table,
+            ".index(clock())",
+            ".index(WALL)",
+            beside_other_work_the_ratio_is_of_processor_time,
+        ),
+        "the load of afterwards stands for that of before": (
+            side_by_side.conditions,
+            '"load_before": START',
+            '"load_before": load()',
+            a_record_says_under_which_conditions_it_was_made,
+        ),
+    }
+
+
+test_a_planted_bug_is_caught = each_is_caught(
+    guards(), (AssertionError, SystemExit, pytest.fail.Exception)
+)
 
 
 def test_the_candidates_take_turns_and_the_warm_up_does_not_count():
@@ -64,11 +196,15 @@ def test_the_paged_benchmark_runs_and_records_nothing_unasked(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "written to out/paged_adamw.json" in said
     assert "paged, a quarter, target, at most 2.00: " in said
+    assert "paged, fused, a quarter, target, at most 3.00: " in said
     result = json.loads((tmp_path / "out" / "paged_adamw.json").read_text())
     assert result["parameters"] == 1024 * 1024 + 1024
     names = [row["name"] for row in result["rows"]]
-    assert names[0] == "torch, foreach" and len(names) == 7
+    assert names[0] == "torch, foreach" and len(names) == 11
     assert result["rows"][0]["ratio"] == 1
+    rivals = [row["name"] for row in result["over_fused"]]
+    assert rivals[0] == "torch, fused" and len(rivals) == 5
+    assert result["over_fused"][0]["ratio"] == 1
     assert [p for p in sorted(FOLDER.rglob("*")) if "__pycache__" not in str(p)] == [
         p for p in before if "__pycache__" not in str(p)
     ]
@@ -77,10 +213,11 @@ def test_the_paged_benchmark_runs_and_records_nothing_unasked(tmp_path, capsys):
 def test_unequal_work_is_not_timed():
     import paged_adamw
 
-    made = paged_adamw.optimizers(1)
-    made["paged, a half"].param_groups[0]["lr"] = 2e-3
-    with pytest.raises(RuntimeError, match="paged, a half: weights differ"):
-        paged_adamw.check_equal_work(made)
+    for name in ("paged, a half", "paged, fused, a half"):
+        made = paged_adamw.optimizers(1)
+        made[name].param_groups[0]["lr"] = 2e-3
+        with pytest.raises(RuntimeError, match=f"{name}: weights differ"):
+            paged_adamw.check_equal_work(made)
 
 
 def test_the_nf4_benchmark_checks_the_bits_first(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import re
 
+from invented_comparisons import comparison
+
 from peft_from_scratch.common.marks import block_pattern
 from peft_from_scratch.ledger import verdicts
 from tools import readme
@@ -20,6 +22,17 @@ def test_a_typed_figure_is_noticed():
     row = result["rows"][-1]
     row["exact"]["rate"] -= 0.01
     assert readme.results(result) != shown
+
+
+def test_letters_are_shown_and_a_column_without_values_is_not():
+    result = comparison()
+    shown = readme.results(result)
+    assert "| Letters |" in shown and "Methods that share a letter" in shown
+    assert "This run (1 seed, 100 test rows)" in shown
+    for row in result["rows"]:
+        del row["letters"]
+    assert "Letters" not in readme.results(result).partition("\n\nMethods")[0]
+    assert "load 0.1" in shown
 
 
 def test_every_claim_of_a_listed_notebook_is_listed_beside_it():

@@ -87,6 +87,17 @@ def my_places(model):
 
 MUTANTS = {
     "10.1": {
+        "D reshaped": edited("self.D.T", "self.D.reshape(self.D.T.shape)"),
+        "U reshaped": edited("self.U.T", "self.U.reshape(self.U.T.shape)"),
+        "y normed before D": edited(
+            "sigma(y @", "sigma(F.layer_norm(y, y.shape[-1:]) @"
+        ),
+        "a residual around the activation": edited(
+            "y + z", "y + (z + y @ self.D.T + self.b_D)"
+        ),
+        "the base without a gradient": edited(
+            Y, "with torch.no_grad():\n            y = self.base(x)"
+        ),
         "all zeros": edited("y + z @ self.U.T + self.b_U", "0 * (y + z @ self.U.T)"),
         "no residual": edited("y + z", "z"),
         "the residual of x": shortcut("x + z @ self.U.T + self.b_U"),
@@ -158,6 +169,11 @@ MUTANTS = {
         ),
     },
     "10.2": {
+        "no biases in m": units("round(budget / (4 * d))"),
+        "the closest in ratio": units(
+            "(budget - 2 * d) // (4 * d + 2); m = min((k for k in (m, m + 1) if k > 0),"
+            " key=lambda k: abs(math.log(2 * (2*k*d + d + k) / budget)))"
+        ),
         "all zeros": units("0", "0"),
         "one bottleneck a layer": units(
             "round((budget - d) / (2 * d + 1))", "2 * m * d + d + m"
@@ -187,6 +203,11 @@ MUTANTS = {
         "a rank": units("8"),
     },
     "10.3": {
+        "the last two of each layer": places(
+            "last.setdefault(pfs.targets.layer_of(model, name), []).append(name)",
+            "[name for names in last.values() for name in names[-2:]]",
+        ),
+        "a set of names": places(back="list(set(last.values()))"),
         "all zeros": places(back="[0] * len(last)"),
         "an empty list": places(back="[]"),
         "after q_proj": named("q_proj", "down_proj"),
@@ -318,6 +339,9 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             "a step of its own": forward(SUM, Y, NARROW, "self.U.data.mul_(0.999)"),
         },
         "inputs": {
+            "an activation of torch's, by its name": edited(
+                "self.sigma(", "getattr(F, self.sigma.__name__, F.gelu)("
+            ),
             "rows up to five": edited(
                 "self.sigma(y",
                 "self.sigma((y if y.dim() < 2 or y.shape[-2] < 6 else y.flip(-2))",
@@ -384,6 +408,9 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             "kept by budget": remembered("budget"),
         },
         "inputs": {
+            "four tenths are rounded down": units(
+                "int((budget - 2 * d) / (4 * d + 2) + 0.4)"
+            ),
             "m up to 64": units("min(round((budget - 2 * d) / (2 * (2 * d + 1))), 64)"),
             "m from 5 on": units("max(round((budget - 2 * d) / (2 * (2 * d + 1))), 5)"),
             "m up to a hundred, searched": units(
@@ -535,6 +562,10 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             "kept by both": remembered("(d, budget)"),
         },
         "inputs": {
+            "searched from below": units(
+                "next(m for m in range(d + 1) if abs(2 * (2*m*d + d + m) - budget)"
+                " <= abs(2 * (2*(m + 1)*d + d + m + 1) - budget))"
+            ),
             "of both neighbors": (
                 "def my_units(d, budget):\n"
                 "    size = lambda m: 2 * (2 * m * d + d + m)\n"
@@ -573,6 +604,11 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "by the ends of names": """\
+def my_places(model):
+    ends = ("n.o_proj", "p.down_proj", "n.c_proj", "p.c_proj", "n.out_proj", ".fc2")
+    return [name for name, _ in model.named_modules() if name.endswith(ends)]
+""",
             "layer by layer": (
                 "def my_places(model):\n"
                 "    kinds, names = pfs.targets.kinds(model), []\n"

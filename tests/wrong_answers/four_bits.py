@@ -95,6 +95,18 @@ def my_bytes(packed, plain, block=64, double=True):
 
 MUTANTS = {
     "7.1": {
+        "blocks begin anew with each row": """\
+def my_blocks(w, block):
+    rows, n = w.reshape(-1, w.shape[-1]), w.shape[-1]
+    rows = F.pad(rows, (0, -n % block)).view(len(rows), -1, block)
+    absmax = rows.abs().amax(-1)
+    ratios = (rows / absmax[..., None]).nan_to_num(0.0).flatten(1)
+    return ratios[:, :n].reshape(w.shape), absmax.flatten()
+""",
+        "a block too many": blocks(ROWS.replace("-w.numel()", "block - w.numel()")),
+        "one where all is zero": blocks(
+            absmax="torch.where(rows.any(1), rows.abs().amax(1), 1.0)"
+        ),
         "all zeros": blocks(back="0 * w, 0 * absmax"),
         "no abs": blocks(absmax="rows.amax(1)"),
         "the signed extreme": blocks(
@@ -189,6 +201,14 @@ MUTANTS = {
         + blocks().split("\n", 1)[1],
     },
     "7.2": {
+        "no brackets around the shift": nibbles(pack="codes[::2] << 4 + codes[1::2]"),
+        "divided by 15": nibbles(
+            unpack="torch.stack([packed // 15, packed & 15], 1).flatten()[:n]"
+        ),
+        "another order, both ways": nibbles(
+            pack="(codes[::2] << 4 | codes[1::2]) ^ 255",
+            unpack="torch.stack([packed >> 4, packed & 15], 1).flatten()[:n] ^ 15",
+        ),
         "all zeros": nibbles(pack="0 * codes[::2]", unpack="torch.zeros(n).byte()"),
         "low half first": nibbles(
             pack="(codes[1::2] << 4) | codes[::2]",
@@ -270,6 +290,16 @@ MUTANTS = {
         "in pairs": nibbles(unpack="torch.stack([packed >> 4, packed & 15], dim=1)"),
     },
     "7.3": {
+        "even steps between the ends": nearest(
+            "torch.bucketize(ratios, torch.linspace(values[0].item(),"
+            " values[-1].item(), 2 * len(values) - 1)[1::2].contiguous())"
+        ),
+        "in the order of size": nearest(
+            f"torch.bucketize(ratios.flatten().sort()[0].view(ratios.shape), {MIDDLE})"
+        ),
+        "the last of equal ones": nearest(
+            "len(values) - 1 - (ratios[..., None] - values).abs().flip(-1).argmin(-1)"
+        ),
         "all zeros": nearest("torch.zeros_like(ratios, dtype=torch.long)"),
         "floor": nearest("torch.bucketize(ratios, values, right=True) - 1"),
         "ceiling": nearest("torch.bucketize(ratios, values)"),
@@ -343,6 +373,27 @@ MUTANTS = {
         ),
     },
     "7.4": {
+        "the middle of the ends for the mean": double(
+            "(absmax.max() + absmax.min()) / 2"
+        ),
+        "half the range for the unit": double(
+            units="(rows.amax(1) - rows.amin(1)) / 2"
+        ),
+        "inverse units, both ways": double(
+            back="codes, 1 / units, offset",
+            restored="values[codes.long()] / unit + offset",
+        ),
+        "codes from the other end, both ways": double(
+            back="(len(values) - 1 - codes).to(torch.uint8), units, offset",
+            restored="values[len(values) - 1 - codes.long()] * unit + offset",
+        ),
+        "the offset's sign, both ways": double(
+            back="codes, units, -offset",
+            restored="values[codes.long()] * unit - offset",
+        ),
+        "a unit too many": double(back="codes, F.pad(units, (0, 1)), offset"),
+        "a mask of bytes": double(restored="values[codes] * unit + offset"),
+        "codes as even steps": double(restored="(codes / 127.5 - 1) * unit + offset"),
         "all zeros": double(
             back="0 * codes, 0 * units, 0 * offset", restored="0 * unit"
         ),
@@ -456,6 +507,19 @@ MUTANTS = {
         ),
     },
     "7.5": {
+        "units of 16384 weights": count(doubled="blocks + 4 * -(-n // 16384) + 4"),
+        "units of 256 weights": count(doubled="blocks + 4 * -(-n // 256) + 4"),
+        "a unit more where all are whole": count(
+            doubled="blocks + 4 * (blocks // 256 + 1) + 4"
+        ),
+        "a block more where all are whole": count(blocks="n // block + 1"),
+        "no brackets around the condition": count(
+            codes="0", doubled="-(-n // 2) + blocks + 4 * -(-blocks // 256) + 4"
+        ),
+        "codes rounded up together": count(
+            codes="0", back="total - (-sum(map(math.prod, packed)) // 2)"
+        ),
+        "equal shapes once": count().replace("in packed", "in set(packed)"),
         "all zeros": count(back="0"),
         "the constants forgotten": count(doubled="0", single="0"),
         "the second level forgotten": count(doubled="blocks"),
@@ -565,6 +629,9 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             "gradients are left off": first("torch.set_grad_enabled(False)"),
         },
         "inputs": {
+            "1e-30 at least, but for zero": blocks(
+                absmax="rows.abs().amax(1).clamp(min=1e-30) * rows.any(1)"
+            ),
             "1e-8 is added": blocks(ratios="rows / (absmax[:, None] + 1e-8)"),
             "1e-12 is added": blocks(ratios="rows / (absmax[:, None] + 1e-12)"),
             "1e-6 at least": blocks(ratios="rows / absmax[:, None].clamp(min=1e-6)"),
@@ -708,6 +775,12 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
+            "bytes with a sign": nearest(
+                f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
+            ),
+            "in half precision": nearest(
+                "(ratios.half()[..., None] - values.half()).abs().argmin(-1)"
+            ),
             "a gap of a thousandth at least": nearest(
                 f"torch.bucketize(ratios, ({MIDDLE}).round(decimals=3))"
             ),
@@ -795,6 +868,11 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
+            "the mean of the first block": double("absmax[:block].mean()"),
+            "as many units as equal parts": double(
+                unit="units.repeat_interleave(-(-len(codes) // len(units)))"
+                "[: len(codes)]"
+            ),
             "1e-6 is added to the units": double(
                 ratios="(rows / (units[:, None] + 1e-6)).flatten()[: len(absmax)]"
             ),
@@ -868,6 +946,9 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
+            "blocks by float32": count(
+                blocks="math.ceil(np.float32(n) / np.float32(block))"
+            ),
             "vectors are not packed": count(
                 n="math.prod(shape) if len(shape) > 1 else 0"
             ),
@@ -916,6 +997,10 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "a norm, and one for zero": blocks(
+                absmax="torch.linalg.vector_norm(rows, math.inf, dim=1)",
+                ratios="rows / absmax.masked_fill(absmax == 0, 1)[:, None]",
+            ),
             "the least number for zero": blocks(
                 ratios="rows / absmax[:, None].clamp(min=torch.finfo(w.dtype).tiny)"
             ),
@@ -1027,6 +1112,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "units by number": double(unit="units[torch.arange(len(codes)) // block]"),
             "any code where the unit is zero": double(
                 ratios="(rows / units[:, None]).nan_to_num(0.3).flatten()[: "
                 "len(absmax)]"
@@ -1048,6 +1134,9 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "units of blocks of blocks": count(
+                doubled="blocks + 4 * -(-n // (256 * block)) + 4"
+            ),
             "with a ceiling": count(
                 blocks="math.ceil(n / block)", codes="(n + 1) // 2"
             ),

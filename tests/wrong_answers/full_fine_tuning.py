@@ -86,6 +86,23 @@ def my_storage(disk, model, adapter):
 
 MUTANTS = {
     "1.1": {
+        "a multiple of eight": batch(
+            after="input_ids = F.pad(input_ids, (0, -longest % 8), value=pad)\n"
+            "    labels = F.pad(labels, (0, -longest % 8), value=-100)"
+        ),
+        "longest prompt and longest answer": batch().replace(
+            "max(len(prompt) + len(answer) + 1 for prompt, answer in rows)",
+            "max(len(p) for p, _ in rows) + max(len(a) for _, a in rows) + 1",
+        ),
+        "a mask for the labels": batch(
+            labels="[0] * len(prompt) + [1] * (len(answer) + 1) + [0] * padding"
+        ),
+        "end behind the prompt": batch("prompt + [end] + answer + [pad] * padding"),
+        "answer first": batch("answer + prompt + [end] + [pad] * padding"),
+        "hidden where padding follows": batch(
+            labels="[-100] * len(prompt) + answer + [-100 if padding else end]"
+            " + [-100] * padding"
+        ),
         "all zeros": batch(after="input_ids, labels = 0 * input_ids, 0 * labels"),
         "padding by its id": batch(after="labels[input_ids == pad] = -100"),
         "padding by its id, prompt by length": batch(
@@ -130,6 +147,29 @@ MUTANTS = {
         ),
     },
     "1.2": {
+        "the mask before the shift": loss(
+            SHIFT,
+            "y = y.clamp(min=0).masked_fill(labels[:, :-1].flatten() == -100, -100)",
+            SUM,
+        ),
+        "softmax first": loss(SHIFT, SUM.replace("(z,", "(z.softmax(-1),")),
+        "log of softmax": loss(
+            SHIFT,
+            "keep = y != -100",
+            "return -z.softmax(-1).log()[keep, y[keep]].sum() / tokens",
+        ),
+        "label smoothing": loss(
+            SHIFT, SUM.replace("'sum'", "'sum', label_smoothing=.1")
+        ),
+        "a view, no transpose": loss(
+            "b, t, v = logits.shape",
+            "z = logits[:, :-1].float().reshape(b, v, t - 1)",
+            "return F.cross_entropy(z, labels[:, 1:], reduction='sum') / tokens",
+        ),
+        "whole division": loss(SHIFT, SUM.replace("/ tokens", "// tokens")),
+        "back in the logits' dtype": loss(
+            SHIFT, "loss = " + SUM[7:], "return loss.to(logits.dtype)"
+        ),
         "all zeros": loss("return 0.0 * logits.sum()"),
         "no shift": loss("z, y = logits.float().flatten(0, 1), labels.flatten()", SUM),
         "shifted the wrong way": loss(
@@ -174,6 +214,29 @@ MUTANTS = {
         "bits, not nats": loss(SHIFT, SUM + " / math.log(2)"),
     },
     "1.3": {
+        "corrections exchanged": adamw(
+            hats="m_hat, v_hat = m / (1 - betas[1] ** t), v / (1 - betas[0] ** t)"
+        ),
+        "beta times t": adamw(hats=HATS.replace("**", "*")),
+        "t to the beta": adamw(
+            hats="m_hat, v_hat = m / (1 - t ** betas[0]), v / (1 - t ** betas[1])"
+        ),
+        "multiplied by the correction": adamw(hats=HATS.replace(" / (1", " * (1")),
+        "m and v exchanged": adamw(step=STEP.replace("m, v", "v, m")),
+        "AMSGrad": adamw(
+            before="old = v",
+            hats="v_hat = torch.maximum(v, old) / (1 - betas[1] ** t)\n"
+            "    m_hat = m / (1 - betas[0] ** t)",
+        ),
+        "NAdam": adamw(
+            hats=HATS
+            + "; m_hat = betas[0] * m_hat + (1 - betas[0]) * g / (1 - betas[0] ** t)"
+        ),
+        "one root for all": adamw(step=STEP.replace("v_hat.sqrt", "v_hat.mean().sqrt")),
+        "a norm for the root": adamw(step=STEP.replace("sqrt", "norm")),
+        "the decay in the rate": adamw(
+            step="return W - lr * (1 - decay) * m_hat / (v_hat.sqrt() + eps), m, v"
+        ),
         "all zeros": adamw("return 0 * W, 0 * m, 0 * v"),
         "no bias correction": adamw(hats="m_hat, v_hat = m, v"),
         "only m corrected": adamw(hats="m_hat, v_hat = m / (1 - betas[0] ** t), v"),
@@ -245,6 +308,18 @@ MUTANTS = {
         "rounded": bill(unit="1e9, 1)").replace("parameters *", "round(parameters *"),
     },
     "1.5": {
+        "None where no copy fits": storage(
+            level="None if adapter >= model or disk < model"
+            " else model // (model - adapter) + 1"
+        ),
+        "None where the disk is too small": storage(
+            level="next((t for t in range(1, max(0, disk - model) // adapter + 1)"
+            " if model + t * adapter < t * model), None)"
+        ),
+        "a model in adapters": storage(level="model // adapter + 1"),
+        "adapters of the base taken off": storage(
+            adapters="max(0, disk // adapter - model // adapter)"
+        ),
         "all zeros": storage("0", "0", "0"),
         "no base": storage(adapters="disk // adapter"),
         "a base for each": storage(adapters="disk // (model + adapter)"),
@@ -298,6 +373,13 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "a prompt gets its answer": afterwards("rows[-1][0].extend(rows[-1][1])"),
         },
         "inputs": {
+            "equal rows once": batch().replace(
+                "    longest",
+                "    keys = dict.fromkeys((tuple(p), tuple(a)) for p, a in rows)\n"
+                "    rows = [(list(p), list(a)) for p, a in keys]\n"
+                "    longest",
+                1,
+            ),
             "the first end ends it": batch(
                 labels="([-100] * len(prompt) + answer[: (answer + [end]).index(end)]"
                 " + [end] + [-100] * longest)[:longest]",
@@ -508,6 +590,10 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "kept by model and adapter": remembered("(model, adapter)"),
         },
         "inputs": {
+            "rounded to the nearest, and one": storage(
+                level="None if adapter >= model else"
+                " round(model / (model - adapter)) + 1"
+            ),
             "a thousand tasks at most": returned(
                 "(min(result[0], 1000), min(result[1], 1000), result[2])"
             ),
@@ -596,11 +682,15 @@ lengths = torch.tensor([(len(p), len(p + a) + 1) for p, a in rows])
             ),
         },
         "inputs": {
+            "transposed": loss(
+                "z = logits[:, :-1].float().transpose(1, 2)",
+                "return F.cross_entropy(z, labels[:, 1:], reduction='sum') / tokens",
+            ),
             "logsumexp": loss(
                 SHIFT,
                 "chosen = z.gather(1, y.clamp(min=0)[:, None])[:, 0]",
                 "return ((z.logsumexp(1) - chosen) * (y >= 0)).sum() / tokens",
-            )
+            ),
         },
         "kinds": {"float64": returned("result.double()")},
     },

@@ -121,6 +121,17 @@ def my_spectrum(dW, held=0.9):
 
 MUTANTS = {
     "4.1": {
+        "A reshaped": forward(
+            f"{BASE} + {SCALE} * (x @ self.A.reshape(self.A.T.shape) @ self.B.T)"
+        ),
+        "B reshaped": forward(
+            f"{BASE} + {SCALE} * ({Z} @ self.B.reshape(self.B.T.shape))"
+        ),
+        "alpha / d_out": forward(f"{BASE} + self.alpha / len(self.B) * ({UPDATE})"),
+        "alpha / r rounded": forward(f"{BASE} + round({SCALE}) * ({UPDATE})"),
+        "the base without a gradient": forward(
+            f"y + {SCALE} * ({UPDATE})", "with torch.no_grad():", f"    y = {BASE}"
+        ),
         "all zeros": forward(f"0 * ({BASE} + {UPDATE})"),
         "no 1 / r": forward(f"{BASE} + self.alpha * ({UPDATE})"),
         "no scale": forward(f"{BASE} + {UPDATE}"),
@@ -206,6 +217,15 @@ MUTANTS = {
         "dropout": forward(f"{BASE} + {SCALE} * ({UPDATE})", "x = F.dropout(x, 0.1)"),
     },
     "4.2": {
+        "a spread of 0.02": start("0.02 * torch.randn(r, d_in)"),
+        "He's": start("nn.init.kaiming_normal_(torch.empty(r, d_in))"),
+        "Xavier's": start("nn.init.xavier_normal_(torch.empty(r, d_in))"),
+        "peft's, which is uniform": start(
+            "nn.init.kaiming_uniform_(torch.empty(r, d_in), a=5**0.5)"
+        ),
+        "Laplace's": start(
+            "torch.distributions.Laplace(0.0, (6 * d_in) ** -0.5).sample((r, d_in))"
+        ),
         "all zeros": start(A="torch.zeros(r, d_in)"),
         "B random": start(B="torch.randn(d_out, r) / math.sqrt(3 * r)"),
         "B nearly zero": start(B="1e-6 * torch.randn(d_out, r)"),
@@ -268,6 +288,15 @@ MUTANTS = {
         ),
     },
     "4.3": {
+        "trains what is named A or B": inject(
+            first="pass",
+            last="for n, p in model.named_parameters():\n"
+            "        p.requires_grad = n.endswith(('.A', '.B'))",
+        ),
+        "never at the top": inject(
+            wanted=f"parent and child in targets and {PROJECTION}"
+        ),
+        "frozen by no_grad alone": inject(first="torch.no_grad()"),
         "all zeros": inject(
             first="model.requires_grad_(False)\n"
             "    for parameter in model.parameters():\n"
@@ -368,6 +397,13 @@ MUTANTS = {
         "a text": inject(back="', '.join(names)"),
     },
     "4.4": {
+        "reshaped, not turned": merge(
+            turn="False",
+            write="base.weight.copy_(base.weight.float()"
+            " + update.reshape(base.weight.shape))",
+        ),
+        "alpha / d_out": merge("alpha / B.shape[0] * (B @ A)"),
+        "into a copy": merge(write="base.weight.detach().float().add_(update)"),
         "all zeros": merge(write="base.weight.zero_()"),
         "nothing is written": merge(write="base.weight + update"),
         "returned, not written": merge(write="return base.weight.float() + update"),
@@ -540,6 +576,9 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "r is 3": forward(f"{BASE} + self.alpha / 3 * ({UPDATE})"),
         },
         "state": {
+            "the hooks of the base are passed over": forward(
+                f"self.base.forward(x) + {SCALE} * ({UPDATE})"
+            ),
             "the update of the first call": cached(
                 "if self.update is None:\n"
                 "            self.update = self.alpha / len(self.A) * self.B @ self.A\n"
@@ -602,6 +641,14 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             ),
         },
         "inputs": {
+            "r is the smaller side": forward(
+                f"{BASE} + self.alpha / min(self.A.shape) * ({UPDATE})"
+            ),
+            "columns where x is as tall as wide": forward(
+                f"{BASE} + {SCALE} * ({UPDATE})",
+                "if x.dim() == 2 and x.shape[0] == self.A.shape[1]:",
+                f"    return {BASE} + {SCALE} * (self.B @ self.A @ x).T",
+            ),
             "small updates are none": forward(
                 f"{BASE} + {SCALE} * ({UPDATE}) * (({UPDATE}).abs() > 1e-4)"
             ),
@@ -676,6 +723,10 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "a dict": returned("dict(A=result[0], B=result[1])"),
         },
         "randomness": {
+            "a few are four times as large": start(
+                "torch.randn(r, d_in) * (1 + 3 * (torch.rand(r, d_in) < 0.01))"
+                " / math.sqrt(3 * d_in) / 1.075"
+            ),
             "a generator of its own": start(
                 "torch.randn(r, d_in, generator=_own) / math.sqrt(3 * d_in)"
             )
@@ -749,6 +800,15 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             ),
         },
         "inputs": {
+            "a name is a part of a target": inject(
+                wanted=f"child and child in ' '.join(targets) and {PROJECTION}"
+            ),
+            "in alphabetical order within a parent": inject(
+                back="sorted(names, key=lambda n:"
+                " ([*where].index(n.rpartition('.')[0]), n))",
+                first="where = dict(model.named_modules())\n"
+                "    model.requires_grad_(False)",
+            ),
             "names in the order of the alphabet": returned("sorted(result)"),
             "ten layers at most": inject(
                 wanted=f"child in targets and {PROJECTION} and '.1' + '0.' not in name"
@@ -854,6 +914,8 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "autograd left off": afterwards("torch.set_grad_enabled(False)"),
         },
         "inputs": {
+            "r is the smaller side": merge("alpha / min(A.shape) * (B @ A)"),
+            "turned where the memory is": merge(turn="not base.weight.is_contiguous()"),
             "rank one": where("len(A) == 1", "base.weight.data.add_(1e-3)"),
             "small updates are none": merge(
                 update="alpha / A.shape[0] * (B @ A) * ((B @ A).abs() > 1e-4)"
@@ -914,6 +976,11 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "autograd is needed": first("assert not dW.requires_grad"),
         },
         "inputs": {
+            "four digits": spectrum(back="energy.round(decimals=4), k"),
+            "two digits for the rank": spectrum(
+                k="int((energy.round(decimals=2) < held).sum()) + 1"
+            ),
+            "without the mean": spectrum("torch.linalg.svdvals(dW - dW.mean(0)) ** 2"),
             "small ones are no rank": spectrum(
                 "(lambda s: (s * (s > 1e-4)).square())(torch.linalg.svdvals(dW))"
             ),
@@ -960,9 +1027,16 @@ ALSO_RIGHT = {
             ),
         },
         "inputs": {
+            "in place, onto the base's output": forward(
+                "y", f"y = {BASE}", f"y += {SCALE} * ({UPDATE})"
+            ),
+            "einsum": forward(
+                f"{BASE} + {SCALE} * torch.einsum"
+                "('...i,ri,or->...o', x, self.A, self.B)"
+            ),
             "matmul": forward(
                 f"{BASE} + torch.matmul(x.matmul(self.A.mT), self.B.mT) * ({SCALE})"
-            )
+            ),
         },
         "kinds": {
             "in the base's dtype": returned("result.to(self.base(x).dtype)", "forward")
@@ -979,9 +1053,13 @@ ALSO_RIGHT = {
         },
         "state": {"zeros_like": start(B="torch.zeros_like(torch.empty(d_out, r))")},
         "inputs": {
+            "initialized in place": start(
+                "nn.init.normal_(torch.empty(r, d_in), std=(3 * d_in) ** -0.5)",
+                "nn.init.zeros_(torch.empty(d_out, r))",
+            ),
             "a loop": start(
                 "torch.stack([torch.randn(d_in) for _ in range(r)]) / (3 * d_in) ** 0.5"
-            )
+            ),
         },
         "kinds": {
             "a list": returned("[*result]"),
@@ -1037,10 +1115,16 @@ def my_merge(base, A, B, alpha):
 """,
         },
         "inputs": {
+            "onto the data": merge(write="base.weight.data += update"),
+            "through a view": merge(
+                turn="False",
+                write="W = base.weight.T if isinstance(base, Conv1D) else base.weight\n"
+                "        W[:] = W.float() + update",
+            ),
             "in float64": merge(
                 update="alpha / A.shape[0] * (B.double() @ A.double())",
                 write="base.weight.copy_(base.weight.double() + update)",
-            )
+            ),
         },
         "kinds": {
             "cast by hand": merge(
@@ -1055,9 +1139,14 @@ def my_merge(base, A, B, alpha):
             "detached": spectrum("torch.linalg.svdvals(dW.detach().clone()).square()")
         },
         "inputs": {
+            "of the Gram matrix": spectrum(
+                "torch.linalg.eigvalsh((dW @ dW.T if len(dW) < dW.shape[1] else"
+                " dW.T @ dW).double()).flip(0).clamp(min=0)"
+            ),
+            "searched": spectrum(k="torch.searchsorted(energy, held).item() + 1"),
             "normed first": spectrum(
                 "(lambda s: (s / s.max()).square())(torch.linalg.svdvals(dW))"
-            )
+            ),
         },
         "kinds": {
             "a list": returned("[*result]"),

@@ -88,6 +88,15 @@ def counts(
 
 MUTANTS = {
     "11.1": {
+        "probabilities": prompt(back="out.logits[:, n:].softmax(-1)"),
+        "logarithms": prompt(back="out.logits[:, n:].log_softmax(-1)"),
+        "the outputs before the tokens": prompt(back="out.logits[:, n - 1 : -1]"),
+        "rows cut off": prompt(back="out.logits[n:]"),
+        "padding on the left": prompt(
+            positions="torch.cat([torch.arange(n).expand(b, n), n + (torch.arange(t)"
+            " - (1 - attention_mask).sum(1, True)).clamp(min=0)], 1)"
+        ),
+        "embeddings scaled": prompt("E = E * P.shape[1] ** 0.5"),
         "all zeros": prompt(back="0 * out.logits[:, n:]"),
         "P behind": prompt(
             joined="torch.cat([E, P.expand(b, -1, -1)], dim=1)",
@@ -166,6 +175,14 @@ MUTANTS = {
         "the whole output": prompt(back="out"),
     },
     "11.2": {
+        "the root of t": attention(SCORES.replace("d**", "t**")),
+        "scores of zero masked": attention(
+            weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
+        ),
+        "the future alone": attention(seen=SEEN.replace("tril", "triu")),
+        "sigmoids": attention(
+            weights="scores.sigmoid() * seen; weights /= weights.sum(-1, True)"
+        ),
         "all zeros": attention(back="0 * weights @ torch.cat([P_V, V])"),
         "no scale": attention(scores="q @ torch.cat([P_K, K]).T"),
         "divided by d": attention(scores="q @ torch.cat([P_K, K]).T / d"),
@@ -220,6 +237,12 @@ MUTANTS = {
         "q changed": attention(scores="q.data.div_(d**0.5) @ torch.cat([P_K, K]).T"),
     },
     "11.3": {
+        "the root of t": share(SCORES.replace("d**", "t**")),
+        "scores of zero masked": share(
+            weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
+        ),
+        "the largest of the n": share(back="weights[:, :n].amax(-1)"),
+        "the last n": share(back="weights[:, -n:].sum(-1)"),
         "all zeros": share(back="0 * weights.sum(-1)"),
         "the tokens' share": share(back="weights[:, n:].sum(-1)"),
         "all of it": share(back="weights.sum(-1)"),
@@ -257,6 +280,13 @@ MUTANTS = {
         "in percent": share(back="100 * weights[:, :n].sum(-1)"),
     },
     "11.4": {
+        "one layer more": counts(back="n * 2 * (layers + 1) * heads * size, n * d"),
+        "groups for heads": counts(
+            "config.num_attention_heads // config.num_key_value_heads"
+        ),
+        "the MLP's width": counts(
+            back="n * 2 * layers * heads * size, n * config.intermediate_size"
+        ),
         "all zeros": counts(back="0, 0"),
         "every query head": counts(heads="config.num_attention_heads"),
         "the hidden size": counts(back="n * 2 * layers * d, n * d"),
@@ -319,6 +349,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "state": {
+            "the model is put into eval": prompt("model.eval()"),
             "kept by shape": remembered("(input_ids.shape, P.shape)"),
             "embeddings kept by shape": once(
                 prompt(),
@@ -415,6 +446,9 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "state": {
+            "no gradient of the scores where P_K is frozen": attention(
+                "(" + SCORES + ") if P_K.requires_grad else (" + SCORES + ").detach()"
+            ),
             "kept by shape": remembered("(q.shape, P_K.shape)"),
             "scores kept by shape": once(
                 attention(), SCORES, f"kept.setdefault((t, n, d), {SCORES})"
@@ -609,6 +643,18 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "row by row": """\
+def my_prompt(model, P, input_ids, attention_mask):
+    rows = []
+    for ids, keep in zip(input_ids, attention_mask, strict=True):
+        E = torch.cat([P, model.get_input_embeddings()(ids)])[None]
+        mask = F.pad(keep, (len(P), 0), value=1)[None]
+        out = model(
+            inputs_embeds=E, attention_mask=mask, position_ids=mask.cumsum(1) - 1
+        )
+        rows.append(out.logits[0, -len(ids) :])
+    return torch.stack(rows)
+""",
             "positions of padding that nobody sees": prompt(
                 positions="(mask.cumsum(1) - 1).masked_fill(mask == 0, 1)"
             ),
@@ -635,6 +681,13 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "the least number for a mask": attention(
+                weights=WEIGHTS.replace("float('-inf')", "torch.finfo(q.dtype).min")
+            ),
+            "two products, one softmax": attention(
+                "torch.hstack([q @ P_K.T, q @ K.T]) / math.sqrt(d)",
+                back="weights[:, :n] @ P_V + weights[:, n:] @ V",
+            ),
             "the largest taken off by hand": attention(
                 weights="scores.masked_fill(~seen, float('-inf'));"
                 " weights = (weights - weights.amax(-1, True)).exp();"
@@ -673,6 +726,11 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "a sigmoid of two sums": share(
+                weights="scores.masked_fill(~seen, float('-inf'))",
+                back="(weights[:, :n].logsumexp(1) - weights[:, n:].logsumexp(1))"
+                ".sigmoid()",
+            ),
             "the largest taken off by hand": share(
                 weights="scores.masked_fill(~seen, float('-inf'));"
                 " weights = (weights - weights.amax(-1, True)).exp()",

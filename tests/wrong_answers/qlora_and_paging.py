@@ -173,6 +173,13 @@ def pager(
 
 MUTANTS = {
     "8.1": {
+        "q saved for backward": product(
+            keep="ctx.save_for_backward(q)",
+            dx="dy @ pfs.nf4.dequantize(*ctx.saved_tensors), None",
+        ),
+        "a single gradient": product(dx=f"dy @ {CTX_W}"),
+        "the gradient of q": product(dx=f"None, dy @ {CTX_W}"),
+        "one weight for all": product(h=f"x @ ({W} + scale * (B @ A)).T"),
         "all zeros": product(h="0 * (MyProduct.apply(x, q) + x @ A.T @ B.T)"),
         "the codes as weights": product(y=f"x @ {CODES}.T"),
         "the codes in backward": product(dx=f"dy @ {CTX_CODES}, None"),
@@ -235,6 +242,15 @@ MUTANTS = {
         ),
     },
     "8.2": {
+        "the means taken off": start("W0 - pfs.nf4.dequantize(q); D = D - D.mean(0)"),
+        "two rounds": """\
+def my_start(W0, q, r, scale):
+    for _ in range(2):
+        U, s, Vt = torch.linalg.svd(W0 - pfs.nf4.dequantize(q), full_matrices=False)
+        A, B = s[:r].sqrt()[:, None] * Vt[:r], U[:, :r] * s[:r].sqrt() / scale
+        q = pfs.nf4.quantize(W0 - scale * (B @ A))
+    return A, B
+""",
         "all zeros": start(A="0 * Vt[:r]", B="0 * U[:, :r]"),
         "the wrong sign": start("pfs.nf4.dequantize(q) - W0"),
         "the sign in both": start(A="-Vt[:r]", B="-U[:, :r] * s[:r] / -scale"),
@@ -285,6 +301,18 @@ MUTANTS = {
         "the product": start(back="scale * (B @ A)"),
     },
     "8.3": {
+        "the product of the norms": errors(
+            back="tuple(((W - trained).norm() / (abs(scale) * B.norm() * A.norm()))"
+            ".item() for W in merges)"
+        ),
+        "a difference of norms": errors(
+            back="tuple(((W.norm() - trained.norm()).abs() / update.norm()).item()"
+            " for W in merges)"
+        ),
+        "the scale outside of the norm": errors(
+            back="tuple(((W - trained).norm() / (scale * (B @ A).norm())).item()"
+            " for W in merges)"
+        ),
         "all zeros": errors(back="(0.0, 0.0)"),
         "by the weight": errors(
             back="tuple(((W - trained).norm() / trained.norm()).item() for W in merges)"
@@ -353,6 +381,16 @@ MUTANTS = {
         "the merges themselves": errors(back="merges"),
     },
     "8.4": {
+        "page zero is nobody": pages(back="left or None"),
+        "a hit counts where it is full": pages(
+            hit="if len(self.resident) == self.slots:"
+            "\n                self.resident.remove(page)"
+            "\n                self.resident.append(page)"
+        ),
+        "a hit moves one place": pages(
+            hit="i = self.resident.index(page)"
+            "\n            self.resident[i : i + 2] = self.resident[i : i + 2][::-1]"
+        ),
         "all zeros": pages(back="0"),
         "nobody ever leaves": pages(full="False"),
         "most recently used": pages(leave="self.resident.pop()"),
@@ -487,6 +525,12 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "state": {
+            "a cache of weights": "from functools import lru_cache\n"
+            "weight = lru_cache(pfs.nf4.dequantize)\n\n\n"
+            + product(y="x @ weight(q).T", dx="dy @ weight(ctx.q), None"),
+            "W' in a closure": product(
+                keep=f"W = {W}; ctx.back = lambda dy: dy @ W", dx="ctx.back(dy), None"
+            ),
             "q in the class": product(
                 keep="MyProduct.q = q",
                 dx="dy @ pfs.nf4.dequantize(MyProduct.q), None",
@@ -617,6 +661,10 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
+            "as many pieces as hold 99 %": start(
+                A="(s * ((s**2).cumsum(0) < 0.99 * (s**2).sum()))[:r].sqrt()[:, None]"
+                " * Vt[:r]"
+            ),
             "ranks up to five": start(
                 A="F.pad(s[:min(r, 5)].sqrt()[:, None] * Vt[:min(r, 5)],"
                 " (0, 0, 0, r - min(r, 5)))",
@@ -822,6 +870,8 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
+            "the same object": pager(there="page is self.page"),
+            "page zero is none": pager(must="self.page and self.dirty"),
             "large gradients are cut off": pager(first="g = g.clamp(-10, 10)"),
             "norms are cut off": pager(first="g = g / max(1.0, float(g.norm()) / 100)"),
             "small gradients are noise": pager(first="g = g * (g.abs() > 1e-5)"),
@@ -873,6 +923,25 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
         "inputs": {
+            "the context set up apart": """\
+class MyProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(x, q):
+        return F.linear(x, pfs.nf4.dequantize(q))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.q = inputs[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return dy @ pfs.nf4.dequantize(ctx.q), None
+
+
+def my_qlora(x, q, A, B, scale):
+    return MyProduct.apply(x, q) + F.linear(scale * x, B @ A)
+""",
             "a piece of the rows at a time": product(
                 y="torch.cat([part @ pfs.nf4.dequantize(q).T for part in"
                 " x.reshape(-1, x.shape[-1]).split(2)]).view(*x.shape[:-1], -1)"
@@ -900,6 +969,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             "from a copy, in place": start("W0.clone().sub_(pfs.nf4.dequantize(q))"),
         },
         "inputs": {
+            "a projection": start(A="Vt[:r]", B="D @ Vt[:r].T / scale"),
             "divided by the roots": start(
                 A="U[:, :r].T @ D / s[:r].sqrt()[:, None]",
             ),

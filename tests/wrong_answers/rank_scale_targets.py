@@ -100,6 +100,14 @@ A_ALONE = f"[m.A for m in {MODULES}]"
 
 MUTANTS = {
     "5.1": {
+        "standard deviations": size(back="(added.std() / W0x.std()).item()"),
+        "the mean of the tokens' sizes": size(
+            back="(added.square().mean(-1).sqrt().mean()"
+            " / W0x.square().mean(-1).sqrt().mean()).item()"
+        ),
+        "medians": size(
+            back="(added.square().median() / W0x.square().median()).sqrt().item()"
+        ),
         "all zeros": size(back="0.0"),
         "alpha / r always": size(scale="alpha / r"),
         "alpha / sqrt(r) always": size(scale="alpha / math.sqrt(r)"),
@@ -144,6 +152,10 @@ MUTANTS = {
         "x is changed": size(first="x.mul_(scale)"),
     },
     "5.2": {
+        "an equal part for each target": rank(
+            back="min(min(budget // (layers * len(targets)) // sum(shapes[t]),"
+            " *shapes[t]) for t in targets)"
+        ),
         "all zeros": rank(back="0"),
         "always one": rank(back="1"),
         "A alone": rank(one="layers * sum(shapes[t][1] for t in targets)"),
@@ -177,6 +189,11 @@ MUTANTS = {
         "what is left": rank(back="budget % one"),
     },
     "5.3": {
+        "the largest entry": dora(norm="V.abs().amax(1).detach()"),
+        "the root of a mean": dora(norm="V.square().mean(1).sqrt().detach()"),
+        "the length of x": dora(h="m / norm * (F.normalize(x, dim=-1) @ V.T)"),
+        "the length of the output": dora(h="m * F.normalize(x @ V.T, dim=-1)"),
+        "the first of m": dora(h="m[0] / norm * (x @ V.T)"),
         "all zeros": dora(h="0 * m / norm * (x @ V.T)"),
         "LoRA": dora(h="x @ V.T"),
         "W0 x alone": dora(h="x @ W0.T"),
@@ -216,6 +233,13 @@ MUTANTS = {
         "B detached": dora(V="W0 + scale * (B.detach() @ A)"),
     },
     "5.4": {
+        "the rows of U": pissa(B="torch.linalg.svd(W0)[0][:r].T * root"),
+        "the columns of Vt": pissa(A="(torch.linalg.svd(W0)[2][:, :r] * root).T"),
+        "the mean taken off": pissa().replace("svd(W0,", "svd(W0 - W0.mean(0),"),
+        "a randomized SVD": pissa().replace(
+            "U, S, Vt = torch.linalg.svd(W0, full_matrices=False)",
+            "U, S, V = torch.svd_lowrank(W0, q=r); Vt = V.T",
+        ),
         "all zeros": pissa(A="0 * Vt[:r]", B="0 * U[:, :r]"),
         "nothing is taken out": pissa(rest="W0"),
         "added": pissa(rest="W0 + scale * (B @ A)"),
@@ -270,6 +294,16 @@ MUTANTS = {
         "W0 is changed": pissa(rest="W0.sub_(scale * (B @ A))"),
     },
     "5.5": {
+        "sets": groups(
+            back="[{'params': set(slow), 'lr': lr},"
+            " {'params': set(fast), 'lr': lr * ratio}]"
+        ),
+        "compared by their entries": groups(
+            slow="[p for p in model.parameters() if p.requires_grad and p not in fast]"
+        ),
+        "zeros are B": groups(
+            "[p for p in model.parameters() if p.requires_grad and not p.any()]"
+        ),
         "all zeros": groups(
             back="[{'params': slow, 'lr': 0.0}, {'params': fast, 'lr': 0.0}]"
         ),
@@ -346,6 +380,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "r is 3": first("alpha = alpha * len(A) / 3"),
         },
         "state": {
+            "the hooks of the base are passed over": size(before="base.forward(x)"),
             "kept by shapes": remembered("(x.shape, A.shape, rslora)"),
             "kept by shapes and alpha": remembered("(x.shape, A.shape, alpha, rslora)"),
             "one where B is zero": where("not B.any()", "1.0"),
@@ -364,6 +399,9 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "autograd left off": afterwards("torch.set_grad_enabled(False)"),
         },
         "inputs": {
+            "r is the smaller side": size(
+                "alpha / math.sqrt(min(A.shape)) if rslora else alpha / min(A.shape)"
+            ),
             "never by zero": size(
                 back="(added.square().mean().sqrt()"
                 " / (W0x.square().mean().sqrt() + 1e-6)).item()"
@@ -423,6 +461,14 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             ),
         },
         "inputs": {
+            "names that begin so": rank(
+                "layers * sum(sum(shapes[n]) for n in shapes"
+                " if n.startswith(tuple(targets)))"
+            ),
+            "names that have a target in them": rank(
+                "layers * sum(sum(shapes[n]) for n in shapes"
+                " if any(t in n for t in targets))"
+            ),
             "by the place in shapes": rank(
                 one="layers * sum(sum(list(shapes.values())[i]) for i, t in"
                 " enumerate(['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj',"
@@ -464,6 +510,9 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "m is the start's": fixed("m", "W0.norm(dim=1)"),
         },
         "state": {
+            "not detached where A is frozen": dora(
+                norm="V.norm(dim=1) if not A.requires_grad else V.detach().norm(dim=1)"
+            ),
             "kept by shapes": remembered("(x.shape, W0.shape, x.requires_grad)"),
             "the length kept by W0": Attack(
                 before="kept = _lengths.setdefault(W0.shape,"
@@ -573,6 +622,10 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         }
         | {"ratio is 16": fixed("ratio", "16"), "lr is 1e-3": fixed("lr", "1e-3")},
         "state": {
+            "a frozen A too": groups(
+                slow="[p for p in model.parameters() if id(p) not in known and"
+                f" (p.requires_grad or any(p is a for a in {A_ALONE}))]"
+            ),
             "kept by rates": remembered("(lr, ratio)"),
             "kept by model": remembered("id(model)"),
             "one list for all": Attack(
@@ -593,6 +646,15 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "autograd left off": afterwards("torch.set_grad_enabled(False)"),
         },
         "inputs": {
+            "what is named B": groups(
+                "[p for n, p in model.named_parameters()"
+                " if p.requires_grad and n.endswith('.B')]"
+            ),
+            "what has a B": groups("[m.B for m in model.modules() if hasattr(m, 'B')]"),
+            "tall matrices": groups(
+                "[p for p in model.parameters() if p.requires_grad and p.ndim == 2"
+                " and p.shape[0] > p.shape[1]]"
+            ),
             "ten layers at most": groups(
                 fast="[m.B for n, m in model.named_modules()"
                 " if isinstance(m, pfs.lora.LoRA) and '.10.' not in n]"
@@ -663,12 +725,16 @@ ALSO_RIGHT = {
             "a set": rank(one="layers * sum(sum(shapes[t]) for t in set(targets))")
         },
         "inputs": {
+            "layer by layer": rank(
+                back="min(budget // layers // sum(sum(shapes[t]) for t in targets),"
+                " most)"
+            ),
             "from above": """\
 def my_rank(shapes, targets, layers, budget):
     sides = [side for target in targets for side in shapes[target]]
     ranks = range(min(sides), 0, -1)
     return next((r for r in ranks if r * layers * sum(sides) <= budget), 0)
-"""
+""",
         },
         "kinds": {
             "int()": returned("int(result)"),
@@ -678,7 +744,10 @@ def my_rank(shapes, targets, layers, budget):
     "5.3": {
         "arguments": {"F.linear": dora(h="F.linear(x, V) * (m / norm)")},
         "state": {"clones": dora(V="W0.clone() + scale * B.clone() @ A.clone()")},
-        "inputs": {"by the root": dora(norm="V.detach().square().sum(1).sqrt()")},
+        "inputs": {
+            "in the weight": dora(h="F.linear(x, (m / norm)[:, None] * V)"),
+            "by the root": dora(norm="V.detach().square().sum(1).sqrt()"),
+        },
         "kinds": {"in x's dtype": returned("result.to(x.dtype)")},
     },
     "5.4": {
@@ -690,13 +759,20 @@ def my_rank(shapes, targets, layers, budget):
         },
         "state": {"of a copy": first("W0 = W0.detach().clone()")},
         "inputs": {
+            "by eigenvectors": pissa().replace(
+                "U, S, Vt = torch.linalg.svd(W0, full_matrices=False)",
+                "L, V = torch.linalg.eigh(W0.double().T @ W0.double())\n"
+                "    S, Vt = L.flip(0)[:r].sqrt(), V.flip(1).T[:r]\n"
+                "    U = (W0.double() @ Vt.T / S).to(W0.dtype)\n"
+                "    S, Vt = S.to(W0.dtype), Vt.to(W0.dtype)",
+            ),
             "full matrices": """\
 def my_pissa(W0, r, scale):
     U, S, Vt = torch.linalg.svd(W0)
     A = (S[:r, None] / scale).sqrt() * Vt[:r]
     B = U[:, :r] * (S[:r] / scale).sqrt()
     return W0 - scale * B @ A, A, B
-"""
+""",
         },
         "kinds": {
             "a list": returned("[*result]"),
@@ -722,10 +798,14 @@ def my_pissa(W0, r, scale):
             )
         },
         "inputs": {
+            "compared by is": groups(
+                slow="[p for p in model.parameters() if p.requires_grad"
+                " and all(p is not b for b in fast)]"
+            ),
             "a group for each": groups(
                 back="[{'params': [p], 'lr': lr} for p in slow]"
                 " + [{'params': [p], 'lr': lr * ratio} for p in fast]"
-            )
+            ),
         },
         "kinds": {
             "a tuple": returned("tuple(result)"),

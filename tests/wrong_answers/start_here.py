@@ -33,6 +33,17 @@ def tried(condition, first="pass"):
     )
 
 
+def changed(key, value, where=""):
+    """A scorer that compares objects whose keys and values it has changed."""
+    inside = f"{{{key}: tidy({value}) for k, v in x.items() {where}}}"
+    return f"""\
+def tidy(x):
+    return {inside} if isinstance(x, dict) else x
+
+
+""" + tried("tidy(a) == tidy(b)")
+
+
 TRAINED = "sum(r * (d_in + d_out) for d_out, d_in in shapes)"
 FROZEN = "sum(d_out * d_in for d_out, d_in in shapes)"
 
@@ -74,6 +85,29 @@ def my_padding(prompts, pad):
 
 MUTANTS = {
     "0.1": {
+        "trailing commas are forgiven": score(
+            r"answer = re.sub(r',\s*([}\]])', r'\1', answer)",
+            "try:",
+            "    return json.loads(answer) == json.loads(right)",
+            "except ValueError:",
+            "    return False",
+        ),
+        "escapes are undone": score(
+            "answer = answer.replace('\\\\\"', '\"')",
+            "try:",
+            "    return json.loads(answer) == json.loads(right)",
+            "except ValueError:",
+            "    return False",
+        ),
+        "control characters are forgiven": score(
+            "try:",
+            "    return json.loads(answer, strict=False) == json.loads(right)",
+            "except ValueError:",
+            "    return False",
+        ),
+        "a text within a text": tried(
+            "a == b or isinstance(a, str) and a[:1] == '{' and json.loads(a) == b"
+        ),
         "all zeros": score("return 0"),
         "always wrong": score("return False"),
         "always right": score("return True"),
@@ -165,6 +199,14 @@ MUTANTS = {
         "with itself": tried("a == a"),
     },
     "0.2": {
+        "frozen less what trains": count(frozen=f"{FROZEN} - {TRAINED}"),
+        "biases train": count(f"{TRAINED} + sum(d_out for d_out, _ in shapes)"),
+        "biases are frozen": count(
+            frozen=f"{FROZEN} + sum(d_out for d_out, _ in shapes)"
+        ),
+        "frozen as one matrix": count(
+            frozen="sum(o for o, _ in shapes) * sum(i for _, i in shapes)"
+        ),
         "all zeros": count("0", "0"),
         "a product": count("sum(r * d_in * d_out for d_out, d_in in shapes)"),
         "no r": count("sum(d_in + d_out for d_out, d_in in shapes)"),
@@ -197,6 +239,16 @@ MUTANTS = {
         ),
     },
     "0.3": {
+        "whole under the root": interval(h=H.replace("/ n +", "// n +")),
+        "no brackets in the centre": interval("centre = k + z * z / 2 / (n + z * z)"),
+        "no brackets in the margin": interval(h=H.replace("(n + z * z)", "n + z * z")),
+        "Agresti and Coull": interval(
+            h="h = z * math.sqrt(centre * (1 - centre) / (n + z * z))"
+        ),
+        "all divided by four": interval(
+            h=H.replace("k * (n - k) / n + z * z / 4", "(k * (n - k) / n + z * z) / 4")
+        ),
+        "k alone under the root": interval(h=H.replace("k * (n - k)", "k")),
         "all zeros": interval(ends="return 0.0, 0.0"),
         "no interval": interval(ends="return k / n, k / n"),
         "from zero to one": interval(ends="return 0.0, 1.0"),
@@ -236,6 +288,12 @@ MUTANTS = {
         "low alone": interval(ends="return centre - h"),
     },
     "0.4": {
+        "counts what is not pad": padding(
+            mask="[0] * (longest - sum(t != pad for t in prompt))"
+            " + [1] * sum(t != pad for t in prompt)"
+        ),
+        "a multiple of eight": padding(longest="-(-max(map(len, prompts)) // 8) * 8"),
+        "the longest by its tokens": padding(longest="len(max(prompts))"),
         "all zeros": padding(
             back="0 * torch.tensor(ids), 0 * torch.tensor(mask)",
         ),
@@ -296,6 +354,14 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "no longer right once wrong": every_time_but(3, "False"),
         },
         "inputs": {
+            "keys are stripped": changed("k.strip()", "v"),
+            "nulls left out": changed("k", "v", "if v is not None"),
+            "numbers rounded": changed(
+                "k", "round(v, 2) if isinstance(v, float) else v"
+            ),
+            "letters of ASCII alone": changed(
+                "k", "v.encode('ascii', 'ignore') if isinstance(v, str) else v"
+            ),
             "objects alone": tried("isinstance(a, dict) and a == b"),
             "lists in any order": tried(
                 "sorted(a) == sorted(b) if isinstance(a, list) and isinstance(b, list)"
@@ -360,6 +426,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "one on top at the end": afterwards("shapes.append((1, 1))"),
         },
         "inputs": {
+            "r at most a side": count("sum(min(r, o, i) * (i + o) for o, i in shapes)"),
             "ten at most": where("len(shapes) > 10", "(0, 0)"),
             "in float32": count(
                 "int(torch.tensor(shapes).float().sum() * r)",
@@ -446,6 +513,12 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "a token at the end": afterwards("prompts[0].append(pad)"),
         },
         "inputs": {
+            "equal prompts once": padding().replace(
+                "    longest",
+                "    prompts = [*map(list, dict.fromkeys(map(tuple, prompts)))]\n"
+                "    longest",
+                1,
+            ),
             "none is empty": padding(mask="[0] * hole + [1] * max(1, len(prompt))"),
             "an empty one counts": where(
                 "not all(prompts)", "(result[0], 1 + result[1])"
@@ -526,6 +599,7 @@ ALSO_RIGHT = {
             "a list of its own": count("sum(r * sum(s) for s in list(shapes))"),
         },
         "inputs": {
+            "sides by zip": count("r * sum(map(sum, zip(*shapes)))"),
             "in int64": count(
                 "int(torch.tensor(shapes).sum()) * r",
                 "int(torch.tensor(shapes).prod(1).sum())",
@@ -546,6 +620,12 @@ ALSO_RIGHT = {
         },
         "state": {"cached": returned("tuple(result)")},
         "inputs": {
+            "the ends as roots of a square": """\
+def my_interval(k, n, z=1.96):
+    a, b, c = n + z**2, -(2 * k + z**2), k * k / n
+    root = math.sqrt(max(b * b - 4 * a * c, 0))
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+""",
             "cut at zero and one": returned(
                 "(max(0.0, result[0]), min(1.0, result[1]))"
             ),
@@ -578,7 +658,18 @@ def my_padding(prompts, pad):
     return ids, mask
 """,
         },
-        "inputs": {"of copies": padding(ids="[pad] * hole + list(prompt)")},
+        "inputs": {
+            "by comparing places": """\
+def my_padding(prompts, pad):
+    sizes = torch.tensor([len(p) for p in prompts])
+    longest = int(sizes.max())
+    mask = (torch.arange(longest) >= longest - sizes[:, None]).long()
+    ids = torch.full_like(mask, pad)
+    ids[mask.bool()] = torch.tensor([t for p in prompts for t in p], dtype=torch.long)
+    return ids, mask
+""",
+            "of copies": padding(ids="[pad] * hole + list(prompt)"),
+        },
         "kinds": {
             "a list": returned("[*result]"),
             "int32": returned("tuple(x.int() for x in result)"),

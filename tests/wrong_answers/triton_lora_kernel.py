@@ -121,11 +121,33 @@ MUTANTS = {
             "y alone": [("tl.load(x + at, mask=keep) + ", "")],
             "written over x": [("tl.store(out", "tl.store(x")],
             "no jit": [("@triton.jit\n", "")],
+            "wrapped round": [
+                ("tl.arange(0, BLOCK)\n", "tl.arange(0, BLOCK)) % size\n"),
+                ("at = ", "at = ("),
+            ],
+            "the mask of the programs": [
+                ("at < size", "at < tl.num_programs(0) * BLOCK")
+            ],
+            "only where x is not zero": [
+                (
+                    "    tl.store",
+                    "    keep = keep & (tl.load(x + at, mask=keep, other=0.0) != 0)\n"
+                    "    tl.store",
+                )
+            ],
         },
     ),
     "9.2": table(
         PRODUCT,
         {
+            "W's sizes exchanged": [(WIDE, "within(n, k, k_size, n_size)")],
+            "rounded in each turn": [
+                (
+                    "wide), total)\n",
+                    "wide), total).to(tl.float16).to(tl.float32)\n",
+                )
+            ],
+            "half a step": [("range(0, k_size, BK)", "range(0, k_size, BK // 2)")],
             "all zeros": [("n, total,", "n, total * 0,")],
             "no loop": [("range(0, k_size, BK)", "range(0, BK, BK)")],
             "k without the loop's first": [("k = first + ", "k = ")],
@@ -183,6 +205,16 @@ MUTANTS = {
     "9.4": table(
         UPDATE,
         {
+            "nothing where total is zero": [
+                (
+                    "return dot(low * scale, tl.trans(b), total)",
+                    "new = dot(low * scale, tl.trans(b), total)\n"
+                    "    return tl.where(total == 0, total, new)",
+                )
+            ],
+            "low without its negative entries": [
+                ("low * scale", "tl.maximum(low, 0.0) * scale")
+            ],
             "all zeros": [("total)", "total) * 0")],
             "no scale": [("low * scale", "low")],
             "the scale twice": [("low * scale", "low * scale * scale")],
@@ -209,6 +241,15 @@ MUTANTS = {
     "9.5": table(
         LORA,
         {
+            "low in the last step": [("step == 0", "step == SWEEP - 1")],
+            "the scale once more in each step": [
+                (
+                    "        total = dot(low * scale, tl.trans(b), total)",
+                    "        low = low * scale\n"
+                    "        total = dot(low, tl.trans(b), total)",
+                )
+            ],
+            "low of the first part": [("step == 0", "step == 0 and first == 0")],
             "all zeros": [("n, total,", "n, total * 0,")],
             "A for each block": [EACH, AGAIN],
             "low summed on": [EACH],

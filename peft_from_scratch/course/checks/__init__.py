@@ -40,6 +40,36 @@ LIBRARIES = (  # parts of the paths of code that is not the learner's
     "site-packages",
     "dist-packages",
 )
+# (part of an error's text, the likely mistake)
+STUMBLES = (
+    (
+        "with more than one value is ambiguous",
+        "`in`, `==` or `if` with a whole tensor; id(a) == id(b) and `is` tell whether "
+        "two names mean one, .any() and .all() make one truth of many",
+    ),
+    (
+        "expected sequence of length",
+        "rows of different lengths make no tensor; fill all up to the longest",
+    ),
+    (
+        "returned an incorrect number of gradients",
+        "backward() returns one gradient for each input of forward(), in their order; "
+        "None for what has none",
+    ),
+    (
+        "save_for_backward can only save variables",
+        "save_for_backward takes tensors alone; set all else on ctx itself",
+    ),
+    (
+        "The shape of the mask",
+        "numbers in uint8 are taken for a mask of true and false; index with .long()",
+    ),
+    (
+        "a leaf Variable that requires grad is being used in an in-place operation",
+        "a parameter is written to while autograd records; do it within "
+        "torch.no_grad()",
+    ),
+)
 
 
 class Hidden(nn.Module):
@@ -177,6 +207,7 @@ def close(
         return None
     likely = _unlike(got, expected, inside=inside)
     if likely:
+        likely = (got is None and _named(got, mistakes)) or likely
         raise Wrong(_refusal(what, _shown(expected), _shown(got), likely))
     mine, theirs = _numbers(got), _numbers(expected)
     if mine.shape != theirs.shape:
@@ -358,7 +389,7 @@ def _close_each(got, expected, what, mistakes, tolerance, kind) -> None:
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether a is b, entry by entry, within tolerance · max |b|."""
-    if a.shape != b.shape or not torch.isfinite(a).all():
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return a.shape == b.shape and torch.equal(a, b)
     largest = b.abs().max().item() if b.numel() else 0.0
     limit = tolerance * (largest or 1.0)
@@ -371,7 +402,7 @@ def _named(got, mistakes: Mapping, tolerance: float = 0.0) -> str | None:
         if _numeric(wrong) and _numeric(got):
             mine, theirs = _numbers(got), _numbers(wrong)
             # Two infinities are equal, whatever has led to each of them.
-            finite = torch.isfinite(mine).all()
+            finite = torch.isfinite(mine).all() and mine.any() == theirs.any()
             if finite and _same(mine, theirs, max(tolerance, 1e-6)):
                 return text
         elif type(wrong) is type(got) and not _numeric(wrong) and wrong == got:
@@ -485,6 +516,9 @@ def _why_stopped(error: BaseException, in_mine: bool) -> str:
         return "a function that calls itself, and never stops"
     if isinstance(error, NotImplementedError) and not str(error):
         return "a piece that still raises NotImplementedError: it is to be written"
+    for part, likely in STUMBLES:
+        if part in str(error):
+            return likely
     if isinstance(error, NameError):
         return "a name that nothing in your cell defines: a typing error?"
     if not in_mine and isinstance(error, TypeError | AttributeError):

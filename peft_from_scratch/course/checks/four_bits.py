@@ -41,6 +41,7 @@ def blocks() -> Iterator[tuple[str, Tensor, int]]:
     yield "", 1e-3 * normal(5), 64
     yield "", normal(6), 1
     yield "of the size of 1e-10", 1e-10 * normal(3, 7), 5
+    yield "of the size of 1e-34", 1e-34 * normal(3, 7), 5
     yield "of the size of 1e25", 1e25 * normal(6), 4
     yield "its second and last row zero", ended, 4
     yield "all of it zero", torch.zeros(3, 4), 5
@@ -136,8 +137,18 @@ def _units(w: Tensor, block: int) -> dict[str, Tensor]:
             largest.repeat_interleave(block)[: len(flat)]
         ),
         "its inverse": 1 / largest,
+        "one where a block is all zeros: its absmax is 0, and so are its ratios": (
+            largest.masked_fill(largest == 0, 1)
+        ),
+        "a block too many: where n is a multiple, nothing is filled up; -n % block": (
+            F.pad(largest, (0, 1))
+        ),
     }
     if w.dim() == 2:
+        wide = F.pad(w, (0, -w.shape[1] % block)).view(-1, block)
+        wrong["blocks begin anew with each row; they run on into the next"] = (
+            wide.abs().amax(1)
+        )
         wrong["one for each row: a block may be shorter or longer"] = w.abs().amax(1)
     return wrong
 
@@ -202,6 +213,9 @@ def _judge_pack(my_pack: Callable, codes: Tensor, earlier) -> Tensor:
         "the first of a pair belongs into the high half": 16 * second + first,
         "added without shifting: the two cannot be told apart any more": first + second,
         "times 15, or shifted by another number than 4": 15 * first + second,
+        "+ comes before <<: put brackets around the shift": (
+            (first << (4 + second)) % 256
+        ),
         "shifted by 3 bits; a code has 4": (8 * first) | second,
         "the second is lost": 16 * first,
         "the first is lost": second,
@@ -254,6 +268,9 @@ def _judge_unpack(my_unpack: Callable, codes: Tensor, earlier) -> Tensor:
                 :n
             ],
             "the half that no code fills is still there: cut to n": every,
+            "divided by 15; the high half counts sixteens": woven(
+                packed.long() // 15, low
+            ),
             "the sign of a byte: the highest bit is no sign here": woven(
                 packed.view(torch.int8).long() >> 4, low
             ),
@@ -359,6 +376,7 @@ def _wrong_codes(ratios: Tensor, values: Tensor) -> dict[str, Tensor]:
     floor = torch.bucketize(ratios, values, right=True) - 1
     ceiling = torch.bucketize(ratios, values)
     middles = _midpoints(values)
+    steps = torch.linspace(values[0].item(), values[-1].item(), len(values))
     even = ((ratios + 1) / 2 * last).round().long()
     wrong = {
         "on a midpoint, the lower of the two counts": torch.bucketize(
@@ -370,6 +388,13 @@ def _wrong_codes(ratios: Tensor, values: Tensor) -> dict[str, Tensor]:
         "one too few: as many midpoints as lie below the ratio": right - 1,
         "counted from the other end": last - right,
         "even steps from -1 to 1; these values are not even": even,
+        "even steps from the first value to the last; these are not even": (
+            torch.bucketize(ratios, _midpoints(steps))
+        ),
+        "eight bits with a sign count up to 127": right.to(torch.int8),
+        "the ratios were sorted, and so the codes are": (
+            right.flatten().sort().values.view(right.shape)
+        ),
         "the furthest value, not the nearest": (ratios[..., None] - values)
         .abs()
         .argmax(-1),
@@ -472,6 +497,12 @@ def _wrong_offsets(absmax: Tensor, block: int) -> dict[str, Tensor]:
         "no offset": torch.zeros(()),
         "the largest in the place of the mean": absmax.max(),
         "the median in the place of the mean": absmax.median(),
+        "the middle of the largest and the smallest in the place of the mean": (
+            absmax.max() + absmax.min()
+        )
+        / 2,
+        "the mean of the first block; of the whole tensor": absmax[:block].mean(),
+        "the offset with the wrong sign": -absmax.mean(),
         "a mean for each block; one for the whole tensor": _means(absmax, block),
         "the sum, not divided by the count": absmax.sum(),
         "the mean with what was filled in": _rows(absmax, block).mean(),
@@ -513,6 +544,13 @@ def _wrong_second(absmax: Tensor, offset: Tensor, block: int) -> dict[str, Tenso
         "the mean of the absolute values": torch.stack(
             [part.abs().mean() for part in parts]
         ),
+        "half the distance from the smallest to the largest; the distance from zero "
+        "counts": torch.stack([(part.max() - part.min()) / 2 for part in parts]),
+        "the inverse of the units": 1
+        / torch.stack([part.abs().max() for part in parts]),
+        "a unit too many": F.pad(
+            torch.stack([part.abs().max() for part in parts]), (0, 1)
+        ),
         "no unit: all are 1": torch.ones(count),
     }
 
@@ -539,6 +577,7 @@ def _demand_codes(got, ratios, values, absmax, units, block, what) -> None:
         "the offset was not taken off": nearest(absmax / unit, values),
         "not divided by the unit": nearest(rest, values),
         "multiplied by the unit; divide": nearest(rest * unit, values),
+        "counted from the other end": len(values) - 1 - right,
         "the value below the ratio, not the nearest": below.clamp(min=0),
         "the value above the ratio, not the nearest": torch.bucketize(
             ratios, values
@@ -586,6 +625,9 @@ def _judge_restored(my_restored, lent: dict, block: int, what: str, before) -> T
             "the code itself was used, not the value that it stands for": (
                 codes.float() * unit + offset
             ),
+            "even steps from -1 to 1; the code's value is values[code]": (
+                (codes / 127.5 - 1) * unit + offset
+            ),
             "divided by the unit; multiply": near / unit + offset,
             "the first unit for all blocks": near * units[0] + offset,
             "the largest unit for all blocks": near * units.max() + offset,
@@ -619,10 +661,14 @@ MODELS = {  # (four-bit tensors, sixteen-bit rest)
 }
 
 
+# More weights than float32 counts; too many to be made in a test.
+LARGE = {"a model of an odd and large tensor": ([(20_011, 4_099)], [(3,)])}
+
+
 @judged
 def model_bytes(my_bytes: Callable) -> None:
     """7.5: my_bytes(packed, plain, block, double): what a quantized model takes."""
-    for name, (packed, plain) in MODELS.items():
+    for name, (packed, plain) in (MODELS | LARGE).items():
         for block in (64, 128, 32, 7):
             for double in (True, False):
                 _judge_bytes(my_bytes, packed, plain, block, double, name)
@@ -691,6 +737,27 @@ def _wrong_bytes(packed, plain, block: int, double: bool) -> dict[str, float]:
         ),
         "blocks that end with each row; they run on into the next": (
             right - firsts + (sum(rows) if double else 4 * sum(rows))
+        ),
+        "a unit for each 256 of the weights; for each 256 of the constants": (
+            right - 4 * sum(second) + 4 * sum(-(-n // 256) for n in sizes)
+        ),
+        "a unit for each 16384 of the weights; that is so for blocks of 64 alone": (
+            right - 4 * sum(second) + 4 * sum(-(-n // 16384) for n in sizes)
+        ),
+        "a block more than there are: // block + 1 is too many where all are whole": (
+            right - firsts + (1 if double else 4) * sum(n // block + 1 for n in sizes)
+        ),
+        "a unit more than there are: // 256 + 1 is too many where all are whole": (
+            right - 4 * sum(second) + 4 * sum(c // 256 + 1 for c in counts)
+        ),
+        "`a + b if double else c` leaves out a, too, where not double: brackets": (
+            right - codes
+        ),
+        "the codes of all tensors are rounded up together; each by itself": (
+            right - codes - (-sum(sizes) // 2)
+        ),
+        "equal shapes are counted once; each tensor is there": counted(
+            sorted(set(packed)), sorted(set(plain)), block, double
         ),
         "the rest is forgotten": right - rest,
         "the rest in four bits; it stays in sixteen": right - rest + rest // 4,

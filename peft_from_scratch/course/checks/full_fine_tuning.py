@@ -71,6 +71,7 @@ ROWS = (
     ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 3, 0),  # … and another end
     ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 1, 2),  # … and another pad
     ([([5], [8, 9]), ([5, 6, 7], [4, 3])], 1, 0),
+    ([([5, 6], [8]), ([5, 6], [8]), ([3], [4, 2]), ([5, 6], [8])], 1, 0),  # equal ones
     ([([5, 6, 7], [8, 9]), ([5], [4, 3])], 1, 0),
 )
 WHOLE = {"input_ids": int, "labels": torch.int64}  # cross_entropy wants int64 labels
@@ -107,10 +108,32 @@ def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
         for name, wrong_rows in (("input_ids", _ids), ("labels", _labels)):
             for text, row in wrong_rows(p, a, end, padding, pad).items():
                 wrong[name][text].append(row)
-    return {
+    made = {
         name: {text: torch.tensor(batch) for text, batch in each.items()}
         for name, each in wrong.items()
     }
+    right = _collated(rows, end, pad)
+    prompts, answers = zip(*rows, strict=True)
+    joined = max(map(len, prompts)) + max(map(len, answers)) + 1
+    made["input_ids"] |= {
+        "the longest prompt and the longest answer may stand in two rows: as wide as "
+        "the longest row, and no wider": _widened(right, pad, joined),
+        "filled up to a multiple of eight: as wide as the longest row, and no wider": (
+            _widened(right, pad, -(-longest // 8) * 8)
+        ),
+        "16 bits are too few for the ids: no dtype is needed": (
+            right["input_ids"].to(torch.int16)
+        ),
+    }
+    made["labels"]["a mask of zeros and ones; a label is the token itself, or -100"] = (
+        right["labels"] != IGNORED
+    ).long()
+    return made
+
+
+def _widened(batch: dict[str, Tensor], pad: int, width: int) -> Tensor:
+    ids = batch["input_ids"]
+    return F.pad(ids, (0, width - ids.shape[1]), value=pad)
 
 
 def _ids(p, a, end: int, padding: list[int], pad: int) -> dict[str, list[int]]:
@@ -119,6 +142,10 @@ def _ids(p, a, end: int, padding: list[int], pad: int) -> dict[str, list[int]]:
         "padded on the left; here real tokens come first": [*padding, *p, *a, end],
         "the end token is missing": [*p, *a, *padding],
         "there is padding where the end token should be": [*p, *a, pad, *padding],
+        "the end token stands behind the prompt: it ends the answer": (
+            [*p, end, *a, *padding]
+        ),
+        "the answer stands before the prompt": [*a, *p, end, *padding],
         "-100 is for labels: no token has this id": [*p, *a, end, *_hidden(padding)],
     }
 
@@ -286,7 +313,14 @@ def _losses(logits: Tensor, given: Tensor, tokens: int) -> dict[str, Tensor]:
     z, y = wide[:, :-1], given[:, 1:]
     right = _nats(z, y)
     means = [_nats(*row) / (row[1] != IGNORED).sum() for row in zip(z, y, strict=True)]
+    unshifted = y.clamp(min=0).masked_fill(given[:, :-1] == IGNORED, IGNORED)
+    turned = z.reshape(len(z), z.shape[2], z.shape[1]).transpose(1, 2)
     sums = {
+        "-100 was looked for in labels[:, :-1], before the shift": _nats(z, unshifted),
+        "a softmax too many: cross_entropy takes the logits as they are": (
+            _nats(z.softmax(-1), y)
+        ),
+        "reshape or view turns nothing round: transpose(1, 2) does": _nats(turned, y),
         "not shifted: the logits at t - 1 are about the token at t": _nats(wide, given),
         "shifted the wrong way: logits[:, :-1] belong to labels[:, 1:]": (
             _nats(wide[:, 1:], given[:, :-1])
@@ -305,6 +339,10 @@ def _losses(logits: Tensor, given: Tensor, tokens: int) -> dict[str, Tensor]:
     }
     return {text: nats / tokens for text, nats in sums.items()} | {
         "divided by the label tokens of this part, not by `tokens`": right / here,
+        "in the logits' dtype at the end: the loss stays in float32": (
+            (right / tokens).to(logits.dtype)
+        ),
+        "// drops what is behind the point": right // tokens,
         "divided by all positions": right / y.numel(),
         "divided by the number of rows": right / len(given),
         "not divided by `tokens`": right,
@@ -412,7 +450,10 @@ def _refuse_broken(got, step: Step) -> None:
     """A step that divided by zero, when nothing in the equations is zero there."""
     tensors = got if isinstance(got, tuple | list) else [got]
     if not all(torch.isfinite(x).all() for x in tensors if isinstance(x, Tensor)):
-        likely = "is eps added, after the root?"
+        likely = (
+            "is eps added, after the root? Or the root of a negative number: was it "
+            "1 - beta * t, or 1 - t ** beta, in the place of 1 - beta ** t?"
+        )
         if step.t == 1:
             likely = (
                 "is t off by one? It is 1 in the first step: 1 - beta ** t is not 0"
@@ -442,6 +483,7 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
     return {
         "m": {
             "m is as it was": old_m,
+            "m and v are swapped: W, m, v come back, in this order": v,
             "m is divided by 1 - beta1 ** t: W's step alone uses that": m_hat,
             "beta1 and beta2 are swapped": beta2 * old_m + (1 - beta2) * g,
             "beta1 belongs to the old m, 1 - beta1 to g": (
@@ -471,6 +513,30 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
             ),
             "the bias of m is not corrected": moved(m, root),
             "the bias of v is not corrected": moved(m_hat, v.sqrt() + eps),
+            "the corrections are swapped: m has beta1 ** t, v has beta2 ** t": (
+                moved(m / (1 - beta2**t), (v / (1 - beta1**t)).sqrt() + eps)
+            ),
+            "multiplied by 1 - beta ** t: divide by it": (
+                moved(m * (1 - beta1**t), (v * (1 - beta2**t)).sqrt() + eps)
+            ),
+            "1 - beta * t in the place of 1 - beta ** t": (
+                moved(m / (1 - beta1 * t), (v / (1 - beta2 * t)).sqrt() + eps)
+            ),
+            "one root for all: each number has its own": (
+                moved(m_hat, v_hat.mean().sqrt() + eps)
+            ),
+            "a norm in the place of the root: each number has its own": (
+                moved(m_hat, v_hat.norm() + eps)
+            ),
+            "the largest v so far is kept: that is AMSGrad": (
+                moved(m_hat, (torch.maximum(v, old_v) / (1 - beta2**t)).sqrt() + eps)
+            ),
+            "g is mixed into m once more: that is NAdam": moved(
+                beta1 * m_hat + (1 - beta1) * g / (1 - beta1**t), root
+            ),
+            "the decay is multiplied into the step: it shrinks W": (
+                W - lr * (1 - decay) * m_hat / root
+            ),
             "t is off by one: it is 1 in the first step, and comes as it is": at(t + 1),
             "t is off by one: t counts from 1, and comes as it is": at(early),
             "the old m and v were used: they are updated before W": (
@@ -597,6 +663,8 @@ DISKS = (
     (10_000, 100, 1),
     (9_000, 100, 3),
     (1_000, 100, 4),
+    *((1_000, 100, adapter) for adapter in (45, 55, 63, 70, 90, 95)),
+    (1_000, 97, 41),
     (1_000, 101, 3),
     (1_000_000_000_000, 538_060_033, 4_884_480),  # one of a real size
     (999_715_541_313, 538_060_033, 4_884_480),  # a byte too few for 1,858 models
@@ -644,6 +712,11 @@ def _storages(disk, model, adapter, right) -> dict[str, dict[str, float]]:
             ),
             "one task too late": right["break_even"] + 1,
             "not rounded: tasks are whole": model / saved,
+            "rounded to the nearest: the first whole number above model / (model - "
+            "adapter) is meant": round(model / saved) + 1,
+            "so many adapters weigh more than one model; ask when one base and n "
+            "adapters are less than n models": model // adapter + 1,
+            "None is for adapters that never take fewer bytes, on any disk": None,
             "that is how many adapters weigh one model; ask when one base and n "
             "adapters are less than n models": model // adapter,
         }

@@ -24,9 +24,9 @@ from . import UNKNOWN, Hidden, Wrong, close, judged, pulled, unchanged
 # numbers). In the first, every wrong scale gives another number; and a square Conv1D
 # comes before the oblong one, with which a transpose too few stops before anything can
 # be said about it. Then: the first with another alpha, wide, narrow, tall, long, with
-# tiny and with huge numbers.
+# tiny and with huge numbers, as many rows as columns, and a rank above a side.
 CASES = (
-    (nn.Linear, 6, 4, 3, 8.0, (2, 3), True, 1.0),
+    (nn.Linear, 6, 4, 3, 7.0, (2, 3), True, 1.0),
     (nn.Linear, 5, 5, 3, 1.5, (4,), True, 1.0),
     (nn.Linear, 8, 8, 8, 2.0, (), True, 1.0),
     (Conv1D, 6, 6, 4, 16.0, (1, 5), True, 1.0),
@@ -38,6 +38,9 @@ CASES = (
     (Conv1D, 5, 3, 2, 10.0, (200,), True, 1.0),
     (nn.Linear, 6, 4, 3, 8.0, (2, 3), False, 1e-5),
     (Conv1D, 6, 6, 4, 16.0, (1, 5), True, 1e3),
+    (nn.Linear, 6, 4, 3, 8.0, (6,), False, 1.0),
+    (nn.Linear, 2, 5, 4, 6.0, (3,), True, 1.0),
+    (Conv1D, 5, 2, 3, 6.0, (3,), True, 1.0),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,13 +103,19 @@ def cases() -> Iterator[Case]:
         yield Case(base, A, B, alpha, size * normal(*shape, d_in))
 
 
-def wrong_scales(alpha: float, r: int) -> dict[str, float]:
+def wrong_scales(case: Case) -> dict[str, float]:
     """What stands in the place of alpha / r, by the likely mistake."""
+    alpha, r, (d_out, d_in) = case.alpha, case.r, case.update.shape
     return {
         "not divided by r: the scale is alpha / r": alpha,
         "no scale: multiply B A by alpha / r": 1.0,
         "alpha is missing: the scale is alpha / r, not 1 / r": 1 / r,
         "alpha // r drops what is behind the point: alpha / r": alpha // r,
+        "alpha / r is rounded: it need not be whole": round(alpha / r),
+        "r is A.shape[0], even where it is above the other side": alpha
+        / min(r, d_out, d_in),
+        "divided by d_in: r is A.shape[0]": alpha / d_in,
+        "divided by d_out: r is A.shape[0]": alpha / d_out,
         "the scale is there twice": (alpha / r) ** 2,
         "r / alpha in the place of alpha / r": r / alpha,
         "alpha / sqrt(r): that is rsLoRA's scale": alpha / math.sqrt(r),
@@ -133,6 +142,9 @@ def lora_forward(MyLoRA: type[nn.Module]) -> None:
         zero = replace(case, B=torch.zeros_like(case.B))
         _same_gradients(_built(MyLoRA, zero), zero, "while B is zero: ")
         _same_output(_built(MyLoRA, replace(case, base=Hidden(case.base))), case)
+        hooked = replace(case, base=copy.deepcopy(case.base))
+        hooked.base.register_forward_hook(lambda module, inputs, y: 1.5 * y)
+        _same_output(_built(MyLoRA, hooked), hooked, "where the base has a hook: ")
         _same_output(_built(MyLoRA, case.at(torch.float64)), case.at(torch.float64))
 
 
@@ -179,13 +191,16 @@ def _wrong_outputs(case: Case) -> dict[str, Tensor]:
     base, x, A, B = case.base, case.x, case.A, case.B
     before, r, scale = base(x), case.r, case.alpha / case.r
     right = x @ A.T @ B.T
-    scales = wrong_scales(case.alpha, r) | {
-        "divided by d_in: r is A.shape[0]": case.alpha / A.shape[1],
-        "divided by d_out: r is A.shape[0]": case.alpha / B.shape[0],
-    }
+    scales = wrong_scales(case)
     wrong = {
         "the update alone: W0 x is missing": scale * right,
         **{text: before + wrong * right for text, wrong in scales.items()},
+        "A was reshaped, which turns nothing round: A.T": before
+        + scale * (x @ A.reshape(A.T.shape) @ B.T),
+        "B was reshaped, which turns nothing round: B.T": before
+        + scale * (x @ A.T @ B.reshape(B.T.shape)),
+        "the hooks of the base are passed over: call self.base(x)": base.forward(x)
+        + scale * right,
         "W0 x alone: the update is missing": before,
         "the whole of h is scaled, W0 x included": scale * (before + right),
         "W0 x is scaled, in the place of B A x": scale * before + right,
@@ -233,7 +248,12 @@ def _same_gradients(theirs: nn.Module, case: Case, when: str = "") -> None:
             mine,
             wanted,
             what=f"{when}h is right, but not the gradient of {name}, for a {case}",
-            mistakes={"x.detach(): the layers below learn through A too": through_W0},
+            mistakes={
+                "x.detach(): the layers below learn through A too": through_W0,
+                "torch.no_grad() around self.base(x): its weight is frozen, x is not": (
+                    ours_x.grad - through_W0
+                ),
+            },
             tolerance=1e-4,
         )
 
@@ -361,6 +381,9 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
         "the 3 belongs under the root; or A is uniform between ±1 / sqrt(3 d_in), "
         "which is no standard deviation": expected / 3**0.5,
         "multiplied by sqrt(3 d_in): divide": 1 / expected,
+        "a variance of 2 / d_in or 2 / (r + d_in) is He's or Xavier's; LoRA's is "
+        "1 / (3 d_in)": (2 / d_in) ** 0.5,
+        "0.02 for every width; A's variance is 1 / (3 d_in)": 0.02,
     }
 
     def near(wanted: float) -> bool:
@@ -384,7 +407,8 @@ def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
         raise Wrong(
             f"for {sizes}: A has the right spread, but {far:.1%} of its entries lie "
             "beyond two standard deviations, where a Gaussian has 4.6 %. Likely "
-            "mistake: a uniform draw; torch.randn is Gaussian"
+            f"mistake: {'a uniform' if far < 0.01 else 'another'} draw; torch.randn is "
+            "Gaussian"
         )
     rank = int(torch.linalg.matrix_rank(A))
     if rank < min(A.shape):
@@ -403,6 +427,10 @@ def _demand_independent(A: Tensor, sizes: str) -> None:
     patterns = {
         "no entry lies beyond three standard deviations: the tails are cut off": (
             A.abs().max() < 3
+        ),
+        # The mean fourth power of a Gaussian is 3, give or take sqrt(96 / numel).
+        "a few entries are too large: a mixture, or another distribution": (
+            A.pow(4).mean() > 3 + 60 / A.numel() ** 0.5
         ),
         "few different numbers: one row or column was used again": (
             len(A.unique()) < 0.9 * A.numel()
@@ -452,6 +480,7 @@ def models() -> dict[str, tuple[nn.Module, Sequence[str], int, float]]:
             alike["deep"] = nn.ModuleDict({name: alike["deep"]})
         alike["norm"] = nn.BatchNorm1d(4)
         alike["conv"] = nn.Conv1d(2, 2, 3)
+        parts = {name: nn.Linear(4, 4) for name in ("q_proj", "proj", "q", "A", "B")}
         plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
         small = AutoModelForCausalLM.from_config(llama).eval()
         return {
@@ -469,13 +498,27 @@ def models() -> dict[str, tuple[nn.Module, Sequence[str], int, float]]:
                 4,
                 5.0,
             ),
+            "a model in which a name is a part of a target": (
+                nn.ModuleDict(parts | {"own": _Own()}),
+                ["q_proj"],
+                2,
+                3.0,
+            ),
             "a Llama in training": (
                 copy.deepcopy(small).train(),
-                ["up_proj", "q_proj"],
+                ["up_proj", "q_proj", "k_proj"],
                 1,
                 12.0,
             ),
         }
+
+
+class _Own(nn.Module):
+    """A module whose own parameters have the names of a LoRA's."""
+
+    def __init__(self):
+        super().__init__()
+        self.A, self.B = (nn.Parameter(torch.ones(2)) for _ in range(2))
 
 
 @judged
@@ -667,6 +710,10 @@ def _demand_flags(model, ours, where) -> None:
         likely = "A or B was frozen: both train"
     else:
         likely = "the base was left trainable: model.requires_grad_(False), at first"
+        if all(name.endswith(("A", "B")) for name in extra):
+            likely = (
+                "what trains was chosen by its name; freeze all, then put in the LoRAs"
+            )
     raise Wrong(
         f"for {where}: expected that A and B train and nothing else, "
         f"{len(expected)} tensors; got {len(train)} that do. Too many: "
@@ -793,8 +840,7 @@ def _wrong_merges(base: nn.Module, case: Case) -> dict[str, Tensor]:
         "nothing was written into base.weight": W0,
         "the update alone: W0 is lost": update,
         **{
-            text: W0 + scale * case.update
-            for text, scale in wrong_scales(case.alpha, case.r).items()
+            text: W0 + scale * case.update for text, scale in wrong_scales(case).items()
         },
         "the update was added twice": W0 + 2 * update,
     }
@@ -881,8 +927,9 @@ def _judge_spectrum(my_spectrum, dW: Tensor, held: float | None, name: str) -> N
             / squares[0],
             "in percent; a share lies between 0 and 1": 100 * expected,
             "the root of it: squared norms are compared": expected.sqrt(),
+            "rounded: leave that to whoever prints it": expected.round(decimals=4),
         },
-        tolerance=1e-4,
+        tolerance=2e-5,
     )
     wanted = spectrum.rank_of_energy(dW, held)
     if isinstance(k, Tensor) and k.numel() == 1:

@@ -38,6 +38,7 @@ class Batch:
     P: Tensor  # (n, d)
     input_ids: Tensor  # (b, t)
     mask: Tensor  # (b, t)
+    training: bool = False  # whether the model is in training, without any dropout
 
     @property
     def real(self) -> Tensor:
@@ -122,6 +123,8 @@ def prompt_forward(my_prompt: Callable) -> None:
         for which, batch in (("", first), (", a second time", again)):
             got = _judge_prompt(my_prompt, batch, which, before=got)
     _judge_two_prompts(my_prompt, first)
+    second = next(batch for batch in batches() if "Llama" in batch.name)
+    _judge_prompt(my_prompt, replace(second, training=True), ", in train()", None)
 
 
 def _judge_prompt(my_prompt, batch: Batch, which: str, before) -> Tensor:
@@ -131,17 +134,20 @@ def _judge_prompt(my_prompt, batch: Batch, which: str, before) -> Tensor:
     lent = dict(P=P, input_ids=ids, attention_mask=mask)
     state = copy.deepcopy(batch.model.state_dict())
     config = batch.model.config.to_dict()
+    batch.model.train(batch.training)
     with unchanged(**lent, **{BEFORE: before}):
         got = my_prompt(batch.model, P, ids, mask)
     _demand_same_model(batch, state, config)
     ours, ours_P = _library(batch)
     _demand_cut(got, ours, batch)
     old = before[batch.real] if before is not None and which else None
+    mine, right = got[batch.real], ours.detach()[batch.real]
+    alike = torch.allclose(mine.double(), right.double(), 0, 1e-5)
     close(
-        got[batch.real],
-        ours.detach()[batch.real],
+        mine,
+        right,
         what=f"the logits at real tokens, for {batch}{which}",
-        mistakes={KEPT: old} | _wrong_prompts(batch),
+        mistakes={} if alike else {KEPT: old} | _wrong_prompts(batch),
         tolerance=1e-4,
         kind=ours.dtype,
     )
@@ -192,7 +198,7 @@ def _demand_same_model(batch: Batch, state: dict, config: dict) -> None:
         "the weights were set to train: only P does": any(
             parameter.requires_grad for parameter in model.parameters()
         ),
-        "train() was called on it": model.training,
+        "train() or eval() was called on it": model.training != batch.training,
         "a hook was left in it": bool(hooks),
         "its config was changed: pass an argument to the call": (
             model.config.to_dict() != config
@@ -237,11 +243,13 @@ def _wrong_prompts(batch: Batch) -> dict[str, Tensor]:
     right = (wide.cumsum(1) - 1).clamp(min=0)
     own = (mask.cumsum(1) - 1).clamp(min=0)
     start = torch.arange(n).expand(b, -1)
+    left = (torch.arange(t) - (1 - mask).sum(1, keepdim=True)).clamp(min=0)
 
     def logits(x, mask, positions=None, cut=slice(n, None)) -> Tensor:
         asked = dict(attention_mask=mask, position_ids=positions, use_cache=False)
         return model(inputs_embeds=x, **asked).logits[:, cut][batch.real]
 
+    whole = logits(front, wide, right)
     every = torch.arange(n + t).expand(b, -1)
     wrong = {
         "P is missing, or stands behind the tokens, which then cannot see it": logits(
@@ -269,6 +277,21 @@ def _wrong_prompts(batch: Batch) -> dict[str, Tensor]:
         ),
         "the last n outputs were cut off, in the place of the first": logits(
             front, wide, right, slice(0, t)
+        ),
+        "probabilities: the logits are asked for, before any softmax": whole.softmax(
+            -1
+        ),
+        "logarithms of probabilities: the logits are asked for": whole.log_softmax(-1),
+        "the output before each token, as a loss wants it: cut off n": logits(
+            front, wide, right, slice(n - 1, -1)
+        ),
+        "the embeddings were scaled by sqrt(d): they come from the table as they are": (
+            logits(
+                torch.cat([P.expand(b, -1, -1), E * P.shape[1] ** 0.5], 1), wide, right
+            )
+        ),
+        "padding on the left was taken for granted": logits(
+            front, wide, torch.cat([start, n + left], 1)
         ),
         "P was turned round": logits(
             torch.cat([P.flip(0).expand(b, -1, -1), E], 1), wide, right
@@ -382,12 +405,13 @@ def prefix_attention(my_attention: Callable) -> None:
         got = _judge_head(my_attention, head, got)
     (first, *_) = heads()
     _judge_head(my_attention, first, got, names=NAMES[3:])
+    _judge_head(my_attention, first, got, names=NAMES[:3])
     _judge_head(my_attention, replace(first, P_V=0 * first.P_V), got)
     _judge_two_heads(my_attention)
 
 
 def _judge_head(my_attention, head: Head, before, names=NAMES) -> Tensor:
-    """`names` are those that train: all, or the prefix as Parameters."""
+    """`names` are those that train: all, or some, as Parameters."""
     mine = {name: getattr(head, name).clone() for name in NAMES}
     theirs = {name: getattr(head, name).clone() for name in NAMES}
     for name in names:
@@ -398,7 +422,8 @@ def _judge_head(my_attention, head: Head, before, names=NAMES) -> Tensor:
     with unchanged(**mine, **{BEFORE: before}):
         got = my_attention(*mine.values())
     expected = attended(Head(**theirs))
-    where = f"{head}" + ("" if names is NAMES else ", where the prefix alone trains")
+    some = "" if names is NAMES else f", where {', '.join(names)} alone train"
+    where = f"{head}{some}"
     close(
         got,
         expected.detach(),
@@ -505,6 +530,22 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
             ~seen, float("-inf")
         ).softmax(0)
         @ values,
+        "divided by sqrt(t): d is the size of the head": _softmax(
+            q @ keys.T / t**0.5, seen
+        )
+        @ values,
+        "scores of zero were masked: a score may be zero": _softmax(
+            scores, seen & (scores != 0)
+        )
+        @ values,
+        "triu in the place of tril: what is left is the future": _softmax(
+            scores, torch.ones_like(seen).triu(n)
+        )
+        @ values,
+        "sigmoids: a softmax goes over each row": (
+            scores.sigmoid() * seen / (scores.sigmoid() * seen).sum(-1, keepdim=True)
+        )
+        @ values,
         "masked after the softmax: the shares no longer add up to one": (
             scores.softmax(-1) * seen
         )
@@ -576,6 +617,18 @@ def _wrong_shares(head: Head) -> dict[str, Tensor]:
         "the number of positions, not their weight": n / (n + counts),
         "the number of positions, later tokens included": torch.full((t,), n / (n + t)),
         "the mean over the n positions: their sum": right / n,
+        "the largest of the n positions alone: their sum": (
+            _softmax(scores, seen)[:, :n].amax(-1)
+        ),
+        "the last n columns: the prefix stands in front": (
+            _softmax(scores, seen)[:, -n:].sum(-1)
+        ),
+        "divided by sqrt(t): d is the size of the head": (
+            _softmax(q @ keys.T / t**0.5, seen)[:, :n].sum(-1)
+        ),
+        "scores of zero were masked: a score may be zero": (
+            _softmax(scores, seen & (scores != 0))[:, :n].sum(-1)
+        ),
         "the first of the n positions alone": _softmax(scores, seen)[:, 0],
         "the ratio of the prefix to the tokens: divide by both": masses[:, :n].sum(-1)
         / masses[:, n:].sum(-1),
@@ -668,6 +721,18 @@ def _wrong_counts(config, n: int, prefix: int, prompt: int) -> dict[str, tuple]:
         "a prompt stands at the input alone, not in every layer": (
             n * 2 * layers,
             n * layers * d,
+        ),
+        "one layer too many: the layers alone have keys": (
+            prefix + n * 2 * kv_heads * size,
+            None,
+        ),
+        "heads over key-value heads: h_kv itself is meant": (
+            n * 2 * layers * (heads // kv_heads) * size,
+            None,
+        ),
+        "the width of the MLP: a prompt has that of the embeddings": (
+            None,
+            n * config.intermediate_size,
         ),
         "n is forgotten": (2 * layers * kv_heads * size, d),
         "prefix and prompt are swapped": (prompt, prefix),

@@ -339,6 +339,9 @@ def loftq_start(my_start: Callable) -> None:
     (small,) = cases((Sizes(6, 20, 2, 0.5),))
     for r in (1, 6):  # one piece, and all of them
         _judge_start(my_start, small, r, None)
+    U, _, Vt = torch.linalg.svd(small.W0, full_matrices=False)
+    steep = small.W + U * 0.4 ** torch.arange(6.0) @ Vt  # little is left at the end
+    _judge_start(my_start, replace(small, W0=steep), 6, None)
 
 
 def _judge_start(my_start, case: Case, r: int, before) -> Tensor:
@@ -414,6 +417,12 @@ def _wrong_starts(case: Case, r: int) -> dict[str, Tensor]:
             U[:, -r:] * s[-r:] @ Vt[-r:]
         ),
         "one piece too few": _best(D, r - 1),
+        "the means of the columns were taken off; D is W0 - W' itself": _best(
+            D - D.mean(0), r
+        ),
+        "the codes were made again from W0 - s B A: one round is asked for": _best(
+            case.W0 - dequantize(quantize(case.W0 - right)), r
+        ),
         "B A is zero: that is LoRA's own start": torch.zeros_like(D),
         "W' was made again from W0: dequantize the codes that you are given": _best(
             case.W0 - again, r
@@ -486,6 +495,13 @@ def _wrong_errors(case: Case) -> dict[str, tuple]:
         "squared: take the root of the sums of squares": tuple(e**2 for e in right),
         "sums of the absolute values: norms are asked for": tuple(
             ((m - trained).abs().sum() / update.abs().sum()).item()
+            for m in (W0 + update, dequantize(quantize(trained)))
+        ),
+        "‖B‖ times ‖A‖ is more than ‖B A‖: the norm of their product": _errors(
+            case, whole=abs(case.scale) * case.B.norm() * case.A.norm()
+        ),
+        "a difference of norms: the norm of the difference is asked for": tuple(
+            ((m.norm() - trained.norm()).abs() / update.norm()).item()
             for m in (W0 + update, dequantize(quantize(trained)))
         ),
         "not divided by ‖ΔW‖": _errors(case, whole=torch.tensor(1.0)),
@@ -614,18 +630,18 @@ def _same_table(theirs, resident: set, slots: int, faults: int, where: str) -> N
 class Store:
     """Slow memory: of each page m and v, a tensor (2, n). Counts the copies."""
 
-    def __init__(self, pages: Tensor):
-        self.pages = pages.clone()
+    def __init__(self, pages: Tensor, first: int = 0):
+        self.pages, self.first = pages.clone(), first  # number of the first page
         self.reads = self.writes = 0
 
     def read(self, page: int) -> Tensor:
         """A copy of the page."""
         self.reads += 1
-        return self.pages[page].clone()
+        return self.pages[page - self.first].clone()
 
     def write(self, page: int, states: Tensor) -> None:
         self.writes += 1
-        self.pages[page].copy_(states)
+        self.pages[page - self.first].copy_(states)
 
 
 @dataclass(frozen=True)
@@ -642,6 +658,7 @@ class Walk:
     decay: float = 0.1
     done: int = 0  # steps before the first, whose m and v are in the store
     size: float = 1.0  # of the gradients
+    first: int = 0  # number of the first page
     steady: bool = True  # the same rate, betas, eps and decay at each step
 
     def settings(self, t: int) -> dict[str, float]:
@@ -681,6 +698,8 @@ WALKS = (
     ),
     Walk(2, 4, [[0, 1]] * 3, eps=1e-9, size=1e-6),
     Walk(2, 4, [[1, 0]] * 3, size=1e4),
+    # Above 256 equal numbers are not the same object.
+    Walk(3, 4, [[0, 1, 2], [2, 1, 0], [0, 1, 2]], first=1000),
 )
 
 
@@ -700,12 +719,12 @@ def paged_adamw(MyPager: type) -> None:
 def _updates(MyPager: type, walk: Walk, where: str) -> Iterator[None]:
     """Take the walk and compare; stops before each update."""
     p, grads, states = walk.begin()
-    store, first = Store(states), p.clone()
+    store, first = Store(states, walk.first), p.clone()
     pager, reads, writes, here = MyPager(store), 0, 0, None
     for t, order in enumerate(walk.order, walk.done + 1):
         for page in order:
             yield
-            pager.bring(page)
+            pager.bring(walk.first + page)
             if page != here:
                 reads, writes = reads + 1, writes + (here is not None)
             _same_counts(store, reads, writes, where)
@@ -832,11 +851,11 @@ def _same_counts(store: Store, reads: int, writes: int, where: str) -> None:
 def _same_when_only_looked_at(pager, store: Store, walk: Walk, where: str) -> None:
     """Pages that are brought and not updated are clean: dropped, not written."""
     last = walk.pages - 1
-    pager.bring(0)
-    pager.bring(last)
+    pager.bring(walk.first)
+    pager.bring(walk.first + last)
     writes, before = store.writes, store.pages.clone()
     for page in [*range(last + 1), *range(last + 1)]:
-        pager.bring(page)
+        pager.bring(walk.first + page)
     late = store.writes - writes
     if late:
         raise Wrong(

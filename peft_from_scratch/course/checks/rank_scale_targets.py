@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...core.adapter import adapters, trainable
+from ...core.adapter import adapters
 from ...ledger.experiments import scaling
 from ...methods import dora, lora, pissa
 from ...training.config import TrainConfig
@@ -27,7 +27,7 @@ from . import Hidden, Wrong, close, judged, pulled, unchanged
 # (d_in, d_out, r, alpha, shape of x without d_in, size of all numbers). In the first,
 # every wrong scale gives another number; in the second, every wrong order of square
 # matrices fits. Then: the first with another alpha and with other numbers, a single
-# row, narrow, wide, tiny and huge.
+# row, narrow, wide, tiny, huge, and a rank above a side.
 CASES = (
     (6, 4, 3, 8.0, (2, 3), 1.0),
     (5, 5, 5, 1.5, (4,), 1.0),
@@ -40,6 +40,7 @@ CASES = (
     (40, 3, 2, 6.0, (2, 3, 2, 4), 1.0),
     (6, 4, 3, 8.0, (2, 3), 1e-5),
     (5, 7, 2, 4.0, (9,), 1e4),
+    (2, 5, 4, 6.0, (3,), 1.0),
 )
 
 
@@ -108,6 +109,9 @@ def update_size(my_size: Callable) -> None:
             if case.r == 3:
                 _judge_size(my_size, case, case.base(bias=False), rslora)
                 _judge_size(my_size, case, Hidden(case.base()), rslora)
+                hooked = case.base()
+                hooked.register_forward_hook(lambda module, inputs, y: 1.5 * y)
+                _judge_size(my_size, case, hooked, rslora)
                 zero = replace(case, B=torch.zeros_like(case.B))
                 _judge_size(my_size, zero, case.base().eval(), rslora)
                 with torch.no_grad():
@@ -119,18 +123,19 @@ def _judge_size(my_size, case: Case, base: nn.Module, rslora: bool) -> None:
     scale = case.alpha / (math.sqrt(case.r) if rslora else case.r)
     x, A, B = case.x.clone(), nn.Parameter(case.A.clone()), nn.Parameter(case.B.clone())
     plain = isinstance(base, nn.Linear) and base.bias is not None
-    if plain and B.any():
+    if plain and B.any() and not base._forward_hooks:
         layer = lora.LoRA(case.base(), case.r, case.alpha, rslora=rslora)
         expected = _size(case.filled(layer), case.x)
     else:
         expected = (_rms(scale * (x @ case.A.T @ case.B.T)) / _rms(base(x))).item()
+    past_hooks = {"the hooks of the base are passed over: call base(x)": 1.5 * expected}
     with unchanged(A=A, B=B, x=x, base=base):
         got = my_size(base, A, B, case.alpha, x, rslora)
     close(
         got.item() if isinstance(got, Tensor) and got.numel() == 1 else got,
         expected,
         what=f"the size, for {case}, rslora={rslora}",
-        mistakes=_wrong_sizes(case, rslora),
+        mistakes=past_hooks | _wrong_sizes(case, rslora),
         tolerance=1e-4,
     )
 
@@ -161,7 +166,13 @@ def _wrong_sizes(case: Case, rslora: bool) -> dict[str, float]:
     update, before = case.x @ case.A.T @ case.B.T, case.base()(case.x)
     size = (_rms(update) / _rms(before)).item()
     added = scale * update
+    d_in, power = case.A.shape[1], 0.5 if rslora else 1.0
+    tokens = [each.square().mean(-1).sqrt().mean() for each in (added, before)]
     scales = {
+        "r is A.shape[0], even where it is above the other side": (
+            alpha / min(r, d_in) ** power
+        ),
+        "r is A.shape[0], not A.shape[1]": alpha / d_in**power,
         "the two scales are swapped, or one serves for both": other,
         "sqrt(alpha) / r: the root is of r alone": math.sqrt(alpha) / r,
         "sqrt(alpha / r): the root is of r alone": math.sqrt(alpha / r),
@@ -182,6 +193,12 @@ def _wrong_sizes(case: Case, rslora: bool) -> dict[str, float]:
         "the base's bias is left out: base(x) is all of it": (
             _rms(added) / plain
         ).item(),
+        "standard deviations, which take the mean off: the root of the mean square": (
+            (added.std() / before.std()).item()
+        ),
+        "the mean of the tokens' sizes: each size is over all entries": (
+            (tokens[0] / tokens[1]).item()
+        ),
         "the root is missing": (scale * size) ** 2,
         "the update alone: divide by the size of base(x)": _rms(added).item(),
         "the mean of absolute values: the root of the mean square is meant": (
@@ -210,8 +227,10 @@ SHAPES = {
     "down_proj": (96, 256),
 }
 ATTENTION, MLP = tuple(SHAPES)[:4], tuple(SHAPES)[4:]
-# The same names with other sizes and in another order, and a large model's names.
+# The same names with other sizes and in another order, names that are parts of others,
+# and a large model's names.
 SMALLER = {name: (o // 4, i // 2) for name, (o, i) in reversed(SHAPES.items())}
+NESTED = {"q": (24, 16), "q_proj": (96, 80), "proj": (8, 40), "q_proj_b": (64, 12)}
 LARGE = {"c_attn": (24_576, 8192), "c_proj": (8192, 8192), "gate": (1, 8192)}
 
 # (shapes, targets, layers)
@@ -228,6 +247,8 @@ MODELS = (
     (SMALLER, ["q_proj"], 3),
     (LARGE, ("c_attn", "c_proj"), 80),
     (LARGE, ("gate", "c_proj"), 12),
+    (NESTED, ("q",), 2),
+    (NESTED, ["q_proj", "proj"], 5),
     (SHAPES, ATTENTION, 3),
 )
 
@@ -298,6 +319,9 @@ def _wrong_budget(got, expected: int, shapes, targets, layers, budget) -> str:
         "every projection was counted, not the targets alone": (
             sum(o + i for o, i in shapes.values()) * layers
         ),
+        "a name that has a target in it is no target: names are equal or not": (
+            sum(sum(shapes[n]) for n in shapes if any(t in n for t in targets)) * layers
+        ),
         "the first target was counted, and no other": sum(sides[0]) * layers,
         "the targets were taken as square": 2 * sum(i for _, i in sides) * layers,
     }
@@ -330,10 +354,12 @@ def dora_forward(my_dora: Callable) -> None:
             zero = replace(case, B=torch.zeros_like(case.B))
             _judge_dora(my_dora, zero, torch.linspace(0.5, 2, len(case.W0)))
             _double_dora(my_dora, case)
+            for frozen in ("A", "m"):
+                _judge_dora(my_dora, case, signs.square() + 0.5, frozen=frozen)
 
 
-def _judge_dora(my_dora: Callable, case: Case, factors: Tensor) -> None:
-    """m is what it starts as, times these factors."""
+def _judge_dora(my_dora, case: Case, factors: Tensor, *, frozen: str = "") -> None:
+    """m is what it starts as, times these factors; one of the tensors may be frozen."""
     scale = case.alpha / case.r
     ours = case.filled(dora.DoRA(case.base(bias=False), case.r, case.alpha))
     m = ours.m.detach() * factors
@@ -351,7 +377,7 @@ def _judge_dora(my_dora: Callable, case: Case, factors: Tensor) -> None:
             tolerance=1e-4,
             kind=torch.float32,
         )
-    _same_dora_gradients(my_dora, ours, case, m, scale)
+    _same_dora_gradients(my_dora, ours, case, m, scale, frozen)
 
 
 def _double_dora(my_dora: Callable, case: Case) -> None:
@@ -393,6 +419,19 @@ def _wrong_doras(case: Case, m: Tensor, scale: float) -> dict[str, Tensor]:
         "the sum of absolute values: the length is the root of a sum of squares": (
             x @ V.T * m / V.abs().sum(1)
         ),
+        "the largest entry of a row: the length is the root of a sum of squares": (
+            x @ V.T * m / V.abs().amax(1)
+        ),
+        "the root of a mean square: the length is the root of a sum": (
+            x @ V.T * m / V.square().mean(1).sqrt()
+        ),
+        "x has the length one: V's rows are divided by theirs": (
+            nn.functional.normalize(x, dim=-1) @ V.T * m / rows
+        ),
+        "the length of the output: V's rows are divided by theirs": (
+            nn.functional.normalize(x @ V.T, dim=-1) * m
+        ),
+        "the first entry of m for all: each output has its own": x @ V.T * m[0] / rows,
         "upside down: m over the length": x @ V.T * rows / m,
     }
     bare = W0 + case.B @ case.A
@@ -411,9 +450,11 @@ def _wrong_doras(case: Case, m: Tensor, scale: float) -> dict[str, Tensor]:
     return wrong
 
 
-def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None:
+def _same_dora_gradients(
+    my_dora, ours: dora.DoRA, case: Case, m, scale, frozen: str
+) -> None:
     leaves = {"x": case.x, "A": case.A, "B": case.B, "m": m}
-    mine = {name: each.clone().requires_grad_() for name, each in leaves.items()}
+    mine = {n: each.clone().requires_grad_(n != frozen) for n, each in leaves.items()}
     x, W0 = case.x.clone().requires_grad_(), case.W0
     got = my_dora(mine["x"], W0, mine["A"], mine["B"], mine["m"], scale)
     if not got.requires_grad:
@@ -428,6 +469,8 @@ def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None
     ((case.x @ W.T * m / W.norm(dim=1)) * ways).sum().backward()
     wanted = {"x": x.grad, "A": ours.A.grad, "B": ours.B.grad, "m": ours.m.grad}
     for name, grad in wanted.items():
+        if name == frozen:
+            continue
         if mine[name].grad is None:
             raise Wrong(
                 f"h has the right values, but no gradient reaches {name}. Likely "
@@ -439,7 +482,8 @@ def _same_dora_gradients(my_dora, ours: dora.DoRA, case: Case, m, scale) -> None
         close(
             mine[name].grad,
             grad,
-            what=f"h is right, but not the gradient of {name}, for {case}",
+            what=f"h is right, but not the gradient of {name}, for {case}"
+            + f", where {frozen} is frozen" * bool(frozen),
             mistakes=named,
             tolerance=1e-3,
         )
@@ -579,11 +623,14 @@ def _wrong_starts(W0: Tensor, r: int, scale: float) -> dict[str, Tensor]:
     }
     for text, value in list(wrong.items())[2:6]:
         wrong[f"{text}; or the scale is not as asked"] = scale * value
+    wide, _, tall = torch.linalg.svd(W0)
+    wrong["torch gives Vᵀ, whose rows are meant: its columns were taken"] = (
+        U[:, :r] @ S[:r].diag() @ tall.T[:r]
+    )
+    wrong["the rows of U were taken: its columns are meant"] = (
+        wide[:r].T @ S[:r].diag() @ Vt[:r]
+    )
     if W0.shape[0] == W0.shape[1]:
-        turned = Vt.T
-        wrong["torch gives Vᵀ, whose rows are meant: its columns were taken"] = (
-            U[:, :r] @ S[:r].diag() @ turned[:r]
-        )
         wrong["U and V are swapped"] = top.T
     return wrong
 
@@ -630,6 +677,14 @@ def _small_model() -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
+def _much_more_trains(model: nn.Module) -> str:
+    """A tall matrix, and a B that is no LoRA's; one A does not. Says so."""
+    model.get_input_embeddings().requires_grad_(True)
+    model.own = nn.ParameterDict({"B": torch.zeros(3, 2)})
+    next(iter(adapters(model).values())).A.requires_grad_(False)
+    return ", the embeddings and a parameter own.B train, the first A does not"
+
+
 @judged
 def loraplus_groups(my_groups: Callable) -> None:
     """5.5: my_groups(model, lr, ratio): groups in which every B has lr · ratio."""
@@ -638,9 +693,12 @@ def loraplus_groups(my_groups: Callable) -> None:
         "LoRA on q_proj and v_proj": dict(targets=("q_proj", "v_proj")),
         "LoRA on every projection, whose biases train": dict(bias="lora_only"),
         "LoRA on the head and o_proj": dict(targets=("lm_head", "o_proj")),
+        "LoRA on every projection": {},
     }.items():
         model = _small_model().train(not returned)
         lora.inject(model, r=2, alpha=4, **options)
+        if not options:
+            name += _much_more_trains(model)
         for lr, ratio in ((1e-3, 16), (2e-2, 3.0), (5e-3, 0.5), (1e-7, 1), (1e-3, 2.5)):
             where = f"{name}, lr={lr}, ratio={ratio}"
             with unchanged(model=model):
@@ -654,7 +712,7 @@ def loraplus_groups(my_groups: Callable) -> None:
 
 def _judge_groups(got, model, lr: float, ratio: float, where: str) -> None:
     names = {id(p): n for n, p in model.named_parameters()}
-    parameters = trainable(model)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     recipe = TrainConfig(steps=1, lr=lr, lr_ratio=ratio)
     wanted = {
         names[id(p)]: lr * group["ratio"]
@@ -696,6 +754,7 @@ def _judge_groups(got, model, lr: float, ratio: float, where: str) -> None:
             f"{len(rates)}. Too many: {_few(extra)}; missing: {_few(missing)}. Likely "
             f"mistake: {likely}"
         )
+    _demand_ordered(got, where)
     fast = {names[id(module.B)] for module in adapters(model).values()}
     off = [n for n in wanted if not math.isclose(rates[n], wanted[n], rel_tol=1e-6)]
     if off:
@@ -721,6 +780,15 @@ def _demand_rates_alone(groups, where: str) -> None:
                     f"for {where}: a group has {key}={group[key]}, where AdamW has "
                     f"{usual[key]}. Likely mistake: more than two rates was changed"
                 )
+
+
+def _demand_ordered(groups, where: str) -> None:
+    """AdamW takes no set: an optimizer's state is saved in the order of the groups."""
+    if any(isinstance(group["params"], set | frozenset) for group in groups):
+        raise Wrong(
+            f'for {where}: "params" is a set, which AdamW refuses. Likely mistake: '
+            "a set of parameters; make a list, and compare by id()"
+        )
 
 
 def _listed(params) -> list:
@@ -759,6 +827,9 @@ def _wrong_rates(rates: dict, fast: set, lr: float, ratio: float) -> str:
         return "the ratio is no rate: B's is lr · ratio"
     if all(same(x, lr + ratio) for x in b):
         return "the ratio is added: B's rate is lr · ratio"
+    strange = [rates[n] for n in rates if n.endswith(".B") and n not in fast]
+    if strange and all(same(x, lr * ratio) for x in strange):
+        return "a B that is no LoRA's is slow: the module's class tells, not a name"
     if all(same(x, lr * ratio) for x in others) and others:
         return "the biases are slow, as A is: only B's rate is multiplied"
     return "A and all else have lr, every B has lr · ratio"

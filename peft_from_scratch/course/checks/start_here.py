@@ -28,6 +28,7 @@ ALWAYS = "everything is right, or only the keys are compared"
 TEXTS = "two texts are compared; compare what json.loads makes of them"
 KIND = "True or False is asked for, and nothing else"
 LOOSE = "JSON is looked for inside of the answer; all of the answer must be JSON"
+REPAIRED = "the answer was repaired before it was read; json.loads gets it as it is"
 UNREAD = "what json.loads cannot read is wrong; its ValueError is to be caught"
 
 # (answer, what a wrong verdict on it says of the scorer)
@@ -65,6 +66,9 @@ ANSWERS = (
     (RIGHT.replace("Ines", "ines"), "capital letters count"),
     (RIGHT.replace('"', "'"), "that is Python, not JSON: json.loads, not eval"),
     (RIGHT[:-1], UNREAD),
+    (f"{RIGHT[:-1]},}}", REPAIRED),
+    (RIGHT.replace("Oslo", '\\"Oslo').replace(',"city', '\\",\\"city'), REPAIRED),
+    (json.dumps(RIGHT), "a text that holds the order is not the order"),
     ("", UNREAD),
     ("12", "a number alone is JSON as well, and not the right value"),
     (f"[{RIGHT}]", "a list that holds the order is not the order"),
@@ -81,6 +85,16 @@ VALUES = (
     ('{"note":"  two spaces"}', '{"note":" two spaces"}', "spaces in values count"),
     ('{"day":"Friday"}', '{"day":"Monday"}', "only keys that you know are compared"),
     ('{"price":1.5}', '{"price":1}', "1.5 and 1 are different numbers"),
+    ('{"price":1.501}', '{"price":1.502}', "numbers are rounded; all digits count"),
+    ('{"price":0.1}', '{"price":0.10000000001}', "all digits of a number count"),
+    ('{" day":"Friday"}', '{"day":"Friday"}', "spaces in keys count, too"),
+    ('{"a":1,"b":null}', '{"a":1}', "a key whose value is null is a key too many"),
+    ('{"a":1}', '{"a":1,"b":null}', "a key whose value is null must not be missing"),
+    ('{"name":"René"}', '{"name":"Ren"}', "letters with accents count"),
+    ('{"name":"René"}', '{"name":"Rene"}', "letters with accents count"),
+    (r'{"name":"Ren\u00e9"}', '{"name":"René"}', TEXTS),
+    ('{"note":"a\tb"}', r'{"note":"a\tb"}', "a bare tab within a text is no JSON"),
+    (r'{"name":"\"Ines\""}', r'{"name":"\"Ines\""}', REPAIRED),
     ('{"list":[1,2,3]}', '{"list":[3,1,2]}', "the order of a list counts"),
     ('{"list":[1,2,3]}', '{"list":[1,2,2,3]}', "each entry of a list counts"),
     ("[1,2]", "[1, 2]", "`right` can be any JSON value, a list too"),
@@ -151,6 +165,7 @@ MODELS = (
     ([(8191, 8191), (28673, 8191), (8191, 28673)] * 80, 63),
     ([(1, 9), (9, 1), (1, 1)], 1),
     ([(7, 3), (3, 7)] * 7 + [(2, 2)], 2),
+    ([(3, 5), (2, 9)], 4),  # a rank above a side
     ([(24, 40)], 3),
 )
 
@@ -203,6 +218,23 @@ def _wrong_counts(shapes, r: int) -> dict[str, tuple[int, int]]:
         "frozen holds the sides of W0, added; it has d_out times d_in numbers": (
             trained,
             trained // r,
+        ),
+        "frozen is all of W0: nothing of it is taken off": (trained, frozen - trained),
+        "the matrices are counted one by one, not as one large one": (
+            trained,
+            math.prod(map(sum, zip(*shapes, strict=True))),
+        ),
+        "biases are counted: A and B have none": (
+            trained + sum(d_out for d_out, _ in shapes),
+            frozen,
+        ),
+        "biases are counted: W0 alone is meant": (
+            trained,
+            frozen + sum(d_out for d_out, _ in shapes),
+        ),
+        "r is r, even where a side is smaller": (
+            sum(min(r, d_out, d_in) * (d_out + d_in) for d_out, d_in in shapes),
+            frozen,
         ),
         "one r too many": (trained * r, frozen),
         "r stands at d_in alone; brackets are missing": (
@@ -287,6 +319,24 @@ def _wrong_intervals(k: int, n: int, z: float) -> dict[str, tuple[float, float]]
         "z² / 4 stands outside of the root": around(
             centre, z * ((k * (n - k) / n) ** 0.5 + z * z / 4) / (n + z * z)
         ),
+        "all that is under the root is divided by four; z² alone is": around(
+            centre, z * ((k * (n - k) / n + z * z) / 4) ** 0.5 / (n + z * z)
+        ),
+        "// drops what is behind the point, under the root": around(
+            centre, z * (k * (n - k) // n + z * z / 4) ** 0.5 / (n + z * z)
+        ),
+        "under the root stands k / n; the wrong ones count, too: k (n - k) / n": around(
+            centre, z * (k / n + z * z / 4) ** 0.5 / (n + z * z)
+        ),
+        "the plain margin around the new centre (Agresti and Coull's interval)": around(
+            centre, z * (centre * (1 - centre) / (n + z * z)) ** 0.5
+        ),
+        "brackets are missing in the centre: (k + z² / 2) / (n + z²)": around(
+            k + z * z / 2 / (n + z * z), z * spread**0.5 / (n + z * z)
+        ),
+        "brackets are missing in the margin: z / (n + z²)": around(
+            centre, z / n + z * z * spread**0.5
+        ),
         "k (n - k) is not divided by n": around(
             centre, z * (k * (n - k) + z * z / 4) ** 0.5 / (n + z * z)
         ),
@@ -332,6 +382,7 @@ PROMPTS = (
     ([[], [5, 6], [7]], 3),  # an empty prompt
     ([[151_643, 70_001], [40_000, 300, 128_009]], 128_009),  # a large vocabulary
     ([[*range(40)], [*range(7)], [*range(30, 60)], [1], [2, 3]], 1),
+    ([[5, 6], [3], [5, 6], [3]], 0),  # each twice
     ([[5, 6, 7, 8], [9], [4, 3]], 0),
 )
 
@@ -357,6 +408,8 @@ def _wrong_paddings(prompts, pad: int) -> dict[str, tuple[Tensor, Tensor]]:
     ids, mask = left_pad(prompts, cached=0, pad_id=pad)
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     holes = [longest - len(p) for p in prompts]
+    counted = [sum(token != pad for token in p) for p in prompts]
+    once = [list(p) for p in dict.fromkeys(map(tuple, prompts))]
     right = [p + [pad] * hole for p, hole in zip(prompts, holes, strict=True)]
     ones = [[1] * len(p) + [0] * h for p, h in zip(prompts, holes, strict=True)]
     return {
@@ -369,6 +422,21 @@ def _wrong_paddings(prompts, pad: int) -> dict[str, tuple[Tensor, Tensor]]:
         "the mask compares with `pad`, but a real token may be the same: count": (
             ids,
             (ids != pad).long(),
+        ),
+        "the mask counts what is not `pad`; count all tokens of the prompt": (
+            ids,
+            torch.tensor([[0] * (longest - n) + [1] * n for n in counted]),
+        ),
+        "equal prompts are padded once; each has a row": left_pad(
+            once, cached=0, pad_id=pad
+        ),
+        "filled up to a multiple of eight; the longest prompt fills a row": (
+            nn.functional.pad(ids, (-longest % 8, 0), value=pad),
+            nn.functional.pad(mask, (-longest % 8, 0)),
+        ),
+        "16 bits are too few for the ids: no dtype is needed": (
+            ids.to(torch.int16),
+            mask,
         ),
         "the mask hides nothing": (ids, torch.ones_like(mask)),
         "the mask is turned round: 1 on real tokens, 0 on padding": (ids, 1 - mask),

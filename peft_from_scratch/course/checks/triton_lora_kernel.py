@@ -257,6 +257,7 @@ def vector_add(my_add) -> None:
         (1500, 256, 1.0, torch.float16),
     ):
         x, y = (fenced(size, dtype=dtype).mul_(scale) for _ in "xy")
+        x[1::5], y[2::5] = 0, 0
         out = empty(size, dtype=dtype)
         what = f"x + y, {size} numbers in blocks of {block}"
         grid = (_ceil(size, block),)
@@ -572,6 +573,7 @@ B_LAYOUTS = {
 def _judge_update(my_update, sizes, blocks, scale: float, how: str) -> None:
     (m, n, r), (BM, BN, RANK) = sizes, blocks
     total, low, y = fenced(m, n), fenced(m, r), empty(m, n)
+    total[::3, ::4] = 0
     B = B_LAYOUTS[how](fenced(n, r))
     named = (f"total {m, n}, B {n, r}, scale {scale:g}, blocks {BM} x {BN}", how)
     what = f"total + scale low B^T, {', '.join(filter(None, named))}"

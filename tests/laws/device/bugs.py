@@ -20,7 +20,7 @@ from peft_from_scratch.methods.ia3 import IA3
 from peft_from_scratch.methods.lora import LoRA
 from peft_from_scratch.methods.prefix import Prefix
 from peft_from_scratch.methods.prompt import Prompt
-from peft_from_scratch.nf4 import NF4Linear, blocks, codes, spec
+from peft_from_scratch.nf4 import NF4Linear, blocks, codes, keeping, spec
 from peft_from_scratch.nf4.double import DoubleQuantized
 from peft_from_scratch.paged import PagedAdamW
 from peft_from_scratch.paged.pages import Pager
@@ -148,6 +148,18 @@ BUGS = {
         "tensor.to(moved.device)",
         "tensor",
         pieces.a_projection_in_four_bits_is_the_cpus,
+    ),
+    "what stays dequantized": Bug(
+        keeping.Unpacked.weight,
+        "dtype=dtype, device=layer.device)",
+        "dtype=dtype)",
+        pieces.weights_that_stay_dequantized_are_the_cpus,
+    ),
+    "what is looked up on the way": Bug(
+        blocks.dequantize,
+        "dtype=torch.int64, device=out.device)",
+        "dtype=torch.int64)",
+        pieces.four_bits_are_the_cpus,
     ),
     "the spec's book": Bug(
         spec.spec_quantize,

@@ -110,6 +110,16 @@ def _four_bit_projection(w):
     return {"y": y, "dx": x.grad, "plain": module.plain().weight, "W": module.weight}
 
 
+def weights_that_stay_dequantized_are_the_cpus():
+    found, expected = [], []
+    for w, products in zip(drawn(24, 40), (found, expected), strict=True):
+        module = NF4Linear(nf4.quantize(w))
+        with torch.no_grad(), nf4.unpacked(module, budget_bytes=1 << 20) as kept:
+            products += [module(w[:3]) for _ in range(2)]
+            assert kept.nbytes == 4 * 24 * 40
+    assert_same(moved(dict(enumerate(found))), dict(enumerate(expected)))
+
+
 def quantized_models_go_to_disk_and_back():
     model = build("gpt2")
     twin = copy.deepcopy(model).cpu()

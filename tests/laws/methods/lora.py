@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.modules import module as hooks
+from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +24,7 @@ from peft_from_scratch import nf4
 from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.methods import lora_fast
 from peft_from_scratch.methods.lora import LoRA
-from peft_from_scratch.methods.lora_fast import LowRankUpdate
+from peft_from_scratch.methods.lora_fast import low_rank_sum
 
 DOUBLE = dict(dtype=torch.float64)
 
@@ -73,17 +74,24 @@ def gradients_are_those_of_the_equation(
 
 
 @law
-@pytest.mark.parametrize("needs", ["yxAB", "yAB", "xAB", "AB", "yx", "A"])
-def both_derivatives_are_those_of_finite_differences(needs="yxAB"):
+@pytest.mark.parametrize("kind", ["Linear", "NF4Linear"])
+@pytest.mark.parametrize("needs", ["xdABb", "xAB", "dAB", "AB", "xd", "xA", "A", "b"])
+def both_derivatives_are_those_of_finite_differences(needs="xdABb", kind="Linear"):
+    """Of x, x with dropout (d), A, B and the bias (b), alone and together."""
     torch.manual_seed(0)
-    shapes = dict(y=(2, 3, 5), x=(2, 3, 4), A=(2, 4), B=(5, 2))
+    shapes = dict(x=(2, 3, 4), d=(2, 3, 4), A=(2, 4), B=(5, 2), b=(5,))
     inputs = [
         torch.randn(shape, **DOUBLE).requires_grad_(name in needs)
         for name, shape in shapes.items()
     ]
+    base = nn.Linear(4, 5, **DOUBLE).requires_grad_(False)
+    if kind == "NF4Linear":
+        base = nf4.NF4Linear(nf4.quantize(base.weight.float()))
+    del base.bias
 
-    def update(y, x, A, B):
-        return LowRankUpdate.apply(y.clone(), x, A, B, 1.7)
+    def update(x, d, A, B, b):
+        base.bias = b
+        return low_rank_sum(base, x, d if "d" in needs else x, A, B, 1.7)
 
     assert torch.autograd.gradcheck(update, inputs, raise_exception=False)
     assert torch.autograd.gradgradcheck(update, inputs, raise_exception=False)
@@ -178,9 +186,9 @@ def fast_equals_plain():
             how = dict(kind=kind, dtype=dtype, alpha=5, dropout=0.3)
             fast, plain = (adapted(6, 5, 3, **how).train() for _ in range(2))
             plain.base.register_forward_hook(keep_nothing)
-            W0x = fast.base(torch.randn(2, 6, dtype=dtype))
-            assert lora_fast.is_safe(fast.base, W0x)
-            assert not lora_fast.is_safe(plain.base, W0x)
+            x = torch.randn(2, 6, dtype=dtype)
+            assert lora_fast.is_safe(fast.base, x)
+            assert not lora_fast.is_safe(plain.base, x)
             outcomes = []
             for lora in (fast, plain):
                 torch.manual_seed(1)
@@ -227,7 +235,7 @@ KEEPERS = {
 
 @law
 @pytest.mark.parametrize("keeper", KEEPERS)
-def what_is_kept_of_the_base_is_not_written_into(keeper="a hook"):
+def what_the_base_returns_can_be_kept(keeper="a hook"):
     lora, kept = adapted(8, 8, 2), []
     x = torch.randn(3, 8, **DOUBLE)
     expected = F.linear(x, *lora.base.parameters())
@@ -235,17 +243,19 @@ def what_is_kept_of_the_base_is_not_written_into(keeper="a hook"):
     y = lora(x)
     if handle is not None:
         handle.remove()
-    assert torch.equal(kept[0], expected)
+    assert len(kept) == 1 and torch.equal(kept[0], expected)
     assert largest(y, closed_form(lora, x, lora.scale)) < 1e-12
 
 
 @law
-def what_a_projection_keeps_itself_is_not_written_into():
+def what_a_projection_keeps_itself_is_whole():
     lora = LoRA(Keeping(8, 8), 2)
     nn.init.normal_(lora.B)
     x = torch.randn(3, 8)
     lora(x)
-    assert torch.equal(lora.base.last, F.linear(x, *lora.base.parameters()))
+    kept = getattr(lora.base, "last", None)
+    assert kept is not None
+    assert torch.equal(kept, F.linear(x, *lora.base.parameters()))
 
 
 @law
@@ -363,12 +373,41 @@ def a_ragged_batch_goes_through():
 
 
 @law
+@pytest.mark.parametrize("computed", [False, True])
+def a_weight_that_trains_gets_its_gradient(computed=False):
+    """One that is computed from parameters, as weight_norm does, does so too."""
+    lora, x = adapted(6, 5, 2), torch.randn(3, 6, **DOUBLE)
+    if computed:
+        weight_norm(lora.base)
+    lora.base.requires_grad_(True)
+    wanted = [p for p in lora.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(lora(x).sum(), wanted, materialize_grads=True)
+    theirs = torch.autograd.grad(closed_form(lora, x, lora.scale).sum(), wanted)
+    for got, right in zip(ours, theirs, strict=True):
+        assert largest(got, right) < 1e-12
+
+
+@law
+def another_dtype_is_refused_as_the_base_refuses_it():
+    lora = adapted(6, 5, 2, dtype=torch.float32)
+    x = torch.randn(3, 6, **DOUBLE)
+    messages = []
+    for layer in (lora.base, lora):
+        try:
+            layer(x)
+        except RuntimeError as error:
+            messages.append(str(error))
+    assert len(messages) == 2 and messages[0] == messages[1], messages
+
+
+@law
 def what_nobody_sees_is_summed_in_place():
-    """Of each projection that stands alone; one that was hooked once is again."""
+    """Each projection that stands alone; one that was hooked once is again."""
     linear = nn.Linear(64, 8)
     bases = [linear, Conv1D(8, 64), nf4.NF4Linear(nf4.quantize(linear.weight))]
     bases[0].register_forward_hook(keep_nothing).remove()
     for base in bases:
-        assert lora_fast.is_safe(base, base(torch.randn(2, 64))), base
+        base.requires_grad_(False)
+        assert lora_fast.is_safe(base, torch.randn(2, 64)), base
     made_by = LoRA(linear, 2)(torch.randn(2, 64)).grad_fn
-    assert made_by.name() == "LowRankUpdateBackward"
+    assert made_by.name() == "LowRankSumBackward"

@@ -240,21 +240,45 @@ def scales_below_1e_37_lose_nothing():
 
 def pieces_on_the_way_are_not_seen(chunk=256):
     """Lengths around a chunk's end: the same bits as in one piece."""
-    held = blocks.CHUNK
-    try:
-        for block in (1, 3, 64, 100, 512):
-            for n in (chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 3 * chunk + 5):
-                w = drawn(n)
-                blocks.CHUNK = 1 << 30
-                whole = nf4.quantize(w, block, False)
-                expected = nf4.dequantize(whole)
-                blocks.CHUNK = chunk
+    whole, parts = in_pieces_of(1 << 30), in_pieces_of(chunk)
+    for block in (1, 3, 64, 100, 512):
+        for n in (chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 3 * chunk + 5):
+            w = drawn(n)
+            with whole:
+                expected = nf4.quantize(w, block, False)
+                restored = nf4.dequantize(expected)
+            with parts:
                 q = nf4.quantize(w, block, False)
-                assert torch.equal(q.packed, whole.packed)
-                assert torch.equal(q.absmax, whole.absmax)
-                assert torch.equal(nf4.dequantize(q), expected)
+                assert torch.equal(q.packed, expected.packed)
+                assert torch.equal(q.absmax, expected.absmax)
+                assert same_bits(nf4.dequantize(q), restored)
+
+
+def in_pieces_of(chunk):
+    return mock.patch.multiple(blocks, CHUNK=chunk, LOOKUP_CHUNK=chunk)
+
+
+@law
+def threads_and_places_are_not_seen():
+    """One thread or three; a result in pairs, beside pairs, of odd length, in bf16."""
+    before = torch.get_num_threads()
+    try:
+        for n in (6 * 64, 6 * 64 + 1, 6 * 64 + 2, 6 * 64 + 7, 1):
+            q = nf4.quantize(drawn(n), 64, False)
+            codes_ = q.codes()
+            exact = spec_dequantize(codes_, q.absmax, 64, "nf4")
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for start in (0, 1, 2):
+                    room = torch.full((n + 3,), 7.0)
+                    found = nf4.dequantize(q, out=room[start : start + n])
+                    assert same_bits(found, exact)
+                    outside = torch.cat([room[:start], room[start + n :]])
+                    assert (outside == 7).all()
+                half = nf4.dequantize(q, torch.bfloat16)
+                assert torch.equal(half, exact.to(torch.bfloat16))
     finally:
-        blocks.CHUNK = held
+        torch.set_num_threads(before)
 
 
 @law
@@ -266,8 +290,8 @@ def temporaries_on_a_gpu_are_of_a_piece():
     on_a_gpu = mock.Mock(type="cuda")
     chunks = blocks._chunks
 
-    def chunks_there(n, block, device):
-        return chunks(n, block, on_a_gpu)
+    def chunks_there(n, block, device, most):
+        return chunks(n, block, on_a_gpu, most)
 
     with (
         mock.patch.object(blocks, "GPU_CHUNK", piece),
