@@ -1,4 +1,4 @@
-"""One QLoRA training step: its time and its bytes against LoRA's and bitsandbytes'.
+"""QLoRA's training step and decoding step against LoRA's and bitsandbytes'.
 
     python benchmarks/qlora_step.py [--rounds 9] [--threads N] [--record]
 
@@ -11,19 +11,31 @@ Three models with equal adapters train on the same rows in float32:
 The latter two are checked first to compute the same loss and gradients. Bytes are
 counted, tensor by tensor (memory/), not read from the system: the same in every run.
 The resident set that the system reports stands beside them, each in a process of its
-own. side_by_side.py has the clocks and the ratios.
+own.
+
+Then they decode, one row and sixteen, a token at a time behind 64 others:
+
+    the base                the whole weights, without adapters
+    QLoRA on bitsandbytes   as above, and as it comes
+    QLoRA                   ours: each weight dequantized at each step
+    QLoRA, kept unpacked    ours inside nf4.unpacked: as many bytes as the base, and
+                            checked to give the same bits as the line above
+
+side_by_side.py has the clocks and the ratios.
 """
 
+import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import side_by_side
 import torch
 from torch import nn
 
-from peft_from_scratch import load_model, lora, qlora, trainable
+from peft_from_scratch import load_model, lora, nf4, qlora, trainable
 from peft_from_scratch.common.provenance import package_version, provenance
 from peft_from_scratch.comparison import reference
 from peft_from_scratch.memory.meter import measured_step
@@ -36,6 +48,10 @@ from peft_from_scratch.training.loss import accumulate_gradients
 ROWS, SEED = 8, 0
 FULL, THEIRS, OURS = "LoRA", "QLoRA on bitsandbytes", "QLoRA"
 INJECT = {FULL: lora.inject, THEIRS: reference.qlora, OURS: qlora.inject}
+BASE, KEPT = "the base", "QLoRA, kept unpacked"
+DECODED, BEHIND, TOKENS = (1, 16), 64, 4  # rows; tokens before; tokens in one turn
+UNPACKED_BYTES = 1 << 30  # the budget: more than all of SmolLM2's weights take
+TARGETS = {"training": 0.95, "decoding": 1.0}  # of bitsandbytes' time, at most
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
 # glibc's allocator keeps what was freed, unless it is told to give it back.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -112,6 +128,67 @@ def check_equal_work(models: dict[str, nn.Module], batch) -> dict[str, float]:
     return apart
 
 
+def decode_step(model: nn.Module, rows: int) -> Callable[[], torch.Tensor]:
+    """A function that decodes TOKENS tokens a row, each behind the same BEHIND ones."""
+    generator = torch.Generator().manual_seed(SEED)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (rows, BEHIND + 1), generator=generator)
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        for _ in range(TOKENS):
+            out = model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+        return out.logits
+
+    return run
+
+
+def check_equal_answers(steps: dict[str, Callable]) -> float:
+    """RuntimeError unless the three QLoRAs compute the same logits.
+
+    Returns  how far ours are from bitsandbytes': the relative norm
+    """
+    logits = {name: steps[name]() for name in (THEIRS, OURS, KEPT)}
+    if not torch.equal(logits[KEPT], logits[OURS]):
+        raise RuntimeError(f"{KEPT}: other logits; the times cannot be compared")
+    apart = (logits[OURS] - logits[THEIRS]).norm() / logits[THEIRS].norm()
+    if not apart <= CLOSE:
+        raise RuntimeError(
+            f"logits: the two sides differ by {apart:.2g} of their norm, allowed is "
+            f"{CLOSE}; they cannot be compared"
+        )
+    return apart.item()
+
+
+def decoding(models: dict[str, nn.Module], base: str, rounds: int) -> dict:
+    """{rows: their table}, and the bytes that were kept unpacked."""
+    models = {name: models[name].eval() for name in (THEIRS, OURS)}
+    sides = {BASE: load_model(base, device="cpu")[0].eval(), **models}
+    sides[KEPT] = copy.deepcopy(models[OURS])
+    device, tables, apart = torch.device("cpu"), {}, 0.0
+    with nf4.unpacked(sides[KEPT], budget_bytes=UNPACKED_BYTES) as kept:
+        for rows in DECODED:
+            steps = {name: decode_step(side, rows) for name, side in sides.items()}
+            apart = max(apart, check_equal_answers(steps))
+            times = side_by_side.take_turns(steps, rounds, device)
+            rivals = {name: times[name] for name in (THEIRS, OURS, KEPT)}
+            tables[str(rows)] = {
+                "rows": side_by_side.table(times, BASE),
+                "over_bitsandbytes": side_by_side.table(rivals, THEIRS),
+            }
+        unpacked_bytes = kept.nbytes
+    return {
+        "behind": BEHIND,
+        "tokens_a_turn": TOKENS,
+        "apart": apart,
+        "unpacked_bytes": unpacked_bytes,
+        "by_rows": tables,
+    }
+
+
 def resident(base: str, name: str) -> int | None:
     """Bytes of the resident set at its largest, in a process that makes one step.
 
@@ -146,16 +223,19 @@ def measure(base: str, rounds: int) -> dict:
     batch = batch_of(rows, device)
     apart = check_equal_work(models, batch)
     steps = {name: step_of(model, batch) for name, model in models.items()}
+    times = side_by_side.take_turns(steps, rounds, device)
+    rivals = {name: times[name] for name in (THEIRS, OURS)}
     return {
         "benchmark": "qlora_step",
         "base": base,
+        "dtype": "float32",
         "tokens": max(len(ids) for ids, _ in rows),
         "rounds": rounds,
         "load": load,
         "apart": apart,
-        "rows": side_by_side.table(
-            side_by_side.take_turns(steps, rounds, device), FULL
-        ),
+        "rows": side_by_side.table(times, FULL),
+        "over_bitsandbytes": side_by_side.table(rivals, THEIRS),
+        "decoding": decoding(models, base, rounds),
         "memory": memory,
         "bitsandbytes": package_version("bitsandbytes"),
         "provenance": provenance(seed=SEED, device=device),
@@ -178,6 +258,9 @@ def report(result: dict) -> str:
         f"equal work of the two QLoRAs: losses differ by {result['apart']['loss']:.1g} "
         f"nats, gradients by {result['apart']['gradients']:.1g} of their norm",
         *side_by_side.lines(result["rows"], result["rounds"]),
+        "training step over bitsandbytes': "
+        + _verdict(result["over_bitsandbytes"], OURS, TARGETS["training"]),
+        *_decoding_lines(result["decoding"], result["rounds"]),
         "",
         f"{'MB':30}{'weights':>10}{'activations':>12}{'peak':>10}{'resident':>10}",
     ]
@@ -196,6 +279,26 @@ def report(result: dict) -> str:
             f"{theirs / 1e6:+,.1f} MB; target, no more: {kept}",
         ]
     )
+
+
+def _decoding_lines(decoded: dict, rounds: int) -> list[str]:
+    """The tables of the decoding steps, and what was kept for the last row."""
+    texts = []
+    for rows, tables in decoded["by_rows"].items():
+        texts += [
+            "",
+            f"decoding, {rows} row(s), {decoded['tokens_a_turn']} tokens:",
+            *side_by_side.lines(tables["rows"], rounds),
+            f"{KEPT}, over bitsandbytes': "
+            + _verdict(tables["over_bitsandbytes"], KEPT, TARGETS["decoding"]),
+        ]
+    kept = decoded["unpacked_bytes"] / 1e6
+    return [*texts, f"{KEPT}: {kept:,.1f} MB of weights beside those in four bits"]
+
+
+def _verdict(rows: list[dict], name: str, target: float) -> str:
+    ratio = next(row["ratio"] for row in rows if row["name"] == name)
+    return f"{ratio:.2f}; {side_by_side.verdict(ratio, target)}"
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,10 @@ from ..training.precision import autocast_of, loaded_in
 from .candidates import Candidate
 from .setup import Setup
 
+# That weights in four bits may take, dequantized, while a model answers: fewer seconds,
+# the same answers. The memory that is reported is of a training step, without them.
+UNPACKED_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -44,6 +48,7 @@ class Adapted:
             examples=self.examples,
             progress=True,
             keep=keep,
+            unpacked_bytes=UNPACKED_BYTES,
         )
 
 

@@ -49,17 +49,18 @@ def introduction(result: dict) -> str:
 
 
 def clock(result: dict) -> str:
-    """What the times were taken with: dtype, processor, cores, threads and load."""
+    """What the times were taken with: dtype, processor, threads, other programs."""
     machine, before = result.get("machine") or {}, result["provenance"]
     threads = machine.get("threads") or before.get("threads")
-    load = machine.get("load")
+    others = machine.get("busy_elsewhere")
     if machine.get("cores"):
         place = f"{machine.get('cpu') or result['device']}, {machine['cores']} cores"
     else:  # a result of an older version: its machine has the cores, if recorded
         place = before.get("machine") or f"{result['device']}, cores {NOT_RECORDED}"
+    beside = NOT_RECORDED if others is None else f"{others:.1f} cores at most"
     return (
-        f"Times: {result['dtype']} on {place}, {_threads(threads)}, load "
-        f"{NOT_RECORDED if load is None else load}."
+        f"Times: {result['dtype']} on {place}, {_threads(threads)}; load of other "
+        f"programs {beside}."
     )
 
 
@@ -102,7 +103,9 @@ def resolution(result: dict) -> list[str]:
             f"{run} tells methods apart that differ by about {_points(least)} or more."
         ]
     if seeds == 1 and trained(result):
-        sentences.append("It cannot tell how much another seed would change.")
+        sentences.append(
+            "It cannot tell how much the result changes with another seed."
+        )
     there = min(LONG_ROWS, found(result, "data", "rows", "test") or LONG_ROWS)
     if seeds < LONG_SEEDS or rows < there:
         sentences.append(_longer(least, seeds, rows, max(rows, there)))
@@ -123,12 +126,14 @@ def least_difference(result: dict) -> float | None:
 def _longer(least: float, seeds: int, rows: int, more: int) -> str:
     """What three seeds and `more` test rows would change."""
     run = f"SEEDS={max(seeds, LONG_SEEDS)} ROWS={more}"
+    if rows == more:
+        return f"SEEDS={LONG_SEEDS} measures what seeds change."
     if seeds > 1:
-        return f"{run} tells smaller differences apart."
+        return f"{run} can tell smaller differences."
     rows_alone = min(1.0, least * (rows / more) ** 0.5)
     return (
-        f"{run} needs about {_points(rows_alone)} if seeds change nothing, and "
-        "measures what they change."
+        f"With {run}, about {_points(rows_alone)} are enough if seeds change nothing; "
+        "that run also measures what they change."
     )
 
 
@@ -161,7 +166,7 @@ def _lettered(result: dict) -> list[str]:
         return []
     return [
         LETTERS,
-        f"{len(pairs)} pairs were compared, so that some intervals exclude zero by "
+        f"{len(pairs)} pairs were compared, so some intervals may exclude zero by "
         "chance. Letters follow Holm's rule, which allows for the number of pairs.",
     ]
 
@@ -177,8 +182,8 @@ def _seeds(result: dict) -> list[str]:
         f"The score of a method that trains is its mean over {len(seeds)} seeds; the "
         f"other columns are those of seed {seeds[0]}.",
         "Intervals count test rows and seeds. A few seeds of one method say little, so "
-        "that all trained methods share one variance; a method that varies more keeps "
-        "its own.",
+        "all trained methods share one variance. A method that varies more keeps its "
+        "own.",
     ]
 
 
@@ -201,8 +206,10 @@ def settings_of(row: dict) -> str:
         parts.append(f"{row['steps']} steps of {row['batch']} rows")
     if row.get("settings_from"):
         parts.append(row["settings_from"])
-    if len(row.get("per_seed") or []) > 1:
-        parts.append("right by seed: " + ", ".join(f"{k:g}" for k in row["per_seed"]))
+    sums = row.get("per_seed") or []
+    if len(sums) > 1:
+        name = "right" if all(k == int(k) for k in sums) else "sum of scores"
+        parts.append(f"{name} by seed: " + ", ".join(f"{k:.4g}" for k in sums))
     return "; ".join(parts) or ABSENT
 
 

@@ -12,30 +12,12 @@ from ..common.units import MB
 
 ABSENT = "—"  # what stands where nothing was measured
 LETTERS = "Methods that share a letter cannot be told apart: undecided, not equal."
-SCORES = {  # of the scorers: name, what a method does, meaning
-    "exact": (
-        "Exact match",
-        "answers {} of the test rows exactly",
-        "Share of the test rows that the method answers exactly right.",
-    ),
-    "json": (
-        "JSON match",
-        "answers {} of the test rows with the right JSON",
-        "Share of the test rows whose answer is the right JSON value.",
-    ),
-    "label": (
-        "Right labels",
-        "labels {} of the test rows right",
-        "Share of the test rows that get the right label.",
-    ),
-    "rouge-l": (
-        "ROUGE-L",
-        "scores {} in ROUGE-L",
-        "Mean ROUGE-L: the longest common run of words, in order, of answer and "
-        "expected answer.",
-    ),
+EXACT = "Share of the test rows that the method answers exactly right."
+DOES = {  # by scorer: what a method does; any other "scores …"
+    "exact": "answers {} of the test rows exactly",
+    "json": "answers {} of the test rows with the same JSON value",
+    "label": "labels {} of the test rows right",
 }
-OWN_SCORE = ("Score", "scores {}", "Mean score of the test rows, by your scorer.")
 
 
 @dataclass(frozen=True)
@@ -89,9 +71,16 @@ def exact_match(row: dict) -> str:
 
 
 def score_words(result: dict) -> tuple[str, str, str]:
-    """What the score of this result is called, what methods do, and what it means."""
-    scorer = found(result, "data", "scorer") or "exact"
-    return SCORES.get(scorer, OWN_SCORE)
+    """What the score of this result is called, what methods do, and what it means.
+
+    Rows of the user's own have a scorer, which says so; a task counts exact matches.
+    """
+    data = result.get("data")
+    if not data:
+        return "Exact match", DOES["exact"], EXACT
+    title = data.get("title") or "score"
+    does = DOES.get(data.get("scorer"), "scores {}")
+    return title[0].upper() + title[1:], does, data.get("meaning") or ""
 
 
 def columns_of(result: dict) -> tuple[Column, ...]:
@@ -159,9 +148,9 @@ def _memory(kind: str, meaning: str) -> Column:
 COLUMNS = (
     Column(
         "Quality",
-        SCORES["exact"][0],
+        "Exact match",
         "% [95 %]",
-        SCORES["exact"][2],
+        EXACT,
         exact_match,
     ),
     Column(

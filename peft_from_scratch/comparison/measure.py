@@ -22,9 +22,8 @@ from ..tasks.task import Task
 from ..tasks.templates import encode_prompt, stop_token
 from ..training import evaluation
 from ..training.config import History
-from ..training.generation import UNPACKED_BYTES
 from . import timing
-from .adapt import Adapted, adapt
+from .adapt import UNPACKED_BYTES, Adapted, adapt
 from .candidates import Candidate
 from .setup import Setup
 

@@ -199,6 +199,7 @@ def page(result: dict) -> str:
         findings=findings,
         background=background,
         advised=advised_for(result),
+        about=found(result, "data", "notes") or [],
         main_heads=_main_heads(result),
         main_rows=[(row["label"], _main_cells(row)) for row in result["rows"]],
         under_table=_under_table(result),

@@ -1,12 +1,15 @@
 """The table of a comparison, from the figures of all candidates and seeds."""
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from statistics import fmean
 
 import numpy as np
+import torch
 
+from ..common.provenance import processor
 from . import intervals
 from .letters import letters
 from .measure import PARTS
@@ -43,6 +46,7 @@ def summary(
         "plan": asdict(plan),
         "command": command(plan, tuned=not all(s.shipped for s in searched)),
         "tuned": _tuned(searched) if searched else None,
+        "machine": _machine(measured),
         "provenance": first["provenance"],
         "rows": rows,
         "pairs": pairs,
@@ -106,6 +110,18 @@ def _against(key: str, pairs: list[intervals.Pair]) -> dict:
         pair.over: {"difference": pair.difference, "low": pair.low, "high": pair.high}
         for pair in (*pairs, *map(intervals.turned, pairs))
         if pair.of == key and pair.over in REFERENCES
+    }
+
+
+def _machine(measured: dict[str, list[dict]]) -> dict:
+    """What the times were taken on, and the cores that other programs took at most."""
+    runs = [figures for seeds in measured.values() for figures in seeds]
+    beside = [run["busy_elsewhere"] for run in runs]
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "busy_elsewhere": None if None in beside else max(beside),
     }
 
 

@@ -78,7 +78,7 @@ class Unpacked:
 
         A stream of a GPU has its own: what one stream writes, another may not read yet.
         """
-        key, codes = (layer, stream), list(layer.buffers(recurse=False))
+        key, codes = (layer, stream), [*layer._buffers.values()]
         state = dtype, *((id(t), _version(t)) for t in codes)
         with self._lock:
             W, of_state, _ = self._weights.get(key, (None, None, None))

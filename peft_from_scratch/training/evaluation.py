@@ -49,6 +49,7 @@ def answer_rows(
     batch: int = 32,
     progress: bool = False,
     keep: Path | None = None,
+    unpacked_bytes: int = 0,
 ) -> Answers:
     """Answer every row and score it by the task's own scorer.
 
@@ -61,6 +62,7 @@ def answer_rows(
         keep      a file where the answers are before they are scored: a scorer that
                   fails does not lose them. The next call with the same weights and
                   prompts only scores; any other overwrites the file
+        unpacked_bytes  see generate
     An answer that does not end is cut: a quarter and eight tokens past the longest
     completion of `rows`. What all prompts begin with is computed once (generation.py).
 
@@ -93,6 +95,7 @@ def answer_rows(
             batch=batch,
             prefix=prompts[0][:shared],
             progress=progress,
+            unpacked_bytes=unpacked_bytes,
         )
         seconds = time.perf_counter() - start
         kept = [answer.strip() for answer in answers], seconds

@@ -25,11 +25,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..common import scoped
 from ..common.progress import bar
 from ..core.decoder import in_front, positions, positions_in_words
-from ..nf4 import unpacked
+from ..nf4.keeping import unpacked
 from .batch import left_pad
 from .loss import can_choose_logits
 
-UNPACKED_BYTES = 512 << 20  # that weights in four bits may take in full, meanwhile
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values alone
 
 
@@ -43,6 +42,7 @@ def generate(
     batch: int = 32,
     prefix: Sequence[int] = (),
     progress: bool = False,
+    unpacked_bytes: int = 0,
 ) -> list[str]:
     """The greedy continuation of `prefix + prompt` for each prompt.
 
@@ -56,10 +56,12 @@ def generate(
         batch           rows at once; similar lengths are put together
         prefix          token ids that all prompts begin with
         progress        show a bar with the time left, in a terminal or a notebook
+        unpacked_bytes  that weights in four bits may take besides, dequantized once for
+                        all tokens (nf4.unpacked): the same answers, sooner; 0 for none
     Returns  the answers as text, in the order of the prompts, special tokens left out
     Raises   ValueError   an empty prompt, or more tokens than the model has positions
-    Memory   the keys and values of prefix, prompt and answer, batch times; and
-             UNPACKED_BYTES at most of dequantized weights, see nf4.unpacked
+    Memory   the keys and values of prefix, prompt and answer, batch times; at most
+             unpacked_bytes
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: leave its last token out of the prefix")
@@ -69,7 +71,7 @@ def generate(
     answers = [""] * len(prompts)
     with (
         scoped.mode(model, training=False),
-        unpacked(model, budget_bytes=UNPACKED_BYTES),
+        unpacked(model, budget_bytes=unpacked_bytes),
         _greedy(model, stop_id, max_new_tokens),
         bar("answer", "row", len(prompts), shown=progress) as shown,
     ):

@@ -28,14 +28,16 @@ def results() -> list[dict]:
         dice = random.Random(seed)
         methods = dice.sample(list(METHODS), dice.randint(1, 7))
         seeds, rows = dice.choice((1, 2)), dice.choice((12, 40, 100))
-        result = comparison(methods, seed=seed, rows=rows, seeds=seeds)
+        result = comparison(
+            methods, seed=seed, rows=rows, seeds=seeds, whole=dice.random() < 0.7
+        )
         for row in result["rows"]:
             size = 1.1 if dice.random() < 0.5 else 3
             row["trainable"] = int(row["trainable"] and size * 10**6)
             row["library"] = "another" if dice.random() < 0.1 else None
             row["curve"] = {"loss": [1, 1, 1, 1, dice.random()], "seconds": [*range(5)]}
         if dice.random() < 0.3:
-            result["data"] = {"scorer": "label", "rows": {"test": rows}}
+            result["data"] = {"scorer": "label", "title": "right label", "rows": {}}
         invented.append(result)
     return invented
 

@@ -2,6 +2,7 @@
 
 import itertools
 from math import atan, pi, sqrt
+from time import process_time
 
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def rows_are_paired():
 def test_methods_on_other_rows_are_refused():
     with pytest.raises(ValueError, match=r"'a': 3, 'b': 4.*same rows"):
         pairs({"a": np.ones((1, 3)), "b": np.ones((1, 4))})
+
+
+def test_nine_methods_are_compared_in_two_seconds():
+    """300 rows and three seeds of each: 36 pairs."""
+    dice = np.random.default_rng(0)
+    scores = {f"m{i}": (dice.random((3, 300)) < 0.5) * 1.0 for i in range(9)}
+    start = process_time()
+    assert len(pairs(scores)) == 36
+    assert process_time() - start < 2
 
 
 def test_one_method_has_no_pair():

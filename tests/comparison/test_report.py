@@ -203,7 +203,7 @@ def test_times_stand_with_dtype_cores_and_load(recorded, without_pictures):
         del result["machine"]
         result["provenance"]["machine"] = "an invented one, 2 cores"
     words = "float32 on an invented one, 2 cores, 2 threads, load "
-    words += "0.1." if recorded else "not recorded."
+    words += "0.10." if recorded else "not recorded."
     assert words in report.page(result) and words in " ".join(
         report.table(result, 100).split()
     )
@@ -214,14 +214,20 @@ def test_times_stand_with_dtype_cores_and_load(recorded, without_pictures):
 
 def test_a_score_between_right_and_wrong_is_a_number(without_pictures):
     result = comparison(["few-shot", "lora"])
-    result["data"] = {"file": "x.jsonl", "rows": {"test": 100}, "scorer": "rouge-l"}
+    result["data"] = {
+        "file": "x.jsonl",
+        "rows": {"test": 100},
+        "scorer": "rouge-l",
+        "title": "ROUGE-L",
+        "meaning": "How much of the wording agrees.",
+        "notes": ["A note on the rows."],
+    }
     for row in result["rows"]:
         row["samples"][0]["correct"] = 0.4321
     page = report.page(result)
     assert "0.43" in page and "ROUGE-L" in page and "Exact match" not in page
     assert "ROUGE-L" in report.table(result, 100)
-    result["data"]["scorer"] = "mine.py"
-    assert "by your scorer" in report.page(result)
+    assert "How much of the wording agrees." in page and "A note on the rows." in page
 
 
 def test_hostile_text_stays_text(without_pictures):
@@ -426,11 +432,13 @@ def test_the_run_says_which_differences_it_can_tell():
     assert "another seed" in seeds
     assert "SEEDS=3 ROWS=300" in more and "about 12 points" in more  # 20 / √3
     result["data"] = {"rows": {"test": 150}}
-    assert "SEEDS=3 ROWS=150 needs about 16 points" in background.resolution(result)[2]
+    assert "SEEDS=3 ROWS=150, about 16 points" in background.resolution(result)[2]
+    result["data"]["rows"]["test"] = 100  # all of them were answered
+    assert background.resolution(result)[2] == "SEEDS=3 measures what seeds change."
     result |= {"seeds": [0, 1, 2], "rows_tested": 300, "data": None}
     assert len(background.resolution(result)) == 1
     result["rows_tested"] = 200
-    assert "tells smaller" in background.resolution(result)[1]
+    assert "smaller differences" in background.resolution(result)[1]
     for pair in result["pairs"]:
         pair["least"] = 1.2
     assert "too short" in background.resolution(result)[0]

@@ -1,6 +1,7 @@
 """What checks are made of: what passes, what does not, and what the learner is told."""
 
 import linecache
+import warnings
 
 import numpy
 import pytest
@@ -289,6 +290,48 @@ def test_infinity_names_no_mistake():
         assert "divided by the wrong number" not in told(got, mistakes=named)
 
 
+def test_no_number_is_infinite():
+    infinite = torch.full((2, 3), torch.inf)
+    assert told(infinite, infinite) is None
+    assert told(RIGHT, infinite) is not None
+    assert "by zero" not in told(2 * RIGHT, mistakes={"divided by zero": infinite})
+
+
+def test_something_small_is_not_named_as_zero():
+    named = {"all is lost": 0 * RIGHT}
+    assert "all is lost" in told(0 * RIGHT, mistakes=named)
+    assert "all is lost" not in told(1e-9 * RIGHT, mistakes=named)
+
+
+def test_none_can_be_a_named_mistake():
+    text = told((3, None), (3, 4), mistakes={"never, on any disk": (3, None)})
+    assert text.endswith("never, on any disk")
+
+
+STUMBLES = {  # what a learner writes, and a part of what is said of it
+    "return x if x in [2 * x] else x": "id(a) == id(b)",
+    "return torch.tensor([[1.0], [1.0, 2.0]])": "up to the longest",
+    "return x[torch.zeros(7, dtype=torch.uint8)]": ".long()",
+    "p = torch.nn.Parameter(x)\n    p += 1\n    return p": "torch.no_grad()",
+    "class F(torch.autograd.Function):\n"
+    "        forward = staticmethod(lambda ctx, x: ctx.save_for_backward('q'))\n"
+    "    return F.apply(x.requires_grad_())": "on ctx itself",
+    "class F(torch.autograd.Function):\n"
+    "        forward = staticmethod(lambda ctx, x, q: 2 * x)\n"
+    "        backward = staticmethod(lambda ctx, dy: dy)\n"
+    "    F.apply(x.requires_grad_(), 3).sum().backward()": "None for what has none",
+}
+
+
+@pytest.mark.parametrize("line, likely", STUMBLES.items(), ids=range(len(STUMBLES)))
+def test_where_many_stumble_is_told_in_plain_words(line, likely):
+    double = cell(f"def double(x):\n    {line}\n")["double"]
+    with pytest.raises(Wrong) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        judge_double(double)
+    assert likely in str(caught.value).rpartition("Likely mistake")[2]
+
+
 def test_every_refusal_names_a_likely_mistake_or_says_that_it_knows_none():
     @judged
     def refusing(answer):
@@ -396,6 +439,30 @@ def test_planted_a_changed_input_goes_unseen():
 
 
 PLANTED = {
+    "all is infinity": (
+        checks._same,
+        "(a.isfinite().all() and b.isfinite().all())",
+        "a.isfinite().all()",
+        test_no_number_is_infinite,
+    ),
+    "something small is named as zero": (
+        checks._named,
+        " and mine.any() == theirs.any()",
+        "",
+        test_something_small_is_not_named_as_zero,
+    ),
+    "None is never named": (
+        checks.close,
+        "(got is None and _named(got, mistakes)) or likely",
+        "likely",
+        test_none_can_be_a_named_mistake,
+    ),
+    "a stumble goes unseen": (
+        checks._why_stopped,
+        "if part in str(error)",
+        "if not part",
+        lambda: test_where_many_stumble_is_told_in_plain_words(*[*STUMBLES.items()][1]),
+    ),
     "an infinity is named": (
         checks._named,
         "finite = torch.isfinite(mine).all()",

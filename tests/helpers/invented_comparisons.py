@@ -25,12 +25,21 @@ METHODS = {  # key: (label, trainable parameters)
 
 
 def comparison(
-    methods=tuple(METHODS)[:5], *, seed: int = 0, rows: int = 100, seeds: int = 1
+    methods=tuple(METHODS)[:5],
+    *,
+    seed: int = 0,
+    rows: int = 100,
+    seeds: int = 1,
+    whole: bool = True,
 ) -> dict:
-    """A result with these methods; the seed chooses all its numbers."""
+    """A result with these methods; the seed chooses all its numbers.
+
+    Args
+        whole  answers are right or wrong, and not something between
+    """
     dice = random.Random(seed)
     compared, pairs = summary.compared(
-        {key: _runs(key, dice, rows, seeds) for key in methods}
+        {key: _runs(key, dice, rows, seeds, whole) for key in methods}
     )
     return {
         "base": "smollm2",
@@ -65,12 +74,18 @@ def comparison(
     }
 
 
-def _runs(key: str, dice: random.Random, rows: int, seeds: int) -> list[dict]:
+def _runs(
+    key: str, dice: random.Random, rows: int, seeds: int, whole: bool
+) -> list[dict]:
     """The figures of each seed; what does not train has one."""
     chance = dice.choice([0, 1, dice.random(), dice.random()])
     row = _row(key, dice)
+
+    def answer() -> float:
+        return dice.random() < chance if whole else chance * dice.random()
+
     return [
-        row | {"correct": [dice.random() < chance for _ in range(rows)]}
+        row | {"correct": [answer() for _ in range(rows)]}
         for _ in range(seeds if row["trainable"] else 1)
     ]
 

@@ -234,8 +234,8 @@ BUGS = {
     ),
     "the groups do not say whose decay it is": (
         PagedAdamW.__init__,
-        "defaults | DECOUPLED | others",
-        "defaults | others",
+        "defaults | DECOUPLED | {",
+        "defaults | {",
         the_decay_stays_adamws_in_whatever_loads_it,
     ),
     "the decay of the giver is taken over": (

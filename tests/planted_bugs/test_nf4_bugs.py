@@ -267,7 +267,7 @@ KEEPING = {
     ),
     "other constants are not seen": Bug(
         keeping.Unpacked.weight,
-        "list(layer.buffers(recurse=False))",
+        "[*layer._buffers.values()]",
         "[layer.packed]",
         kept.a_change_inside_is_seen,
     ),
@@ -297,8 +297,8 @@ KEEPING = {
     ),
     "streams share what is kept": Bug(
         keeping.Unpacked.weight,
-        "(layer, stream), list",
-        "layer, list",
+        "(layer, stream), [",
+        "layer, [",
         kept.a_stream_does_not_read_what_another_one_writes,
     ),
     "bytes are counted before they are there": Bug(

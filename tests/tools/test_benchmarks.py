@@ -245,6 +245,13 @@ def test_the_qlora_benchmark_compares_equal_work(tmp_path, capsys, monkeypatch):
     held = result["memory"]
     assert held["QLoRA"]["peak"] <= held["QLoRA on bitsandbytes"]["peak"]
     assert held["QLoRA"]["weights"] < 0.5 * held["LoRA"]["weights"]
+    decoded = result["decoding"]
+    assert list(decoded["by_rows"]) == ["1", "16"]
+    for tables in decoded["by_rows"].values():
+        names = [row["name"] for row in tables["rows"]]
+        assert names == [benchmark.BASE, benchmark.THEIRS, "QLoRA", benchmark.KEPT]
+        assert tables["over_bitsandbytes"][0]["ratio"] == 1
+    assert 0 < decoded["unpacked_bytes"] < held["LoRA"]["weights"]
     other = benchmark.lora.inject
     monkeypatch.setitem(benchmark.INJECT, benchmark.OURS, other)
     with pytest.raises(RuntimeError, match="cannot be compared"):

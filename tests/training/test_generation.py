@@ -10,6 +10,7 @@ from planting import each_is_caught, law
 from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, logging
 
+from peft_from_scratch import nf4
 from peft_from_scratch.methods import lora
 from peft_from_scratch.training import generation
 from peft_from_scratch.training.batch import left_pad
@@ -121,6 +122,30 @@ def a_generation_config_does_not_interfere():
     assert together(model) == expected
 
 
+@law
+def weights_in_four_bits_are_unpacked_once_for_all_tokens():
+    """Within the bytes that are given, and none by default; the same answers."""
+    model, seen = build("llama"), []
+    nf4.quantize_model(model)
+    expected = together(model, prefix=PREFIX)
+    layers = [m for m in model.modules() if isinstance(m, nf4.NF4Linear)]
+    all_bytes = 4 * sum(module.values for module in layers)
+    nf4.NF4Linear.on_dequantize.append(seen.append)
+    try:
+        for bytes_, most in ((all_bytes, len(layers)), (0, None)):
+            seen.clear()
+            found = together(model, prefix=PREFIX, unpacked_bytes=bytes_)
+            assert found == expected
+            assert len(seen) == most if most else len(seen) > 4 * len(layers)
+        usual = len(seen)
+        seen.clear()
+        together(model, prefix=PREFIX)
+        assert len(seen) == usual
+    finally:
+        nf4.NF4Linear.on_dequantize.remove(seen.append)
+    assert {module.unpacked for module in layers} == {None}
+
+
 def hybrid():
     """A state-space mixer, then an attention."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
@@ -188,6 +213,18 @@ def test_more_tokens_than_positions_are_refused_before_anything_is_computed():
 CONTINUE, PAD = generation._continue, left_pad
 CAUGHT = (AssertionError, RuntimeError)
 BUGS = {
+    "every token unpacks the weights": (
+        generation.generate,
+        "budget_bytes=unpacked_bytes",
+        "budget_bytes=0",
+        weights_in_four_bits_are_unpacked_once_for_all_tokens,
+    ),
+    "weights stay unpacked unasked": (
+        generation.generate,
+        "budget_bytes=unpacked_bytes",
+        "budget_bytes=1 << 40",
+        weights_in_four_bits_are_unpacked_once_for_all_tokens,
+    ),
     "padding on the right": (
         PAD,
         "[pad_id] * (longest - len(p)) + p",

@@ -80,8 +80,10 @@ def an_answer_has_room_for_the_letters_of_control_tokens(monkeypatch):
     monkeypatch.setattr(
         evaluate, "generate", lambda *args, **options: asked.update(options) or ["y"]
     )
-    answer_rows(None, TOKENIZER, task(lambda *pair: False), rows, template="raw")
+    scored = task(lambda *pair: False)
+    answer_rows(None, TOKENIZER, scored, rows, template="raw", unpacked_bytes=7)
     assert asked["max_new_tokens"] == 5 * 9 + 5 * 9 // 4 + 8
+    assert asked["unpacked_bytes"] == 7
 
 
 @law

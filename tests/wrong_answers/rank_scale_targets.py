@@ -622,10 +622,6 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         }
         | {"ratio is 16": fixed("ratio", "16"), "lr is 1e-3": fixed("lr", "1e-3")},
         "state": {
-            "a frozen A too": groups(
-                slow="[p for p in model.parameters() if id(p) not in known and"
-                f" (p.requires_grad or any(p is a for a in {A_ALONE}))]"
-            ),
             "kept by rates": remembered("(lr, ratio)"),
             "kept by model": remembered("id(model)"),
             "one list for all": Attack(
@@ -646,15 +642,6 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
             "autograd left off": afterwards("torch.set_grad_enabled(False)"),
         },
         "inputs": {
-            "what is named B": groups(
-                "[p for n, p in model.named_parameters()"
-                " if p.requires_grad and n.endswith('.B')]"
-            ),
-            "what has a B": groups("[m.B for m in model.modules() if hasattr(m, 'B')]"),
-            "tall matrices": groups(
-                "[p for p in model.parameters() if p.requires_grad and p.ndim == 2"
-                " and p.shape[0] > p.shape[1]]"
-            ),
             "ten layers at most": groups(
                 fast="[m.B for n, m in model.named_modules()"
                 " if isinstance(m, pfs.lora.LoRA) and '.10.' not in n]"
