@@ -16,6 +16,7 @@ from ..comparison.candidates import RELATIVES, USUAL
 from ..methods import METHODS
 
 TEMPLATES = ("chat", "raw")
+OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 RESUMABLE = ("compare", "train", "ledger")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
@@ -154,12 +155,6 @@ def _train(commands) -> None:
         "prompt and completion or messages (of several turns), a folder with a data "
         "set, or hub:owner/name",
     )
-    of_data_sets = "of a hub: data set or a folder: "
-    command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
-    command.add_argument(
-        "--completion", help=f"{of_data_sets}the column of the completions"
-    )
-    command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
     _own_rows(command)
     names = [method.name for method in METHODS]
     command.add_argument("--method", choices=names, default="lora")
@@ -273,6 +268,12 @@ def _own_rows(command) -> None:
         "--instruction",
         help="of rows of your own: what to do, in a sentence, for every row",
     )
+    of_data_sets = "of a hub: data set or a folder: "
+    command.add_argument("--prompt", help=f"{of_data_sets}the column of the prompts")
+    command.add_argument(
+        "--completion", help=f"{of_data_sets}the column of the completions"
+    )
+    command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
 
 
 def _max_tokens(command) -> None:
@@ -311,7 +312,7 @@ def run_compare(options) -> None:
     from .commands import given
 
     names = ("base", "task", "rows", "steps", "batch", "paged", "template", "device")
-    names += ("dtype", "out", "scorer", "instruction", "max_tokens")
+    names += ("dtype", "out", "max_tokens", *OF_DATA)
     chosen = given(options, *names)
     if options.data is not None:
         chosen = own_data(options.data, chosen)

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..common.check import whole
 from ..common.quiet import quiet_transformers
 from ..common.statistics import are_counts, of_scores
 from ..comparison.figures import training_curve
+from ..comparison.plan import OF_DATA
 from ..core import adapter
 from ..core.counting import count
 from ..core.merge import merge
@@ -26,7 +28,7 @@ from ..files import exchange
 from ..methods import named
 from ..models.load import AUTO, describe, load_model, pick_device, pick_dtype
 from ..nf4 import dequantize_model
-from ..tasks.scorers import title
+from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
 from ..training.config import TrainConfig
@@ -38,7 +40,6 @@ from . import masks
 from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
-OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 TEST_ROWS = 100  # answered before and after
 BEFORE, AFTER = "answers-before.json", "answers-after.json"  # beside the checkpoints
 
@@ -105,8 +106,8 @@ def fine_tune(options) -> None:
     _write_record(out, options, task, config, history, before, after)
     _remove_checkpoints(checkpoints)
     print(
-        f"{title(task.score)} on {len(test)} test rows: {_scored(before)} -> "
-        f"{_scored(after)}"
+        f"{title(task.score)} on {len(test)} test rows: "
+        f"{_scored(before.correct, after.correct)}"
     )
     print(f"adapter, {RECORD} and training.png are in {out}")
     adapted = shlex.join(["--base", options.base, "--adapter", str(out)])
@@ -216,15 +217,20 @@ def _counted(model) -> str:
     return f"{counted.trainable:,} of {counted.total:,} parameters train"
 
 
-def _scored(answers: Answers) -> str:
-    """How many are right of how many, or the mean score; with its interval."""
-    mean, low, high = of_scores(answers.correct)
-    if are_counts(answers.correct):
-        return (
-            f"{sum(answers.correct):.0f}/{len(answers.correct)} "
-            f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
-        )
-    return f"{mean:.3f} (95 % interval {low:.3f} to {high:.3f})"
+def _scored(*scores: Sequence[Score]) -> str:
+    """ "before -> after": right ones of all, or mean scores; each with its interval."""
+    if not all(map(are_counts, scores)):
+        means = [map("{:.3f}".format, of_scores(each)) for each in scores]
+        texts = ("{} (95 % interval {} to {})".format(*each) for each in means)
+    else:
+        texts = map(_counted_right, scores)
+    return " -> ".join(texts)
+
+
+def _counted_right(scores: Sequence[Score]) -> str:
+    _, low, high = of_scores(scores)
+    interval = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+    return f"{sum(scores):.0f}/{len(scores)} ({interval})"
 
 
 def _write_record(out: Path, options, task, config, history, before, after) -> None:

@@ -7,12 +7,12 @@ from statistics import fmean
 
 from ..common.statistics import wilson
 from ..methods import named
-from ..tasks.jsonl import alike, refuse_bad
+from ..tasks.jsonl import alike, in_order, refuse_bad
 from ..tasks.messages import prompt_of
-from ..tasks.scorers import Scorer, label
+from ..tasks.scorers import TRIED, Scorer, label, score_all
 from ..tasks.templates import IGNORED, encode_all, encode_prompt, placed
 from ..training.evaluation import answer_room
-from ..training.fitting import SPLITS, in_order
+from ..training.fitting import SPLITS
 from . import shots
 from .adapt import few_shot_examples
 from .candidates import Candidate
@@ -37,7 +37,7 @@ def checked(setup: Setup) -> Setup:
     for template in _templates(setup):
         for each, reason in _bad_rows(setup, template):
             bad.setdefault(each, reason)
-    refuse_bad(in_order(list(bad.items())), setup.task.name)
+    refuse_bad(in_order(bad.items()), setup.task.name)
     return _without_few_shot(setup)
 
 
@@ -54,7 +54,8 @@ def notes(setup: Setup) -> list[str]:
     """
     if not is_own(setup):
         return []
-    about = [_counts(setup), f"Scored by {setup.task.score.name}."]
+    scorer = setup.task.score
+    about = [_counts(setup), f"Scored by {scorer.name}. {scorer.meaning}"]
     return [*about, *filter(None, (check(setup) for check in CHECKS))]
 
 
@@ -242,4 +243,23 @@ def _labels_without_training(setup: Setup) -> str | None:
     )
 
 
-CHECKS = (_without_instruction, _few_rows, _contradictions, _labels_without_training)
+def _best_score(setup: Setup) -> str | None:
+    """By a file of the user's, even the rows' completions may not be fully right."""
+    task = setup.task
+    rows = task.test.select(range(min(TRIED, len(task.test))))
+    best = fmean(score_all(task.score, rows["completion"], rows))
+    if best == 1:
+        return None
+    return (
+        f"By {task.score.name} the rows' own completions reach {best:.2f} on average, "
+        "and not 1: a model that answers just so gets no more."
+    )
+
+
+CHECKS = (
+    _without_instruction,
+    _few_rows,
+    _contradictions,
+    _labels_without_training,
+    _best_score,
+)

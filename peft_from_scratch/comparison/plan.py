@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from ..common import check
 from ..models.load import AUTO, DTYPES
+from ..tasks.task import Task, load_task
 from ..tasks.templates import TEMPLATES
 from ..training.config import TrainConfig
 from .candidates import CANDIDATES, USUAL, Candidate
+
+OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load_task
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Plan:
         paged     share of AdamW's states that may be in memory at a time; None: all
         template  "chat" or "raw" for every candidate; None: as the tuning found, or the
                   one that the base has
-        scorer, instruction   of rows of your own: tasks.task.load_task
+        scorer, instruction, prompt, completion, config
+                  of rows of your own: arguments of tasks.task.load_task
         max_tokens   longest row; None: TrainConfig's, or all positions that there are
         device    None picks CUDA, then MPS, then the CPU
         dtype     of the base's weights and of all products; "auto": see models.speed.
@@ -43,6 +47,9 @@ class Plan:
     template: str | None = None
     scorer: str | None = None
     instruction: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    config: str | None = None
     max_tokens: int | None = None
     device: str | None = None
     dtype: str = "auto"
@@ -72,6 +79,10 @@ class Plan:
                 f"template={self.template!r}: allowed are {', '.join(TEMPLATES)}, or "
                 "None for the searched one"
             )
+
+    def load_task(self) -> Task:
+        """The task that the plan names, with what it says about its rows."""
+        return load_task(self.task, **{name: getattr(self, name) for name in OF_DATA})
 
     def steps_of(self, candidate: Candidate) -> int:
         """Optimizer steps that the candidate takes; 0 where nothing trains."""

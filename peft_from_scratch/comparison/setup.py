@@ -13,7 +13,7 @@ from ..common.provenance import code_digest
 from ..core.decoder import positions
 from ..models import speed
 from ..models.load import AUTO, describe, load_model, pick_device
-from ..tasks.task import Task, load_task
+from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES
 from ..training.evaluation import general_loss
 from ..training.fitting import row_limit
@@ -68,7 +68,7 @@ class Setup:
 def load_setup(plan: Plan) -> Setup:
     """Load base and task once, so that an error in them ends the job at once."""
     Path(plan.out).mkdir(parents=True, exist_ok=True)
-    task = load_task(plan.task, scorer=plan.scorer, instruction=plan.instruction)
+    task = plan.load_task()
     if plan.rows > len(task.test):
         print(f"{task.name} has {len(task.test)} test rows: all of them are answered")
         plan = replace(plan, rows=len(task.test))

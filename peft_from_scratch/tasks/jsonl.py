@@ -79,6 +79,11 @@ def refuse_bad(bad: Sequence[tuple[str, str]], source: str) -> None:
     raise ValueError("\n".join(lines))
 
 
+def in_order(bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(place, reason) in the order of the file: the splits are shuffled."""
+    return sorted(bad, key=lambda each: int(re.search(r"\d+", each[0])[0]))
+
+
 def split_rows(
     rows: dict[Key, Example], seed: int, source: str
 ) -> dict[str, list[Example]]:

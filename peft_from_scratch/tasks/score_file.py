@@ -55,18 +55,22 @@ class ScoreFile:
         raise self._error(self._ended(rest), places[done], pairs[done])
 
     def unfit(self, rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-        """Why the file cannot score these rows: it fails, or rejects every completion.
+        """[]: no row is unfit for a file that runs.
 
         Answers are tried that a model may give, and each row's own completion.
+
+        Raises  ValueError  it fails on one of them, or each completion is wrong by it
         """
         places = [place for place, _ in placed(rows)]
         first = rows[0]["completion"]
         self.scores([(odd, first) for odd in ODD_ANSWERS], places[:1] * 4)
         own = [(row["completion"], row["completion"]) for row in rows]
-        if any(self.scores(own, places)):
-            return []
-        tried = f"its first {len(rows)} test rows" if len(rows) > 1 else "its test row"
-        return [(tried, "score(completion, completion) is 0: no answer can be right")]
+        if not any(self.scores(own, places)):
+            raise ValueError(
+                f"the scorer {self.path} gives 0 to each of {len(own)} test rows' own "
+                "completions: with it no answer can be right"
+            )
+        return []
 
     def _run(self, pairs) -> tuple[dict | None, list[dict], str]:
         """How loading went, each pair's result, and all else that was written."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..common.digest import digest
 from . import orders
-from .jsonl import refuse_bad
+from .jsonl import in_order, refuse_bad
 from .score_file import ScoreFile
 from .templates import placed
 
@@ -45,7 +45,7 @@ class Scorer:
         meaning   for tables: what is counted, in a sentence
         many      scores of (answer, completion) pairs; the places of their rows, for
                   the messages of a file that cannot score one of them
-        unfit     the rows that it cannot be used for
+        unfit     the rows that it cannot be used for; ValueError: for none of them
         identity  changes whenever scores may change
     """
 
@@ -105,8 +105,12 @@ def score_all(
 
 
 def refuse_unfit(scorer: Scorer, splits: Splits, source: str) -> None:
-    """ValueError with the rows, by place and reason, that the scorer cannot score."""
-    refuse_bad(scorer.unfit(splits), f"{source}, for the scorer {scorer.name},")
+    """ValueError with the rows, by place and reason, that the scorer cannot score.
+
+    Or, where it suits none of them, with the reason for this.
+    """
+    if bad := scorer.unfit(splits):
+        refuse_bad(in_order(bad), f"{source}, for the scorer {scorer.name},")
 
 
 # ------------------------------------------------------------------- built-in scorers
@@ -199,22 +203,20 @@ def _no_words(splits: Splits) -> Refused:
 
 
 def _no_labels(splits: Splits) -> Refused:
-    """The rows whose completions have lines, or all where they are no set of labels.
+    """The rows whose completions have lines; ValueError where they are no labels.
 
     Labels are few: from two to MOST_LABELS, each in two rows on average.
     """
-    bad = _each(splits, _reason_against_label)
     rows = [row for split in splits.values() for row in split]
     counts = Counter(label(row["completion"]) for row in rows)
     if len(counts) < 2 or len(counts) > min(MOST_LABELS, len(rows) / 2):
         some = ", ".join(repr(text[:30]) for text, _ in counts.most_common(3))
-        reason = (
-            f"{len(counts)} different completions in {len(rows)} rows ({some} …): "
-            f"labels are 2 to {MOST_LABELS}, each in two rows on average; choose "
-            "another scorer"
+        raise ValueError(
+            f"{len(counts)} different completions in {len(rows)} rows ({some} …) are "
+            f"no labels, of which there are 2 to {MOST_LABELS}, each in two rows on "
+            "average: choose another scorer than label"
         )
-        bad = [("all rows", reason), *bad]
-    return bad
+    return _each(splits, _reason_against_label)
 
 
 def _reason_against_label(completion: str) -> str | None:

@@ -4,13 +4,11 @@ Nothing is trained on a part of a file by accident: the rows of all three splits
 looked at before the first step, and every bad one is named at once.
 """
 
-import re
-
 from torch import nn
 
 from ..core.decoder import positions, positions_in_words
 from ..tasks import templates
-from ..tasks.jsonl import refuse_bad
+from ..tasks.jsonl import in_order, refuse_bad
 from ..tasks.task import Task
 from .batch import Row
 from .config import TrainConfig
@@ -58,8 +56,3 @@ def encode_task(
         bad += [(place + of_split, reason) for place, reason in bad_rows]
     refuse_bad(in_order(bad), task.name)
     return encoded
-
-
-def in_order(bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(place, reason) in the order of the file: the splits are shuffled."""
-    return sorted(bad, key=lambda each: int(re.search(r"\d+", each[0])[0]))

@@ -22,7 +22,7 @@ from peft_from_scratch.cli import chat, command_line, commands, doctor
 from peft_from_scratch.cli.command_line import main
 from peft_from_scratch.comparison import compare, report
 from peft_from_scratch.comparison.candidates import CANDIDATES
-from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.comparison.plan import OF_DATA, Plan
 from peft_from_scratch.files import formats
 from peft_from_scratch.ledger.claim import BASES
 from peft_from_scratch.methods import METHODS
@@ -314,6 +314,55 @@ def raising(error):
         raise error
 
     return function
+
+
+def test_rows_are_scored_and_told_what_to_do_as_asked(base, data, tmp_path, capsys):
+    """Scores between 0 and 1 have another interval than counts."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(answer, completion):\n    return 0.5\n")
+    asked = ("--instruction", "Repeat it.", "--scorer")
+    assert main(training(base, data, tmp_path / "one", *asked, str(mine))) == 0
+    told = f"score by {mine} on 8 test rows: 0.500 (95 % interval 0.500 to 0.500) -> "
+    assert told in capsys.readouterr().out
+    record = record_of(tmp_path / "one")
+    assert record["instruction"] == "Repeat it." and record["scorer"] == str(mine)
+    assert record["correct_after"] == [0.5] * 8
+    assert main(training(base, data, tmp_path / "two", *asked, "rouge-l")) == 0
+    assert "ROUGE-L on 8 test rows: " in capsys.readouterr().out
+    assert main(training(base, data, tmp_path / "three", *asked, "json")) == 1
+    assert "for the scorer json, has 40 bad rows" in capsys.readouterr().err
+
+
+def test_a_scorer_that_raises_costs_neither_training_nor_answers(
+    base, data, tmp_path, answered, monkeypatch, capsys
+):
+    flag, mine, trained = tmp_path / "flag", tmp_path / "mine.py", []
+    mine.write_text(
+        "from pathlib import Path\n"
+        "def score(answer, completion):\n"
+        f"    if Path({str(flag)!r}).exists():\n"
+        "        raise RuntimeError('not today')\n"
+        "    return True\n"
+    )
+
+    def then_fail(*args, **more):
+        history = train(*args, on_step=trained.append, **more)
+        flag.touch()
+        return history
+
+    monkeypatch.setattr(commands, "train", then_fail)
+    out, asked = tmp_path / "out", ("--scorer", str(mine))
+    assert main(training(base, data, out, *asked)) == 1
+    error = capsys.readouterr().err
+    assert "mine.py (line 4): RuntimeError: not today, for the answer" in error
+    assert len(answered) == 2 and trained
+    mine.write_text("def score(answer, completion):\n    return True\n")
+    answered.clear()
+    trained.clear()
+    assert main(training(base, data, out, *asked)) == 0
+    assert not answered and not trained
+    assert record_of(out)["correct_after"] == [True] * 8
+    assert not (out / "checkpoints").exists()
 
 
 # A run that is stopped
@@ -757,6 +806,7 @@ def test_only_what_goes_on_says_so_when_it_is_stopped(
 def test_names_written_out_for_the_parser_are_the_librarys():
     assert command_line.TEMPLATES == templates.TEMPLATES
     assert command_line.BASES == BASES
+    assert command_line.OF_DATA == OF_DATA
 
 
 def test_the_parser_knows_every_method_and_every_candidate(capsys):

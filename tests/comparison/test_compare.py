@@ -20,6 +20,7 @@ from peft_from_scratch.common.grid import is_inside
 from peft_from_scratch.common.provenance import PACKAGE, imported
 from peft_from_scratch.common.statistics import wilson
 from peft_from_scratch.comparison import compare as comparing
+from peft_from_scratch.comparison import plan as plans
 from peft_from_scratch.comparison import setup, summary, tuning
 from peft_from_scratch.comparison.adapt import adapt, few_shot_examples
 from peft_from_scratch.comparison.candidates import CANDIDATES, RELATIVES, USUAL
@@ -280,8 +281,8 @@ def test_other_weights_rows_or_code_are_another_configuration(plan, monkeypatch)
         patched.setattr(setup, "code_digest", lambda starts: "edited")
         assert setup.load_setup(plan).fingerprint != first
     with monkeypatch.context() as patched:
-        sound = setup.load_task
-        patched.setattr(setup, "load_task", lambda name, **more: sound(name, seed=1))
+        sound = plans.load_task
+        patched.setattr(plans, "load_task", lambda name, **more: sound(name, seed=1))
         assert setup.load_setup(plan).fingerprint != first
     with monkeypatch.context() as patched:
         sound = setup.load_model

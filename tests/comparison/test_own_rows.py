@@ -1,12 +1,13 @@
 """A comparison on rows of one's own: all checked, counted, scored as asked."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-from planting import law
+from planting import planted
 
 from peft_from_scratch.cli import command_line
 from peft_from_scratch.cli.command_line import main
@@ -65,21 +66,37 @@ def refused(setup):
 
 
 def test_rows_that_are_too_long_are_named_by_line_and_in_order(setup_of):
-    pairs = sayings()
-    for line in (31, 7, 19):
+    """The splits are shuffled, the list is not."""
+    pairs, lines = sayings(), [2, 5, 7, 11, 19, 23, 31, 38]
+    for line in lines:
         pairs[line - 1] = (f"say {line} " + "x" * 300, "odd")
-    told = refused(setup_of(pairs))
-    assert "has 3 bad rows" in told
-    assert re.findall(r"line (\d+): (\d+) tokens", told)
-    assert [int(n) for n in re.findall(r"line (\d+):", told)] == [7, 19, 31]
+    refusal = refused(setup_of(pairs))
+    assert "has 8 bad rows" in refusal
+    named = re.findall(r"line (\d+): \d+ tokens, the limit is 256", refusal)
+    assert list(map(int, named)) == lines
 
 
-def test_a_row_that_fits_but_for_its_answer_is_refused(setup_of, base):
-    """256 positions: the prompt has some 230, and an answer may have 56."""
-    pairs = [(f"{i} " + "x" * 190, "y" * 38) for i in range(40)]
-    told = refused(setup_of(pairs, methods=("prompt",)))
-    assert "prompt and longest answer: " in told
-    assert "beside those of a soft prompt" in told
+def test_a_row_that_fits_but_for_its_answer_is_refused(setup_of):
+    """256 positions. The prompts leave room for the answer, but none for a prefix."""
+    small = setup_of([(f"{i:02d} ", "y" * 40) for i in range(40)], template="raw")
+    room = evaluation.answer_room(small.tokenizer, small.task.test)
+    prompt = encode_prompt(small.tokenizer, "", "00 ", template="raw")
+    left = 256 - len(prompt) - room
+    for more, methods, fits in (
+        (0, ("zero-shot",), True),
+        (1, ("zero-shot",), False),
+        (0, ("zero-shot", "prompt"), False),
+        (-16, ("zero-shot", "prompt"), True),
+        (-15, ("zero-shot", "prompt"), False),
+    ):
+        pairs = [(f"{i:02d} " + "x" * (left + more), "y" * 40) for i in range(40)]
+        setup = setup_of(pairs, template="raw", methods=methods)
+        if fits:
+            assert own_rows.checked(setup) is setup
+        else:
+            refusal = refused(setup)
+            assert "prompt and longest answer: " in refusal
+            assert "beside those of a soft prompt" in refusal
 
 
 def test_nothing_is_trained_on_a_file_with_a_bad_row(base, rows, tmp_path, monkeypatch):
@@ -90,8 +107,7 @@ def test_nothing_is_trained_on_a_file_with_a_bad_row(base, rows, tmp_path, monke
     assert not (out / "rows").exists() and not (out / "compare.json").exists()
 
 
-@law
-def rows_that_fit_in_one_template_alone_are_refused(monkeypatch):
+def test_rows_are_looked_at_in_every_template(monkeypatch):
     """A search may choose either: the chat template's marks take room."""
     looked = []
 
@@ -119,14 +135,14 @@ def test_the_announcement_counts_rows_and_says_what_they_cannot_tell(setup_of):
     notes = own_rows.notes(setup)
     assert notes[0].startswith(f"{setup.task.name}: 28 rows train, 4 validate, 8 test.")
     assert "Training reads a row 0.14 times" in notes[0]  # 2 steps of 2, 28 rows
-    assert notes[1] == "Scored by label."
+    assert notes[1].startswith("Scored by label. Share of the test rows whose answer")
     assert notes[2].startswith("No instruction: zero-shot is not told what to do")
     assert notes[3].startswith("Only 4 test rows: with 2 right, ")
     assert "from 15 to 85 %" in notes[3]  # Wilson's interval of 2 of 4
     told = own_rows.notes(setup_of(sayings(), instruction="Odd or even?"))
     assert not [note for note in told if "instruction" in note]
     many = own_rows.notes(setup_of(sayings(200), rows=30))
-    assert not [note for note in many if "test row" in note]
+    assert not [note for note in many if note.startswith("Only")]
     alone = own_rows.notes(setup_of(sayings(), methods=("lora",)))
     assert not [note for note in alone if "instruction" in note]
 
@@ -193,30 +209,23 @@ def few_shot(k, order=0, template="raw"):
     return {"template": template, "k": k, "order": order}
 
 
-@law
-def as_many_examples_stand_there_as_fit(setup_of):
-    """256 positions; of an example some 52 bytes, of the answer 11."""
-    pairs = [(f"{i:02d} " + "x" * 30, "yy") for i in range(40)]
-    setup = setup_of(pairs)
-    fitted = shots.fitted(setup, few_shot(12))
-    room = evaluation.answer_room(setup.tokenizer, setup.task.test)
+def test_as_many_examples_stand_there_as_fit(setup_of):
+    """256 positions; in them the examples, the prompt and the answer."""
+    for length in range(24, 36, 3):
+        setup = setup_of([(f"{i:02d} " + "x" * length, "yy") for i in range(40)])
+        k = shots.fitted(setup, few_shot(12))["k"]
+        assert 0 < k < 12
+        assert tokens(setup, length, k) <= 256 < tokens(setup, length, k + 1)
+        assert shots.fitted(setup, few_shot(1)) == few_shot(1)
+    trained = {"template": "raw", "lr": 1.0}
+    assert shots.fitted(setup, trained) == trained
 
-    def prompt(k):
-        return encode_prompt(
-            setup.tokenizer,
-            "",
-            "00 " + "x" * 30,
-            template="raw",
-            examples=adapt.few_shot_examples(setup.task, k, 0),
-        )
 
-    assert 0 < fitted["k"] < 12
-    assert len(prompt(fitted["k"])) + room <= 256 < len(prompt(fitted["k"] + 1)) + room
-    assert shots.fitted(setup, few_shot(1)) == few_shot(1)
-    assert shots.fitted(setup, {"template": "raw", "lr": 1.0}) == {
-        "template": "raw",
-        "lr": 1.0,
-    }
+def tokens(setup, length, k):
+    """Those of a prompt of this length after k examples, and of its answer."""
+    examples, prompt = adapt.few_shot_examples(setup.task, k, 0), "00 " + "x" * length
+    ids = encode_prompt(setup.tokenizer, "", prompt, template="raw", examples=examples)
+    return len(ids) + evaluation.answer_room(setup.tokenizer, setup.task.test)
 
 
 def test_there_are_no_more_examples_than_training_rows(setup_of):
@@ -417,3 +426,185 @@ def test_the_results_of_own_rows_have_a_folder_of_their_own(tmp_path, monkeypatc
     assert own("hub:owner/name", {})["out"] == str(Path("out", "owner-name"))
     assert own("rows.jsonl", {"out": "mine"}) == {"out": "mine", "task": "rows.jsonl"}
     assert own("~/rows.jsonl", {})["task"] == str(tmp_path / "rows.jsonl")
+
+
+def test_a_score_that_the_completions_do_not_reach_is_told(setup_of, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(a, c):\n    return 0.8 * (a == c)\n")
+    (note,) = [
+        note
+        for note in own_rows.notes(setup_of(sayings(), scorer=str(mine)))
+        if "completions reach" in note
+    ]
+    assert "reach 0.80 on average" in note
+
+
+def conversation(i, system=None):
+    turns = [
+        {"role": "user", "content": f"say {i}"},
+        {"role": "assistant", "content": "even" if i % 2 else "odd"},
+        {"role": "user", "content": f"and {i + 1}?"},
+        {"role": "assistant", "content": "odd" if i % 2 else "even"},
+    ]
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*first, *turns]}
+
+
+@pytest.fixture
+def chats_of(base, tmp_path):
+    """chats_of(rows, **plan): the setup of a comparison on conversations."""
+
+    def load(rows, **more):
+        file = tmp_path / "chats.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        options = dict(rows=4, steps=2, batch=2, methods=PROMPTING) | more
+        return load_setup(Plan(base, str(file), out=str(tmp_path / "out"), **options))
+
+    return load
+
+
+def test_conversations_are_counted_up_to_their_last_answer(chats_of):
+    setup = chats_of([conversation(i) for i in range(40)], template="raw")
+    ids, labels = own_rows._encode(setup, "test", "raw")[0][0]
+    row = setup.task.test[0]
+    prompt = encode_prompt(setup.tokenizer, "", row["messages"][:-1], template="raw")
+    assert own_rows._prompt(labels) == len(prompt)
+    assert ids[: len(prompt)] == prompt
+    assert own_rows.checked(setup).plan.methods == PROMPTING
+
+
+def test_a_system_turn_is_an_instruction(chats_of):
+    def told(rows, **more):
+        notes = own_rows.notes(chats_of(rows, **more))
+        return [note for note in notes if note.startswith("No instruction")]
+
+    assert told([conversation(i) for i in range(40)])
+    assert not told([conversation(i, "Odd or even?") for i in range(40)])
+    assert not told([conversation(i, f"Odd {i}?") for i in range(40)])
+    assert not told([conversation(i) for i in range(40)], instruction="Odd?")
+    with pytest.raises(ValueError, match="have a system turn, 'Odd or even"):
+        chats_of([conversation(i, "Odd or even?") for i in range(40)], instruction="?")
+
+
+BUGS = {
+    "more examples than fit": (
+        shots.fitted,
+        "k -= 1",
+        "break",
+        test_as_many_examples_stand_there_as_fit,
+    ),
+    "no room for the answer": (
+        shots._fits,
+        "with_examples + room <= most",
+        "with_examples <= most",
+        test_as_many_examples_stand_there_as_fit,
+    ),
+    "no example where not all fit": (
+        shots.fitted,
+        "k -= 1",
+        "k = 0",
+        test_as_many_examples_stand_there_as_fit,
+    ),
+    "more examples than rows": (
+        shots.fitted,
+        'min(values["k"], len(setup.task.train))',
+        'values["k"]',
+        test_there_are_no_more_examples_than_training_rows,
+    ),
+    "examples without a bound": (
+        shots._fits,
+        " and with_examples - alone <= MOST_TOKENS",
+        "",
+        test_the_examples_take_a_bounded_share_of_memory,
+    ),
+    "a setting twice": (
+        tuning._fitting,
+        "fitted not in fitting",
+        "True",
+        test_the_search_tries_what_fits_each_once,
+    ),
+    "one template is enough": (
+        own_rows.checked,
+        "_templates(setup):",
+        "_templates(setup)[:1]:",
+        test_rows_are_looked_at_in_every_template,
+    ),
+    "an answer needs no room": (
+        own_rows._bad_rows,
+        "_prompt(labels) + room",
+        "_prompt(labels)",
+        test_a_row_that_fits_but_for_its_answer_is_refused,
+    ),
+    "a soft prompt takes no position": (
+        own_rows._positions,
+        '.get("n", 0)',
+        '.get("none", 0)',
+        test_a_row_that_fits_but_for_its_answer_is_refused,
+    ),
+    "bad rows in the order of the splits": (
+        own_rows.checked,
+        "in_order(bad.items())",
+        "list(bad.items())",
+        test_rows_that_are_too_long_are_named_by_line_and_in_order,
+    ),
+    "a prompt up to the first answer": (
+        own_rows._prompt,
+        "max(i for i, each in enumerate(labels, 1) if each == IGNORED)",
+        "sum(each == IGNORED for each in labels)",
+        test_conversations_are_counted_up_to_their_last_answer,
+    ),
+    "a system turn is none": (
+        own_rows._has_system_turn,
+        'row.get("messages") or',
+        "None or",
+        test_a_system_turn_is_an_instruction,
+    ),
+    "labels are all completions": (
+        own_rows.sizes,
+        "_labels(labels)",
+        "len(labels)",
+        test_the_cost_is_from_the_files_own_tokens,
+    ),
+    "answers of other weights": (
+        evaluation.answer_rows,
+        "_weights(model), ",
+        "",
+        test_other_weights_do_not_get_the_kept_answers,
+    ),
+    "answers to other prompts": (
+        evaluation.answer_rows,
+        "prompts, most)",
+        "most)",
+        test_other_weights_do_not_get_the_kept_answers,
+    ),
+    "a changed scorer is the same run": (
+        compare._configuration,
+        "scorers.identity(setup.task.score)",
+        "None",
+        test_a_changed_scorer_measures_again_and_an_unchanged_one_does_not,
+    ),
+    "another scorer is another training": (
+        compare._measured_once,
+        '{**configuration, "scorer": None}',
+        "configuration",
+        test_a_scorer_that_raises_loses_neither_training_nor_answers,
+    ),
+    "an instruction of no words": (
+        adapt._init,
+        " and task.instruction",
+        "",
+        test_rows_without_an_instruction_are_compared,
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_a_planted_bug_is_caught(bug, request):
+    function, right, wrong, holds = bug
+    names = inspect.signature(holds).parameters
+    fixtures = {name: request.getfixturevalue(name) for name in names}
+    with (
+        planted(function, right, wrong),
+        pytest.raises((AssertionError, ValueError, pytest.fail.Exception)),
+    ):
+        holds(**fixtures)
