@@ -85,7 +85,7 @@ def beside_other_work_the_ratio_is_of_processor_time(monkeypatch):
     for a_core, clock, ratio in ((0.2, "wall", 1.0), (2.0, "processor", 0.5)):
         module = busy(monkeypatch, a_core)
         _, second = module.table(TIMES, "a")
-        assert module.clock() == module.conditions()["clock"] == clock
+        assert module.clock() == clock
         assert (second["ratio"], second["processor_ratio"]) == (ratio, 0.5)
         assert second["seconds"] == (2.0 if clock == "wall" else 1.0)
         said = module.lines([second], 3)[-1]
@@ -107,6 +107,9 @@ def a_record_says_under_which_conditions_it_was_made(monkeypatch):
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
+    module.write({"benchmark": "y"}, record=True, place="a GPU")
+    (file,) = module.RESULTS.glob("y-a-gpu.json")
+    assert json.loads(file.read_text())["conditions"]["clock"] == "wall"
 
 
 def test_a_system_without_a_load_is_believed(monkeypatch):
@@ -154,6 +157,12 @@ def guards():
             ".index(clock())",
             ".index(WALL)",
             beside_other_work_the_ratio_is_of_processor_time,
+        ),
+        "a GPU's times are called the processor's": (
+            side_by_side.write,
+            "WALL if elsewhere else clock()",
+            "clock()",
+            a_record_says_under_which_conditions_it_was_made,
         ),
         "the load of afterwards stands for that of before": (
             side_by_side.conditions,
