@@ -82,8 +82,12 @@ class Packing:
 
     def tokens(self, rows: Sequence[Row]) -> int:
         """Tokens that the model reads for these rows, padding included."""
-        groups, shared = self.groups(rows), shared_length(rows)
-        return len(groups) * (shared + longest_of(rows, groups, shared))
+        return len(self.groups(rows)) * self.length(rows)
+
+    def length(self, rows: Sequence[Row]) -> int:
+        """Tokens of each sequence that the model reads for these rows."""
+        shared = shared_length(rows)
+        return shared + longest_of(rows, self.groups(rows), shared)
 
     def described(self, micro_batches: Sequence[Sequence[Row]]) -> str:
         """What the model reads of a step, in words."""
