@@ -202,8 +202,8 @@ def test_times_stand_with_dtype_cores_and_load(recorded, without_pictures):
     if not recorded:
         del result["machine"]
         result["provenance"]["machine"] = "an invented one, 2 cores"
-    words = "float32 on an invented one, 2 cores, 2 threads, load "
-    words += "0.10." if recorded else "not recorded."
+    words = "float32 on an invented one, 2 cores, 2 threads; load of other programs "
+    words += "0.1 cores at most." if recorded else "not recorded."
     assert words in report.page(result) and words in " ".join(
         report.table(result, 100).split()
     )

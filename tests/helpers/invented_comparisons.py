@@ -70,7 +70,12 @@ def comparison(
         },
         "rows": compared,
         "pairs": pairs,
-        "machine": {"cpu": "an invented one", "cores": 2, "threads": 2, "load": 0.1},
+        "machine": {
+            "cpu": "an invented one",
+            "cores": 2,
+            "threads": 2,
+            "busy_elsewhere": 0.1,
+        },
     }
 
 

@@ -32,7 +32,7 @@ def test_letters_are_shown_and_a_column_without_values_is_not():
     for row in result["rows"]:
         del row["letters"]
     assert "Letters" not in readme.results(result).partition("\n\nMethods")[0]
-    assert "load 0.10" in shown
+    assert "other programs 0.1 cores at most" in shown
 
 
 def test_every_claim_of_a_listed_notebook_is_listed_beside_it():
