@@ -30,7 +30,8 @@ class LoRA(Adapter):
         base   nn.Linear, or GPT-2's Conv1D, which stores W0 as (d_in, d_out)
         r      rank, at least 1; dimensionless. Useful up to min(d_in, d_out)
         alpha, rslora, dropout   see LoRAConfig
-    Returns  (…, d_out), dtype of the base's output
+    Returns  (…, d_out), dtype of the base's output. Half precision rounds the sum once;
+             where something watches the base, twice (lora_fast.py)
     Raises   ValueError   r, alpha or dropout out of range: the message holds the bound
     Memory   r (d_in + d_out) parameters, in the base's dtype; in float32 beside a base
              in half precision, where small updates would be rounded away

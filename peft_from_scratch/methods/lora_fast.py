@@ -1,31 +1,30 @@
 """LoRA's sum inside the base's product: rounded once, in less time and memory.
 
 `LoRA.forward` says h = W0 x + scale · B A x in three lines. In bfloat16, the first line
-rounds W0 x to 8 bits. An update below half a unit of the last bit is then lost: at the
-start of training, that is most of it. `LowRankSum` computes the same sum in the other
-order:
+rounds W0 x to 8 bits. An update below half a unit of the last bit is then lost; early
+in training, that is most of it. `LowRankSum` computes the sum in another order:
 
-    C = scale · (x Aᵀ) Bᵀ       small, and rounded where it is small
-    h = C + x W0ᵀ               one product, which starts from C instead of from zero
+    C = (x Aᵀ) Bᵀ               small, and rounded where it is small
+    h = scale · C + x W0ᵀ       one product, which starts from C instead of from zero
 
-A BLAS accumulates bfloat16 and float16 products in float32, C included, and rounds the
-sum once. Most of C is below the last bit of h as well. It survives on average, because
-it decides which way W0 x, whose low bits are still there, is rounded. So the update
-loses nothing but noise that the base's own rounding has anyway. The backward pass adds
-up the gradient of x in the same way. On one pair of matrices, benchmarks/rounding.py
-measures what is left of an update, and the time.
+BLAS accumulates bfloat16 and float16 products in float32, C included, and rounds the
+sum once. What C adds is mostly below the last bit of h as well. But it decides which
+way W0 x is rounded, whose low bits are still there, so that it survives on average. The
+backward pass adds up the gradient of x in the same way. benchmarks/rounding.py measures
+what is left of an update each way, and the time; on a GPU, where cuBLAS has the same
+two terms, it is not measured.
 
-A float32 or float64 sum is the equation's, and needs one pass over h less.
+In float32 and float64 the sum is the equation's, and takes one pass over h less.
 
-In bfloat16, A, B and x take part in the small products as bfloat16: that rounds an
-update by 1/512 of its own size, where the sum would round it by 1/512 of h. float32
-copies of x and h would cost a quarter of the base's product, and change no loss
-(benchmarks/rounding.py). float16 cannot hold the gradients of an update that is close
-to zero, so there the small products are in the dtype of A and B. So they are where a
-call has few rows, and no time is lost by it.
+With bfloat16, the small products are in bfloat16 too. That rounds an update by at most
+1/256 of its own size, where a rounded W0 x would round it by 1/256 of h. float32 copies
+of x and of C would take a quarter of the base's product and leave no more of the
+update. float16 is too narrow for the gradients of an update near zero, so there the
+small products have the dtype of A and B; as they have in any dtype where few rows make
+them cheap.
 
-The law that ties both together is in tests/laws/methods/lora.py: values and gradients
-of this way equal those of the equation, to 1e-12 in float64.
+The laws are in tests/laws/methods/lora.py: values and gradients of this way equal those
+of the equation, to 1e-12 in float64. Those of rounding are in rounding.py there.
 """
 
 import torch
@@ -48,7 +47,8 @@ def is_safe(base: nn.Module, x: Tensor) -> bool:
 
     Not safe are:
 
-    - a base that is compiled, patched, or computes in a way that is not known here
+    - a base that is compiled, patched, or computes in a way that is not known here;
+      bitsandbytes' Linear4bit is one, whose product comes rounded
     - a weight that trains, is a subclass of Tensor, or has another dtype than x
     - a module hook, which wants the base's output
     - torch.func, forward-mode AD, traces and dispatch modes, which follow each

@@ -164,14 +164,16 @@ LORA = {
         lora_fast._is_hooked,
         "base._forward_hooks",
         "None",
-        partial(lora_laws.what_the_base_returns_can_be_kept, keeper="a hook"),
+        partial(
+            lora_laws.what_is_kept_of_the_base_is_not_written_into, keeper="a hook"
+        ),
     ),
     "a hook of all modules is passed over": Bug(
         lora_fast._is_hooked,
         "        or _has_any_global_hook()\n",
         "",
         partial(
-            lora_laws.what_the_base_returns_can_be_kept,
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
             keeper="a hook of all modules",
         ),
     ),
@@ -186,7 +188,7 @@ LORA = {
         '        or "forward" in vars(base)\n',
         "",
         partial(
-            lora_laws.what_the_base_returns_can_be_kept,
+            lora_laws.what_is_kept_of_the_base_is_not_written_into,
             keeper="a forward of its own",
         ),
     ),
@@ -965,7 +967,7 @@ LEFT_OUT = {
     ),
 }
 
-TWICE = "C.copy_(scale * C.double() + torch.mm({}).double())"  # rounded twice
+TWICE = "C.copy_(scale * C.double() + torch.mm({}).double())"  # rounded before
 CASES = {kind: partial(rounding.an_update_survives, kind) for kind in rounding.KINDS}
 
 ROUNDING = {
@@ -998,6 +1000,12 @@ ROUNDING = {
         "C.addmm_(x, W.T, beta=scale)",
         TWICE.format("x, W.T"),
         CASES["NF4Linear"],
+    ),
+    "the product is rounded before the sum, value by value": Bug(
+        lora_fast._add_product,
+        "C.addmm_(rows, Wt, beta=scale)",
+        TWICE.format("rows, Wt"),
+        rounding.test_half_precision_output_is_the_sum_rounded_once,
     ),
     "a rounded bias hides the update": Bug(
         lora_fast._sum,

@@ -235,7 +235,7 @@ KEEPERS = {
 
 @law
 @pytest.mark.parametrize("keeper", KEEPERS)
-def what_the_base_returns_can_be_kept(keeper="a hook"):
+def what_is_kept_of_the_base_is_not_written_into(keeper="a hook"):
     lora, kept = adapted(8, 8, 2), []
     x = torch.randn(3, 8, **DOUBLE)
     expected = F.linear(x, *lora.base.parameters())

@@ -26,7 +26,7 @@ HALF = [torch.bfloat16, torch.float16]
 KINDS = ["Linear", "Conv1D", "NF4Linear"]
 SIZES = [5e-5, 2e-4, 2e-2]  # of B: after one step, after a few, after training
 LEFT = 0.97  # share of an update, at least; 6 standard deviations of its noise
-UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}  # of rounding, relative
+BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a value
 
 
 def projection(kind="Linear", bias=False, dtype=torch.bfloat16, d_in=64, d_out=2048):
@@ -72,6 +72,23 @@ def an_update_survives(kind="Linear", bias=False, dtype=torch.bfloat16):
                 exact[size] += update.square().sum().item()
         for size in SIZES:
             assert abs(left[size] / exact[size] - 1) < 1 - LEFT, (rows, size)
+
+
+@law
+@pytest.mark.parametrize("dtype", HALF)
+@torch.no_grad()
+def test_half_precision_output_is_the_sum_rounded_once(dtype=torch.bfloat16):
+    """Each value is within half a unit of its last bit of the sum in float64."""
+    for rows in (512, 1):
+        lora = LoRA(projection(dtype=dtype), r=8)
+        nn.init.normal_(lora.B, std=2e-4)
+        x = torch.randn(rows, 64).to(dtype)
+        h = lora(x).double()
+        update = x.double() @ lora.delta(torch.float64).T
+        exact = x.double() @ weight(lora.base).T + update
+        half = 2.0 ** (torch.frexp(h).exponent - 1 - BITS[dtype])
+        rounded_update = 2 ** (1 - BITS[dtype]) * update.abs().max()
+        assert ((h - exact).abs() <= half + rounded_update).all()
 
 
 @law
@@ -127,7 +144,7 @@ def doras_gradients_are_those_of_float64(kind="Linear", dtype=torch.bfloat16):
     theirs = h, *torch.autograd.grad(h, wide, dh.double())
     for name, found, right in zip("hxABm", ours, theirs, strict=True):
         off = (found.double() - right).norm() / right.norm()
-        assert off < 4 * UNIT[dtype], name
+        assert off < 2 * 2 ** -BITS[dtype], name
 
 
 @law
@@ -147,7 +164,7 @@ def a_large_sum_is_off_by_roundings_alone(kind="Linear", dtype=torch.bfloat16):
         theirs = h, *torch.autograd.grad(h, wide, dh.double())
         for name, found, right in zip("hxAB", ours, theirs, strict=True):
             off = (found.double() - right).norm() / right.norm()
-            assert off < 2 * UNIT[dtype], (name, rows)
+            assert off < 2 ** -BITS[dtype], (name, rows)
 
 
 @law
