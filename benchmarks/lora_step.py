@@ -1,11 +1,13 @@
 """One LoRA training step: this library's loop against the plain use of HF PEFT.
 
-    python benchmarks/lora_step.py [--rounds 9] [--threads N] [--record]
+    python benchmarks/lora_step.py [--rounds 9] [--threads N] [--dtypes …] [--record]
 
 A step is: collate the rows, forward, backward, clip, AdamW, drop the gradients. Both
-sides train the same matrices on the same rows in float32, with the same threads. That
-this is equal work is checked before any clock runs: the same losses, and, once A and B
-are copied, the same gradients. side_by_side.py has the clocks and the ratios.
+sides train the same matrices on the same rows, with the same threads; once with a base
+in float32, and once in bfloat16, with adapters in float32. That this is equal work is
+checked before any clock runs: the same losses, and, once A and B are copied, the same
+gradients, but for rounding: in bfloat16 PEFT rounds W0 x + B A x twice, and we once
+(rounding.py). side_by_side.py has the clocks and the ratios.
 
 Between the two ends stand two variants that show where the gain comes from:
 
@@ -18,7 +20,7 @@ Between the two ends stand two variants that show where the gain comes from:
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import side_by_side
@@ -36,7 +38,11 @@ from peft_from_scratch.training.loop import train
 from peft_from_scratch.training.loss import accumulate_gradients
 
 RANK, ALPHA, ROWS, SEED = 8, 16, 8, 0
-CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
+# How far apart rounding may set the sides: nats, and relative norm of a gradient.
+CLOSE = {
+    "float32": {"loss": 1e-4, "gradients": 1e-4},
+    "bfloat16": {"loss": 0.05, "gradients": 0.2},
+}
 TARGET = 0.70  # of PEFT's time, at most
 OURS, PLAIN = "ours", "peft"
 
@@ -49,6 +55,7 @@ class Sides:
     theirs: nn.Module
     rows: list[Row]
     pad_id: int
+    dtype: str
 
     @property
     def device(self) -> torch.device:
@@ -65,21 +72,21 @@ class Sides:
         return self.theirs(**{n: x.to(self.device) for n, x in batch.items()}).loss
 
 
-def set_up(base: str, task: Task) -> tuple[Sides, object]:
+def set_up(base: str, task: Task, dtype: str, template: str) -> tuple[Sides, object]:
     """Both sides on their own copies of the base, with the same random A and B."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks at import
     import peft
 
-    ours, tokenizer = load_model(base)
-    theirs, _ = load_model(base)
+    ours, tokenizer = load_model(base, dtype=dtype)
+    theirs, _ = load_model(base, dtype=dtype)
     torch.manual_seed(SEED)
     lora.inject(ours, r=RANK, alpha=ALPHA)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    rows = encode_rows(tokenizer, task.instruction, task.train, template="chat")
+    rows = encode_rows(tokenizer, task.instruction, task.train, template=template)
     theirs = peft.get_peft_model(theirs, config).train()
-    sides = Sides(ours.train(), theirs, rows, tokenizer.pad_token_id)
+    sides = Sides(ours.train(), theirs, rows, tokenizer.pad_token_id, dtype)
     copies = sides.their_parameters()
     if copies.keys() != trainable(ours).keys():
         raise RuntimeError("the two sides do not train the same matrices")
@@ -108,10 +115,11 @@ def check_equal_work(sides: Sides) -> dict[str, float]:
         ),
     }
     for what, distance in apart.items():
-        if not distance <= CLOSE:  # a NaN as well
+        close = CLOSE[sides.dtype][what]
+        if not distance <= close:  # a NaN as well
             raise RuntimeError(
-                f"{what}: the two sides differ by {distance:.2g}, allowed is {CLOSE}; "
-                "their times cannot be compared"
+                f"{what}: the two sides differ by {distance:.2g}, allowed is {close} "
+                f"in {sides.dtype}; their times cannot be compared"
             )
     sides.ours.zero_grad(set_to_none=True)
     sides.theirs.zero_grad(set_to_none=True)
@@ -170,35 +178,46 @@ def take_turns(sides: Sides, tokenizer, task: Task, recipe: TrainConfig) -> Time
 def report(result: dict) -> str:
     """The result as text, for a terminal."""
     made = result["provenance"]
-    said = [
+    lines = [
         f"{result['base']}: {ROWS} rows of {result['tokens']} tokens, LoRA r={RANK}, "
         f"{made['threads']} threads, {made['device']}, {made['machine']}",
         f"load average before the run: {result['load']}",
-        f"equal work: losses differ by {result['apart']['loss']:.1g} nats, gradients "
-        f"by {result['apart']['gradients']:.1g} of their norm",
-        *side_by_side.lines(result["rows"], result["rounds"]),
-        side_by_side.verdict(result["rows"][-1]["ratio"], TARGET),
     ]
-    return "\n".join(said)
+    for case in result["cases"]:
+        loss, gradients = case["apart"]["loss"], case["apart"]["gradients"]
+        lines += [
+            "",
+            f"{case['dtype']}: equal work; losses differ by {loss:.1g} nats, gradients "
+            f"by {gradients:.1g} of their norm",
+            *side_by_side.lines(case["rows"], result["rounds"]),
+            side_by_side.verdict(case["rows"][-1]["ratio"], TARGET),
+        ]
+    return "\n".join(lines)
 
 
-def measure(base: str, rounds: int) -> dict:
+def measure(base: str, rounds: int, dtypes: Sequence[str] = tuple(CLOSE)) -> dict:
     """All of the benchmark, as JSON can hold it."""
     load = side_by_side.load()
     task = load_task("orders", seed=SEED)
     task = replace(task, train=task.train.select(range(ROWS)))  # each step's batch
-    recipe = TrainConfig(steps=WARM_UP + rounds, batch=ROWS, seed=SEED, template="chat")
-    sides, tokenizer = set_up(base, task)
-    apart = check_equal_work(sides)
-    times = take_turns(sides, tokenizer, task, recipe)
+    template = "chat" if load_model(base)[1].chat_template else "raw"
+    recipe = TrainConfig(
+        steps=WARM_UP + rounds, batch=ROWS, seed=SEED, template=template
+    )
+    cases = []
+    for dtype in dtypes:
+        sides, tokenizer = set_up(base, task, dtype, template)
+        apart = check_equal_work(sides)
+        times = take_turns(sides, tokenizer, task, recipe)
+        rows = side_by_side.table(times, PLAIN)
+        cases.append({"dtype": dtype, "apart": apart, "rows": rows})
     return {
         "benchmark": "lora_step",
         "base": base,
         "tokens": max(len(ids) for ids, _ in sides.rows),
         "rounds": rounds,
         "load": load,
-        "apart": apart,
-        "rows": side_by_side.table(times, PLAIN),
+        "cases": cases,
         "peft": package_version("peft"),
         "provenance": provenance(seed=SEED, device=sides.device),
     }
@@ -207,8 +226,15 @@ def measure(base: str, rounds: int) -> dict:
 def main(arguments: list[str]) -> None:
     parser = side_by_side.parser(__doc__)
     parser.add_argument("--model", default="smollm2", help="as load_model takes it")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=list(CLOSE),
+        choices=list(CLOSE),
+        help="of the base's weights",
+    )
     asked = side_by_side.parsed(parser, arguments)
-    result = measure(asked.model, asked.rounds)
+    result = measure(asked.model, asked.rounds, asked.dtypes)
     print(
         report(result),
         side_by_side.write(result, asked.record, out=asked.out),

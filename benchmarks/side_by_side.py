@@ -126,10 +126,10 @@ def clock() -> str:
     return PROCESSOR if (START or 0) > BUSY * os.cpu_count() else WALL
 
 
-def conditions() -> dict:
+def conditions(of_clock: str) -> dict:
     """Under which a result was measured, as JSON can hold it."""
     return {
-        "clock": clock(),
+        "clock": of_clock,
         "load_before": START,
         "load_after": load(),
         "cores": os.cpu_count(),
@@ -186,11 +186,13 @@ def write(result: dict, record: bool, place: str | None = None, out: Path = OUT)
 
     Returns  a line that says where
     """
+    elsewhere = place is not None
     place = place or result["provenance"]["machine"].rpartition(",")[0]
     slug = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
     folder, name = (RESULTS, f"-{slug}") if record else (out, "")
     file = folder / f"{result['benchmark']}{name}.json"
-    result = result | {"conditions": conditions()}
+    of_clock = WALL if elsewhere else clock()  # a GPU's work is no processor's
+    result = result | {"conditions": conditions(of_clock)}
     with new_file(file) as new:
         new.write_text(json.dumps(result, indent=2) + "\n")
     return f"written to {os.path.relpath(file)}"

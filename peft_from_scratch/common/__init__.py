@@ -9,7 +9,8 @@ grid.py         grids of learning rates that grow where the best is at an end
 units.py        bytes as text
 provenance.py   where a number came from: code, packages, machine, seed
 scoped.py       changes that undo themselves: modes, random generators, Ctrl-C
-progress.py     the bar of everything that takes long
+load.py         how busy other programs kept the processor
+progress.py     the bar of everything that takes long, or lines in a log
 quiet.py        transformers without its noise
 marks.py        the text between two marks of a page, made anew
 lazy.py         names of a package that are imported when they are asked for

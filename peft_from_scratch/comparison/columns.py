@@ -61,7 +61,8 @@ def parameter_share(row: dict) -> str:
 def percent(row: dict, share: float, sign: str = "") -> str:
     """A share in percent, no finer than the row's answers can tell."""
     answers = (found(row, "exact", "n") or 0) * len(row.get("per_seed") or [0])
-    return f"{100 * share:{sign}.{0 if answers <= 100 else 1}f}"
+    text = f"{100 * share:{sign}.{0 if answers <= 100 else 1}f}"
+    return text if float(text) else text.lstrip("+-")  # zero has no sign
 
 
 def exact_match(row: dict) -> str:

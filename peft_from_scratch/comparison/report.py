@@ -38,6 +38,7 @@ from .columns import (
 
 LABEL = 26  # characters; longer names of methods are wrapped
 READABLE = 100  # characters; longer lines of prose are wrapped
+BRACKETED = 10  # methods of which each pair is shown with its interval
 WIDE, NARROW = 6.5, 4.2  # inches; the figures' widths on a desk and on a phone
 COMMAND = "make compare"
 
@@ -204,6 +205,7 @@ def page(result: dict) -> str:
         main_rows=[(row["label"], _main_cells(row)) for row in result["rows"]],
         under_table=_under_table(result),
         matrix=_matrix(result),
+        bracketed=BRACKETED,
         groups=grouped(columns_of(result)),
         marked=marked,
         pictures=_pictures(result),
@@ -259,13 +261,20 @@ def _under_table(result: dict) -> list[str]:
 
 
 def _matrix(result: dict) -> list[tuple[str, list[dict | None]]]:
-    """(label, a cell for every method) of each row; () where there are no pairs."""
+    """(label, a cell for every method) of each row; none where there are no pairs.
+
+    Brackets are left out where they would make the table wider than the page.
+    """
     rows = result["rows"] if result.get("pairs") else []
 
     def cells(row):
         return [_pair_cell(row, pair(result, row["key"], o["key"])) for o in rows]
 
-    return [(row["label"], cells(row)) for row in rows]
+    matrix = [(row["label"], cells(row)) for row in rows]
+    if len(rows) > BRACKETED:
+        for cell in filter(None, (cell for _, row in matrix for cell in row)):
+            cell["more"] = ""
+    return matrix
 
 
 def _pair_cell(row: dict, compared: dict | None) -> dict | None:

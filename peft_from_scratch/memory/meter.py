@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..common import scoped
 from ..paged import PagedAdamW
+from ..training.attention import written_out
 from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.loop import encode_splits, micro_batches, optimizer_steps
@@ -72,13 +73,14 @@ def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Mem
     Weights, flags and random generators are as before when it returns.
     """
     state = new_state(model, config)
-    rows, _ = encode_splits(tokenizer, task, config)
+    rows, validation = encode_splits(tokenizer, task, config)
     before = state.copies()
-    steps = (micro_batches(rows, config, step) for step in range(config.steps))
-    packing = packing_for(model, rows)
+    steps = [micro_batches(rows, config, step) for step in range(config.steps)]
+    packing = packing_for(model, [*rows, *validation])
     largest = max(steps, key=partial(_most_tokens, packing))
     try:
         with (
+            written_out(model, config, packing, [*rows, *validation], steps[0]),
             scoped.mode(model, training=True),
             scoped.seeded(config.seed, state.device),
             state.without_gradients(),

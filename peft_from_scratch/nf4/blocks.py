@@ -172,9 +172,9 @@ def dequantize(
             _look_up(table, bytes_, part.view(torch.int64))
             scale(part, constants, q.block)
         else:
-            found = torch.empty(len(bytes_), dtype=torch.int64, device=out.device)
-            _look_up(table, bytes_, found)
-            values = found.view(torch.float32)[: stop - start]
+            both = torch.empty(len(bytes_), dtype=torch.int64, device=out.device)
+            _look_up(table, bytes_, both)
+            values = both.view(torch.float32)[: stop - start]
             scale(values, constants, q.block)
             part.copy_(values)
     return out.view(q.shape)

@@ -6,6 +6,7 @@ Reading order:
     loss.py         cross-entropy at the labelled positions, and nowhere else
     batch.py        examples as tensors: padded right to train, left to generate
     packing.py      rows packed behind their shared prefix: no token computed twice
+    attention.py    short sequences in bfloat16 on a CPU: attention written out
     config.py       TrainConfig (what is asked), History (what happened), the schedule
     precision.py    which dtype holds what
     state.py        TrainState: all that the next step depends on; AdamW's groups

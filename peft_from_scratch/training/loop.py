@@ -20,6 +20,7 @@ from ..common import scoped
 from ..common.progress import bar
 from ..tasks.templates import encode_rows
 from . import checkpoint
+from .attention import written_out
 from .batch import Row, label_tokens
 from .config import History, TrainConfig, learning_rate, rows_of_step
 from .guards import (
@@ -108,8 +109,10 @@ def train(
     state = new_state(model, config)
     rows, validation = encoded or encode_splits(tokenizer, task, config)
     settings = checkpoint.configuration(model, config, (rows, validation))
+    of_step = partial(micro_batches, rows, config)
     packing = packing_for(model, [*rows, *validation])
     with (
+        written_out(model, config, packing, [*rows, *validation], of_step(0)),
         scoped.mode(model, training=True),
         scoped.seeded(config.seed, state.device),
         scoped.held_ctrl_c() as pressed,
@@ -118,12 +121,11 @@ def train(
         if checkpoints:
             checkpoint.resume(state, checkpoints, settings)
         history, parameters = state.history, state.trainable
-        history.packing = packing.described(micro_batches(rows, config, 0))
+        history.packing = packing.described(of_step(0))
         start = time.perf_counter() - history.seconds
         before = fingerprints(parameters) if history.steps < MOVED_AFTER else {}
         steps, done = config.steps, history.steps
         with bar("train", "step", steps, done=done, shown=progress) as shown:
-            of_step = partial(micro_batches, rows, config)
             for history in optimizer_steps(model, state, config, of_step, packing):
                 if history.steps == MOVED_AFTER:
                     refuse_unmoved(parameters, state.moments(), before)

@@ -82,8 +82,12 @@ class Packing:
 
     def tokens(self, rows: Sequence[Row]) -> int:
         """Tokens that the model reads for these rows, padding included."""
-        groups, shared = self.groups(rows), shared_length(rows)
-        return len(groups) * (shared + longest_of(rows, groups, shared))
+        return len(self.groups(rows)) * self.length(rows)
+
+    def length(self, rows: Sequence[Row]) -> int:
+        """Tokens of each sequence that the model reads for these rows."""
+        shared = shared_length(rows)
+        return shared + longest_of(rows, self.groups(rows), shared)
 
     def described(self, micro_batches: Sequence[Sequence[Row]]) -> str:
         """What the model reads of a step, in words."""
@@ -269,9 +273,9 @@ def reads_packed(model: nn.Module, long: list[int], short: list[int]) -> bool:
         raise
     except Exception:  # whatever it is: the model takes no such mask, or no positions
         return False
-    found = torch.cat([together, beside]).double()
+    packed = torch.cat([together, beside]).double()
     expected = torch.stack([alone[i] for i in (0, 2, 1, 2)]).double()
-    distance = (found - expected).abs().amax(-1) / expected.abs().amax(-1)
+    distance = (packed - expected).abs().amax(-1) / expected.abs().amax(-1)
     bound = CLOSE if together.dtype.itemsize >= 4 else CLOSE_IN_HALF
     return bool((distance < bound).all())
 

@@ -19,6 +19,7 @@ from peft_from_scratch.common import provenance
 from peft_from_scratch.common.grid import is_inside
 from peft_from_scratch.common.provenance import PACKAGE, imported
 from peft_from_scratch.common.statistics import wilson
+from peft_from_scratch.comparison import adapt as adapting
 from peft_from_scratch.comparison import compare as comparing
 from peft_from_scratch.comparison import plan as plans
 from peft_from_scratch.comparison import setup, summary, tuning
@@ -266,6 +267,13 @@ def test_paged_states_are_held_within_their_share(plan):
     held = row["memory"]["optimizer"]
     assert 0 < held <= 4 * row["trainable"] + 200  # of 8 a parameter; a step count each
     assert "--paged 0.5" in summary.command(plan, tuned=False)
+
+
+def test_weights_in_four_bits_are_unpacked_within_a_budget(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(adapting, "answer_rows", lambda *_, **how: asked.update(how))
+    adapting.Adapted(None, None, "raw").answer(None, [])
+    assert asked["unpacked_bytes"] == adapting.UNPACKED_BYTES == 1 << 30
 
 
 def test_where_rows_are_few_all_are_answered(plan, capsys):

@@ -12,7 +12,7 @@ import pytest
 from invented_comparisons import METHODS, comparison
 
 from peft_from_scratch.comparison import apart, background, figures, findings, report
-from peft_from_scratch.comparison.columns import COLUMNS, significant
+from peft_from_scratch.comparison.columns import COLUMNS, percent, significant
 
 HOSTILE = (
     "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'&\0\u202e"
@@ -396,7 +396,8 @@ def test_verdict_is_that_of_the_pair(low, high, words):
     decided(result, {"lora": (low, high)})
     (verdict,) = findings.verdicts(result)
     assert all(word in verdict for word in words)
-    assert f"{100 * low:+.0f} to {100 * high:+.0f}" in verdict
+    signed = [f"{100 * end:+.0f}" if end else "0" for end in (low, high)]
+    assert " to ".join(signed) in verdict
     assert "chance" not in verdict
 
 
@@ -451,6 +452,19 @@ def test_several_seeds_show_a_digit_more():
     assert " 88 [" in report.table(result, 100)
     result["rows"][1]["per_seed"] = [87, 88, 88]
     assert " 87.7 [" in report.table(result, 100)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.0, 0.001, -0.001])
+def test_a_difference_that_rounds_to_zero_has_no_sign(share):
+    assert percent({"exact": {"n": 100}}, share, "+") == "0"
+    assert percent({"exact": {"n": 100}}, 0.011, "+") == "+1"
+
+
+@pytest.mark.parametrize("many", [10, 11])
+def test_a_wide_matrix_has_no_brackets(many, without_pictures):
+    page = report.page(comparison(tuple(METHODS)[:many]))
+    (matrix,) = re.findall(r"<caption>Points.*?</table>", page, re.DOTALL)
+    assert ("[" in matrix) == (many == 10)
 
 
 @pytest.mark.parametrize(

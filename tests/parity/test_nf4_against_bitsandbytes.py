@@ -234,6 +234,32 @@ def test_products_and_gradients_are_those_of_linear4bit(biased, double):
     assert largest(found[0][1], found[1][1]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_in_the_dtype_of_the_model_values_and_products_have_its_bits(rows, dtype):
+    """W' rounded once to the dtype; forward, backward, and while it is kept."""
+    w, x = torch.randn(192, 128).to(dtype), torch.randn(rows, 128).to(dtype)
+    reference = their_linear(w, compute_dtype=dtype)
+    layer = nf4.NF4Linear(nf4.quantize(w))
+    state = reference.weight.quant_state
+    packed = reference.weight.data.view(-1)
+    state.shape, shape = torch.Size([w.numel()]), state.shape
+    theirs = bitsandbytes.functional.dequantize_4bit(packed, state).view(w.shape)
+    state.shape = shape
+    assert theirs.dtype == layer.weight.dtype == dtype
+    assert torch.equal(layer.weight, theirs)
+    found = []
+    for module in (layer, reference):
+        x_ = x.clone().requires_grad_()
+        y = module(x_)
+        y.float().pow(3).sum().backward()
+        found.append((y.detach(), x_.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    with torch.no_grad(), nf4.unpacked(layer, budget_bytes=1 << 20):
+        assert torch.equal(layer(x), found[1][0])
+
+
 def test_shares_are_of_values_in_bitsandbytes_too():
     """Its weight has half of a matrix's elements, one byte for two values."""
     model = torch.nn.Sequential(their_linear(torch.randn(64, 128)))

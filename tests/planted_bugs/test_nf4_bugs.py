@@ -407,8 +407,8 @@ SPEC = {
         ),
         "values are rounded before they are scaled": (
             blocks.dequantize,
-            "found.view(torch.float32)[",
-            "found.view(torch.float32).bfloat16().float()[",
+            "both.view(torch.float32)[",
+            "both.view(torch.float32).bfloat16().float()[",
         ),
     }.items()
 }

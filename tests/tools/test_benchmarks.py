@@ -85,7 +85,7 @@ def beside_other_work_the_ratio_is_of_processor_time(monkeypatch):
     for a_core, clock, ratio in ((0.2, "wall", 1.0), (2.0, "processor", 0.5)):
         module = busy(monkeypatch, a_core)
         _, second = module.table(TIMES, "a")
-        assert module.clock() == module.conditions()["clock"] == clock
+        assert module.clock() == clock
         assert (second["ratio"], second["processor_ratio"]) == (ratio, 0.5)
         assert second["seconds"] == (2.0 if clock == "wall" else 1.0)
         said = module.lines([second], 3)[-1]
@@ -107,6 +107,9 @@ def a_record_says_under_which_conditions_it_was_made(monkeypatch):
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
+    module.write({"benchmark": "y"}, record=True, place="a GPU")
+    (file,) = module.RESULTS.glob("y-a-gpu.json")
+    assert json.loads(file.read_text())["conditions"]["clock"] == "wall"
 
 
 def test_a_system_without_a_load_is_believed(monkeypatch):
@@ -154,6 +157,12 @@ def guards():
             ".index(clock())",
             ".index(WALL)",
             beside_other_work_the_ratio_is_of_processor_time,
+        ),
+        "a GPU's times are called the processor's": (
+            side_by_side.write,
+            "WALL if elsewhere else clock()",
+            "clock()",
+            a_record_says_under_which_conditions_it_was_made,
         ),
         "the load of afterwards stands for that of before": (
             side_by_side.conditions,
@@ -256,3 +265,45 @@ def test_the_qlora_benchmark_compares_equal_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(benchmark.INJECT, benchmark.OURS, other)
     with pytest.raises(RuntimeError, match="cannot be compared"):
         benchmark.measure("tiny", 7)
+
+
+def test_the_lora_benchmark_compares_equal_work_in_both_dtypes(tmp_path, monkeypatch):
+    import lora_step as benchmark
+
+    benchmark.main(["--model", "tiny", "--rounds", "7"])
+    result = json.loads((tmp_path / "out/lora_step.json").read_text())
+    assert [case["dtype"] for case in result["cases"]] == ["float32", "bfloat16"]
+    for case in result["cases"]:
+        names = [row["name"] for row in case["rows"]]
+        assert names[0] == "peft" and names[-1] == "ours" and len(names) == 4
+    scale = benchmark.ALPHA
+    monkeypatch.setattr(
+        benchmark.lora,
+        "inject",
+        lambda model, r, alpha, inject=benchmark.lora.inject: inject(
+            model, r=r, alpha=1.1 * scale
+        ),
+    )
+    with pytest.raises(RuntimeError, match="cannot be compared"):
+        benchmark.measure("tiny", 7, ["float32"])
+
+
+def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypatch):
+    import rounding as benchmark
+
+    monkeypatch.setattr(benchmark, "SHAPES", [(64, 64, 512)])
+    benchmark.main(["--model", "tiny", "--rounds", "7", "--steps", "2"])
+    result = json.loads((tmp_path / "out/rounding.json").read_text())
+    small = {row["name"]: row["shares"][0] for row in result["projections"][0]["rows"]}
+    assert small[benchmark.PLAIN] == 0 < small[benchmark.TWICE] < 0.2
+    for name in (benchmark.OURS, benchmark.WIDE, benchmark.ONE, benchmark.FLOAT32):
+        assert 0.95 < small[name] < 1.05, name
+    gained = {
+        row["series"]: row["losses"][0] - row["losses"][-1]
+        for row in result["curves"]
+        if row["rate"] == 1e-4
+    }
+    full = gained.pop(benchmark.FULL)
+    assert gained[benchmark.OUR_CURVE] > 0.9 * full
+    assert gained[benchmark.EQUATION] < 0.5 * full > gained[benchmark.PEFT]
+    assert "<svg" in (tmp_path / "out/rounding.svg").read_text()

@@ -108,14 +108,14 @@ def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
         for name, wrong_rows in (("input_ids", _ids), ("labels", _labels)):
             for text, row in wrong_rows(p, a, end, padding, pad).items():
                 wrong[name][text].append(row)
-    made = {
+    wrong = {
         name: {text: torch.tensor(batch) for text, batch in each.items()}
         for name, each in wrong.items()
     }
     right = _collated(rows, end, pad)
     prompts, answers = zip(*rows, strict=True)
     joined = max(map(len, prompts)) + max(map(len, answers)) + 1
-    made["input_ids"] |= {
+    wrong["input_ids"] |= {
         "the longest prompt and the longest answer may stand in two rows: as wide as "
         "the longest row, and no wider": _widened(right, pad, joined),
         "filled up to a multiple of eight: as wide as the longest row, and no wider": (
@@ -125,10 +125,10 @@ def _batches(rows, end: int, pad: int) -> dict[str, dict[str, Tensor]]:
             right["input_ids"].to(torch.int16)
         ),
     }
-    made["labels"]["a mask of zeros and ones; a label is the token itself, or -100"] = (
-        right["labels"] != IGNORED
-    ).long()
-    return made
+    wrong["labels"][
+        "a mask of zeros and ones; a label is the token itself, or -100"
+    ] = (right["labels"] != IGNORED).long()
+    return wrong
 
 
 def _widened(batch: dict[str, Tensor], pad: int, width: int) -> Tensor:
