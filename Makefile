@@ -34,9 +34,7 @@ NOT_PINNED := ^(cuda-|nvidia-|setuptools=|peft-from-scratch=)
 TRITON := triton==3.7.1
 
 # SEEDS=3: 0,1,2
-NONE :=
-COMMA := ,
-FIRST_SEEDS = $(subst $(NONE) ,$(COMMA),$(wordlist 1,$(SEEDS),0 1 2 3 4 5 6 7 8 9))
+FIRST_SEEDS := awk 'BEGIN { for (; i < ARGV[1] + 0; i++) printf(i ? ",%d" : "%d", i) }'
 
 .PHONY: help compare test lab notebooks bench lint lock
 .DEFAULT_GOAL := help
@@ -56,7 +54,7 @@ help: ## this list
 	@echo '  DTYPE=float32     compare: not the dtype in which this machine is fastest'
 	@echo '  DATA=rows.jsonl   compare: on your own rows, {"prompt": …, "completion": …}'
 	@echo '  SCORER=label      compare: what is right: exact, json, label, rouge-l, a .py'
-	@echo '  SEEDS=3           compare: train that often, with seeds 0, 1 and 2; by default once'
+	@echo '  SEEDS=3           compare: train that often, with seeds 0, 1 and 2; once by default'
 	@echo '  ROWS=300          compare: how many test rows are answered; by default 100'
 	@echo '  JOBS=2            test: how many processes share the work'
 	@echo '  NB=04             notebooks: only those whose names start so'
@@ -67,7 +65,7 @@ compare: $(MODEL) ## the main job: every method on one task, as a table and a pa
 	    $(if $(FAMILY),--family) $(if $(PAGED),--paged $(PAGED)) \
 	    $(if $(DTYPE),--dtype $(DTYPE)) \
 	    $(if $(DATA),--data '$(DATA)') $(if $(SCORER),--scorer '$(SCORER)') \
-	    $(if $(SEEDS),--seeds '$(FIRST_SEEDS)') $(if $(ROWS),--rows $(ROWS)) $(ARGS)
+	    $(if $(SEEDS),--seeds "$$($(FIRST_SEEDS) '$(SEEDS)')") $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 
 test: $(MODEL) ## all tests, then all notebooks
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

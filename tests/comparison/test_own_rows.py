@@ -389,9 +389,9 @@ def test_a_scorer_that_raises_loses_neither_training_nor_answers(
 
 def test_other_weights_do_not_get_the_kept_answers(setup_of, tmp_path, monkeypatch):
     setup = setup_of(sayings())
-    plan, keep = setup.plan, tmp_path / "answers.json"
-    (zero,) = [c for c in plan.chosen() if not c.few_shot]
-    ready = adapt.adapt(zero, plan, setup.task, {"template": "raw"}, 0)
+    keep = tmp_path / "answers.json"
+    (zero,) = [c for c in setup.plan.chosen() if not c.few_shot]
+    ready = adapt.adapt(zero, setup, {"template": "raw"}, 0)
     first = ready.answer(setup.task, setup.task.test, keep)
     asked = []
     sound = evaluation.generate

@@ -88,3 +88,39 @@ def test_a_python_that_is_too_old_is_refused_in_a_sentence(set_up, tmp_path):
     status, output, _ = set_up(OLD="1")
     assert status != 0 and not (tmp_path / ".venv").exists()
     assert "3.11 or later" in output and "3.9.1" in output and "PYTHON=" in output
+
+
+@pytest.fixture
+def compared(set_up, tmp_path):
+    """compared(*variables): the arguments that `make compare` hands over."""
+    set_up()
+
+    def run(*variables):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        echo = tmp_path / ".venv" / "bin" / "python"
+        echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        command = ["make", "compare", *variables]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[2:]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ((), []),
+        (("DATA=my rows.jsonl",), ["--data", "my rows.jsonl"]),
+        (
+            ("DATA=a.jsonl", "SCORER=b c.py"),
+            ["--data", "a.jsonl", "--scorer", "b c.py"],
+        ),
+        (("SEEDS=3", "ROWS=300"), ["--seeds", "0,1,2", "--rows", "300"]),
+        (("SEEDS=1",), ["--seeds", "0"]),
+        (("SEEDS=12",), ["--seeds", ",".join(map(str, range(12)))]),
+        (("SEEDS=many",), ["--seeds", ""]),  # which compare refuses
+    ],
+)
+def test_the_variables_of_a_comparison_reach_it(compared, variables, options):
+    assert compared(*variables) == ["compare", *options]
