@@ -114,6 +114,12 @@ def decode_time(row: dict) -> str:
     return _ranged(*ends, "{:.2f}".format)
 
 
+def forgetting(row: dict) -> str:
+    """Change of the loss on general text: nats a token [95 % interval]."""
+    ends = (found(row, "forgetting", end) for end in ("change", "low", "high"))
+    return _ranged(*ends, "{:+.2f}".format)
+
+
 def _ranged(value, low, high, say: Callable[[float], str]) -> str:
     if value is None:
         return ABSENT
@@ -166,10 +172,10 @@ COLUMNS = (
     Column(
         "Quality",
         "Forgetting",
-        "nats/token",
+        "nats/token [95 %]",
         "Loss on general prose, after minus before: +0.1 nats make each token there "
         "about 10 % less probable to the model.",
-        _fixed("+.3f", "forgetting", "change"),
+        forgetting,
     ),
     Column(
         "Size and time",

@@ -43,7 +43,7 @@ LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gra
 
 ROW_TOKENS, ROW_LABELS = 73, 27  # mean of a row of the task orders, chat template
 FEW_SHOT_TOKENS = 459  # of its prompt with eight examples
-GENERAL_TOKENS = 16 * 256  # that evaluate.general_loss reads
+GENERAL_TOKENS = 8 * 256  # that evaluation.general_losses reads
 TIMED_STEPS = 110  # one-token steps of timing.against_first, for one row of the table
 
 

@@ -5,12 +5,14 @@ import time
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..common.load import OtherPrograms
+from ..common.statistics import over_seeds
 from ..core import adapter
 from ..core.counting import count as count_parameters
 from ..core.merge import merge
@@ -153,10 +155,15 @@ def _memory(ready: Adapted, task: Task, test) -> dict:
     return {**asdict(memory), "when": "answering"}
 
 
-def _forgetting(before: float, ready: Adapted) -> dict:
-    trained = ready.history is not None
-    after = evaluation.general_loss(ready.model, ready.tokenizer) if trained else before
-    return {"before": before, "after": after, "change": after - before}
+def _forgetting(before: list[float], ready: Adapted) -> dict:
+    """Loss on general text, and its change with the interval over its windows."""
+    if ready.history is None:
+        return {"before": fmean(before), "after": fmean(before), "change": 0.0}
+    after = evaluation.general_losses(ready.model, ready.tokenizer)
+    changes = [now - then for now, then in zip(after, before, strict=True)]
+    change, low, high = over_seeds(changes)
+    ends = {"change": change, "low": low, "high": high}
+    return {"before": fmean(before), "after": fmean(after), **ends}
 
 
 def _store(ready: Adapted, folder: Path) -> int:

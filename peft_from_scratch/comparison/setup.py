@@ -15,7 +15,7 @@ from ..models import speed
 from ..models.load import AUTO, describe, load_model, pick_device
 from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES
-from ..training.evaluation import general_loss
+from ..training.evaluation import general_losses
 from ..training.fitting import row_limit
 from .plan import Plan
 
@@ -49,9 +49,9 @@ class Setup:
     fingerprint: str  # of the base's weights, the task's rows and the code
 
     @cached_property
-    def general(self) -> float:
-        """The base's loss on general text, in nats per token; read when first asked."""
-        return general_loss(self.base, self.tokenizer)
+    def general(self) -> list[float]:
+        """The base's losses on general text, nats per token; read when first asked."""
+        return general_losses(self.base, self.tokenizer)
 
     def load(
         self, dtype: str | None = None

@@ -5,7 +5,7 @@ Three questions, in this order:
     answer_rows                 what does the model answer, and what is right?
     wilson, paired_bootstrap    is 84 of 100 better than 76 of 100? That depends on the
                                 rows: ask for the interval of the paired difference
-    general_loss                what has the model forgotten meanwhile?
+    general_losses              what has the model forgotten meanwhile?
 """
 
 import json
@@ -153,8 +153,10 @@ def _weights(model) -> list[int]:
 
 
 @torch.no_grad()
-def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> float:
-    """Mean next-token loss on general prose, in nats per token: it measures forgetting.
+def general_losses(
+    model, tokenizer, *, windows: int = 8, length: int = 256
+) -> list[float]:
+    """Next-token loss on stretches of general prose, which measures forgetting.
 
     The prose is the language reference inside Python's own help(): it is on every
     learner's disk, no task of ours trains on it, and it is not redistributed here. It
@@ -163,19 +165,20 @@ def general_loss(model, tokenizer, *, windows: int = 16, length: int = 256) -> f
     Args
         windows  stretches of the text, evenly spaced, always the same ones
         length   tokens in each
+    Returns  nats per token of each window
     """
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, verbose=False
     ).input_ids
     starts = np.linspace(0, len(ids) - length, windows).astype(int)
-    total = 0.0
+    losses = []
     with scoped.mode(model, training=False):
         for start in starts:
             window = torch.tensor([ids[start : start + length]], device=model.device)
             logits = model(window).logits[0, :-1].float()
-            total += F.cross_entropy(logits, window[0, 1:]).item()
-    return total / windows
+            losses.append(F.cross_entropy(logits, window[0, 1:]).item())
+    return losses
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:

@@ -115,7 +115,7 @@ def test_the_sizes_of_a_comparison_are_those_of_its_parts():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 
-    general = evaluation.general_loss
+    general = evaluation.general_losses
     read = default(general, "windows") * default(general, "length")
     timed = timing.against_first
     steps = default(timed, "tokens") * (default(timed, "rounds") + 1)

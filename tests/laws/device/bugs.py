@@ -201,7 +201,7 @@ BUGS = {
         of(answers, "ia3", "opt"),
     ),
     "a window of prose": Bug(
-        evaluation.general_loss,
+        evaluation.general_losses,
         "torch.tensor([ids[start : start + length]], device=model.device)",
         "torch.tensor([ids[start : start + length]])",
         pieces.the_loss_on_prose_is_the_cpus,

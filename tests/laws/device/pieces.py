@@ -27,7 +27,7 @@ from peft_from_scratch.memory.mixed_adamw import MixedAdamW
 from peft_from_scratch.methods import prefix, qlora
 from peft_from_scratch.nf4 import Affine, NF4Linear, codes, spec
 from peft_from_scratch.paged import PagedAdamW, states
-from peft_from_scratch.training.evaluation import general_loss
+from peft_from_scratch.training.evaluation import general_losses
 
 PLACES = (DEVICE, CPU)
 
@@ -171,8 +171,8 @@ def the_loss_on_prose_is_the_cpus():
     for model in (found, expected):
         model.set_attn_implementation("eager")
     few = dict(windows=2, length=24)
-    loss = general_loss(found, TOKENIZER, **few)
-    assert loss == general_loss(expected, TOKENIZER, **few)
+    losses = general_losses(found, TOKENIZER, **few)
+    assert losses == general_losses(expected, TOKENIZER, **few)
 
 
 def a_prefix_without_its_mlp_is_the_cpus():
