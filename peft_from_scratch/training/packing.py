@@ -273,9 +273,9 @@ def reads_packed(model: nn.Module, long: list[int], short: list[int]) -> bool:
         raise
     except Exception:  # whatever it is: the model takes no such mask, or no positions
         return False
-    found = torch.cat([together, beside]).double()
+    packed = torch.cat([together, beside]).double()
     expected = torch.stack([alone[i] for i in (0, 2, 1, 2)]).double()
-    distance = (found - expected).abs().amax(-1) / expected.abs().amax(-1)
+    distance = (packed - expected).abs().amax(-1) / expected.abs().amax(-1)
     bound = CLOSE if together.dtype.itemsize >= 4 else CLOSE_IN_HALF
     return bool((distance < bound).all())
 
