@@ -106,7 +106,7 @@ class FusedAdamW(Sliced):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             lr = lr.to(p.device)
-        self.step = torch.tensor(t, dtype=torch.float32, device=p.device)
+        self.step = torch.full((), t, dtype=torch.float32, device=p.device)
         names = ("weight_decay", "eps", "maximize", "amsgrad")
         self.settings = {name: group[name] for name in names}
         self.settings |= {"lr": lr, "beta1": beta1, "beta2": beta2}
