@@ -13,7 +13,12 @@ from architectures import build, byte_tokenizer
 from model_state import assert_same, snapshot
 from planting import each_is_caught, law
 
-from peft_from_scratch.common.statistics import paired_bootstrap, wilson
+from peft_from_scratch.common.statistics import (
+    are_counts,
+    of_scores,
+    paired_bootstrap,
+    wilson,
+)
 from peft_from_scratch.tasks import scorers
 from peft_from_scratch.tasks.templates import TEMPLATES, encode_prompt, stop_token
 from peft_from_scratch.training import evaluation as evaluate
@@ -261,6 +266,20 @@ def test_the_general_text_is_long_enough_and_prose():
 
 
 BOOTSTRAP, GENERAL = paired_bootstrap, evaluate.general_losses
+
+
+@law
+def scores_between_have_no_interval_of_counts():
+    """Eight right of ten are not ten answers that are right to 0.8 each."""
+    counts = [True] * 8 + [0.0, False]
+    assert of_scores(counts) == (0.8, *wilson(8, 10))
+    assert of_scores([0.8] * 10) == pytest.approx((0.8, 0.8, 0.8))
+    mean, low, high = of_scores([0.25, 0.75] * 50)
+    assert mean == 0.5 and low < mean < high
+    half = 1.96 * 0.25 / 10  # normal, of 100 values that deviate by 0.25
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
+
+
 BUGS = {
     "the shared beginning is longer than shared": (
         evaluate.shared_tokens,
@@ -297,6 +316,18 @@ BUGS = {
         "score(answer, completion) for",
         "score(completion, answer) for",
         answers_are_those_to_whole_prompts_one_by_one,
+    ),
+    "scores between counted as right ones": (
+        are_counts,
+        "score in (0, 1)",
+        "0 <= score <= 1",
+        scores_between_have_no_interval_of_counts,
+    ),
+    "counts without Wilson's interval": (
+        of_scores,
+        "if are_counts(scores):",
+        "if False:",
+        scores_between_have_no_interval_of_counts,
     ),
     "Wald's interval": (
         wilson,
