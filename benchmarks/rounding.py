@@ -23,6 +23,7 @@ in float32 and in bfloat16: ours, two roundings, and PEFT. With --record the cur
 into docs/rounding.svg as well.
 """
 
+import json
 import logging
 import sys
 import warnings
@@ -65,6 +66,11 @@ SERIES = {
     "bfloat16, HF PEFT": (theme.PURPLE, "^"),
 }
 FULL, OUR_CURVE, EQUATION, PEFT = SERIES
+LINE = dict(linestyle="-", linewidth=1.5, markersize=5)
+STYLES = dict.fromkeys(SERIES, LINE) | {  # where two lines coincide, both are seen
+    FULL: LINE | dict(linewidth=7, alpha=0.5, marker=""),
+    PEFT: LINE | dict(linestyle="--", markersize=3.5),
+}
 FIGURE = Path(__file__).parents[1] / "docs" / "rounding.svg"
 
 
@@ -217,7 +223,10 @@ def _task():
 def figure(rows: list[dict], width: float = 7.4) -> Figure:
     """Two panels, one a rate; each has the losses of every series."""
     with theme.style():
-        handles = [point(m, theme.LIGHT, label=k) for k, m in SERIES.items()]
+        handles = [
+            point(mark, theme.LIGHT, label=name, **STYLES[name])
+            for name, mark in SERIES.items()
+        ]
         page, first = frame(
             "In bfloat16, two roundings lose small LoRA updates",
             "SmolLM2-135M, LoRA of rank 8 on every projection, one batch of eight "
@@ -235,12 +244,11 @@ def figure(rows: list[dict], width: float = 7.4) -> Figure:
             for row in rows:
                 if row["rate"] == rate:
                     steps = range(len(row["losses"]))
-                    look = SERIES[row["series"]]
-                    style = dict(linestyle="-", linewidth=1.5, markersize=5)
+                    look, style = SERIES[row["series"]], STYLES[row["series"]]
                     line = point(look, theme.LIGHT, steps, row["losses"], **style)
                     axes.add_line(line)
             axes.autoscale_view()
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.6)
             axes.set_xlabel(f"Optimizer steps, at a rate of {rate:g}")
             axes.grid(axis="y")
         name_y(first, "Training loss, nats per label token")
@@ -288,14 +296,19 @@ def main(arguments: list[str]) -> None:
     parser = side_by_side.parser(__doc__)
     parser.add_argument("--model", default="smollm2", help="as load_model takes it")
     parser.add_argument("--steps", type=int, default=8, help="of training")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        help=f"only draw this result file's curves to {FIGURE.name}",
+    )
     asked = side_by_side.parsed(parser, arguments)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks at import
-    result = measure(asked.model, asked.rounds, asked.steps)
-    print(
-        report(result),
-        side_by_side.write(result, asked.record, out=asked.out),
-        sep="\n",
-    )
+    if asked.draw:
+        result = json.loads(asked.draw.read_text("utf-8"))
+    else:
+        result = measure(asked.model, asked.rounds, asked.steps)
+        place = side_by_side.write(result, asked.record, out=asked.out)
+        print(report(result), place, sep="\n")
     file = FIGURE if asked.record else asked.out / FIGURE.name
     with new_file(file) as new:
         new.write_text(theme.svg(figure(result["curves"])), encoding="utf-8")

@@ -23,8 +23,8 @@ from peft_from_scratch.ledger.experiments import (
 )
 from peft_from_scratch.ledger.experiments.counting import SHAPES
 from peft_from_scratch.memory.formulas import lora_parameters
-from peft_from_scratch.methods import qlora
-from peft_from_scratch.nf4 import CODES, NF4Linear, linear, quantize_model
+from peft_from_scratch.methods import lora_fast, qlora
+from peft_from_scratch.nf4 import CODES, NF4Linear, quantize_model
 
 SMALL = dict(task="orders", n=24, steps=10, batch=4, test=12, validation=6)
 
@@ -329,9 +329,9 @@ BUGS = {
         formats.rounded, "/ math.log(2)", "", equal_use_is_four_bits_of_entropy
     ),
     "a gradient through the codes of another layer": Bug(
-        linear.DequantMatmul.backward,
-        "dx.to(ctx.x_dtype)",
-        "0.9 * dx.to(ctx.x_dtype)",
+        lora_fast._plus_dh_W0,
+        "return C.addmm_(dh, W)",
+        "return C.addmm_(0.9 * dh, W)",
         gradients_in_four_bits_are_those_of_plain_weights,
     ),
     "only A moves": Bug(

@@ -1019,6 +1019,12 @@ ROUNDING = {
         "return not (\n        True or",
         CASES["Linear"],
     ),
+    "a quantized LoRA keeps the buffer": Bug(
+        lora_fast.low_rank_sum,
+        "        if Wt is None:\n            base.release_if_last()\n",
+        "",
+        lora_laws.the_last_product_frees_the_buffer,
+    ),
     "DoRA rounds before its sum": Bug(
         DoRA.forward,
         "if lora_fast.rounds(self.base, x):",

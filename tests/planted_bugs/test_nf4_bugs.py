@@ -17,7 +17,7 @@ from planting import Bug, each_is_caught
 
 from peft_from_scratch.core import counting, merge, targets
 from peft_from_scratch.files import base_notes, combine, exchange, quantized
-from peft_from_scratch.methods import full, pissa, qlora
+from peft_from_scratch.methods import full, lora_fast, pissa, qlora
 from peft_from_scratch.models import load
 from peft_from_scratch.nf4 import (
     NF4Linear,
@@ -483,15 +483,15 @@ PRODUCTS = {
         products.product_and_gradient_are_those_of_the_dense_weight,
     ),
     "full weights are kept for the backward pass": Bug(
-        DequantMatmul.forward,
-        "return times_dequantized(",
-        "ctx.kept = layer.weight\n    return times_dequantized(",
+        NF4Linear.add_product,
+        "return C.addmm_(",
+        "self.__dict__['kept'] = W.clone()\n        return C.addmm_(",
         products.a_step_holds_one_dequantized_weight_at_a_time,
     ),
     "one dequantization too many": Bug(
-        DequantMatmul.backward,
-        "dx = DequantMatmul.apply(",
-        "ctx.layer.dequantized(ctx.dtype).__enter__(); dx = DequantMatmul.apply(",
+        lora_fast._plus_dh_W0,
+        "    with base.dequantized(",
+        "    base.dequantized(dh.dtype).__enter__()\n    with base.dequantized(",
         products.a_step_dequantizes_each_weight_twice,
     ),
     "full weights survive": Bug(

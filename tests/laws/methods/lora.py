@@ -373,6 +373,22 @@ def a_ragged_batch_goes_through():
 
 
 @law
+def the_last_product_frees_the_buffer():
+    """Of dequantized weights: the logits come next, where a step's bytes peak."""
+    model, sizes = build("llama"), []
+    pfs.qlora.inject(model)
+    buffer = next(iter(adapters(model).values())).base.buffer
+
+    def note(*_):
+        sizes.append(len(vars(buffer._of_thread)))
+
+    model.model.layers[1].mlp.register_forward_pre_hook(note)
+    model.lm_head.register_forward_pre_hook(note)
+    loss(model.train()).backward()
+    assert sizes == [1, 0]
+
+
+@law
 @pytest.mark.parametrize("computed", [False, True])
 def a_weight_that_trains_gets_its_gradient(computed=False):
     """One that is computed from parameters, as weight_norm does, does so too."""
