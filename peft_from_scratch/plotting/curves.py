@@ -366,8 +366,10 @@ def _scale(axes: Axes, xs: Collection[float], *, at_data: bool = True) -> None:
                 apart, right = [*apart, n], box.x1
         axes.set_xticks(apart, [_number(n) for n in apart])
     axes.figure.canvas.draw()  # puts the ticks where they belong
-    boxes = [tick.get_window_extent() for tick in axes.get_yticklabels()]
-    left = min(box.x0 for box in boxes if axes.bbox.y0 - 9 < box.y0 < axes.bbox.y1)
+    # Within one decade of a logarithmic axis, all labels may be those of minor ticks.
+    boxes = [tick.get_window_extent() for tick in axes.get_yticklabels(which="both")]
+    inside = (box.x0 for box in boxes if axes.bbox.y0 - 9 < box.y0 < axes.bbox.y1)
+    left = min(inside, default=math.inf)
     lacking = max(0.0, 4 - left) / axes.figure.bbox.width
     box = axes.get_position()
     axes.set_position((box.x0 + lacking, box.y0, box.width - lacking, box.height))

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from matplotlib.figure import Figure
 from planting import planted
 
 from peft_from_scratch.cli import command_line
@@ -22,6 +23,7 @@ from peft_from_scratch.comparison import (
 )
 from peft_from_scratch.comparison.plan import Plan
 from peft_from_scratch.comparison.setup import load_setup
+from peft_from_scratch.plotting import curves
 from peft_from_scratch.tasks.templates import encode_prompt, encode_row
 from peft_from_scratch.training import evaluation
 
@@ -608,3 +610,14 @@ def test_a_planted_bug_is_caught(bug, request):
         pytest.raises((AssertionError, ValueError, pytest.fail.Exception)),
     ):
         holds(**fixtures)
+
+
+@pytest.mark.parametrize("losses", [(2.8, 3.8), (1.2, 9.0), (2.0, 30.0)])
+def test_losses_within_a_decade_have_a_picture(losses):
+    """Long rows train slowly: between 1 and 10 a logarithmic axis has no major tick."""
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.plot([1, 50, 90], [losses[0], 3.1, losses[1]])
+    curves._scale(axes, [1, 50, 90])
+    assert 0 < axes.get_position().x0 < 0.5
