@@ -134,7 +134,8 @@ def low_rank_sum(
             base.release_if_last()
     else:  # apply costs as much as the small products of a decoding step
         h, _ = _sum(*terms)
-    h = _as(h, result)
+    # The view is made here: a model may write into what it gets.
+    h = _as(h, result).view(*x.shape[:-1], len(B))
     return h if later is None else h + later
 
 
@@ -162,7 +163,7 @@ def rounds(base: nn.Module, x: Tensor) -> bool:
 
 
 class LowRankSum(torch.autograd.Function):
-    """h = x W0ᵀ + scale · (x̃ Aᵀ) Bᵀ + b, with the gradients written out.
+    """h = x W0ᵀ + scale · (x̃ Aᵀ) Bᵀ + b (tokens, d_out), its gradients written out.
 
     Forward    z = x̃ Aᵀ                     (tokens, r), kept
                C = z Bᵀ, rounded            (tokens, d_out)
@@ -235,7 +236,7 @@ class SumWithProduct(torch.autograd.Function):
 
 
 def _sum(x, dropped, A, B, bias, Wt, base, scale, dtype) -> tuple[Tensor, Tensor]:
-    """(h, z) of LowRankSum: h (…, d_out) in `dtype`, z (tokens, r)."""
+    """(h, z) of LowRankSum: h (tokens, d_out) in `dtype`, z (tokens, r)."""
     rows = _rows(x)
     small = _small_dtype(dtype, len(rows), A)
     inner = rows if dropped is None else _rows(dropped)
@@ -250,7 +251,7 @@ def _sum(x, dropped, A, B, bias, Wt, base, scale, dtype) -> tuple[Tensor, Tensor
     _add_product(C, rows, Wt, base, scale)
     if bias is not None:
         C.add_(_as(bias, dtype))
-    return C.view(*x.shape[:-1], len(B)), z
+    return C, z
 
 
 def _add_product(C, rows, Wt, base, scale=1) -> None:

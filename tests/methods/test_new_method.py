@@ -37,6 +37,7 @@ CHECKS = {
 }
 SCRIPT = """
 import sys, tempfile
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests/helpers")
 import architectures, torch
@@ -44,8 +45,8 @@ import peft_from_scratch as pfs
 from peft_from_scratch.comparison.adapt import adapt
 from peft_from_scratch.comparison.candidates import CANDIDATES
 from peft_from_scratch.comparison.plan import Plan
+from peft_from_scratch.comparison.setup import load_setup
 from peft_from_scratch.ledger.experiments.finetune import config, compute
-from peft_from_scratch.tasks import load_task
 
 model = architectures.build("llama")
 ids = torch.arange(8)[None] + 70
@@ -61,8 +62,9 @@ assert torch.equal(model(ids).logits, again(ids).logits)
 (candidate,) = [each for each in CANDIDATES if each.key == "shift"]
 plan = Plan(base="tiny", task="orders", methods=("shift",), steps=2, batch=2, rows=2)
 setting = dict(template="raw", lr=1e-2)
-ready = adapt(candidate, plan, load_task("orders"), setting, 0)
-assert ready.history.steps == 2 and len(pfs.trainable(ready.model)) > 0
+with tempfile.TemporaryDirectory() as folder:
+    shifted = adapt(candidate, load_setup(replace(plan, out=folder)), setting, 0)
+assert shifted.history.steps == 2 and len(pfs.trainable(shifted.model)) > 0
 
 run = config(base="tiny", task="gap-1", method="shift", lr=1e-2, n=8, steps=2, batch=4,
              test=2, validation=2)

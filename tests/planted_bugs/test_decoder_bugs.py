@@ -113,15 +113,15 @@ CACHES = {
 
 LENGTHS = {
     "n is not counted in forward": Bug(
-        DecoderAdapter.refuse_lengths,
-        "self.n + past + t > self.table",
-        "past + t > self.table",
+        DecoderAdapter.refuse_beyond_table,
+        "self.n + tokens > self.table",
+        "tokens > self.table",
         partial(soft.a_full_length_counts_n, prefix),
     ),
     "one position is lost": Bug(
-        DecoderAdapter.refuse_lengths,
-        "self.n + past + t > self.table",
-        "self.n + past + t >= self.table",
+        DecoderAdapter.refuse_beyond_table,
+        "self.n + tokens > self.table",
+        "self.n + tokens >= self.table",
         partial(soft.a_full_length_counts_n, prompt),
     ),
     "n is not counted in generate": Bug(

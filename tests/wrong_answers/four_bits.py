@@ -775,9 +775,6 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
         "inputs": {
-            "bytes with a sign": nearest(
-                f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
-            ),
             "in half precision": nearest(
                 "(ratios.half()[..., None] - values.half()).abs().argmin(-1)"
             ),

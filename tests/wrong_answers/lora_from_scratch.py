@@ -217,7 +217,6 @@ MUTANTS = {
         "dropout": forward(f"{BASE} + {SCALE} * ({UPDATE})", "x = F.dropout(x, 0.1)"),
     },
     "4.2": {
-        "a spread of 0.02": start("0.02 * torch.randn(r, d_in)"),
         "He's": start("nn.init.kaiming_normal_(torch.empty(r, d_in))"),
         "Xavier's": start("nn.init.xavier_normal_(torch.empty(r, d_in))"),
         "peft's, which is uniform": start(

@@ -90,7 +90,6 @@ MUTANTS = {
     "11.1": {
         "probabilities": prompt(back="out.logits[:, n:].softmax(-1)"),
         "logarithms": prompt(back="out.logits[:, n:].log_softmax(-1)"),
-        "the outputs before the tokens": prompt(back="out.logits[:, n - 1 : -1]"),
         "rows cut off": prompt(back="out.logits[n:]"),
         "padding on the left": prompt(
             positions="torch.cat([torch.arange(n).expand(b, n), n + (torch.arange(t)"

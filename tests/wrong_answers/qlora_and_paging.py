@@ -179,7 +179,6 @@ MUTANTS = {
         ),
         "a single gradient": product(dx=f"dy @ {CTX_W}"),
         "the gradient of q": product(dx=f"None, dy @ {CTX_W}"),
-        "one weight for all": product(h=f"x @ ({W} + scale * (B @ A)).T"),
         "all zeros": product(h="0 * (MyProduct.apply(x, q) + x @ A.T @ B.T)"),
         "the codes as weights": product(y=f"x @ {CODES}.T"),
         "the codes in backward": product(dx=f"dy @ {CTX_CODES}, None"),
@@ -381,7 +380,6 @@ def my_start(W0, q, r, scale):
         "the merges themselves": errors(back="merges"),
     },
     "8.4": {
-        "page zero is nobody": pages(back="left or None"),
         "a hit counts where it is full": pages(
             hit="if len(self.resident) == self.slots:"
             "\n                self.resident.remove(page)"

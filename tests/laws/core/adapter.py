@@ -123,7 +123,7 @@ def a_read_in_a_forward_enters_one_function():
         mock.patch.object(nn.Module, "__getattr__", second),
     ):
         logits(model)
-    assert len(read) > 4 * len(adapters(model))  # base, dropout, A and B of each
+    assert len(read) >= 4 * len(adapters(model))  # base, dropout, A and B of each
     assert not read_again
 
 

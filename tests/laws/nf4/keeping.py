@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import time
 import weakref
 from contextlib import contextmanager, suppress
 from unittest import mock
@@ -34,6 +35,20 @@ def dequantizations():
         yield seen
     finally:
         NF4Linear.on_dequantize.remove(seen.append)
+
+
+@contextmanager
+def slow_dequantizations():
+    """So that two threads that do not wait for each other meet in one."""
+
+    def wait(layer):
+        time.sleep(5e-3)
+
+    NF4Linear.on_dequantize.append(wait)
+    try:
+        yield
+    finally:
+        NF4Linear.on_dequantize.remove(wait)
 
 
 def in_full(model, dtype=torch.float32):
@@ -136,9 +151,12 @@ def all_is_freed_at_the_end_also_after_an_error():
 
 @law
 def no_graph_holds_a_kept_weight():
-    """A loss made inside, and differentiated after the end: the same gradients."""
+    """A loss made inside, and differentiated after the end: the same gradients.
+
+    Through layers with a LoRA in front, and through plain ones.
+    """
     model = in_four_bits()
-    pfs.lora.inject(model, r=2)
+    pfs.lora.inject(model, r=2, targets="attention")
     train(model, 1)
     expected = gradients(model)
     with nf4.unpacked(model, budget_bytes=ALL) as kept:
@@ -247,7 +265,11 @@ def two_threads_in_one_block_dequantize_once():
             if not torch.equal(logits(model, ids[i]), expected[i]):
                 wrong.append(i)
 
-    with nf4.unpacked(model, budget_bytes=ALL) as kept, dequantizations() as seen:
+    with (
+        nf4.unpacked(model, budget_bytes=ALL) as kept,
+        dequantizations() as seen,
+        slow_dequantizations(),
+    ):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
