@@ -296,7 +296,7 @@ def method(rates, device, dtype: str) -> str:
     many, some, one = (f"{r / 1e9:.3g}" for r in (rates.many, rates.some, rates.one))
     layers, head = f"{estimate.LAYERS / 1e6:.0f}M", f"{estimate.HEAD / 1e6:.0f}M"
     text = (
-        f"FLOPs / ({estimate.EFFICIENCY} x rate). On {device}, {dtype} products of "
+        f"FLOPs / ({rates.efficiency} x rate). On {device}, {dtype} products of "
         f"the model's shapes reach {many} GFLOP/s with 600 rows, {some} with 32, {one} "
         f"with 1. A step of {rows} rows is {layers} x "
         f"{rows * estimate.ROW_TOKENS} tokens + {head} x "

@@ -3,7 +3,7 @@
     reading a batch      2 (LAYERS tokens + HEAD labels)    FLOPs
     a LoRA step          2 x that: backward passes through the inputs of each product
     a full step          3 x that: and through its weights
-    seconds              FLOPs / (EFFICIENCY x rate)
+    seconds              FLOPs / (efficiency x rate)
 
 The head counts at labelled positions only, as in loss.py. The rate is that of matrix
 products of SmolLM2's own shapes, so that caches and threads weigh in as they will.
@@ -36,8 +36,9 @@ HEAD = VOCABULARY * HIDDEN  # weights; the embedding's too
 LORA = lora_parameters(DEPTH * PROJECTIONS, r=8)
 
 # Measured: training and decoding steps reach 0.67 to 0.83 of the products' rate. Norms,
-# attention, softmax and the optimizer take the rest.
-EFFICIENCY = 0.7
+# attention, softmax and the optimizer take the rest. Beside bfloat16's faster products,
+# that rest weighs more: 0.3 to 0.5 (a comparison of 8.5 minutes).
+EFFICIENCY, EFFICIENCY_IN_HALF = 0.7, 0.35
 ACTIVATION_BYTES = 1_206_000  # a token, as meter.measure_step counts a LoRA step
 LABEL_BYTES = 3 * 4 * VOCABULARY  # a label: logits, their softmax and their gradient
 
@@ -66,6 +67,7 @@ class Rates:
     many: float  # 600: a training step, a prompt
     some: float  # 32: a batch of answers
     one: float  # 1: a chat
+    efficiency: float = EFFICIENCY  # share of them that whole steps reach
 
 
 def measured_rates(
@@ -76,7 +78,8 @@ def measured_rates(
 ) -> Rates:
     """The calibration: `seconds` for each of three sizes."""
     sizes = (600, 32, 1)
-    return Rates(*(measured_rate(device, rows, seconds, dtype) for rows in sizes))
+    rates = (measured_rate(device, rows, seconds, dtype) for rows in sizes)
+    return Rates(*rates, EFFICIENCY if dtype.itemsize >= 4 else EFFICIENCY_IN_HALF)
 
 
 def reading_flops(tokens: float, labels: float) -> float:
@@ -111,7 +114,7 @@ def checkpoint_bytes(*, full: bool) -> int:
 def step_seconds(
     rates: Rates, rows: int, *, full: bool, sizes: Sizes = ORDERS
 ) -> float:
-    return step_flops(rows, full=full, sizes=sizes) / (EFFICIENCY * rates.many)
+    return step_flops(rows, full=full, sizes=sizes) / (rates.efficiency * rates.many)
 
 
 def answer_seconds(
@@ -120,11 +123,11 @@ def answer_seconds(
     """To answer so many rows of a task, in batches of 32."""
     reading = reading_flops(rows * prompt_tokens, rows)
     writing = reading_flops(rows * sizes.labels, rows * sizes.labels)
-    return (reading / rates.many + writing / rates.some) / EFFICIENCY
+    return (reading / rates.many + writing / rates.some) / rates.efficiency
 
 
 def chat_tokens_a_second(rates: Rates) -> float:
-    return EFFICIENCY * rates.one / reading_flops(1, 1)
+    return rates.efficiency * rates.one / reading_flops(1, 1)
 
 
 def train_seconds(rates: Rates, steps: int, rows: int, *, full: bool) -> float:
@@ -135,7 +138,9 @@ def train_seconds(rates: Rates, steps: int, rows: int, *, full: bool) -> float:
 
 def compare_seconds(rates: Rates, plan: Plan, sizes: Sizes = ORDERS) -> float:
     """`compare`: training, answers, general text before and after, and timing."""
-    reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (EFFICIENCY * rates.many)
+    reading = reading_flops(GENERAL_TOKENS, GENERAL_TOKENS) / (
+        rates.efficiency * rates.many
+    )
     timing = TIMED_STEPS / chat_tokens_a_second(rates)
     total = reading
     for candidate in plan.chosen():
@@ -165,7 +170,7 @@ def _answering(rates: Rates, candidate: Candidate, rows: int, sizes: Sizes) -> f
 
 
 def _reading(rates: Rates, tokens: float) -> float:
-    return reading_flops(tokens, 1) / (EFFICIENCY * rates.many)
+    return reading_flops(tokens, 1) / (rates.efficiency * rates.many)
 
 
 def _training(rates: Rates, candidate: Candidate, plan: Plan, sizes: Sizes) -> float:
