@@ -10,6 +10,16 @@ from torch.utils._pytree import tree_leaves
 from peft_from_scratch import PagedAdamW
 
 PAGE = 256  # bytes: small, so that small tensors have many pages
+OPTIONS = {
+    "as it comes": {},
+    "amsgrad": dict(amsgrad=True),
+    "maximize": dict(maximize=True),
+    "no decay": dict(weight_decay=0),
+    "strong decay": dict(weight_decay=0.5, eps=1e-3, betas=(0.5, 0.9)),
+    "lr is a tensor": dict(lr=torch.tensor(3e-2)),
+    "lr is a tensor (1,)": dict(lr=torch.tensor([3e-2], dtype=torch.float64)),
+    "all": dict(amsgrad=True, maximize=True, weight_decay=0.1, lr=torch.tensor(1e-2)),
+}
 SHAPES = ((17, 9), (40,), (), (0, 3), (1,), (8, 4, 5))
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from planting import Bug, each_is_caught, law
 from torch import nn
 from two_optimizers import (
+    OPTIONS,
     PAGE,
     Births,
     assert_equal_bits,
@@ -35,16 +36,6 @@ from peft_from_scratch.paged.adamw import FusedAdamW
 from peft_from_scratch.paged.layout import StatePages
 from peft_from_scratch.paged.states import DTYPES
 
-OPTIONS = {
-    "as it comes": {},
-    "amsgrad": dict(amsgrad=True),
-    "maximize": dict(maximize=True),
-    "no decay": dict(weight_decay=0),
-    "strong decay": dict(weight_decay=0.5, eps=1e-3, betas=(0.5, 0.9)),
-    "lr is a tensor": dict(lr=torch.tensor(3e-2)),
-    "lr is a tensor (1,)": dict(lr=torch.tensor([3e-2], dtype=torch.float64)),
-    "all": dict(amsgrad=True, maximize=True, weight_decay=0.1, lr=torch.tensor(1e-2)),
-}
 SHAPES = ((17, 9), (40,), (), (0, 3), (1,), (8, 4, 5), (333,))
 
 

@@ -12,6 +12,7 @@ from architectures import build
 from hypothesis import strategies as st
 from torch import nn
 from two_optimizers import (
+    OPTIONS,
     PAGE,
     assert_equal_bits,
     assert_equal_states,
@@ -26,17 +27,6 @@ from two_optimizers import (
 import peft_from_scratch as pfs
 from peft_from_scratch import PagedAdamW
 from peft_from_scratch.paged.states import DTYPES
-
-OPTIONS = {
-    "as it comes": {},
-    "amsgrad": dict(amsgrad=True),
-    "maximize": dict(maximize=True),
-    "no decay": dict(weight_decay=0),
-    "strong decay": dict(weight_decay=0.5, eps=1e-3, betas=(0.5, 0.9)),
-    "lr is a tensor": dict(lr=torch.tensor(3e-2)),
-    "lr is a tensor (1,)": dict(lr=torch.tensor([3e-2], dtype=torch.float64)),
-    "all": dict(amsgrad=True, maximize=True, weight_decay=0.1, lr=torch.tensor(1e-2)),
-}
 
 
 def side_by_side(options, steps, dtype=torch.float32, page_bytes=PAGE):
