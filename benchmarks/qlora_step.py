@@ -53,6 +53,7 @@ DECODED, BEHIND, TOKENS = (1, 16), 64, 4  # rows; tokens before; tokens in one t
 UNPACKED_BYTES = 1 << 30  # the budget: more than all of SmolLM2's weights take
 TARGETS = {"training": 0.95, "decoding": 1.0}  # of bitsandbytes' time, at most
 CLOSE = 1e-4  # nats, and relative norm of a gradient: rounding in float32
+ROUNDING = 1e-6  # relative norm, of equal sums in float32
 # glibc's allocator keeps what was freed, unless it is told to give it back.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESIDENT = """
@@ -152,7 +153,9 @@ def check_equal_answers(steps: dict[str, Callable]) -> float:
     Returns  how far ours are from bitsandbytes': the relative norm
     """
     logits = {name: steps[name]() for name in (THEIRS, OURS, KEPT)}
-    if not torch.equal(logits[KEPT], logits[OURS]):
+    # A copy of a model lies elsewhere in memory, where a BLAS may round in another way.
+    moved = (logits[KEPT] - logits[OURS]).norm() / logits[OURS].norm()
+    if not moved <= ROUNDING:
         raise RuntimeError(f"{KEPT}: other logits; the times cannot be compared")
     apart = (logits[OURS] - logits[THEIRS]).norm() / logits[THEIRS].norm()
     if not apart <= CLOSE:
