@@ -26,7 +26,14 @@ from ..core.counting import count
 from ..core.merge import merge
 from ..files import exchange
 from ..methods import named
-from ..models.load import AUTO, describe, load_model, pick_device, pick_dtype
+from ..models.load import (
+    AUTO,
+    describe,
+    dtype_name,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
 from ..nf4 import dequantize_model
 from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
@@ -56,7 +63,7 @@ def fine_tune(options) -> None:
     config, out = _config(options), _out(options)
     task = load_task(options.data, **given(options, *OF_DATA))
     dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
-    method, of_base = options.method, str(dtype).removeprefix("torch.")
+    method, of_base = options.method, dtype_name(dtype)
     model, tokenizer = load_model(
         options.base, device=options.device, dtype=loaded_in(method, of_base)
     )

@@ -236,13 +236,13 @@ def costs() -> list[Finding]:
     """Seconds and bytes of the usual jobs on SmolLM2, on the device they would take."""
     from ..comparison import estimate
     from ..comparison.plan import Plan
-    from ..models.load import pick_device
+    from ..models.load import dtype_name, pick_device
     from ..models.speed import fast_dtype
 
     device = pick_device()
     chosen = fast_dtype(device)
     rates = estimate.measured_rates(device, chosen.dtype)
-    name = str(chosen.dtype).removeprefix("torch.")
+    name = dtype_name(chosen.dtype)
     tokens, plan = estimate.chat_tokens_a_second(rates), Plan()
     compare = estimate.duration(estimate.compare_seconds(rates, plan))
     tune = estimate.duration(estimate.tuning_seconds(rates, plan))

@@ -12,7 +12,7 @@ from ..common.digest import digest, sampled_crc
 from ..common.provenance import code_digest
 from ..core.decoder import positions
 from ..models import speed
-from ..models.load import AUTO, describe, load_model, pick_device
+from ..models.load import AUTO, describe, dtype_name, load_model, pick_device
 from ..tasks.task import Task
 from ..tasks.templates import TEMPLATES
 from ..training.evaluation import general_losses
@@ -83,7 +83,7 @@ def load_setup(plan: Plan) -> Setup:
         base=model,
         tokenizer=tokenizer,
         description=f"{describe(model)}, seeds {', '.join(map(str, plan.seeds))}",
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         why_dtype=why,
         device=device,
         positions=positions(model),

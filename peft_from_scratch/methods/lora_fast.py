@@ -159,7 +159,7 @@ def sum_with_product(base: nn.Module, x: Tensor, change: Tensor) -> Tensor:
 
 def rounds(base: nn.Module, x: Tensor) -> bool:
     """Whether the base's output is in half precision, where a sum may lose a change."""
-    return is_safe(base, x) and _operand(base, x)[-1].itemsize == 2
+    return is_safe(base, x) and _dtypes(base, x)[-1].itemsize == 2
 
 
 class LowRankSum(torch.autograd.Function):
@@ -279,11 +279,18 @@ def _operand(base, x) -> tuple[Tensor | None, torch.dtype, torch.dtype]:
 
     None is the weight of an NF4Linear, which is made for each product.
     """
+    dtype, result = _dtypes(base, x)
     W = base._parameters.get("weight")
     if W is None:
-        return None, *base.dtypes(x)
-    dtype = _product_dtype(x)
-    return _as(W if isinstance(base, Conv1D) else W.T, dtype), dtype, dtype
+        return None, dtype, result
+    return _as(W if isinstance(base, Conv1D) else W.T, dtype), dtype, result
+
+
+def _dtypes(base, x) -> tuple[torch.dtype, torch.dtype]:
+    """Of the product with x, and of the base's output."""
+    if base._parameters.get("weight") is None:
+        return base.dtypes(x)
+    return (_product_dtype(x),) * 2
 
 
 def _small_dtype(dtype: torch.dtype, tokens: int, A: Tensor) -> torch.dtype:

@@ -118,8 +118,13 @@ def prepare() -> None:
 def describe(model: nn.Module) -> str:
     """One line for the head of a run: which base, how large, where, in which dtype."""
     name = model.config._name_or_path or type(model).__name__
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return f"{name}, {count(model).total:,} parameters, {model.device}, {dtype}"
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """As configurations and the command line write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def devices() -> list[torch.device]:
@@ -156,7 +161,7 @@ def pick_dtype(
     """
     if dtype == AUTO:
         return speed.fast_dtype(device or pick_device()).dtype
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    name = "float32" if dtype is None else dtype_name(dtype)
     check.one_of("dtype", name, (AUTO, *DTYPES))
     return DTYPES[name]
 

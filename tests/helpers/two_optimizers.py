@@ -46,6 +46,17 @@ def feed(sides, generator, skip=0.2):
             twin.grad = None if without else gradient.clone()
 
 
+def step_together(sides, optimizers, steps):
+    """So many steps of each optimizer on its own side; a paged one stays sound."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        feed(sides, generator)
+        for optimizer in optimizers:
+            optimizer.step()
+            if isinstance(optimizer, PagedAdamW):
+                assert_sound(optimizer)
+
+
 def torchs(sides, options):
     """torch's plain loop on the parameters."""
     return torch.optim.AdamW(sides, foreach=False, fused=False, **options)

@@ -1,13 +1,20 @@
 """Projections in four bits, and models of them, against dense weights in float64."""
 
 import copy
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import build
-from laws.nf4.linear import dense, drawn, in_four_bits, layer, made_plain, packed
+from laws.nf4.linear import (
+    dense,
+    drawn,
+    in_four_bits,
+    layer,
+    made_plain,
+    packed,
+    two_threads_on,
+)
 from model_state import assert_same, largest, logits, train
 
 import peft_from_scratch as pfs
@@ -21,19 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def test_two_threads_at_once_on_one_model():
-    model = in_four_bits()
-    ids = [torch.randint(3, 320, (2, 8)) for _ in range(2)]
-    expected, wrong = [logits(model, each) for each in ids], []
-
-    def work(i):
-        for _ in range(10):
-            if not torch.equal(logits(model, ids[i]), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert not wrong
+    assert not two_threads_on(in_four_bits())()
 
 
 # -------------------------------------------------------------------------- Dtypes

@@ -27,6 +27,7 @@ from two_optimizers import (
     paged,
     pages_of,
     parameters,
+    step_together,
     torchs,
 )
 
@@ -71,13 +72,7 @@ def sides_of(options, steps, dtype=torch.float32, shapes=SHAPES, page_bytes=PAGE
         ours(side, options, pages, page_bytes)
         for side, pages in zip(sides[1:], (1, everything // 4, everything), strict=True)
     ]
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        feed(sides, generator)
-        for optimizer in optimizers:
-            optimizer.step()
-            if isinstance(optimizer, PagedAdamW):
-                assert_sound(optimizer)
+    step_together(sides, optimizers, steps)
     return sides, optimizers
 
 
@@ -104,11 +99,7 @@ def test_the_fused_loop_is_not_the_plain_one():
     """Else the laws would hold for the plain loop, too."""
     fused, plain = parameters(), parameters()
     optimizers = ours(fused, {}), paged(plain, 6)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(5):
-        feed((fused, plain), generator)
-        for optimizer in optimizers:
-            optimizer.step()
+    step_together((fused, plain), optimizers, 5)
     pairs = zip(fused, plain, strict=True)
     apart = max((a - b).abs().max().item() for a, b in pairs if a.numel())
     assert 0 < apart < 1e-6

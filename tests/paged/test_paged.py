@@ -21,6 +21,7 @@ from two_optimizers import (
     paged,
     pages_of,
     parameters,
+    step_together,
     torchs,
 )
 
@@ -39,11 +40,7 @@ def side_by_side(options, steps, dtype=torch.float32, page_bytes=PAGE):
             sides[1:], (1, everything // 4, everything + 1), strict=True
         )
     ]
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        feed(sides, generator)
-        for optimizer in optimizers:
-            optimizer.step()
+    step_together(sides, optimizers, steps)
     return sides, optimizers
 
 
@@ -77,11 +74,7 @@ def test_pages_of_the_default_size_have_the_bits_of_torch(threads):
             paged(side, pages, page_bytes=65536)
             for side, pages in zip(sides[1:], (None, 9), strict=True)
         ]
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(4):
-            feed(sides, generator)
-            for optimizer in optimizers:
-                optimizer.step()
+        step_together(sides, optimizers, 4)
         for ours in sides[1:]:
             assert_equal_bits(ours, sides[0])
     finally:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 import time
 import weakref
 from contextlib import contextmanager, suppress
@@ -16,7 +15,14 @@ from planting import law
 from torch import nn
 
 import peft_from_scratch as pfs
-from laws.nf4.linear import as_if_with_streams, drawn, in_four_bits, layer, packed
+from laws.nf4.linear import (
+    as_if_with_streams,
+    drawn,
+    in_four_bits,
+    layer,
+    packed,
+    two_threads_on,
+)
 from peft_from_scratch import nf4
 from peft_from_scratch.core.counting import count
 from peft_from_scratch.memory.meter import Meter
@@ -257,22 +263,13 @@ def a_copy_made_inside_keeps_nothing():
 @law
 def two_threads_in_one_block_dequantize_once():
     model = in_four_bits()
-    ids = [torch.randint(3, 320, (2, 8)) for _ in range(2)]
-    expected, wrong = [logits(model, each) for each in ids], []
-
-    def work(i):
-        for _ in range(10):
-            if not torch.equal(logits(model, ids[i]), expected[i]):
-                wrong.append(i)
-
+    ask = two_threads_on(model)
     with (
         nf4.unpacked(model, budget_bytes=ALL) as kept,
         dequantizations() as seen,
         slow_dequantizations(),
     ):
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
+        wrong = ask()
         assert kept.nbytes == in_full(model)
     assert not wrong and len(seen) == len(packed(model))
 

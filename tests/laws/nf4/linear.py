@@ -30,6 +30,28 @@ from peft_from_scratch.nf4 import NF4Linear, linear
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
+def two_threads_on(model):
+    """A function that has two threads at once ask the model ten times each.
+
+    It returns a thread's number for each answer unlike the one of now, without threads.
+    """
+    ids = [torch.randint(3, 320, (2, 8)) for _ in range(2)]
+    expected, wrong = [logits(model, each) for each in ids], []
+
+    def work(i):
+        for _ in range(10):
+            if not torch.equal(logits(model, ids[i]), expected[i]):
+                wrong.append(i)
+
+    def run():
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        return wrong
+
+    return run
+
+
 def in_four_bits(architecture="llama", **arguments):
     model = build(architecture, dtype=arguments.pop("of", torch.float32))
     nf4.quantize_model(model, **arguments)
