@@ -87,7 +87,7 @@ VARIANTS = (
         "QLoRA on bitsandbytes",
         "qlora",
         injection="peft_from_scratch.comparison.reference:qlora",
-        settings_from="lora",
+        settings_from="qlora",  # the same method: what differs is the library
         library=LIBRARY,
     ),
     _low_rank("lora-attention", "LoRA, attention", options={"targets": "attention"}),

@@ -155,10 +155,10 @@ def tuning_seconds(rates: Rates, plan: Plan, sizes: Sizes = ORDERS) -> float:
     """The search of all settings: every run trains, where it does, and answers."""
     total = 0.0
     for candidate in plan.chosen():
-        once = _answering(rates, candidate, tuning.VALIDATION_ROWS, sizes)
+        once = _answering(rates, candidate, tuning.ROWS, sizes)
         if candidate.trains:
             once += _training(rates, candidate, plan, sizes)
-        total += len(tuning.grid(candidate)) * once
+        total += tuning.fewest_runs(candidate) * once
     return total
 
 

@@ -75,7 +75,8 @@ def load_setup(plan: Plan) -> Setup:
     device = pick_device(plan.device)
     why = speed.fast_dtype(device).reason if plan.dtype == AUTO else None
     model, tokenizer = load_model(plan.base, device=device, dtype=plan.dtype)
-    splits = [list(getattr(task, name)) for name in ("train", "validation", "test")]
+    names = "train", "validation", "test", "search"
+    splits = [list(getattr(task, name)) for name in names]
     weights = [sampled_crc(parameter) for parameter in model.parameters()]
     return Setup(
         plan=plan,

@@ -1,32 +1,42 @@
 """Settings that every candidate of the comparison had the same chance to find.
 
-A candidate's settings are searched on validation rows, never on test rows, and the
-search ships with all its runs (data/results/tuning.json). What is searched:
+A candidate's settings are searched on rows of their own, harder than the test's, and
+never on test rows (tasks/task.py). The search ships with all its runs
+(data/results/tuning.json). What is searched:
 
-    what trains     four learning rates, half a decade apart; where the best is at an
-                    end of them, the optimum may lie outside, and the next one is tried
     prompting       the template; for few-shot also k and which examples in what order
+    what trains     the learning rate, in two stages
+                    screen  four rates, half a decade apart, with the first seed; while
+                            the best is at an end of them, one rate past it
+                    climb   the best and its neighbors, a quarter of a decade away, with
+                            all SEEDS; while the best is at an end of them, one past it
 
-Prompting is cheap: its whole grid takes less time than the four runs of one candidate
-that trains, so it gets the whole grid, which favors the baseline. The best exact match
-wins; a tie goes to the lower validation loss, or for prompting to the earlier setting.
-Where nobody has searched, a method trains at its row's `lr` in the table of methods,
-and the result says so.
+The most answers right win, of all seeds; a tie goes to the lower loss, or for prompting
+to the earlier setting. No seed of the search is one of the comparison: a rate that won
+by a lucky start does not take that start along. Prompting is cheap: its whole grid
+takes less time than the runs of one candidate that trains, so it gets the whole grid,
+which favors the baseline. Where nobody has searched, a method trains at its row's `lr`
+in the table of methods, and the result says so.
 """
 
 import itertools
 import json
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from ..common import atomic, records
 from ..common.digest import digest
-from ..common.grid import GROWTH, at_an_end, rate_past
+from ..common.grid import at_an_end, grown, is_inside, neighbor
 from ..common.provenance import ROOT, provenance
 from ..methods import named
 from ..tasks import scorers
 from ..tasks.templates import TEMPLATES
+from ..training.guards import Diverged
 from . import shots
 from .adapt import adapt
 from .candidates import Candidate
@@ -34,9 +44,10 @@ from .plan import Plan
 from .setup import Setup
 
 SHIPPED = ROOT / "data" / "results" / "tuning.json"
-VALIDATION_ROWS = 60
+ROWS = 100  # answered in each run
+SEEDS = (10, 11, 12)
 SHOTS, ORDERS = (4, 8, 12), (0, 1, 2, 3)
-RULE = "best exact match on validation, ties by validation loss"
+RULE = "most answers right on the search rows, ties by the loss on them"
 FALLBACK_SEARCH = "smollm2/orders"  # serves a base and task without a search
 
 
@@ -155,47 +166,82 @@ def grid(candidate: Candidate, templates: tuple[str, ...] = TEMPLATES) -> list[d
 
 
 def search(setup: Setup) -> Path:
-    """Search every chosen candidate's grid on validation; write the tuning file.
+    """Search every chosen candidate's settings on the search rows; write the file.
 
     Each run is written as soon as it is done: an interrupted search goes on.
 
     Returns  the tuning file
     Raises   ValueError  the best learning rate is still at an end after GROWTH more
     """
-    plan = setup.plan
+    plan, setup = setup.plan, _on_search_rows(setup)
     file = Path(plan.out) / "tuning.json"
     for candidate in plan.chosen():
         print(f"searching: {candidate.label}")
         runs = _runs(setup, candidate)
-        best = choose(candidate, runs)
+        chosen = choose(candidate, runs)
         searches = read(file) | {
             f"{plan.base}/{plan.task}/{candidate.key}": {
-                "chosen": best["setting"],
+                "chosen": chosen,
                 "rule": RULE,
                 "when": f"{datetime.now(UTC):%Y-%m-%d}",
-                "validation_rows": VALIDATION_ROWS,
+                "rows": len(setup.task.validation),
                 "scorer": plan.scorer,
+                "dtype": setup.dtype,
                 "steps": plan.steps_of(candidate),
                 "batch": plan.batch if candidate.trains else 0,
                 "runs": runs,
             }
         }
-        _write(file, {"searches": searches, "provenance": provenance(seed=0)})
-        print(f"  best of {len(runs)}: {best['setting']}")
+        _write(file, {"searches": searches, "provenance": provenance(seed=SEEDS[0])})
+        print(f"  best of {len(runs)} runs: {chosen}")
     return file
 
 
+def _on_search_rows(setup: Setup) -> Setup:
+    """The setup with ROWS of the search rows in place of the validation rows."""
+    rows = setup.task.search
+    rows = rows.select(range(min(ROWS, len(rows))))
+    return replace(setup, task=replace(setup.task, validation=rows))
+
+
 def _runs(setup: Setup, candidate: Candidate) -> list[dict]:
-    """The runs of the candidate's grid, and of up to GROWTH rates beyond its ends."""
+    """All runs of the candidate's search, in the order in which they were made."""
     plan = setup.plan
     templates = (plan.template,) if plan.template else setup.templates
     settings = _fitting(setup, grid(candidate, templates))
-    runs = [_run_once(setup, candidate, setting) for setting in settings]
-    most = len(grid(candidate)) + GROWTH
-    while (beyond := next_rate(runs)) and len(runs) < most:
-        setting = runs[0]["setting"] | {"lr": beyond}
-        runs.append(_run_once(setup, candidate, setting))
-    return runs
+    run = partial(_run_once, setup, candidate)
+    if not candidate.trains:
+        return [run(setting, SEEDS[0]) for setting in settings]
+    rates = [setting["lr"] for setting in settings]
+    return rate_runs(lambda lr, seed: run(settings[0] | {"lr": lr}, seed), rates)
+
+
+def rate_runs(run: Callable[[float, int], dict], rates: list[float]) -> list[dict]:
+    """All runs of the search of a learning rate: the screen, then the climb.
+
+    Args
+        run    (rate, seed) -> the run's figures
+        rates  of the screen
+    """
+    runs = {}
+
+    def score(lr: float, seeds: tuple[int, ...]) -> tuple[float, float]:
+        for seed in seeds:
+            if (lr, seed) not in runs:
+                runs[lr, seed] = run(lr, seed)
+        return _score([runs[lr, seed] for seed in seeds])
+
+    screened = partial(score, seeds=SEEDS[:1])
+    best = max(grown(screened, rates), key=screened)
+    beside = [neighbor(best, away, parts=4) for away in (-1, 0, 1)]
+    grown(partial(score, seeds=SEEDS), beside, parts=4)
+    return list(runs.values())
+
+
+def fewest_runs(candidate: Candidate) -> int:
+    """Runs of a search where the best of the screen stays the best."""
+    climb = 3 * len(SEEDS) - 1 if candidate.trains else 0
+    return len(grid(candidate)) + climb
 
 
 def _fitting(setup: Setup, settings: list[dict]) -> list[dict]:
@@ -211,31 +257,33 @@ def _fitting(setup: Setup, settings: list[dict]) -> list[dict]:
     return fitting
 
 
-def best_of(runs: list[dict]) -> dict:
-    """The highest sum of scores; of equals the lowest loss, then the first."""
-    return max(runs, key=lambda run: (run["correct"], -(run["loss"] or 0)))
-
-
-def next_rate(runs: list[dict]) -> float | None:
-    """The rate half a decade beyond the best, where that is at an end; else None."""
-    rates = [run["setting"]["lr"] for run in runs if "lr" in run["setting"]]
-    best = best_of(runs)["setting"].get("lr")
-    return rate_past(best, rates) if rates else None
+def _score(runs: list[dict]) -> tuple[float, float]:
+    """Answers right, and minus the loss: what is higher is better."""
+    losses = [math.inf if run["loss"] is None else run["loss"] for run in runs]
+    return sum(run["correct"] for run in runs), -sum(losses)
 
 
 def choose(candidate: Candidate, runs: list[dict]) -> dict:
-    """The best run; ValueError where its learning rate is at an end of those tried."""
-    best = best_of(runs)
-    if next_rate(runs):
-        rates = [run["setting"]["lr"] for run in runs]
+    """The best setting of those with the most seeds.
+
+    Raises  ValueError  its learning rate is at an end of those tried
+    """
+    by_setting: dict[tuple, list[dict]] = {}
+    for run in runs:
+        by_setting.setdefault(tuple(run["setting"].items()), []).append(run)
+    most = max(map(len, by_setting.values()))
+    sure = [dict(s) for s, of_it in by_setting.items() if len(of_it) == most]
+    best = max(sure, key=lambda setting: _score(by_setting[tuple(setting.items())]))
+    rates = [setting["lr"] for setting in sure if "lr" in setting]
+    if rates and not is_inside(best["lr"], rates):
         raise ValueError(
-            f"{candidate.key}: {at_an_end(best['setting']['lr'], rates)}, so that the "
-            "optimum may lie outside; with more --steps the rates differ more clearly"
+            f"{candidate.key}: {at_an_end(best['lr'], rates)}, so that the optimum may "
+            "lie outside; with more --steps the rates differ more clearly"
         )
     return best
 
 
-def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
+def _run_once(setup: Setup, candidate: Candidate, setting: dict, seed: int) -> dict:
     """The run's figures, from its file where the same run was made before."""
     plan = setup.plan
     hashed = (
@@ -244,30 +292,31 @@ def _run_once(setup: Setup, candidate: Candidate, setting: dict) -> dict:
         setup.dtype,
         plan.steps,
         plan.batch,
-        VALIDATION_ROWS,
+        len(setup.task.validation),
         scorers.identity(setup.task.score),
     )
-    name = "-".join(str(part) for part in (candidate.key, *setting.values()))
+    name = "-".join(str(part) for part in (candidate.key, *setting.values(), seed))
     file = Path(plan.out) / "tuning" / f"{name}-{digest(hashed, plan.base)}.json"
     if not file.exists():
-        _write(file, _run(setup, candidate, setting))
+        _write(file, _run(setup, candidate, setting, seed))
     run = records.read_object(file)
-    print(f"  {setting}: {run['correct']:.4g} of {run['rows']}")
+    print(f"  {setting}, seed {seed}: {run['correct']:.4g} of {run['rows']}")
     return run
 
 
-def _run(setup: Setup, candidate: Candidate, setting: dict) -> dict:
-    task = setup.task
-    ready = adapt(candidate, setup, setting, seed=0, search=True)
-    rows = task.validation.select(range(min(VALIDATION_ROWS, len(task.validation))))
-    answers = ready.answer(task, rows)
-    return {
-        "setting": setting,
-        "correct": sum(answers.correct),
-        "rows": len(answers.correct),
-        "loss": ready.history.validation[-1][1] if ready.history else None,
-        "seconds": answers.seconds + (ready.history.seconds if ready.history else 0),
-    }
+def _run(setup: Setup, candidate: Candidate, setting: dict, seed: int) -> dict:
+    """Train, where the candidate does, and answer. What diverges has nothing right."""
+    task, begun = setup.task, time.perf_counter()
+    run = {"setting": setting, "seed": seed, "rows": len(task.validation)}
+    try:
+        ready = adapt(candidate, setup, setting, seed, search=True)
+    except Diverged as error:
+        figures = {"correct": 0, "loss": None, "diverged": str(error)}
+    else:
+        correct = sum(ready.answer(task, task.validation).correct)
+        loss = ready.history.validation[-1][1] if ready.history else None
+        figures = {"correct": correct, "loss": loss}
+    return run | figures | {"seconds": time.perf_counter() - begun}
 
 
 def _write(file: Path, content: dict) -> None:

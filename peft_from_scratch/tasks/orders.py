@@ -13,6 +13,10 @@ What the splits have in common, and what not:
     don't share  a prompt; a customer with a set of items; and some names, items and
                  cities, which only validation or only test has, so that copying is
                  tested and not recall
+
+A fourth split is for the search of settings: half of its words are its own. On the
+validation rows most settings come so near to all right that a search could not tell
+them apart.
 """
 
 import json
@@ -22,6 +26,8 @@ from ..common.records import unique
 
 INSTRUCTION = "Reply with the order as JSON: customer, items, city, day."
 SIZES = {"train": 600, "validation": 100, "test": 300}
+SEARCH_ROWS = 100
+OWN_WORDS = {"validation": 0.25, "test": 0.25, "search": 0.5}  # share of all words
 
 CUSTOMERS = {
     "shared": "Ada Ben Carla Dario Elif Fatima Goran Hana Ines Jonas Kofi Leila Marek "
@@ -29,12 +35,15 @@ CUSTOMERS = {
     "Cyril Dora Emil Freya Gustav Helga Ivan Judit Karim Lena Milan Noor Olga",
     "validation": "Pavel Ruth Stefan Thea",
     "test": "Amara Bruno Chiara Diego Esther Farid Greta Hiro",
+    "search": "Bogdan Fiona Ingrid Keiko Lorenzo Mateus Osman Rashid Sunita Thabo "
+    "Ulrike Yelena",
 }
 CITIES = {
     "shared": "Oslo Lima Cairo Porto Riga Turin Quito Delhi Seoul Dakar Perth Bergen "
     "Lyon Tunis Osaka Bilbao Hanoi Accra Malmo Zagreb",
     "validation": "Tampa Gdansk",
     "test": "Nairobi Leeds Basel Kyoto",
+    "search": "Adelaide Bogota Hobart Krakow Manila Mombasa Tallinn Vienna",
 }
 ITEMS = {
     "shared": "lamp rope candle kettle blanket ladder bucket hammer basket mirror "
@@ -42,6 +51,7 @@ ITEMS = {
     "lantern whistle brush box torch bench glass watch",
     "validation": "teapot wrench",
     "test": "saddle trumpet pencil paddle sandwich",
+    "search": "barrel blender compass curtain hatchet needle pitcher ribbon suitcase",
 }
 AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -64,10 +74,12 @@ PATTERNS = (
 
 
 def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """The three splits as {"prompt", "completion"} rows; the same for the same seed."""
+    """The four splits as {"prompt", "completion"} rows; the same for the same seed."""
     random = Random(f"orders {seed}")
     taken = set()
-    return {split: _split(random, split, n, taken) for split, n in SIZES.items()}
+    splits = {split: _split(random, split, n, taken) for split, n in SIZES.items()}
+    searched = _split(Random(f"orders search {seed}"), "search", SEARCH_ROWS, taken)
+    return splits | {"search": searched}
 
 
 def _split(random, split, size, taken) -> list[dict[str, str]]:
@@ -96,8 +108,8 @@ def _order(random, split) -> dict:
 
 
 def _word(random, words, split) -> str:
-    """One of the shared words; a quarter of the time one that only this split has."""
-    own = split in words and random.random() < 0.25
+    """One of the shared words, or at times one that only this split has."""
+    own = split in words and random.random() < OWN_WORDS[split]
     return random.choice(words[split if own else "shared"].split())
 
 

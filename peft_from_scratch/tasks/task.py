@@ -1,6 +1,6 @@
 """Tasks: what is learned, and what counts as right.
 
-Every task has an instruction, three splits without a leak, and a scorer:
+Every task has an instruction, splits without a leak, and a scorer:
 
     "orders"           a sentence -> JSON: an output format               orders.py
     "terms"            an invented trade: domain knowledge                terms.py
@@ -32,7 +32,10 @@ class TaskModule(Protocol):
     INSTRUCTION: str  # one sentence for every row; "" for none
 
     def rows(self, seed: int = 0) -> Splits:
-        """The three splits; the same rows in the same order for the same seed."""
+        """train, validation and test, and perhaps search: see Task.
+
+        The same rows in the same order for the same seed.
+        """
 
     def score(self, answer: str, completion: str) -> bool:
         """Whether an answer is right."""
@@ -76,6 +79,7 @@ class Task:
     train: Dataset
     validation: Dataset
     test: Dataset
+    search: Dataset  # to search settings on; a task without such rows has validation's
     score: Callable[[str, str], scorers.Score]  # (answer, completion) -> is it right?
 
 
@@ -164,12 +168,9 @@ def shuffled(splits: Splits, seed: int) -> Splits:
 
 
 def _task(name, instruction, splits, score) -> Task:
-    return Task(
-        name,
-        instruction,
-        **{split: _data(rows) for split, rows in splits.items()},
-        score=score,
-    )
+    data = {split: _data(rows) for split, rows in splits.items()}
+    data.setdefault("search", data["validation"])
+    return Task(name, instruction, **data, score=score)
 
 
 def _data(rows) -> Dataset:
