@@ -137,7 +137,7 @@ def _compare(commands) -> None:
     command.add_argument(
         "--tune",
         action="store_true",
-        help="search the settings on validation first (half an hour on two cores)",
+        help="search the settings first, on rows of their own (hours on two cores)",
     )
     _base(command)
     _dtype(command)

@@ -206,6 +206,9 @@ def settings_of(row: dict) -> str:
         parts.append(f"{row['steps']} steps of {row['batch']} rows")
     if row.get("settings_from"):
         parts.append(row["settings_from"])
+    if row.get("tried"):
+        shares = ", ".join(f"{lr:g}: {100 * k:.0f} %" for lr, k in row["tried"])
+        parts.append(f"right in the search by learning rate: {shares}")
     sums = row.get("per_seed") or []
     if len(sums) > 1:
         name = "right" if all(k == int(k) for k in sums) else "sum of scores"
@@ -222,7 +225,7 @@ def tuning(result: dict) -> list[str]:
     tuned = result.get("tuned")
     if tuned:
         sentences.append(
-            f"The settings were searched in {tuned['runs']} runs on validation rows, "
+            f"The settings were searched in {tuned['runs']} runs on rows of their own, "
             f"never on test rows ({tuned['file']}, {tuned['when']}). "
             f"Rule: {tuned['rule']}."
         )

@@ -139,6 +139,7 @@ def _measured_once(
         "library": candidate.library,
         "settings": setting.values | figures.pop("injected"),
         "settings_from": setting.warning,
+        "tried": [list(rate) for rate in setting.tried],
         "configuration": configuration,
         "provenance": provenance(seed=seed, device=setup.device),
     }

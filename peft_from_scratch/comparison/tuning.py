@@ -61,6 +61,7 @@ class Setting:
     runs: int
     shipped: bool
     warning: str | None = None  # where the search was of something else, or of nothing
+    tried: tuple[tuple[float, float], ...] = ()  # (rate, share right) with all seeds
 
 
 def settings_for(
@@ -92,7 +93,8 @@ def _searched(plan: Plan, candidate: Candidate) -> Setting | None:
             if key != candidate.key:
                 warning = f"searched for {key}" + (f"; {warning}" if warning else "")
             runs, when = len(search["runs"]), search["when"]
-            return Setting(search["chosen"], name, when, runs, shipped, warning)
+            tried = _tried(search["runs"])
+            return Setting(search["chosen"], name, when, runs, shipped, warning, tried)
     return None
 
 
@@ -263,19 +265,37 @@ def _score(runs: list[dict]) -> tuple[float, float]:
     return sum(run["correct"] for run in runs), -sum(losses)
 
 
+def _surest(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """{setting: its runs} of the settings with the most seeds."""
+    by_setting: dict[tuple, list[dict]] = {}
+    for run in runs:
+        by_setting.setdefault(tuple(run["setting"].items()), []).append(run)
+    most = max(map(len, by_setting.values()))
+    return {s: of_it for s, of_it in by_setting.items() if len(of_it) == most}
+
+
+def _rate(setting: tuple) -> float | None:
+    return dict(setting).get("lr")
+
+
+def _tried(runs: list[dict]) -> tuple[tuple[float, float], ...]:
+    """(rate, share of the answers that were right) of the rates with the most seeds."""
+    shares = {
+        _rate(setting): sum(r["correct"] for r in of_it) / sum(r["rows"] for r in of_it)
+        for setting, of_it in _surest(runs).items()
+    }
+    return () if None in shares else tuple(sorted(shares.items()))
+
+
 def choose(candidate: Candidate, runs: list[dict]) -> dict:
     """The best setting of those with the most seeds.
 
     Raises  ValueError  its learning rate is at an end of those tried
     """
-    by_setting: dict[tuple, list[dict]] = {}
-    for run in runs:
-        by_setting.setdefault(tuple(run["setting"].items()), []).append(run)
-    most = max(map(len, by_setting.values()))
-    sure = [dict(s) for s, of_it in by_setting.items() if len(of_it) == most]
-    best = max(sure, key=lambda setting: _score(by_setting[tuple(setting.items())]))
-    rates = [setting["lr"] for setting in sure if "lr" in setting]
-    if rates and not is_inside(best["lr"], rates):
+    sure = _surest(runs)
+    best = dict(max(sure, key=lambda setting: _score(sure[setting])))
+    rates = [_rate(setting) for setting in sure]
+    if None not in rates and not is_inside(best["lr"], rates):
         raise ValueError(
             f"{candidate.key}: {at_an_end(best['lr'], rates)}, so that the optimum may "
             "lie outside; with more --steps the rates differ more clearly"

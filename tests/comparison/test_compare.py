@@ -16,7 +16,7 @@ import torch
 from planting import planted
 
 from peft_from_scratch.common import provenance
-from peft_from_scratch.common.grid import is_inside
+from peft_from_scratch.common.grid import is_inside, neighbor
 from peft_from_scratch.common.provenance import PACKAGE, imported
 from peft_from_scratch.common.statistics import wilson
 from peft_from_scratch.comparison import adapt as adapting
@@ -53,12 +53,21 @@ SETTINGS = {
 def plan(base, tmp_path):
     """A comparison that takes seconds, with its settings already searched."""
     plan = Plan(base, "terms", out=str(tmp_path), dtype="float32", **QUICK)
-    searches = {
-        f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
-        for key, chosen in SETTINGS.items()
-    }
-    (tmp_path / "tuning.json").write_text(json.dumps({"searches": searches}))
+    write_searches(tmp_path, base)
     return plan
+
+
+def write_searches(out: Path, base: str) -> None:
+    """A tuning file as if SETTINGS had been searched for."""
+    searches = {
+        f"{base}/terms/{key}": {
+            "chosen": setting,
+            "when": "2026-01-01",
+            "runs": [{"setting": setting, "correct": 1, "rows": 2, "loss": None}],
+        }
+        for key, setting in SETTINGS.items()
+    }
+    (out / "tuning.json").write_text(json.dumps({"searches": searches}))
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +75,7 @@ def whole(base, tmp_path_factory):
     """(plan, result) of one comparison of every row."""
     out = tmp_path_factory.mktemp("out")
     plan = Plan(base, "terms", OURS, out=str(out), dtype="float32", **QUICK)
-    searches = {
-        f"{base}/terms/{key}": {"chosen": chosen, "when": "2026-01-01", "runs": [{}]}
-        for key, chosen in SETTINGS.items()
-    }
-    (out / "tuning.json").write_text(json.dumps({"searches": searches}))
+    write_searches(out, base)
     start = time.perf_counter()
     result = comparing.compare(plan)
     SPENT.append(time.perf_counter() - start)
@@ -435,61 +440,114 @@ def test_seed_and_rate_reach_the_training(plan):
 # ------------------------------------------------------------------------- Tuning
 
 
-def run(lr, correct, loss):
-    return {"setting": {"lr": lr}, "correct": correct, "loss": loss}
+def run(lr, correct, loss, seed=10):
+    setting = {"lr": lr}
+    return {"setting": setting, "seed": seed, "correct": correct, "loss": loss}
 
 
-def test_the_best_run_wins_and_a_tie_goes_to_the_lower_loss():
-    found = [run(1e-4, 3, 0.5), run(3e-4, 7, 0.4), run(1e-3, 7, 0.3), run(3e-3, 2, 0.1)]
-    assert tuning.choose(CANDIDATE["lora"], found)["setting"] == {"lr": 1e-3}
+def test_the_best_rate_wins_and_a_tie_goes_to_the_lower_loss():
+    runs = [run(1e-4, 3, 0.5), run(2e-4, 7, 0.4), run(3e-4, 7, 0.3), run(6e-4, 2, 0.1)]
+    assert tuning.choose(CANDIDATE["lora"], runs) == {"lr": 3e-4}
 
 
-@pytest.mark.parametrize("best, beyond", [(0, 3e-5), (3, 1e-2)])
-def test_an_optimum_at_the_edge_asks_for_one_more_rate_and_is_an_error(best, beyond):
-    found = [
-        run(lr, int(i == best), 1.0) for i, lr in enumerate((1e-4, 3e-4, 1e-3, 3e-3))
+def test_all_seeds_count_and_a_rate_that_was_tried_with_one_does_not():
+    """1e-2 has the best run of all, and 3e-3 the best seed."""
+    right = {1e-3: (50, 50, 50), 2e-3: (58, 58, 58), 3e-3: (70, 40, 40)}
+    runs = [run(1e-2, 200, 0.1)] + [
+        run(lr, correct, 0.2, seed)
+        for lr, by_seed in right.items()
+        for seed, correct in zip(tuning.SEEDS, by_seed, strict=True)
     ]
-    assert tuning.next_rate(found) == beyond
+    assert tuning.choose(CANDIDATE["lora"], runs) == {"lr": 2e-3}
+    with (
+        planted(tuning._surest, "if len(of_it) == most", "if of_it"),
+        pytest.raises(ValueError, match=r"rate 0\.01 is an end"),
+    ):
+        tuning.choose(CANDIDATE["lora"], runs)
+
+
+@pytest.mark.parametrize("best", [0, 3])
+def test_an_optimum_at_an_end_is_an_error(best):
+    rates = (1e-4, 2e-4, 3e-4, 6e-4)
+    runs = [run(lr, int(i == best), 1.0) for i, lr in enumerate(rates)]
     with pytest.raises(ValueError, match="an end of the grid"):
-        tuning.choose(CANDIDATE["lora"], found)
+        tuning.choose(CANDIDATE["lora"], runs)
     with planted(is_inside, "min(rates) < best < max(rates)", "True"):
-        tuning.choose(CANDIDATE["lora"], found)
+        tuning.choose(CANDIDATE["lora"], runs)
 
 
-@pytest.mark.parametrize("optimum", [1e-4, 1e-3, 3e-1])
-def test_a_grid_grows_until_the_optimum_is_inside(plan, monkeypatch, optimum):
+def searching(plan, monkeypatch, correct_at):
+    """(calls, chosen setting) of a search whose runs are right on so many rows."""
+    calls = []
+
+    def answered(setup, candidate, setting, seed):
+        calls.append((setting["lr"], seed))
+        return run(setting["lr"], correct_at(setting["lr"], seed), 1.0, seed)
+
+    monkeypatch.setattr(tuning, "_run_once", answered)
+    plan = replace(plan, methods=("lora",), out=f"{plan.out}/searched")
+    (search,) = tuning.read(tuning.search(setup.load_setup(plan))).values()
+    assert [(r["setting"]["lr"], r["seed"]) for r in search["runs"]] == calls
+    return calls, search["chosen"]
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 6e-4, 1e-3, 2e-3, 3e-2, 3e-1])
+def test_a_search_climbs_until_the_optimum_is_inside(plan, monkeypatch, optimum):
     """The further a rate is from the optimum, the fewer answers are right."""
 
-    def answered(setup, candidate, setting):
-        away = abs(np.log10(setting["lr"] / optimum))
-        return run(setting["lr"], round(100 - 10 * away), 1.0)
+    def correct_at(lr, seed):
+        return 100 - abs(np.log10(lr / optimum))
 
-    monkeypatch.setattr(tuning, "_run_once", answered)
-    plan = replace(plan, methods=("lora",), out=f"{plan.out}/grown")
-    file = tuning.search(setup.load_setup(plan))
-    (found,) = tuning.read(file).values()
-    rates = [r["setting"]["lr"] for r in found["runs"]]
-    assert found["chosen"]["lr"] == optimum
-    assert min(rates) < optimum < max(rates)
-    assert len(rates) <= len(CANDIDATE["lora"].rates) + tuning.GROWTH
+    calls, chosen = searching(plan, monkeypatch, correct_at)
+    assert chosen == {"lr": optimum} and len(set(calls)) == len(calls)
+    sure = {lr for lr, seed in calls if seed == tuning.SEEDS[-1]}
+    assert {neighbor(optimum, away, 4) for away in (-1, 0, 1)} <= sure
+    for lr in sure:
+        assert {seed for rate, seed in calls if rate == lr} == set(tuning.SEEDS)
 
 
-def test_a_grid_that_never_holds_the_optimum_ends_in_an_error(plan, monkeypatch):
-    asked = []
+def test_one_lucky_seed_of_the_screen_does_not_decide(plan, monkeypatch):
+    """3e-3 looks best with the first seed; with all of them 6e-3 is."""
 
-    def answered(setup, candidate, setting):
-        asked.append(setting["lr"])
-        return run(setting["lr"], round(1e3 * setting["lr"]), 1.0)
+    def correct_at(lr, seed):
+        lucky = 30 if (lr, seed) == (3e-3, tuning.SEEDS[0]) else 0
+        return 100 - 20 * abs(np.log10(lr / 6e-3)) + lucky * (lr == 3e-3) / 3
 
-    monkeypatch.setattr(tuning, "_run_once", answered)
+    _, chosen = searching(plan, monkeypatch, correct_at)
+    assert chosen == {"lr": 6e-3}
+
+
+def test_a_search_that_never_holds_the_optimum_ends_in_an_error(plan, monkeypatch):
     with pytest.raises(ValueError, match="an end of the grid"):
-        tuning.search(setup.load_setup(replace(plan, methods=("lora",))))
-    assert len(asked) == len(CANDIDATE["lora"].rates) + tuning.GROWTH
+        searching(plan, monkeypatch, lambda lr, seed: round(1e6 * lr))
+
+
+def test_a_search_makes_the_fewest_runs_where_the_screen_is_right(plan, monkeypatch):
+    def correct_at(lr, seed):
+        return 100 - abs(np.log10(lr / 3e-3))
+
+    calls, _ = searching(plan, monkeypatch, correct_at)
+    assert len(calls) == tuning.fewest_runs(CANDIDATE["lora"])
+    prompting = CANDIDATE["few-shot"]
+    assert tuning.fewest_runs(prompting) == len(tuning.grid(prompting))
+
+
+def test_no_seed_of_the_search_is_one_of_the_comparison():
+    assert not {*tuning.SEEDS} & {*range(5)}
+
+
+def test_a_run_that_diverges_has_nothing_right(plan):
+    looked = setup.load_setup(plan)
+    setting = {"template": "chat", "lr": 1e30}
+    lost = tuning._run(looked, CANDIDATE["full"], setting, 10)
+    assert lost["correct"] == 0 and lost["loss"] is None and "step" in lost["diverged"]
+    kept = tuning._run(looked, CANDIDATE["full"], setting | {"lr": 1e-4}, 10)
+    assert tuning._score([kept]) > tuning._score([lost])
 
 
 def test_every_trained_row_tries_as_many_rates():
-    budgets = {each.key: len(tuning.grid(each)) for each in CANDIDATES if each.trains}
-    assert len(set(budgets.values())) == 1
+    trained = [each for each in CANDIDATES if each.trains]
+    assert len({tuning.fewest_runs(each) for each in trained}) == 1
     for method in METHODS:
         assert np.allclose(np.diff(np.log10(method.rates)), 0.5, atol=0.03)
 
@@ -497,7 +555,7 @@ def test_every_trained_row_tries_as_many_rates():
 def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
     (Path(plan.out) / "tuning.json").unlink()
     plan = replace(plan, methods=("zero-shot",))
-    monkeypatch.setattr(tuning, "VALIDATION_ROWS", 3)
+    monkeypatch.setattr(tuning, "ROWS", 3)
     looked = setup.load_setup(plan)
     tuning.search(looked)
     setting = tuning.settings_for(plan, CANDIDATE["zero-shot"])
@@ -505,7 +563,7 @@ def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "adapt", never)
         tuning.search(looked)
-    monkeypatch.setattr(tuning, "VALIDATION_ROWS", 4)
+    monkeypatch.setattr(tuning, "ROWS", 4)
     monkeypatch.setattr(tuning, "adapt", never)
     with pytest.raises(AssertionError, match="measured again"):
         tuning.search(looked)
@@ -574,7 +632,7 @@ def test_every_shipped_optimum_lies_inside_its_grid():
         candidate = CANDIDATE[key.rpartition("/")[2]]
         started = search["runs"][: len(tuning.grid(candidate))]
         assert [r["setting"] for r in started] == tuning.grid(candidate)
-        assert tuning.choose(candidate, search["runs"])["setting"] == search["chosen"]
+        assert tuning.choose(candidate, search["runs"]) == search["chosen"]
 
 
 @pytest.mark.parametrize("key", CANDIDATE)

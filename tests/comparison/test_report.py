@@ -416,7 +416,8 @@ def test_the_text_says_what_the_reader_must_know():
     assert result["wall"]["sentence"] in text
     for words in ("undecided, not equal", "Holm", "answering one batch", "one seed"):
         assert words in text
-    assert "learning rate 0.001; 50 steps of 8 rows; searched on validation" in text
+    assert "learning rate 0.001; 50 steps of 8 rows; searched for lora" in text
+    assert "by learning rate: 0.0005: 50 %, 0.001: 61 %, 0.002: 60 %." in text
     several = " ".join(report.table(comparison(seeds=3), 100).split())
     assert "mean over 3 seeds" in several and "count test rows and seeds" in several
 

@@ -77,7 +77,7 @@ def no_prompt_is_in_two_splits_or_twice():
     for task in (orders, terms):
         for seed in range(3):
             rows = task.rows(seed)
-            prompts = Counter(row["prompt"] for split in SPLITS for row in rows[split])
+            prompts = Counter(row["prompt"] for split in rows.values() for row in split)
             assert max(prompts.values()) == 1
 
 
@@ -87,8 +87,8 @@ def no_customer_orders_the_same_items_twice():
         rows = orders.rows(seed)
         keys = Counter(
             (order(row)["customer"], frozenset(order(row)["items"]))
-            for split in SPLITS
-            for row in rows[split]
+            for split in rows.values()
+            for row in split
         )
         assert max(keys.values()) == 1
 
@@ -105,6 +105,20 @@ def the_test_orders_hold_words_that_training_lacks():
         unseen |= test - train
     touched = [row for row in rows["test"] if has_one_of(unseen, row)]
     assert len(touched) > len(rows["test"]) / 3
+
+
+@law
+def most_rows_of_the_search_hold_words_that_no_other_split_has():
+    """So they are harder than the others, and say nothing of the test's words."""
+    for seed in range(3):
+        rows = orders.rows(seed)
+        own = set()
+        for key in ("customer", "items", "city"):
+            others = set().union(*(words_of(rows[split], key) for split in SPLITS))
+            own |= words_of(rows["search"], key) - others
+        with_own = {s: sum(has_one_of(own, row) for row in rows[s]) for s in rows}
+        assert with_own["search"] > 0.75 * len(rows["search"])
+        assert [with_own[split] for split in SPLITS] == [0, 0, 0]
 
 
 def has_one_of(words, row):
@@ -650,6 +664,12 @@ BUGS = {
         "(other, PARTNER): one",
         "(other, PARTNER): other",
         every_fact_has_six_wordings_in_three_splits,
+    ),
+    "a search among the words of others": (
+        orders._word,
+        "OWN_WORDS[split]",
+        "0.25",
+        most_rows_of_the_search_hold_words_that_no_other_split_has,
     ),
     "splits that overlap": (
         jsonl.split_rows,
