@@ -41,12 +41,14 @@ lesson = start("00")
 # cost you in time and memory. Press Shift and Enter to run a cell and go on to the
 # next. Three more things to know:
 #
-# - **Guesses.** Before each measurement you are asked what you expect. Put your own
-#   number in place of ours. Nobody marks it, and wrong guesses teach the most.
+# - **Guesses.** Before each measurement you are asked what you expect. Put two numbers
+#   in place of None: a range that you are nine tenths sure of. Nobody marks it, and a
+#   lesson runs without guesses too. At the end you see how good your ranges were.
 # - **Exercises.** In your own copy, in the folder `work`, they are blank: replace the
 #   line that says so. The cell below each one checks your answer, and says nothing if
-#   all is well. No later cell needs an answer, so leave out what you like. ("Run all"
-#   stops at the first blank: go on below it.) The copies in `notebooks` are solved.
+#   all is well. No later cell needs an answer, so leave out what you like. "Run all"
+#   stops at the first blank. With `start("00", quick=True)` it passes over the blanks.
+#   The copies in `notebooks` are solved.
 # - **Marked cells.** A cell that begins with `NBVAL_CHECK_OUTPUT` prints the same on
 #   every machine, and our tests hold it to that. Times and scores may differ a little.
 #
@@ -219,7 +221,9 @@ def is_json(text):
     return True
 
 
-lesson.predict("0.1", guess=10, unit="of 20 are JSON")
+lesson.predict("0.1", low=None, high=None, unit="of 20 are JSON")
+
+# %%
 rows = task.test.select(range(20))
 before = answer_rows(model, tokenizer, task, rows, template="chat")
 lesson.measured("0.1", sum(map(is_json, before.answers)))
@@ -281,7 +285,9 @@ lesson.show(
 # seed of the dice first. Guess: how many numbers will train, in percent of the model's?
 
 # %%
-lesson.predict("0.2", guess=10, unit="% of the model")
+lesson.predict("0.2", low=None, high=None, unit="% of the model")
+
+# %%
 torch.manual_seed(0)
 wrapped = lora.inject(model, r=8, alpha=16)  # line 7
 trained = sum(parameter.numel() for parameter in trainable(model).values())
@@ -383,7 +389,9 @@ lesson.show(
 # Read the answers as well, the wrong ones above all: mistakes teach more than averages.
 
 # %%
-lesson.predict("0.3", guess=10, unit="of 20 right")
+lesson.predict("0.3", low=None, high=None, unit="of 20 right")
+
+# %%
 after = answer_rows(model, tokenizer, task, rows, template="chat")
 lesson.measured("0.3", sum(after.correct))
 for i, fine in list(enumerate(after.correct))[:4]:
@@ -400,7 +408,9 @@ for i, fine in list(enumerate(after.correct))[:4]:
 # training has put into their order is gone.
 
 # %%
-lesson.predict("0.4", guess=5, unit="of 20 right")
+lesson.predict("0.4", low=None, high=None, unit="of 20 right")
+
+# %%
 learned = {name: p.detach().clone() for name, p in trainable(model).items()}
 with torch.no_grad():
     for name, parameter in trainable(model).items():
@@ -523,7 +533,9 @@ print("LoRA's interval touches neither of the others:", gap > 0)
 # take, at the same share, for an interval of five points up and down?
 
 # %%
-lesson.predict("0.5", guess=50, unit="test rows")
+lesson.predict("0.5", low=None, high=None, unit="test rows")
+
+# %%
 share = sum(after.correct) / len(after.correct)
 
 
@@ -576,7 +588,9 @@ def count_right(answers):
     return sum(task.score(answer, row["completion"]) for answer, row in pairs)
 
 
-lesson.predict("0.6", guess=len(good), unit=f"of {len(good)} stay right")
+lesson.predict("0.6", low=None, high=None, unit=f"of {len(good)} stay right")
+
+# %%
 broken = answers_with(pad_first_try)
 lesson.measured("0.6", count_right(broken))
 for prompt, answer in zip(prompts, broken, strict=True):
@@ -652,7 +666,9 @@ print(f"{count_right(repaired)} of {len(good)} right")
 # Face's PEFT, so that other programs can read it. Guess its size.
 
 # %%
-lesson.predict("0.7", guess=100, unit="MB")
+lesson.predict("0.7", low=None, high=None, unit="MB")
+
+# %%
 save(model, "out/orders-lora")  # line 10
 adapter = Path("out/orders-lora")
 lesson.measured("0.7", (adapter / "adapter_model.safetensors").stat().st_size / 1e6)
@@ -848,6 +864,15 @@ lesson.show(
 #   `10,000` times fewer numbers than full fine-tuning would. You trained a fiftieth:
 #   wider matrices, and a LoRA beside fewer of them, make the share small.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

@@ -29,8 +29,8 @@
 # - say which rows of the bill LoRA cuts, and why it can still run out of memory;
 # - say what it takes to serve many tasks, and when full fine-tuning pays.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 1.4, and
-# read the verdict on claim F1.
+# **Only ten minutes?** Write `start("01", quick=True)` below and run all cells. Read
+# "The result first", do exercise 1.4, and read the verdict on claim F1.
 
 # %%
 from peft_from_scratch.course import start
@@ -46,7 +46,7 @@ from transformers import LlamaConfig
 
 import peft_from_scratch as pfs
 from peft_from_scratch.course import bill, block_picture, curves, data_size, finetune
-from peft_from_scratch.course import ledger, meta_model, over_seeds, paired, runs
+from peft_from_scratch.course import meta_model, over_seeds, paired, runs
 from peft_from_scratch.course import standalone
 from peft_from_scratch.course.checks import full_fine_tuning as checks
 
@@ -59,11 +59,12 @@ from peft_from_scratch.course.checks import full_fine_tuning as checks
 #
 # SmolLM2 is small. In `bfloat16`, two bytes a number, it is no larger than a few
 # minutes of video. How much memory does *one* training step take? Guess in multiples of
-# the model itself. Put your own number in place of ours, here and below.
+# the model itself. Put two numbers in place of None, here and below: a range that you
+# are nine tenths sure of.
 
 # %%
 lesson.show(block_picture(lit="full"), "Every matrix and every norm trains.")
-lesson.predict("1.1", guess=3, unit="times the model")
+lesson.predict("1.1", low=None, high=None, unit="times the model")
 
 # %% [markdown]
 # We counted the bytes of each tensor that a step of the usual recipe brings to life, on
@@ -217,9 +218,10 @@ for i in range(2):
 # in percent of the right one.
 
 # %%
-lesson.predict("1.2", guess=0, unit="% off")
+lesson.predict("1.2", low=None, high=None, unit="% off")
 
 
+# %%
 def accumulated(model, batches):
     return sum(model(**batch).loss for batch in batches) / len(batches)
 
@@ -414,7 +416,9 @@ def hand_step(model, state, batch, t, lr, betas=(0.9, 0.999), eps=1e-8):
 
 
 # %%
-lesson.predict("1.3", guess=5, unit="% of its size")
+lesson.predict("1.3", low=None, high=None, unit="% of its size")
+
+# %%
 STEPS, ROWS = 4, 2
 batches = [
     pfs.loss.batch_of(rows[ROWS * i : ROWS * (i + 1)], model.device)
@@ -476,7 +480,9 @@ del optimizer, theirs, twin
 # share of the numbers changes at all, at a rate of `1e-5`?
 
 # %%
-lesson.predict("1.4", guess=90, unit="% of the numbers")
+lesson.predict("1.4", low=None, high=None, unit="% of the numbers")
+
+# %%
 with torch.no_grad():
     layer = [W.flatten() for n, W in model.named_parameters() if ".0.mlp." in n]
     W = torch.cat(layer).bfloat16()
@@ -549,8 +555,8 @@ checks.memory_bill(my_bill)
 # rule was written before any run:
 
 # %%
-print(ledger.claim("F1").rule)
-lesson.predict("1.5", guess=0, unit="% off, in the worst row")
+lesson.rule("F1")
+lesson.predict("1.5", low=None, high=None, unit="% off, in the worst row")
 
 # %% [markdown]
 # **Live**: one real step of the lesson's model in each two-byte recipe. Each piece of
@@ -594,7 +600,7 @@ lesson.live("F1", closest, closest, closest)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("F1")
+lesson.verdict("F1", guess="1.5")
 
 # %% [markdown]
 # So the claim's rows are those of a model in `float32`. (`torch.autocast` on such a
@@ -628,7 +634,9 @@ for length, real in reals.items():
 # which share of full fine-tuning's peak does LoRA need?
 
 # %%
-lesson.predict("1.6", guess=10, unit="% of full fine-tuning's peak")
+lesson.predict("1.6", low=None, high=None, unit="% of full fine-tuning's peak")
+
+# %%
 shape = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008)
 layers = dict(num_hidden_layers=32, num_attention_heads=32)
 bills = {}
@@ -724,8 +732,8 @@ checks.storage(my_storage)
 # *The resulting model can be served independently*, where an adapter needs its base.
 
 # %%
-print(ledger.claim("F5").rule)
-lesson.predict("1.7", guess=10, unit="times the bytes, for a hundred tasks")
+lesson.rule("F5")
+lesson.predict("1.7", low=None, high=None, unit="times the bytes, for a hundred tasks")
 
 # %% [markdown]
 # **Live**, with `tiny`, a model of about a million numbers that ships with this
@@ -770,8 +778,10 @@ lesson.verdict("F5")
 # for both, and takes the half that holds less well:
 
 # %%
-print(ledger.claim("F4").rule)
-lesson.predict("1.8", guess=0.1, unit="nats, full ahead of LoRA, far from home")
+lesson.rule("F4")
+lesson.predict(
+    "1.8", low=None, high=None, unit="nats, full ahead of LoRA, far from home"
+)
 
 # %% [markdown]
 # **The runs**: `tiny` learns a task near its pretraining (a new format for words that
@@ -1015,6 +1025,15 @@ lesson.verdict("F4")
 #   Face's comparison on a 3B model found peaks of `36.2` GiB for full fine-tuning and
 #   `20.8` for a LoRA: far from the ratio of what they train.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

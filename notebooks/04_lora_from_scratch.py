@@ -29,8 +29,8 @@
 # - read the spectrum of an update, and tell its *energy* from its *use*;
 # - say what the evidence for "low rank" is, and what it is not.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 4.1, and
-# read the verdict on claim L1.
+# **Only ten minutes?** Write `start("04", quick=True)` below and run all cells. Read
+# "The result first", do exercise 4.1, and read the verdict on claim L1.
 
 # %%
 from peft_from_scratch.course import start
@@ -141,12 +141,13 @@ print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 # ### What does it cost? Claim L4
 #
 # The textbook says: beside a matrix of `4096 x 4096`, LoRA of rank `16` trains
-# `131,072` numbers. Which share of the matrix is that? Guess before you run. Put your
-# own number in place of ours, here and further down.
+# `131,072` numbers. Which share of the matrix is that? Guess before you run. Put two
+# numbers in place of None, here and further down: a range that you are nine tenths
+# sure of.
 
 # %%
-lesson.predict("4.1", guess=3, unit="% of the matrix")
-print(ledger.claim("L4").rule)
+lesson.predict("4.1", low=None, high=None, unit="% of the matrix")
+lesson.rule("L4")
 
 # %%
 side, rank = 4096, 16
@@ -325,8 +326,8 @@ checks.lora_start(my_start)
 # much will *both random* move a logit, at most?
 
 # %%
-print(ledger.claim("L2").rule)
-lesson.predict("4.2", guess=1, unit="(of a logit)")
+lesson.rule("L2")
+lesson.predict("4.2", low=None, high=None, unit="(of a logit)")
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -466,7 +467,9 @@ class HandLoRA(nn.Module):
 
 
 # %%
-lesson.predict("4.3", guess=5, unit="% of the model")
+lesson.predict("4.3", low=None, high=None, unit="% of the model")
+
+# %%
 total = model.num_parameters()
 model.requires_grad_(False)
 torch.manual_seed(0)
@@ -710,8 +713,8 @@ checks.lora_spectrum(my_spectrum)
 # holds most of the energy, in percent of the largest rank possible:
 
 # %%
-print(ledger.claim("L1").rule)
-lesson.predict("4.5", guess=5, unit="% of the full rank")
+lesson.rule("L1")
+lesson.predict("4.5", low=None, high=None, unit="% of the full rank")
 
 # %% [markdown]
 # **Live**, we fine-tune all of `tiny`: a model of about a million numbers, trained from
@@ -739,7 +742,9 @@ lesson.measured("4.5", live[0])
 # much of the gain does rank one keep?
 
 # %%
-lesson.predict("4.6", guess=20, unit="% of the gain")
+lesson.predict("4.6", low=None, high=None, unit="% of the gain")
+
+# %%
 split = pfs.tasks.load_task(chosen["task"])
 held_out = finetune.chosen_rows(split, chosen)["test"]
 held_out = encode(tiny_tokenizer, split.instruction, held_out, template="raw")
@@ -819,7 +824,7 @@ lesson.live("L1", *live, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("L1")
+lesson.verdict("L1", guess="4.5")
 
 # %% [markdown]
 # Four things are true at once.
@@ -1010,6 +1015,15 @@ assert gap < 1e-3
 #   updates of full fine-tuning had ranks `10` to `100` times those in usual LoRA
 #   settings, and LoRA learned less.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

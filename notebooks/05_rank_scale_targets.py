@@ -28,8 +28,8 @@
 # - find the bug that makes a good adapter weak without any error;
 # - say what a search over a grid can show, and what it cannot.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 5.1, and
-# read the verdict on claim L3.
+# **Only ten minutes?** Write `start("05", quick=True)` below and run all cells. Read
+# "The result first", do exercise 5.1, and read the verdict on claim L3.
 
 # %%
 from peft_from_scratch.course import start
@@ -168,8 +168,8 @@ checks.update_size(my_size)
 # all with $r$ before the scale, $\alpha / r$ would give $p = -1$. Guess $p$.
 
 # %%
-print(ledger.claim("L3").rule)
-lesson.predict("5.1", guess=0, unit="(exponent)")
+lesson.rule("L3")
+lesson.predict("5.1", low=None, high=None, unit="(exponent)")
 
 # %% [markdown]
 # **Live**, with a fifth of the steps and the two ends of the range of ranks, two seeds
@@ -217,7 +217,7 @@ lesson.live("L3", *live, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("L3")
+lesson.verdict("L3", guess="5.1")
 
 # %% [markdown]
 # Neither extreme. Under $\alpha / r$ a larger rank is quieter, but by far less than the
@@ -243,7 +243,7 @@ lesson.verdict("L3")
 # much does the first update grow if you double $\alpha$, under SGD? Guess.
 
 # %%
-lesson.predict("5.2", guess=2, unit="times as large")
+lesson.predict("5.2", low=None, high=None, unit="times as large")
 
 
 # %%
@@ -287,7 +287,7 @@ lesson.measured("5.2", factors["SGD"])
 # asks what following it *costs*, with the rate searched for every alpha.
 
 # %%
-print(ledger.claim("L7").rule)
+lesson.rule("L7")
 tuned = [runs.stored(config) for config in scaling.alpha_configs("tiny")]
 cells, series = {}, {}
 for alpha in scaling.ALPHAS:
@@ -341,8 +341,8 @@ lesson.verdict("L7")
 # rank 4, then somebody wants rank 64. By which factor does the best rate change? Guess.
 
 # %%
-print(ledger.claim("L8").rule)
-lesson.predict("5.3", guess=0.3, unit="times the rate of rank 4")
+lesson.rule("L8")
+lesson.predict("5.3", low=None, high=None, unit="times the rate of rank 4")
 
 # %%
 moved = [runs.stored(config) for config in scaling.transfer_configs("tiny")]
@@ -449,8 +449,10 @@ checks.rank_for_budget(my_rank)
 # attention beat the MLP at equal parameters?
 
 # %%
-print(ledger.claim("L5").rule)
-lesson.predict("5.4", guess=80, unit="% of the gaps")
+lesson.rule("L5")
+lesson.predict("5.4", low=None, high=None, unit="% of the gaps")
+
+# %%
 placed = [runs.stored(config) for config in rank_and_place.place_configs("tiny")]
 attention, mlp = (rank_and_place.PLACES[place] for place in ("attention", "mlp"))
 
@@ -501,7 +503,7 @@ lesson.live("L5", 100 * fmean(won), 0, 100, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("L5")
+lesson.verdict("L5", guess="5.4")
 
 # %% [markdown]
 # The average hides the finding, which the figure shows: it depends on the *kind* of
@@ -517,8 +519,10 @@ lesson.verdict("L5")
 # the best rank?
 
 # %%
-print(ledger.claim("L6").rule)
-lesson.predict("5.5", guess=0.02, unit="nats per token")
+lesson.rule("L6")
+lesson.predict("5.5", low=None, high=None, unit="nats per token")
+
+# %%
 ranked = [runs.stored(config) for config in rank_and_place.rank_configs("tiny")]
 many = [run for run in ranked if run.config["n"] == rank_and_place.N]
 series = {}
@@ -554,7 +558,7 @@ lesson.live("L6", *over_seeds(excess), scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("L6")
+lesson.verdict("L6", guess="5.5")
 
 # %% [markdown]
 # Taken apart: the need for rank grows with the gap, as claimed. On the cipher the
@@ -992,6 +996,15 @@ with TemporaryDirectory() as folder:
 #   found that LoRA on all linear layers was needed to match full fine-tuning. Biderman
 #   and others see the MLP carry most of the gain in Llama, on code and mathematics.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

@@ -28,8 +28,8 @@
 # - say what gradients pass through, and what they do not;
 # - count the bytes of a model of `65` billion weights before you rent the machine.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 7.3, and
-# read the verdict on claim Q3.
+# **Only ten minutes?** Write `start("07", quick=True)` below and run all cells. Read
+# "The result first", do exercise 7.3, and read the verdict on claim Q3.
 
 # %%
 from peft_from_scratch.course import start
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import peft_from_scratch as pfs
 from peft_from_scratch import nf4
 from peft_from_scratch.course import block_picture, code_books, constants, curves
-from peft_from_scratch.course import formats, ledger, minilm, over_seeds, runs
+from peft_from_scratch.course import formats, minilm, over_seeds, runs
 from peft_from_scratch.course.checks import four_bits as checks
 
 # %% [markdown]
@@ -142,11 +142,13 @@ back = by_hand(w)
 # The largest comes back exactly. Every other one is off by half a step at most, and a
 # step is a seventh of absmax. That is the trouble: *the step is made by one weight*.
 # Let that one grow tenfold, and leave the seven others as they are. By which factor
-# does the error of the seven grow? Guess before you run. Put your own number in place
-# of ours, here and further down.
+# does the error of the seven grow? Guess before you run. Put two numbers in place
+# of None, the ends of a range that you are nine tenths sure of, here and further down.
 
 # %%
-lesson.predict("7.1", guess=2, unit="times the error")
+lesson.predict("7.1", low=None, high=None, unit="times the error")
+
+# %%
 spoiled, others = w.clone(), torch.arange(8) != 6
 spoiled[6] *= 10
 off_then = (by_hand(spoiled) - spoiled)[others].norm()
@@ -433,7 +435,9 @@ print("bit for bit the library's:", torch.equal(restored(plain, 64, NF4), theirs
 # rarest code is the most frequent one used?
 
 # %%
-lesson.predict("7.2", guess=1, unit="times as often")
+lesson.predict("7.2", low=None, high=None, unit="times as often")
+
+# %%
 codes = nf4.quantize(plain, 64, double=False).codes().long()
 share = codes.bincount(minlength=16) / len(codes)
 entropy = -(share * share.log2()).sum()
@@ -499,8 +503,10 @@ lesson.show(figure, f"Values between -0.5 and 0.5: {said}.")
 # from the smallest to the largest of a block, and so needs two constants.
 
 # %%
-print(ledger.claim("Q1").rule)
-lesson.predict("7.3", guess=0, unit="% more error than the best")
+lesson.rule("Q1")
+lesson.predict("7.3", low=None, high=None, unit="% more error than the best")
+
+# %%
 configs = [formats.config("gaussian", 64, seed) for seed in formats.SEEDS]
 tried = [formats.compute(config | {"values": 2**18}) for config in configs]
 for name in ("best", "best-pinned", "nf4", "int4", "fp4", "affine"):
@@ -548,7 +554,7 @@ lesson.live("Q1", *live)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("Q1")
+lesson.verdict("Q1", guess="7.3")
 
 # %% [markdown]
 # At equal bits, NF4 is below affine int4 in all three kinds of weights: the half bit is
@@ -713,8 +719,10 @@ print(f"codes that a nudge of a 100,000th leaves as they are: {kept:.2f} %")
 # quantized, to see that the measure can see.
 
 # %%
-print(ledger.claim("Q2").rule)
-lesson.predict("7.4", guess=50, unit="% off without it")
+lesson.rule("Q2")
+lesson.predict("7.4", low=None, high=None, unit="% off without it")
+
+# %%
 found = {}
 for double in (False, True):
     asked = [constants.gradient_config("tiny", double, seed) for seed in (0, 1, 2)]
@@ -729,7 +737,7 @@ lesson.live("Q2", max(errors), min(errors), max(errors), scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("Q2")
+lesson.verdict("Q2", guess="7.4")
 
 # %% [markdown]
 # What the gradient *does* see is that $W'$ is not $W_0$. The control shows what that
@@ -794,8 +802,10 @@ checks.model_bytes(my_bytes)
 # formula is what tensors hold.
 
 # %%
-print(ledger.claim("Q3").rule)
-lesson.predict("7.5", guess=40, unit="GB")
+lesson.rule("Q3")
+lesson.predict("7.5", low=None, high=None, unit="GB")
+
+# %%
 configs = [constants.bytes_config("Llama-65B", double) for double in (True, False)]
 large, single = map(constants.compute, configs)
 rows = {
@@ -1039,6 +1049,15 @@ for block in blocks:
 #   quantization matched sixteen-bit fine-tuning on academic benchmarks, and that FP4
 #   was about one point behind.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

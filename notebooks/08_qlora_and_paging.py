@@ -30,8 +30,8 @@
 # - write a page table that sends the right page away, and AdamW on one page at a time;
 # - tell paging from offloading, and paged optimizers from PagedAttention.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 8.1, and
-# read the verdict on claim Q4b.
+# **Only ten minutes?** Write `start("08", quick=True)` below and run all cells. Read
+# "The result first", do exercise 8.1, and read the verdict on claim Q4b.
 
 # %%
 from peft_from_scratch.course import start
@@ -52,7 +52,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
 from peft_from_scratch.course import bit_costs, block_picture, count, curves
-from peft_from_scratch.course import finetune, formulas, intervals, ledger, one_gpu
+from peft_from_scratch.course import finetune, formulas, intervals, one_gpu
 from peft_from_scratch.course import page_picture, paging, quiet_transformers, runs
 from peft_from_scratch.course import spectrum
 from peft_from_scratch.course.checks import qlora_and_paging as checks
@@ -192,7 +192,9 @@ checks.qlora_forward(my_qlora)
 # Now it can be counted. In one training step, how often is each weight dequantized?
 
 # %%
-lesson.predict("8.1", guess=1, unit="times a step")
+lesson.predict("8.1", low=None, high=None, unit="times a step")
+
+# %%
 qlora, lora = live["QLoRA"], live["LoRA"]
 packed = [m for m in qlora.model.modules() if isinstance(m, pfs.nf4.NF4Linear)]
 calls = bit_costs.dequantized(qlora.step)
@@ -218,7 +220,9 @@ lesson.measured("8.1", calls / len(packed))
 # parameters does not look at all. Guess what a plain sum over SmolLM2 says:
 
 # %%
-lesson.predict("8.2", guess=2, unit="% of the model, by the plain sum")
+lesson.predict("8.2", low=None, high=None, unit="% of the model, by the plain sum")
+
+# %%
 for kind, size in bit_costs.held(qlora.model).items():
     print(f"{kind:10} {size / 1e6:6.1f} MB")
 layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
@@ -280,8 +284,9 @@ del half, live, qlora, lora, run
 # `float32`. The row `bf16` is for a later page.
 
 # %%
-print(ledger.claim("Q4").rule, ledger.claim("Q4b").rule, sep="\n\n")
-lesson.predict("8.3", guess=0.05, unit="nats of damage in the transplant")
+lesson.rule("Q4")
+lesson.rule("Q4b")
+lesson.predict("8.3", low=None, high=None, unit="nats of damage in the transplant")
 
 # %%
 arms = ("base", "nf4-base", "qlora-frozen", "lora-transplanted", "qlora", "qlora-bf16")
@@ -385,7 +390,9 @@ checks.loftq_start(my_start)
 # error's squared norm does a rank of eight hold, in the matrices of `tiny`?
 
 # %%
-lesson.predict("8.4", guess=50, unit="% of the error's energy at rank 8")
+lesson.predict("8.4", low=None, high=None, unit="% of the error's energy at rank 8")
+
+# %%
 base, _ = pfs.load_model("tiny", device="cpu")
 W0s = [m.weight.detach() for m in pfs.targets.projections(base).values()]
 errors = [W - pfs.nf4.dequantize(pfs.nf4.quantize(W)) for W in W0s]
@@ -417,7 +424,11 @@ lesson.measured("8.4", at_8["W0 - W'"])
 # is from the trained weight, in units of *what was learned*:
 
 # %%
-lesson.predict("8.5", guess=5, unit="% of the update's norm, onto the original")
+lesson.predict(
+    "8.5", low=None, high=None, unit="% of the update's norm, onto the original"
+)
+
+# %%
 split = pfs.tasks.load_task("gap-1")
 rows = split.test.select(range(200))
 rows = finetune.encode_rows(tiny_tokenizer, split.instruction, rows, template="raw")
@@ -484,7 +495,7 @@ checks.merge_errors(my_errors)
 # rounds away every change below `1/256` of a value. Claim M4 is about the merge.
 
 # %%
-print(ledger.claim("Q5").rule)
+lesson.rule("Q5")
 lesson.live("Q5", *bit_costs.span(items["qlora-bf16"] - items["qlora"]), scale="tiny")
 
 # %%
@@ -492,7 +503,7 @@ lesson.live("Q5", *bit_costs.span(items["qlora-bf16"] - items["qlora"]), scale="
 lesson.verdict("Q5")
 
 # %%
-print(ledger.claim("M4").rule)
+lesson.rule("M4")
 lesson.live("M4", *bit_costs.span(costs["requantized"]), scale="tiny")
 
 # %%
@@ -657,7 +668,11 @@ checks.lru_pages(MyPages)
 # every budget. The cell stops where it does not hold.
 
 # %%
-lesson.predict("8.6", guess=100, unit="% faults at half of the pages, back and forth")
+lesson.predict(
+    "8.6", low=None, high=None, unit="% faults at half of the pages, back and forth"
+)
+
+# %%
 
 
 def run_paged(make, steps=20):
@@ -774,8 +789,8 @@ checks.paged_adamw(MyPager)
 # share of the spike is gone then.
 
 # %%
-print(ledger.claim("P1").rule)
-lesson.predict("8.7", guess=50, unit="% of the spike")
+lesson.rule("P1")
+lesson.predict("8.7", low=None, high=None, unit="% of the spike")
 
 # %%
 chosen = paging.config("tiny", "within the states", seed=0)
@@ -834,8 +849,8 @@ lesson.verdict("P1")
 # that it tries.)
 
 # %%
-print(ledger.claim("Q6").rule)
-lesson.predict("8.8", guess=512, unit="tokens at most")
+lesson.rule("Q6")
+lesson.predict("8.8", low=None, high=None, unit="tokens at most")
 
 
 # %%
@@ -1040,6 +1055,15 @@ assert gap < 1e-3
 #   knowledge, within half a point on average. LoftQ's reports its largest gains at two
 #   bits.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

@@ -30,8 +30,8 @@
 # - say what a compiler can tell about a GPU that is not there, and what it cannot;
 # - judge from arithmetic alone where fusing can help at all.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 9.1, and
-# read the verdict on claim K1.
+# **Only ten minutes?** Write `start("09", quick=True)` below and run all cells. Read
+# "The result first", do exercise 9.1, and read the verdict on claim K1.
 
 # %%
 import os
@@ -53,7 +53,7 @@ import triton.language as tl
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import access_picture, fusing, ledger, roofline, runs
+from peft_from_scratch.course import access_picture, fusing, roofline, runs
 from peft_from_scratch.course.checks import triton_lora_kernel as checks
 from peft_from_scratch.kernels import gpu_targets, lora_linear
 from peft_from_scratch.kernels.language import (
@@ -150,11 +150,13 @@ for access in seen.accesses[:6]:
 # `y + at` is a block of *pointers*, and `tl.load` fetches what they point to. Nobody
 # checks whether that still belongs to `y`. Here `y` is the first 100 of 128 numbers,
 # and two programs of 64 do the work. How many numbers that are none of its business
-# does the kernel change? Guess before you run. Put your own number in place of ours,
-# here and further down.
+# does the kernel change? Guess before you run. Put two numbers in place of None, the
+# ends of a range that you are nine tenths sure of, here and further down.
 
 # %%
-lesson.predict("9.1", guess=0, unit="numbers behind the end")
+lesson.predict("9.1", low=None, high=None, unit="numbers behind the end")
+
+# %%
 memory = torch.zeros(128)
 y, u = memory[:100], torch.ones(128)
 add_into[(2,)](y, u, BLOCK=64)
@@ -323,7 +325,9 @@ checks.tiled_product(my_product)
 # and six columns. How often is each element of $x$ read?
 
 # %%
-lesson.predict("9.2", guess=1, unit="times")
+lesson.predict("9.2", low=None, high=None, unit="times")
+
+# %%
 torch.manual_seed(0)
 x, W = torch.randn(48, 64), torch.randn(96, 64)
 y, blocks = torch.empty(48, 96), Tiles(m=16, n=16, k=32, sweep=1, group=1)
@@ -363,7 +367,9 @@ lesson.show(figure, f"A product in blocks. Each element is read or written: {sai
 # element counted once? The bytes issued are the same.
 
 # %%
-lesson.predict("9.3", guess=10, unit="% fewer bytes")
+lesson.predict("9.3", low=None, high=None, unit="% fewer bytes")
+
+# %%
 x, W, y = torch.randn(64, 32), torch.randn(128, 32), torch.empty(64, 128)
 orders = {}
 for group, name in {1: "row by row", 4: "in groups of four rows"}.items():
@@ -455,7 +461,9 @@ checks.conv1d_reader(my_reader)
 # plain product $x W^T$ do the four issue together?
 
 # %%
-lesson.predict("9.4", guess=1.1, unit="times the plain product's bytes")
+lesson.predict("9.4", low=None, high=None, unit="times the plain product's bytes")
+
+# %%
 m, n, k, r, scale = 128, 256, 256, 8, 2.0
 x, W, A, B = (torch.randn(s) for s in ((m, k), (n, k), (r, k), (n, r)))
 cut = dict(m=32, n=32, k=64, group=4)
@@ -666,7 +674,9 @@ for name, mine, theirs in zip("xAB", ours, gradients("torch"), strict=True):
 # are there?
 
 # %%
-lesson.predict("9.5", guess=1, unit="different sums")
+lesson.predict("9.5", low=None, high=None, unit="different sums")
+
+# %%
 shares = np.random.default_rng(0).normal(size=100).astype(np.float32)
 orders = (np.random.default_rng(i).permutation(shares) for i in range(1000))
 sums = {float(np.add.accumulate(order)[-1]) for order in orders}
@@ -732,8 +742,8 @@ for name in fused["targets"]:
 # more? Guess.
 
 # %%
-print(ledger.claim("K1").rule)
-lesson.predict("9.6", guess=100, unit="% of the cases")
+lesson.rule("K1")
+lesson.predict("9.6", low=None, high=None, unit="% of the cases")
 
 # %%
 lesson.show(roofline.figure(), roofline.alt())
@@ -973,6 +983,15 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # - **Others beside us** (their claims, not ours). Unsloth and Liger-Kernel report
 #   faster training with fused kernels of this kind, on GPUs, along with other changes.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

@@ -29,8 +29,8 @@
 # - say why nothing can be merged;
 # - tell what a method *could* express from what training finds.
 #
-# **Only ten minutes?** Run all cells. Read "The result first", do exercise 11.1, and
-# read the verdict on claim T3.
+# **Only ten minutes?** Write `start("11", quick=True)` below and run all cells. Read
+# "The result first", do exercise 11.1, and read the verdict on claim T3.
 
 # %%
 from peft_from_scratch.course import start
@@ -205,7 +205,9 @@ def broken_prompt(model, P, input_ids, attention_mask):
     return model(inputs_embeds=joined, attention_mask=mask).logits[:, n:]
 
 
-lesson.predict("11.1", guess=0, unit="(of a logit)")
+lesson.predict("11.1", low=None, high=None, unit="(of a logit)")
+
+# %%
 longer = F.pad(row, (24, 0), value=tokenizer.eos_token_id)
 alone, beside = torch.ones_like(row), F.pad(torch.ones_like(row), (24, 0))
 with torch.no_grad():
@@ -485,8 +487,8 @@ checks.soft_counts(my_counts)
 # asks in how many of the cases the claim holds. Guess.
 
 # %%
-print(ledger.claim("T1").rule)
-lesson.predict("11.2", guess=100, unit="% of the cases")
+lesson.rule("T1")
+lesson.predict("11.2", low=None, high=None, unit="% of the cases")
 
 # %%
 cases = [
@@ -548,7 +550,9 @@ def trained(method, start, *, lr=0.1, steps=50):
     return tiny, reader, history.loss, untouched
 
 
-lesson.predict("11.3", guess=1.5, unit="times the loss of the text start")
+lesson.predict("11.3", low=None, high=None, unit="times the loss of the text start")
+
+# %%
 made = {how: trained("prompt", how) for how in ("random", "vocabulary", "text")}
 
 # %%
@@ -597,7 +601,9 @@ for said, loss in losses.items():
 # the sixteen vectors, which started as tokens, still have that token as their nearest.
 
 # %%
-lesson.predict("11.4", guess=4, unit="of 16 vectors")
+lesson.predict("11.4", low=None, high=None, unit="of 16 vectors")
+
+# %%
 table = F.normalize(tiny.get_input_embeddings().weight, dim=1)
 starts = torch.tensor(challengers.text_ids("gap-1", 16))
 (P,) = (parameter.detach() for parameter in pfs.trainable(tiny).values())
@@ -649,8 +655,10 @@ for when, values in (("before", P.detach().clone()), ("after", after)):
 # %%
 print("T2:", ledger.claim("T2").rule)
 print("T3:", ledger.claim("T3").rule)
-lesson.predict("11.5", guess=0.1, unit="nats that prompt is behind prefix")
-lesson.predict("11.6", guess=0.5, unit="nats that the better one is behind LoRA")
+lesson.predict("11.5", low=None, high=None, unit="nats that prompt is behind prefix")
+lesson.predict(
+    "11.6", low=None, high=None, unit="nats that the better one is behind LoRA"
+)
 
 # %% [markdown]
 # **Live**, a small version: the rates and starts that the search chose, a fraction of
@@ -761,7 +769,7 @@ lesson.live("T2", whole[0], *widest, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("T2")
+lesson.verdict("T2", guess="11.5")
 
 # %% [markdown]
 # On each of the three tasks the prefix ended lower than the prompt: by little on the
@@ -794,7 +802,7 @@ lesson.live("T3", *closer, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("T3")
+lesson.verdict("T3", guess="11.6")
 
 # %% [markdown]
 # On the new format a prefix comes near LoRA, and five seeds do not settle which of the
@@ -970,6 +978,15 @@ for kind, ours in (("prompt", tiny), ("prefix", learned)):
 #   the parameters and came near full fine-tuning on tables to text. Lester and others
 #   found prompt tuning far behind in small T5 models and level in the largest.
 #
+# ## Your guesses
+#
+# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
+# people's first ranges are too narrow.
+
+# %%
+lesson.calibration()
+
+# %% [markdown]
 # ## Receipt
 
 # %%

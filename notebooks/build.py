@@ -3,17 +3,21 @@
     python notebooks/build.py [START …]     all, or those whose names start so
     python notebooks/build.py --check       which differ from their text; runs nothing
     python notebooks/build.py --draft 04    write it though it breaks a rule (rules.py)
+    python notebooks/build.py --cards 04    measure its cost card anew
 
 The text (`NN_topic.py`, jupytext's percent format) is what is written and reviewed. The
 notebook beside it appears whole or not at all: one that fails, or that breaks a rule,
 leaves the old one and its cost card. Times, random cell names and widget state are left
 out, so that a new build of the same text differs only where the outputs do.
 
-The cost card is measured in the kernel that ran the notebook. start() has spoken before
-that: its cell is run once more, in a fresh kernel, and the receipt's in the same one.
+The cost card is measured in the kernel that ran the notebook. A lesson that has none is
+run twice: the first run makes the card, and the second, which is stored, is compared
+with it. A notebook's metadata hold the digests of the results that it read, so that
+stored outputs are known to be stale once those change.
 """
 
 import argparse
+import copy
 import json
 import os
 import tempfile
@@ -27,11 +31,21 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
-from rules import RULES, START, TEXT_RULES, WIDGET, agrees, broken, cells
+from rules import (
+    RULES,
+    START,
+    TEXT_RULES,
+    WIDGET,
+    agrees,
+    broken,
+    cells,
+    digests,
+)
 
 from peft_from_scratch.common.atomic import new_file
 from peft_from_scratch.common.digest import digest
 from peft_from_scratch.course import cards, exercises
+from peft_from_scratch.course.exercises import RECORD
 
 FOLDER = Path(__file__).parent
 TEXTS = "[0-9][0-9]_*.py"
@@ -49,9 +63,13 @@ LANGUAGE = {  # without the version, which differs between machines
 ASK = """\
 import dataclasses as _d, json as _j
 from peft_from_scratch.course import cards as _c, lesson as _l
-print(_j.dumps(_l.current and _d.asdict(_l.current.bill())))
+print(_j.dumps([_l.current and _d.asdict(_l.current.bill()), sorted(_opened)]))
 """
-TELL = "_l.current.card = _c.Card(**_j.loads({!r}))\n"
+LISTEN = """\
+import sys as _s
+_opened = set()
+_s.addaudithook(lambda event, about: event == "open" and _opened.add(str(about[0])))
+"""
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
@@ -61,8 +79,10 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     texts = [p for p in sorted(folder.glob(TEXTS)) if p.name.startswith(wanted)]
     if not texts:
         raise SystemExit(f"no {TEXTS} in {folder.name}/ starts with {wanted}")
-    one = check if options.check else build
-    return int(not all([one(text, draft=options.draft) for text in texts]))
+    if options.check:
+        return int(not all([check(text) for text in texts]))
+    ways = {"draft": options.draft, "anew": options.cards}
+    return int(not all([build(text, **ways) for text in texts]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,10 +94,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--draft", action="store_true", help="write it though it breaks a rule"
     )
+    made.add_argument("--cards", action="store_true", help="measure cost cards anew")
     return made
 
 
-def check(text: Path, draft: bool = False) -> bool:
+def check(text: Path) -> bool:
     """Tell whether a stored notebook is that of its text, and which rules it breaks."""
     new, built = notebook_of(text), text.with_suffix(".ipynb")
     if not built.exists():
@@ -90,12 +111,17 @@ def check(text: Path, draft: bool = False) -> bool:
     return state == "up to date" and not wrong
 
 
-def build(text: Path, draft: bool = False) -> bool:
-    """Run a text form, and write its notebook and cost card if it keeps the rules."""
+def build(text: Path, draft: bool = False, anew: bool = False) -> bool:
+    """Run a text form, and write its notebook and cost card if it keeps the rules.
+
+    Args
+        draft  write it though it breaks a rule
+        anew   measure the cost card anew
+    """
     begun = time.perf_counter()
     notebook = notebook_of(text)
     try:
-        card = run(notebook, text.parent)
+        card = run(notebook, text.parent, anew)
     except CellExecutionError as error:
         print(f"{text.stem}: not written, a cell failed\n{error}")
         return False
@@ -105,7 +131,7 @@ def build(text: Path, draft: bool = False) -> bool:
         return False
     with new_file(text.with_suffix(".ipynb")) as new:
         nbformat.write(notebook, new)
-    if card is not None:
+    if card:
         cards.write(cards.read() | card)
     tell(f"{text.stem}: built in {time.perf_counter() - begun:.0f} s", wrong)
     return not wrong
@@ -137,21 +163,41 @@ def _name(cell: NotebookNode, taken: set[str]) -> str:
     return name
 
 
-def run(notebook: NotebookNode, folder: Path) -> dict[str, cards.Card] | None:
-    """Execute a notebook in `folder`; {its number: its cost card} of a lesson."""
-    starts = [at for at, cell in enumerate(notebook.cells) if START.search(cell.source)]
+def run(
+    notebook: NotebookNode, folder: Path, anew: bool = False
+) -> dict[str, cards.Card]:
+    """Execute a notebook in `folder`; {its number: its cost card} if that is new."""
+    number, known = _number(notebook), cards.read()
+    if number is None or (number in known and not anew):
+        execute(notebook, folder)
+        return {}
+    card = {number: execute(copy.deepcopy(notebook), folder)}
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, cards.FILE.name)
+        cards.write(known | card, file)
+        with _environment(**{cards.OVERRIDE: str(file)}):
+            execute(notebook, folder)
+    return card
+
+
+def _number(notebook: NotebookNode) -> str | None:
+    """The lesson's number; None for a notebook that is no lesson."""
+    starts = [START.search(cell.source) for cell in cells(notebook, "code")]
+    return next((start[1] for start in starts if start), None)
+
+
+def execute(notebook: NotebookNode, folder: Path) -> cards.Card | None:
+    """Run all cells; the cost card of the run, of a lesson."""
+    is_lesson, card, opened = _number(notebook) is not None, None, []
     with running(notebook, folder) as client:
+        client.kc.execute(LISTEN, silent=True, store_history=False)
         for at, cell in enumerate(notebook.cells):
             client.execute_cell(cell, at)
-        found = _ask(client, ASK) if starts else None
-        if found is not None:
-            _again(client, notebook, found)
-    if found is not None:
-        number = START.search(notebook.cells[starts[0]].source)[1]
-        found = {number: cards.Card(**found)}
-        _start_again(notebook, starts[0], folder, cards.read() | found)
+        if is_lesson:
+            card, opened = _ask(client, ASK)
     _strip(notebook)
-    return found
+    notebook.metadata[RECORD] = {"reads": digests(opened)}
+    return cards.Card(**card) if card else None
 
 
 @contextmanager
@@ -180,32 +226,6 @@ def _ask(client: NotebookClient, source: str):
         client.nb.cells.pop()
     said = "".join(output.get("text", "") for output in extra.outputs)
     return json.loads(said) if said.strip() else None
-
-
-def _again(client: NotebookClient, notebook: NotebookNode, card: dict) -> None:
-    """Have the receipt compare with the card that was just measured."""
-    _ask(client, TELL.format(json.dumps(card)))
-    for at, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code" and cell.source == "lesson.receipt()":
-            count = cell.execution_count
-            client.execute_cell(cell, at)
-            cell.execution_count = count
-
-
-def _start_again(notebook: NotebookNode, at: int, folder: Path, known: dict) -> None:
-    """Give the cell that calls start() the words that it has with the new card."""
-    opening = nbformat.from_dict({**notebook, "cells": notebook.cells[: at + 1]})
-    again = nbformat.from_dict(json.loads(json.dumps(opening)))
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place, cards.FILE.name)
-        cards.write(known, file)
-        with (
-            _environment(**{cards.OVERRIDE: str(file)}),
-            running(again, folder) as client,
-        ):
-            for i, cell in enumerate(again.cells):
-                client.execute_cell(cell, i)
-    notebook.cells[at].outputs = again.cells[at].outputs
 
 
 @contextmanager

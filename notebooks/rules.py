@@ -10,15 +10,25 @@ outputs: they also judge a text form that has not been run.
 import ast
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import nbformat
 
-from peft_from_scratch.course.exercises import SOLUTION, blanked, exercises, tags
+from peft_from_scratch.common.digest import digest
+from peft_from_scratch.common.provenance import ROOT
+from peft_from_scratch.course.exercises import (
+    RECORD,
+    SOLUTION,
+    blanked,
+    exercises,
+    tags,
+)
 from peft_from_scratch.ledger import verdicts as ledger
 
+RESULTS = ROOT / "data" / "results"
 LARGEST = 500_000  # bytes
-LONGEST_LINE, LONGEST_CELL, MOST_CODE = 88, 25, 350  # characters, lines, lines
-CELLS, FIRST_CELLS = (45, 70), (25, 70)  # least, most; in the lesson that starts
+LONGEST_LINE, LONGEST_CELL, MOST_CODE = 88, 25, 360  # characters, lines, lines
+CELLS, FIRST_CELLS = (45, 80), (25, 80)  # least, most; in the lesson that starts
 WORDS, FIRST_WORDS = (1_600, 4_400), (900, 4_400)
 WORDS_A_LINE = (5, 14)  # of code
 EXERCISES, STUB = (3, 6), (2, 20)  # in a lesson; lines
@@ -31,6 +41,8 @@ START = re.compile(r'^lesson = start\("(\d\d)"', re.MULTILINE)
 DETAILS = re.compile(
     r"<details>\s*<summary>(?P<said>.*?)</summary>(?P<body>.*?)</details>", re.DOTALL
 )
+VERDICT = r"lesson\.verdict\(\"(\w+)\""
+PREDICTION = r"lesson\.predict\(\s*\"([\d.]+)\",\s*(.*?,.*?,)"
 COUNTED = "one two three four five".split()
 STATED = re.compile(
     r"Difficulty (one|two|three|four|five) of five, "
@@ -117,6 +129,25 @@ def has_no_widget(notebook, text):
     """Code hosts do not draw a notebook that has a widget's name without its state."""
     assert "widgets" not in notebook.metadata
     assert not any(WIDGET in output.get("data", {}) for output in outputs(notebook))
+
+
+def digests(paths):
+    """{path from the top folder: digest} of the results files among these paths."""
+    resolved = {Path(path).resolve() for path in paths}
+    files = sorted(f for f in resolved if f.is_relative_to(RESULTS) and f.is_file())
+    return {
+        file.relative_to(ROOT).as_posix(): digest(file.read_bytes().hex())
+        for file in files
+    }
+
+
+def has_read_what_is_there(notebook, text):
+    """The results that its stored outputs were made from have not changed since."""
+    reads = notebook.metadata.get(RECORD, {}).get("reads")
+    assert reads is not None, "no record of what it read: build it again"
+    now = digests(ROOT / name for name in reads)
+    stale = [name for name, known in reads.items() if now.get(name) != known]
+    assert not stale, f"{', '.join(stale)} changed: build it again"
 
 
 def is_small(notebook, text):
@@ -224,23 +255,32 @@ def has_lesson_size(notebook, text):
 
 
 def guesses_before_it_measures(notebook, text):
-    """Every guess is followed by its measurement, and by nothing else of its name."""
+    """A guess has no default, and is followed by its measurement in another cell."""
     said = re.findall(r"lesson\.(predict|measured)\(\s*\"([\d.]+)\"", source(notebook))
     assert said, "no lesson.predict"
     for id in {id for _, id in said}:
         order = [verb for verb, name in said if name == id]
         assert order == ["predict", "measured"], f"{id}: {order}"
+    for cell in cells(notebook, "code"):
+        for id, ends in re.findall(PREDICTION, cell.source):
+            assert ends.split() == ["low=None,", "high=None,"], f"{id} has a default"
+            assert ".measured(" not in cell.source, (
+                f"{id} is measured where it is guessed"
+            )
 
 
 def tries_its_claims(notebook, text):
     """A verdict cell for each claim of this notebook, judged live in the cell above."""
     code = cells(notebook, "code")
     claims = {c.id for c in ledger.CLAIMS.values() if c.notebook == number(notebook)}
-    verdicts = re.findall(r"lesson\.verdict\(\"(\w+)\"\)", source(notebook))
+    verdicts = re.findall(VERDICT, source(notebook))
     assert sorted(verdicts) == sorted(claims), f"{verdicts} of the claims {claims}"
     for before, cell in pairwise(code):
-        for id in re.findall(r"lesson\.verdict\(\"(\w+)\"\)", cell.source):
-            assert cell.source == f'{MARK}\nlesson.verdict("{id}")', cell.source
+        for id in re.findall(VERDICT, cell.source):
+            alone = re.fullmatch(
+                rf"{MARK}\n{VERDICT}(, guess=\"[\d.]+\")?\)", cell.source
+            )
+            assert alone, cell.source
             assert f'lesson.live("{id}"' in before.source, f"{id}: not live just before"
 
 
@@ -362,6 +402,7 @@ RULES = (
     agrees,
     was_run,
     has_no_widget,
+    has_read_what_is_there,
     is_small,
     compares_words,
     has_words_for_images,

@@ -7,38 +7,44 @@ A lesson runs on its base model: SmolLM2, unless start(…, model=…) or the en
 PFS_MODEL names another one. Nothing here installs, logs in, downloads or asks.
 """
 
-import json
 import logging
+import math
 import os
 import random
+import textwrap
 import warnings
+from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import datasets
 import numpy
 import torch
-from filelock import FileLock
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from ..common import atomic, records
 from ..comparison import estimate
 from ..ledger import verdicts
-from ..ledger.claim import BASES, UNDECIDED
+from ..ledger.claim import BASES, NOT_RUN, UNDECIDED
 from ..models import load
-from . import cards
-from .exercises import WORK
+from . import cards, checks, guesses
+from .guesses import Guess
+from .verdict_card import WIDTH, VerdictCard, figure_of
 
 BASE, VARIABLE = "smollm2", "PFS_MODEL"
-GUESSES = "predictions.json"  # in work/
+GUESS = (
+    "Put two numbers in place of None, the ends of a range that you are nine tenths "
+    "sure of, and run this cell again ({unit})"
+)
+EQUAL = 0.01  # relative difference of a count that another machine may make
 LATE, LARGE, SLACK = 2, 1.25, 100_000_000  # times the card's seconds; bytes, and more
 DPI = 100
 
 current: "Lesson | None" = None  # the build asks it for its card
 
 
-def start(number: str, model: str | None = None, seed: int = 0) -> "Lesson":
+def start(
+    number: str, model: str | None = None, seed: int = 0, quick: bool = False
+) -> "Lesson":
     """Begin lesson `number`: fix the seeds, say what it will use and what it costs.
 
     Args
@@ -46,12 +52,14 @@ def start(number: str, model: str | None = None, seed: int = 0) -> "Lesson":
         model   base model: a short name, a hub id or a folder; None: PFS_MODEL of the
                 environment, else smollm2
         seed    of torch, NumPy and random
+        quick   pass over exercises that are still blank, so that "run all" runs all
     """
     global current
     _be_quiet()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
+    checks.pass_over_blanks(quick)
     current = Lesson(number, model or os.environ.get(VARIABLE) or BASE, seed)
     print(current)
     return current
@@ -75,7 +83,7 @@ class Lesson:
         self.clock = cards.Clock()
         self.card = cards.read().get(number)
         self.product = cards.product_seconds(self.device)
-        self.guesses: dict[str, dict] = {}
+        self.guesses: dict[str, Guess] = {}
 
     def __str__(self):
         threads = cards.threads(torch.get_num_threads())
@@ -99,85 +107,167 @@ class Lesson:
 
     # ------------------------------------------------------------------- guesses
 
-    def predict(self, id: str, guess, unit: str = "") -> None:
-        """Keep a guess, to be shown beside what is measured.
+    def predict(
+        self, id: str, low: float | None, high: float | None, unit: str = ""
+    ) -> None:
+        """Keep a guess, a range, to be shown beside what is measured.
 
         In a learner's copy (in work/) it is kept in work/predictions.json.
+
+        Args
+            low, high  None, None: no guess yet, and the lesson goes on without one
+        Raises  ValueError  no range of two numbers
         """
-        self._keep(id, {"guess": guess, "unit": unit})
-        print(f"{id}: your guess is {_number(guess)} {unit}".rstrip())
+        guess = Guess(low, high, unit)
+        self._keep(id, guess)
+        if guess.made:
+            print(f"{id}: your guess is {guess} {unit}".rstrip())
+        else:
+            print(f"{id}: no guess yet. {GUESS.format(unit=unit or 'a number')}")
 
     def measured(self, id: str, value) -> None:
-        """Show what was measured beside the guess; KeyError where there was none."""
+        """Show what was measured beside the guess; KeyError where none was asked."""
         if id not in self.guesses:
-            guess_of = ", ".join(self.guesses) or "none so far"
+            asked = ", ".join(self.guesses) or "none so far"
             raise KeyError(
-                f"no guess {id!r} was made in this run; made were: {guess_of}. Run the "
-                f"cell with lesson.predict({id!r}, …) first"
+                f"no guess {id!r} was asked for in this run; asked for were: {asked}. "
+                f"Run the cell with lesson.predict({id!r}, …) first"
             )
-        guess_of = self.guesses[id]
         value = value.item() if hasattr(value, "item") else value
-        self._keep(id, {**guess_of, "measured": value})
-        unit = f" {guess_of['unit']}" if guess_of["unit"] else ""
-        guess = f"you guessed {_number(guess_of['guess'])}{unit}"
-        print(f"{id}: {guess}, measured {_number(value)}{unit}")
+        guess = replace(self.guesses[id], measured=value)
+        self._keep(id, guess)
+        measured = f"{id}: measured {figure_of(value)} {guess.unit}".rstrip()
+        if not guess.made:
+            print(measured)
+        elif guess.hit:
+            print(f"{measured}. Your range, {guess}, holds it.")
+        else:
+            print(f"{measured}. Your range was {guess}.")
 
-    def _keep(self, id: str, guess: dict) -> None:
+    def _keep(self, id: str, guess: Guess) -> None:
         self.guesses[id] = guess
-        file = _guesses_file()
-        if file is None:
-            return
-        with FileLock(file.with_suffix(".lock")):
-            kept = _read_guesses(file)
-            kept.setdefault(self.number, {})[id] = guess
-            with atomic.new_file(file) as partial:
-                partial.write_text(json.dumps(kept, indent=1, default=str) + "\n")
+        guesses.keep(self.number, id, guess)
+
+    def calibration(self) -> None:
+        """Show how many of this run's guesses held what was measured."""
+        judged = {
+            id: guess
+            for id, guess in self.guesses.items()
+            if guess.made and guess.measured is not None
+        }
+        if judged:
+            self.show(guesses.calibration(judged), guesses.words(judged))
+        else:
+            print("You made no guess in this run, so there is nothing to compare.")
+
+    # ------------------------------------------------------- the learner's own code
+
+    def mine(self, answer, otherwise):
+        """The learner's answer to an exercise if its check passed, else the lesson's.
+
+            Layer = lesson.mine(MyLoRA, HandLoRA)
+
+        Args
+            answer     what the learner wrote: a class or a function
+            otherwise  the lesson's, which does the same
+        """
+        passed = checks.has_passed(answer)
+        name = getattr(answer, "__name__", "answer")
+        if passed:
+            print(f"Your {name} does the work from here on.")
+        else:
+            print(f"Your {name} has not passed its check: the lesson's own one works.")
+        return answer if passed else otherwise
 
     # ------------------------------------------------------------------- figures
 
     def show(self, figure: Figure, finding: str) -> None:
         """Show a figure, its finding as alternative text; then print the finding."""
+        self._image(figure, finding)
+        print(textwrap.fill(finding, WIDTH))
+
+    def _image(self, figure: Figure, alt: str) -> None:
         picture = BytesIO()
         figure.savefig(picture, format="png", dpi=DPI)
-        display(Image(picture.getvalue(), format="png", alt=finding))
-        print(finding)
+        display(Image(picture.getvalue(), format="png", alt=alt))
 
     # -------------------------------------------------------------------- claims
+
+    def control(self, words: str, holds: bool) -> None:
+        """Say that a control holds.
+
+        Args
+            words  what must be so if the measurement means anything: a sentence
+        Raises  AssertionError  it is not so: the measurement is void
+        """
+        assert bool(holds), (
+            f"a control failed, so this measurement is void: {words} That is not so in "
+            "this run. Restart the kernel and run all cells; if it fails again, the "
+            "lesson or the library is broken here"
+        )
+        print(f"Control: {words} So it is.")
 
     def live(
         self, id: str, measured: float, low: float, high: float, scale=None
     ) -> None:
-        """Judge what was measured here by the claim's rule, beside the shipped verdict.
+        """Show what was measured here beside what the shipped runs came to.
+
+        It says no verdict: a few seeds decide nothing.
 
         Args
             low, high  the interval of `measured`; all three equal for a count
             scale      base that it was measured on; None: the lesson's
-        Raises   AssertionError  both verdicts are decided, and they differ
+        Raises   AssertionError  a count that is not the shipped one; or both intervals
+                                 decide, for different verdicts
         """
         scale = scale or self.base
         measured, low, high = float(measured), float(low), float(high)
-        verdict = verdicts.verdict_of(id, measured, low, high)
-        unit = verdicts.claim(id).rule.unit
-        between = "" if low == high else f" [{_number(low)}, {_number(high)}]"
-        print(f"{id}, live on {scale}: {_number(measured)}{between} {unit}: {verdict}")
+        rule = verdicts.claim(id).rule
+        verdict = rule.verdict(measured, low, high)
+        print(f"{id} here, on {scale}: {_between(measured, low, high)} {rule.unit}")
         if scale not in BASES:
-            print(f"  Shipped verdicts are for {' and '.join(BASES)}; not compared.")
+            print(f"  Shipped runs are of {' and '.join(BASES)}: nothing to compare.")
             return
-        shipped = self._shipped(id)["scales"][scale]["verdict"]
-        print(f"  shipped for {scale}: {shipped}")
-        assert verdict in (shipped, UNDECIDED) or shipped == UNDECIDED, (
-            f"{id} on {scale}: live is {verdict!r}, shipped is {shipped!r}. Either "
-            "this run is broken or the shipped one is; look before you go on. "
+        shipped = self._shipped(id)["scales"][scale]
+        if shipped["measured"] is None:
+            print(f"  Shipped for {scale}: {shipped['verdict']}")
+            assert shipped["verdict"] != NOT_RUN, f"{id} was not run on {scale}"
+            return
+        ends = shipped["interval"] or [shipped["measured"]] * 2
+        print(f"  Shipped: {_between(shipped['measured'], *ends)} {rule.unit}")
+        decided = {verdict, shipped["verdict"]} - {UNDECIDED}
+        same = len(decided) <= 1
+        if rule.computed:
+            same = math.isclose(measured, shipped["measured"], rel_tol=EQUAL)
+        assert same, (
+            f"{id} on {scale}: this run says {verdict!r} ({figure_of(measured)}), the "
+            f"shipped runs say {shipped['verdict']!r}. Either this run is broken or "
+            "they are; look before you go on. "
             f"(python -m peft_from_scratch ledger {id} shows what the verdict rests on)"
         )
 
-    def verdict(self, id: str) -> None:
-        """Print a claim's shipped verdict, in words that are the same everywhere."""
-        row = self._shipped(id)
-        scale = f" ({row['scale']})" if row["scale"] else ""
-        print(f"{id}: {row['verdict']}{scale}")
-        if row["say_instead"]:
-            print(f"Say instead: {row['say_instead']}")
+    def rule(self, id: str) -> None:
+        """Print the rule of a claim, wrapped: what is measured, then its bands."""
+        words, _, bands = str(verdicts.claim(id).rule).partition("; up to ")
+        print(textwrap.fill(f"{id}, the rule: {words}.", WIDTH))
+        for band in f"up to {bands}".split(", ") if bands else ():
+            print(f"  {band}")
+
+    def verdict(self, id: str, guess: str | None = None) -> None:
+        """Show a claim's verdict card (verdict_card.py).
+
+        Args
+            guess  of a prediction in the rule's unit: its range is put on the card
+        """
+        range_ = self.guesses.get(guess)
+        ends = (range_.low, range_.high) if range_ and range_.made else None
+        card = VerdictCard(verdicts.claim(id), self._shipped(id), ends)
+        head, body = card.plain()
+        _markdown(card.headline(), head)
+        picture = card.picture()
+        if picture:
+            self._image(picture, f"The rule of {id} as a number line. {card.number}.")
+        _markdown(card.body(), body)
 
     def _shipped(self, id: str) -> dict:
         claim = verdicts.claim(id)
@@ -223,25 +313,11 @@ class Lesson:
         )
 
 
-def _number(value) -> str:
-    """Three digits, and no exponent where a reader does without."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if value == round(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def _between(measured: float, low: float, high: float) -> str:
+    between = "" if low == high else f" [{figure_of(low)}, {figure_of(high)}]"
+    return figure_of(measured) + between
 
 
-def _guesses_file() -> Path | None:
-    """Where a learner's guesses are kept; None outside work/."""
-    return WORK / GUESSES if Path.cwd().is_relative_to(WORK) else None
-
-
-def _read_guesses(file: Path) -> dict:
-    try:
-        return records.read_object(file) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not what a lesson writes ({error}): move it away, a new one "
-            "will be made"
-        ) from None
+def _markdown(text: str, plain: str) -> None:
+    """Show markdown, and in its place the plain text where no markdown is shown."""
+    display({"text/markdown": text, "text/plain": plain}, raw=True)

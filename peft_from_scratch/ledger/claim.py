@@ -4,9 +4,12 @@ The rule is written, and committed, before the runs that it judges. It is a numb
 cut into bands, each with its verdict; the measured interval decides only where one
 band holds the whole of it:
 
-    ──── confirmed ────┤── confirmed with limits ──┤──── refuted here ────
-            [low   high]                                  decided: confirmed
-                   [low     high]                         undecided
+    ───── holds ─────┤─── holds when … ───┤───── does not hold here ─────
+        [low  high]                               decided: holds
+             [low  high]                          undecided
+
+A count or an identity could not have come out otherwise. Its rule has one band, called
+"computed", and no interval: arithmetic on show, and no verdict of an experiment.
 """
 
 import math
@@ -19,10 +22,12 @@ from ..common.statistics import Invalid  # noqa: F401
 from .rule_hash import content_hash
 from .runs import Run
 
-OF_BANDS = ("confirmed", "confirmed with limits", "refuted here", "wrong as stated")
+HOLDS, HOLDS_WHEN = "holds", "holds when"
+OF_BANDS = (HOLDS, HOLDS_WHEN, "does not hold here", "wrong as stated")
+COMPUTED = "computed"
 UNDECIDED, NOT_RUN = "undecided", "not run yet"
-UNTESTABLE = "not testable at this scale"
-VERDICTS = (*OF_BANDS, UNDECIDED, UNTESTABLE, NOT_RUN)
+UNTESTABLE = "cannot be tested here"
+VERDICTS = (*OF_BANDS, COMPUTED, UNDECIDED, UNTESTABLE, NOT_RUN)
 BASES = ("tiny", "smollm2")  # the base models, the smaller one first
 
 
@@ -33,7 +38,8 @@ class Rule:
     Args
         words     what is measured, over what, in a sentence
         unit      of the measured value: "%", "nats", "parameters"
-        verdicts  one for each band, from the smallest values to the largest
+        verdicts  one for each band, from the smallest values to the largest; or the
+                  one "computed"
         edges     between them, rising; an edge belongs to the band below it
     Raises   ValueError   edges that do not rise or do not fit, a verdict of no band
     """
@@ -51,11 +57,16 @@ class Rule:
                 f"edges={self.edges} between verdicts={self.verdicts}: one verdict "
                 "more than edges is needed, and finite edges that rise"
             )
-        for verdict in self.verdicts:
+        for verdict in () if self.computed else self.verdicts:
             if verdict not in OF_BANDS:
                 raise ValueError(
                     f"{verdict!r} is no verdict of a band: {', '.join(OF_BANDS)}"
                 )
+
+    @property
+    def computed(self) -> bool:
+        """Whether this is arithmetic, which no value could refute."""
+        return self.verdicts == (COMPUTED,)
 
     def band(self, value: float) -> int:
         """Number of the one band that holds the value, counted from 0."""
@@ -75,6 +86,8 @@ class Rule:
         return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
 
     def __str__(self):
+        if self.computed:
+            return f"{self.words}; {COMPUTED}, in {self.unit}"
         ends = [f"{edge:,.10g} {self.unit}" for edge in self.edges]
         starts = ["up to", *["to"] * (len(ends) - 1)]
         below = [
@@ -111,8 +124,12 @@ class Claim:
                   later ones depend on results (a search), it reads the run store and
                   returns those known so far
     measured      those runs, in that order -> Measured; or raises Invalid
-    say_instead   verdict -> what to say in the place of the claim
+    number        what the one number of its verdict card is, in a few words
+    condition     what "holds when" stands before: when it holds, in a sentence's end
+    so            verdict -> the sentence to take away, of 25 words at most
+    say_instead   verdict -> what to say in the place of the claim, at length
     untestable    scale -> why it cannot be tested there
+    The last four may name figures in braces.
     """
 
     id: str
@@ -121,6 +138,9 @@ class Claim:
     rule: Rule
     configs: Callable[[str], list[dict]]
     measured: Callable[[Sequence[Run]], Measured]
+    number: str = ""
+    condition: str = ""
+    so: Mapping[str, str] = field(default_factory=dict)
     say_instead: Mapping[str, str] = field(default_factory=dict)
     untestable: Mapping[str, str] = field(default_factory=dict)
 

@@ -22,7 +22,17 @@ from ..common import atomic, records
 from ..common.progress import bar
 from ..common.provenance import ROOT
 from . import experiments, runs
-from .claim import BASES, NOT_RUN, OF_BANDS, UNTESTABLE, Claim, Invalid
+from .claim import (
+    BASES,
+    HOLDS_WHEN,
+    NOT_RUN,
+    OF_BANDS,
+    UNTESTABLE,
+    Claim,
+    Invalid,
+    Measured,
+)
+from .runs import Run
 
 FILE = ROOT / "data" / "ledger.json"
 ERROR = 0.05  # of a verdict by an interval of 95 %, at most
@@ -76,6 +86,8 @@ class Judgement:
     interval: tuple[float, float] | None = None
     seeds: tuple[int, ...] = ()
     runs: tuple[str, ...] = ()
+    condition: str | None = None
+    so: str | None = None
     say_instead: str | None = None
     missing: Sequence[dict] = field(default=(), compare=False)  # configurations
     reason: str | None = None  # why there is no verdict
@@ -87,6 +99,8 @@ class Judgement:
             "interval": list(self.interval) if self.interval else None,
             "seeds": list(self.seeds),
             "verdict": self.verdict,
+            "condition": self.condition,
+            "so": self.so,
             "say_instead": self.say_instead,
             "runs": list(self.runs),
         }
@@ -107,28 +121,52 @@ def verdict_of(id: str, value: float, low: float, high: float) -> str:
 def judge(claim: Claim, scale: str) -> Judgement:
     """Judge a claim at a scale by the runs that are stored."""
     if scale in claim.untestable:
-        return Judgement(UNTESTABLE, say_instead=claim.untestable[scale])
+        return _untestable(claim, scale)
     try:
-        configs = claim.configs(scale)
-        stored_runs = [runs.stored(config) for config in configs]
-        missing = [
-            c for c, run in zip(configs, stored_runs, strict=True) if run is None
-        ]
-        if missing or not configs:
+        stored_runs, missing = _runs(claim, scale)
+        if missing or not stored_runs:
             return Judgement(NOT_RUN, missing=missing, reason=_lacking(missing))
         measured = claim.measured(stored_runs)
     except Invalid as why:
         return Judgement(NOT_RUN, reason=str(why))
     verdict = claim.rule.verdict(measured.value, measured.low, measured.high)
-    instead = claim.say_instead.get(verdict)
+    interval = _rounded(measured.low), _rounded(measured.high)
+    condition = claim.condition if verdict == HOLDS_WHEN else None
     return Judgement(
         verdict,
         _rounded(measured.value),
-        (_rounded(measured.low), _rounded(measured.high)),
+        None if claim.rule.computed else interval,
         tuple(measured.seeds),
         tuple(dict.fromkeys(run.key for run in stored_runs)),
-        instead.format(**measured.figures) if instead else None,
+        _filled(condition, measured),
+        _filled(claim.so.get(verdict), measured),
+        _filled(claim.say_instead.get(verdict), measured),
     )
+
+
+def _untestable(claim: Claim, scale: str) -> Judgement:
+    """No verdict, for the claim's reason; with figures of runs that are stored."""
+    stored_runs, missing = _runs(claim, scale)
+    measured = claim.measured(stored_runs) if stored_runs and not missing else None
+    return Judgement(
+        UNTESTABLE,
+        so=_filled(claim.so.get(UNTESTABLE), measured),
+        say_instead=_filled(claim.untestable[scale], measured),
+        missing=missing,
+    )
+
+
+def _runs(claim: Claim, scale: str) -> tuple[list[Run | None], list[dict]]:
+    """(the claim's runs, None where one is missing; configurations that are missing)"""
+    configs = claim.configs(scale)
+    stored_runs = [runs.stored(config) for config in configs]
+    missing = [c for c, run in zip(configs, stored_runs, strict=True) if run is None]
+    return stored_runs, missing
+
+
+def _filled(text: str | None, measured: Measured | None) -> str | None:
+    """The text with the figures that it names."""
+    return text.format(**measured.figures) if text and measured else text
 
 
 def row(claim: Claim) -> dict:
@@ -188,9 +226,8 @@ def _make_runs(claim: Claim, scale: str) -> None:
             for config in judgement.missing:
                 runs.result(config, lambda config=config: experiments.compute(config))
                 progress_bar.update()
-            judgement = judge(
-                claim, scale
-            )  # a search asks for more, as results come in
+            # A search asks for more, as results come in.
+            judgement = judge(claim, scale)
             progress_bar.total += len(judgement.missing)
 
 
@@ -233,8 +270,9 @@ def reasons(claim: Claim, scales: Iterable[str] = BASES) -> list[str]:
 def _line(row: dict, scale: str) -> tuple[str, ...]:
     at, own = row["scales"][scale], row["scale"] == scale
     measured, interval = "", ""
-    if at["interval"]:
+    if at["measured"] is not None:
         measured = f"{at['measured']:,.6g}"
+    if at["interval"]:
         interval = "[{:,.6g}, {:,.6g}]".format(*at["interval"])
     verdict = f"{at['verdict']} *" if own else at["verdict"]
     return row["id"], row["notebook"], scale, measured, interval, verdict

@@ -18,9 +18,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 from planting import assert_caught
 
-from peft_from_scratch.course import cards, lesson
+from peft_from_scratch.course import cards, checks, guesses, lesson
 from peft_from_scratch.course.cards import Card
 from peft_from_scratch.ledger import verdicts
+from peft_from_scratch.ledger.claim import Rule
 
 CARD = Card(
     products=100.0,
@@ -46,8 +47,16 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "CLAIMS", {"S1": sample_lesson.CLAIM})
     file = os.path.join(os.path.dirname(sample_lesson.__file__), "ledger.json")
     monkeypatch.setattr(verdicts, "FILE", type(verdicts.FILE)(file))
-    monkeypatch.setattr(lesson, "WORK", tmp_path / "work")
+    monkeypatch.setattr(guesses, "WORK", tmp_path / "work")
     monkeypatch.setattr(lesson, "current", None)
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What a lesson displays, in order: pictures, and bundles of texts."""
+    shown = []
+    monkeypatch.setattr(lesson, "display", lambda each, raw=False: shown.append(each))
+    return shown
 
 
 def drawn():
@@ -102,15 +111,34 @@ def test_load_model_is_fresh_each_time(base, capsys):
 
 def test_a_guess_is_shown_beside_what_is_measured(capsys):
     begun = lesson.start("04")
-    begun.predict("4.1", guess=30, unit="%")
+    begun.predict("4.1", low=10, high=30, unit="%")
     begun.measured("4.1", 12.4)
-    begun.predict("4.2", guess="it falls")
+    begun.predict("4.2", low=1, high=1)
     begun.measured("4.2", torch.tensor(1234.5))
     said = capsys.readouterr().out
-    assert "4.1: you guessed 30 %, measured 12.4 %" in said
-    assert "4.2: you guessed it falls, measured 1,234" in said
-    with pytest.raises(KeyError, match=r"made were: 4.1, 4.2"):
+    assert "4.1: your guess is 10 to 30 %" in said
+    assert "4.1: measured 12.4 %. Your range, 10 to 30, holds it." in said
+    assert "4.2: measured 1,234. Your range was 1." in said
+    with pytest.raises(KeyError, match=r"asked for were: 4.1, 4.2"):
         begun.measured("4.3", 1)
+
+
+def test_a_lesson_runs_without_guesses_and_says_so(capsys):
+    begun = lesson.start("04")
+    begun.predict("4.1", None, None, unit="%")
+    begun.measured("4.1", 12.4)
+    begun.calibration()
+    said = capsys.readouterr().out
+    assert "4.1: no guess yet. Put two numbers in place of None" in said
+    assert "4.1: measured 12.4 %\n" in said and "You made no guess" in said
+
+
+@pytest.mark.parametrize(
+    "ends", [(3, 1), (1, None), (None, 1), ("1", "2"), (True, 2), (0, float("nan"))]
+)
+def test_a_guess_that_is_no_range_is_refused(ends):
+    with pytest.raises(ValueError, match="the lower one first"):
+        lesson.start("04").predict("4.1", *ends)
 
 
 def test_guesses_of_a_learner_are_kept_and_those_of_the_course_are_not(
@@ -118,20 +146,20 @@ def test_guesses_of_a_learner_are_kept_and_those_of_the_course_are_not(
 ):
     begun = lesson.start("04")
     monkeypatch.chdir(tmp_path)
-    begun.predict("4.0", guess=1)
+    begun.predict("4.0", 1, 2)
     assert not (tmp_path / "work").exists()
 
     (tmp_path / "work" / "deeper").mkdir(parents=True)
     for folder in ("work", "work/deeper"):
         monkeypatch.chdir(tmp_path / folder)
-        begun.predict("4.1", guess=30, unit="%")
+        begun.predict("4.1", 10, 30, unit="%")
         begun.measured("4.1", 12.4)
-        lesson.start("05").predict("5.1", guess=2)
-    kept = json.loads((tmp_path / "work" / lesson.GUESSES).read_text())
-    assert kept["04"]["4.1"] == {"guess": 30, "unit": "%", "measured": 12.4}
-    assert kept["05"]["5.1"] == {"guess": 2, "unit": ""}
+        lesson.start("05").predict("5.1", 2, 3)
+    kept = json.loads((tmp_path / "work" / guesses.FILE).read_text())
+    assert kept["04"]["4.1"] == dict(low=10, high=30, unit="%", measured=12.4)
+    assert kept["05"]["5.1"] == dict(low=2, high=3, unit="", measured=None)
     left = {p.name for p in (tmp_path / "work").iterdir()}
-    assert left == {lesson.GUESSES, "predictions.lock", "deeper"}
+    assert left == {guesses.FILE, "predictions.lock", "deeper"}
 
 
 def test_guesses_of_two_notebooks_at_once_are_all_kept(tmp_path, monkeypatch):
@@ -141,24 +169,94 @@ def test_guesses_of_two_notebooks_at_once_are_all_kept(tmp_path, monkeypatch):
 
     def guess(begun):
         for i in range(10):
-            begun.predict(f"{begun.number}.{i}", guess=i)
+            begun.predict(f"{begun.number}.{i}", i, i)
 
     threads = [threading.Thread(target=guess, args=(begun,)) for begun in lessons]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    kept = json.loads((tmp_path / "work" / lesson.GUESSES).read_text())
+    kept = json.loads((tmp_path / "work" / guesses.FILE).read_text())
     assert [len(kept[begun.number]) for begun in lessons] == [10] * 4
 
 
 def test_a_broken_file_of_guesses_is_named_and_kept(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    (tmp_path / "work" / lesson.GUESSES).write_text("{")
+    (tmp_path / "work" / guesses.FILE).write_text("{")
     with pytest.raises(ValueError, match="move it away"):
-        lesson.start("04").predict("4.1", guess=1)
-    assert (tmp_path / "work" / lesson.GUESSES).read_text() == "{"
+        lesson.start("04").predict("4.1", 1, 2)
+    assert (tmp_path / "work" / guesses.FILE).read_text() == "{"
+
+
+def test_calibration_counts_the_ranges_that_held(capsys, displayed):
+    begun = lesson.start("04")
+    for i, (low, high, value) in enumerate(
+        [(0, 1, 0.5), (0, 1, 7), (5, 5, 5), (5, 5, 4), (0, 1, 1)]
+    ):
+        begun.predict(f"4.{i}", low, high)
+        begun.measured(f"4.{i}", value)
+    begun.predict("4.8", 1, 2)  # never measured
+    begun.predict("4.9", None, None)
+    begun.measured("4.9", 1)
+    begun.calibration()
+    assert len(displayed) == 1
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "3 of your 5 ranges held what was measured. Nine of ten were" in said
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "narrow"), [(4, 10, True), (8, 10, False), (10, 10, False)]
+)
+def test_ranges_are_called_too_narrow_where_chance_does_not_explain_it(hits, n, narrow):
+    judged = {
+        f"{i}": guesses.Guess(0, 1, "", 0.5 if i < hits else 2.0) for i in range(n)
+    }
+    assert ("too narrow" in guesses.words(judged)) == narrow
+
+
+def test_a_point_of_the_calibration_stands_where_the_value_fell():
+    places = [guesses.Guess(2, 4, "", x).place for x in (2, 3, 4, 5, 99, -99)]
+    assert places == [-1, 0, 1, 2, guesses.FAR, -guesses.FAR]
+
+
+# ------------------------------------------------------------------ the learner's code
+
+
+def test_the_learners_code_is_used_once_its_check_passed(capsys):
+    begun = lesson.start("90", model="tiny")
+
+    def mine(x):
+        return x + x
+
+    def theirs(x):
+        return 2 * x
+
+    assert begun.mine(mine, theirs) is theirs
+    assert "has not passed its check" in capsys.readouterr().out
+    with pytest.raises(checks.Wrong):
+        sample_lesson.twice(lambda x: x)
+    assert begun.mine(mine, theirs) is theirs
+    sample_lesson.twice(mine)
+    assert begun.mine(mine, theirs) is mine
+    assert begun.mine(lambda x: x + x, theirs) is theirs  # another one
+    assert "Your mine does the work from here on." in capsys.readouterr().out
+
+
+def blank(x):
+    raise NotImplementedError("exercise 90.1: your code here")
+
+
+def test_a_quick_run_passes_over_blanks_and_over_nothing_else(capsys):
+    lesson.start("90", model="tiny", quick=True)
+    sample_lesson.twice(blank)
+    assert "Passed over" in capsys.readouterr().out
+    assert not checks.has_passed(blank)
+    with pytest.raises(checks.Wrong):
+        sample_lesson.twice(lambda x: x)
+    lesson.start("90", model="tiny")
+    with pytest.raises(checks.NotDone):
+        sample_lesson.twice(blank)
 
 
 # --------------------------------------------------------------------------- figures
@@ -179,40 +277,61 @@ def test_a_figure_has_its_finding_as_alternative_text_and_in_print(monkeypatch, 
 # ---------------------------------------------------------------------------- claims
 
 
-def test_a_live_verdict_must_be_the_shipped_one(capsys):
+def test_a_control_holds_or_the_measurement_is_void(capsys):
     begun = lesson.start("90", model="tiny")
+    begun.control("Merged and base take the same time.", True)
+    assert "Control: Merged and base take the same time. So it is." in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(AssertionError, match="void: Merged and base"):
+        begun.control("Merged and base take the same time.", torch.tensor(False))
+
+
+def test_a_live_run_says_no_verdict_and_must_not_contradict(capsys):
+    begun = lesson.start("90", model="tiny")
+    capsys.readouterr()
     begun.live("S1", 6, 5.5, 6.5)
     said = capsys.readouterr().out
-    assert "S1, live on tiny: 6 [5.5, 6.5] in all: confirmed" in said
-    assert "shipped for tiny: confirmed" in said
+    assert said == (
+        "S1 here, on tiny: 6 [5.5, 6.5] in all\n  Shipped: 6 [5.9, 6.1] in all\n"
+    )
     with pytest.raises(
-        AssertionError, match=r"live is 'refuted here', shipped is 'conf"
+        AssertionError, match=r"says 'does not hold here' \(9\), the shipped runs"
     ):
         begun.live("S1", 9, 8, 10)
 
 
-def test_a_live_verdict_may_be_undecided():
+def test_a_live_run_may_be_undecided():
     lesson.start("90", model="tiny").live("S1", 6, 4, 8)
 
 
-def test_an_undecided_ledger_contradicts_no_live_verdict(monkeypatch):
+def test_an_undecided_ledger_contradicts_no_live_run(monkeypatch):
     begun = lesson.start("90", model="tiny")
-    row = {"scales": {"tiny": {"verdict": "undecided"}}}
-    monkeypatch.setattr(begun, "_shipped", lambda id: row)
+    at = {"verdict": "undecided", "measured": 6.0, "interval": [4.0, 8.0]}
+    monkeypatch.setattr(begun, "_shipped", lambda id: {"scales": {"tiny": at}})
     begun.live("S1", 9, 8, 10)
 
 
-def test_no_live_verdict_hides_behind_one_that_was_not_run():
+def test_a_count_must_be_the_shipped_one(monkeypatch):
     begun = lesson.start("90", model="tiny")
-    with pytest.raises(AssertionError, match="shipped is 'not run yet'"):
+    rule = Rule("Twice three", "in all", ("computed",), ())
+    monkeypatch.setitem(verdicts.CLAIMS, "S1", replace(sample_lesson.CLAIM, rule=rule))
+    begun.live("S1", 6, 6, 6)
+    with pytest.raises(AssertionError, match="the shipped runs"):
+        begun.live("S1", 7, 7, 7)
+
+
+def test_no_live_run_hides_behind_one_that_was_not_made():
+    begun = lesson.start("90", model="tiny")
+    with pytest.raises(AssertionError, match="S1 was not run on smollm2"):
         begun.live("S1", 6, 6, 6, scale="smollm2")
-    with pytest.raises(AssertionError, match="shipped is 'not run yet'"):
+    with pytest.raises(AssertionError, match="S1 was not run on smollm2"):
         lesson.start("90").live("S1", 6, 6, 6)
 
 
-def test_another_base_has_no_shipped_verdict(capsys):
+def test_another_base_has_nothing_to_compare(capsys):
     lesson.start("90", model="owner/name").live("S1", 9, 9, 9)
-    assert "not compared" in capsys.readouterr().out
+    assert "nothing to compare" in capsys.readouterr().out
 
 
 def test_an_unknown_claim_and_a_ledger_without_it_are_said(monkeypatch, tmp_path):
@@ -224,15 +343,33 @@ def test_an_unknown_claim_and_a_ledger_without_it_are_said(monkeypatch, tmp_path
         begun.verdict("S1")
 
 
-def test_a_verdict_is_the_same_words_whatever_the_base(capsys):
+def test_a_verdict_is_the_same_card_whatever_the_base(displayed):
     for model in ("tiny", "owner/name"):
-        begun = lesson.start("90", model=model)
-        capsys.readouterr()
-        begun.verdict("S1")
-        said = capsys.readouterr().out
-        assert (
-            said == "S1: confirmed (tiny)\nSay instead: Twice three is 6, everywhere.\n"
+        displayed.clear()
+        lesson.start("90", model=model).verdict("S1")
+        head, picture, body = displayed
+        assert head["text/plain"] == (
+            "S1: holds (measured on tiny, of one million parameters)"
         )
+        assert body["text/plain"] == (
+            "The product: 6 [5.9, 6.1] in all.\nSo: Twice three is 6, everywhere."
+        )
+        assert "**S1 · Twice three is six**" in head["text/markdown"]
+        assert "The rule of S1" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
+        assert "**So:** Twice three" in body["text/markdown"]
+        assert "On SmolLM2-135M: not run yet." in body["text/markdown"]
+
+
+def test_a_rule_is_printed_in_lines(capsys):
+    begun = lesson.start("90", model="tiny")
+    capsys.readouterr()
+    begun.rule("S1")
+    assert capsys.readouterr().out.splitlines() == [
+        "S1, the rule: Twice three.",
+        "  up to 5 in all: does not hold here",
+        "  to 7 in all: holds",
+        "  above: does not hold here",
+    ]
 
 
 # ------------------------------------------------------------------ cards and receipt
@@ -367,9 +504,9 @@ def test_the_clock_counts_cells_and_not_the_time_between_them(shell, monkeypatch
 def test_planted_a_broken_live_experiment_goes_unseen(capsys):
     assert_caught(
         lesson.Lesson.live,
-        "verdict in (shipped, UNDECIDED)",
-        "shipped in (shipped, UNDECIDED)",
-        lambda: test_a_live_verdict_must_be_the_shipped_one(capsys),
+        "len(decided) <= 1",
+        "len(decided) <= 2",
+        lambda: test_a_live_run_says_no_verdict_and_must_not_contradict(capsys),
         errors=pytest.fail.Exception,
     )
 

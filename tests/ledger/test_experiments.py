@@ -365,7 +365,7 @@ def test_a_whole_update_is_measured(spectrum_run):
     twice = [spectrum_run, spectrum_run]
     measured = spectrum.measured(twice)
     assert measured.value == result["median_share"]
-    assert claim("L1").say_instead["refuted here"].format(**measured.figures)
+    assert claim("L1").say_instead["does not hold here"].format(**measured.figures)
 
 
 def test_an_update_that_learned_nothing_is_invalid(spectrum_run):
@@ -408,9 +408,9 @@ def test_the_three_starts(started):
 
     measured = starts.measured([own, random, zero])
     rule = claim("L2").rule
-    assert rule.verdict(measured.value, measured.low, measured.high) == "confirmed"
+    assert rule.verdict(measured.value, measured.low, measured.high) == "holds"
     assert rule.verdict(1e-9, 0, 1e-9) == "undecided"
-    assert rule.verdict(1e-9, 1e-9, 1e-9) == "refuted here"
+    assert rule.verdict(1e-9, 1e-9, 1e-9) == "does not hold here"
     with pytest.raises(Invalid, match="both-random starts at the pretrained"):
         starts.measured([own, Run("r", random.config, own.result, {}), zero])
     with pytest.raises(Invalid, match="both-zero has a gradient"):
@@ -420,7 +420,9 @@ def test_the_three_starts(started):
 def test_a_planted_start_with_random_B_refutes_the_claim(started):
     with planted(lora.LoRA.__init__, "torch.zeros(d_out, r", "torch.ones(d_out, r"):
         measured = started("gaussian-zero").result["logit_difference"]
-    assert claim("L2").rule.verdict(measured, measured, measured) == "refuted here"
+    assert (
+        claim("L2").rule.verdict(measured, measured, measured) == "does not hold here"
+    )
 
 
 def test_bits_tell_negligible_from_equal():
@@ -441,8 +443,7 @@ def test_lora_is_counted_as_the_formula_says(d_out, d_in, r):
 
 def test_the_claims_numbers():
     assert counting.compute(counting.config())["trainable"] == 131_072
-    assert claim("L4").rule.verdict(131_072, 131_072, 131_072) == "confirmed"
-    assert claim("L4").rule.verdict(131_073, 131_073, 131_073) == "refuted here"
+    assert claim("L4").rule.computed
 
 
 # ------------------------------------------------------------------------- F1
@@ -490,7 +491,7 @@ def test_the_worst_row_counts():
     assert bill.row_error({"weights": 2, "gradients": 2, "optimizer": 12}) == 50
     rule = claim("F1").rule
     assert rule.verdict(50, 50, 50.1) == "wrong as stated"
-    assert rule.verdict(0, 0, 0) == "confirmed"
+    assert rule.verdict(0, 0, 0) == "holds"
     assert bill.gigabytes(16) == 112
 
 
@@ -576,7 +577,7 @@ def of_f4(task, n, method, lr, seed, loss):
 
 def verdict_of_f4(found):
     measured = data_size.measured(found)
-    assert claim("F4").say_instead["refuted here"].format(**measured.figures)
+    assert claim("F4").say_instead["does not hold here"].format(**measured.figures)
     return claim("F4").rule.verdict(measured.value, measured.low, measured.high)
 
 
@@ -585,14 +586,17 @@ def verdict_of_f4(found):
     [
         (
             lambda task, n: 0.3 if (task, n) == ("gap-3", data_size.MANY) else -0.3,
-            "confirmed",
+            "holds",
         ),
         (
             lambda task, n: 0.01 if (task, n) == ("gap-3", data_size.MANY) else -0.3,
-            "confirmed with limits",
+            "holds when",
         ),
-        (lambda task, n: 0.3, "refuted here"),  # full always wins: no advice is needed
-        (lambda task, n: -0.3, "refuted here"),  # LoRA always wins
+        (
+            lambda task, n: 0.3,
+            "does not hold here",
+        ),  # full always wins: no advice is needed
+        (lambda task, n: -0.3, "does not hold here"),  # LoRA always wins
         (lambda task, n: 0.0, "undecided"),
         (lambda task, n: 0.3 if n == data_size.MANY else 0.0, "undecided"),
     ],
@@ -634,8 +638,8 @@ def test_failed_checks_are_counted():
     checks = dict.fromkeys("abc", True) | {"d": False}
     measured = standalone.measured([Run("s", {}, {"checks": checks}, {})])
     assert measured.value == 1
-    assert claim("F5").rule.verdict(1, 1, 1) == "refuted here"
-    assert claim("F5").rule.verdict(0, 0, 0) == "confirmed"
+    assert claim("F5").rule.verdict(1, 1, 1) == "does not hold here"
+    assert claim("F5").rule.verdict(0, 0, 0) == "holds"
 
 
 # ------------------------------------------------------------ Whether methods differ

@@ -59,7 +59,7 @@ def rounded(nf4: float, elsewhere: float = 9.0, spread: float = 1e-4):
 
 @pytest.mark.parametrize(
     ("nf4", "verdict"),
-    [(1.0, "confirmed"), (1.03, "confirmed with limits"), (1.2, "refuted here")],
+    [(1.0, "holds"), (1.03, "holds when"), (1.2, "does not hold here")],
 )
 def test_q1_is_the_error_over_the_best_codes_on_normal_weights(nf4, verdict):
     judgement = judged("Q1", rounded(nf4))
@@ -69,10 +69,10 @@ def test_q1_is_the_error_over_the_best_codes_on_normal_weights(nf4, verdict):
 
 def test_q1_looks_at_no_weights_that_went_through_four_bits():
     """What SmolLM2, MiniLM or other blocks say changes no verdict, only figures."""
-    assert judged("Q1", rounded(1.0, elsewhere=1.0)).verdict == "confirmed"
+    assert judged("Q1", rounded(1.0, elsewhere=1.0)).verdict == "holds"
     law = 'matches(run, source="gaussian", block=block)'
     with planted(formats.gaussian, law, 'matches(run, source="tiny", block=block)'):
-        assert judge(claim("Q1"), "tiny").verdict != "confirmed"
+        assert judge(claim("Q1"), "tiny").verdict != "holds"
 
 
 def test_q1_with_seeds_that_disagree_is_undecided():
@@ -94,13 +94,13 @@ def gradients(without: float, control: float = 20.0):
 
 @pytest.mark.parametrize(
     ("without", "verdict"),
-    [(0.0, "wrong as stated"), (1e-4, "wrong as stated"), (50.0, "confirmed")],
+    [(0.0, "wrong as stated"), (1e-4, "wrong as stated"), (50.0, "holds")],
 )
 @pytest.mark.parametrize("scale", ["tiny", "smollm2"])
 def test_q2_asks_whether_gradients_need_double_quantization(without, verdict, scale):
     judgement = judged("Q2", gradients(without), scale)
     assert judgement.verdict == verdict
-    if verdict != "confirmed":
+    if verdict != "holds":
         assert "from 0.500 to 0.125 bits" in judgement.say_instead
 
 
@@ -123,16 +123,18 @@ def sized(total: float, whole: float = 130.0, held: int = 0):
 
 
 @pytest.mark.parametrize(
-    ("total", "whole", "verdict"),
+    ("total", "whole", "off"),
     [
-        (33.0, 130.0, "confirmed"),
-        (34.5, 130.0, "confirmed with limits"),
-        (38.0, 130.0, "refuted here"),
-        (33.0, 150.0, "refuted here"),
+        (33.0, 130.0, 0.0),
+        (34.5, 130.0, 4.545),
+        (33.0, 150.0, 15.385),
+        (38.0, 150.0, 15.385),
     ],
 )
-def test_q3_is_the_worse_of_two_figures(total, whole, verdict):
-    assert judged("Q3", sized(total, whole)).verdict == verdict
+def test_q3_is_the_worse_of_two_figures(total, whole, off):
+    judgement = judged("Q3", sized(total, whole))
+    assert judgement.verdict == "computed" and judgement.interval is None
+    assert judgement.measured == pytest.approx(off, abs=1e-3)
 
 
 def test_q3_trusts_no_formula_that_tensors_do_not_hold():
@@ -194,12 +196,12 @@ def shifted(**by):
 @pytest.mark.parametrize(
     ("qlora", "moved", "small", "because"),
     [
-        (0.01, 0.2, "confirmed", "confirmed"),
-        (0.05, 0.2, "confirmed with limits", "confirmed"),
-        (0.15, 0.2, "refuted here", "confirmed with limits"),
-        (0.2, 0.2, "refuted here", "refuted here"),
-        (0.01, 0.01, "confirmed", "refuted here"),  # small, and nothing was mended
-        (-0.05, 0.0, "confirmed", "undecided"),  # no damage that could be mended
+        (0.01, 0.2, "holds", "holds"),
+        (0.05, 0.2, "holds when", "holds"),
+        (0.15, 0.2, "does not hold here", "holds when"),
+        (0.2, 0.2, "does not hold here", "does not hold here"),
+        (0.01, 0.01, "holds", "does not hold here"),  # small, and nothing was mended
+        (-0.05, 0.0, "holds", "undecided"),  # no damage that could be mended
     ],
 )
 def test_q4_keeps_small_apart_from_because(scale, qlora, moved, small, because):
@@ -316,9 +318,9 @@ def test_items_that_differ_widen_a_share():
 @pytest.mark.parametrize(
     ("half", "verdict"),
     [
-        (0.0, "confirmed"),
-        (0.05, "confirmed with limits"),
-        (0.3, "refuted here"),
+        (0.0, "holds"),
+        (0.05, "holds when"),
+        (0.3, "does not hold here"),
     ],
 )
 def test_q5_is_what_bfloat16_costs(half, verdict):
@@ -330,7 +332,7 @@ def test_q5_is_what_bfloat16_costs(half, verdict):
 def test_q5_searches_the_rate_of_bfloat16():
     other = lambda c: 3e-2 if c["method"] == "qlora-bf16" else 1e-2  # noqa: E731
     judgement = judged("Q5", trained(shifted(), best=other))
-    assert judgement.verdict == "confirmed"
+    assert judgement.verdict == "holds"
     assert "gap-1: 0.03 and 0.01" in judgement.say_instead
     law = "[run for run in own if matches(run, lr=best)]"
     with planted(four_bit_merging.half, law, "[run for run in own if run]"):
@@ -341,9 +343,9 @@ def test_q5_searches_the_rate_of_bfloat16():
 @pytest.mark.parametrize(
     ("requantized", "verdict"),
     [
-        (0.001, "confirmed"),
-        (0.05, "confirmed with limits"),
-        (1.0, "confirmed with limits"),
+        (0.001, "holds"),
+        (0.05, "holds when"),
+        (1.0, "holds when"),
     ],
 )
 def test_m4_is_what_staying_in_four_bits_costs(scale, requantized, verdict):
@@ -358,8 +360,8 @@ def test_m4_is_planted_on_the_wrong_merge():
     judged("M4", trained(shifted(), merges=merges))
     law = 'cost(all_runs, "requantized")'
     with planted(four_bit_merging.merge_measured, law, 'cost(all_runs, "dequantized")'):
-        assert judge(claim("M4"), "tiny").verdict == "confirmed"
-    assert judge(claim("M4"), "tiny").verdict == "confirmed with limits"
+        assert judge(claim("M4"), "tiny").verdict == "holds"
+    assert judge(claim("M4"), "tiny").verdict == "holds when"
 
 
 # --------------------------------------------------------------------------- Q6
@@ -383,19 +385,10 @@ def fitting(tokens: int, off: float = 0.0):
     return result_of
 
 
-@pytest.mark.parametrize(
-    ("tokens", "verdict"),
-    [
-        (0, "refuted here"),
-        (63, "refuted here"),
-        (64, "confirmed with limits"),
-        (511, "confirmed with limits"),
-        (512, "confirmed"),
-    ],
-)
-def test_q6_is_the_longest_sequence_of_the_papers_recipe(tokens, verdict):
+@pytest.mark.parametrize("tokens", [0, 63, 2949])
+def test_q6_is_the_longest_sequence_of_the_papers_recipe(tokens):
     judgement = judged("Q6", fitting(tokens))
-    assert judgement.verdict == verdict and judgement.measured == tokens
+    assert judgement.verdict == "computed" and judgement.measured == tokens
 
 
 def test_q6_trusts_no_sum_that_real_steps_contradict():
@@ -429,19 +422,19 @@ def spiking(share: float, *, equal=True, exceeded=False, beyond=0.5):
 
 
 @pytest.mark.parametrize(
-    ("share", "others", "verdict"),
+    ("share", "others", "absorbed"),
     [
-        (1.0, {}, "confirmed with limits"),
-        (1.0, dict(beyond=0.0), "confirmed with limits"),
-        (0.5, {}, "refuted here"),
-        (0.0, {}, "refuted here"),
-        (1.0, dict(equal=False), "refuted here"),
-        (1.0, dict(exceeded=True), "refuted here"),
+        (1.0, {}, 100),
+        (1.0, dict(beyond=0.0), 100),
+        (0.5, {}, 50),
+        (0.0, {}, 0),
+        (1.0, dict(equal=False), 0),
+        (1.0, dict(exceeded=True), 0),
     ],
 )
-def test_p1_is_what_is_absorbed_with_the_same_weights(share, others, verdict):
+def test_p1_is_what_is_absorbed_with_the_same_weights(share, others, absorbed):
     judgement = judged("P1", spiking(share, **others))
-    assert judgement.verdict == verdict
+    assert judgement.verdict == "computed" and judgement.measured == absorbed
 
 
 def test_p1_without_a_spike_is_no_verdict():
@@ -466,6 +459,6 @@ def test_planted_faults_of_p1_are_caught(right, wrong):
     if "paged" in right:
         broken = dict()
     judged("P1", spiking(0.5 if "paged" in right else 1.0, **broken))
-    assert judge(claim("P1"), "tiny").verdict == "refuted here"
+    assert judge(claim("P1"), "tiny").measured <= 50
     with planted(paging.absorbed, right, wrong):
-        assert judge(claim("P1"), "tiny").verdict == "confirmed with limits"
+        assert judge(claim("P1"), "tiny").measured == 100

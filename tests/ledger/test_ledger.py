@@ -24,11 +24,9 @@ from peft_from_scratch.ledger.claim import (
 
 FIELDS = (
     "id notebook statement rule rule_hash scale measured interval seeds verdict "
-    "say_instead runs scales"
+    "condition so say_instead runs scales"
 ).split()
-RULE = Rule(
-    "the rank", "%", ("confirmed", "confirmed with limits", "refuted here"), (10, 30)
-)
+RULE = Rule("the rank", "%", ("holds", "holds when", "does not hold here"), (10, 30))
 finite = st.floats(-1e6, 1e6)
 edges = st.lists(finite, min_size=1, max_size=4, unique=True).map(sorted)
 
@@ -74,25 +72,27 @@ def test_a_planted_verdict_of_the_mean_alone_is_caught(right, wrong):
 
 
 def test_examples_of_verdicts():
-    assert RULE.verdict(5, 1, 10) == "confirmed"
+    assert RULE.verdict(5, 1, 10) == "holds"
     assert RULE.verdict(5, 1, 10.1) == "undecided"
-    assert RULE.verdict(20, 10.1, 30) == "confirmed with limits"
-    assert RULE.verdict(31, 30.1, 99) == "refuted here"
+    assert RULE.verdict(20, 10.1, 30) == "holds when"
+    assert RULE.verdict(31, 30.1, 99) == "does not hold here"
     assert RULE.verdict(20, 5, 40) == "undecided"
-    outside = Rule("w", "", ("refuted here", "confirmed", "refuted here"), (1, 2))
+    outside = Rule(
+        "w", "", ("does not hold here", "holds", "does not hold here"), (1, 2)
+    )
     assert outside.verdict(1.5, 0, 3) == "undecided"
 
 
 @pytest.mark.parametrize(
     ("verdicts", "edges"),
     [
-        (("confirmed", "refuted here"), (1, 2)),
-        (("confirmed", "refuted here"), (float("nan"),)),
-        (("confirmed", "refuted here"), (float("inf"),)),
-        (("confirmed", "refuted here", "confirmed"), (2, 1)),
-        (("confirmed", "refuted here", "confirmed"), (1, 1)),
-        (("confirmed", "undecided"), (1,)),
-        (("confirmed", "true"), (1,)),
+        (("holds", "does not hold here"), (1, 2)),
+        (("holds", "does not hold here"), (float("nan"),)),
+        (("holds", "does not hold here"), (float("inf"),)),
+        (("holds", "does not hold here", "holds"), (2, 1)),
+        (("holds", "does not hold here", "holds"), (1, 1)),
+        (("holds", "undecided"), (1,)),
+        (("holds", "true"), (1,)),
     ],
 )
 def test_a_rule_with_a_gap_an_overlap_or_another_verdict_is_refused(verdicts, edges):
@@ -108,10 +108,47 @@ def test_an_interval_that_is_none_is_refused(three):
         RULE.verdict(*three)
 
 
+def test_arithmetic_has_one_band_and_no_interval():
+    rule = Rule("the rank", "%", ("computed",), ())
+    assert rule.computed and not RULE.computed
+    assert rule.verdict(7, 7, 7) == "computed"
+    assert str(rule) == "the rank; computed, in %"
+    with pytest.raises(ValueError, match="edges="):
+        Rule("the rank", "%", ("computed",), (1,))
+    with pytest.raises(ValueError, match="is no verdict"):
+        Rule("the rank", "%", ("computed", "holds"), (1,))
+
+
+def test_every_decided_claim_has_a_sentence_to_take_away():
+    """Of 25 words at most; and what "holds when" holds under is said."""
+    for row in ledger.read():
+        for at in row["scales"].values():
+            if at["verdict"] == row["verdict"] and row["verdict"] != "not run yet":
+                assert at["so"], row["id"]
+                assert len(at["so"].split()) <= 25, at["so"]
+                assert "{" not in at["so"]
+            if at["verdict"] == "holds when":
+                assert at["condition"] and "{" not in at["condition"]
+        assert ledger.claim(row["id"]).number, row["id"]
+
+
+def test_what_cannot_be_tested_still_has_figures_where_runs_are_stored(
+    tmp_path, monkeypatch
+):
+    reason = "It is {middle} %, and a time needs a GPU"
+    claim = made(untestable={"tiny": reason}, so={"cannot be tested here": "Time it."})
+    monkeypatch.setattr(runs, "FOLDER", tmp_path)
+    before = ledger.judge(claim, "tiny")
+    assert before.verdict == "cannot be tested here" and len(before.missing) == 1
+    runs.write(claim.configs("tiny")[0], {"value": 7})
+    after = ledger.judge(claim, "tiny")
+    assert after.say_instead == "It is 7 %, and a time needs a GPU"
+    assert after.so == "Time it." and after.measured is None and not after.missing
+
+
 def test_a_rule_says_its_bands():
     assert str(RULE) == (
-        "the rank; up to 10 %: confirmed, to 30 %: confirmed with limits, above: "
-        "refuted here"
+        "the rank; up to 10 %: holds, to 30 %: holds when, above: does not hold here"
     )
 
 
@@ -143,7 +180,7 @@ def made(**changes):
         rule=RULE,
         configs=lambda scale: [{"experiment": "z", "base": scale, "seed": 0}],
         measured=of_runs,
-        say_instead={"refuted here": "It is {middle} %"},
+        say_instead={"does not hold here": "It is {middle} %"},
     )
     return Claim(**(settings | changes))
 
@@ -188,14 +225,14 @@ def test_without_runs_a_claim_is_not_run_yet(store):
 def test_the_row_is_that_of_the_largest_scale_that_has_a_verdict(store):
     tiny = store("tiny", 5)
     row = ledger.row(made())
-    assert (row["scale"], row["verdict"], row["runs"]) == ("tiny", "confirmed", [tiny])
+    assert (row["scale"], row["verdict"], row["runs"]) == ("tiny", "holds", [tiny])
     assert row["scales"]["smollm2"]["verdict"] == "not run yet"
 
     large = store("smollm2", 50)
     row = ledger.row(made())
-    assert (row["scale"], row["verdict"]) == ("smollm2", "refuted here")
+    assert (row["scale"], row["verdict"]) == ("smollm2", "does not hold here")
     assert row["say_instead"] == "It is 50 %" and row["runs"] == [large]
-    assert row["scales"]["tiny"]["verdict"] == "confirmed"
+    assert row["scales"]["tiny"]["verdict"] == "holds"
     assert row["scales"]["tiny"]["runs"] == [tiny]
 
 
@@ -216,7 +253,7 @@ def test_an_undecided_larger_scale_counts_too(store):
 def test_a_claim_that_cannot_be_tested_says_why(store):
     store("tiny", 5)
     row = ledger.row(made(untestable={"smollm2": "It takes 10 billion parameters"}))
-    assert row["verdict"] == "not testable at this scale"
+    assert row["verdict"] == "cannot be tested here"
     assert row["say_instead"] == "It takes 10 billion parameters"
 
 
@@ -250,7 +287,7 @@ def test_missing_runs_are_made_once_and_a_search_may_ask_for_more(store, monkeyp
     for _ in range(2):
         ledger.make_runs(["Z1"])
     assert computed == [("tiny", 0), ("tiny", 7), ("smollm2", 0), ("smollm2", 7)]
-    assert ledger.row(ledger.claim("Z1"))["verdict"] == "confirmed"
+    assert ledger.row(ledger.claim("Z1"))["verdict"] == "holds"
 
 
 def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
@@ -258,7 +295,7 @@ def test_a_new_claim_is_one_file(tmp_path, monkeypatch):
         "from peft_from_scratch.ledger.claim import Claim, Measured, Rule\n"
         "def measured(found): return Measured(1, 1, 1, ())\n"
         "CLAIMS = (Claim(id='Z9', notebook='98', statement='s', measured=measured,\n"
-        "  rule=Rule('w', '%', ('confirmed', 'refuted here'), (2,)),\n"
+        "  rule=Rule('w', '%', ('holds', 'does not hold here'), (2,)),\n"
         "  configs=lambda scale: [{'experiment': 'brand_new'}]),)\n"
         "def compute(config): return {}\n"
     )
@@ -288,8 +325,8 @@ def test_an_unknown_claim_names_the_known():
 )
 def test_how_many_verdicts_could_flip(verdicts, expected, most):
     """The quantiles are those of the binomial distribution's tables."""
-    sampled = {"verdict": "confirmed", "interval": [1.0, 2.0]}
-    counted = {"verdict": "confirmed", "interval": [1.0, 1.0]}
+    sampled = {"verdict": "holds", "interval": [1.0, 2.0]}
+    counted = {"verdict": "holds", "interval": [1.0, 1.0]}
     waiting = {"verdict": "not run yet", "interval": None}
     told = ledger.could_flip([sampled] * verdicts + [counted, waiting])
     assert f"{verdicts + 1} of {verdicts + 2} claims are decided" in told
@@ -353,7 +390,7 @@ def test_the_command_shows_the_table(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "FILE", tmp_path / "ledger.json")
     assert command_line.main(["ledger", "L4", "--base", "smollm2"]) == 0
     shown = capsys.readouterr().out
-    assert "131,072" in shown and "confirmed *" in shown and "L1" not in shown
+    assert "131,072" in shown and "computed *" in shown and "L1" not in shown
     assert len(ledger.read()) == len(ledger.CLAIMS)  # the file is always whole
     assert command_line.main(["ledger", "X9"]) == 1
     assert "no claim is called 'X9'" in capsys.readouterr().err
@@ -365,7 +402,7 @@ def test_the_command_makes_missing_runs(capsys, tmp_path, monkeypatch):
     assert command_line.main(["ledger", "L4"]) == 0
     assert "not run yet" in capsys.readouterr().out
     assert command_line.main(["ledger", "L4", "--run", "--base", "tiny"]) == 0
-    assert "confirmed" in capsys.readouterr().out
+    assert "computed" in capsys.readouterr().out
 
 
 def test_the_command_line_names_the_scales_of_the_library():

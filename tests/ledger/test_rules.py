@@ -18,7 +18,7 @@ from planting import law, planted
 from peft_from_scratch import lora
 from peft_from_scratch.comparison.timing import step_seconds
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.ledger import intervals
+from peft_from_scratch.ledger import intervals, runs
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     challengers,
@@ -67,10 +67,10 @@ def within(config: dict, grids: dict) -> float:
 @pytest.mark.parametrize(
     ("p", "verdict"),
     [
-        (0.0, "confirmed"),
-        (-0.2, "confirmed with limits"),
-        (-0.5, "refuted here"),
-        (0.4, "refuted here"),
+        (0.0, "holds"),
+        (-0.2, "holds when"),
+        (-0.5, "does not hold here"),
+        (0.4, "does not hold here"),
     ],
 )
 def test_l3_is_the_power_that_the_size_has(p, verdict):
@@ -135,10 +135,10 @@ def near_alpha(config):
 @pytest.mark.parametrize(
     ("loss_of", "verdict"),
     [
-        (far_alpha, "refuted here"),
-        (near_alpha, "confirmed"),
-        (lambda config: 1.0, "confirmed"),  # one knob: every alpha is as good
-        (lambda c: 1.0 - 0.05 * (c["alpha"] == 2), "confirmed with limits"),
+        (far_alpha, "does not hold here"),
+        (near_alpha, "holds"),
+        (lambda config: 1.0, "holds"),  # one knob: every alpha is as good
+        (lambda c: 1.0 - 0.05 * (c["alpha"] == 2), "holds when"),
     ],
 )
 def test_l7_is_what_the_usual_alphas_cost(loss_of, verdict):
@@ -150,12 +150,20 @@ def shifting(by: float):
     return lambda config: 1e-2 * (config["r"] / 4) ** by
 
 
-@pytest.mark.parametrize(
-    ("by", "verdict"), [(0.0, "confirmed"), (-0.5, "refuted here")]
-)
-def test_l8_is_what_a_moved_rate_costs(by, verdict):
-    judgement = judged("L8", lost(lambda config: 1.0, shifting(by)))
-    assert judgement.verdict == verdict, judgement.reason
+def cost_of_a_moved_rate(loss):
+    """What L8 measures, and says no verdict on: its grid is too coarse."""
+    judgement = judged("L8", loss)
+    assert judgement.verdict == "cannot be tested here"
+    made = [runs.stored(c) for c in scaling.transfer_configs("tiny")]
+    measured = scaling.transfer_measured(made)
+    assert measured.figures["cost"] in judgement.say_instead
+    return measured.value
+
+
+@pytest.mark.parametrize(("by", "least", "most"), [(0.0, -1, 0.02), (-0.5, 0.1, 9)])
+def test_l8_is_what_a_moved_rate_costs(by, least, most):
+    cost = cost_of_a_moved_rate(lost(lambda config: 1.0, shifting(by)))
+    assert least < cost < most
 
 
 def test_l8_looks_at_alpha_over_r_alone():
@@ -164,8 +172,7 @@ def test_l8_looks_at_alpha_over_r_alone():
     def only_rslora(config):
         return shifting(-0.5 if config["method"] == "rslora" else 0.0)(config)
 
-    judgement = judged("L8", lost(lambda config: 1.0, only_rslora))
-    assert judgement.verdict == "confirmed"
+    assert cost_of_a_moved_rate(lost(lambda config: 1.0, only_rslora)) < 0.02
 
 
 # ----------------------------------------------------------------------- L5, L6
@@ -185,9 +192,9 @@ def wins_on(tasks, by=0.2):
 @pytest.mark.parametrize(
     ("tasks", "verdict"),
     [
-        (rank_and_place.GAPS, "confirmed"),
-        (rank_and_place.GAPS[:3], "confirmed with limits"),
-        ((), "refuted here"),
+        (rank_and_place.GAPS, "holds"),
+        (rank_and_place.GAPS[:3], "holds when"),
+        ((), "does not hold here"),
     ],
 )
 def test_l5_counts_the_gaps_where_attention_is_better(tasks, verdict):
@@ -216,11 +223,14 @@ def best_at(r, by):
 @pytest.mark.parametrize(
     ("loss_of", "verdict"),
     [
-        (best_at(16, 0.3), "confirmed"),
-        (best_at(4, 0.3), "refuted here"),
-        (best_at(4, 0.1), "confirmed with limits"),
+        (best_at(16, 0.3), "holds"),
+        (best_at(4, 0.3), "does not hold here"),
+        (best_at(4, 0.1), "holds when"),
         # Bad on one gap is enough.
-        (lambda c: 1.0 + 0.3 * (c["r"] < 64 and c["task"] == "gap-4"), "refuted here"),
+        (
+            lambda c: 1.0 + 0.3 * (c["r"] < 64 and c["task"] == "gap-4"),
+            "does not hold here",
+        ),
     ],
 )
 def test_l6_is_what_rank_16_costs_where_it_costs_most(loss_of, verdict):
@@ -254,16 +264,16 @@ def challenged(id, loss_of):
 @pytest.mark.parametrize(
     ("id", "by", "verdict"),
     [
-        ("A2", dict(houlsby=0.3), "confirmed"),
-        ("A2", dict(houlsby=0.05), "confirmed with limits"),
-        ("A2", dict(houlsby=0.0), "refuted here"),
-        ("A2", dict(houlsby=-0.3), "refuted here"),
-        ("T2", dict(prompt=0.3), "confirmed with limits"),
-        ("T2", dict(prompt=0.3, prefix=0.3), "refuted here"),
-        ("T3", dict(prompt=0.3, prefix=0.3), "confirmed"),
-        ("T3", dict(prompt=0.3), "refuted here"),  # the prefix is as good
-        ("T3", dict(prefix=0.3), "refuted here"),  # the prompt is
-        ("T3", dict(prompt=0.05, prefix=0.3), "confirmed with limits"),
+        ("A2", dict(houlsby=0.3), "holds"),
+        ("A2", dict(houlsby=0.05), "holds when"),
+        ("A2", dict(houlsby=0.0), "does not hold here"),
+        ("A2", dict(houlsby=-0.3), "does not hold here"),
+        ("T2", dict(prompt=0.3), "holds when"),
+        ("T2", dict(prompt=0.3, prefix=0.3), "does not hold here"),
+        ("T3", dict(prompt=0.3, prefix=0.3), "holds"),
+        ("T3", dict(prompt=0.3), "does not hold here"),  # the prefix is as good
+        ("T3", dict(prefix=0.3), "does not hold here"),  # the prompt is
+        ("T3", dict(prompt=0.05, prefix=0.3), "holds when"),
     ],
 )
 def test_challengers_are_judged_by_what_they_lose(id, by, verdict):
@@ -344,7 +354,7 @@ def test_an_injected_model_trains_what_was_counted(name, method):
 
 def test_t1_is_counted():
     judgement = judged("T1", counting.compute)
-    assert judgement.verdict == "confirmed with limits"
+    assert judgement.verdict == "computed"
     assert judgement.measured == pytest.approx(100 * 8 / 12)
     assert (
         "25 positions of a prefix and 164 of a prompt on Llama-7B"
@@ -369,9 +379,9 @@ def timed(houlsby, lora, **others):
 @pytest.mark.parametrize(
     ("houlsby", "lora", "verdict"),
     [
-        (15, 10, "confirmed"),
-        (10.5, 10, "confirmed with limits"),
-        (12, 20, "refuted here"),
+        (15, 10, "holds"),
+        (10.5, 10, "holds when"),
+        (12, 20, "does not hold here"),
     ],
 )
 def test_a1_is_a_ratio_of_the_same_round(houlsby, lora, verdict):

@@ -15,12 +15,12 @@ CLAIM = Claim(
     rule=Rule(
         "Twice three",
         "in all",
-        ("refuted here", "confirmed", "refuted here"),
+        ("does not hold here", "holds", "does not hold here"),
         (5.0, 7.0),
     ),
     configs=lambda scale: [],
     measured=lambda runs: None,
-    say_instead={},
+    number="the product",
 )
 
 

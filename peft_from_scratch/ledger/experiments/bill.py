@@ -151,7 +151,7 @@ CLAIMS = (
                 "worst row, for the recipe that comes closer"
             ),
             unit="%",
-            verdicts=("confirmed", "wrong as stated"),
+            verdicts=("holds", "wrong as stated"),
             edges=(5.0,),
         ),
         configs=configs,
@@ -164,6 +164,13 @@ CLAIMS = (
                 "makes the same {total} GB. Activations come on top and grow with the "
                 "tokens of a batch"
             )
+        },
+        number="error of the worst row",
+        so={
+            "wrong as stated": (
+                "{total} GB is right for mixed precision, as {rows}. The textbook's "
+                "rows, {fp32}, are those of float32."
+            ),
         },
     ),
 )

@@ -152,7 +152,7 @@ HALVES = (
     "Adapters in bfloat16 end {behind} nats from those in float32, at the best rates "
     "of each ({rates}). " + MERGES
 )
-EVERY = ("confirmed", "confirmed with limits", "refuted here", "undecided")
+EVERY = ("holds", "holds when", "does not hold here", "undecided")
 CLAIMS = (
     Claim(
         id="Q5",
@@ -166,12 +166,18 @@ CLAIMS = (
                 "each dtype and task with the same budget, paired over seeds and rows"
             ),
             unit="nats per token",
-            verdicts=("confirmed", "confirmed with limits", "refuted here"),
+            verdicts=("holds", "holds when", "does not hold here"),
             edges=(0.02, 0.1),
         ),
         configs=half_configs,
         measured=half_measured,
         say_instead=dict.fromkeys(EVERY, HALVES),
+        number="loss with bfloat16 adapters above that with float32",
+        so={
+            "holds": (
+                "Adapters may be kept in bfloat16: the loss changes by {behind} nats."
+            ),
+        },
     ),
     Claim(
         id="M4",
@@ -188,11 +194,26 @@ CLAIMS = (
                 "is exact, so that no value refutes merging itself"
             ),
             unit="nats per token",
-            verdicts=("confirmed", "confirmed with limits"),
+            verdicts=("holds", "holds when"),
             edges=(0.02,),
         ),
         configs=merge_configs,
         measured=merge_measured,
         say_instead=dict.fromkeys(EVERY, MERGES),
+        number="loss after requantizing above that before merging",
+        condition=(
+            "the merged weights leave four bits; requantized, the loss changes by "
+            "{requantized} nats"
+        ),
+        so={
+            "holds when": (
+                "Merge into 16-bit weights. Requantizing the merged weights to four "
+                "bits changes the loss by {requantized} nats."
+            ),
+            "holds": (
+                "On this model even requantizing changes the loss by only "
+                "{requantized} nats."
+            ),
+        },
     ),
 )

@@ -238,10 +238,17 @@ CLAIMS = (
                 "logits; and every task costs the same bytes"
             ),
             unit="checks failed",
-            verdicts=("confirmed", "refuted here"),
+            verdicts=("holds", "does not hold here"),
             edges=(0.0,),
         ),
         configs=lambda scale: [config(scale)],
         measured=measured,
+        number="checks that failed",
+        so={
+            "holds": (
+                "A fully fine-tuned folder works alone. An adapter's folder needs its "
+                "base."
+            ),
+        },
     ),
 )

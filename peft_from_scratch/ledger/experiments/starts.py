@@ -196,10 +196,12 @@ CLAIMS = (
                 "gets a gradient"
             ),
             unit="(of a logit)",
-            verdicts=("confirmed", "refuted here"),
+            verdicts=("holds", "does not hold here"),
             edges=(0.0,),
         ),
         configs=configs,
         measured=measured,
+        number="largest difference of a logit",
+        so={"holds": "With B = 0, LoRA starts at exactly the pretrained model."},
     ),
 )
