@@ -63,8 +63,9 @@ LANGUAGE = {  # without the version, which differs between machines
 ASK = """\
 import dataclasses as _d, json as _j
 from peft_from_scratch.course import cards as _c, lesson as _l
-print(_j.dumps([_l.current and _d.asdict(_l.current.bill()), sorted(_opened)]))
+print(_j.dumps(_d.asdict(_l.current.bill())))
 """
+OPENED = "import json as _j; print(_j.dumps(sorted(_opened)))"
 LISTEN = """\
 import sys as _s
 _opened = set()
@@ -188,16 +189,16 @@ def _number(notebook: NotebookNode) -> str | None:
 
 def execute(notebook: NotebookNode, folder: Path) -> cards.Card | None:
     """Run all cells; the cost card of the run, of a lesson."""
-    is_lesson, card, opened = _number(notebook) is not None, None, []
+    is_lesson = _number(notebook) is not None
     with running(notebook, folder) as client:
         client.kc.execute(LISTEN, silent=True, store_history=False)
         for at, cell in enumerate(notebook.cells):
             client.execute_cell(cell, at)
-        if is_lesson:
-            card, opened = _ask(client, ASK)
+        card = cards.Card(**_ask(client, ASK)) if is_lesson else None
+        opened = _ask(client, OPENED)
     _strip(notebook)
     notebook.metadata[RECORD] = {"reads": digests(opened)}
-    return cards.Card(**card) if card else None
+    return card
 
 
 @contextmanager

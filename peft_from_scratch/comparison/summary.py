@@ -15,7 +15,7 @@ from .letters import letters
 from .measure import PARTS
 from .plan import Plan
 from .setup import Setup
-from .tuning import RULE, Setting
+from .tuning import Setting
 
 # What needs no training: the others' exact match is compared with these candidates'.
 REFERENCES = ("zero-shot", "few-shot")
@@ -158,5 +158,5 @@ def _tuned(settings: list[Setting]) -> dict:
         "runs": sum(setting.runs for setting in settings),
         "file": ", ".join(sorted({setting.file for setting in settings})),
         "when": max(setting.when for setting in settings),
-        "rule": RULE,
+        "rule": "; or ".join(sorted({setting.rule for setting in settings})),
     }

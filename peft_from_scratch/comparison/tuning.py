@@ -62,6 +62,7 @@ class Setting:
     shipped: bool
     warning: str | None = None  # where the search was of something else, or of nothing
     tried: tuple[tuple[float, float], ...] = ()  # (rate, share right) with all seeds
+    rule: str = RULE  # by which the search chose
 
 
 def settings_for(
@@ -93,8 +94,16 @@ def _searched(plan: Plan, candidate: Candidate) -> Setting | None:
             if key != candidate.key:
                 warning = f"searched for {key}" + (f"; {warning}" if warning else "")
             runs, when = len(search["runs"]), search["when"]
-            tried = _tried(search["runs"])
-            return Setting(search["chosen"], name, when, runs, shipped, warning, tried)
+            return Setting(
+                search["chosen"],
+                name,
+                when,
+                runs,
+                shipped,
+                warning,
+                _tried(search["runs"]),
+                search.get("rule", RULE),
+            )
     return None
 
 

@@ -116,6 +116,13 @@ def both(*faults):
     return lambda notebook: [fault(notebook) for fault in faults]
 
 
+def reads(files):
+    def fault(notebook):
+        notebook.metadata["peft_from_scratch"] = {"reads": files}
+
+    return fault
+
+
 def output(**data):
     def fault(notebook):
         drawing(notebook).outputs.append(nbformat.from_dict(data))
@@ -153,7 +160,7 @@ ERROR = dict(output_type="error", ename="E", evalue="", traceback=[])
 STDERR = dict(output_type="stream", name="stderr", text="warning")
 DRAWN = dict(output_type="display_data", data={rules.WIDGET: {}}, metadata={})
 PATH = dict(output_type="stream", name="stdout", text="/home/me/x")
-VERDICT = 'lesson.verdict("S1")'
+VERDICT = 'lesson.verdict("S1", guess="90.1")'
 LIVE = 'lesson.live("S1", 6, 6, 6)'
 STATED = "Difficulty one of five, importance one of five, about one minute."
 OPENING = "# A sample lesson"
@@ -256,11 +263,33 @@ FAULTS = {
     "no guess": (rules.guesses_before_it_measures, drop("lesson.predict(")),
     "a late guess": (
         rules.guesses_before_it_measures,
-        both(drop("lesson.predict("), put(VERDICT, 'lesson.predict("90.1", 1)')),
+        both(
+            drop("lesson.predict("),
+            put(VERDICT, 'lesson.predict("90.1", low=None, high=None)'),
+        ),
+    ),
+    "a guess of ours": (rules.guesses_before_it_measures, edit("low=None", "low=3")),
+    "a guess in the cell that tells": (
+        rules.guesses_before_it_measures,
+        edit(
+            'lesson.predict("90.1"', 'lesson.measured("90.1", 6)\nlesson.predict("90.1"'
+        ),
     ),
     "nothing guessed at all": (
         rules.guesses_before_it_measures,
         both(drop("lesson.predict("), edit('lesson.measured("90.1", 6)', "6")),
+    ),
+    "results that have changed": (
+        rules.has_read_what_is_there,
+        reads({"data/results/compare.json": "0" * 16}),
+    ),
+    "results that have gone": (
+        rules.has_read_what_is_there,
+        reads({"data/results/none.json": "0" * 16}),
+    ),
+    "no record of results": (
+        rules.has_read_what_is_there,
+        lambda n: n.metadata.pop("peft_from_scratch"),
     ),
     "no verdict": (rules.tries_its_claims, drop(VERDICT)),
     "another's verdict": (
