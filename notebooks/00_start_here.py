@@ -13,23 +13,22 @@
 # %% [markdown]
 # # Start here: a real language model, fine-tuned in ten lines
 #
-# You will have shown that a real language model learns a job at which it had failed,
-# because a sliver of new numbers beside its own was trained on examples, while the same
-# numbers in a shuffled order fail.
+# Training a small added part, 1.82 % of its size, takes a real language model from 0 to
+# 11 right answers of 20.
 #
-# **You need** some Python. No graphics card, no account, and no mathematics beyond "a
-# matrix times a vector". `make lab` has installed everything and fetched the model.
+# **You need** some Python, no graphics card, and no mathematics beyond "a matrix times
+# a vector".
 #
 # **At the end you can**
 #
-# - fine-tune a language model with LoRA, and say what the ten lines do;
-# - score answers exactly, and say how sure the score is;
-# - count what was trained, save it, and fold it into the model;
-# - say what a control is for;
-# - have many sentences answered at once without spoiling the answers.
+# - fine-tune a model in ten lines with LoRA, which trains a small added part;
+# - score answers exactly, and give the score an interval;
+# - count the trained parameters, save them, and merge them into the model;
+# - choose a control, a run that tests your explanation of a result;
+# - pad a batch of prompts so that the answers stay right.
 #
-# **Only ten minutes?** Run the cells in turn, down to "The control". Do exercise 0.1,
-# and leave out the others.
+# **Only ten minutes?** Write `start("00", quick=True)` below, and run the cells in turn
+# down to "The control". Leave out the exercises.
 
 # %%
 from peft_from_scratch.course import start
@@ -37,31 +36,31 @@ from peft_from_scratch.course import start
 lesson = start("00")
 
 # %% [markdown]
-# That is how each notebook begins. It says which model it will use, and what it will
-# cost you in time and memory. Press Shift and Enter to run a cell and go on to the
-# next. Three more things to know:
+# The cell above prints the model, and the time and memory that the lesson needs. Press
+# Shift and Enter to run a cell.
 #
-# - **Guesses.** Before each measurement you are asked what you expect. Put two numbers
-#   in place of None: a range that you are nine tenths sure of. Nobody marks it, and a
-#   lesson runs without guesses too. At the end you see how good your ranges were.
-# - **Exercises.** In your own copy, in the folder `work`, they are blank: replace the
-#   line that says so. The cell below each one checks your answer, and says nothing if
-#   all is well. No later cell needs an answer, so leave out what you like. "Run all"
-#   stops at the first blank. With `start("00", quick=True)` it passes over the blanks.
-#   The copies in `notebooks` are solved.
-# - **Marked cells.** A cell that begins with `NBVAL_CHECK_OUTPUT` prints the same on
-#   every machine, and our tests hold it to that. Times and scores may differ a little.
+# - **Guesses.** Before a measurement, give a range that you are nine tenths sure
+#   contains the result: put its ends in place of None, such as `low=2, high=5`. You can
+#   skip the guesses.
+# - **Exercises.** In your own copy, in the folder `work`, put your code in place of
+#   `raise NotImplementedError(…)`. The cell below checks it, and prints nothing if all
+#   is well. "Run all" stops at the first blank; with `start("00", quick=True)` it
+#   passes over the blanks.
+# - **Marked cells.** A cell with `NBVAL_CHECK_OUTPUT` prints the same on every machine.
+#   Other cells may differ a little.
 #
 # ## The result first
 #
-# The job: turn an order, written as a plain sentence, into one exact line of JSON. The
-# model: SmolLM2, a real language model, small enough for a laptop. We tried it in
-# several ways, on test sentences that no training had seen:
+# A small model that fails when it is only instructed learns the task when a small share
+# of its parameters is trained. **Parameters** are the numbers that a model consists of.
+# The **task** is to turn an order, written as a sentence, into one exact line of JSON.
+# The model is SmolLM2.
 #
-# - *zero-shot*: only ask, with an instruction of one sentence;
-# - *few-shot*: show it a few solved examples in the question;
-# - *full fine-tuning*: train every number of the model on examples;
-# - *LoRA*: train a few new numbers beside the model's own. You are about to do it.
+# The next cell prints the scores of several methods on test sentences, none of which
+# was used for training. Zero-shot gives the model one sentence of instruction, and
+# few-shot adds solved examples. Full fine-tuning trains all parameters. The other rows
+# train a small added part, as "The map" near the end shows. "All linear" means all
+# matrices of a layer.
 
 # %%
 import json
@@ -80,7 +79,7 @@ shipped = provenance.ROOT / "data" / "results" / "compare.json"
 compared = json.loads(shipped.read_text("utf-8"))
 for row in compared["rows"]:
     right = f"{row['exact']['k']:.0f} of {row['exact']['n']} right"
-    print(f"{row['label']:17} {right:17} {row['trainable']:12,} numbers trained")
+    print(f"{row['label']:17} {right:17} {row['trainable']:12,} parameters trained")
 
 # %%
 lesson.show(
@@ -89,8 +88,19 @@ lesson.show(
 )
 
 # %% [markdown]
-# The bars are intervals: they say how far chance may have moved a score. You will make
-# such an interval yourself. What did the model say, before and after?
+# How to read the figure:
+#
+# - **Exact match** is the share of sentences whose answer is exactly right. With
+#   several training runs, it is their mean.
+# - A bar is a **95 % interval**: the true scores that fit these answers.
+# - The **letters** compare methods in pairs, on the same sentences. Without a common
+#   letter, two methods are *told apart*: the data say which is better. With a common
+#   letter, the data leave this open; the two need not be equal. A name can have several
+#   letters, such as (ab). Trust the letters, not the overlap of bars.
+#
+# The figure's title names the methods that no other one beats. The sentence below it
+# compares this library's six trained methods with few-shot prompting. It leaves out
+# bitsandbytes, another library. The next cell shows one sentence, with two answers.
 
 # %%
 ways = {row["key"]: row["samples"] for row in compared["rows"]}
@@ -101,10 +111,11 @@ print("zero-shot:", " ".join(asked["answer"].split())[:90], "…")
 print("LoRA:     ", tuned["answer"])
 
 # %% [markdown]
+# Without training, the answer is not the right JSON. With LoRA, it is.
+#
 # ## Ten lines
 #
-# Ten lines do the whole work. They are counted in comments; every other cell only looks
-# at what they did. The first four fetch the tools.
+# Ten numbered lines do all of the fine-tuning. Lines 1 to 4 import the tools.
 
 # %%
 from peft_from_scratch import load_model, lora, save  # line 1
@@ -113,9 +124,8 @@ from peft_from_scratch.course import load_task  # line 3
 from peft_from_scratch.course import train  # line 4
 
 # %% [markdown]
-# Line 5 loads the model: SmolLM2-135M-Instruct, unless you asked for another one. A
-# model is a long list of numbers, called *parameters*. The *tokenizer* cuts text into
-# the pieces that the model reads and writes, its *tokens*.
+# Line 5 loads the model and its **tokenizer**, which cuts text into **tokens**, the
+# pieces that the model reads and writes.
 
 # %%
 model, tokenizer = load_model(lesson.base)  # line 5: "smollm2"
@@ -128,9 +138,9 @@ tokens = tokenizer("Three kettles to Lima").input_ids
 print("tokens:", [tokenizer.decode(token) for token in tokens])
 
 # %% [markdown]
-# Line 6 loads the **task**: many sentences, each with the line of JSON that is right
-# for it. They come in parts. The model learns from `train`. It never learns from
-# `test`, which even has names and things that `train` does not mention.
+# Rare words such as "kettles" are several tokens. Line 6 loads the task: rows with a
+# sentence and the right line of JSON. Rows in `train` are for training, and rows in
+# `test` for testing. Some names, items and cities occur only in `test`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -143,9 +153,9 @@ print("right:      ", task.test[0]["completion"])
 # %% [markdown]
 # ## What counts as right?
 #
-# Decide that before you look at any answer, or the answers will decide it for you. Here
-# a program will read the answer, so we are strict. It must be the right JSON value, and
-# nothing else:
+# An answer is right if it is the right JSON value and nothing else, because a program
+# will read it. Choose such a rule before you see answers; later, it is tempting to
+# choose one that your model passes.
 
 # %%
 right = '{"customer":"Ines","items":{"rope":2}}'
@@ -158,30 +168,33 @@ for answer in (
     print(f"{task.score(answer, right)!s:6} {answer}")
 
 # %% [markdown]
-# Keys may stand in any order, for JSON says so. But a friendly word breaks the program
-# that reads it. So does a missing bracket.
+# The second answer is right, because JSON ignores the order of keys. The third has a
+# wrong value, and the fourth is not JSON.
 #
 # ### Exercise 0.1: an exact scorer
 #
-# Difficulty two of five, importance five of five, about ten minutes. Write the function
-# that says whether an answer is right. `right` is always good JSON; the answer can be
-# any text at all.
+# Difficulty two of five, importance five of five, about ten minutes.
+#
+# Write `my_score(answer, right)`. Both arguments are strings, and the result is `True`
+# or `False`. `right` is valid JSON. `answer` can be any text, and is wrong if it is not
+# JSON. The order of keys, and spaces between the parts, make no difference. So
+# `my_score('{"b": 2, "a": 1}', '{"a":1,"b":2}')` is `True`, and `my_score("Sure!",
+# "{}")` is `False`. No key occurs twice.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Two texts can differ and still hold the same value. What does `json.loads` turn a text
-# into, and what does it do with a text that is no JSON?
+# Two texts can hold the same value. What does `json.loads` return for each?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# Two texts go in, one `True` or `False` comes out, in all cases. A JSON object becomes
-# a `dict`; and two dicts with the same keys and values are equal, in any order.
+# One `bool` comes out in every case. How does Python compare two dicts whose keys are
+# in a different order?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
 #
-# `try:`, and under it `said = json.loads(answer)`. What it raises is a `ValueError`.
+# `try:`, because `json.loads` raises a `ValueError` for text that is not JSON.
 #
 # </details>
 
@@ -202,14 +215,13 @@ def my_score(answer, right):
 checks.score(my_score)
 
 # %% [markdown]
-# (The library's scorer is stricter still. In Python `True == 1`, but in JSON they are
-# two values; and it refuses an object that has a key twice.)
+# The library's scorer is stricter: it treats `True` and `1` as different, and rejects a
+# key that occurs twice.
 #
 # ## Before: ask the model as it is
 #
-# It gets the instruction and the sentence, as in a chat. The table at the top has
-# spoiled the score. So guess something else: of twenty answers, how many will be JSON
-# at all, right or wrong?
+# We measure the untrained model first. It gets the instruction and the sentence in its
+# chat format. Guess how many of twenty answers will be JSON at all.
 
 
 # %%
@@ -221,7 +233,7 @@ def is_json(text):
     return True
 
 
-lesson.predict("0.1", low=None, high=None, unit="of 20 are JSON")
+lesson.predict("0.1", low=None, high=None, unit="JSON answers of 20")
 
 # %%
 rows = task.test.select(range(20))
@@ -234,29 +246,27 @@ for row, answer in zip(rows.select(range(2)), before.answers, strict=False):
     print("answer:  ", " ".join(answer.split())[:90], "…")
 
 # %% [markdown]
-# It knows English, and it has heard of JSON. What it cannot know is the form that *you*
-# want: which keys, in which spelling, and what to do with "a dozen". A form can be
-# learned from examples.
+# The model gets 0 of 20 right, and no answer is valid JSON. The first one chats, and
+# the second invents its own keys. The model cannot know which format *you* want.
+# Examples can teach it.
 #
-# ## LoRA: leave the model alone, train a small thing beside it
+# ## LoRA: freeze the model, train a small update
 #
-# Most of a language model is matrices. Each takes a vector $x$ and returns another one,
-# $W_0 x$. Full fine-tuning changes every number of every $W_0$. **LoRA**, low-rank
-# adaptation, freezes them all, and adds a correction beside each:
+# LoRA trains small matrices in parallel with the model's own. A matrix $W_0$ of the
+# model takes a vector $x$ of $d_{in}$ entries and returns $W_0 x$, with $d_{out}$
+# entries. Full fine-tuning changes every $W_0$. **LoRA**, low-rank adaptation,
+# **freezes** $W_0$, so that it never changes, and adds an **update**:
 #
 # $$h = W_0\,x + \frac{\alpha}{r}\,B\,A\,x$$
 #
 # | symbol | what it is | shape | trained? |
 # |---|---|---|---|
-# | $x$ | what comes in | $d_{in}$ | |
 # | $W_0$ | the model's own matrix | $d_{out} \times d_{in}$ | no, frozen |
-# | $A$ | squeezes $x$ into $r$ numbers | $r \times d_{in}$ | yes, starts random |
-# | $B$ | spreads them out again | $d_{out} \times r$ | yes, starts at zero |
-# | $r$ | the *rank*: how narrow the squeeze is | a number | you choose it |
-# | $\alpha$ | how loud the correction speaks | a number | you choose it |
-# | $h$ | what comes out | $d_{out}$ | |
+# | $A$ | takes $x$ to $r$ entries | $r \times d_{in}$ | yes, random initialization |
+# | $B$ | takes them to $d_{out}$ | $d_{out} \times r$ | yes, initialized to zero |
 #
-# By hand, with six numbers in and four out, squeezed through two:
+# You choose the **rank** $r$, and $\alpha$, which sets the **scale** $\alpha / r$ of
+# the update. The next cell computes $h$ for a small example, with rank two.
 
 # %%
 torch.manual_seed(0)
@@ -265,27 +275,29 @@ A, B = torch.randn(2, 6), torch.zeros(4, 2)
 r, alpha = 2, 4.0
 squeezed = A @ x
 h = W0 @ x + alpha / r * (B @ squeezed)
-print(len(x), "numbers in,", len(squeezed), "in the squeeze,", len(h), "out")
-print("the same as without a correction:", torch.equal(h, W0 @ x))
+print(len(x), "entries in,", len(squeezed), "between A and B,", len(h), "out")
+print("the same as without the update:", torch.equal(h, W0 @ x))
 
 # %% [markdown]
-# Because $B$ starts at zero, the correction starts at zero: training begins with
-# exactly the model that you know. Where does it stand in the model? Here is one of its
-# layers, as a wiring diagram. You need not understand all of it now. Grey is the
-# model's own; colour is what LoRA adds.
+# $B$ is zero before training, so the update is zero, and training begins with exactly
+# the original model. The next figure shows one layer of the model. Gray parts are
+# frozen; LoRA adds the blue ones.
 
 # %%
 lesson.show(
     block_picture(lit="lora"),
-    "An A and a B stand beside each of the seven matrices of a layer.",
+    "Each of the seven matrices of a layer has its own A and B, in parallel with it.",
 )
 
 # %% [markdown]
-# Line 7 puts them there, in every layer. $A$ is drawn at random, so the cell fixes the
-# seed of the dice first. Guess: how many numbers will train, in percent of the model's?
+# Each gray $W$ has a blue pair. You can ignore all other names for now.
+#
+# Line 7 adds $A$ and $B$ to every layer. $A$ is random, so the cell fixes the **seed**,
+# the number that decides all random draws. Guess how many parameters will be trained,
+# in percent of the model's. (The table gives it away.)
 
 # %%
-lesson.predict("0.2", low=None, high=None, unit="% of the model")
+lesson.predict("0.2", low=None, high=None, unit="% of the model's parameters")
 
 # %%
 torch.manual_seed(0)
@@ -294,41 +306,42 @@ trained = sum(parameter.numel() for parameter in trainable(model).values())
 lesson.measured("0.2", 100 * trained / total)
 
 # %% [markdown]
-# Look at one of them, so that the count is no magic. Beside a matrix of
-# $d_{out} \times d_{in}$ numbers stand $r \times d_{in}$ in $A$, and
-# $d_{out} \times r$ in $B$:
+# LoRA trains 1.82 % as many parameters as the model has. The next cell counts those of
+# one matrix, `q_proj`, which is $W_q$ in the figure.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"{len(wrapped)} matrices, {trained:,} numbers to train")
+print(f"{len(wrapped)} matrices, {trained:,} parameters to train")
 first = model.get_submodule(wrapped[0])
 print("one of them:", wrapped[0])
-print("W0", tuple(first.base.weight.shape), f"{first.base.weight.numel():,} numbers")
-print("A ", tuple(first.A.shape), f"{first.A.numel():,} numbers")
-print("B ", tuple(first.B.shape), f"{first.B.numel():,} numbers")
+print("W0", tuple(first.base.weight.shape), f"{first.base.weight.numel():,} parameters")
+print("A ", tuple(first.A.shape), f"{first.A.numel():,} parameters")
+print("B ", tuple(first.B.shape), f"{first.B.numel():,} parameters")
 
 # %% [markdown]
+# The frozen $W_0$ has 331,776 parameters; $A$ and $B$ have 4,608 each.
+#
 # ### Exercise 0.2: count what trains
 #
-# Difficulty one of five, importance four of five, about five minutes. Given the shapes
-# of all matrices that get a LoRA, how many numbers train, and how many are frozen
-# beside them?
+# Difficulty one of five, importance four of five, about five minutes.
+#
+# This is a warm-up. Write `my_count(shapes, r)`, where `shapes` lists `(d_out, d_in)`
+# of each matrix that gets LoRA. Return two integers: the parameters in all $A$ and $B$,
+# and those in all $W_0$. For example, `my_count([(3, 5)], 2)` is `(16, 15)`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# For one matrix: what do you multiply to count the numbers in $A$? In $B$? In $W_0$?
+# For one matrix, what do you multiply to count the parameters in $A$, $B$ and $W_0$?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# $A$ is $r \times d_{in}$ and $B$ is $d_{out} \times r$: together
-# $r\,(d_{in} + d_{out})$ numbers. Two whole numbers come back, each a sum over all
-# shapes.
+# $A$ is $r \times d_{in}$, and $B$ is $d_{out} \times r$. Add up all shapes.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
 #
-# `trained = sum(r * (d_in + d_out) for d_out, d_in in shapes)`
+# `trained = frozen = 0`, then a loop `for d_out, d_in in shapes:`.
 #
 # </details>
 
@@ -351,13 +364,21 @@ checks.lora_count(my_count)
 # %% [markdown]
 # ## Train
 #
-# Line 8 is the recipe. A *step* shows the model a *batch* of rows, and asks how
-# surprised it was by the right answers: that is the *loss*, in nats a token, and lower
-# is better. Then it moves every $A$ and $B$ a little, so as to be less surprised next
-# time. `lr`, the *learning rate*, says how far.
+# Sixteen optimizer steps teach the model the format. In an **optimizer step**, the
+# model sees a **batch** of rows, here four. Then every $A$ and $B$ is changed a little,
+# to make the right answers more probable. Line 8 sets how.
 #
-# Line 9 does it. Give it a minute. (It is a short run. Those in the table at the top
-# were longer; `make compare` makes them again.)
+# - The **training loss** says how improbable the right answers were: the mean of $-\ln
+#   p$ over their tokens, where $p$ is the probability that the model gave the token.
+#   Its unit is **nats per token**. At 0.04 nats, the right token gets `96 %` on
+#   average.
+# - The **learning rate**, `lr`, sets how large the changes are. `3e-3` is Python's way
+#   to write $3 \times 10^{-3}$, which is `0.003`; `1e-4` is `0.0001`. A parameter moves
+#   by roughly `lr` in an optimizer step. A low learning rate teaches little, and a high
+#   one can ruin the model.
+#
+# Line 9 trains, in about half a minute. The runs at the top were longer, with other
+# settings, so their answers differ.
 
 # %%
 W0_then = first.base.weight.clone()
@@ -368,28 +389,32 @@ history = train(model, tokenizer, task, recipe)  # line 9
 # NBVAL_CHECK_OUTPUT
 print("the matrix W0 from above is as it was:", torch.equal(first.base.weight, W0_then))
 
+# %% [markdown]
+# The model's own matrix has not changed. The next figure shows the training loss of
+# each optimizer step.
+
 # %%
 start_loss, end_loss = history.loss[0], sum(history.loss[-4:]) / 4
 figure = figures.training_curve(history)
 figure.axes[0].set_xticks(range(0, recipe.steps + 1, 4))
 lesson.show(
     figure,
-    f"The loss falls from {start_loss:.2f} to {end_loss:.2f} (mean of the last four "
-    f"steps). One step took {history.median_step_seconds:.1f} seconds.",
+    f"The training loss starts at {start_loss:.2f}; its mean over the last four steps "
+    f"is {end_loss:.2f}. One optimizer step took {history.median_step_seconds:.1f} s.",
 )
 
 # %% [markdown]
-# The curve jumps about, because each step sees other rows. What counts is where it
-# goes. But a falling loss only says that the model gets used to its *training* rows.
-# Can it do the job?
+# The training loss falls from 1.57 to 0.04 nats per token, the mean of the last four
+# optimizer steps. (The title gives the last one alone. "Label tokens" are those of the
+# right answers.) This shows only that the model predicts its *training* rows well.
 #
 # ## After: the same question again
 #
-# The same twenty rows, the same scorer. The model has seen none of these sentences.
-# Read the answers as well, the wrong ones above all: mistakes teach more than averages.
+# Only new sentences show whether the model has learned the task. We ask the same twenty
+# test rows again.
 
 # %%
-lesson.predict("0.3", low=None, high=None, unit="of 20 right")
+lesson.predict("0.3", low=None, high=None, unit="right answers of 20")
 
 # %%
 after = answer_rows(model, tokenizer, task, rows, template="chat")
@@ -399,16 +424,18 @@ for i, fine in list(enumerate(after.correct))[:4]:
     print("answer:  ", after.answers[i], "" if fine else "(wrong)")
 
 # %% [markdown]
-# ## The control: the same numbers, shuffled
+# The model now gets 11 of 20 right. The first answer has the right format and a wrong
+# city, "Kyron". Kyoto occurs in no training row.
 #
-# It got better. *Why?* Perhaps any numbers beside the matrices would have done it:
-# shake a model that rambles, and it rambles less. A **control** is a run that differs
-# in the one thing that you believe in, here the training. Shuffle the numbers within
-# each trained $A$ and $B$. They are the same numbers, as many and as large. Only what
-# training has put into their order is gone.
+# ## The control: the same parameters, shuffled
+#
+# A better score does not say what made it better. Perhaps *any* change would help. A
+# **control** is a run that keeps everything except the suspected cause, here what
+# training wrote into $A$ and $B$. So we shuffle the entries within each $A$ and each
+# $B$: the values stay, and their places change.
 
 # %%
-lesson.predict("0.4", low=None, high=None, unit="of 20 right")
+lesson.predict("0.4", low=None, high=None, unit="right answers of 20")
 
 # %%
 learned = {name: p.detach().clone() for name, p in trainable(model).items()}
@@ -425,16 +452,17 @@ with torch.no_grad():  # and back to what was learned
         parameter.copy_(learned[name])
 
 # %% [markdown]
-# So it is the training. A result without a control is half a result: whenever somebody
-# shows you a better score, ask what *else* would have raised it.
+# The control gets 0 of 20 right, and chats again like the untrained model. So these
+# values alone do not help; their places, which training found, matter.
 #
 # ## How sure is that?
 #
-# Twenty rows are a small sample. With other rows the share would come out a little
-# differently. The *true share* is the one that endlessly many rows would show, and an
-# **interval** says which true shares fit with what was seen. The first idea is to take
-# the share $p = k / n$, and go up and down by $z\,\sqrt{p\,(1 - p) / n}$. It breaks
-# where you need it most:
+# Twenty rows leave a wide range of scores possible. The **true share** is the share of
+# right answers among endlessly many such rows. A 95 % **interval** is a range that
+# misses it in about one sample of twenty.
+#
+# The plain interval goes up and down from the measured share $p = k / n$ by
+# $z\,\sqrt{p\,(1 - p) / n}$, where $z$ is `1.96`. The next cell shows where it fails.
 
 # %%
 z = 1.96
@@ -444,41 +472,38 @@ for k, n in ((14, 20), (0, 20)):
     print(f"{k:2} of {n} right: from {p - margin:.0%} to {p + margin:.0%}")
 
 # %% [markdown]
-# Nothing right in twenty would prove that it *never* gets one right. Wilson's interval
-# does better. It acts as if a few more rows had been seen, half of them right:
+# For 0 of 20, the plain interval has no width, as if the model could *never* be right.
+# Wilson's interval has its center where about four more rows, half of them right, would
+# put it. It goes from $c - m$ to $c + m$:
 #
 # $$c = \frac{k + z^2/2}{n + z^2}
 # \qquad
 # m = \frac{z}{n + z^2}\,\sqrt{\frac{k\,(n - k)}{n} + \frac{z^2}{4}}$$
 #
-# | symbol | what it is |
-# |---|---|
-# | $k$ | how many are right |
-# | $n$ | how many were asked |
-# | $z$ | how careful to be; `1.96` misses the truth one time in twenty |
-# | $c$ | the centre of the interval, a share |
-# | $m$ | its margin: it goes from $c - m$ to $c + m$ |
+# Here $k$ of $n$ answers are right, and a larger $z$ makes the interval wider. For 0 of
+# 20, both $c$ and $m$ are `0.081`, so the interval goes from 0 to 16 %.
 #
 # ### Exercise 0.3: Wilson's interval
 #
-# Difficulty two of five, importance four of five, about ten minutes. Write it down as
-# it stands.
+# Difficulty two of five, importance four of five, about ten minutes.
+#
+# This is a warm-up: put the two formulas into code. `k` and `n` are integers. Return
+# two floats, $c - m$ and $c + m$, not rounded. For example, `my_interval(14, 20)` is
+# about `(0.481, 0.855)`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# What is under the root, and what stands in front of it? Is $z^2$ divided by four, or
-# is $z$?
+# Does the four divide $z^2$, or everything under the root?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# Two shares between zero and one come back: $c - m$, then $c + m$. For no right answer
-# in twenty, the low end is zero and the high end is not.
+# Return the low end first. What should the high end be for $k = n$?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
 #
-# `centre = (k + z**2 / 2) / (n + z**2)`
+# Start with `square = z**2`, then compute `c`, then `m`.
 #
 # </details>
 
@@ -497,7 +522,7 @@ def my_interval(k, n, z=1.96):
 checks.interval(my_interval)
 
 # %% [markdown]
-# Now the three results of this notebook, each with its interval:
+# The next cell gives each of the three results its interval.
 
 # %%
 found = {"before": (0, before), "control": (trained, control), "LoRA": (trained, after)}
@@ -511,26 +536,27 @@ for name, (added, answers) in found.items():
     print(f"true share {low:2.0f} to {high:.0f} %")
 figure = curves.points(
     points,
-    x="Numbers added, millions",
+    x="Added parameters, millions",
     y="Right, % of test rows",
-    title="Right answers against numbers added",
-    subtitle="Twenty test rows; bars are 95 % intervals. The control in grey.",
+    title="The trained LoRA beats the untrained model and the shuffled control",
+    subtitle="Twenty test rows. Bars: 95 % intervals. Gray: the control.",
     control=("control",),
     log="",
 )
 gap = points["LoRA"][2] - max(points["before"][3], points["control"][3])
-lesson.show(figure, f"Between LoRA's interval and the others: {gap:.0f} points.")
+lesson.show(figure, f"LoRA's interval begins {gap:.0f} points above the other two.")
 
 # %%
 # NBVAL_CHECK_OUTPUT
 print("LoRA's interval touches neither of the others:", gap > 0)
 
 # %% [markdown]
-# That is enough to tell "it works" from "it does not". Look at the JSON, too: the
-# *form* was learned from a handful of steps, and what is still wrong are values.
+# LoRA's interval goes from 34 to 74 %, and the other two end at 16 %. They do not
+# touch, so this training worked. All 20 answers are now JSON: the model has learned the
+# format.
 #
-# But the interval is far too wide to rank two good methods. How many rows would it
-# take, at the same share, for an interval of five points up and down?
+# Such a wide interval cannot rank two good methods. Guess how many rows would narrow it
+# to five points up and down, at the same share.
 
 # %%
 lesson.predict("0.5", low=None, high=None, unit="test rows")
@@ -547,15 +573,20 @@ def width(n):
 lesson.measured("0.5", next(n for n in range(20, 10_000) if width(n) < 0.1))
 
 # %% [markdown]
-# Width shrinks with the root of the rows: half as wide costs four times as many.
+# It takes 377 rows; half the width needs four times as many. The interval covers the
+# choice of rows only. Another seed would train another LoRA; notebook 01 has intervals
+# over seeds.
+#
+# This is a good place for a break.
 #
 # ## Break it on purpose
 #
-# `answer_rows` asked twenty sentences at once, as a batch; that is much faster than one
-# by one. But a batch is a table, and its rows must be equally long. So short rows are
-# filled up with *padding*, and a *mask* tells the model to ignore it: `1` for a real
-# token, `0` for padding. Here is how one would write it first. It takes rows that the
-# model has just answered right. Guess how many stay right.
+# Wrong padding ruins the answers of a good model, and no error is raised. All rows of a
+# batch must be equally long, so short ones are filled up with **padding**. A **mask**
+# tells the model what to ignore: it is `1` for a real token, and `0` for padding.
+#
+# The next cell adds padding in the obvious way. We try it on eight rows that were just
+# answered right.
 
 # %%
 good = [row for row, fine in zip(rows, after.correct, strict=True) if fine][:8]
@@ -588,7 +619,7 @@ def count_right(answers):
     return sum(task.score(answer, row["completion"]) for answer, row in pairs)
 
 
-lesson.predict("0.6", low=None, high=None, unit=f"of {len(good)} stay right")
+lesson.predict("0.6", low=None, high=None, unit=f"right answers of {len(good)}")
 
 # %%
 broken = answers_with(pad_first_try)
@@ -597,35 +628,37 @@ for prompt, answer in zip(prompts, broken, strict=True):
     print(f"{len(prompt)} tokens: {' '.join(answer.split())[:76]}")
 
 # %% [markdown]
-# No error, and the mask is right. Who sees only the score concludes that the training
-# was no good. Compare the answers with the lengths, and find the mistake before you
-# open this.
+# Only 1 of 8 answers is still right, although the mask is right. Compare the answers
+# with the lengths before you open this.
 #
 # <details><summary>What is wrong</summary>
 #
-# The model writes on from the *last* place of a row. In the longest row that is the end
-# of the question. In all others it is padding: the first new token is guessed from
-# there, and the answer does not recover. The mask keeps tokens from looking at padding.
-# It does not keep you from asking the padding. Put it on the *left*, and each row ends
-# with its own last token. (transformers warns of this now; we have hidden the warning.)
+# The padding is on the wrong side. A model writes the next token after the *last* place
+# of a row. In the longest row, with 49 tokens, that is the end of the question. In all
+# other rows it is padding. The mask keeps real tokens from using the padding, but does
+# not change where the answer begins. Pad on the *left*, and each row ends with its own
+# last token.
 #
 # </details>
 #
 # ### Exercise 0.4: padding that does no harm
 #
-# Difficulty one of five, importance four of five, about five minutes. Repair it. Make
-# the mask by counting, not by comparing with `pad`: in many models, SmolLM2 among them,
-# the token for padding is a real one as well, and stands inside of prompts.
+# Difficulty one of five, importance four of five, about five minutes.
+#
+# Write `my_padding(prompts, pad)`, which pads on the left. `prompts` is a list of lists
+# of integers. Return `ids` and `mask`, two int64 tensors of shape `(rows, longest)`.
+# For example, `[[5, 6], [7]]` with `pad` `0` gives `[[5, 6], [0, 7]]` and `[[1, 1], [0,
+# 1]]`. `pad` can also occur as a real token, so do not compare with it to make the
+# mask.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# How many places of a row are left over, if the longest prompt fills a whole row?
+# How many places must be filled in a shorter row?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# Both tensors are `(rows, longest)`. Each row of `ids` is padding and then the prompt;
-# each row of `mask` is as many zeros, and then ones.
+# A row of `mask` has a zero for each place filled, then a one for each token.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -653,17 +686,19 @@ def my_padding(prompts, pad):
 checks.padding(my_padding)
 
 # %% [markdown]
-# The library pads on the left, too:
+# The next cell uses the library's function, which pads on the left.
 
 # %%
 repaired = answers_with(lambda prompts, pad: left_pad(prompts, 0, pad))
 print(f"{count_right(repaired)} of {len(good)} right")
 
 # %% [markdown]
+# All 8 of 8 are right again: the training was never the problem.
+#
 # ## Keep it: a small file
 #
-# Line 10 saves what was trained, and only that. The file is in the layout of Hugging
-# Face's PEFT, so that other programs can read it. Guess its size.
+# A trained LoRA fits in a small file. Line 10 saves only the trained parameters, called
+# an **adapter**, in the format of Hugging Face's library PEFT. Guess its size.
 
 # %%
 lesson.predict("0.7", low=None, high=None, unit="MB")
@@ -672,12 +707,11 @@ lesson.predict("0.7", low=None, high=None, unit="MB")
 save(model, "out/orders-lora")  # line 10
 adapter = Path("out/orders-lora")
 lesson.measured("0.7", (adapter / "adapter_model.safetensors").stat().st_size / 1e6)
-print(f"the model's own numbers: {4 * total / 1e6:.0f} MB, at four bytes each")
+print(f"the model's own parameters: {4 * total / 1e6:.0f} MB, at four bytes each")
 
 # %% [markdown]
-# That is why adapters are so handy: one model on the disk, and a small file for each
-# thing that it has learned. And those were the ten lines. Here they are, in one piece.
-# (In a program of your own, write the model's name in line 5.)
+# The adapter takes 9.82 MB, and the model 538 MB. So you can keep one model, and a
+# small file for each task. The next cell collects the ten lines.
 
 # %%
 import re
@@ -689,12 +723,12 @@ ten = re.findall(r".*# line \d.*", said)
 print(*dict.fromkeys(ten), sep="\n")
 
 # %% [markdown]
-# ## Fold it in: no cost when used
+# ## Merge: no cost in use
 #
-# $W_0 x + \frac{\alpha}{r} B A x$ is the same as $(W_0 + \frac{\alpha}{r} B A)\,x$. So
-# the correction can be added to $W_0$ once and for all. The model then has its old
-# shape and its old speed. The check: its *logits*, the scores that it gives to every
-# possible next token, must not move, apart from rounding.
+# A LoRA can be **merged** into the model, and then costs no time: $W_0 x +
+# \frac{\alpha}{r} B A x$ equals $(W_0 + \frac{\alpha}{r} B A)\,x$, so the update can be
+# added to $W_0$ once. The next cell checks that the **logits**, the scores of every
+# possible next token, stay the same apart from rounding.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -706,174 +740,185 @@ with torch.no_grad():
 moved = (folded - beside).abs().max().item()
 assert moved < 1e-3
 print("every logit moved by less than 0.001:", moved < 1e-3)
-print(f"{model.num_parameters():,} parameters, as at the start")
+print(f"{model.num_parameters():,} parameters, as before LoRA")
 
 # %% [markdown]
+# No logit moved by 0.001 or more, and the model has its old size again.
+#
 # ## The map
 #
-# LoRA is one method of many. Here is the layer again, with each method of this course
-# at its place. They differ in *where* they add or change numbers, and in how many.
+# The methods of this course differ in *where* they add or change parameters. The next
+# figure shows all of them in the layer.
 
 # %%
 lesson.show(
     block_picture(),
-    "Ten methods: beside the matrices, on vectors, after a part of the layer, in "
-    "attention, or before the first token.",
+    "Ten methods: on the matrices or in parallel with them, on vectors, after a part "
+    "of the layer, in attention, or prepended to the prompt.",
 )
 
 # %% [markdown]
-# You have used LoRA; notebook 04 builds it from nothing. Notebook 01 has full
-# fine-tuning, and says where the memory goes.
+# Notebook 01 is about full fine-tuning, and notebook 04 builds LoRA from nothing.
+#
+# ## Verdict cards
+#
+# Later lessons test textbook claims. A **verdict card** shows the claim, the verdict, a
+# number with its interval, and what to remember, after "So:". The rule that decides is
+# written before the runs. Take an invented claim: "LoRA scores at most five points
+# below full fine-tuning."
+#
+# | interval of LoRA minus full, in points | verdict |
+# |---|---|
+# | `[-3, +2]`, all above `-5` | holds |
+# | `[-20, -8]`, all below `-5` | does not hold here |
+# | `[-9, +1]`, on both sides | undecided |
+#
+# "Undecided" does not mean "no difference": these runs cannot say, and more might.
 #
 # ## Quiz
 #
-# Answer for yourself, then open the options. None needs the kernel.
-#
 # **1. The training loss has fallen to nearly zero. What does that show?**
 #
-# <details><summary>The model can do the job</summary>
+# <details><summary>The model can do the task</summary>
 #
-# No. It knows its training rows. Whether it can do the job, only other rows can say.
-#
-# </details>
-# <details><summary>Its training rows surprise it no longer</summary>
-#
-# Right. That is all that a training loss says.
+# No. Only rows outside of `train` can show that.
 #
 # </details>
-# <details><summary>It has forgotten everything else</summary>
+# <details><summary>The model predicts its training rows well</summary>
 #
-# No. It may have or not; this loss does not look at anything else.
+# Right. A training loss says nothing else.
+#
+# </details>
+# <details><summary>The model has forgotten everything else</summary>
+#
+# No. The loss looks at nothing else.
 #
 # </details>
 #
-# **2. You have put in LoRA, and trained nothing yet. What does the model answer?**
+# **2. You have added LoRA, and trained nothing. What does the model answer?**
 #
 # <details><summary>Exactly what it answered before</summary>
 #
-# Right. $B$ is zero, so the correction is zero, whatever $A$ may be.
+# Right. $B$ is zero, so the update is zero.
 #
 # </details>
-# <details><summary>Nonsense, since $A$ is random</summary>
+# <details><summary>Nonsense, because $A$ is random</summary>
 #
-# No. What $A$ makes of $x$ is random, but $B$ multiplies it by zero.
-#
-# </details>
-# <details><summary>Nothing: the model is frozen</summary>
-#
-# No. Frozen means that its numbers do not change. It answers all the same.
+# No. $B$ multiplies the random part by zero.
 #
 # </details>
+# <details><summary>Nothing, because the model is frozen</summary>
 #
-# **3. None of twenty test rows is right. What may you say of the true share?**
+# No. A frozen model still answers.
+#
+# </details>
+#
+# **3. None of twenty rows is right. What can you say about the true share?**
 #
 # <details><summary>It is zero</summary>
 #
-# No. A model that gets one in ten right has none of twenty every now and then.
+# No. Even one in ten gives none of twenty now and then.
 #
 # </details>
-# <details><summary>It is hardly above one in five</summary>
+# <details><summary>It is probably below one in five</summary>
 #
-# Right. Wilson's interval for it ends below that.
+# Right. Wilson's interval ends at 16 %.
 #
 # </details>
 # <details><summary>Nothing, the sample is too small</summary>
 #
-# No. It is small, but it does rule out a half.
+# No. The sample rules out one half.
 #
 # </details>
 #
 # **4. What does the shuffled control rule out?**
 #
-# <details><summary>That the twenty rows were lucky ones</summary>
+# <details><summary>That we were lucky with the rows</summary>
 #
-# No. How far luck goes, the interval says.
-#
-# </details>
-# <details><summary>That the sentences were learned by heart</summary>
-#
-# No. That is ruled out by test rows that are not in `train`.
+# No. The interval covers the choice of rows.
 #
 # </details>
-# <details><summary>That any numbers of that size would have done it</summary>
+# <details><summary>That the model knows the test rows by heart</summary>
 #
-# Right. One doubt, one tool: three doubts need three.
+# No. None of them is in `train`.
+#
+# </details>
+# <details><summary>That the same values in any order would do</summary>
+#
+# Right. Only their places changed.
 #
 # </details>
 #
-# **5. Asked one by one, your model does well. Asked twenty at once, it does badly.
-# Where do you look first?**
+# **5. One by one, your model answers well. Twenty at once, it does badly. Where do you
+# look first?**
 #
 # <details><summary>At the learning rate</summary>
 #
-# No. It is the same trained model both times.
+# No. It is the same trained model.
 #
 # </details>
-# <details><summary>At padding and mask</summary>
+# <details><summary>At the padding and the mask</summary>
 #
-# Right. A batch should answer as its rows do alone. If it does not, look there.
+# Right. A batch must not change the answers.
 #
 # </details>
 # <details><summary>At the scorer</summary>
 #
-# No. It saw only the answers, and is the same both times.
+# No. The scorer is the same, too.
 #
 # </details>
 #
-# ### In your own words
+# ### In your own words: find the confound
 #
-# A friend says: "You have fine-tuned it, so now it is another model." Answer in three
-# sentences, with what you counted.
+# A **confound** is a second difference that could also explain a result. A colleague
+# reports: "The plain model gets `0` of `50` right, and our LoRA `40`. So LoRA training
+# works." The LoRA's prompts also held three solved examples. Which run do you ask for,
+# and what would support the claim?
 #
 # <details><summary>A model answer</summary>
 #
-# "Not one number of the model has changed while I trained: I put an A and a B beside
-# 210 of its matrices, which is a fiftieth of its numbers, and trained those. They are
-# in a small file; without it the model is what it was. Only when I fold them in do I
-# get another model, and I can keep the first."
+# The training and the prompt both changed. I ask for the plain model with the same
+# three examples. If it also gets about `40` right, the data do not show that training
+# helped. If it gets `5`, the intervals are far apart, and the claim is supported.
 #
 # </details>
 #
 # ### Transfer
 #
-# Think of a job of your own, and write three rows of it: `{"prompt": "…",
-# "completion": "…"}`, one a line, in a file that ends in `.jsonl`. Line 6 reads it:
-# `load_task("my_rows.jsonl")`. What counts as right there? How many test rows will you
-# need? What is your control?
+# Write three rows of your own task, `{"prompt": "…", "completion": "…"}`, one per line,
+# for `load_task("my_rows.jsonl")`. How many test rows do you need? What is your
+# control?
 #
 # <details><summary>A model answer</summary>
 #
-# It depends on the job. For a file of yours, the library's scorer wants the very text
-# of the completion, which suits labels and short forms, and no free prose. Twenty test
-# rows tell a working model from a failing one; to rank two good ones takes hundreds. As
-# a control, shuffle the numbers as above; or, stronger, shuffle the completions among
-# the rows and train again: who still does well then has not learned your job.
+# Twenty test rows tell a working model from a failing one; ranking two good ones takes
+# hundreds. As a control, train on the same rows with their completions shuffled. If
+# that model scores as well, its score does not come from reading the prompt.
 #
 # </details>
 #
 # ## Limits
 #
-# - **What the control rules out.** That a change of that size was enough, whatever it
-#   was. It does not say that LoRA is the best way to train.
-# - **What you have not shown.** That LoRA is as good as full fine-tuning, or that the
-#   model forgot nothing else. One seed, one job and twenty rows cannot tell. Even in
-#   the table at the top, with more rows, some intervals overlap.
-# - **The scale.** SmolLM2 is small. A large model knows more forms, and would not start
-#   from nothing.
-# - **The paper beside us** (its number, not ours). On GPT-3, LoRA's authors trained
-#   `10,000` times fewer numbers than full fine-tuning would. You trained a fiftieth:
-#   wider matrices, and a LoRA beside fewer of them, make the share small.
+# - **The control is weak.** It keeps the values in $A$ and $B$, but may make their
+#   product $BA$ much smaller. A random update as large as the trained one is not ruled
+#   out. A shuffled run, scaled to the same size, would decide it.
+# - **Not shown:** that LoRA is as good as full fine-tuning, or that the model forgot
+#   nothing. One seed, one task and twenty rows of a small model cannot show that.
+# - **The paper's figure.** LoRA's authors trained `10,000` times fewer parameters than
+#   full fine-tuning on GPT-3; here it is `55` times fewer.
 #
 # ## Your guesses
 #
-# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
-# people's first ranges are too narrow.
+# Nine of ten ranges should contain the measured value. If fewer do, make your ranges
+# wider.
 
 # %%
 lesson.calibration()
 
 # %% [markdown]
 # ## Receipt
+#
+# The last cell compares the forecast at the top with this run.
 
 # %%
 lesson.receipt()
@@ -882,15 +927,13 @@ lesson.receipt()
 # ## Where to go next
 #
 # - **Change one thing and run again**: `r`, `steps` or `lr`. Guess first.
-# - **The comparison.** `make compare` trains every method on one job, with intervals,
-#   and writes a page.
-# - **The code**, written to be read: [the
-#   contract](../peft_from_scratch/core/adapter.py),
+# - **Compare**: `make compare` trains every method on one task, and writes a page.
+# - **The code**: [what every method promises](../peft_from_scratch/core/adapter.py),
 #   [LoRA](../peft_from_scratch/methods/lora.py), [the training
 #   loop](../peft_from_scratch/training/loop.py).
 # - Hu and others, [LoRA: Low-Rank Adaptation of Large Language
 #   Models](https://arxiv.org/abs/2106.09685).
 # - Brown, Cai and DasGupta, [Interval estimation for a binomial
-#   proportion](https://doi.org/10.1214/ss/1009213286): why not the plain interval.
+#   proportion](https://doi.org/10.1214/ss/1009213286): why the plain interval fails.
 # - Hugging Face's guide to writing with a model, [wrong padding
 #   included](https://huggingface.co/docs/transformers/llm_tutorial#wrong-padding-side).

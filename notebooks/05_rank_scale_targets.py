@@ -13,23 +13,22 @@
 # %% [markdown]
 # # Rank, scale, targets: the LoRA family
 #
-# You will have shown which of LoRA's knobs move the result and which only move each
-# other, because you measured the size of the update itself, while a frozen random LoRA
-# and shuffled answers fail whatever the knobs say.
+# **At one shared learning rate, LoRA and its relatives look very different; at its own
+# learning rate each, they can hardly be told apart.**
 #
-# **You need** notebook 04: LoRA's forward pass, its start, and its merge.
+# **You need** notebook 04 for LoRA, and notebook 01 for intervals.
 #
 # **At the end you can**
 #
-# - measure how large an update is, and say what each of two scales does to it;
-# - spend one budget of parameters on different targets, fairly;
-# - say when alpha and the learning rate are one knob, and when not;
-# - write DoRA's forward pass, PiSSA's start and LoRA+'s two rates;
-# - find the bug that makes a good adapter weak without any error;
-# - say what a search over a grid can show, and what it cannot.
+# - measure how large an update is;
+# - say when alpha and the learning rate are one setting;
+# - compare targets at an equal number of parameters;
+# - write the parts of DoRA, PiSSA and LoRA+ that differ from LoRA;
+# - find the bug that makes a good adapter too weak;
+# - choose rank, alpha, targets and learning rate, and say why.
 #
 # **Only ten minutes?** Write `start("05", quick=True)` below and run all cells. Read
-# "The result first", do exercise 5.1, and read the verdict on claim L3.
+# "The result first", do exercise 5.1, and read "So what do I set?".
 
 # %%
 from peft_from_scratch.course import start
@@ -55,10 +54,12 @@ from peft_from_scratch.course.checks import rank_scale_targets as checks
 # %% [markdown]
 # ## The result first
 #
-# LoRA has relatives, each with a paper that shows it ahead of LoRA. We trained five of
-# them and LoRA itself in SmolLM2, on the orders of notebook 00, and searched the
-# **learning rate** of each with the same budget. Here is what the search saw on
-# validation rows, and what each relative got *at LoRA's best rate*.
+# A comparison at one shared learning rate measures the method and the learning rate at
+# once. The table separates the two, for LoRA and four relatives (see idea four) whose
+# papers report them ahead of LoRA. We trained all five in SmolLM2, on the orders task
+# of notebook 00. For each we **searched** the learning rate: of several, we kept the
+# one with the most right answers on rows set aside for that. Each line has two counts,
+# at the method's own learning rate and at LoRA's.
 
 # %%
 found = json.loads((runs.FOLDER.parent / "tuning.json").read_text("utf-8"))["searches"]
@@ -69,44 +70,53 @@ for name, search in searched.items():
     correct = {each["setting"]["lr"]: each["correct"] for each in search["runs"]}
     best, rows = search["chosen"]["lr"], search["validation_rows"]
     print(
-        f"{name:10} best rate {best:5}: {correct[best]} of {rows} right;"
+        f"{name:10} own learning rate {best:5}: {correct[best]} of {rows} right;"
         f" at LoRA's {usual}: {correct[usual]}"
     )
 
 # %% [markdown]
-# Each at its own rate, they can hardly be told apart: the rows are few, there is one
-# seed, and the rate was chosen on these very rows. At *one* rate for all, two of them
-# look broken. Whoever compares methods at one rate compares rates.
+# Both counts of a line come from one method, so a gap between them is the cost of
+# borrowing LoRA's learning rate. The left counts do not rank the methods: the same rows
+# chose the learning rate, and a difference of a few rows is chance.
 #
-# So this notebook asks of each knob: does it change what can be learned, or only the
-# size of a step? The knobs are the rank $r$, the scale $\alpha / r$, the targets, and
-# the rate. Most of the work is done by `tiny`, a model of about a million numbers,
-# whose tasks have a dial: from a format that it knows (`gap-0`) over a new format
-# (`gap-1`), new words (`gap-2`) and a new language (`gap-3`) to a cipher (`gap-4`).
+# Does a setting change what can be learned, or only how far an optimizer step moves the
+# model? Most runs ask this of `tiny`, a model of a million parameters. Its tasks turn
+# `On Friday Ada found three lamps in Oslo.` into a record. The **gap** is the distance
+# of a task from the model's pretraining:
+#
+# - `gap-0`: nothing is new, `who Ada, did find, …`
+# - `gap-1`: a new format, `Oslo - Friday …`
+# - `gap-2`: new words too, `Oslo - funek …`
+# - `gap-3`: a new language, `sudaf Ada ti bafobu …`
+# - `gap-4`: a cipher, `ibsi - rleguw …`
+#
+# Five textbook claims are on trial. The verdicts rest on **stored runs**; the **live**
+# cells train short versions, and decide nothing.
+#
+# A **seed** fixes the random draws. Runs with equal seeds are **paired**: we subtract
+# them, and give the mean of five differences with its `95 %` interval in brackets. A
+# verdict is **undecided** where the interval crosses an edge of the rule. That shows
+# neither a difference nor its absence. Losses are in **nats per token**: at `0.04` nats
+# the right token gets `96 %` on average.
 #
 # ## Idea one: how large is an update?
 #
-# Here is LoRA again, with its scale by name:
+# A larger update at the same learning rate means that training moved the model further.
+# This is LoRA with its scale $s$:
 #
 # $$h = W_0\,x + s\,B\,A\,x \qquad
 # s = \frac{\alpha}{r} \;\text{(LoRA)} \qquad
 # s = \frac{\alpha}{\sqrt{r}} \;\text{(rsLoRA)}$$
 #
-# The size that matters is that of what is *added to the output*, beside what was there:
+# The size of the update, $\rho$, compares what LoRA adds with the output of the frozen
+# layer, bias included:
 #
 # $$\rho = \frac{\operatorname{rms}(s\,B\,A\,x)}{\operatorname{rms}(\text{base}(x))}
 # \qquad \operatorname{rms}(y) = \sqrt{\text{mean of } y_i^2}$$
 #
-# | symbol | what it is | shape |
-# |---|---|---|
-# | $s$ | the scale | a number |
-# | base$(x)$ | output of the frozen projection, bias included | $(…, d_{out})$ |
-# | $s\,B\,A\,x$ | what LoRA adds | $(…, d_{out})$ |
-# | $\rho$ | size of the update, as a share of the output | a number |
-#
-# Why two scales? If the entries of $B$ and $A$ had a fixed size and *random* signs,
-# the sum over $r$ directions would grow with $\sqrt{r}$. If all directions pulled the
-# same way, it would grow with $r$. Look at both:
+# Why two scales? $B A x$ is a sum over $r$ **directions**, each a row of $A$ with its
+# column of $B$. With random signs the terms partly cancel, and the sum grows with
+# $\sqrt{r}$. If all point the same way, it grows with $r$. The next cell shows both.
 
 # %%
 torch.manual_seed(0)
@@ -119,23 +129,25 @@ for r in (1, 16, 64):
     print(f"rank {r:2}: rms {apart:5.1f} with random signs, {together:5.1f} together")
 
 # %% [markdown]
-# Random signs call for $\alpha / \sqrt{r}$, directions that all pull together for
-# $\alpha / r$. Training decides which it is, so it has to be measured.
+# From rank 1 to 64 the sum grows to 7.8 with random signs, and to 62.0 when all
+# directions agree. The scale $\alpha / \sqrt{r}$ undoes the first growth, $\alpha / r$
+# the second.
 #
 # ### Exercise 5.1: the size of an update
 #
 # Difficulty two of five, importance five of five, about ten minutes. Return $\rho$ as a
-# plain number, for either scale. The sizes are over all entries of the outputs.
+# `float`, with each rms over all entries. `base` is the frozen module; `x (…, d_in)`,
+# `A (r, d_in)` and `B (d_out, r)` are `float32`. With `alpha=8` and `r=4`, the scale is
+# `2` for `rslora=False` and `4` for `True`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Which of the two scales has the root, and is $\alpha$ under it too?
+# Is $\alpha$ under rsLoRA's root, or only $r$?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# `x` is `(…, d_in)`. Both `base(x)` and what is added are `(…, d_out)`; each becomes
-# one number.
+# Both `base(x)` and what is added are `(…, d_out)`.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -163,18 +175,15 @@ checks.update_size(my_size)
 # ## On trial: claim L3
 #
 # *Dividing alpha by the rank makes the size of the update independent of the rank.* We
-# train LoRAs of several ranks with the same $\alpha$ and the same rate, and fit the
-# power: $\rho \propto r^p$. Independent means $p = 0$. If the update did not grow at
-# all with $r$ before the scale, $\alpha / r$ would give $p = -1$. Guess $p$.
+# fit $\rho \propto r^p$ to LoRAs with the same $\alpha$ and learning rate. The claim
+# says that the **exponent** $p$ is 0. Guess $p$.
 
 # %%
 lesson.rule("L3")
 lesson.predict("5.1", low=None, high=None, unit="(exponent)")
 
 # %% [markdown]
-# **Live**, with a fifth of the steps and the two ends of the range of ranks, two seeds
-# each. Every live run of this notebook is cut down like this. The last line hangs a
-# hook on each module, which sees input and output as they pass by.
+# **Live**: $\rho$ of two ranks, with two seeds, after a fifth of the optimizer steps.
 
 # %%
 SHORT = dict(steps=20, warmup=2, test=50, validation=50)
@@ -185,8 +194,8 @@ for r in (1, 64):
     print(f"rank {r:2}:", *(f"{size:.3f}" for size in live_sizes[r]), "of the output")
 
 # %% [markdown]
-# **The full runs** ship: seven ranks, two scales, five seeds each. To make them again:
-# `python -m peft_from_scratch ledger L3 --run`.
+# In **the stored runs**, LoRA has $\alpha = 16$ and rsLoRA $\alpha = 8$, so at rank 4
+# their scales are equal and their lines meet.
 
 # %%
 sized = [runs.stored(config) for config in scaling.size_configs("tiny")]
@@ -201,8 +210,8 @@ figure = curves.lines(
     series,
     x="Rank r, directions",
     y="Size of the update, share of the output",
-    title="One rate, one alpha, seven ranks",
-    subtitle="After 100 steps (live: 20), in tiny on gap-3. Bands: range of seeds.",
+    title="At one learning rate, a higher rank gets a smaller update",
+    subtitle="tiny on gap-3, 100 optimizer steps (live: 20). Bands: range of seeds.",
     log="xy",
     names="foot",
 )
@@ -220,27 +229,40 @@ lesson.live("L3", *live, scale="tiny")
 lesson.verdict("L3", guess="5.1")
 
 # %% [markdown]
-# Neither extreme. Under $\alpha / r$ a larger rank is quieter, but by far less than the
-# $1 / \sqrt{r}$ that random signs would give: Adam gives every direction a step of its
-# own, and the directions agree in part. Under $\alpha / \sqrt{r}$ the line is nearly
-# level. So rsLoRA's repair is in the right direction here, and the fault that it
-# repairs is small at the ranks that people use.
+# rsLoRA's update stays nearly the same at all ranks.
 #
-# ## Idea two: alpha and the rate, one knob?
+# ### What the shrinking costs
 #
-# At the start $B = 0$. Write $G$ for $\partial L / \partial W$, the gradient that full
-# fine-tuning would use. The chain rule brings a factor $s$ into $B$'s gradient, and the
-# forward pass brings another one into the update:
+# At a shared learning rate the smaller update costs LoRA a lot; at the best one it
+# costs little. These are mean test losses of five stored runs on `gap-3`. The figure's
+# learning rate is `0.003`; the best one tried, at every rank, is `0.01`.
+#
+# | rank | LoRA, `0.003` | rsLoRA, `0.003` | LoRA, `0.01` | rsLoRA, `0.01` |
+# |---|---|---|---|---|
+# | 1 | `1.43` | `1.80` | `1.00` | `1.07` |
+# | 16 | `1.29` | `0.88` | `0.71` | `0.58` |
+# | 64 | `1.31` | `0.73` | `0.67` | `0.64` |
+#
+# At `0.003` LoRA gains almost nothing from rank and rsLoRA gains a lot, as its paper
+# reports. At `0.01` rsLoRA's lead shrinks from `0.58` to `0.03` nats at rank 64, and
+# from `0.41` to `0.13` at rank 16. A finer search would tell whether the `0.13` remain.
+# At any one rank, rsLoRA is LoRA with another $\alpha$.
+#
+# ## Idea two: alpha and the learning rate, one setting?
+#
+# If $\alpha$ and the learning rate $\eta$ did the same thing, you would search only
+# one. With $G = \partial L / \partial W$, the gradient of full fine-tuning, the scale
+# $s$ enters the gradient of $B$ and then the update:
 #
 # $$\frac{\partial L}{\partial B} = s\,G A^T, \qquad \Delta W = s\,B A$$
 #
-# One step with rate $\eta$. $A$ does not move in it, since its gradient holds $B = 0$:
+# $B$ is zero at initialization, so in the first optimizer step only $B$ moves. Adam
+# divides the gradient by its own size, and only the sign is left:
 #
 # $$\text{SGD:}\;\; \Delta W = -\,\eta\,s^2\; G A^T A \qquad\qquad
 # \text{Adam:}\;\; \Delta W = -\,\eta\,s\; \operatorname{sign}(G A^T)\, A$$
 #
-# Adam divides the gradient by its own size, so one of the two factors is gone. By how
-# much does the first update grow if you double $\alpha$, under SGD? Guess.
+# You double $\alpha$. How many times as large is the first update under SGD?
 
 # %%
 lesson.predict("5.2", low=None, high=None, unit="times as large")
@@ -248,7 +270,7 @@ lesson.predict("5.2", low=None, high=None, unit="times as large")
 
 # %%
 def first_update(optimizer, lr, alpha, r=4, steps=1):
-    """s B A after some steps from LoRA's start, on a small regression."""
+    """s B A after optimizer steps from LoRA's initialization, on a regression."""
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, 16, generator=draw) for _ in range(2))
     A = nn.Parameter(torch.randn(r, 16, generator=draw) / math.sqrt(48))
@@ -269,22 +291,24 @@ for name, kind in {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}.items():
     rate = 1e-3 / factors[name]
     same = first_update(kind, rate, 16)
     print(f"{name}: twice alpha, update {factors[name]:.3f} times as large;")
-    print(f"  with the rate divided by that, off by {(same - once).abs().max():.0e}")
+    print(f"  learning rate divided by that: error {(same - once).abs().max():.0e}")
     many = first_update(kind, rate, 16, steps=100)
     off = (many - first_update(kind, 1e-3, 8, steps=100)).norm() / many.norm()
-    print(f"  after 100 steps, off by {off:.1%}")
+    print(f"  after 100 optimizer steps the updates differ by {off:.1%}")
 lesson.measured("5.2", factors["SGD"])
 
 # %% [markdown]
-# The first step is exact, as derived: $s^2 \eta$ for SGD, $s\,\eta$ for Adam. Later $A$
-# moves too, at the rate $\eta$ *without* the scale, so the two settings drift apart.
-# One knob near the start, then, and two afterwards: a large $\alpha$ with a small rate
-# leaves $A$ nearly where it was drawn.
+# Twice the alpha makes the first update four times as large under SGD and twice as
+# large under Adam. Dividing the learning rate by that restores it. After 100 optimizer
+# steps, the two settings differ by 39.9 % under Adam, because Adam moves $A$ by about
+# $\eta$ each time, whatever $s$ is. SGD hardly moves $A$ here, since its gradients are
+# small. So alpha and the learning rate act as one setting only while $A$ stays near its
+# initialization.
 #
 # ### On trial: claim L7
 #
-# *Alpha is typically the rank or twice the rank.* A habit is not false, so the rule
-# asks what following it *costs*, with the rate searched for every alpha.
+# *Alpha is typically the rank or twice the rank.* The rule asks what this habit costs
+# against the best of four alphas, each with its own search.
 
 # %%
 lesson.rule("L7")
@@ -297,14 +321,14 @@ for alpha in scaling.ALPHAS:
     losses = {x.config["lr"]: x.result["validation_loss"] for x in first}
     series[f"alpha {alpha}"] = [(alpha * lr, losses[lr]) for lr in sorted(losses)]
     best = cells[alpha][0].config["lr"]
-    print(f"alpha {alpha:2}: best rate {best:5}, alpha times rate {alpha * best:.2f}")
+    print(f"alpha {alpha:2}: best learning rate {best:5}, product {alpha * best:.2f}")
 
 # %%
 figure = curves.lines(
     series,
     x="Alpha times learning rate, dimensionless",
     y="Validation loss, nats per token",
-    title="Four alphas, one knob?",
+    title="The product of alpha and learning rate does not fix the loss",
     subtitle="LoRA of rank 8 in tiny on gap-3, one seed of the search.",
     log="xy",
     names="foot",
@@ -312,6 +336,14 @@ figure = curves.lines(
 lowest = {name: min(rows, key=lambda row: row[1]) for name, rows in series.items()}
 said = (f"{name}: {loss:.2f} at {at:.2f}" for name, (at, loss) in lowest.items())
 lesson.show(figure, "Lowest loss, and where. " + "; ".join(said) + ".")
+
+# %% [markdown]
+# If only the product mattered, the four curves would coincide. Near 0.2, $\alpha = 2$
+# has a loss of `2.62` and $\alpha = 64$ has 0.60. At 0.06 the order is reversed, with
+# 0.62 and `1.35`. At an equal product, a small $\alpha$ needs a large learning rate,
+# which moves $A$ further.
+#
+# **Live**: two alphas, with two seeds each.
 
 # %%
 live_losses = {}
@@ -321,7 +353,7 @@ for alpha, lr in ((16, 1e-2), (64, 3e-3)):
 differences = [a - b for a, b in zip(*live_losses.values(), strict=True)]
 full = ledger.judge(ledger.claim("L7"), "tiny")
 print(
-    f"full: {full.measured:.3f} [{full.interval[0]:.3f}, {full.interval[1]:.3f}] nats"
+    f"stored: {full.measured:.3f} [{full.interval[0]:.3f}, {full.interval[1]:.3f}] nats"
 )
 lesson.live("L7", *over_seeds(differences), scale="tiny")
 
@@ -330,19 +362,19 @@ lesson.live("L7", *over_seeds(differences), scale="tiny")
 lesson.verdict("L7")
 
 # %% [markdown]
-# Drawn over the *product* of alpha and rate, the four searches fall nearly on one
-# valley: that is the closed form at work. What is left between the alphas is within the
-# noise of five seeds, and the rule says so. The searched grid is coarse too: its rates
-# are half a decade apart, so two alphas may meet the valley at different depths.
+# Keep the usual alpha, and spend your runs on the learning rate. Alpha may still
+# matter: the interval reaches 0.303 nats. The card's 0.147 belong to $\alpha = 8$, one
+# of the *best* in the figure. Its learning rate was chosen on one lucky seed, with
+# 0.60; the others reach `0.68` to `0.92`. A search on several seeds would decide.
 #
 # ## On trial: claim L8
 #
-# *Thanks to alpha / r, hyperparameters transfer across ranks.* You search the rate at
-# rank 4, then somebody wants rank 64. By which factor does the best rate change? Guess.
+# *Thanks to alpha / r, hyperparameters transfer across ranks.* Then one search would
+# serve all. By which factor does the best learning rate change from rank 4 to 64?
 
 # %%
 lesson.rule("L8")
-lesson.predict("5.3", low=None, high=None, unit="times the rate of rank 4")
+lesson.predict("5.3", low=None, high=None, unit="times the learning rate of rank 4")
 
 # %%
 moved = [runs.stored(config) for config in scaling.transfer_configs("tiny")]
@@ -353,12 +385,13 @@ for method in scaling.ALPHA:
         losses = {x.config["lr"]: x.result["validation_loss"] for x in own}
         bests[method, r] = rates.best_inside(losses)
         shown = "  ".join(f"{lr:g}: {losses[lr]:.2f}" for lr in sorted(losses))
-        print(f"{method:6} rank {r:2}, validation loss by rate: {shown}")
+        print(f"{method:6} rank {r:2}, validation loss by learning rate: {shown}")
 
 # %% [markdown]
-# **Live**: rank 64 at three rates, and what the rate of rank 4 costs it. These runs are
-# twice as long as the others. In shorter ones rank 64 asks for another rate, which is a
-# warning by itself: the best rate depends on the number of steps as well.
+# All lines have their lowest loss at 0.01. Those of rank 4 are the same runs.
+#
+# **Live**: rank 64 at three learning rates, for 40 optimizer steps. We made these runs
+# longer because at 20 rank 64 preferred another learning rate. So they are no evidence.
 
 # %%
 reference, losses = bests["lora", scaling.REFERENCE], {}
@@ -377,18 +410,16 @@ lesson.live("L8", cost, cost, cost, scale="tiny")
 lesson.verdict("L8")
 
 # %% [markdown]
-# A cost of exactly nothing deserves suspicion. It says that every rank chose the *same
-# point of the grid*, so there was nothing to compare. Neighbouring points differ by a
-# factor of about three, and a best rate that moves by less is invisible. The claim
-# holds at the precision with which people search. But $\alpha / \sqrt{r}$ passed the
-# same test, so "thanks to alpha / r" is more than this trial can say.
+# Every rank chose the same of four learning rates, so runs were compared with
+# themselves. Neighboring rates are a factor of three apart, and a smaller shift is
+# invisible. The scale $\alpha / \sqrt{r}$ passed the same test. A finer grid on several
+# seeds would decide.
 #
-# ## Idea three: where to spend
+# ## Idea three: where to add LoRA
 #
-# A layer of a Llama has seven projections: four of attention and three of the MLP,
-# which are larger. A LoRA on one of them costs $r\,(d_{in} + d_{out})$. Compare two
-# choices of targets at the same *rank*, and you compare two budgets. To be fair, the
-# budget must be the same and the rank must follow from it.
+# Compare targets at one budget of parameters, and let the rank follow. A Llama layer
+# has seven weight matrices, or **projections**: four in attention, three larger ones in
+# the MLP. LoRA on one costs $r\,(d_{in} + d_{out})$ parameters.
 
 # %%
 tiny, tiny_tokenizer = pfs.load_model("tiny", device="cpu")
@@ -398,27 +429,29 @@ for name, module in list(pfs.targets.projections(tiny).items())[:7]:
 for place, (targets, r) in rank_and_place.PLACES.items():
     pfs.lora.inject(tiny, r=r, targets=targets)
     count = sum(p.numel() for p in pfs.trainable(tiny).values())
-    print(f"{place:10} rank {r:2}: {count:,} numbers in all")
+    print(f"{place:10} rank {r:2}: {count:,} parameters")
     pfs.remove(tiny)
 
 # %% [markdown]
+# Attention and the MLP have equal budgets. All seven, `both`, exceed it at rank 5; rank
+# 4 would fit.
+#
 # ### Exercise 5.2: the rank for a budget
 #
-# Difficulty two of five, importance four of five, about ten minutes. `shapes` has every
-# projection of a layer, by name. Return the largest rank at which LoRA on the `targets`
-# of all `layers` trains at most `budget` numbers: `0` where not even rank one fits, and
-# never more than the smallest side of a target, since no LoRA takes a larger rank.
+# Difficulty two of five, importance four of five, about ten minutes. Return the largest
+# rank, an `int`, at which LoRA on the `targets` of all `layers` trains at most `budget`
+# parameters. `shapes` maps each projection's name to `(d_out, d_in)`; `targets` lists
+# names. Return `0` if rank one does not fit, and never more than the smallest side of a
+# target. For all of `tiny`, with `layers=4, budget=49_152`, return `4`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# What does rank one cost, over all targets and all layers? How often does that fit into
-# the budget?
+# What does rank one cost, over all targets and layers?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# `shapes["q_proj"]` is `(d_out, d_in)`. Per rank, $A$ has `d_in` numbers and $B$ has
-# `d_out`.
+# For each rank, $A$ has `d_in` parameters and $B$ has `d_out`.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -445,8 +478,8 @@ checks.rank_for_budget(my_rank)
 # ### On trial: claim L5
 #
 # *Attention projections give the best accuracy per parameter; all linear layers are
-# better in absolute terms.* Five gaps, near to far; on how many percent of them does
-# attention beat the MLP at equal parameters?
+# better in absolute terms.* At equal parameters, on what percentage of the tasks does
+# attention beat the MLP?
 
 # %%
 lesson.rule("L5")
@@ -458,7 +491,7 @@ attention, mlp = (rank_and_place.PLACES[place] for place in ("attention", "mlp")
 
 
 def cell(gap, targets, r):
-    """A place's runs on a gap, at the rate that was searched for it."""
+    """A place's runs on a gap, at the learning rate searched for it."""
     own = [x for x in placed if runs.matches(x, task=gap, targets=targets, r=r)]
     return rank_and_place.at_best(own)
 
@@ -471,9 +504,9 @@ figure = curves.lines(
         "MLP minus attention": [(i, *row) for i, row in enumerate(between.values())],
         "no difference": [(0, 0), (4, 0)],
     },
-    x="Gap, step of the dial from near to far",
+    x="Task, from near to far",
     y="Difference of test loss, nats per token",
-    title="The same number of parameters, in the MLP or in attention",
+    title="At equal parameters, the MLP is ahead on the far tasks",
     subtitle="Above zero attention is better. Five seeds; the band is the interval.",
     control=("no difference",),
     names="foot",
@@ -482,9 +515,11 @@ figure.axes[0].set_xticks(range(5), gaps)
 lesson.show(figure, "; ".join(f"{gap} {d[0]:+.3f}" for gap, d in between.items()))
 
 # %% [markdown]
-# **Live**: one near gap and one far gap, one seed, at the rates searched. One seed of
-# two gaps cannot exclude any share, so the interval is all there is, and the verdict of
-# the live run can only be open.
+# On the new language and the cipher the MLP is ahead, by 0.330 and 0.366 nats. On
+# `gap-1` and `gap-2` the intervals hold zero. On `gap-1`, all five runs in the MLP got
+# stuck near `0.25` nats, and two in attention.
+#
+# **Live**: two tasks, one seed. The interval is set by hand to the whole range.
 
 # %%
 won = []
@@ -496,7 +531,8 @@ for gap in ("gap-1", "gap-3"):
 share = fmean(rank_and_place.wins(placed, attention, mlp))
 everywhere = fmean(rank_and_place.wins(placed, rank_and_place.EVERYWHERE, attention))
 print(
-    f"full: attention wins {share:.0f} %; everywhere, at its rank, {everywhere:.0f} %"
+    f"stored: attention beats the MLP on {share:.0f} %;"
+    f" LoRA everywhere, at equal rank, beats attention on {everywhere:.0f} %"
 )
 lesson.measured("5.4", share)
 lesson.live("L5", 100 * fmean(won), 0, 100, scale="tiny")
@@ -506,17 +542,29 @@ lesson.live("L5", 100 * fmean(won), 0, 100, scale="tiny")
 lesson.verdict("L5", guess="5.4")
 
 # %% [markdown]
-# The average hides the finding, which the figure shows: it depends on the *kind* of
-# gap. A new format is learned better in attention, which moves known words to new
-# places, though the interval there still holds zero. A new language and a cipher are
-# learned better in the MLP. The second half of the claim stands: LoRA everywhere beats
-# LoRA on attention at the same rank, with more numbers to train.
+# Use the figure, not the percentage. The percentage counts `gap-0`, which both solve,
+# and where attention loses by `0.0004` nats on every seed. Without it, attention wins
+# `40 %`, with the interval `[23, 57]`: undecided. LoRA everywhere beats attention in 96
+# %, but at equal rank, so with more parameters.
+#
+# At *one* budget, the mean test losses of five stored runs are:
+#
+# | task | attention, `r=12` | MLP, `r=8` | all, `r=5` | all, `r=4` |
+# |---|---|---|---|---|
+# | `gap-1` | `0.13` | `0.25` | `0.08` | `0.16` |
+# | `gap-2` | `0.52` | `0.54` | `0.39` | `0.41` |
+# | `gap-3` | `1.04` | `0.71` | `1.02` | `0.71` |
+# | `gap-4` | `2.48` | `2.11` | `2.01` | `2.14` |
+#
+# All seven at rank 4, below the budget, are about as good as the better half, or
+# better. On `gap-3` rank 5 does worse: its one-seed search chose `0.03`, not `0.01`. We
+# looked at rank 4 only after that; new runs should confirm it.
 #
 # ### On trial: claim L6
 #
 # *A rank of sixteen is robust; a higher one overfits; a larger domain gap needs a
-# higher one.* Three claims in one. Guess: how much does rank 16 lose at most against
-# the best rank?
+# higher one.* How far is rank 16 behind the best rank, on the task where it is furthest
+# behind?
 
 # %%
 lesson.rule("L6")
@@ -536,14 +584,21 @@ figure = curves.lines(
     series,
     x="Rank r, directions",
     y="Test loss, nats per token",
-    title="Which rank for which gap?",
-    subtitle="LoRA on every projection of tiny, its rate searched. Bands: five seeds.",
+    title="The farther the task, the more a higher rank helps",
+    subtitle="LoRA everywhere in tiny, learning rate searched. Bands: five seeds.",
     log="xy",
 )
 measured = rank_and_place.rank_measured(ranked)
 lesson.show(
-    figure, f"Smallest rank that is near the best: {measured.figures['needed']}."
+    figure, f"Smallest rank within 0.05 nats of the best: {measured.figures['needed']}."
 )
+
+# %% [markdown]
+# The farther the task, the more rank 1 loses against the best rank: `0.000`, `0.05`,
+# `0.45`, `0.55` and `1.23` nats, from `gap-0` to `gap-4`. The list of smallest ranks is
+# less reliable: for `gap-1` it hangs on stuck runs.
+#
+# Do a hundred rows overfit rank 64? The **live** runs are on the cipher.
 
 # %%
 few, low, high = rank_and_place.overfit(ranked)
@@ -561,16 +616,16 @@ lesson.live("L6", *over_seeds(excess), scale="tiny")
 lesson.verdict("L6", guess="5.5")
 
 # %% [markdown]
-# Taken apart: the need for rank grows with the gap, as claimed. On the cipher the
-# largest rank has the lowest loss, and what rank 16 loses there lies around the edge of
-# the rule, hence no verdict. That a higher rank overfits did not show: with a hundred
-# rows, seen many times, the interval of the difference holds zero.
+# Rank 16 is a good first choice here. It lost most on the cipher, where rank 64 was
+# best. The interval ignores that we picked the worst of five tasks. Overfitting is open
+# too: the difference is +0.015 nats, with a wide interval. More seeds would decide
+# both.
 #
 # ### Negative controls
 #
-# Would *anything* beside the projections do? Three controls, at rank 16 on a new
-# format: a random LoRA that is never trained; one whose $\alpha$ is so small that it is
-# as good as rank zero; and one trained on shuffled answers.
+# Would anything added to the model lower the loss? Three controls, at rank 16 on
+# `gap-1`: a random LoRA that is never trained, one with an $\alpha$ too small to
+# matter, and one trained on shuffled answers.
 
 # %%
 plain = rank_and_place.config("gap-1", "all-linear", 16, 1e-2, 0) | SHORT
@@ -587,34 +642,26 @@ for name, chosen in controls.items():
 assert control_losses["LoRA"] < min(list(control_losses.values())[1:])
 
 # %% [markdown]
+# All controls end with a far higher loss than LoRA, so training on right answers helps.
+# But shuffled answers give more than half of the gain, since they show the *form* of an
+# answer. A falling loss alone does not show that the task was learned.
+#
 # ## Idea four: the family
 #
-# Each relative changes one thing. Read the last column as a question to your own run.
-#
-# | name | what it computes | what it changes |
-# |---|---|---|
-# | LoRA | $W_0 x + s B A x$, $s = \alpha / r$ | |
-# | rsLoRA | LoRA, $s = \alpha / \sqrt{r}$ | the scale, as another $\alpha$ would |
-# | LoRA+ | LoRA, $\eta_B = \lambda\,\eta_A$ | the rate of $B$, in training only |
-# | DoRA | $m \odot (V x) / \lVert V \rVert$, $V = W_0 + s B A$ | row lengths, apart |
-# | PiSSA | $W_{res}\,x + s\,B A x$ | the start: the largest directions of $W_0$ |
+# Each relative changes one thing and, with it, how far an optimizer step moves the
+# model. rsLoRA changes the scale, DoRA the form of the weight, PiSSA the
+# initialization, LoRA+ the learning rate of $B$. So each needs its own search.
 #
 # ### DoRA: length and direction
 #
-# A row of a weight has a length and a direction. LoRA's update changes both at once.
-# DoRA gives the lengths their own numbers $m$, one for each row, which start as
-# $\lVert W_0 \rVert$. $A$ and $B$ then only turn the rows:
+# DoRA trains the length and the direction of each weight row separately. The lengths
+# are parameters $m$, initialized with those of $W_0$. $A$ and $B$ only turn the rows of
+# $V$, the weight with its update:
 #
 # $$h = \frac{m}{\lVert V \rVert} \odot (V x), \qquad V = W_0 + s\,B A$$
 #
-# | symbol | what it is | shape | trained? |
-# |---|---|---|---|
-# | $V$ | weight with its update | $d_{out} \times d_{in}$ | through $A$, $B$ |
-# | $\lVert V \rVert$ | length of each *row* of $V$ | $d_{out}$ | no: held constant |
-# | $m$ | length of each row of the result | $d_{out}$ | yes |
-#
-# The paper holds $\lVert V \rVert$ constant in the backward pass to save memory. That
-# changes gradients, and no output. In a picture of two numbers:
+# $\lVert V \rVert$ is the length of each *row*. The backward pass holds it constant to
+# save memory, which changes gradients, but no output. The next cell updates two rows.
 
 # %%
 W0 = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
@@ -627,22 +674,24 @@ for old, added, new in zip(W0, V, W, strict=True):
     print(f"  cosine with the old direction {turned:.2f}")
 
 # %% [markdown]
+# Both rows keep their lengths, 5.00 and 1.00, and turn.
+#
 # ### Exercise 5.3: DoRA's forward pass
 #
-# Difficulty three of five, importance four of five, about fifteen minutes. `x` holds
-# rows, with any number of sides in front; there is no bias. The check looks at the
-# gradients too.
+# Difficulty three of five, importance four of five, about fifteen minutes. Return
+# `h (…, d_out)`, in the dtype of `x (…, d_in)`, from `W0 (d_out, d_in)`, `A (r, d_in)`,
+# `B (d_out, r)` and `m (d_out,)`, without a bias. Gradients must reach `A`, `B` and
+# `m`, with $\lVert V \rVert$ constant. In the first row above, `x = [1.0, 0.0]` gives
+# `5 / 4.47 * 4 = 4.47`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Which row of $V$ makes which output? And how do you tell autograd that a tensor is a
-# constant?
+# How do you tell autograd that a tensor is a constant?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# $V$ is `(d_out, d_in)`, its lengths and `m` are `(d_out,)`, and `x @ V.T` is
-# `(…, d_out)`.
+# The lengths of $V$ and `m` are `(d_out,)`; `x @ V.T` is `(…, d_out)`.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -666,10 +715,11 @@ def my_dora(x, W0, A, B, m, scale):
 checks.dora_forward(my_dora)
 
 # %% [markdown]
-# ### PiSSA: start from the loudest directions
+# ### PiSSA: initialize with the largest directions
 #
-# LoRA starts from noise. PiSSA takes the singular value decomposition of the weight
-# itself, trains its largest $r$ directions, and freezes what is left:
+# PiSSA trains the largest part of the weight itself. The **singular value
+# decomposition** writes $W_0$ as a sum of directions, ordered by size. The first $r$
+# become $A$ and $B$; the rest, $W_{res}$, is frozen:
 #
 # $$W_0 = U S V^T, \quad
 # s\,B A = U_r S_r V_r^T, \quad
@@ -677,15 +727,10 @@ checks.dora_forward(my_dora)
 #
 # $$A = \sqrt{S_r / s}\;V_r^T \qquad B = U_r\,\sqrt{S_r / s}$$
 #
-# | symbol | shape | in torch |
-# |---|---|---|
-# | $U_r$ | $d_{out} \times r$ | `U[:, :r]` |
-# | $S_r$ | $r$, from large to small | `S[:r]` |
-# | $V_r^T$ | $r \times d_{in}$ | `Vt[:r]` |
-#
-# The model starts as it was, up to rounding. But its steps are different: the
-# gradient of $B$ runs through an $A$ of another size, and $B$ is not zero. How loud are
-# those directions in a real weight?
+# $U_r$ has the first $r$ columns of $U$, $V_r^T$ the first $r$ rows of $V^T$. The model
+# computes the same as before, but trains differently, since $A$ has another size and
+# $B$ is not zero. How much of the **energy**, the sum of the squared singular values,
+# do eight directions hold?
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -698,21 +743,24 @@ for name, each in {"q_proj": squares, "random": noise}.items():
     )
 
 # %% [markdown]
+# Eight of 576 directions hold 13.3 % of the energy, against 5.3 % in a random matrix.
+#
 # ### Exercise 5.4: PiSSA's start
 #
-# Difficulty three of five, importance three of five, about ten minutes. Return the
-# residual, $A$ and $B$. Each of $A$ and $B$ gets the root of the singular values and
-# the root of the scale.
+# Difficulty three of five, importance three of five, about ten minutes. Return
+# `W_res (d_out, d_in)`, `A (r, d_in)` and `B (d_out, r)`, in the dtype of `W0`. `scale`
+# is $s$. For a singular value of `8` and `scale=2`, both `A` and `B` get the factor
+# `2`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# $s\,B A$ must be $U_r S_r V_r^T$. Into which two equal parts does $S_r / s$ fall?
+# Which two equal factors have the product $S_r / s$?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# `root` is `(r,)`. It multiplies the *rows* of `Vt[:r]`, which is `(r, d_in)`, and the
-# *columns* of `U[:, :r]`, which is `(d_out, r)`.
+# `root` is `(r,)`. It multiplies the *rows* of `Vt[:r]` and the *columns* of
+# `U[:, :r]`.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -737,29 +785,27 @@ def my_pissa(W0, r, scale):
 checks.pissa_start(my_pissa)
 
 # %% [markdown]
-# ### LoRA+: two rates
+# ### LoRA+: two learning rates
 #
-# Under Adam every number of $A$ and of $B$ moves by about $\eta$ a step. But they are
-# not of one size: $A$ starts with entries of about $1 / \sqrt{3\,d_{in}}$, $B$ with
-# zeros that have to grow. LoRA+ argues that in wide layers $B$ should move faster, and
-# gives it the rate $\lambda\,\eta$. An optimizer takes *groups* of parameters for that,
-# each with its own `lr`.
+# LoRA+ trains $B$ at the learning rate $\lambda\,\eta$ and $A$ at $\eta$; our runs use
+# $\lambda = 16$. The paper argues that in wide layers $B$ should move faster. An
+# optimizer takes **groups** of parameters for this.
 #
 # ### Exercise 5.5: LoRA+'s groups
 #
-# Difficulty two of five, importance three of five, about ten minutes. `model` has been
-# through `pfs.lora.inject`, so its LoRAs are modules of the class `pfs.lora.LoRA` with
-# a parameter `B`. Return groups for `torch.optim.AdamW`: every `B` with `lr * ratio`,
-# all else that trains with `lr`.
+# Difficulty two of five, importance three of five, about ten minutes. Return a list of
+# two groups for `torch.optim.AdamW`: the `B` of every `pfs.lora.LoRA` in `model` at
+# `lr * ratio`, and all else that trains, such as biases, at `lr`. No parameter appears
+# twice, and no frozen one at all. With `lr=1e-3, ratio=16`:
+# `[{"params": [A, …], "lr": 0.001}, {"params": [B, …], "lr": 0.016}]`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# What else may train beside $A$ and $B$? And what must an optimizer not be given?
+# Which parameters must an optimizer not get?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# A list of two dicts, each with `"params"`, a list of parameters, and `"lr"`, a number.
 # `id(p)` tells whether two names mean one parameter.
 #
 # </details>
@@ -786,14 +832,13 @@ def my_groups(model, lr, ratio):
 checks.loraplus_groups(my_groups)
 
 # %% [markdown]
-# You know from idea two what this does at the start: the first update grows by
-# $\lambda$, as if $\alpha$ had. It is no wonder that the search on the first page gave
-# LoRA+ a lower rate.
+# LoRA+'s first update is $\lambda$ times as large, as with a larger $\alpha$. So expect
+# a lower best learning rate.
 #
 # ## Now with the library
 #
-# In PEFT, rsLoRA and DoRA are two switches. Ours writes its file format: fill an
-# adapter with noise, save it, let PEFT read the folder, and compare every logit.
+# PEFT has the switches `use_rslora` and `use_dora`. We fill our adapter with random
+# values, save it, load it in PEFT, and compare all logits.
 
 # %%
 from tempfile import TemporaryDirectory
@@ -818,12 +863,12 @@ with TemporaryDirectory() as folder:
         model = theirs.unload()
 
 # %% [markdown]
+# PEFT and our code agree up to rounding.
+#
 # ### Break it on purpose
 #
-# A program that *serves* adapters reads $A$, $B$, $r$ and $\alpha$ from the folder.
-# Here is such a reader, as several real ones were written (links below). It is tried on
-# two adapters. The first is read well; the second is not, and nothing complains. Find
-# the line, before you read on.
+# This loader has one wrong line, as several real programs had. The cell loads a LoRA,
+# then an rsLoRA, and prints the mean $\rho$ of each. Find the line.
 
 
 # %%
@@ -845,161 +890,164 @@ with TemporaryDirectory() as folder:
         pfs.remove(tiny)
         broken_load(tiny, f"{folder}/{rslora}")
         read = fmean(scaling.update_ratios(tiny, batch).values())
-        print(f"update {right:.2f} when saved, {read:.2f} when read")
+        print(f"update {right:.2f} when saved, {read:.2f} when loaded")
         pfs.remove(tiny)
 
 # %% [markdown]
-# The reader ignores `use_rslora`, so every update of the second adapter is too small by
-# $\sqrt{r}$. (The mean printed is not off by exactly that, since a layer's input
-# depends on the layers below.) The adapter loads, the answers are fluent, and they are
-# nearly those of the base. A reader should **refuse** a field that it does not know.
+# The last line of `broken_load` ignores the flag `use_rslora`. The rsLoRA comes back
+# too weak by $\sqrt{r}$, which is 4 at rank 16, without any error. A loader should
+# **refuse** a field that it does not know.
+#
+# ## So what do I set?
+#
+# Search the learning rate first: no other setting moved the results more.
+#
+# - **Learning rate: search it.** Try rates a factor of three apart, then finer ones on
+#   several seeds. Known: one-seed searches misled us.
+# - **Method: LoRA.** Known: most of rsLoRA's lead vanished at the best learning rate.
+#   Not known: whether a relative is a little better.
+# - **Targets: all linear layers.** Known: about as good as the better half at one
+#   budget. Not known: whether larger models agree.
+# - **Rank: 16, more for a task far from pretraining.** Known: rank 1 lost more, the
+#   farther the task. Not known: when a higher rank overfits.
+# - **Alpha: the rank or twice the rank, then keep it.** Known: at first it acts as a
+#   learning rate. Not known: which is best.
+#
+# After any change, search the learning rate again. Only the opening table comes from
+# SmolLM2; test the rest on your model.
 #
 # ## Quiz
 #
-# Answer for yourself, then open the options. None needs the kernel.
-#
-# **1. Two papers compare methods at one learning rate. What have they compared?**
+# **1. What does a comparison at one learning rate compare?**
 #
 # <details><summary>The methods, since all else is equal</summary>
 #
-# No. A scale, a start or a second rate changes how far one step goes. The same rate is
-# then a different training.
+# No. The same learning rate moves each method differently.
 #
 # </details>
-# <details><summary>The methods and how well that rate suits each</summary>
+# <details><summary>The methods and how well that learning rate suits each</summary>
 #
-# Right. The first page shows how far apart these two can be.
+# Right. The opening table separates the two.
 #
 # </details>
 # <details><summary>Nothing that can be repeated</summary>
 #
-# No. It repeats well. It answers another question than the one asked.
+# No. It can be repeated.
 #
 # </details>
 #
-# **2. With SGD, from LoRA's start, you double alpha. Which rate gives the same first
-# step?**
+# **2. You double alpha. Under SGD, which learning rate gives the same first update?**
 #
 # <details><summary>Half of it</summary>
 #
-# No. That is Adam's answer, whose step does not depend on the size of the gradient.
+# No. That is Adam's answer.
 #
 # </details>
 # <details><summary>A quarter of it</summary>
 #
-# Right. The scale stands in the gradient of $B$ and once more in the update.
+# Right. The scale enters the gradient of $B$ and again the update.
 #
 # </details>
 # <details><summary>The same</summary>
 #
-# No. The scale enters twice, so the step would be four times as large.
+# No. The update would be four times as large.
 #
 # </details>
 #
-# **3. A reader ignores `use_rslora`. Which alpha in the file repairs that, for rank
-# 16?**
+# **3. A loader ignores `use_rslora`. Which alpha in the file repairs this at rank 16?**
 #
 # <details><summary>Sixteen times as much</summary>
 #
-# No. That gives $\alpha$ without any division: four times too loud.
+# No. The update would be four times too large.
 #
 # </details>
 # <details><summary>Four times as much</summary>
 #
-# Right. $\sqrt{r}\,\alpha / r = \alpha / \sqrt{r}$. Any program that does know the flag
-# must then not see it.
+# Right. $4\,\alpha / 16 = \alpha / \sqrt{16}$. Remove the flag too.
 #
 # </details>
 # <details><summary>None: train again</summary>
 #
-# No. $A$ and $B$ are good. Only the number before them is wrong.
+# No. Only the scale is wrong.
 #
 # </details>
 #
-# **4. (From notebook 04.) What does DoRA's file lack that a full weight has?**
+# **4. What does DoRA's file lack that a full weight has?**
 #
 # <details><summary>Nothing: it works alone</summary>
 #
-# No. Like LoRA's, it holds $A$ and $B$, and the lengths $m$. Without $W_0$ they say
-# nothing.
+# No. $A$, $B$ and $m$ compute nothing without $W_0$.
 #
 # </details>
 # <details><summary>The pretrained weight</summary>
 #
-# Right. Lengths and a low-rank turn mean something only beside $W_0$.
+# Right. The direction is that of $W_0 + s\,B A$.
 #
 # </details>
 # <details><summary>The lengths, which can be computed</summary>
 #
-# No. The lengths were trained, so they must be in the file.
+# No. They were trained, so the file holds them.
 #
 # </details>
 #
-# **5. (From notebook 03.) A search over rates half a
-# decade apart finds the same best rate for every rank. What follows?**
+# **5. Learning rates a factor of three apart give the same best one for every rank.
+# What follows?**
 #
-# <details><summary>The best rate does not depend on the rank</summary>
+# <details><summary>The best learning rate does not depend on the rank</summary>
 #
-# No. It may move by a factor of two, and the grid would not show it.
+# No. It may change by a factor of two, unseen.
 #
 # </details>
-# <details><summary>It moves by less than the grid can see</summary>
+# <details><summary>If it changes, the grid is too coarse to show it</summary>
 #
-# Right. That is useful to know, and it is less than independence.
+# Right. That is less than independence.
 #
 # </details>
 # <details><summary>The search was broken</summary>
 #
-# No. A coarse answer is an answer, if you say how coarse.
+# No. Its answer is only coarse.
 #
 # </details>
 #
 # ### In your own words
 #
-# A colleague says: "We raised the rank from 8 to 64 and nothing got better, so rank
-# does not matter." Answer in three sentences, with what you measured.
+# A colleague says: "At alpha 16 and learning rate 0.003, rank 64 was no better than
+# rank 8. So rank does not matter here." Find the confound, and plan at most eight runs
+# that test the conclusion.
 #
 # <details><summary>A model answer</summary>
 #
-# "Your job may be near to what the model knows, and near gaps need few directions; on
-# the far ones here a higher rank did help. Did you search the rate again, and for how
-# long did you train? Under alpha / r the larger rank also started quieter, so you
-# changed two things at once."
+# The scale fell with the rank, from `16 / 8 = 2` to `16 / 64 = 0.25`, so rank 64
+# trained with a smaller update. Try both ranks at `0.01` and `0.03`: four runs. Add two
+# seeds for each at its best learning rate: four more. I agree if the interval of the
+# paired differences excludes a gain that would matter.
 #
 # </details>
 #
 # ### Transfer
 #
-# Somebody trained a PiSSA of rank eight, and wants to hand it over as an ordinary LoRA
-# for the *original* weight. Which rank does that LoRA need, and what are its $A$ and
-# $B$?
+# You trained a PiSSA of rank eight. Which rank, $A$ and $B$ must an ordinary LoRA have
+# to do the same to the *original* weight?
 #
 # <details><summary>A model answer</summary>
 #
-# The change is $s\,(B A - B_0 A_0)$, with the start $A_0, B_0$. It is a difference of
-# two matrices of rank eight, so rank sixteen always suffices: stack $A$ on $A_0$, and
-# put $-B_0$ beside $B$. The scale stays, so with LoRA's $\alpha / r$ the file's
-# $\alpha$ doubles.
+# The change is $s\,(B A - B_0 A_0)$, with the initial $A_0$ and $B_0$: two matrices of
+# rank eight, so rank sixteen suffices. Stack the rows of $A$ and $A_0$, and the columns
+# of $B$ and $-B_0$. Double $\alpha$ with the rank, to keep the scale.
 #
 # </details>
 #
 # ## Limits
 #
-# - **What the controls rule out.** A random LoRA, and one without a voice, do not learn
-#   the format; and what is learned is not only the form of the answers.
-# - **One small model.** `tiny` has four layers and about a million numbers. In wide
-#   models the arguments of rsLoRA and LoRA+ are about limits that it is far from.
-# - **Short training.** A hundred steps. Best rates depend on that, as you saw live.
-# - **One seed for SmolLM2.** The table of the first page ranks nobody.
-# - **The papers beside us** (their findings, not ours). rsLoRA reports that with
-#   $\alpha / r$ larger ranks stop helping, and that its scale lets them help. QLoRA
-#   found that LoRA on all linear layers was needed to match full fine-tuning. Biderman
-#   and others see the MLP carry most of the gain in Llama, on code and mathematics.
+# - **One small model.** `tiny` has layers of width 128. rsLoRA and LoRA+ are meant for
+#   large ranks and wide layers.
+# - **Controls.** They cover one rank, one near task and one seed.
+# - **The papers.** QLoRA needed LoRA on all linear layers to match full fine-tuning.
 #
 # ## Your guesses
 #
-# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
-# people's first ranges are too narrow.
+# If you are nine tenths sure of each range, nine of ten measured values should fall
+# into it.
 
 # %%
 lesson.calibration()
@@ -1015,12 +1063,12 @@ lesson.receipt()
 #
 # - Kalajdzievski, [A rank stabilization scaling factor for fine-tuning with
 #   LoRA](https://arxiv.org/abs/2312.03732), rsLoRA.
-# - Hayou and others, [LoRA+](https://arxiv.org/abs/2402.12354): two rates, and why.
+# - Hayou and others, [LoRA+](https://arxiv.org/abs/2402.12354).
 # - Liu and others, [DoRA](https://arxiv.org/abs/2402.09353), and Meng and others,
 #   [PiSSA](https://arxiv.org/abs/2404.02948).
-# - Biderman and others, [LoRA learns less and forgets
+# - Which layers matter: Biderman and others, [LoRA learns less and forgets
 #   less](https://arxiv.org/abs/2405.09673); Dettmers and others,
-#   [QLoRA](https://arxiv.org/abs/2305.14314): which layers matter.
-# - The flag that readers ignored: [TensorRT-LLM, issue
+#   [QLoRA](https://arxiv.org/abs/2305.14314).
+# - The ignored flag: [TensorRT-LLM, issue
 #   1668](https://github.com/NVIDIA/TensorRT-LLM/issues/1668), and [vLLM, issue
 #   10798](https://github.com/vllm-project/vllm/issues/10798).
