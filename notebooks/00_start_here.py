@@ -21,9 +21,11 @@
 #
 # **At the end you can**
 #
-# - fine-tune a model in ten lines with LoRA, which trains a small added part;
+# - fine-tune a model (train it further) in ten lines with LoRA, which trains small
+#   added matrices;
 # - score answers exactly, and give the score an interval;
-# - count the trained parameters, save them, and merge them into the model;
+# - count the trained parameters, save them, and merge them into (add them to) the
+#   model's own;
 # - choose a control, a run that tests your explanation of a result;
 # - pad a batch of prompts so that the answers stay right.
 #
@@ -39,28 +41,34 @@ lesson = start("00")
 # The cell above prints the model, and the time and memory that the lesson needs. Press
 # Shift and Enter to run a cell.
 #
-# - **Guesses.** Before a measurement, give a range that you are nine tenths sure
-#   contains the result: put its ends in place of None, such as `low=2, high=5`. You can
-#   skip the guesses.
+# - **Guesses.** Before a measurement, put the ends of a range in place of None, such as
+#   `low=2, high=5`. Make it wide enough to be right nine times of ten. You can skip the
+#   guesses.
 # - **Exercises.** In your own copy, in the folder `work`, put your code in place of
 #   `raise NotImplementedError(…)`. The cell below checks it, and prints nothing if all
 #   is well. "Run all" stops at the first blank; with `start("00", quick=True)` it
 #   passes over the blanks.
 # - **Marked cells.** A cell with `NBVAL_CHECK_OUTPUT` prints the same on every machine.
-#   Other cells may differ a little.
 #
 # ## The result first
 #
 # A small model that fails when it is only instructed learns the task when a small share
 # of its parameters is trained. **Parameters** are the numbers that a model consists of.
-# The **task** is to turn an order, written as a sentence, into one exact line of JSON.
-# The model is SmolLM2.
+# Training few of them is **parameter-efficient fine-tuning**, PEFT. The **task** is to
+# turn an order, written as a sentence, into one exact line of JSON. The model, SmolLM2,
+# is a stack of **layers**, which are blocks of matrices.
 #
 # The next cell prints the scores of several methods on test sentences, none of which
-# was used for training. Zero-shot gives the model one sentence of instruction, and
-# few-shot adds solved examples. Full fine-tuning trains all parameters. The other rows
-# train a small added part, as "The map" near the end shows. "All linear" means all
-# matrices of a layer.
+# was used for training.
+#
+# - **Zero-shot** gives one sentence of instruction; **few-shot** adds solved examples.
+# - **Full fine-tuning** trains all parameters.
+# - **LoRA** trains small matrices in parallel with all those of a layer ("all linear").
+#   **QLoRA** also stores the model in four bits per parameter, with our code or with
+#   bitsandbytes, another library.
+# - **Bottleneck adapters** are small networks inside each layer.
+# - **Prompt tuning** trains vectors prepended to the prompt, and **prefix tuning** such
+#   vectors for each layer.
 
 # %%
 import json
@@ -90,17 +98,18 @@ lesson.show(
 # %% [markdown]
 # How to read the figure:
 #
-# - **Exact match** is the share of sentences whose answer is exactly right. With
-#   several training runs, it is their mean.
-# - A bar is a **95 % interval**: the true scores that fit these answers.
-# - The **letters** compare methods in pairs, on the same sentences. Without a common
-#   letter, two methods are *told apart*: the data say which is better. With a common
-#   letter, the data leave this open; the two need not be equal. A name can have several
-#   letters, such as (ab). Trust the letters, not the overlap of bars.
+# - **Exact match** is the share of sentences whose answer is exactly right.
+# - A bar is a **95 % interval**: it shows how uncertain a score from 100 sentences is.
+# - The **letters** after the names compare methods in pairs. Two methods that share a
+#   letter, such as (ab) and (bc), are *not told apart*: the data leave open which is
+#   better. Two that share none, such as (a) and (bc), are told apart. Trust the
+#   letters, not the overlap of bars.
+# - Methods that train equally many parameters are drawn side by side.
 #
-# The figure's title names the methods that no other one beats. The sentence below it
-# compares this library's six trained methods with few-shot prompting. It leaves out
-# bitsandbytes, another library. The next cell shows one sentence, with two answers.
+# The title's six methods are those with an a; no other method beats them. The sentence
+# below the figure counts prompt tuning in place of bitsandbytes. The smallest of its
+# four winners are bottleneck adapters, with 1.6 % of all parameters, added ones
+# included. The next cell shows one sentence, with two answers.
 
 # %%
 ways = {row["key"]: row["samples"] for row in compared["rows"]}
@@ -215,13 +224,14 @@ def my_score(answer, right):
 checks.score(my_score)
 
 # %% [markdown]
-# The library's scorer is stricter: it treats `True` and `1` as different, and rejects a
-# key that occurs twice.
+# The library's scorer is stricter. It rejects JSON's `true` in place of `1`, although
+# Python says `True == 1`. It also rejects a key that occurs twice.
 #
 # ## Before: ask the model as it is
 #
 # We measure the untrained model first. It gets the instruction and the sentence in its
-# chat format. Guess how many of twenty answers will be JSON at all.
+# **chat format** (`template="chat"`), with special tokens around each message. Guess
+# how many of twenty answers will be JSON at all.
 
 
 # %%
@@ -281,7 +291,7 @@ print("the same as without the update:", torch.equal(h, W0 @ x))
 # %% [markdown]
 # $B$ is zero before training, so the update is zero, and training begins with exactly
 # the original model. The next figure shows one layer of the model. Gray parts are
-# frozen; LoRA adds the blue ones.
+# frozen; LoRA adds the blue ones. For now, ignore all names but $W$, $A$ and $B$.
 
 # %%
 lesson.show(
@@ -290,11 +300,11 @@ lesson.show(
 )
 
 # %% [markdown]
-# Each gray $W$ has a blue pair. You can ignore all other names for now.
+# Each gray $W$ has a blue pair.
 #
 # Line 7 adds $A$ and $B$ to every layer. $A$ is random, so the cell fixes the **seed**,
 # the number that decides all random draws. Guess how many parameters will be trained,
-# in percent of the model's. (The table gives it away.)
+# in percent of the model's.
 
 # %%
 lesson.predict("0.2", low=None, high=None, unit="% of the model's parameters")
@@ -306,8 +316,8 @@ trained = sum(parameter.numel() for parameter in trainable(model).values())
 lesson.measured("0.2", 100 * trained / total)
 
 # %% [markdown]
-# LoRA trains 1.82 % as many parameters as the model has. The next cell counts those of
-# one matrix, `q_proj`, which is $W_q$ in the figure.
+# All $A$ and $B$ together are 1.82 % of the model's size. The next cell counts the
+# parameters of one matrix, `q_proj`, which is $W_q$ in the figure.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -365,17 +375,16 @@ checks.lora_count(my_count)
 # ## Train
 #
 # Sixteen optimizer steps teach the model the format. In an **optimizer step**, the
-# model sees a **batch** of rows, here four. Then every $A$ and $B$ is changed a little,
-# to make the right answers more probable. Line 8 sets how.
+# model sees a **batch** of rows, here four. Then the **optimizer**, here AdamW, changes
+# every $A$ and $B$ a little, to make the right answers more probable. Line 8 sets how.
 #
 # - The **training loss** says how improbable the right answers were: the mean of $-\ln
 #   p$ over their tokens, where $p$ is the probability that the model gave the token.
-#   Its unit is **nats per token**. At 0.04 nats, the right token gets `96 %` on
-#   average.
+#   Its unit is **nats per token**. At 0.04 nats, a typical $p$ is $e^{-0.04}$, about
+#   `96 %`.
 # - The **learning rate**, `lr`, sets how large the changes are. `3e-3` is Python's way
-#   to write $3 \times 10^{-3}$, which is `0.003`; `1e-4` is `0.0001`. A parameter moves
-#   by roughly `lr` in an optimizer step. A low learning rate teaches little, and a high
-#   one can ruin the model.
+#   to write `0.003`. AdamW moves a parameter by at most about `lr` in an optimizer
+#   step.
 #
 # Line 9 trains, in about half a minute. The runs at the top were longer, with other
 # settings, so their answers differ.
@@ -391,7 +400,7 @@ print("the matrix W0 from above is as it was:", torch.equal(first.base.weight, W
 
 # %% [markdown]
 # The model's own matrix has not changed. The next figure shows the training loss of
-# each optimizer step.
+# each optimizer step, on its four rows. **Label tokens** are the right answers' tokens.
 
 # %%
 start_loss, end_loss = history.loss[0], sum(history.loss[-4:]) / 4
@@ -405,8 +414,8 @@ lesson.show(
 
 # %% [markdown]
 # The training loss falls from 1.57 to 0.04 nats per token, the mean of the last four
-# optimizer steps. (The title gives the last one alone. "Label tokens" are those of the
-# right answers.) This shows only that the model predicts its *training* rows well.
+# optimizer steps. (The second number in the figure's title is the last optimizer step
+# alone.) This shows only that the model predicts its *training* rows well.
 #
 # ## After: the same question again
 #
@@ -458,11 +467,13 @@ with torch.no_grad():  # and back to what was learned
 # ## How sure is that?
 #
 # Twenty rows leave a wide range of scores possible. The **true share** is the share of
-# right answers among endlessly many such rows. A 95 % **interval** is a range that
-# misses it in about one sample of twenty.
+# right answers among endlessly many such rows. A 95 % **interval** is computed so that
+# it contains the true share in about 95 of 100 such tests, each with new rows.
 #
-# The plain interval goes up and down from the measured share $p = k / n$ by
-# $z\,\sqrt{p\,(1 - p) / n}$, where $z$ is `1.96`. The next cell shows where it fails.
+# With $k$ right answers of $n$, the plain interval goes up and down from the share
+# $p = k / n$ by $z\,\sqrt{p\,(1 - p) / n}$. The root is the typical error of $p$. A
+# normal distribution has 95 % of its values within `1.96` typical errors, so $z$ is
+# `1.96`. The next cell computes this interval for two examples, 14 of 20 and 0 of 20.
 
 # %%
 z = 1.96
@@ -473,15 +484,14 @@ for k, n in ((14, 20), (0, 20)):
 
 # %% [markdown]
 # For 0 of 20, the plain interval has no width, as if the model could *never* be right.
-# Wilson's interval has its center where about four more rows, half of them right, would
-# put it. It goes from $c - m$ to $c + m$:
+# Wilson's interval mends this. It goes from $c - m$ to $c + m$:
 #
 # $$c = \frac{k + z^2/2}{n + z^2}
 # \qquad
 # m = \frac{z}{n + z^2}\,\sqrt{\frac{k\,(n - k)}{n} + \frac{z^2}{4}}$$
 #
-# Here $k$ of $n$ answers are right, and a larger $z$ makes the interval wider. For 0 of
-# 20, both $c$ and $m$ are `0.081`, so the interval goes from 0 to 16 %.
+# The center $c$ is the share after adding $z^2$ rows, about four, half of them right.
+# For 0 of 20, both $c$ and $m$ are `0.081`, so the interval goes from 0 to 16 %.
 #
 # ### Exercise 0.3: Wilson's interval
 #
@@ -529,6 +539,7 @@ found = {"before": (0, before), "control": (trained, control), "LoRA": (trained,
 points = {}
 for name, (added, answers) in found.items():
     k, n = sum(answers.correct), len(answers.correct)
+    # x: millions of parameters; y: percent right, and both ends of its interval
     points[name] = (added / 1e6, *(100 * share for share in (k / n, *wilson(k, n))))
     _, _, low, high = points[name]
     valid = sum(map(is_json, answers.answers))
@@ -544,7 +555,9 @@ figure = curves.points(
     log="",
 )
 gap = points["LoRA"][2] - max(points["before"][3], points["control"][3])
-lesson.show(figure, f"LoRA's interval begins {gap:.0f} points above the other two.")
+lesson.show(
+    figure, f"LoRA's interval begins {gap:.0f} percentage points above the others."
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -556,7 +569,7 @@ print("LoRA's interval touches neither of the others:", gap > 0)
 # format.
 #
 # Such a wide interval cannot rank two good methods. Guess how many rows would narrow it
-# to five points up and down, at the same share.
+# to five percentage points up and down, at the same share.
 
 # %%
 lesson.predict("0.5", low=None, high=None, unit="test rows")
@@ -573,11 +586,9 @@ def width(n):
 lesson.measured("0.5", next(n for n in range(20, 10_000) if width(n) < 0.1))
 
 # %% [markdown]
-# It takes 377 rows; half the width needs four times as many. The interval covers the
-# choice of rows only. Another seed would train another LoRA; notebook 01 has intervals
-# over seeds.
-#
-# This is a good place for a break.
+# It takes 377 rows; half the width needs four times as many. The interval accounts only
+# for the choice of rows. Another seed would train another LoRA, with another score;
+# notebook 01 has intervals over seeds.
 #
 # ## Break it on purpose
 #
@@ -633,11 +644,11 @@ for prompt, answer in zip(prompts, broken, strict=True):
 #
 # <details><summary>What is wrong</summary>
 #
-# The padding is on the wrong side. A model writes the next token after the *last* place
-# of a row. In the longest row, with 49 tokens, that is the end of the question. In all
-# other rows it is padding. The mask keeps real tokens from using the padding, but does
-# not change where the answer begins. Pad on the *left*, and each row ends with its own
-# last token.
+# The padding is on the wrong side. A model writes its answer after the *last* place of
+# a row. In the longest row, with 49 tokens, the last place holds the end of the
+# question. In all other rows, the last place holds padding. The mask keeps real tokens
+# from using the padding, but does not change where the answer begins. Pad on the
+# *left*, and each row ends with its own last token.
 #
 # </details>
 #
@@ -645,11 +656,10 @@ for prompt, answer in zip(prompts, broken, strict=True):
 #
 # Difficulty one of five, importance four of five, about five minutes.
 #
-# Write `my_padding(prompts, pad)`, which pads on the left. `prompts` is a list of lists
-# of integers. Return `ids` and `mask`, two int64 tensors of shape `(rows, longest)`.
-# For example, `[[5, 6], [7]]` with `pad` `0` gives `[[5, 6], [0, 7]]` and `[[1, 1], [0,
-# 1]]`. `pad` can also occur as a real token, so do not compare with it to make the
-# mask.
+# Write `my_padding(prompts, pad)`, which pads on the left. `prompts` is a list of one
+# or more lists of integers. Return `ids` and `mask`, two int64 tensors of shape `(rows,
+# longest)`. For example, `[[5, 6], [7]]` with `pad` `0` gives `[[5, 6], [0, 7]]` and
+# `[[1, 1], [0, 1]]`. A prompt can contain `pad` as a real token; the mask is `1` there.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -686,7 +696,8 @@ def my_padding(prompts, pad):
 checks.padding(my_padding)
 
 # %% [markdown]
-# The next cell uses the library's function, which pads on the left.
+# The next cell uses the library's function, which pads on the left. Its argument `0`
+# says that no vectors of prefix tuning come before the prompt.
 
 # %%
 repaired = answers_with(lambda prompts, pad: left_pad(prompts, 0, pad))
@@ -697,8 +708,9 @@ print(f"{count_right(repaired)} of {len(good)} right")
 #
 # ## Keep it: a small file
 #
-# A trained LoRA fits in a small file. Line 10 saves only the trained parameters, called
-# an **adapter**, in the format of Hugging Face's library PEFT. Guess its size.
+# A trained LoRA fits in a small file. Line 10 saves only the trained parameters, in the
+# format of Hugging Face's library PEFT. With every method, they are called an
+# **adapter**. Guess the size of the file.
 
 # %%
 lesson.predict("0.7", low=None, high=None, unit="MB")
@@ -725,10 +737,11 @@ print(*dict.fromkeys(ten), sep="\n")
 # %% [markdown]
 # ## Merge: no cost in use
 #
-# A LoRA can be **merged** into the model, and then costs no time: $W_0 x +
-# \frac{\alpha}{r} B A x$ equals $(W_0 + \frac{\alpha}{r} B A)\,x$, so the update can be
-# added to $W_0$ once. The next cell checks that the **logits**, the scores of every
-# possible next token, stay the same apart from rounding.
+# A LoRA that is **merged** into the model costs no extra time. To merge means to add
+# $\frac{\alpha}{r} B A$ to $W_0$, once. The result is the same, because $W_0 x +
+# \frac{\alpha}{r} B A x = (W_0 + \frac{\alpha}{r} B A)\,x$. The next cell checks that
+# the **logits**, the scores of every possible next token, stay the same apart from
+# rounding.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -748,32 +761,33 @@ print(f"{model.num_parameters():,} parameters, as before LoRA")
 # ## The map
 #
 # The methods of this course differ in *where* they add or change parameters. The next
-# figure shows all of them in the layer.
+# figure shows all of them. **DoRA** is LoRA that also trains the length of each row of
+# $W$. **PiSSA** is LoRA whose $BA$ is initialized to the rank-$r$ matrix closest to
+# $W$. **IA3** and **BitFit** train only vectors.
 
 # %%
 lesson.show(
     block_picture(),
-    "Ten methods: on the matrices or in parallel with them, on vectors, after a part "
-    "of the layer, in attention, or prepended to the prompt.",
+    "LoRA, DoRA, PiSSA and QLoRA work at every matrix W. Bottleneck adapters follow "
+    "each half of a layer. Prefix tuning works in attention, prompt tuning on the "
+    "prompt, and IA3 and BitFit on vectors. Full fine-tuning trains everything.",
 )
 
 # %% [markdown]
-# Notebook 01 is about full fine-tuning, and notebook 04 builds LoRA from nothing.
-#
 # ## Verdict cards
 #
 # Later lessons test textbook claims. A **verdict card** shows the claim, the verdict, a
-# number with its interval, and what to remember, after "So:". The rule that decides is
-# written before the runs. Take an invented claim: "LoRA scores at most five points
-# below full fine-tuning."
+# number with its interval, and what to remember, after "So:". A rule, written before
+# the runs, turns the interval into a verdict. Take an invented claim: "LoRA's score,
+# minus that of full fine-tuning, is at least `-5` percentage points."
 #
-# | interval of LoRA minus full, in points | verdict |
+# | interval of this difference | verdict |
 # |---|---|
 # | `[-3, +2]`, all above `-5` | holds |
 # | `[-20, -8]`, all below `-5` | does not hold here |
 # | `[-9, +1]`, on both sides | undecided |
 #
-# "Undecided" does not mean "no difference": these runs cannot say, and more might.
+# "Undecided" does not mean "no difference". These runs cannot decide; more runs might.
 #
 # ## Quiz
 #
@@ -791,7 +805,7 @@ lesson.show(
 # </details>
 # <details><summary>The model has forgotten everything else</summary>
 #
-# No. The loss looks at nothing else.
+# No. The loss is computed on training rows only.
 #
 # </details>
 #
@@ -817,7 +831,7 @@ lesson.show(
 #
 # <details><summary>It is zero</summary>
 #
-# No. Even one in ten gives none of twenty now and then.
+# No. A model that gets one row in ten right can also miss twenty in a row.
 #
 # </details>
 # <details><summary>It is probably below one in five</summary>
@@ -835,7 +849,7 @@ lesson.show(
 #
 # <details><summary>That we were lucky with the rows</summary>
 #
-# No. The interval covers the choice of rows.
+# No. The interval accounts for the choice of rows.
 #
 # </details>
 # <details><summary>That the model knows the test rows by heart</summary>
@@ -885,23 +899,23 @@ lesson.show(
 #
 # ### Transfer
 #
-# Write three rows of your own task, `{"prompt": "…", "completion": "…"}`, one per line,
-# for `load_task("my_rows.jsonl")`. How many test rows do you need? What is your
-# control?
+# Write three sample rows of your own task, `{"prompt": "…", "completion": "…"}`, one
+# per line, for `load_task("my_rows.jsonl")`. How many test rows do you need to tell a
+# working model from a failing one? What is your control?
 #
 # <details><summary>A model answer</summary>
 #
-# Twenty test rows tell a working model from a failing one; ranking two good ones takes
-# hundreds. As a control, train on the same rows with their completions shuffled. If
-# that model scores as well, its score does not come from reading the prompt.
+# Twenty; ranking two good models takes hundreds. As a control, train on the same rows
+# with their completions shuffled. If that model scores as well, its score does not come
+# from reading the prompt.
 #
 # </details>
 #
 # ## Limits
 #
-# - **The control is weak.** It keeps the values in $A$ and $B$, but may make their
-#   product $BA$ much smaller. A random update as large as the trained one is not ruled
-#   out. A shuffled run, scaled to the same size, would decide it.
+# - **The control is weak.** Shuffling may make the entries of the product $BA$ much
+#   smaller. Perhaps any update with larger entries would help. To decide, shuffle,
+#   multiply $BA$ until its entries are as large as after training, and test again.
 # - **Not shown:** that LoRA is as good as full fine-tuning, or that the model forgot
 #   nothing. One seed, one task and twenty rows of a small model cannot show that.
 # - **The paper's figure.** LoRA's authors trained `10,000` times fewer parameters than
@@ -909,8 +923,8 @@ lesson.show(
 #
 # ## Your guesses
 #
-# Nine of ten ranges should contain the measured value. If fewer do, make your ranges
-# wider.
+# Over several lessons, nine of ten ranges should contain the measured value. If fewer
+# do, make your ranges wider.
 
 # %%
 lesson.calibration()
@@ -927,7 +941,6 @@ lesson.receipt()
 # ## Where to go next
 #
 # - **Change one thing and run again**: `r`, `steps` or `lr`. Guess first.
-# - **Compare**: `make compare` trains every method on one task, and writes a page.
 # - **The code**: [what every method promises](../peft_from_scratch/core/adapter.py),
 #   [LoRA](../peft_from_scratch/methods/lora.py), [the training
 #   loop](../peft_from_scratch/training/loop.py).

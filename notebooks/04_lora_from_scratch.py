@@ -13,23 +13,23 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# A rank-8 part of each weight update of full fine-tuning keeps 99 % of SmolLM2's gain,
-# and LoRA trains an update of such a low rank directly.
+# After full fine-tuning, SmolLM2 keeps 99 % of its improvement when each weight change
+# is cut to a product of two thin matrices, the form that LoRA trains.
 #
 # **You need** notebook 00, some PyTorch (tensors, `nn.Module`, `backward()`), and
 # matrix products.
 #
 # **At the end you can**
 #
-# - write LoRA yourself: forward pass, initialization, injection, merge;
+# - write LoRA yourself, inject it into a model, and merge it into the weights;
 # - count its trainable parameters in your head;
 # - explain why $B$ is initialized to zero, and why $A$ must not be zero as well;
 # - find the bug that corrupts a merged GPT-2 without an error;
-# - measure which rank keeps an update's energy, and which its gain in test loss;
+# - measure how far a weight change can be simplified before the test loss suffers;
 # - name the evidence for "low rank", and the runs that are still missing.
 #
 # **Only ten minutes?** Write `start("04", quick=True)` below and run all cells. Read
-# "The result first", "Idea one" and the verdict on claim L1.
+# "The result first", "Idea one" and the end of "What a low-rank part is worth".
 
 # %%
 from peft_from_scratch.course import start
@@ -41,7 +41,7 @@ import math
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 import peft_from_scratch as pfs
 from peft_from_scratch.course import block_picture, counting, curves, finetune, ledger
@@ -51,10 +51,10 @@ from peft_from_scratch.course.checks import lora_from_scratch as checks
 # %% [markdown]
 # ## The result first
 #
-# A few directions in each weight update carry most of what SmolLM2 gains from full
-# fine-tuning. We trained all parameters on the task of notebook 00, turning orders into
-# JSON. Three runs differ in their **seed**, which fixes the training rows and their
-# order.
+# A small part of what full fine-tuning changes in SmolLM2's weights brings almost all
+# of the improvement. We trained all parameters on the task of notebook 00, turning
+# orders into JSON. Three runs differ in their **seed**, which fixes the training rows
+# and their order.
 #
 # Each layer has seven weight matrices, the **projections** of attention and MLP. A
 # projection's **update** is what training added to it:
@@ -62,13 +62,17 @@ from peft_from_scratch.course.checks import lora_from_scratch as checks
 # $$\Delta W = W_{\text{fine-tuned}} - W_0$$
 #
 # Then we replaced each update by its best approximation of low **rank**. A matrix of
-# rank one is a column times a row, so all its outputs have one **direction**, the
-# column's. Each line below adds a part of the updates to the pretrained projections and
-# changes nothing else.
+# rank one is a column $u$ times a row $v^T$. All its outputs, $u\,(v^T x)$, are
+# multiples of $u$, so they have one **direction**. A matrix of rank 8 is a sum of eight
+# of these.
+#
+# Each line below adds a part of the updates to the pretrained projections and changes
+# nothing else. A random update has the **norm** of the real one, the root of the sum of
+# its squared entries.
 #
 # **Test loss** is the negative logarithm of the right token's probability, averaged
-# over answers that no run has trained on. At `0.04` **nats per token**, the right token
-# gets `96 %` on average.
+# over answers that no run has trained on. A loss of `0.04` **nats per token** means a
+# probability of about `96 %`, since $e^{-0.04} \approx 0.96$.
 
 # %%
 full = [runs.stored(config) for config in spectrum.configs("smollm2")]
@@ -87,8 +91,8 @@ for cut, said in cuts.items():
 
 # %% [markdown]
 # One direction per matrix lowers the test loss from 1.456 to 0.116 or less; whole
-# updates reach 0.022 to 0.028. Random updates of the same norm gain nothing, so size
-# does not explain the gain.
+# updates reach 0.022 to 0.028. Random updates of the same norm do not lower the loss,
+# so size is not the explanation.
 #
 # So we may not need to train whole matrices. **LoRA**, low-rank adaptation, freezes the
 # pretrained model and trains two thin matrices for each projection, shown in color
@@ -152,12 +156,14 @@ print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 # ### What does it cost? Claim L4
 #
 # LoRA trains few parameters. For a matrix of `4096 x 4096` and rank `16`, what share of
-# its parameters is that? Before you run, put two numbers in place of None, a range that
-# you are `90 %` sure of.
+# its parameters is that? Before you run the next cell, which prints the answer, put two
+# numbers in place of None, a range that you are `90 %` sure of.
 #
-# L4 is a **claim** of the textbook. Its **rule**, fixed before any run, says which
-# value gives which verdict. Arithmetic like this is only *computed*. **Shipped**
-# results are stored with the course.
+# L4 is a **claim** that this course tests. Its **rule**, fixed before any run, says
+# which value gives which **verdict**. Arithmetic needs no run, so this verdict is only
+# *computed*. "Shipped" results are stored with the course. The count is the same for
+# any model, although the output names SmolLM2. `# NBVAL_CHECK_OUTPUT` is for the
+# course's tests.
 
 # %%
 lesson.predict("4.1", low=None, high=None, unit="% of the matrix")
@@ -273,9 +279,8 @@ for name, pair in tried.items():
 # %% [markdown]
 # With both zero, LoRA never learns: both gradients stay zero. With only $B$ zero, $B$
 # has a gradient of norm 263.0. One step makes $B$ nonzero, and then $A$ has a gradient
-# too, of norm 19.7. The reverse works as well. LoRA's paper sets $B$ to zero; later
-# work found that this choice tolerates larger learning rates (Hayou and others, at the
-# end).
+# too, of norm 19.7. The reverse works as well. LoRA's paper sets $B$ to zero, which
+# tolerates larger learning rates (Hayou and others, at the end).
 #
 # **Which variance should $A$ have?** The paper gives none. Its authors' code draws $A$
 # uniformly, with variance $1 / (3\,d_{in})$; we use a Gaussian of that variance. The
@@ -339,17 +344,17 @@ checks.lora_start(my_start)
 # ### On trial: claim L2
 #
 # *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
-# We test this on a whole model: every bit of every **logit**, the score of a possible
-# next token, must agree.
+# We test this on a whole model: no bit of any **logit**, the score of a possible next
+# token, may change.
 #
-# Two of the three initializations below are **controls**: if they surprise us, the
-# measurement is void. *Both random* must change the logits, and *both zero* must have
-# no gradient. Guess how far *both random* moves a logit at most. (`template="chat"`
-# means SmolLM2's chat format, `"raw"` none.)
+# Two of the three initializations below are **controls** with a known result. *Both
+# random* must change the logits, and *both zero* must have no gradient; only then is
+# the measurement valid. Guess how far *both random* moves a logit at most.
+# (`template="chat"` means SmolLM2's chat format, `"raw"` none.)
 
 # %%
 lesson.rule("L2")
-lesson.predict("4.2", low=None, high=None, unit="(of a logit)")
+lesson.predict("4.2", low=None, high=None, unit="as a difference of logits")
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -390,7 +395,7 @@ for how in starts.STARTS:
     series[how] = [(i, sum(s) / len(s), min(s), max(s)) for i, s in enumerate(steps, 1)]
 figure = curves.lines(
     series,
-    x="Optimizer step",
+    x="Optimizer step, count",
     y="Training loss, nats per token",
     title="Three initializations of LoRA in SmolLM2",
     subtitle="Mean of three seeds; the band is their range. Controls in gray.",
@@ -403,8 +408,9 @@ lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items())
 # %% [markdown]
 # *Both zero* stays at 1.43. *Both random* begins with a spoiled model, at 4.00, and
 # still reaches 0.07, like the standard initialization. So learning does not require a
-# zero update here; the advantage is an intact model at the beginning. Which one *ends*
-# best is open; test losses for several variances of $B$ would decide.
+# zero update here; the advantage is an intact model at the beginning. Which
+# initialization *ends* best is open. It may depend on the variance of a random $B$,
+# which test losses would show.
 #
 # ## Idea three: inject LoRA into a whole model
 #
@@ -550,7 +556,7 @@ for answer, right in zip(found.answers, found.correct, strict=True):
 
 # %% [markdown]
 # The training loss fell from 1.438 to 0.044. Both answers have the right form, and one
-# has a wrong value. Two rows cannot measure accuracy, though.
+# has a wrong value.
 #
 # The library's LoRA computes its gradients by hand, which is faster. The next cell
 # gives it our trained $A$ and $B$, and compares all logits and gradients.
@@ -673,14 +679,14 @@ checks.lora_merge(my_merge)
 
 # %% [markdown]
 # Keep a copy of the base: a merge rounds, so subtracting the update does not restore
-# $W_0$ exactly. Notebook 08 measures the cost of merging into four bits.
+# $W_0$ exactly.
 #
 # ## Idea five: how low is the rank of an update?
 #
 # LoRA rests on a hypothesis: *the weight updates of fine-tuning have a low intrinsic
-# rank*. "Intrinsic" means the directions that the task needs, not all that the update
-# fills. The **singular value decomposition** writes an update as a sum of rank-one
-# pieces:
+# rank*. An update may have many directions although the task needs only a few;
+# "intrinsic" counts those few. The **singular value decomposition** writes an update as
+# a sum of rank-one pieces:
 #
 # $$\Delta W = s_1\,u_1 v_1^T + s_2\,u_2 v_2^T + \dots
 # \qquad s_1 \ge s_2 \ge \dots \ge 0$$
@@ -688,7 +694,7 @@ checks.lora_merge(my_merge)
 # Here $v_i$ is a direction of the input and $u_i$ one of the output, both of length
 # one. The **singular value** $s_i$ is the size of the piece; all of them are the
 # **spectrum**. The first $k$ pieces are the best approximation of rank $k$. Its
-# **energy** is its share of the squared norm, the sum of all squared entries:
+# **energy** is its share of the squared norm:
 #
 # $$E_k = \frac{s_1^2 + \dots + s_k^2}{s_1^2 + s_2^2 + \dots}$$
 #
@@ -715,7 +721,7 @@ print("rank of dW itself:", int(torch.linalg.matrix_rank(dW)))
 #
 # Difficulty two of five, importance four of five, about ten minutes. Compute both.
 #
-# - Input: `dW` `(d_out, d_in)`, floating point and not all zero; a share `held`.
+# - Input: `dW` `(d_out, d_in)`, `float32` and not all zero; a share `held` below one.
 # - Output: a pair. `energy` is a tensor `(min(d_out, d_in),)`, and `energy[i]` belongs
 #   to rank `i + 1`. `k` is an `int`, the smallest rank whose energy is at least `held`.
 #
@@ -756,19 +762,22 @@ checks.lora_spectrum(my_spectrum)
 # ## On trial: claim L1
 #
 # *The weight updates of fine-tuning have a low intrinsic rank* (LoRA's paper, section
-# one). If so, training a low-rank update may be enough. The rule takes the rank that
-# holds 90 % of the energy, in percent of the **full rank**, the smaller side of the
-# matrix. Guess it for `tiny`, which you fine-tune next.
+# one). For each matrix, the rule takes the rank that holds 90 % of the energy, in
+# percent of the **full rank**, the matrix's smaller side. Up to a median of `10 %`, the
+# claim holds; above `30 %`, it does not. In between, it *holds when* a condition is
+# met, which the verdict names.
+#
+# Guess the median for `tiny`, a model of about a million parameters.
 
 # %%
 lesson.rule("L1")
 lesson.predict("4.5", low=None, high=None, unit="% of the full rank")
 
 # %% [markdown]
-# `tiny` has about a million parameters and was trained on generated text. Its task is a
-# new format with new words. As a control, each update gets a random matrix of the same
-# shape and norm. The brackets will show a `95 %` interval over the matrices of this
-# run.
+# `tiny` was trained on generated text. The next cell fine-tunes it on a new format with
+# new words. As a control, each update gets a random matrix of the same shape and norm.
+# Brackets show a `95 %` interval of the median: how far it could move with other
+# matrices of this kind.
 
 # %%
 chosen = spectrum.config("tiny", seed=0)
@@ -779,7 +788,7 @@ control = {n: spectrum.random_like(dW, i) for i, (n, dW) in enumerate(changed.it
 live = spectrum.median_share(changed)
 noise, *_ = spectrum.median_share(control)
 print(f"{len(changed)} updates; rank for 90 % of the energy, in % of the full rank:")
-print("updates: {:.0f} [{:.0f}, {:.0f}],".format(*live), f"random: {noise:.0f}")
+print("median update {:.0f} [{:.0f}, {:.0f}],".format(*live), f"random {noise:.0f}")
 lesson.measured("4.5", live[0])
 
 # %% [markdown]
@@ -827,12 +836,11 @@ lesson.measured("4.6", kept["rank 1"])
 
 # %% [markdown]
 # In `tiny`, rank one keeps 46 % of the gain and rank 8 keeps 87 %; random updates keep
-# none. The last line adds the trained embeddings and norms, which lower the loss from
-# 0.36 to 0.02.
+# none. The last line adds the trained embeddings and norms. They lower the loss
+# further, from 0.36 to 0.02, and so exceed the gain of the projections, which counts as
+# 100 %.
 #
-# The shipped results have three runs of SmolLM2 and five of `tiny`. Three control runs
-# of `tiny` have **shuffled** answers: each belongs to another sentence, so only the
-# form can be learned. The figure shows what SmolLM2's updates keep at rank $k$.
+# The figure shows what SmolLM2's updates keep at rank $k$ in the shipped runs.
 
 
 # %%
@@ -868,9 +876,13 @@ lesson.show(
 )
 
 # %% [markdown]
-# In SmolLM2, 57 % of the energy is enough for at least 99.2 % of the gain. The next
-# cell prints the rule's number for both models. Its brackets are intervals over *seeds*
-# (see notebook 01); "L1 here" repeats yours over matrices.
+# Rank 8 is `1.4 %` of `576`, the full rank of most matrices in SmolLM2. It holds 57 %
+# of the energy and at least 99.2 % of the gain.
+#
+# The next cell prints the rule's number for both models, with intervals over *seeds*
+# (see notebook 01). Its line "L1 here" repeats your own run, with the interval over
+# *matrices*. Its line "tiny, shuffled" is a control: each sentence gets the answer of
+# another one, so `tiny` can learn the form but not the content.
 
 # %%
 for scale in ("tiny", "smollm2"):
@@ -887,22 +899,24 @@ lesson.live("L1", *live, scale="tiny")
 lesson.verdict("L1", guess="4.5")
 
 # %% [markdown]
-# Say whether "low rank" means gain or energy. In SmolLM2, few directions carry the gain
-# on this task, but many hold the energy. For a smaller side of `576`, 14.6 % is about
-# `84` singular values, ten times the usual rank `8`. So choose a rank by test loss. The
-# median also hides a spread: `q_proj` and `o_proj` need `3` to `12 %`, `v_proj` needs
-# `13` to `29 %`.
+# The card's condition separates gain from energy. In SmolLM2, few directions carry the
+# gain on this task, but many hold the energy: its spectrum is not narrow. Of `576`
+# singular values, 14.6 % are about `84`, ten times the usual rank `8`. So choose a rank
+# by test loss. The median also hides a spread: `q_proj` and `o_proj` need `3` to
+# `12 %`, `v_proj` needs `13` to `29 %`.
 #
 # `tiny` keeps less of its gain at rank 8. The cause is open, since model, task and
-# training settings all differ. A run on `gap-1`, a task without new words, would test
-# one of them.
+# training settings all differ. Training `tiny` on a task without new words would show
+# whether the new words matter.
 #
-# - **A low energy rank does not show that content was learned.** In `tiny`, shuffled
-#   answers need 18.4 to 19.1 % of the full rank, and real ones 20.5 %.
-# - **Full fine-tuning also trains embeddings and norms.** They do not help SmolLM2
-#   (`0.024` to `0.031` with them), but they help `tiny`, and LoRA freezes both. So a
-#   comparison of LoRA with full fine-tuning mixes rank with the choice of parameters.
-#   Full fine-tuning of the projections alone would separate them.
+# - **A low rank does not show that content was learned.** In `tiny`, updates for
+#   shuffled answers need even less of the full rank (18.4 to 19.1 %) than those for
+#   real answers (20.5 %).
+# - **Full fine-tuning also trains embeddings and norms.** They do not help SmolLM2: its
+#   test loss is `0.024` to `0.031` with them, and 0.022 to 0.028 without. But they help
+#   `tiny`, and LoRA freezes both. So a comparison of LoRA with full fine-tuning mixes
+#   rank with the choice of parameters. Full fine-tuning of the projections alone would
+#   separate them.
 #
 # ## Now with the library
 #
@@ -937,10 +951,11 @@ assert gap < 1e-3
 #
 # <details><summary>The time of an optimizer step</summary>
 #
-# No. It shrinks by a third: only the gradients of $W_0$ need not be computed.
+# No. It shrinks by a third. The forward pass and the gradients of $x$ remain, and each
+# costs as much as those of $W_0$.
 #
 # </details>
-# <details><summary>The bytes of the gradients and of AdamW's running means</summary>
+# <details><summary>The bytes of the gradients and of AdamW's averages of them</summary>
 #
 # Right. They exist only for trained parameters.
 #
@@ -992,7 +1007,8 @@ assert gap < 1e-3
 #
 # <details><summary>The colleague's</summary>
 #
-# No. One row is well inside either interval.
+# No. For seventeen of twenty, the `95 %` interval is about `64` to `95 %`, which
+# includes eighteen (`90 %`).
 #
 # </details>
 # <details><summary>These rows cannot tell</summary>
@@ -1027,9 +1043,9 @@ assert gap < 1e-3
 # ### In your own words
 #
 # A colleague reads the table of `tiny` and says: "LoRA of rank 8 will get 87 % of what
-# full fine-tuning gains there." Give two reasons why this does not follow. Then choose
-# two methods to train as a test, a control, and the result that would refute the
-# sentence.
+# full fine-tuning gains there." Give two reasons why this does not follow. Then plan a
+# test: which two methods would you train, which control would you add, and which result
+# would refute the sentence?
 #
 # <details><summary>A model answer</summary>
 #
@@ -1038,28 +1054,26 @@ assert gap < 1e-3
 # full fine-tuning of the projections alone, with five paired seeds, each at its own
 # best learning rate on validation rows. As a control, an untrained random LoRA must
 # gain nothing. The sentence is refuted if the interval of LoRA's share excludes 87 %.
-# If it is merely wide, the result is undecided, and I need more seeds.
 #
 # </details>
 #
 # ### Transfer
 #
 # An `nn.Embedding` looks up row $i$ of a matrix $E$ of shape `(vocabulary, hidden)`.
-# Write LoRA for it. Which shapes do $A$ and $B$ have, and which one is zero at first?
+# Write LoRA for it, where $A$ compresses and $B$ expands. Which shapes do $A$ and $B$
+# have? Choose which one is zero at first, and defend the choice.
 #
 # <details><summary>A model answer</summary>
 #
 # The lookup is $E^T x$ with an $x$ that is one at position $i$ and zero elsewhere. So
 # $A$ is `(r, vocabulary)`, $B$ is `(hidden, r)`, and the output is
-# `E[i] + alpha / r * A.T[i] @ B.T`. I would make $A$ zero. Training changes only the
-# columns of tokens that occur, so all others keep their embedding.
+# `E[i] + alpha / r * A.T[i] @ B.T`. I would make $A$ zero. Then training changes only
+# the columns of tokens that occur, so all others keep their embedding.
 #
 # </details>
 #
 # ## Limits
 #
-# - **What the controls rule out.** Neither the spectrum nor the gain comes from shape
-#   or size.
 # - **What stays open.** We cut finished updates. Whether LoRA finds directions as good
 #   is a question for notebook 05.
 # - **Scale.** Both models are small and both tasks easy. Code, mathematics or long
@@ -1096,6 +1110,5 @@ lesson.receipt()
 # - Kalajdzievski, [A rank stabilization scaling
 #   factor](https://arxiv.org/abs/2312.03732): a scale of $\alpha / \sqrt{r}$ (notebook
 #   05).
-# - PEFT's [issue 3531](https://github.com/huggingface/peft/issues/3531): unmerging
-#   DoRA, a relative of LoRA, silently corrupted square layers of GPT-2.
-
+# - PEFT's [issue 3531](https://github.com/huggingface/peft/issues/3531): removing a
+#   merged DoRA (a relative of LoRA) silently corrupted square layers of GPT-2.

@@ -16,14 +16,14 @@
 # **At one shared learning rate, LoRA and its relatives look very different; at its own
 # learning rate each, they can hardly be told apart.**
 #
-# **You need** notebook 04 for LoRA, and notebook 01 for intervals.
+# **You need** notebooks 00, 01 and 04: the task, intervals and LoRA.
 #
 # **At the end you can**
 #
-# - measure how large an update is;
+# - measure an update's size under LoRA's and rsLoRA's scales;
 # - say when alpha and the learning rate are one setting;
 # - compare targets at an equal number of parameters;
-# - write the parts of DoRA, PiSSA and LoRA+ that differ from LoRA;
+# - write what DoRA (weight), PiSSA (initialization) and LoRA+ (learning rate) change;
 # - find the bug that makes a good adapter too weak;
 # - choose rank, alpha, targets and learning rate, and say why.
 #
@@ -57,27 +57,31 @@ from peft_from_scratch.course.checks import rank_scale_targets as checks
 # A comparison at one shared learning rate measures the method and the learning rate at
 # once. The table separates the two, for LoRA and four relatives (see idea four) whose
 # papers report them ahead of LoRA. We trained all five in SmolLM2, on the orders task
-# of notebook 00. For each we **searched** the learning rate: of several, we kept the
-# one with the most right answers on rows set aside for that. Each line has two counts,
-# at the method's own learning rate and at LoRA's.
+# of notebook 00, at four or five learning rates each. A number is how many of 60
+# validation rows were right, with one seed. A star marks the learning rate that the
+# search chose: the most right answers, and of equals the lower loss.
 
 # %%
-found = json.loads((runs.FOLDER.parent / "tuning.json").read_text("utf-8"))["searches"]
+found = json.loads((runs.FOLDER.parent / "family_search.json").read_text("utf-8"))
 family = ("lora", "rslora", "dora", "pissa", "lora-plus")
-searched = {name: found[f"smollm2/orders/{name}"] for name in family}
-usual = searched["lora"]["chosen"]["lr"]
-for name, search in searched.items():
-    correct = {each["setting"]["lr"]: each["correct"] for each in search["runs"]}
-    best, rows = search["chosen"]["lr"], search["validation_rows"]
-    print(
-        f"{name:10} own learning rate {best:5}: {correct[best]} of {rows} right;"
-        f" at LoRA's {usual}: {correct[usual]}"
-    )
+searches = {n: found["searches"][f"smollm2/orders/{n}"] for n in family}
+right = {
+    name: {run["setting"]["lr"]: run["correct"] for run in search["runs"]}
+    for name, search in searches.items()
+}
+tried = sorted({lr for by_rate in right.values() for lr in by_rate})
+print(f"{'learning rate':13}", *(f"{lr:>7g}" for lr in tried))
+for name, by_rate in right.items():
+    best = searches[name]["chosen"]["lr"]
+    marked = (f"{by_rate.get(lr, '-')}{'*' if lr == best else ' '}" for lr in tried)
+    print(f"{name:13}", *(f"{entry:>7}" for entry in marked))
 
 # %% [markdown]
-# Both counts of a line come from one method, so a gap between them is the cost of
-# borrowing LoRA's learning rate. The left counts do not rank the methods: the same rows
-# chose the learning rate, and a difference of a few rows is chance.
+# In the column of LoRA's learning rate, 0.003, the methods differ: PiSSA has 44 rows
+# right and LoRA+ has 25. At their own stars all five have 58 or 59. So the column shows
+# the cost of a borrowed learning rate, and no difference between methods. The starred
+# numbers do not rank the methods either: the same rows chose the learning rate, nearly
+# all of them are right, and a difference of a few rows is chance.
 #
 # Does a setting change what can be learned, or only how far an optimizer step moves the
 # model? Most runs ask this of `tiny`, a model of a million parameters. Its tasks turn
@@ -90,14 +94,16 @@ for name, search in searched.items():
 # - `gap-3`: a new language, `sudaf Ada ti bafobu …`
 # - `gap-4`: a cipher, `ibsi - rleguw …`
 #
-# Five textbook claims are on trial. The verdicts rest on **stored runs**; the **live**
-# cells train short versions, and decide nothing.
+# Five textbook claims are on trial. A **rule** turns each result into a verdict, shown
+# on a **card**; **holds when** means true under a condition. The verdicts rest on
+# **stored runs**, printed as `Shipped`. The **live** cells train short versions, and
+# decide nothing.
 #
 # A **seed** fixes the random draws. Runs with equal seeds are **paired**: we subtract
-# them, and give the mean of five differences with its `95 %` interval in brackets. A
-# verdict is **undecided** where the interval crosses an edge of the rule. That shows
-# neither a difference nor its absence. Losses are in **nats per token**: at `0.04` nats
-# the right token gets `96 %` on average.
+# them, and give the mean of five differences with its `95 %` interval in brackets. If
+# the interval allows two verdicts, the claim is **undecided**: a difference is neither
+# shown nor excluded. Losses are in **nats per token**: at `0.04` nats the right token
+# gets a probability of `96 %` on average.
 #
 # ## Idea one: how large is an update?
 #
@@ -194,8 +200,8 @@ for r in (1, 64):
     print(f"rank {r:2}:", *(f"{size:.3f}" for size in live_sizes[r]), "of the output")
 
 # %% [markdown]
-# In **the stored runs**, LoRA has $\alpha = 16$ and rsLoRA $\alpha = 8$, so at rank 4
-# their scales are equal and their lines meet.
+# In **the stored runs**, LoRA has $\alpha = 16$ and rsLoRA $\alpha = 8$. At rank 4 both
+# scales are 4, so the lines meet.
 
 # %%
 sized = [runs.stored(config) for config in scaling.size_configs("tiny")]
@@ -229,7 +235,8 @@ lesson.live("L3", *live, scale="tiny")
 lesson.verdict("L3", guess="5.1")
 
 # %% [markdown]
-# rsLoRA's update stays nearly the same at all ranks.
+# LoRA's update shrinks by about `12 %` with each doubling of the rank. rsLoRA's stays
+# nearly the same.
 #
 # ### What the shrinking costs
 #
@@ -243,10 +250,10 @@ lesson.verdict("L3", guess="5.1")
 # | 16 | `1.29` | `0.88` | `0.71` | `0.58` |
 # | 64 | `1.31` | `0.73` | `0.67` | `0.64` |
 #
-# At `0.003` LoRA gains almost nothing from rank and rsLoRA gains a lot, as its paper
-# reports. At `0.01` rsLoRA's lead shrinks from `0.58` to `0.03` nats at rank 64, and
-# from `0.41` to `0.13` at rank 16. A finer search would tell whether the `0.13` remain.
-# At any one rank, rsLoRA is LoRA with another $\alpha$.
+# At `0.003` LoRA gains almost nothing from rank, and rsLoRA leads by `0.41` nats at
+# rank 16 and `0.58` at rank 64. At `0.01` its lead is `0.13` and `0.03`. A finer search
+# would tell whether the `0.13` remain. At any one rank, rsLoRA is LoRA with another
+# $\alpha$.
 #
 # ## Idea two: alpha and the learning rate, one setting?
 #
@@ -300,15 +307,15 @@ lesson.measured("5.2", factors["SGD"])
 # %% [markdown]
 # Twice the alpha makes the first update four times as large under SGD and twice as
 # large under Adam. Dividing the learning rate by that restores it. After 100 optimizer
-# steps, the two settings differ by 39.9 % under Adam, because Adam moves $A$ by about
-# $\eta$ each time, whatever $s$ is. SGD hardly moves $A$ here, since its gradients are
-# small. So alpha and the learning rate act as one setting only while $A$ stays near its
-# initialization.
+# steps under Adam, the updates differ by 39.9 %. Adam moves $A$ by about $\eta$ each
+# time, whatever $s$ is: half the learning rate moves $A$ half as far. SGD hardly moves
+# $A$ here. So alpha and the learning rate act as one setting only while $A$ stays near
+# its initialization.
 #
 # ### On trial: claim L7
 #
-# *Alpha is typically the rank or twice the rank.* The rule asks what this habit costs
-# against the best of four alphas, each with its own search.
+# *Alpha is typically the rank or twice the rank.* The rule asks how far the worse of
+# these two is behind the best of four alphas, each with its own search.
 
 # %%
 lesson.rule("L7")
@@ -363,14 +370,15 @@ lesson.verdict("L7")
 
 # %% [markdown]
 # Keep the usual alpha, and spend your runs on the learning rate. Alpha may still
-# matter: the interval reaches 0.303 nats. The card's 0.147 belong to $\alpha = 8$, one
-# of the *best* in the figure. Its learning rate was chosen on one lucky seed, with
-# 0.60; the others reach `0.68` to `0.92`. A search on several seeds would decide.
+# matter: the interval reaches 0.303 nats. The card's 0.147 nats are for $\alpha = 8$.
+# The figure shows only its best seed, with 0.60, which chose the learning rate. The
+# other four end at `0.68` to `0.92`.
 #
 # ## On trial: claim L8
 #
-# *Thanks to alpha / r, hyperparameters transfer across ranks.* Then one search would
-# serve all. By which factor does the best learning rate change from rank 4 to 64?
+# *Thanks to alpha / r, hyperparameters transfer across ranks.* The rule asks what the
+# learning rate of rank 4 costs the rank that it suits worst. By which factor does the
+# best learning rate change from rank 4 to 64?
 
 # %%
 lesson.rule("L8")
@@ -388,10 +396,11 @@ for method in scaling.ALPHA:
         print(f"{method:6} rank {r:2}, validation loss by learning rate: {shown}")
 
 # %% [markdown]
-# All lines have their lowest loss at 0.01. Those of rank 4 are the same runs.
+# All lines have their lowest loss at 0.01. At rank 4 LoRA and rsLoRA have equal scales,
+# so equal losses.
 #
-# **Live**: rank 64 at three learning rates, for 40 optimizer steps. We made these runs
-# longer because at 20 rank 64 preferred another learning rate. So they are no evidence.
+# **Live**: rank 64 at three learning rates. We chose 40 optimizer steps because with 20
+# another learning rate was best. So these runs are no evidence.
 
 # %%
 reference, losses = bests["lora", scaling.REFERENCE], {}
@@ -410,16 +419,16 @@ lesson.live("L8", cost, cost, cost, scale="tiny")
 lesson.verdict("L8")
 
 # %% [markdown]
-# Every rank chose the same of four learning rates, so runs were compared with
+# Every rank chose the same learning rate, so the rule subtracted losses from
 # themselves. Neighboring rates are a factor of three apart, and a smaller shift is
-# invisible. The scale $\alpha / \sqrt{r}$ passed the same test. A finer grid on several
-# seeds would decide.
+# invisible. A finer grid on several seeds would decide L7 and L8.
 #
 # ## Idea three: where to add LoRA
 #
 # Compare targets at one budget of parameters, and let the rank follow. A Llama layer
-# has seven weight matrices, or **projections**: four in attention, three larger ones in
-# the MLP. LoRA on one costs $r\,(d_{in} + d_{out})$ parameters.
+# has seven weight matrices, or **projections**: four in attention (`q_proj`, `k_proj`,
+# `v_proj`, `o_proj`), three larger ones in the MLP (`gate_proj`, `up_proj`,
+# `down_proj`). LoRA on one costs $r\,(d_{in} + d_{out})$ parameters.
 
 # %%
 tiny, tiny_tokenizer = pfs.load_model("tiny", device="cpu")
@@ -441,8 +450,9 @@ for place, (targets, r) in rank_and_place.PLACES.items():
 # Difficulty two of five, importance four of five, about ten minutes. Return the largest
 # rank, an `int`, at which LoRA on the `targets` of all `layers` trains at most `budget`
 # parameters. `shapes` maps each projection's name to `(d_out, d_in)`; `targets` lists
-# names. Return `0` if rank one does not fit, and never more than the smallest side of a
-# target. For all of `tiny`, with `layers=4, budget=49_152`, return `4`.
+# at least one name. Return `0` if rank one does not fit, and never more than the
+# smallest side of all targets. For all of `tiny`, with `layers=4, budget=49_152`,
+# return `4`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -479,7 +489,7 @@ checks.rank_for_budget(my_rank)
 #
 # *Attention projections give the best accuracy per parameter; all linear layers are
 # better in absolute terms.* At equal parameters, on what percentage of the tasks does
-# attention beat the MLP?
+# attention beat the MLP, on average over seeds?
 
 # %%
 lesson.rule("L5")
@@ -516,10 +526,11 @@ lesson.show(figure, "; ".join(f"{gap} {d[0]:+.3f}" for gap, d in between.items()
 
 # %% [markdown]
 # On the new language and the cipher the MLP is ahead, by 0.330 and 0.366 nats. On
-# `gap-1` and `gap-2` the intervals hold zero. On `gap-1`, all five runs in the MLP got
-# stuck near `0.25` nats, and two in attention.
+# `gap-1` and `gap-2` the intervals hold zero. On `gap-1`, the difference comes from
+# **stuck** runs: all five in the MLP and two in attention ended near `0.25` nats, the
+# other three below `0.10`.
 #
-# **Live**: two tasks, one seed. The interval is set by hand to the whole range.
+# **Live**: two tasks. One seed gives no interval, so the cell prints the whole range.
 
 # %%
 won = []
@@ -542,10 +553,10 @@ lesson.live("L5", 100 * fmean(won), 0, 100, scale="tiny")
 lesson.verdict("L5", guess="5.4")
 
 # %% [markdown]
-# Use the figure, not the percentage. The percentage counts `gap-0`, which both solve,
-# and where attention loses by `0.0004` nats on every seed. Without it, attention wins
-# `40 %`, with the interval `[23, 57]`: undecided. LoRA everywhere beats attention in 96
-# %, but at equal rank, so with more parameters.
+# Use the figure. The percentage counts `gap-0`, where attention loses by only `0.0004`
+# nats, but on every seed. Without `gap-0`, attention wins on `40 % [23, 57]`:
+# undecided, since the verdict changes at 50 %. LoRA everywhere beats attention on 96 %,
+# but with more parameters.
 #
 # At *one* budget, the mean test losses of five stored runs are:
 #
@@ -556,15 +567,15 @@ lesson.verdict("L5", guess="5.4")
 # | `gap-3` | `1.04` | `0.71` | `1.02` | `0.71` |
 # | `gap-4` | `2.48` | `2.11` | `2.01` | `2.14` |
 #
-# All seven at rank 4, below the budget, are about as good as the better half, or
-# better. On `gap-3` rank 5 does worse: its one-seed search chose `0.03`, not `0.01`. We
-# looked at rank 4 only after that; new runs should confirm it.
+# All seven at rank 4, below the budget, are at most `0.03` nats behind the better of
+# attention and MLP. On `gap-3` rank 5 does worse: its one-seed search chose `0.03`, not
+# `0.01`. We looked at rank 4 only after that; new runs should confirm it.
 #
 # ### On trial: claim L6
 #
 # *A rank of sixteen is robust; a higher one overfits; a larger domain gap needs a
-# higher one.* How far is rank 16 behind the best rank, on the task where it is furthest
-# behind?
+# higher one.* How far is rank 16 behind the best of four ranks, on the task where it is
+# furthest behind?
 
 # %%
 lesson.rule("L6")
@@ -595,10 +606,10 @@ lesson.show(
 
 # %% [markdown]
 # The farther the task, the more rank 1 loses against the best rank: `0.000`, `0.05`,
-# `0.45`, `0.55` and `1.23` nats, from `gap-0` to `gap-4`. The list of smallest ranks is
-# less reliable: for `gap-1` it hangs on stuck runs.
+# `0.45`, `0.55` and `1.23` nats, from `gap-0` to `gap-4`. The smallest rank printed for
+# `gap-1` is less reliable, because it depends on stuck runs.
 #
-# Do a hundred rows overfit rank 64? The **live** runs are on the cipher.
+# Does rank 64 overfit a hundred training rows? The **live** runs are on the cipher.
 
 # %%
 few, low, high = rank_and_place.overfit(ranked)
@@ -617,14 +628,14 @@ lesson.verdict("L6", guess="5.5")
 
 # %% [markdown]
 # Rank 16 is a good first choice here. It lost most on the cipher, where rank 64 was
-# best. The interval ignores that we picked the worst of five tasks. Overfitting is open
-# too: the difference is +0.015 nats, with a wide interval. More seeds would decide
+# best. The card's 0.0968 is probably too high, as the largest of five differences.
+# Overfitting is open too, at +0.015 nats with a wide interval. More seeds would decide
 # both.
 #
 # ### Negative controls
 #
 # Would anything added to the model lower the loss? Three controls, at rank 16 on
-# `gap-1`: a random LoRA that is never trained, one with an $\alpha$ too small to
+# `gap-1` with one seed: a random LoRA, never trained, one with an $\alpha$ too small to
 # matter, and one trained on shuffled answers.
 
 # %%
@@ -642,9 +653,9 @@ for name, chosen in controls.items():
 assert control_losses["LoRA"] < min(list(control_losses.values())[1:])
 
 # %% [markdown]
-# All controls end with a far higher loss than LoRA, so training on right answers helps.
-# But shuffled answers give more than half of the gain, since they show the *form* of an
-# answer. A falling loss alone does not show that the task was learned.
+# All controls end far above LoRA's loss, so training on right answers helps. But
+# shuffled answers lower the loss from 3.46 (alpha nearly zero) to 1.46, since they show
+# the *form* of an answer. A falling loss alone does not show that the task was learned.
 #
 # ## Idea four: the family
 #
@@ -655,8 +666,8 @@ assert control_losses["LoRA"] < min(list(control_losses.values())[1:])
 # ### DoRA: length and direction
 #
 # DoRA trains the length and the direction of each weight row separately. The lengths
-# are parameters $m$, initialized with those of $W_0$. $A$ and $B$ only turn the rows of
-# $V$, the weight with its update:
+# are parameters $m$, initialized with those of $W_0$. DoRA scales each row of $V$, the
+# weight with its update, to its length in $m$, so $A$ and $B$ can only turn the row:
 #
 # $$h = \frac{m}{\lVert V \rVert} \odot (V x), \qquad V = W_0 + s\,B A$$
 #
@@ -670,17 +681,17 @@ V, m = W0 + dW, W0.norm(dim=1)
 W = m[:, None] * V / V.norm(dim=1, keepdim=True)
 for old, added, new in zip(W0, V, W, strict=True):
     turned = F.cosine_similarity(old, new, dim=0)
-    print(f"length {old.norm():.2f}, of V {added.norm():.2f}, with m {new.norm():.2f};")
-    print(f"  cosine with the old direction {turned:.2f}")
+    print(f"length: W0 {old.norm():.2f}, V {added.norm():.2f}, DoRA {new.norm():.2f};")
+    print(f"  cosine of DoRA's row with W0's row {turned:.2f}")
 
 # %% [markdown]
-# Both rows keep their lengths, 5.00 and 1.00, and turn.
+# DoRA keeps the row lengths, 5.00 and 1.00, and turns the rows.
 #
 # ### Exercise 5.3: DoRA's forward pass
 #
 # Difficulty three of five, importance four of five, about fifteen minutes. Return
-# `h (…, d_out)`, in the dtype of `x (…, d_in)`, from `W0 (d_out, d_in)`, `A (r, d_in)`,
-# `B (d_out, r)` and `m (d_out,)`, without a bias. Gradients must reach `A`, `B` and
+# `h (…, d_out)` from `x (…, d_in)`, `W0 (d_out, d_in)`, `A (r, d_in)`, `B (d_out, r)`
+# and `m (d_out,)`, all of one dtype, without a bias. Gradients must reach `A`, `B` and
 # `m`, with $\lVert V \rVert$ constant. In the first row above, `x = [1.0, 0.0]` gives
 # `5 / 4.47 * 4 = 4.47`.
 #
@@ -748,9 +759,9 @@ for name, each in {"q_proj": squares, "random": noise}.items():
 # ### Exercise 5.4: PiSSA's start
 #
 # Difficulty three of five, importance three of five, about ten minutes. Return
-# `W_res (d_out, d_in)`, `A (r, d_in)` and `B (d_out, r)`, in the dtype of `W0`. `scale`
-# is $s$. For a singular value of `8` and `scale=2`, both `A` and `B` get the factor
-# `2`.
+# `W_res (d_out, d_in)`, `A (r, d_in)` and `B (d_out, r)`, in the dtype of `W0`,
+# `float32` or `float64`. `scale` is $s$. For a singular value of `8` and `scale=2`,
+# both `A` and `B` get the factor `2`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -794,9 +805,10 @@ checks.pissa_start(my_pissa)
 # ### Exercise 5.5: LoRA+'s groups
 #
 # Difficulty two of five, importance three of five, about ten minutes. Return a list of
-# two groups for `torch.optim.AdamW`: the `B` of every `pfs.lora.LoRA` in `model` at
-# `lr * ratio`, and all else that trains, such as biases, at `lr`. No parameter appears
-# twice, and no frozen one at all. With `lr=1e-3, ratio=16`:
+# two groups, in any order, for `torch.optim.AdamW`: the `B` of every `pfs.lora.LoRA`
+# (see notebook 04) in `model` at `lr * ratio`, and all else that trains, such as
+# biases, at `lr`. No parameter appears twice, and no frozen one at all. With
+# `lr=1e-3, ratio=16`:
 # `[{"params": [A, …], "lr": 0.001}, {"params": [B, …], "lr": 0.016}]`.
 #
 # <details><summary>Hint one: a question</summary>
@@ -906,8 +918,8 @@ with TemporaryDirectory() as folder:
 #   several seeds. Known: one-seed searches misled us.
 # - **Method: LoRA.** Known: most of rsLoRA's lead vanished at the best learning rate.
 #   Not known: whether a relative is a little better.
-# - **Targets: all linear layers.** Known: about as good as the better half at one
-#   budget. Not known: whether larger models agree.
+# - **Targets: all linear layers.** Known: at one budget, near the better of attention
+#   and MLP. Not known: whether larger models agree.
 # - **Rank: 16, more for a task far from pretraining.** Known: rank 1 lost more, the
 #   farther the task. Not known: when a higher rank overfits.
 # - **Alpha: the rank or twice the rank, then keep it.** Known: at first it acts as a
@@ -972,21 +984,21 @@ with TemporaryDirectory() as folder:
 #
 # </details>
 #
-# **4. What does DoRA's file lack that a full weight has?**
+# **4. What must the file of a trained DoRA hold besides $A$ and $B$?**
 #
-# <details><summary>Nothing: it works alone</summary>
+# <details><summary>Nothing</summary>
 #
-# No. $A$, $B$ and $m$ compute nothing without $W_0$.
-#
-# </details>
-# <details><summary>The pretrained weight</summary>
-#
-# Right. The direction is that of $W_0 + s\,B A$.
+# No. The lengths $m$ were trained too.
 #
 # </details>
-# <details><summary>The lengths, which can be computed</summary>
+# <details><summary>The lengths $m$</summary>
 #
-# No. They were trained, so the file holds them.
+# Right. $W_0$ stays in the pretrained model.
+#
+# </details>
+# <details><summary>The lengths $m$ and $\lVert V \rVert$</summary>
+#
+# No. $W_0$, $A$ and $B$ give $\lVert V \rVert$.
 #
 # </details>
 #
@@ -1039,10 +1051,8 @@ with TemporaryDirectory() as folder:
 #
 # ## Limits
 #
-# - **One small model.** `tiny` has layers of width 128. rsLoRA and LoRA+ are meant for
-#   large ranks and wide layers.
-# - **Controls.** They cover one rank, one near task and one seed.
-# - **The papers.** QLoRA needed LoRA on all linear layers to match full fine-tuning.
+# `tiny` has layers of width 128. rsLoRA and LoRA+ are meant for large ranks and wide
+# layers.
 #
 # ## Your guesses
 #

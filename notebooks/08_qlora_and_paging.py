@@ -23,13 +23,13 @@
 #
 # - write QLoRA's product, forward and backward, without keeping the dequantized weight;
 # - list what is in four bits, and give the true share of trainable parameters;
-# - use a transplant to test whether adapters compensate for quantization;
-# - choose between three merges, and predict when requantizing erases the update;
-# - write a page table, and AdamW with one page of its states in memory;
-# - compute how much of a memory spike a paged optimizer can absorb.
+# - test whether adapters compensate for quantization;
+# - choose one of three merges, and predict when rounding to four bits erases training;
+# - write AdamW so that most of its states are out of memory;
+# - compute how much room this makes for a long sequence.
 #
 # **Only ten minutes?** Write `start("08", quick=True)` below and run all cells. Read
-# "The result first", "Idea three", and the verdict on claim M4.
+# "The result first" and "Idea three", without its exercise.
 
 # %%
 from peft_from_scratch.course import start
@@ -62,9 +62,9 @@ from peft_from_scratch.course.checks import qlora_and_paging as checks
 # of notebook 00, with the same initialization, rows and adapters. In the second run the
 # **projections**, the seven linear maps of each layer, are in four bits.
 #
-# The cell prints the training loss in the first and third optimizer step, in **nats per
-# token**: the negative logarithm of the right token's probability. At `0.04` nats, the
-# right token gets `96 %` on average.
+# The cell takes three optimizer steps, the first inside `Steps(…)`. It prints the
+# training loss of the first and third, in **nats per token**: the negative logarithm of
+# the right token's probability. At `0.04` nats, the right token gets `96 %` on average.
 
 # %%
 live = {}
@@ -105,14 +105,15 @@ lesson.show(
 #
 # | symbol | meaning | shape | kept until backward? |
 # |---|---|---|---|
-# | $q$ | codes and block constants (notebook 07) | | yes: four bits a weight |
+# | $q$ | codes, and a scale for each block of 64 weights, its **constant** | | yes |
 # | $W'$ | the dequantized weight | $d_{out} \times d_{in}$ | no |
 # | $A$, $B$ | the adapter, of scale $s$ | $r \times d_{in}$, $d_{out} \times r$ | yes |
 # | $x$ | the input | $d_{in}$ | yes: for the gradient of $A$ |
 # | $h$, $g$ | the output, its gradient | $d_{out}$ | |
 #
 # Plain autograd would keep the factors of each product for the backward pass: a whole
-# $W'$ in every layer. The cell counts these bytes for one layer of SmolLM2's size.
+# $W'$ in every layer. The cell counts these bytes for three ways to compute one
+# product, with the size of $q$ for comparison.
 
 # %%
 torch.manual_seed(0)
@@ -218,9 +219,9 @@ lesson.measured("8.1", calls / len(packed))
 
 # %% [markdown]
 # Each weight is dequantized once forward and once backward: 417 calls for 210
-# projections. (Three projections of the first layer pass no gradient on, since nothing
-# below them trains.) Large batches hide this cost, since it does not grow with the
-# batch.
+# projections. Only the query, key and value projections of the first layer need no
+# backward call, since nothing below them trains. Large batches hide the cost, since it
+# does not grow with the batch.
 #
 # ### What is in four bits, and what is not
 #
@@ -241,19 +242,18 @@ layer = bnb.nn.Linear4bit(1536, 576, bias=False, quant_type="nf4").to("cpu")
 print(f"bitsandbytes: 1536 x 576 = {1536 * 576:,}; numel() is {layer.weight.numel():,}")
 plain = sum(p.numel() for p in qlora.model.parameters())
 true = count(qlora.model)
-print(
-    f"{true.trainable:,} train; {plain:,} by the plain sum, {true.total:,} in truth"
-)
+print(f"{true.trainable:,} train; {plain:,} by the plain sum, {true.total:,} in truth")
 print(f"by the plain sum {true.trainable / plain:.2%}, in truth {true.share:.2%}")
 lesson.measured("8.2", 100 * true.trainable / plain)
 
 # %% [markdown]
 # The plain sum says 7.93 %, and the truth is 1.78 %. The embedding, which is also the
-# head, has most of the bytes. (`weights` are other unquantized matrices: none.)
+# head, has most of the bytes. No other matrix is unquantized, so `weights` is 0.
 #
 # **Preparing a model can undo the saving.** PEFT's `prepare_model_for_kbit_training`
 # converts all that is not in four bits to `float32`. This is wise for the norms, but it
-# doubles a 16-bit embedding.
+# doubles a 16-bit embedding. (**Gradient checkpointing**, off here, computes
+# activations again instead of keeping them.)
 
 # %%
 half, _ = lesson.load_model()
@@ -272,15 +272,14 @@ del half, live, qlora, lora, run
 #
 # ## Idea two: do the adapters compensate?
 #
-# The textbook that this course tests says: *the quality loss is minimal, because the
-# LoRA adapters compensate for the quantization error.* Claim Q4 is that the loss is
-# small. Claim Q4b is the reason, and needs a **control**: an adapter that had no chance
-# to compensate.
+# The textbook says: *the quality loss is minimal, because the LoRA adapters compensate
+# for the quantization error.* Claim Q4 is that the loss is small. Claim Q4b is the
+# reason, and needs a **control**: an adapter that had no chance to compensate.
 #
 # Our control is a **transplant**. We train LoRA on the full weights $W_0$, and then
 # move its $A$ and $B$, unchanged, to the 4-bit weights $W'$. The transplant cannot have
-# learned to correct the error. So if adapters compensate, QLoRA must have a lower test
-# loss $L$:
+# learned to correct the error. So if adapters compensate, QLoRA's test loss must be
+# below the transplant's. With $L$ for a test loss:
 #
 # $$\text{damage} = L_{\text{transplant}} - L_{\text{LoRA}}
 # \qquad
@@ -294,12 +293,19 @@ del half, live, qlora, lora, run
 # The verdicts come from **shipped runs** on SmolLM2 (three seeds) and on `tiny`, a
 # model of one million parameters (five seeds). A **seed** fixes initialization and row
 # order. Runs are **paired**: compared on the same seeds and test rows. Brackets hold a
-# `95 %` interval (notebook 01). If it reaches into two bands of the rule, the verdict
-# is **undecided**, which never means "no difference".
+# `95 %` interval (notebook 01).
 #
-# Your machine makes a short run of `tiny` on `gap-1`, a new output format. `nf4-base`
-# is the untrained model in four bits. `qlora-frozen` has random adapters that never
-# train. `qlora-bf16` is for claim Q5.
+# The cell prints each claim's **rule**: what is measured, and which range of values
+# gets which verdict. "Holds when" means: under a condition. If an interval reaches into
+# two ranges, the verdict is **undecided**, which never means "no difference".
+#
+# SmolLM2's task is that of notebook 00. "The same budget" means equally many trial runs
+# to find a learning rate. Q4b's rule is the formula above, and its "moved one" is the
+# transplant.
+#
+# Your machine makes a short run of `tiny` on `gap-1`, which turns sentences into
+# records like `Oslo - Friday …`. `nf4-base` is the untrained 4-bit model.
+# `qlora-frozen` has random adapters that never train. `qlora-bf16` is for claim Q5.
 
 # %%
 lesson.rule("Q4")
@@ -340,9 +346,12 @@ lesson.verdict("Q4")
 # On SmolLM2, QLoRA ends 0.0185 nats above LoRA. The rule calls up to 0.02 minimal, and
 # the interval crosses that line. Measure it on your own task.
 #
-# Two things may bias the number. QLoRA ran with LoRA's learning rate, and our copy of
-# SmolLM2 had been in another 4-bit format before (notebook 07). A searched learning
-# rate, on a model that was never in four bits, would decide.
+# Two things may bias the number. QLoRA ran with LoRA's learning rate, and the weights
+# of our SmolLM2 had been rounded to four bits once before (notebook 07). More seeds,
+# free of both biases, would decide Q4 and Q4b.
+#
+# Your short run has almost no damage, 0.0007 nats. A share of it has no meaning and can
+# even be negative, so ignore the line `Q4b here`.
 
 # %%
 print("damage of each seed:", *(f"{row:+.4f} nats" for row in damaged.mean(1)))
@@ -353,13 +362,10 @@ lesson.live("Q4b", *intervals.share_of(mended, damaged), scale="tiny")
 lesson.verdict("Q4b")
 
 # %% [markdown]
-# SmolLM2 and `tiny` differ here, and the real model counts. Its transplant loses
-# `0.0387` nats, and QLoRA mends 52.3 % of that. The interval starts at 18.9 %, so some
-# damage was mended. It contains 50 %, so the runs cannot tell whether it was most. More
-# seeds and a searched learning rate would decide.
-#
-# On `tiny` the damage is 0.0007 nats. A share of nearly nothing has no meaning, so
-# ignore the line `Q4b here`. Measure the damage before you credit the adapters.
+# SmolLM2's transplant loses `0.0387` nats, and QLoRA mends 52.3 % of that. (`tiny` has
+# almost no damage.) The interval starts at 18.9 %, so some damage was mended. It
+# contains 50 %, so the runs cannot tell whether it was most. Measure the damage before
+# you credit the adapters.
 #
 # ### An initialization that compensates by design
 #
@@ -418,8 +424,8 @@ def my_start(W0, q, r, scale):
 checks.loftq_start(my_start)
 
 # %% [markdown]
-# Predict which share of the error's squared norm rank 8 holds, in the matrices of
-# `tiny`.
+# Predict the share of the error's squared norm (its **energy**) that the best
+# approximation of rank 8 has, in the median matrix of `tiny`.
 
 # %%
 lesson.predict("8.4", low=None, high=None, unit="% of the error's squared norm")
@@ -432,13 +438,13 @@ noise = [spectrum.random_like(D, i) for i, D in enumerate(errors)]
 at_8 = {}
 for name, matrices in {"W0": W0s, "W0 - W'": errors, "random": noise}.items():
     at_8[name] = 100 * np.median([spectrum.energy(D)[7] for D in matrices])
-    print(f"of {name:8} rank 8 holds {at_8[name]:4.1f} %")
+    print(f"of {name:8} the best rank 8 has {at_8[name]:4.1f} %")
 lesson.measured("8.4", at_8["W0 - W'"])
 
 # %% [markdown]
-# Rank 8 holds 22.2 % of the error, hardly more than of a random matrix (20.7 %):
-# rounding errors look like noise. So a thin adapter removes little of them. LoftQ's
-# paper reports its largest gains at two bits, where the error is large.
+# Rank 8 has 22.2 % of the error's energy, hardly more than of a random matrix's
+# (20.7 %): rounding errors look like noise. So a thin adapter removes little of them.
+# LoftQ's paper reports its largest gains at two bits, where the error is large.
 #
 # ## Idea three: merge, but into what?
 #
@@ -452,10 +458,10 @@ lesson.measured("8.4", at_8["W0 - W'"])
 # | original | $W_0 + \Delta W$ | no | another model: it was trained with $W'$ |
 # | requantized | NF4$(W' + \Delta W)$ | yes | the trained weights, rounded again |
 #
-# Requantizing is a threshold. Suppose two neighboring values of a block are `0` and
-# `0.008`, one **quantization step** apart. Training moves a weight from `0` to `0.001`,
-# and requantizing rounds it back to `0`. Only a move beyond `0.004`, half of the
-# quantization step, changes the code. Small updates vanish, and large ones survive.
+# Requantizing rounds small updates away. Suppose `0` and `0.008` are neighbors among
+# the 16 values of a block: their distance is a **quantization step**. Training moves a
+# weight from `0` to `0.001`, and requantizing rounds it back to `0`. Only a move beyond
+# a threshold changes the code: `0.004`, half of the quantization step.
 #
 # The cell merges the two QLoRAs of `tiny` in all three ways. Predict how far the merge
 # onto the original weights is from the trained weights, in percent of the update's
@@ -537,8 +543,9 @@ checks.merge_errors(my_errors)
 # %% [markdown]
 # ### On trial: claims Q5 and M4
 #
-# Claim Q5: QLoRA's paper keeps $A$ and $B$ in `bfloat16`. This format always loses a
-# change below `1/512` of a value, and may lose one below `1/256`.
+# Claim Q5: QLoRA's paper keeps $A$ and $B$ in `bfloat16`. Between `1` and `2`, the
+# values of this format are `1/128` apart. So an optimizer step that moves a parameter
+# there by less than `1/256` is lost.
 
 # %%
 lesson.rule("Q5")
@@ -552,8 +559,9 @@ lesson.verdict("Q5")
 # On `tiny`, `bfloat16` adapters cost 0.005 nats, below the limit of 0.02. SmolLM2 was
 # not run. Use `bfloat16` where memory is short.
 #
-# Claim M4: a merged QLoRA has no overhead, and still its 4-bit base. The runs measure
-# the merge that stays in four bits. The rule has no band "does not hold", so read the
+# Claim M4: *a merged QLoRA has no overhead, and its base is still in four bits.* Only
+# the requantized merge can have both, so the runs measure that one. The rule has no
+# "does not hold", because the merge onto the dequantized weights is exact. So read the
 # number rather than the label.
 
 # %%
@@ -569,14 +577,14 @@ lesson.verdict("M4")
 # the test loss from `2.070` to `0.046` nats; requantizing raises it by 1.26. The update
 # is only `1.4 %` of the weights' norm, far below half a quantization step. In a count
 # on one such run, `99.9 %` of the codes came out as before. The error is `108 %` of the
-# update, and dropping the update altogether would be `100 %`.
+# update. Losing all of the update would be `100 %`; the codes and constants that do
+# change add new rounding error.
 #
 # On `tiny`, whose update is above the threshold, the loss rises by only `0.0036` nats.
 #
 # Distance alone does not predict the loss. On SmolLM2 the merge onto the *original*
 # weights is off by `661 %` of the update, and its loss even falls by `0.0189` nats.
-# This merge keeps the update and removes the quantization error. Requantizing keeps the
-# error and loses the update.
+# This merge keeps the update and removes the quantization error.
 #
 # - **To leave four bits,** merge onto the dequantized weights. This is exact, and takes
 #   `3.2` times the bytes in `float32`, half of that in 16 bits. If you have the
@@ -587,8 +595,7 @@ lesson.verdict("M4")
 # ### Break it on purpose
 #
 # A QLoRA adapter on the full-precision model gives another model than the trained one,
-# without an error message. The first cell makes this mistake. The second quantizes the
-# base first.
+# without an error message. The first cell makes this mistake, and the second mends it.
 
 
 # %%
@@ -613,8 +620,9 @@ with torch.no_grad():
 
 # %% [markdown]
 # The broken model's logits are off by 1.6; the mended one's are equal. Our file records
-# how the base was quantized, so the library can warn. Most formats do not. (The 0.24 is
-# for all weights together; 26.2 % was the median over matrices.)
+# how the base was quantized, so the library can warn. Most formats do not. In the
+# warning, "they" are the full and the 4-bit weights: their distance is 0.24 times the
+# norm of the update.
 #
 # ## Idea four: pages
 #
@@ -649,8 +657,10 @@ for tokens in (32, 64, 128, 192):
 # | dirty | updated in its slot: to be written back before it leaves |
 #
 # AdamW treats every value by itself. So one slice can be updated while the other states
-# are away, and no bit of the result changes. The cell takes three optimizer steps, and
-# prints the page table after the first.
+# are away, and no bit of the result changes. The cell takes three optimizer steps with
+# eight pages and four slots, and prints the page table after the first. Each column of
+# the picture shows the pages right after one of them was requested. The second
+# optimizer step goes backward, for a reason given below.
 
 # %%
 p = nn.Parameter(torch.randn(64))
@@ -669,7 +679,7 @@ lesson.show(figure, said.format(small.counters))
 # %% [markdown]
 # Follow page 0 in the picture. A fault brings it in, its update makes it dirty, and it
 # is written back when another page needs the slot. There are 16 faults and 8 hits. Most
-# pages are requested *ahead* of their use, so that a GPU can copy and compute at once.
+# faults are *ahead* of the use (triangles), so that a GPU can copy and compute at once.
 #
 # ### Exercise 8.4: who leaves?
 #
@@ -677,7 +687,7 @@ lesson.show(figure, said.format(small.counters))
 # table. When no slot is free, the page whose last use is longest ago leaves: **LRU**,
 # least recently used. `use(page)` takes an integer, makes this page resident, and
 # returns the page that had to leave, or `None`. `self.faults` counts the faults, and
-# `self.resident` lists the resident pages.
+# `self.resident` lists the resident pages, in any order.
 #
 # For example, with two slots, the uses `5, 6, 5, 7` return `None, None, None, 6` and
 # make `3` faults.
@@ -733,8 +743,7 @@ checks.lru_pages(MyPages)
 # If every optimizer step starts over at the first page, LRU fails completely: the next
 # page is always the one that has just left. The cure is to go *back and forth*, in
 # reverse every second time. (This order is ours, not QLoRA's.) Predict the share of
-# faults, with slots for half of the pages. The cell stops if a weight differs from
-# torch's AdamW in one bit.
+# faults, with slots for half of the pages.
 
 # %%
 lesson.predict(
@@ -782,13 +791,13 @@ lesson.measured("8.6", half[1])
 
 # %% [markdown]
 # With slots for half of the pages, starting over faults at 100 % of the uses, and back
-# and forth at 52 %. The weights were torch's at every budget.
+# and forth at 52 %. At every budget, each bit of the weights was as in torch's AdamW.
 #
 # ### Exercise 8.5: AdamW, one page at a time
 #
 # Difficulty four of five, importance four of five, about twenty minutes. Write a pager
 # with a single slot, and AdamW's update of one page. $t$ is the number of the optimizer
-# step, the same for all pages; $\eta$ is `lr`, $\lambda$ is `decay`:
+# step, from 1 on, the same for all pages; $\eta$ is `lr`, $\lambda$ is `decay`:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\,g \qquad
 # v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2 \qquad
@@ -799,7 +808,8 @@ lesson.measured("8.6", half[1])
 #   copy, and `store.write(page, states)` writes one back. A page in the slot is not
 #   read again, and only dirty pages are written.
 # - `update(p, g, t, …)` changes the weights `p (n,)` and the states in place, by the
-#   gradient `g (n,)`. All are `float32`. Afterwards the page is dirty.
+#   gradient `g (n,)`. All are `float32`, and none requires a gradient. Afterwards the
+#   page is dirty.
 #
 # For example, `bring(0)`, an update, `bring(0)` and `bring(1)` make two reads and one
 # write. The check counts both, and compares the weights with torch's, up to rounding.
@@ -858,16 +868,18 @@ checks.paged_adamw(MyPager)
 # ### On trial: claim P1
 #
 # *Paged attention moves optimizer states to the CPU, and so absorbs the memory spikes
-# of long sequences.* Paging can free the bytes of the states and nothing else. So this
-# verdict is arithmetic, **computed**:
+# of long sequences.* The right name is **paged optimizer**; PagedAttention is vLLM's
+# method for keys and values. Paging can free the bytes of the states and nothing else.
+# So this verdict is arithmetic, **computed**:
 #
 # $$\text{absorbed} = \min\left(1,\;
 # \frac{\text{bytes of the states}}{\text{bytes of the spike}}\right)$$
 #
-# The cell shows it at work. One run has torch's AdamW. The other has the library's
-# `PagedAdamW`, your two classes with more slots; together the slots are its **arena**.
-# With `optimizer.lent(bytes)` it gives up the bytes of the spike during a long
-# sequence. (`lent` is ours. In QLoRA, the driver moves pages when memory runs out.)
+# The cell runs torch's AdamW and the library's `PagedAdamW`, which combines exercises
+# 8.4 and 8.5; its slots are the **arena**. With `optimizer.lent(bytes)` it gives up the
+# bytes of the spike during a long sequence. (`lent` is ours. In QLoRA, the driver moves
+# pages when memory runs out.) The rule says 0 % if a weight differs from AdamW's or the
+# arena outgrows its budget.
 
 # %%
 lesson.rule("P1")
@@ -903,11 +915,6 @@ lesson.verdict("P1")
 # `56 %`. A LoRA's states are small and can free little. Compare your states with your
 # largest spike before you rely on paging.
 #
-# **PagedAttention** is something else: a method of the serving engine vLLM for the keys
-# and values of many requests. QLoRA has **paged optimizers**. **Offloading** keeps the
-# states in the host's memory, and every optimizer step pays for it. Paging pays only
-# when room is short.
-#
 # `python benchmarks/beyond_memory.py` (Linux) trains with states that do not fit into
 # the memory of a process.
 #
@@ -919,9 +926,9 @@ lesson.verdict("P1")
 #
 # The cell prints five parts and their sum: weights in NF4, the buffer for one
 # dequantized $W'$, adapters, AdamW's states (the rule's **moments**), and last
-# gradients and activations. All layers are alike, so it counts 8 and 12 and
-# extrapolates to 80. (**Gradient checkpointing** computes activations again instead of
-# keeping them.)
+# gradients and activations. **Double quantization** stores NF4's constants in eight
+# bits. All layers are alike, so the cell counts 8 and 12 and extrapolates to 80. The
+# line `Q6 here` names the lesson's model, but Llama-65B is counted.
 
 # %%
 lesson.rule("Q6")
@@ -953,10 +960,10 @@ lesson.verdict("Q6")
 
 # %% [markdown]
 # The weights take 34.5 GB; buffer, adapters and states take `8.4`. The rest of the 48
-# GB is room for one sequence of 2,949 tokens, at `1.76` MB a token. (The card's `1.5`
-# is for shorter sequences.) With the states paged out, 6,590 tokens fit. Plan a run the
-# same way: subtract the fixed parts, and divide the rest by the bytes of a token. (The
-# line above the card names the lesson's model, but Llama-65B was counted.)
+# GB is room for one sequence of 2,949 tokens, at `1.76` MB a token. (The folded part of
+# the card has `1.5`, from shorter sequences.) With the states paged out, 6,590 tokens
+# fit. Plan a run the same way: subtract the fixed parts, and divide the rest by the
+# bytes of a token.
 #
 # ## Now with the library
 #
@@ -980,8 +987,7 @@ assert gap < 1e-3
 # %% [markdown]
 # The largest difference is 1e-05, rounding of `float32`.
 #
-# The library's paged optimizer, `bnb.optim.PagedAdamW`, does not page on a CPU, so
-# there is nothing to compare.
+# `bnb.optim.PagedAdamW` does not page on a CPU, so there is nothing to compare.
 #
 # ## Quiz
 #
@@ -1105,8 +1111,7 @@ assert gap < 1e-3
 #
 # ## Limits
 #
-# - **The transplant** shows that a small loss alone proves no compensation. SmolLM2's
-#   52.3 % rest on one task and three seeds.
+# - **Compensation**: SmolLM2's 52.3 % rest on one task and three seeds.
 # - **General text** was not tested here. In the README's table QLoRA loses more than
 #   twice as much on it as LoRA. Which part is due to NF4 is open.
 # - **Scale and speed.** The models are small, and times are of a CPU. On a GPU,

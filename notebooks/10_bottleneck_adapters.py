@@ -13,24 +13,23 @@
 # %% [markdown]
 # # Bottleneck adapters
 #
-# In SmolLM2, a token takes 1.09 times the base model's time with bottleneck adapters
-# and 1.17 times with unmerged LoRA; merging removes the cost, and only LoRA can be
-# merged.
+# A token of SmolLM2 takes 1.09 times as long with bottleneck adapters, which are small
+# added networks, and 1.17 times with a LoRA that is not added into the weights.
 #
-# **You need** notebook 04 (LoRA from scratch), and notebook 01 or some memory of what
-# an interval is.
+# **You need** notebook 04 (LoRA from scratch) and, from notebook 01, the 95 % interval:
+# a range that should hold the true value.
 #
 # **At the end you can**
 #
 # - write a bottleneck adapter, and say where in a layer it is placed;
 # - choose its size so that it trains as many parameters as a given LoRA;
 # - find its places in models that name their modules differently;
-# - show why it cannot be merged, and fold its linear version into a weight;
-# - time an unmerged adapter, with a control for the clock;
-# - find the confound in a comparison, and choose the run that removes it.
+# - show why it cannot be added into a weight, unless it is linear;
+# - time a model with an adapter, and check the clock by timing the base model twice;
+# - find what else differs in a comparison, and choose the run that removes it.
 #
 # **Only ten minutes?** Write `start("10", quick=True)` below and run all cells. Read
-# "The result first", and the verdict on claim A1 with the text after it.
+# "The result first", and the text after the verdict card of A1, a textbook claim.
 
 # %%
 from peft_from_scratch.course import start
@@ -60,7 +59,8 @@ from peft_from_scratch.course.checks import bottleneck_adapters as checks
 #
 # A **LoRA** adds two thin matrices in parallel with a projection (a weight matrix). It
 # can be **merged**: their product is added to the frozen weight. A **bottleneck
-# adapter** is a small network after a **sublayer** (attention or MLP).
+# adapter** is a small network after a **sublayer** (attention or MLP). The code calls
+# it `houlsby`, after its paper's first author.
 #
 # The table shows the time of a **decoding step** (one new token) divided by the base
 # model's, with 95 % intervals. Both methods have about equally many parameters. The
@@ -88,7 +88,7 @@ for name, said in candidates.items():
 # ## Where bottlenecks are placed
 #
 # The picture shows one layer, with the bottlenecks in color and other methods in pale
-# gray. Its formula writes $h$ and $f$ for our $y$ and $\sigma$.
+# gray. Idea one explains the formula below it.
 
 # %%
 lesson.show(
@@ -98,10 +98,10 @@ lesson.show(
 )
 
 # %% [markdown]
-# Houlsby's bottlenecks sit at the end of each sublayer. They correct its output
-# **before** it is added to the **residual stream**, the running sum that passes from
-# layer to layer. The textbook says "between transformer layers"; there, they would
-# change the whole stream.
+# A bottleneck sits at the end of each sublayer. It corrects the sublayer's output
+# **before** that output is added to the **residual stream**, the running sum that
+# passes from layer to layer. The textbook puts bottlenecks "between transformer
+# layers", which is wrong: there, a bottleneck would change the whole stream.
 #
 # The picture says "Only they train", which is true here. The paper (Houlsby and others,
 # figure two) also trains the layer norms and the classifier.
@@ -122,6 +122,9 @@ lesson.show(
 # | $m$ | width of the bottleneck, far below $d$ | an integer | you choose |
 # | $h$ | what the sublayer adds to the stream | $d$ | |
 #
+# The picture's formula is the same, with $h$ for both $y$ and $h$, and $f$ for
+# $\sigma$.
+#
 # For example, let $y = (1, 2)$, $D = (1\;\;1)$, $U = (0.1\;\;0)^\top$, no biases and
 # $\sigma$ = ReLU. Then $D\,y = 3$, the correction is $(0.3,\ 0)$, and $h = (1.3,\ 2)$.
 # The cell uses random values and counts the parameters.
@@ -139,18 +142,19 @@ print(f"entries of y: {len(y)}, of the middle: {len(narrow)}, of h: {len(h)}")
 print(f"trained parameters: {numbers}; 2md + d + m says {2 * m * d + d + m}")
 
 # %% [markdown]
-# This one trains 32 parameters, as the formula says. LoRA,
-# $h = W_0 x + \frac{\alpha}{r} B A\,x$ (rank $r$, scale $\alpha / r$), differs in two
-# ways. It reads the projection's *input* $x$, while a bottleneck waits for the *output*
-# $y$. And it has no nonlinearity.
+# The formula gives the right count. LoRA, $h = W_0 x + \frac{\alpha}{r} B A\,x$ (rank
+# $r$, scale $\alpha / r$), differs from a bottleneck in two ways. It reads the
+# projection's *input* $x$, while a bottleneck waits for the *output* $y$. And it has no
+# nonlinearity.
 #
 # ### Exercise 10.1: the forward pass
 #
 # Difficulty two of five, importance five of five, about ten minutes. Write `forward`,
 # which computes $h$. The input `x` is `(…, d_in)`, one token per row; the result is
-# `(…, d)`, in the dtype of `x`. Call `self.base(x)` for $y$: the base may be an
-# `nn.Linear` or GPT-2's `Conv1D`. `self.sigma` is a function such as `F.gelu`. Example:
-# if `U` is all zeros and `b_U` all ones, the result is `y + 1`.
+# `(…, d)`. All tensors have the same dtype. Call `self.base(x)` for $y$: the base may
+# be an `nn.Linear` or GPT-2's `Conv1D`, which stores its weight transposed.
+# `self.sigma` is a function such as `F.gelu`. Example: if `U` is all zeros and `b_U`
+# all ones, the result is `y + 1`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -206,8 +210,9 @@ checks.bottleneck_forward(MyBottleneck)
 # | large | far from $y$ | large | large |
 #
 # The next cells measure the loss of `tiny`, our model of one million parameters, before
-# training, on sixteen test rows of the task `gap-1`. Its unit is **nats per token**: at
-# `0.04` nats, the right token's probability averages `96 %`.
+# training. The sixteen test rows are from `gap-1`, a task with a new answer format. The
+# unit of the loss is **nats per token**. At `0.04` nats, the right token's probability
+# is typically $e^{-0.04}$, which is `96 %`.
 #
 # Predict: by how much does the loss rise when the standard deviation is 1.0?
 
@@ -250,10 +255,12 @@ lesson.measured("10.1", losses[1.0] - untouched)
 
 # %% [markdown]
 # A standard deviation of 0.01 hardly changes the loss, and one of 1.0 raises it by 11
-# nats. The adapter is the same in both runs, so the small scale protects the model.
+# nats. The two adapters differ only in the scale of their random weights, so the small
+# scale protects the model.
 #
-# With zero weights, the remaining gradient is that of $b_U$. The gradient of $U$ is
-# multiplied by $\sigma(0) = 0$ and that of $D$ by $U = 0$. Only $b_U$ would ever train.
+# With zero weights, $U$ has no gradient because its input is $\sigma(0) = 0$. $D$ and
+# $b_D$ have none because their gradient passes through $U = 0$. So no optimizer step
+# moves these three away from zero, and only $b_U$ trains.
 #
 # ### Break it on purpose
 #
@@ -289,11 +296,10 @@ repaired = "return (y := self.base(x)) + self.up(F.gelu(self.down(y)))"
 print("the repair:", repaired)
 
 # %% [markdown]
-# The residual connection is missing: $y$ itself is not added. Only the small correction
-# is left of each sublayer, and the loss rises from 3.47 to 19.91. Guessing evenly among
-# the `1024` tokens would give `6.9`, so this model is confident and wrong.
+# The residual connection is missing: $y$ itself is not added. Each sublayer passes on
+# only the small correction, and the loss rises from 3.47 to 19.91.
 #
-# Its loss would still fall in training. Always compare the loss before the first
+# This loss would still fall in training. Always compare the loss before the first
 # optimizer step with the base model's.
 #
 # ## Idea three: choose a fair size
@@ -319,15 +325,13 @@ for name, module in layer.items():
 print(f"LoRA of rank 8 in this layer: {budget:,} parameters")
 
 # %% [markdown]
-# The budget of a SmolLM2 layer is 81,408 parameters.
-#
 # ### Exercise 10.2: the same budget
 #
 # Difficulty two of five, importance three of five, about ten minutes. This is a warm-up
 # of two lines. Return a tuple `(m, count)` of two `int`: the `m` for which *two*
 # bottlenecks of hidden size `d` come closest to `budget` parameters, and how many the
-# two have together. Example: `my_units(100, 792)` is `(1, 602)`, since `m = 2` gives
-# `1004`, which is further away.
+# two have together. There are no ties, and `m` is at least one. Example:
+# `my_units(100, 792)` is `(1, 602)`, since `m = 2` gives `1004`, which is further away.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -439,7 +443,7 @@ checks.bottleneck_places(my_places)
 
 # %% [markdown]
 # Pfeiffer and others keep one bottleneck per layer, after the MLP. That halves the
-# parameters and the added products:
+# parameters:
 
 # %%
 for placement in ("houlsby", "pfeiffer"):
@@ -470,11 +474,12 @@ for said, entries in work.items():
 # Each adapter adds 2.3 % of the arithmetic, but the first table shows several times as
 # much added time. So arithmetic does not explain the cost.
 #
-# A second candidate is the **fixed cost** of starting an operation: Python, PyTorch's
-# choice of code, on a GPU the launch of a **kernel** (a program there). The model's own
-# projections are large and take far longer than that. An adapter's products are thin,
-# so for one token the fixed cost may dominate. Then the number of added products
-# matters, two for each place. The next cells count what PyTorch starts.
+# A second candidate is the **fixed cost** of starting an operation. Each time, Python
+# calls PyTorch, which starts a **kernel**: the compiled program that does the
+# arithmetic. The model's own projections are large and take far longer than this start.
+# An adapter's products are thin, so for one token the fixed cost may dominate. Then the
+# number of added products matters, two for each place. The next cells count what
+# PyTorch starts.
 
 
 # %%
@@ -502,8 +507,9 @@ for name in ("base", "merged", "houlsby", "lora"):
 
 # %% [markdown]
 # For one token, `tiny` starts 29 products, 45 with bottlenecks and 85 with LoRA. So
-# LoRA adds three and a half times as many products as bottlenecks. In SmolLM2, its
-# added time is only about twice theirs, so the count explains a part at best.
+# LoRA adds three and a half times as many products as bottlenecks, in SmolLM2 too
+# (seven places against two). But in the first table, LoRA adds only about twice as much
+# time as bottlenecks. So the number of products explains a part at best.
 #
 # "In parallel" describes LoRA's diagram. In time, PyTorch starts one product after the
 # other.
@@ -511,19 +517,21 @@ for name in ("base", "merged", "houlsby", "lora"):
 # ### On trial: claim A1
 #
 # *Adapters compute in sequence and add latency, unlike LoRA, which is parallel* (the
-# textbook, and in part LoRA's paper). The rule says which measured value leads to which
-# verdict, and was fixed before the runs. Predict its ratio for `tiny`, a smaller model:
-# the time of a decoding step with bottlenecks, divided by that with unmerged LoRA.
+# textbook, and in part LoRA's paper). We measure a ratio: the time of a decoding step
+# with bottlenecks, divided by the time with unmerged LoRA. In each **round**, all five
+# models decode in turn, which gives one ratio. We take the median of the rounds.
+#
+# The rule, fixed before the runs, gives each range of this ratio a verdict. The verdict
+# "holds when" comes with a condition. Predict the ratio for `tiny`, a smaller model.
 
 # %%
 lesson.rule("A1")
 lesson.predict("10.2", low=None, high=None, unit="times LoRA's time")
 
 # %% [markdown]
-# The next cell times `tiny` on your machine. In each **round** all five models decode
-# in turn, and ratios are taken within a round, so that a slow moment affects both
-# sides. If the interval of the control, `again`, does not contain one, the control has
-# **failed** and the live ratios are void.
+# The next cell times `tiny` on your machine; these ratios are called **live**. A slow
+# moment affects both sides of a round's ratio. If the interval of the control, `again`,
+# does not contain one, the control has **failed** and the live ratios are void.
 
 # %%
 tokens = list(range(3, 3 + config["prompt"]))
@@ -542,11 +550,12 @@ live = times("houlsby", "lora")
 lesson.measured("10.2", live[0])
 
 # %% [markdown]
-# This live clock is noisy. On one machine, the control passed in one run and failed in
-# another. So base no conclusion on the live ratios.
+# Live timing is noisy: on one machine, the control passed in one run and failed in
+# another. So draw no conclusion from the live ratios.
 #
-# The stored runs have three repeats of seven rounds, for one sequence and for eight.
-# The figure shows SmolLM2. (`python -m peft_from_scratch ledger A1 --run` makes them.)
+# The verdict rests on **stored** runs, which come with the course: three repeats of
+# seven rounds, for one sequence and for eight. The figure shows them for SmolLM2.
+# (`python -m peft_from_scratch ledger A1 --run` makes them.)
 
 # %%
 names = {
@@ -576,7 +585,12 @@ lesson.show(figure, "For one sequence and for eight: " + "; ".join(told) + ".")
 
 # %% [markdown]
 # With eight sequences, the slowdown is about the same: 1.16 with unmerged LoRA and 1.08
-# with bottlenecks. The rule's ratio follows, for both models.
+# with bottlenecks.
+#
+# In the next cell, `ledger` computes the ratio of A1 from the stored runs, for both
+# models. Two lines compare your live ratio ("here") with the stored one ("Shipped").
+# The verdict card follows. (`NBVAL_CHECK_OUTPUT` marks a cell that prints the same on
+# every machine.)
 
 # %%
 for scale in ("tiny", "smollm2"):
@@ -598,20 +612,24 @@ lesson.verdict("A1", guess="10.2")
 # This trial cannot say whether sequential or parallel is faster. The ratio is 0.93 in
 # SmolLM2 and 0.80 in `tiny`, but LoRA has seven places and bottlenecks two, and that
 # alone could make the difference. A LoRA at the same two places with equally many
-# parameters would decide. Until then the question is open.
+# parameters would decide.
 #
-# One control failed in the figure. With eight sequences, merged LoRA is at 0.97 and its
-# interval excludes one, although it starts the same products as the base. The intervals
-# treat 21 rounds from three repeats as independent, and are probably too narrow. So a
-# difference of three percent proves nothing here. Both slowdowns are clearly larger.
+# Merged LoRA is a second control, because it starts the same products as the base. With
+# eight sequences, this control fails: merged LoRA is at 0.97, and its interval excludes
+# one. The intervals treat 21 rounds from three repeats as independent, and are probably
+# too narrow. So a difference of three percent proves nothing here. Both slowdowns are
+# clearly larger.
 #
 # ## Idea six: why a bottleneck cannot be merged
 #
-# The nonlinearity prevents merging. A merged layer has the form $f(x) = W x + b$. Such
-# a function is additive without its constant part: for $g(x) = f(x) - f(0)$, we have
-# $g(x_1 + x_2) = g(x_1) + g(x_2)$. For inputs 1 and 2, $f(x) = 2x + 1$ passes this test
-# with $6 = 2 + 4$, and $x^2$ fails with $9 \ne 1 + 4$. The cell prints by how much the
-# two sides differ, with GELU and without.
+# The nonlinearity prevents merging. A merged layer has the form $f(x) = W x + b$.
+# Subtracting $f(0)$ leaves $g(x) = f(x) - f(0) = W x$, and such a $g$ passes a test:
+# $g(x_1 + x_2) = g(x_1) + g(x_2)$.
+#
+# For example, $f(x) = 2x + 1$ has $g(x) = 2x$. It passes for the inputs 1 and 2, since
+# $g(3) = 6$ and $g(1) + g(2) = 2 + 4$. The function $x^2$ fails, since $g(3) = 9$ and
+# $g(1) + g(2) = 1 + 4$. The cell prints by how much the two sides differ for a
+# bottleneck, with GELU and without.
 
 # %%
 torch.manual_seed(0)
@@ -649,7 +667,8 @@ for sigma in (F.gelu, plain):
 # | $I + U D$ | identity plus rank $m$ at most | $d \times d$ |
 # | $W$ | the merged weight | $d \times d_{in}$ |
 #
-# The cell folds a linear bottleneck, and asks the library to merge one with GELU.
+# The cell **folds** a linear bottleneck into the weight in this way. It also asks the
+# library to merge a bottleneck with GELU.
 
 # %%
 fold = torch.eye(6).double() + U @ D
@@ -675,14 +694,17 @@ finally:
 # with equal parameters and optimizer steps, does LoRA reach a lower test loss?
 #
 # The rule covers `tiny` only, on three tasks: a new format (`gap-1`), new words
-# (`gap-2`) and a new language (`gap-3`). Both methods get a learning rate for each task
-# from searches of the same size. (The rule's "start" is the initialization, fixed for
-# these two.) A **seed** fixes the training rows, their order and the initialization.
-# Predict the mean test loss of bottlenecks minus LoRA's.
+# (`gap-2`) and a new language (`gap-3`). It takes the test loss of bottlenecks minus
+# LoRA's, averaged over the tasks. Predict this difference.
 
 # %%
 lesson.rule("A2")
 lesson.predict("10.3", low=None, high=None, unit="nats above LoRA")
+
+# %% [markdown]
+# For each task, both methods get a learning rate from searches of the same size. The
+# next cell reads them from `challengers`, the module of this experiment. (The rule's
+# "start" is the initialization, which is fixed for these two methods.)
 
 # %%
 jobs = {"gap-1": "new format", "gap-2": "new words", "gap-3": "new language"}
@@ -694,11 +716,9 @@ for job, said in jobs.items():
     print(f"{said:13} learning rate: bottlenecks {ours:g}, LoRA {theirs:g}")
 
 # %% [markdown]
-# All chosen learning rates are 0.01, except 0.03 for bottlenecks on new words.
-#
-# The next cell trains both methods with one seed. They see the same rows in the same
-# order, so their losses are **paired** and subtracted row by row. The control is a
-# random LoRA that is never trained.
+# The next cell trains both methods with one **seed**, which fixes the training rows,
+# their order and the initialization. The losses are **paired**: they are subtracted row
+# by row. The control is a random LoRA that is never trained.
 
 # %%
 less = {"test": 100, "validation": 5}
@@ -723,10 +743,10 @@ lesson.measured("10.3", mean_lag)
 # Bottlenecks have the higher loss on all three tasks with this seed. The control ends
 # at 7.189 nats, so the low losses come from training.
 #
-# Over five stored seeds, a 95 % interval is at least $\pm\, t\, s / \sqrt{5}$, with $s$
-# their standard deviation and $t \approx 2.8$ (notebook 01). One seed has no interval,
-# so the live seed borrows $\pm\, t\, s$. Its $s$ is that of each seed's mean over the
-# three tasks, where deviations partly cancel.
+# One seed has no interval of its own, so its uncertainty comes from five stored seeds.
+# For each stored seed, the next cell takes the mean difference over the three tasks. If
+# $s$ is the standard deviation of these five means, the live seed gets the interval
+# $\pm\, t\, s$, with $t \approx 2.8$ for five seeds (notebook 01).
 
 
 # %%
@@ -766,7 +786,8 @@ lesson.show(figure, "Bottlenecks minus LoRA, in nats: " + "; ".join(told) + ".")
 # average) and the new language (+0.203). The new format is undecided, because its
 # interval contains zero: one seed differs by 0.243 nats, the others by 0.017 or less.
 #
-# The next cell averages the values, and the ends of their intervals to be cautious.
+# The next cell averages the three values, and also the ends of their intervals. That is
+# cautious: it is as if errors in the three tasks never canceled out.
 
 # %%
 shipped = ledger.judge(claim, "tiny")
@@ -780,9 +801,9 @@ lesson.verdict("A2", guess="10.3")
 
 # %% [markdown]
 # For the real model A2 is undecided, although the card says "holds" for `tiny`. In the
-# course's comparison on SmolLM2 (`data/results/compare.json`), bottlenecks and LoRA are
-# level in exactly right answers. It has one seed and a hundred test rows, so it could
-# miss a sizable difference. Several seeds on SmolLM2 could decide.
+# course's comparison on SmolLM2 (`data/results/compare.json`), bottlenecks and LoRA get
+# equally many answers exactly right. The comparison has one seed and a hundred test
+# rows, so it could miss a sizable difference. Several seeds on SmolLM2 could decide.
 #
 # The cause on `tiny` is untested. Again LoRA has seven places against two, and more
 # optimizer steps might close the gap. So A2 is no reason to avoid bottlenecks in a real
@@ -918,24 +939,27 @@ assert max(off, gap) < 1e-12
 # ### In your own words
 #
 # A colleague reads the first table and says: "So sequential adapters are faster than
-# parallel ones." Name the confound, and choose the run that removes it, with places and
-# rank for SmolLM2. Which result would support your colleague, and which would not?
+# parallel ones." Name the **confound** (what else differs and could explain the
+# result), and choose the run that removes it, with places and rank for SmolLM2. Which
+# result would support your colleague, and which would not?
 #
 # <details><summary>A model answer</summary>
 #
-# "LoRA has seven places in a layer and the bottlenecks two, so the wiring is not the
-# only difference. I would time an unmerged LoRA at `o_proj` and `down_proj`, at rank
-# `25`: that is `25 * (576 + 576 + 1536 + 576)` = `81,600` parameters in a layer. It
-# takes turns with the bottlenecks and two copies of the base. If the bottlenecks are
-# clearly faster and the control passes, the wiring matters. A ratio near one with a
-# narrow interval points to the number of places. A wide interval decides nothing."
+# "LoRA has seven places in a layer and the bottlenecks two, so parallel or sequential
+# is not the only difference. I would time an unmerged LoRA at `o_proj` and `down_proj`,
+# at rank `25`: that is `25 * (576 + 576 + 1536 + 576)` = `81,600` parameters in a
+# layer. It takes turns with the bottlenecks and two copies of the base. If the
+# bottlenecks are clearly faster and the control passes, you are right. A ratio near one
+# with a narrow interval points to the number of places. A wide interval decides
+# nothing."
 #
 # </details>
 #
 # ### Transfer
 #
 # Somebody wants an adapter that has a nonlinearity *and* can be merged, and proposes
-# $h = \sigma(y + U D\,y)$. What can be merged, and what happens before training?
+# $h = \sigma(y + U D\,y)$. What can be merged, and what is the model's output before
+# training?
 #
 # <details><summary>A model answer</summary>
 #
@@ -947,10 +971,8 @@ assert max(off, gap) < 1e-12
 #
 # ## Limits
 #
-# - **The controls.** With one sequence, the clock's control passes. With eight, merged
-#   LoRA fails as a control.
-# - **Open questions.** Places and wiring are confounded in A1. GPUs, compiled models,
-#   large batches, and kernels that compute LoRA with its projection can differ.
+# - **Not tested.** GPUs, compiled models, large batches, and kernels that compute LoRA
+#   with its projection can differ.
 # - **The papers' figures** (theirs, not ours). Houlsby and others came within `0.4`
 #   points of full fine-tuning of BERT on GLUE, a set of language tasks, with `3.6 %` of
 #   the parameters per task. LoRA's paper found `20` to `30 %` more time for adapters in
@@ -958,7 +980,7 @@ assert max(off, gap) < 1e-12
 #
 # ## Your guesses
 #
-# Ranges that you are nine tenths sure of should contain nine of ten measured values.
+# Each range should hold the measured value nine times out of ten. The next cell counts.
 
 # %%
 lesson.calibration()
@@ -977,6 +999,6 @@ lesson.receipt()
 # - Pfeiffer and others, [AdapterFusion](https://arxiv.org/abs/2005.00247).
 # - He and others, [Towards a unified view of parameter-efficient transfer
 #   learning](https://arxiv.org/abs/2110.04366): adapters, prefixes and LoRA as one
-#   family, with a bottleneck *in parallel* with the sublayer.
+#   family.
 # - Hu and others, [LoRA](https://arxiv.org/abs/2106.09685), section three.
 # - The [adapters](https://github.com/adapter-hub/adapters) library has bottlenecks.

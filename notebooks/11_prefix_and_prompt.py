@@ -13,24 +13,24 @@
 # %% [markdown]
 # # Prefix and prompt tuning
 #
-# You will have shown that a frozen model learns a job from a few vectors that stand
-# before its input, because attention mixes in whatever stands there, while vectors of
-# the same number and size that nobody trained leave it as lost as before.
+# Sixteen trained vectors prepended to the input take a frozen SmolLM2 from 0 to 43 %
+# right answers, trained keys and values in every layer take it to 65 %, and LoRA to
+# 74 %.
 #
-# **You need** notebook 04, and to know what attention computes: queries, keys, values,
-# a softmax, a causal mask.
+# **You need** notebook 04 (LoRA), and what attention computes: queries, keys, values,
+# softmax, causal mask.
 #
 # **At the end you can**
 #
-# - put trained vectors before a text: join, mask, positions, cut;
-# - find the bug that makes a row's answer depend on its neighbours;
-# - write attention with a prefix, and say how much of it the prefix gets;
-# - count what both methods train, and what they cost in every answer;
-# - say why nothing can be merged;
-# - tell what a method *could* express from what training finds.
+# - prepend trained vectors to a padded batch;
+# - find the bug that makes a row's answer depend on its neighbors;
+# - write attention with a prefix, and compute the prefix's share of it;
+# - say why a prefix cannot be merged, and which ratio it cannot change;
+# - count the parameters of both methods, and the cache that they fill;
+# - choose the run that decides between two explanations.
 #
 # **Only ten minutes?** Write `start("11", quick=True)` below and run all cells. Read
-# "The result first", do exercise 11.1, and read the verdict on claim T3.
+# "The result first", do exercise 11.4, and read the verdict on claim T3.
 
 # %%
 from peft_from_scratch.course import start
@@ -56,53 +56,57 @@ from peft_from_scratch.course.checks import prefix_and_prompt as checks
 # %% [markdown]
 # ## The result first
 #
-# The job is that of notebook 00: a sentence in, a line of JSON out. Every row below is
-# SmolLM2 on the same test rows. What differs is what was trained, and how much of it.
-# (`make compare` makes this file again.)
+# A few trained vectors help the real model a lot, though less than LoRA.
+#
+# The next cell prints results of SmolLM2 on the task of notebook 00: a sentence in, one
+# exact line of JSON out. Brackets hold 95 % intervals over 100 test rows. The last
+# column counts **optimizer steps**, the updates of the parameters. QLoRA and
+# bottlenecks are in notebooks 08 and 10.
 
 # %%
 file = provenance.ROOT / "data" / "results" / "compare.json"
 comparison = json.loads(file.read_text("utf-8"))
-print("                        trained numbers   exactly right [95 %]   steps")
+print("                     trained parameters   exactly right [95 %]   steps")
 for row in comparison["rows"]:
     exact = "{rate:5.0%} [{low:.0%}, {high:.0%}]".format(**row["exact"])
     print(f"{row['label']:22} {row['trainable']:16,} {exact:>22} {row['steps']:7}")
 
 # %% [markdown]
-# Look down the second column. The last method trains fewer numbers than any other, by
-# far: a handful of vectors, each as wide as the embedding of one token. They stand
-# before the text, and no weight of the model is touched. Without them, and without
-# examples, the first row is all that the model does.
+# Zero-shot, with an instruction alone, gets 0 %. Prompt tuning trains the fewest
+# parameters, 9,216, and gets 43 %, with twice the optimizer steps of the others. Prefix
+# tuning gets 65 % with 184,320 parameters. LoRA gets 74 % with over ten times as many.
+# The last two intervals overlap, and each method has one run, so this table does not
+# prove LoRA better.
 #
-# In this picture of a layer, they are what has a colour.
+# The next picture shows one layer, with what prompt tuning trains in color. Pale
+# outlines belong to other methods.
 
 # %%
 lesson.show(
     block_picture(lit="prompt"),
-    "A soft prompt stands before the embedded tokens; every weight stays frozen.",
+    "A soft prompt is prepended to the embedded tokens; every weight stays frozen.",
 )
 
 # %% [markdown]
-# ## Idea one: a prompt that nobody can type
+# ## Idea one: a prompt of trained vectors
 #
-# A prompt is a row of tokens. The first thing that a model does with a token is to look
-# up its embedding, a vector. From there on it sees vectors only. So a prompt need not
-# consist of vectors that belong to tokens. **Prompt tuning** puts $n$ free vectors
-# before the text, and lets gradient descent write them:
+# A prompt need not consist of words. A model looks up a vector for each token, its
+# **embedding**, and computes with vectors from there on. So we can prepend $n$ vectors
+# that belong to no token. **Prompt tuning** trains these vectors, the **soft prompt**
+# $P$, and freezes all weights:
 #
 # $$h = f([P;\ E(x)])$$
 #
-# | symbol | what it is | shape | trained? |
-# |---|---|---|---|
-# | $x$ | the tokens | $t$ | |
-# | $E(x)$ | their embeddings | $t \times d$ | no |
-# | $P$ | the soft prompt | $n \times d$ | yes |
-# | $[P;\ E(x)]$ | one above the other | $(n + t) \times d$ | |
-# | $f$ | the whole model behind its embedding | | no |
+# | symbol | what it is | shape |
+# |---|---|---|
+# | $E(x)$ | embeddings of the tokens $x$ | $t \times d_{model}$ |
+# | $P$ | the soft prompt, trained | $n \times d_{model}$ |
+# | $[P;\ E(x)]$ | $P$, then $E(x)$ | $(n + t) \times d_{model}$ |
+# | $f$ | the frozen model after its embedding | |
+# | $h$ | **logits**: scores of the next token | $(n + t) \times$ vocabulary |
 #
-# How can we be sure that we put it in the right place? There is an exact test. If $P$
-# holds the embeddings of real tokens, the model must say what it says to that text.
-# Here is the instruction of the job, once as text and once as $P$.
+# If $P$ holds the embeddings of real tokens, the logits must be those of that text. The
+# next cell compares both for the task's instruction.
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -114,49 +118,52 @@ with torch.no_grad():
     as_text = model(torch.cat([text, row], 1)).logits[:, n:]
     P, E = model.get_input_embeddings()(text), model.get_input_embeddings()(row)
     as_P = model(inputs_embeds=torch.cat([P, E], 1)).logits[:, n:]
-print(f"n = {n} vectors before t = {t} tokens")
+print(f"n = {n} vectors, prepended to t = {t} tokens")
 print(f"largest difference of a logit: {(as_P - as_text).abs().max():.1g}")
 
 # %% [markdown]
-# So every text prompt is a soft prompt. The reverse does not hold: most points of the
-# space belong to no token, and no keyboard reaches them.
+# The largest difference is 0, so every text prompt is also a soft prompt. Most soft
+# prompts correspond to no text.
 #
-# ### What must be right around it
+# ### Mask, positions and outputs
 #
-# A batch holds rows of different lengths, so some rows are padded. To generate, one
-# pads on the left, and then each row's tokens end together. Here are two such rows and
-# a $P$ of two vectors (`P`), real tokens (`x`) and padding (`.`):
+# A wrong mask or position raises no error. In a batch, shorter rows get **padding**, on
+# the left when text is generated. Here are two rows, with a $P$ of two vectors (`P`),
+# real tokens (`x`) and padding (`.`):
 #
-# | | row one | row two |
-# |---|---|---|
-# | what the model gets | `P P x x x x` | `P P . . x x` |
-# | mask | `1 1 1 1 1 1` | `1 1 0 0 1 1` |
-# | positions | `0 1 2 3 4 5` | `0 1 1 1 2 3` |
-# | outputs that are kept | the last four | the last four |
+# ```
+#            row one        row two
+# input      P P x x x x    P P . . x x
+# mask       1 1 1 1 1 1    1 1 0 0 1 1
+# positions  0 1 2 3 4 5    0 1 1 1 2 3
+# ```
 #
-# Four things follow. The **mask** grows by $n$ ones, or nobody sees $P$. The
-# **positions** of the tokens move on by $n$, and padding is not counted (which position
-# a padding token has does not matter). The first $n$ **outputs** are cut off: there is
-# nothing to compare them with, so the **loss** is not taken on them. Whoever calls the
-# model then gets as many outputs as tokens, and neither the loss nor `generate` needs
-# to know.
+# - The **mask** gets $n$ ones on the left. Without them, no token attends to $P$.
+# - The **positions** count $P$ and real tokens. Those of padding do not matter.
+# - The first $n$ **outputs** are cut off. One per token is left.
 #
 # ### Exercise 11.1: a soft prompt before a batch
 #
-# Difficulty three of five, importance five of five, about fifteen minutes. Write it for
-# a batch that may be padded on either side. Put $P$ before everything, padding
-# included, and return the logits of the caller's tokens.
+# Difficulty three of five, importance five of five, about fifteen minutes.
+#
+# Write `my_prompt(model, P, input_ids, attention_mask)`. `P` is a float tensor `(n,
+# d_model)`. The others are int64, `(b, t)`, and the mask is zero at padding, on either
+# side. Prepend `P` to each row, before any padding. Give the model embeddings (from
+# `model.get_input_embeddings()`), mask and positions. Return the logits of the caller's
+# tokens, `(b, t, vocabulary)`. Gradients must reach `P`; the model stays as it is.
+#
+# Two vectors and the mask `[[1, 1, 1, 1], [0, 0, 1, 1]]` give the table above.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Going through a row of the wide mask from the left, what do you count to know at which
-# position the next real token stands? And which function of torch counts as it goes?
+# How many ones of the wide mask come before a given token? Which function of torch
+# computes running counts?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# `P` is `(n, d)`; each of the `b` rows needs it, as `(b, n, d)`. Mask and positions are
-# `(b, n + t)`. What you return is `(b, t, vocabulary)`.
+# `P` becomes `(b, n, d_model)`; mask and positions are `(b, n + t)`. Which dimension do
+# you cut at the end?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -168,14 +175,14 @@ print(f"largest difference of a logit: {(as_P - as_text).abs().max():.1g}")
 
 # %% tags=["exercise-11.1"]
 def my_prompt(model, P, input_ids, attention_mask):
-    """The logits (b, t, vocabulary) of the tokens behind P (n, d).
+    """The logits (b, t, vocabulary) of the tokens after P (n, d_model).
 
     Call model(inputs_embeds=…, attention_mask=…, position_ids=…), and take its .logits.
     """
     ### BEGIN SOLUTION
     b, n = len(input_ids), len(P)
     E = model.get_input_embeddings()(input_ids)
-    joined = torch.cat([P.expand(b, -1, -1), E], dim=1)  # (b, n + t, d)
+    joined = torch.cat([P.expand(b, -1, -1), E], dim=1)  # (b, n + t, d_model)
     mask = torch.cat([attention_mask.new_ones(b, n), attention_mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(inputs_embeds=joined, attention_mask=mask, position_ids=positions)
@@ -189,11 +196,10 @@ checks.prompt_forward(my_prompt)
 # %% [markdown]
 # ### Break it on purpose
 #
-# Here is a version that looks complete. (If you skipped the exercise, stop: it gives
-# most of it away.) It gets its positions from nobody, so the model counts from zero:
-# over $P$, over the padding, over the tokens. We ask it about one short row, first
-# alone, then in a batch beside a longer row. Guess by how much a logit of the short row
-# moves, because of a neighbour that it has never heard of.
+# Without explicit positions, a soft prompt fails in padded batches. The function below
+# leaves them out, so the model counts padding too. (It gives most of exercise 11.1
+# away.) We run it on a short row, alone and with padding. Predict the largest change of
+# a logit at the last token.
 
 
 # %%
@@ -205,7 +211,7 @@ def broken_prompt(model, P, input_ids, attention_mask):
     return model(inputs_embeds=joined, attention_mask=mask).logits[:, n:]
 
 
-lesson.predict("11.1", low=None, high=None, unit="(of a logit)")
+lesson.predict("11.1", low=None, high=None, unit="(largest change of a logit)")
 
 # %%
 longer = F.pad(row, (24, 0), value=tokenizer.eos_token_id)
@@ -216,12 +222,16 @@ with torch.no_grad():
 lesson.measured("11.1", (two - one).abs().max())
 
 # %% [markdown]
-# No error, no warning, and a batch of one is perfect. The distance between $P$ and the
-# text grew with the padding, and attention in this model depends on distances. PEFT had
-# this for years (the issue is among the links). The library here puts the prompt
-# *behind* the padding and counts real tokens. Three starts of it are allowed: random
-# vectors, tokens drawn from the vocabulary, or those of a text. With the text, all
-# three ways must agree.
+# A logit changes by 5.41, because the padding now lies between $P$ and the text.
+# SmolLM2 has **rotary positions**: an attention score depends on the distance between
+# query and key.
+#
+# Our library inserts $P$ after the left padding, with the same positions and so the
+# same logits. Its argument `start` sets the **initialization**, the values before
+# training: random vectors, random tokens, or the tokens of a text. The next cell
+# initializes from the instruction, and asserts that the logits of a padded row are
+# those of plain text. It also prints the length of the **cache**, which keeps keys and
+# values for later tokens.
 
 # %%
 with torch.no_grad():
@@ -230,48 +240,61 @@ with torch.no_grad():
     cache = model(row, use_cache=True).past_key_values
     pfs.remove(model)
 gap = (ours - as_text).abs().max()
-print(f"padded, with a soft prompt, against plain text: {gap:.1g} off at most")
+print(f"largest difference from plain text, padded, as a prompt: {gap:.1g}")
 print(f"the cache holds {cache.get_seq_length()} positions for {t} tokens")
 assert gap < 1e-3
 
 # %% [markdown]
-# The second line is the running cost. A soft prompt is as long as it is: $n$ more
-# positions go through every layer, and $n$ more keys and values stay in the cache of
-# every row.
+# The logits agree up to rounding. The last line shows the running cost: 12 tokens take
+# 28 positions, computed in every layer and cached for every row.
 #
 # ## Idea two: a prefix in every layer
 #
-# A soft prompt has a say once, at the input. What its positions look like further up is
-# the model's affair. **Prefix tuning** takes the say in every layer: $n$ keys and $n$
-# values of each layer are written freely. There are no positions any more that compute
-# something. There is only something to attend to.
+# A soft prompt is trained at the input only; frozen weights compute its keys and values
+# in each layer. **Prefix tuning** trains the keys and values themselves, $n$ of each in
+# every layer, called the **prefix**. A prefix has no queries; tokens can only attend to
+# it.
+#
+# In the picture, $K, V$ are the prefix and $k, v$ the tokens. In text and code, the
+# prefix is $P_K, P_V$ and the tokens have $K, V$.
 
 # %%
 lesson.show(
     block_picture(lit="prefix"),
-    "A prefix adds keys and values to the attention of every layer, and no query.",
+    "A prefix adds keys and values (here K and V) to every layer, and no query.",
 )
 
 # %% [markdown]
-# For one head, and one query $q$ of a token:
+# For one attention head, and the query $q$ of one token:
 #
 # $$\text{head} = \text{softmax}\!\left(\frac{q\,[P_K;\ K]^T}{\sqrt{d}}\right)
 # [P_V;\ V]$$
 #
-# | symbol | what it is | shape | trained? |
-# |---|---|---|---|
-# | $q$ | what the token asks for | $d$, the size of a head | no |
-# | $K, V$ | keys and values of the tokens that it sees | $t \times d$ | no |
-# | $P_K, P_V$ | keys and values of the prefix | $n \times d$ | yes |
+# | symbol | what it is | shape |
+# |---|---|---|
+# | $q$ | the query | $d$, the size of a head |
+# | $K, V$ | keys and values of the tokens that it sees | $t \times d$ |
+# | $P_K, P_V$ | keys and values of the prefix, trained | $n \times d$ |
 #
-# Every token sees all of the prefix: it stands before the first token, so the causal
-# mask has nothing to hide. In the table of scores, `(t, n + t)`, the first $n$ columns
-# are always open, and behind them is the usual triangle.
+# Every token sees the whole prefix, because the prefix comes first. Here is the table
+# of scores, `(t, n + t)`, with `1` where a query sees something:
+#
+# ```
+#                prefix    tokens
+# first query     1  1     1  0  0
+# second query    1  1     1  1  0
+# third query     1  1     1  1  1
+# ```
 #
 # ### Exercise 11.2: attention with a prefix
 #
-# Difficulty three of five, importance five of five, about ten minutes. One head, no
-# batch, all $t$ queries at once. Mask the future of each token, and nothing else.
+# Difficulty three of five, importance five of five, about ten minutes.
+#
+# Write `my_attention(q, K, V, P_K, P_V)` for one head, without a batch. The first three
+# are float tensors `(t, d)`, the other two `(n, d)`. Return all outputs, `(t, d)`, in
+# the same dtype. Mask only the future of each token; gradients must reach all inputs.
+# If all keys are zero and $n$ is two, the first output is the mean of `P_V[0]`,
+# `P_V[1]` and `V[0]`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -280,8 +303,8 @@ lesson.show(
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# The scores are `(t, n + t)`. `torch.ones(t, n + t).tril(k)` keeps column `j` of row
-# `i` where `j <= i + k`. What comes back is `(t, d)`.
+# `torch.ones(t, n + t).tril(k)` keeps column `j` of row `i` where `j <= i + k`. Which
+# `k` gives the table above?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -293,7 +316,7 @@ lesson.show(
 
 # %% tags=["exercise-11.2"]
 def my_attention(q, K, V, P_K, P_V):
-    """One causal head: q, K, V (t, d); before them P_K, P_V (n, d). Returns (t, d)."""
+    """One causal head: q, K, V (t, d); the prefix P_K, P_V (n, d). Returns (t, d)."""
     ### BEGIN SOLUTION
     (t, d), n = q.shape, len(P_K)
     scores = q @ torch.cat([P_K, K]).T / d**0.5  # (t, n + t)
@@ -307,23 +330,20 @@ def my_attention(q, K, V, P_K, P_V):
 checks.prefix_attention(my_attention)
 
 # %% [markdown]
-# ### What a prefix does, exactly
+# ### What a prefix does to a head
 #
-# One softmax goes over two groups. Let $\lambda$ be the share of its weight that falls
-# on the prefix. Then, without any approximation,
+# A prefix scales the output of the frozen head down, and adds an output of its own. Let
+# $\lambda$ be the **share** of attention on the prefix. Then this holds exactly:
 #
 # $$\text{head} = (1 - \lambda)\ \text{attn}(q, K, V)
 # + \lambda\ \text{attn}(q, P_K, P_V)$$
 #
 # $$\lambda = \frac{\sum_i e^{s_i}}{\sum_i e^{s_i} + \sum_j e^{s_j}}$$
 #
-# | symbol | what it is |
-# |---|---|
-# | $s_i$ | score of the prefix's position $i$: $q \cdot P_{K,i} / \sqrt{d}$ |
-# | $s_j$ | score of the token $j$, of those that $q$ may see |
-# | $\text{attn}(q, K, V)$ | what the frozen head would have said |
-#
-# Small enough to see both sides:
+# Here $\text{attn}(q, K, V)$ is the output of the frozen head. The scores are $s_i = q
+# \cdot P_{K,i} / \sqrt{d}$ for the prefix and $s_j = q \cdot K_j / \sqrt{d}$ for the
+# tokens. With one score of zero on each side, $\lambda$ is one half. The next cell
+# computes both sides for one query.
 
 # %%
 torch.manual_seed(0)
@@ -341,14 +361,20 @@ share = weights[:2].sum()
 mixed = (1 - share) * attn(q, K, V) + share * attn(q, P_K, P_V)
 joined = attn(q, torch.cat([P_K, K]), torch.cat([P_V, V]))
 print(f"share of the prefix: {share:.2f}")
-print(f"the mixture is {(mixed - joined).abs().max():.0e} off")
+print(f"largest difference of both sides: {(mixed - joined).abs().max():.0e}")
 
 # %% [markdown]
-# So a prefix turns down the frozen head and adds something of its own. What it adds
-# depends on the token only through $q$. If $P_K$ scores low, $\lambda$ is near zero,
-# and the model is as it was. This also says why **nothing can be merged**: $\lambda$
-# changes with every query and with every text that stands around it, and a weight
-# matrix treats all inputs alike. Ask the library to do it, and it declines.
+# Both sides agree up to rounding, and the prefix gets a share of 0.31.
+#
+# **A prefix cannot change the ratio of attention between two tokens**, because it
+# multiplies all tokens' weights by the same $1 - \lambda$. If a head gives two tokens
+# `0.6` and `0.3`, then $\lambda$ = `0.5` leaves `0.30` and `0.15`, still two to one
+# (Petrov and others, [arXiv 2310.19698](https://arxiv.org/abs/2310.19698)). This holds
+# within a head, for given inputs. In deeper layers the inputs change, and so can
+# ratios. LoRA on the query or key projection changes ratios directly.
+#
+# **A prefix cannot be merged.** Merging adds a fixed matrix to a weight, but $\lambda$
+# differs for every query and text. The library refuses to do it:
 
 # %%
 pfs.prefix.inject(model, n=4)
@@ -361,18 +387,21 @@ pfs.remove(model)
 # %% [markdown]
 # ### Exercise 11.3: the prefix's share
 #
-# Difficulty two of five, importance four of five, about ten minutes. Return $\lambda$
-# for every token of a causal head. Scores can be large, so let no bare exponential
-# overflow.
+# Difficulty two of five, importance four of five, about ten minutes.
+#
+# This is a warm-up, close to exercise 11.2. Write `my_share(q, K, P_K)`, with float
+# tensors `(t, d)`, `(t, d)` and `(n, d)`. Return $\lambda$ for each query of a causal
+# head, `(t,)`. Scores can be in the hundreds, so use softmax, not bare exponentials. If
+# all keys are zero and $n$ is two, the first two shares are `2/3` and `2/4`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Which part of the last exercise already holds these shares, position by position?
+# Which part of exercise 11.2 already holds the share of each position?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# The weights are `(t, n + t)`, and each row adds up to one. The answer is `(t,)`.
+# The weights are `(t, n + t)`. Which columns do you sum to get `(t,)`?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -384,7 +413,7 @@ pfs.remove(model)
 
 # %% tags=["exercise-11.3"]
 def my_share(q, K, P_K):
-    """(t,): of each token's attention, what the prefix gets. q, K (t, d), P_K (n, d)"""
+    """(t,): the prefix's share of each query's attention. q, K (t, d), P_K (n, d)"""
     ### BEGIN SOLUTION
     (t, d), n = q.shape, len(P_K)
     scores = q @ torch.cat([P_K, K]).T / d**0.5  # (t, n + t)
@@ -398,12 +427,12 @@ def my_share(q, K, P_K):
 checks.prefix_share(my_share)
 
 # %% [markdown]
-# ### Which of the two can say more?
+# ### A prefix can imitate a prompt
 #
-# A token at position $i$ sees nothing that comes after it. So the keys and values of
-# the $n$ prompt positions are the same for every text behind them. Write exactly these
-# into a prefix, and it does what the prompt did, in every layer. Try it with the
-# instruction from above:
+# With the same number of positions, a prefix can imitate every soft prompt. In a causal
+# model, no position sees a later one. So the keys and values of a soft prompt do not
+# depend on the text after it. Copied into a prefix, they have the same effect. The next
+# cell does this with the instruction.
 
 # %%
 with torch.no_grad():
@@ -412,50 +441,55 @@ with torch.no_grad():
     cache = model(row, use_cache=True).past_key_values
     pfs.remove(model)
 gap = (as_prefix - as_text).abs().max()
-print(f"as a prefix against plain text: {gap:.1g} off at most")
+print(f"largest difference from plain text, padded, as a prefix: {gap:.1g}")
 print(f"our cache holds {cache.get_seq_length()} positions for {t} tokens")
 assert gap < 1e-3
 
 # %% [markdown]
-# So with as many positions, a prefix can do all that a prompt can, and more. That much
-# is mathematics. What gradient descent *finds* in a given number of steps is another
-# question, and the one on trial below. (Our prefix stands outside of the cache, one
-# copy for all rows. Each query still reads $n$ more keys and values.)
+# The logits agree again. So a prefix is at least as expressive as a soft prompt of its
+# length, and the prompt shares the limit on ratios. Whether training *finds* something
+# better is the question of claim T2.
 #
-# ## Idea three: the bill
+# The cache holds only 12 positions, because our library keeps one prefix for all rows
+# outside the cache. Each query still reads $n$ more keys and values.
 #
-# How many numbers train? A prompt has $n$ vectors of the model's width. A prefix has,
-# for each of its $n$ positions, a key *and* a value in each layer, for each head that
-# has keys of its own:
+# ## Idea three: what it costs
+#
+# The size depends on the length and on the model, so learn the formula. A prompt has
+# $n$ vectors as wide as the model. A prefix has $n$ keys and $n$ values for each
+# key-value head of each layer:
 #
 # $$\text{prompt: } n \cdot d_{model} \qquad\qquad \text{prefix: } n \cdot 2 \cdot
 # \text{layers} \cdot h_{kv} \cdot d$$
 #
-# | symbol | what it is | where transformers keeps it |
+# | symbol | what it is | in `config` |
 # |---|---|---|
-# | $d_{model}$ | width of the embeddings | `config.hidden_size` |
-# | layers | how many there are | `config.num_hidden_layers` |
-# | $h_{kv}$ | heads that have keys and values | `config.num_key_value_heads` |
-# | $d$ | size of a head | `config.head_dim` |
+# | $d_{model}$ | width of the embeddings | `hidden_size` |
+# | layers | number of layers | `num_hidden_layers` |
+# | $h_{kv}$ | **key-value heads** | `num_key_value_heads` |
+# | $d$ | size of a head | `head_dim` |
 #
-# Mind $h_{kv}$. With *grouped queries*, several query heads share one head of keys, so
+# In SmolLM2, several query heads share one key-value head (**grouped queries**), so
 # $h_{kv} \cdot d$ is smaller than $d_{model}$.
 #
 # ### Exercise 11.4: count
 #
-# Difficulty two of five, importance three of five, about five minutes. From a model's
-# configuration and $n$, return two whole numbers: what a prefix trains, and what a
-# prompt trains. Do not assume that the heads' sizes add up to the width.
+# Difficulty two of five, importance three of five, about five minutes.
+#
+# This is a warm-up. Write `my_counts(config, n)`, with a model's configuration and an
+# `int`. Return two `int`: the parameters of a prefix, then those of a prompt. Do not
+# derive the size of a head from the width. Two layers, one key-value head of size 4, a
+# hidden size of 8 and `n = 3` give `(48, 24)`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# At how many places of the model does a prefix stand, and at how many a prompt?
+# How many layers have a prefix of their own, and how many a prompt?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
 #
-# The prefix of one layer is two tensors of `(n, h_kv, d)`. The prompt is one tensor of
-# `(n, d_model)`.
+# In one layer, a prefix is two tensors `(n, h_kv, d)`; a prompt is `(n, d_model)`. How
+# many values do they hold?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -479,12 +513,13 @@ def my_counts(config, n):
 checks.soft_counts(my_counts)
 
 # %% [markdown]
-# ### On trial: claim T1
+# ### Claim T1, computed
 #
-# *Prefix tuning trains less than a tenth of a percent of the parameters, prompt tuning
-# less than a hundredth of a percent.* Of which model, and with how many positions? The
-# rule takes the lengths that the methods' own papers use, on three sizes of model, and
-# asks in how many of the cases the claim holds. Guess.
+# This course tests claims of a textbook. T1: *Prefix tuning trains less than 0.1 % of
+# the parameters, prompt tuning less than 0.01 %.* This is arithmetic, so its
+# **verdict** is "computed". The claim names no model and no length. We chose three
+# models, and lengths from the papers. Predict the percentage of cases within the
+# bounds.
 
 # %%
 lesson.rule("T1")
@@ -510,18 +545,18 @@ lesson.live("T1", found.value, found.low, found.high)
 lesson.verdict("T1")
 
 # %% [markdown]
-# A share needs a length and a model beside it. Both counts grow with $n$. The prompt's
-# grows with the width alone, the model's with the width squared and the number of
-# layers, so the same $n$ is a smaller share of a larger model.
+# Quote a share only together with a model and a length. On SmolLM2, ten positions of a
+# prefix are within the bound (0.0856 %), and two hundred are not (1.7128 %). The 66.7 %
+# only describes our list of cases. In larger models, the same $n$ is a smaller share.
 #
-# And what does it cost when the model *answers*? The bytes of keys and values, for each
-# row of a batch, in two bytes a number (`bfloat16`):
+# The next cell computes the cost of answering: the cache of a soft prompt on SmolLM2,
+# in `bfloat16`.
 
 # %%
 config = model.config
 size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 lora = next(row for row in comparison["rows"] if row["key"] == "lora")
-print(f"one position: {size:,} numbers, {2 * size / 1e3:.0f} kB of cache in each row")
+print(f"one position: {size:,} values, {2 * size / 1e3:.0f} kB of cache in each row")
 for positions in (16, 100):
     print(
         f"{positions:3} positions, 32 rows: {32 * positions * 2 * size / 1e6:6.1f} MB"
@@ -529,13 +564,30 @@ for positions in (16, 100):
 print(f"the weights of a LoRA, once for all rows: {2 * lora['trainable'] / 1e6:.1f} MB")
 
 # %% [markdown]
-# ## Does the start matter?
+# For 32 rows, 16 vectors take 11.8 MB of cache, more than the 4.9 MB of a whole LoRA.
+# In return, each row of a batch can have its own soft prompt.
 #
-# LoRA starts from zero, and so from the model itself. A soft prompt cannot: there is no
-# vector that changes nothing. It has to start *somewhere*: at random, at tokens of the
-# vocabulary, or at a text. **Live**, on `tiny`, a model of about a million numbers: the
-# same job (a new format of known words), the same rows in the same order, the same
-# rate. Which loss will the random start have at the end, if the text start has one?
+# ## Does the initialization matter?
+#
+# LoRA begins exactly at the pretrained model. A soft prompt or prefix cannot: even a
+# zero key takes attention, because its score is zero and $e^0 = 1$.
+#
+# From here on, we train `tiny`, a model of about a million parameters. Three tasks,
+# called `gap-1` to `gap-3`, turn a sentence like "On Friday Ada found three lamps in
+# Oslo." into a record. A higher number means farther from its pretraining:
+#
+# ```
+# gap-1   Oslo - Friday …         a new format, of known words
+# gap-2   Oslo - funek …          also new words
+# gap-3   sudaf Ada ti bafobu …   a new language: words, endings, order
+# ```
+#
+# Losses are in **nats per token**, the mean of $-\log p$ of the right token. At `0.04`
+# nats, the right token gets `96 %` on average.
+#
+# The next cells train 16 vectors on `gap-1` from three initializations; all else is
+# equal. Predict the final training loss of the random one, divided by that of the text
+# one.
 
 
 # %%
@@ -550,7 +602,7 @@ def trained(method, start, *, lr=0.1, steps=50):
     return tiny, reader, history.loss, untouched
 
 
-lesson.predict("11.3", low=None, high=None, unit="times the loss of the text start")
+lesson.predict("11.3", low=None, high=None, unit="times the loss of the text one")
 
 # %%
 made = {how: trained("prompt", how) for how in ("random", "vocabulary", "text")}
@@ -562,22 +614,23 @@ for how, (_, _, losses, _) in made.items():
     series[how] = [(5 * i + 3, fmean(p), min(p), max(p)) for i, p in enumerate(parts)]
 figure = curves.lines(
     series,
-    x="Step, count",
+    x="Optimizer step, count",
     y="Training loss, nats per token",
-    title="Three starts of the same soft prompt",
-    subtitle="Means of five steps and their range; one seed, tiny, a new format.",
+    title="Initialized from a text, a soft prompt ends at half the loss",
+    subtitle="Means and ranges of five optimizer steps; one seed, tiny, gap-1.",
 )
 ends = {how: rows[-1][1] for how, rows in series.items()}
 said = "; ".join(f"{how} {loss:.2f}" for how, loss in ends.items())
-lesson.show(figure, f"Loss in the last five steps: {said}.")
+lesson.show(figure, f"Training loss in the last five optimizer steps: {said}.")
 lesson.measured("11.3", ends["random"] / ends["text"])
 
 # %% [markdown]
-# One seed shows that the start *can* matter, not how much in general. The comparison
-# below therefore searches the start as well as the rate, for each method and each task.
+# The random initialization ends with 2.05 times the training loss of the text one: 1.19
+# against 0.58. A **seed** fixes a run's random choices. One seed at one learning rate
+# shows that the initialization can matter, not how much in general.
 #
-# **The control.** Is it the training, or would any vectors help? Test rows, before and
-# after:
+# **The control** asks whether any vectors would help. The next cell measures the **test
+# loss**, on rows not used in training.
 
 # %%
 tiny, reader, _, rows = made["text"]
@@ -593,12 +646,15 @@ for said, loss in losses.items():
     print(f"{said:18} test loss {loss:.2f}")
 
 # %% [markdown]
-# ### What did it learn to say?
+# Untrained vectors make the loss worse: 3.97 and 4.14, against 3.47 without a prompt.
+# Only training helps: the loss falls to 0.60.
 #
-# One would like to *read* a soft prompt: for each of its vectors, the token whose
-# embedding points most nearly the same way. It is done often. It needs a control, since
-# every vector has a nearest token, also one that was drawn at random. Guess how many of
-# the sixteen vectors, which started as tokens, still have that token as their nearest.
+# ### Do the trained vectors spell words?
+#
+# Soft prompts are often read by their nearest tokens, by **cosine** (one for the same
+# direction). This needs a control, because even a random vector has a nearest token.
+# Predict how many of the 16 vectors, initialized as tokens, still have that token as
+# their nearest.
 
 # %%
 lesson.predict("11.4", low=None, high=None, unit="of 16 vectors")
@@ -617,15 +673,16 @@ print(f"mean cosine: trained {near[0].mean():.2f}, random {noise[0].mean():.2f}"
 lesson.measured("11.4", (near[1] == starts).sum())
 
 # %% [markdown]
-# Compare the two columns of cosines before you read meaning into the words. A vector
-# that lies close to its old token mostly says where it *started*. A vector no closer to
-# any token than noise is says nothing that has a word. Neither tells what the prompt
-# does: for that, take a vector away and measure the loss.
+# The nearest tokens, such as "Seoul" and "Input", spell no instruction. Only 3 of 16
+# vectors are still nearest to their initial token. The mean cosine of all 16 is 0.39,
+# against 0.24 for random vectors. The initialization may explain part of it. To learn
+# what a vector does, remove it and measure the test loss; we have not run this.
 #
-# ### Where a prefix is heard
+# ### How much attention a prefix gets
 #
-# For a prefix there is something better to read: its share $\lambda$ of the attention,
-# layer by layer. We train one, and ask for the attention weights before and after.
+# The share $\lambda$ shows in which layers a prefix is read. The next cell trains a
+# prefix on `gap-1`, and prints $\lambda$ averaged over heads and tokens of one test
+# row.
 
 # %%
 learned, *_ = trained("prefix", "text", lr=0.3)
@@ -643,26 +700,35 @@ for when, values in (("before", P.detach().clone()), ("after", after)):
     print(f"{when:6} training, layers 1 to 4:", *(f"{x:5.0f} %" for x in heard))
 
 # %% [markdown]
+# Training raises $\lambda$ in all four layers, for example from 38 % to 75 % in the
+# third. This is one row and one seed, and a large share does not prove a large effect.
+#
 # ## On trial: claims T2 and T3
 #
-# *Prompt tuning is less expressive than prefix tuning, and approaches full fine-tuning
-# above ten billion parameters* (T2). *Both are weaker than LoRA* (T3). By mathematics,
-# we have seen, the first half of T2 cannot be false. What can be measured is whether it
-# shows. Each method gets the same steps and rows, and the same search: three rates to
-# begin with, and two starts where there is a choice. The rules were written before the
-# runs:
+# T2: *Prompt tuning is less expressive than prefix tuning, and approaches full
+# fine-tuning above ten billion parameters.* T3: *Prefix and prompt tuning are weaker
+# than LoRA.* The rules ask for the test loss that each method *reaches* on `tiny`, with
+# the same rows and optimizer steps, not for what it *can* express.
+#
+# For each task, a search chose each method's learning rate, and the initialization of
+# prefix and prompt ("rate" and "start" in the rules). Runs with the same seed see the
+# same rows, so their losses are **paired**, that is, subtracted row by row. Five seeds
+# give a mean and its 95 % interval (notebook 01). **Undecided** means that the interval
+# crosses an edge of the rule, and not that there is no difference.
+#
+# Predict prompt minus prefix, and, for a short live run, the better one minus LoRA.
 
 # %%
 print("T2:", ledger.claim("T2").rule)
 print("T3:", ledger.claim("T3").rule)
-lesson.predict("11.5", low=None, high=None, unit="nats that prompt is behind prefix")
+lesson.predict("11.5", low=None, high=None, unit="nats, prompt minus prefix")
 lesson.predict(
-    "11.6", low=None, high=None, unit="nats that the better one is behind LoRA"
+    "11.6", low=None, high=None, unit="nats, the better of the two minus LoRA"
 )
 
 # %% [markdown]
-# **Live**, a small version: the rates and starts that the search chose, a fraction of
-# the rows and steps, two seeds, all three tasks.
+# **Live**, a short version shows how such a comparison is made: 20 optimizer steps, two
+# seeds. The second cell prints paired differences on the three tasks, with intervals.
 
 
 # %%
@@ -688,15 +754,17 @@ def behind(name, other):
 
 
 for pair in (("prompt", "prefix"), ("prefix", "lora"), ("prompt", "lora")):
-    print("{:6} behind {:6}".format(*pair), end="")
+    print("{:6} minus {:6}".format(*pair), end="")
     print(*("{:7.2f} [{:.2f}, {:.2f}]".format(*each) for each in behind(*pair)))
 
 # %% [markdown]
-# Few steps favour whatever learns fast. So for T2, which compares two slow learners, a
-# single pair is also run live with all of the steps, further down.
+# Two seeds cannot rank the methods: their interval is the standard error times `12.7`,
+# against `2.8` for five. The interval of prompt minus prefix on `gap-2` goes from -2.94
+# to 5.48.
 #
-# **The full results** ship: five seeds, a hundred steps of sixteen rows.
-# (`python -m peft_from_scratch ledger T2 T3 --run` makes what is missing.)
+# **The stored runs** ship with the course: five seeds, 100 optimizer steps. The next
+# cell prints their mean test losses; `prefix-80` has 80 positions, as many parameters
+# as LoRA. The cell after it varies one learning rate.
 
 # %%
 names = ("full", "lora", "prefix-80", "prefix", "prompt")
@@ -706,19 +774,23 @@ best = {
     for name in names
     for task in challengers.TASKS
 }
-print("test loss, mean of five seeds; start and rate as searched")
+print("test loss, mean of five seeds; with the initialization and learning rate found")
 for (name, task), cell in best.items():
     asked, loss = cell[0].config, fmean(run.result["test_loss"] for run in cell)
     how = asked.get("start", "-") if isinstance(asked.get("start"), str) else "text"
     how = how if name in challengers.SOFT else "-"
-    print(f"{name:10} {task} {loss:7.3f}   start {how:10} rate {asked['lr']:g}")
+    print(f"{name:10} {task} {loss:7.3f}   from {how:10} learning rate {asked['lr']:g}")
 
 # %%
 asked = dict(method="prefix", positions=16, task="gap-2", seed=0, steps=100)
 tried = [r for r in every if runs.matches(r, **asked) and r.config["start"] != "random"]
-print("a prefix on gap-2, started from text, one seed:")
+print("test loss of a prefix on gap-2, initialized from text, one seed:")
 for run in sorted(tried, key=lambda run: run.config["lr"]):
-    print(f"  rate {run.config['lr']:<5g} test loss {run.result['test_loss']:.2f}")
+    print(f"  learning rate {run.config['lr']:<5g} loss {run.result['test_loss']:.2f}")
+
+# %% [markdown]
+# The learning rate decides the order. At LoRA's best one, 0.01, this prefix ends at
+# 4.34, above the prompt's 2.715. At its own best one it ends at 1.08.
 
 # %%
 said = {
@@ -740,15 +812,23 @@ for name, label in said.items():
 # %%
 figure = curves.points(
     series,
-    x="Trained numbers, count",
+    x="Trained parameters, count",
     y="Test loss, nats per token",
-    title="What each method reaches in a hundred steps, on tiny",
-    subtitle="Mean of three tasks; the bars are the range of five seeds.",
+    title="On tiny, LoRA ends below prefix and prompt after 100 optimizer steps",
+    subtitle="Mean of three tasks and five seeds; seeds differ by less than a marker.",
 )
 ends = (
     f"{label}: {size:,} trained, {y:.2f}" for label, (size, y, *_) in series.items()
 )
 lesson.show(figure, "; ".join(ends) + ".")
+
+
+# %% [markdown]
+# LoRA ends at 0.38 nats, the prefix at 0.94 and the prompt at 2.33. A prefix with as
+# many parameters as LoRA ends at 0.79.
+#
+# The next cell trains prompt and prefix on `gap-2` once with all optimizer steps. The
+# stored result counts; the interval of the line "T2 here" also spans the short runs.
 
 
 # %%
@@ -759,9 +839,9 @@ def full_run(name, task="gap-2"):
 
 
 whole = nested_bootstrap([np.subtract(full_run("prompt"), full_run("prefix"))])
-print("all steps, gap-2, one seed: {:+.3f} [{:+.3f}, {:+.3f}]".format(*whole))
+print("live, all steps, gap-2, one seed: {:+.3f} [{:+.3f}, {:+.3f}]".format(*whole))
 found = ledger.judge(ledger.claim("T2"), "tiny")
-print("shipped: {:+.3f} [{:+.3f}, {:+.3f}]".format(found.measured, *found.interval))
+print("stored: {:+.3f} [{:+.3f}, {:+.3f}]".format(found.measured, *found.interval))
 lesson.measured("11.5", found.measured)
 ends = [each[1:] for each in (*behind("prompt", "prefix"), whole)]
 widest = min(low for low, _ in ends), max(high for _, high in ends)
@@ -772,25 +852,24 @@ lesson.live("T2", whole[0], *widest, scale="tiny")
 lesson.verdict("T2", guess="11.5")
 
 # %% [markdown]
-# On each of the three tasks the prefix ended lower than the prompt: by little on the
-# new format, by far on the new words and the new language. Three times the steps did
-# not bring the prompt level. But mind the rates. For the prefix, the search had to go
-# on far above the rates of LoRA, past the end of its first grid. At LoRA's own best
-# rate the prefix would have ended far behind the prompt, and one would have written
-# down the opposite.
+# For SmolLM2, T2 was not tried with several seeds; in the first table the prefix is
+# ahead.
 #
-# Keep two sentences apart. A prefix *can express* more: that is proven above, and no
-# run can overturn it. Whether the richer method ends lower in a given number of steps
-# is a matter of training, and of how much of it. The live interval spans three tasks
-# with few steps and one with all of them, because a small run cannot know which of them
-# counts. And the second half of the claim is about scale. Lester
-# and others saw prompt tuning come level with full fine-tuning at the largest T5, of
-# `11` billion numbers. A model of a million cannot speak to that, so no value of ours
-# confirms the whole.
+# On `tiny`, prefer the prefix if you can afford its parameters, eight times those of
+# the prompt. This second difference is a **confound**: it could explain the result. A
+# prompt of `128` vectors, as large as the prefix, would decide; it was not run.
+#
+# The losses are close on `gap-1` (0.322 against 0.254), and far apart on `gap-2` (2.715
+# against 1.074). Speed explains a part: on `gap-2`, tripling the prompt's optimizer
+# steps cuts its distance from the prefix from `1.64` to `0.97`. (The card's 1.39 is a
+# mean of three tasks.)
+#
+# The second half of T2 cannot be tested here. The next cell compares both methods with
+# LoRA, task by task.
 
 # %%
 found = ledger.judge(ledger.claim("T3"), "tiny")
-print("shipped: {:+.3f} [{:+.3f}, {:+.3f}]".format(found.measured, *found.interval))
+print("stored: {:+.3f} [{:+.3f}, {:+.3f}]".format(found.measured, *found.interval))
 for task in challengers.TASKS:
     parts = [
         (n, paired(best[n, task], best["lora", task])) for n in ("prefix", "prompt")
@@ -805,22 +884,33 @@ lesson.live("T3", *closer, scale="tiny")
 lesson.verdict("T3", guess="11.6")
 
 # %% [markdown]
-# On the new format a prefix comes near LoRA, and five seeds do not settle which of the
-# two is ahead. On the new words and the new language both stay clearly behind. A prefix
-# as large as the LoRA comes closer, and does not close the distance; three times the
-# steps on the new words do not either.
+# For SmolLM2, T3 is open: 65 % [55, 74] for the prefix, 74 % [65, 82] for LoRA, one
+# seed each. Several seeds would decide.
 #
-# "Weaker" may mean three things: fewer numbers, slower learning, or a limit that no
-# training would pass. The verdict's sentence has a run for each of the first two: a
-# prefix with as many numbers as the LoRA, and a prefix with three times the steps. The
-# third is not measured here. And weak is not useless: go back to the first table, where
-# both of them carry a real model from nothing to most of the job.
+# On `tiny`, use LoRA for new words or a new language. The prefix is +0.82 nats above
+# LoRA on `gap-2`, and +0.80 on `gap-3`. On `gap-1`, both intervals contain zero, so
+# five seeds do not tell which is ahead.
+#
+# The card's details list +0.556 twice, equal by chance. One is the mean of three tasks
+# after 100 optimizer steps. The other is `gap-2` alone, after `300` for the prefix and
+# 100 for LoRA. After 100 for both it was +0.82, so more training helps.
+#
+# LoRA's lead has four possible reasons:
+#
+# - **Fewer parameters** explain only a part: with as many as LoRA, a prefix is still
+#   `0.411` nats above it, on average.
+# - **Slower training.** Both methods with `300` optimizer steps would tell.
+# - **Hard optimization.** The prefix paper trains a small network that produces the
+#   prefix (**reparametrization**). We did not, and our best learning rates, 0.3 to 1,
+#   are suspiciously high. Runs with `hidden=512`, against direct training from random
+#   vectors, would tell.
+# - **The ratio limit** would fit a failure on new words. It is a hypothesis; "In your
+#   own words" asks for its test.
 #
 # ## Now with the library
 #
-# Hugging Face's PEFT has both methods. Our files are in its format, so it can read what
-# we trained. PEFT returns the outputs of the prompt's own positions too, so we compare
-# the last ones. Every logit must agree.
+# Hugging Face's PEFT reads our files. The next cell asserts that it gives our logits;
+# the differences are 0.
 
 # %%
 for kind, ours in (("prompt", tiny), ("prefix", learned)):
@@ -838,150 +928,127 @@ for kind, ours in (("prompt", tiny), ("prefix", learned)):
 # %% [markdown]
 # ## Quiz
 #
-# Answer for yourself, then open the options. None needs the kernel.
-#
-# **1. You start a soft prompt from the embeddings of your instruction, and train it not
-# at all. What have you got?**
+# **1. You initialize a soft prompt from your instruction, and do not train it. What do
+# you have?**
 #
 # <details><summary>The model without any prompt</summary>
 #
-# No. There is no soft prompt that changes nothing; these vectors are read like tokens.
+# No. The model reads these vectors as it reads tokens.
 #
 # </details>
-# <details><summary>Exactly the model with the instruction before the text</summary>
+# <details><summary>The model with the instruction as text</summary>
 #
-# Right. The first experiment compared every logit of the two.
-#
-# </details>
-# <details><summary>Something close to it, since positions differ</summary>
-#
-# No. The text behind it starts at position $n$ in both cases.
+# Right. The first experiment compared every logit.
 #
 # </details>
+# <details><summary>Something close to it, because the positions differ</summary>
 #
-# **2. A prompt's answers are right one by one, and wrong in some rows of a batch. Where
-# do you look first?**
+# No. The text begins at position $n$ in both cases.
+#
+# </details>
+#
+# **2. With a soft prompt, answers are right one by one, and wrong in some rows of a
+# batch. Where do you look first?**
 #
 # <details><summary>At the learning rate</summary>
 #
-# No. The weights are the same in both cases; only the company of the row is different.
+# No. The trained parameters are the same.
 #
 # </details>
 # <details><summary>At the labels of the padding</summary>
 #
-# No. Labels matter in training. Here the model only answers.
+# No. Labels matter in training only.
 #
 # </details>
-# <details><summary>At mask and positions of the padded rows</summary>
+# <details><summary>At mask and positions</summary>
 #
-# Right. They are all that a longer neighbour changes about a row.
-#
-# </details>
-#
-# **3. Why can a prefix not be merged into the weights of a layer?**
-#
-# <details><summary>Its share changes with the query and the text</summary>
-#
-# Right. That is $\lambda$; a matrix does the same to every input.
+# Right. They are all that a longer neighbor changes.
 #
 # </details>
-# <details><summary>Its shapes do not fit those of the projections</summary>
 #
-# No. $B A$ of LoRA has other shapes as factors too, and merges. What is missing is a
-# matrix that would do the same.
+# **3. Why can a prefix not be merged into the weights?**
+#
+# <details><summary>Its share of attention differs from text to text</summary>
+#
+# Right. A matrix does the same to every input.
+#
+# </details>
+# <details><summary>Its shape is not that of a projection</summary>
+#
+# No. Nor is that of LoRA's $A$, and LoRA merges.
 #
 # </details>
 # <details><summary>It is too small</summary>
 #
-# No. Size has no part in it: a prefix of one position cannot be merged either.
+# No. A longer prefix cannot be merged either.
 #
 # </details>
 #
-# **4. (From notebook 04.) LoRA's first step starts at the pretrained model. Whose does
-# not?**
+# **4. (From notebook 04.) LoRA begins training exactly at the pretrained model. Which
+# method does not?**
 #
-# <details><summary>That of a soft prompt from random vectors</summary>
+# <details><summary>A soft prompt, initialized at random</summary>
 #
-# Right. They are mixed into every token's attention from the first pass on.
-#
-# </details>
-# <details><summary>Full fine-tuning's</summary>
-#
-# No. It starts from the pretrained weights themselves, with nothing added.
+# Right. Tokens attend to it from the first forward pass on.
 #
 # </details>
-# <details><summary>That of LoRA with $A$ zero and $B$ random</summary>
+# <details><summary>Full fine-tuning</summary>
 #
-# No. $B A$ is zero as soon as one of them is.
-#
-# </details>
-#
-# **5. (From notebook 01.) A soft prompt trains a few thousand numbers. What of the
-# training bill does *not* shrink with it?**
-#
-# <details><summary>The optimizer's moments</summary>
-#
-# No. They exist for trained numbers only, so they nearly vanish.
+# No. It begins with the pretrained weights themselves.
 #
 # </details>
-# <details><summary>The gradients that are kept</summary>
+# <details><summary>LoRA with $A$ zero and $B$ random</summary>
 #
-# No. They too are kept for trained numbers only.
-#
-# </details>
-# <details><summary>The activations, and the way back through every layer</summary>
-#
-# Right. $P$ stands at the input, so its gradient comes through the whole model, and
-# the sequence is even $n$ longer.
+# No. The product $B A$ is still zero.
 #
 # </details>
 #
-# ### In your own words
+# **5. (From notebook 01.) Which part of the training memory does a soft prompt *not*
+# shrink?**
 #
-# A colleague says: "We read our soft prompt by its nearest tokens, and it says
-# *please*." Answer in three sentences, with what you measured.
+# <details><summary>The optimizer's running means</summary>
+#
+# No. They exist for trained parameters only.
+#
+# </details>
+# <details><summary>The stored gradients</summary>
+#
+# No. They too exist for trained parameters only.
+#
+# </details>
+# <details><summary>The activations of every layer</summary>
+#
+# Right. The gradient of $P$ passes back through the whole model.
+#
+# </details>
+#
+# ### In your own words: choose the run
+#
+# You can afford one more set of runs on `gap-2`, to test whether the ratio limit is why
+# the prefix ends above LoRA. Choose (a) the prefix with `300` optimizer steps, (b) a
+# prefix of 80 positions, or (c) LoRA on every projection but query and key, with as
+# many parameters as before. Predict the outcome, and say which one would speak against
+# the explanation.
 #
 # <details><summary>A model answer</summary>
 #
-# "Every vector has a nearest token, a random one too, so first tell me how near it is
-# compared with noise. If it is near, ask what it started from: a vector that started as
-# a token and hardly turned still points there. What it does, you find out by taking it
-# away and measuring the loss on test rows."
-#
-# </details>
-#
-# ### Transfer
-#
-# Two jobs, two soft prompts of the same $n$, one batch with rows of both. What has to
-# change in exercise 11.1, and what would have to change for two LoRAs?
-#
-# <details><summary>A model answer</summary>
-#
-# `P` becomes `(b, n, d)`, each row with its own: `torch.stack([P_one, P_two])[which]`.
-# Nothing else changes, since the model is the same for all rows. Two LoRAs need another
-# product in every projection, row by row. That is why soft prompts are pleasant to
-# serve, and what notebook 12 is about. (With a different $n$ for each, pad the shorter
-# one and mask its padding.)
+# I choose (c), since (a) tests speed and (b) size. Without query and key, LoRA cannot
+# change a ratio directly either. If the explanation is right, (c) ends well above the
+# full LoRA. If (c) ends within a margin of it that I set beforehand, the explanation
+# fails. (c) also has fewer places, so support is no proof.
 #
 # </details>
 #
 # ## Limits
 #
-# - **What the control rules out.** It is not the mere presence of more positions:
-#   vectors that nobody trained, random or from a text, do not do the job.
-# - **What it does not.** The comparison has one budget of steps and one of search. Soft
-#   prompts are known to be slow and touchy. With longer training, other starts, or the
-#   reparametrization of the prefix paper, the order may differ.
-# - **The scale.** `tiny` has a million numbers. T2 and T3 are judged on it alone. The
-#   row of SmolLM2 in the first table is one seed and one easy job.
-# - **The papers beside us** (their numbers, not ours). Li and Liang trained `0.1` % of
-#   the parameters and came near full fine-tuning on tables to text. Lester and others
-#   found prompt tuning far behind in small T5 models and level in the largest.
+# The control shows that additional positions alone do not help. T2 and T3 are judged on
+# `tiny`, after 100 optimizer steps, without reparametrization. The papers report more:
+# Li and Liang came near full fine-tuning with `0.1` % of the parameters, and Lester and
+# others in a T5 of `11` billion.
 #
 # ## Your guesses
 #
-# Ranges that you are nine tenths sure of should hold nine of ten measured values. Most
-# people's first ranges are too narrow.
+# Nine of ten of your ranges should contain the measured value.
 
 # %%
 lesson.calibration()
@@ -997,12 +1064,12 @@ lesson.receipt()
 #
 # - Li and Liang, [Prefix-tuning](https://arxiv.org/abs/2101.00190).
 # - Lester and others, [The power of scale for parameter-efficient prompt
-#   tuning](https://arxiv.org/abs/2104.08691): the figure over model sizes is worth the
-#   visit.
+#   tuning](https://arxiv.org/abs/2104.08691).
+# - Petrov and others, [When do prompting and prefix-tuning
+#   work?](https://arxiv.org/abs/2310.19698).
 # - He and others, [Towards a unified view of parameter-efficient transfer
-#   learning](https://arxiv.org/abs/2110.04366): where the mixture comes from, and what
-#   prefixes have in common with adapters.
+#   learning](https://arxiv.org/abs/2110.04366).
 # - A prompt before the padding, in PEFT: [issue
-#   1093](https://github.com/huggingface/peft/issues/1093). A mask that did not grow,
-#   in sentence-transformers: [issue
+#   1093](https://github.com/huggingface/peft/issues/1093). A mask that did not grow, in
+#   sentence-transformers: [issue
 #   2995](https://github.com/huggingface/sentence-transformers/issues/2995).

@@ -28,7 +28,7 @@ from ..ledger.claim import BASES, NOT_RUN, UNDECIDED
 from ..models import load
 from . import cards, checks, guesses
 from .guesses import Guess
-from .verdict_card import WIDTH, VerdictCard, figure_of
+from .verdict_card import WIDTH, VerdictCard, concerns_no_base, figure_of
 
 BASE, VARIABLE = "smollm2", "PFS_MODEL"
 GUESS = (
@@ -224,13 +224,15 @@ class Lesson:
         measured, low, high = float(measured), float(low), float(high)
         rule = verdicts.claim(id).rule
         verdict = rule.verdict(measured, low, high)
-        print(f"{id} here, on {scale}: {_between(measured, low, high)} {rule.unit}")
+        row = self._shipped(id)
+        where = "" if concerns_no_base(row) else f", on {scale}"
+        print(f"{id} here{where}: {_between(measured, low, high)} {rule.unit}")
         if scale not in BASES:
             print(f"  Shipped runs are of {' and '.join(BASES)}: nothing to compare.")
             return
-        shipped = self._shipped(id)["scales"][scale]
+        shipped = row["scales"][scale]
         if shipped["measured"] is None:
-            print(f"  Shipped for {scale}: {shipped['verdict']}")
+            print(f"  Shipped: {shipped['verdict']}")
             assert shipped["verdict"] != NOT_RUN, f"{id} was not run on {scale}"
             return
         ends = shipped["interval"] or [shipped["measured"]] * 2

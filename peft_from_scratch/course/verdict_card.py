@@ -66,10 +66,8 @@ class VerdictCard:
     @property
     def where(self) -> str:
         """The base that it was measured on; "" for what concerns none."""
-        scales = self.row["scales"]
-        both = {str(scales[base]["runs"]) for base in BASES}
-        if self.row["verdict"] in (COMPUTED, UNTESTABLE, NOT_RUN) or len(both) == 1:
-            return ""  # the same runs count for every base: none was used
+        if self.row["verdict"] == NOT_RUN or concerns_no_base(self.row):
+            return ""
         return f" (measured on {NAMED[self.row['scale']]})"
 
     def picture(self) -> Figure | None:
@@ -139,6 +137,12 @@ def _wrapped(lines: list[str]) -> str:
     return "\n".join(
         textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines
     )
+
+
+def concerns_no_base(row: dict) -> bool:
+    """Whether the same runs, or none, count for every base: then none was used."""
+    runs = {str(row["scales"][base]["runs"]) for base in BASES}
+    return len(runs) == 1 or row["verdict"] in (COMPUTED, UNTESTABLE)
 
 
 def sentence(text: str) -> str:

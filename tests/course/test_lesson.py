@@ -307,8 +307,9 @@ def test_a_live_run_may_be_undecided():
 
 def test_an_undecided_ledger_contradicts_no_live_run(monkeypatch):
     begun = lesson.start("90", model="tiny")
-    at = {"verdict": "undecided", "measured": 6.0, "interval": [4.0, 8.0]}
-    monkeypatch.setattr(begun, "_shipped", lambda id: {"scales": {"tiny": at}})
+    row = begun._shipped("S1")
+    row["scales"]["tiny"] |= {"verdict": "undecided", "interval": [4.0, 8.0]}
+    monkeypatch.setattr(begun, "_shipped", lambda id: row)
     begun.live("S1", 9, 8, 10)
 
 
@@ -319,6 +320,15 @@ def test_a_count_must_be_the_shipped_one(monkeypatch):
     begun.live("S1", 6, 6, 6)
     with pytest.raises(AssertionError, match="the shipped runs"):
         begun.live("S1", 7, 7, 7)
+
+
+def test_what_concerns_no_base_is_said_of_none(monkeypatch, capsys):
+    begun = lesson.start("90", model="tiny")
+    row = begun._shipped("S1")
+    row["scales"]["smollm2"] = row["scales"]["tiny"]
+    monkeypatch.setattr(begun, "_shipped", lambda id: row)
+    begun.live("S1", 6, 6, 6)
+    assert "S1 here: 6 in all" in capsys.readouterr().out
 
 
 def test_no_live_run_hides_behind_one_that_was_not_made():
