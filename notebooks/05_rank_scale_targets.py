@@ -57,7 +57,7 @@ from peft_from_scratch.course.checks import rank_scale_targets as checks
 # A comparison at one shared learning rate measures the method and the learning rate at
 # once. The table separates the two, for LoRA and four relatives (see idea four) whose
 # papers report them ahead of LoRA. We trained all five in SmolLM2, on the orders task
-# of notebook 00, at four or five learning rates each. A number is how many of 60
+# of notebook 00, at four or five learning rates each. A number is how many of `60`
 # validation rows were right, with one seed. A star marks the learning rate that the
 # search chose: the most right answers, and of equals the lower loss.
 

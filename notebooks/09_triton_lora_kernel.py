@@ -793,8 +793,8 @@ for name in fused["targets"]:
 # devices. A stronger rival has three kernels: its last product adds in place
 # (`torch.addmm`).
 #
-# In the printed rule, the count of five devices is out of date. Its verdict words do
-# not apply, because a bound is not a measured time. What is your guess?
+# The printed rule's verdict words do not apply, because a bound is not a measured time.
+# What is your guess?
 
 # %%
 lesson.rule("K1")

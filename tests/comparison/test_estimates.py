@@ -155,7 +155,7 @@ def test_a_comparison_costs_the_sum_of_its_rows_and_seeds():
 def test_a_search_costs_the_sum_of_its_runs():
     one = Plan(methods=("lora",), steps=10)
     more = estimate.tuning_seconds(RATES, replace(one, steps=30))
-    steps = 20 * len(tuning.grid(one.chosen()[0]))
+    steps = 20 * tuning.fewest_runs(one.chosen()[0])
     step = estimate.step_seconds(RATES, one.batch, full=False)
     assert more - estimate.tuning_seconds(RATES, one) == pytest.approx(steps * step)
 

@@ -118,7 +118,7 @@ CLAIMS = (
                 "Percent of the cases in which fusing lowers the roofline's bound on "
                 "the time by 5 % or more, over x W^T, x A^T, h B^T and their sum one "
                 "after another: projections of 4096 and of SmolLM2's sizes with 4,096, "
-                "16 and 1 rows, ranks 8 to 256, bf16, five devices by their "
+                "16 and 1 rows, ranks 8 to 256, bf16, six devices by their "
                 "datasheets. A bound, counted from our launches; no time"
             ),
             unit="%",
