@@ -24,13 +24,13 @@
 # - write a loss that allows cutting a batch into parts;
 # - write the optimizer AdamW, and explain its two running means;
 # - compute the memory of a training step;
-# - say which memory LoRA (see notebook 00) saves, and which it does not;
+# - say which memory **LoRA** saves, and which not (it trains small added matrices);
 # - read an interval over five runs, and say when a result is undecided;
 # - find what else differs between two methods.
 #
 # **Only ten minutes?** Write `start("01", quick=True)` below and run all cells. Read
 # "The result first" and the table in idea four, do exercise 1.4, and read the verdict
-# on claim F1, a textbook sentence.
+# on claim F1.
 
 # %%
 from peft_from_scratch.course import start
@@ -56,6 +56,7 @@ from peft_from_scratch.course.checks import full_fine_tuning as checks
 # **Full fine-tuning** trains every parameter of a model on your own examples. Most of
 # the memory that it needs is not the model. In this picture of one layer, everything
 # that trains is colored; the pale outlines belong to methods of later notebooks.
+# $\Delta W$ is the change of a matrix $W$ in training.
 #
 # How much memory does one **optimizer step** need: a forward pass, a backward pass and
 # an update? Guess for SmolLM2, a language model of `135` million parameters, in
@@ -102,8 +103,8 @@ lesson.measured("1.1", times)
 #
 # ## Idea one: only the answer carries a loss
 #
-# We want the model to learn answers, not questions. An **example** (in code and rules:
-# a row) is a prompt and an answer, cut into **tokens**: numbered pieces of text. The
+# We want the model to learn answers, not questions. An **example**, called `row` in the
+# code, is a prompt and an answer, cut into **tokens**: numbered pieces of text. The
 # model predicts each token from the tokens before it. Every token has a **label**.
 #
 # - The answer and the **end token** after it are their own labels. Without the end
@@ -128,12 +129,11 @@ for i in (*range(begins - 3, begins + 5), *range(ends - 3, ends)):
     print(f"token {i:3}: {ids[i]:6} {tokenizer.decode(ids[i])!r:16} label {labels[i]}")
 
 # %% [markdown]
-# The prompt has the label `-100`; the answer and the end token `<|im_end|>` are their
-# own labels.
+# Only the answer and the end token, `<|im_end|>`, have labels other than `-100`.
 #
-# Many models also pad with the end token. Code that finds padding by its number then
-# hides the end of every answer as well. The loss looks normal and the answers are
-# right, but the model never learns to stop.
+# Many models also pad with the end token. Some code hides all these tokens from the
+# loss, with the label `-100`. It then also hides the end of each answer. The loss looks
+# normal and the answers are right, but the model never learns to stop.
 #
 # ### Exercise 1.1: labels
 #
@@ -214,8 +214,7 @@ for i in range(2):
     print(f"example {i}: {tokens[i]:2} label tokens, {mean:.2f} nats each")
 
 # %% [markdown]
-# The long answer has 24 label tokens with 1.51 nats each on average, the short one 2
-# with 6.62.
+# A token of the short answer costs 6.62 nats on average, one of the long answer 1.51.
 #
 # ### Break it on purpose
 #
@@ -314,11 +313,11 @@ print("one by one equals both at once, to four digits")
 # %% [markdown]
 # ## Idea three: AdamW and its two running means
 #
-# AdamW stores two extra numbers for every parameter, which take half of the memory
-# bill. `backward()` gives each parameter a gradient $g$: how fast the loss rises with
-# it. Gradients change from batch to batch and differ between matrices. So **AdamW**
-# keeps running means of $g$ and $g^2$, the **moments** $m$ and $v$. At optimizer step
-# $t = 1, 2, \dots$:
+# AdamW stores two extra numbers for every parameter. In mixed precision, they take
+# eight of the sixteen bytes per parameter. `backward()` gives each parameter a gradient
+# $g$: how fast the loss rises with it. Gradients change from batch to batch and differ
+# between matrices. So **AdamW** keeps running means of $g$ and $g^2$, the **moments**
+# $m$ and $v$. At optimizer step $t = 1, 2, \dots$:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g
 # \qquad
@@ -332,8 +331,8 @@ print("one by one equals both at once, to four digits")
 #
 # $m$, $v$ and $g$ have the shape of $W$; the other symbols are scalars. $\eta$ is the
 # **learning rate**. $\beta_1$ and $\beta_2$, usually `0.9` and `0.999`, say how slowly
-# the means forget. $\lambda$ is the **weight decay**, which shrinks $W$, and $\epsilon$
-# prevents a division by zero.
+# the means forget. $\lambda$ is the **weight decay**, which shrinks $W$ directly; plain
+# Adam adds $\lambda W$ to $g$ instead. $\epsilon$ prevents a division by zero.
 #
 # $m$ and $v$ are initialized to zero, so at first they are too small. Dividing by
 # $1 - \beta^t$ corrects this. The next cell updates one parameter with a constant
@@ -353,9 +352,6 @@ for g in (1000.0, 0.001):
 # %% [markdown]
 # The corrected update equals the learning rate, 0.0100, for the huge and for the tiny
 # gradient. Without the correction, it is three to five times too large.
-#
-# The W stands for weight decay that shrinks $W$ directly; plain Adam adds $\lambda W$
-# to the gradient.
 #
 # ### Exercise 1.3: AdamW
 #
@@ -401,9 +397,9 @@ checks.adamw(my_adamw)
 # ### The whole training loop
 #
 # The next cell puts labels, loss, gradients and AdamW together for the whole model, and
-# gives away exercise 1.3. It updates in place: `x.addcmul_(g, g, value=c)` adds
-# $c\,g^2$ to $x$. Guess: in four optimizer steps, how far does a typical matrix move,
-# in percent of its **norm** (the root of the sum of squares)?
+# gives away exercise 1.3. It updates in place; comments give the formulas. Guess: in
+# four optimizer steps, how far does a typical matrix move, in percent of its **norm**
+# (the root of the sum of squares)?
 
 
 # %%
@@ -416,10 +412,10 @@ def hand_step(model, state, batch, t, lr, betas=(0.9, 0.999), eps=1e-8):
     with torch.no_grad():
         for name, W in model.named_parameters():
             g, (m, v) = W.grad, state[name]
-            m.lerp_(g, 1 - betas[0])
-            v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            m.lerp_(g, 1 - betas[0])  # m = beta1 m + (1 - beta1) g
+            v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])  # the same with g * g
             root = (v / (1 - betas[1] ** t)).sqrt_().add_(eps)
-            W.addcdiv_(m, root, value=-lr / (1 - betas[0] ** t))
+            W.addcdiv_(m, root, value=-lr / (1 - betas[0] ** t))  # W -= lr m_hat / root
             W.grad = None
     return loss.item()
 
@@ -452,9 +448,9 @@ print(f"{stayed:,} of {model.num_parameters():,} parameters did not move")
 lesson.measured("1.3", sorted(shares)[len(shares) // 2])
 
 # %% [markdown]
-# Full fine-tuning moves nearly all parameters, but very little. The median weight
+# Full fine-tuning moved all but 17,525 parameters, but very little. The median weight
 # tensor moved by 0.0384 % of its norm, while the training loss fell from 1.395 to 0.391
-# nats per token. Only 17,525 parameters did not move.
+# nats per token.
 #
 # ### Now with the library
 #
@@ -503,7 +499,8 @@ lesson.measured("1.4", share)
 # %% [markdown]
 # At a learning rate of `1e-5`, only 1.8 % of the weights change. At `1e-4`, 14.0 %
 # change, and at `1e-3`, 98.8 %. An update smaller than half the gap to the next
-# `bfloat16` number is rounded away every time, so many of them do not add up.
+# `bfloat16` number is rounded away. Even a thousand such updates leave the weight as it
+# was.
 #
 # This does not show that training entirely in `bfloat16` fails: the outcome depends on
 # the learning rate. Training at each rate, in `bfloat16` and in mixed precision with
@@ -546,7 +543,7 @@ lesson.measured("1.4", share)
 def my_bill(parameters, recipe):
     """{"weights", "gradients", "master", "moments"}: GB of each (1e9 bytes).
 
-    recipe: "fp32", "bf16" or "mixed"; 0 for a row that it does not have."""
+    recipe: "fp32", "bf16" or "mixed"; 0 for "master" if the recipe keeps none."""
     ### BEGIN SOLUTION
     sizes = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "mixed": (2, 2, 4, 8)}[recipe]
     kinds = ("weights", "gradients", "master", "moments")
@@ -574,7 +571,7 @@ checks.memory_bill(my_bill)
 # The rule, written before any run, takes the first meaning. Of the recipes `"bf16"` and
 # `"mixed"`, the one closer to the claim counts. In `"mixed"`, Adam's states include the
 # master copy. The claim holds if none of its three rows is more than 5 % off. The next
-# cell prints the stored rule, which says the same.
+# cell prints this rule.
 
 # %%
 lesson.rule("F1")
@@ -618,7 +615,7 @@ lesson.show(figure, "; ".join(sums) + ".")
 worst = [bill.row_error(counts[r]["per_parameter"]) for r in ("bf16", "mixed")]
 closest = min(worst)
 lesson.measured("1.5", closest)
-lesson.live("F1", closest, closest, closest)
+lesson.live("F1", closest, closest, closest)  # value, low, high: a count is exact
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -659,12 +656,11 @@ for length, real in reals.items():
     print(f"{length:4} tokens: every row of the bill agrees to 1 %:", off < 0.01)
 
 # %% [markdown]
-# Every row agrees to 1 %, so the ghost can be trusted.
+# Every row agrees, so the ghost can be trusted.
 #
-# *Why do I run out of memory although I use LoRA?* **LoRA**, known from notebook 00,
-# freezes the model and trains small added matrices, the **adapter**. Guess: with
-# `16,384` tokens and the shape of Llama 2 7B, how large is LoRA's peak, in percent of
-# full fine-tuning's?
+# *Why do I run out of memory although I use LoRA?* LoRA freezes the model; its small
+# added matrices are the **adapter**. Guess: with `16,384` tokens and the shape of Llama
+# 2 7B, how large is LoRA's peak, in percent of full fine-tuning's?
 
 # %%
 lesson.predict("1.6", low=None, high=None, unit="% of full fine-tuning's peak")
@@ -759,10 +755,11 @@ checks.storage(my_storage)
 # ## On trial: claim F5
 #
 # The textbook says that a fully fine-tuned model *can be served independently*, where
-# an adapter needs its base. The claim holds if none of four checks fails. In a fresh
-# process without network, the full model's folder must give the same logits as before
-# saving. The adapter's folder must not load there alone (the **control**). With its
-# base, it must give the same logits. Every further task must cost the same bytes.
+# an adapter needs its base. The claim holds if none of four checks fails (printed as
+# "up to 0"). In a fresh process without network, the full model's folder must give the
+# same logits as before saving. The adapter's folder must not load there alone (the
+# **control**). With its base, it must give the same logits. Every further task must
+# cost the same bytes.
 #
 # Guess: for a hundred tasks of SmolLM2, how many times the bytes of adapters do full
 # models take on disk?
@@ -836,10 +833,11 @@ lesson.verdict("F5")
 # ```
 #
 # The **spread** is the standard deviation of the five differences, and a mean of five
-# varies less than one value. The **t factor** allows for a spread that is itself
-# uncertain. It is `2.78` for five seeds, and `12.7` for two. If the experiment were
-# repeated often, about 95 of 100 such 95 % **intervals** would contain the true mean
-# difference. This one lies above zero, so full fine-tuning is ahead.
+# varies less than one value. With few seeds, the spread can be far too small by chance.
+# So the **t factor**, from a table, widens the interval: `2.78` for five seeds, `12.7`
+# for two. If the experiment were repeated often, about 95 of 100 such 95 %
+# **intervals** would contain the true mean difference. This one lies above zero, so
+# full fine-tuning is ahead.
 #
 # With `-0.06` as the last difference, the interval reaches from `-0.039` to `0.071`. A
 # rule divides the number line into bands, one per verdict. If the interval lies in one
@@ -865,16 +863,18 @@ lesson.verdict("F5")
 # runs whose validation loss no longer fell. **Control**: the near task with random
 # answers, where the test loss must be higher.
 #
-# The rule compares two **leads**, differences in test loss that are paired over seeds
-# and test examples (rows):
+# A method's **lead** is how much lower its test loss is than the other's. Leads are
+# paired, since both methods use the same seeds and test examples. The rule takes two:
 #
-# - the lead of full fine-tuning over LoRA on the far task with 1,600 examples;
-# - the lead of LoRA over full fine-tuning on the near task, as the mean of its leads
-#   with 100 and with 400 examples.
+# - **far**: full fine-tuning's lead on the far task with 1,600 examples;
+# - **near**: LoRA's lead on the near task, the mean of its leads with 100 and with 400
+#   examples. (The claim does not mention LoRA; the rule adds this.)
 #
 # The smaller lead decides. Above 0.02 nats per token, the claim holds; at zero or
 # below, it does not. In between, the verdict is "holds when", followed by a condition.
-# Guess: how large is full fine-tuning's lead on the far task?
+# The next cell prints this rule. There, rows are examples, and "LoRA's test loss minus
+# full fine-tuning's" is full fine-tuning's lead. Guess: how large is it on the far
+# task?
 
 # %%
 lesson.rule("F4")
@@ -939,13 +939,10 @@ lesson.show(figure, "; ".join(ends[:4]) + ".")
 # LoRA's small matrices are the reason. The exercise "In your own words" asks for the
 # runs that would decide it.
 #
-# On the near task with 400 examples, nearly all of full fine-tuning's lead of 0.098
-# nats comes from two LoRA runs, which end at 0.25 and 0.23 nats.
-#
 # **Live**: a demonstration that cannot change the verdict. It trains both methods on
-# the far task, with two seeds and 30 optimizer steps. LoRA's lead on the near task
-# comes from the shipped runs. It is negative: LoRA is behind on average. The line "F4
-# here" shows the smaller of the two leads.
+# the far task, with two seeds and 30 optimizer steps. After so few, full fine-tuning's
+# lead was five times the shipped 0.207; do not compare the two. LoRA's lead on the near
+# task is the shipped one. The line "F4 here" shows the smaller lead.
 
 
 # %%
@@ -963,6 +960,7 @@ live = {how: [small_run(how, seed) for seed in (0, 1)] for how in ways}
 for_full = paired(live["lora"], live["full"])
 print("far, live: lead of full {:+.3f} [{:+.3f}, {:+.3f}]".format(*for_full))
 near = [gains["near", n] for n in (data_size.FEW, data_size.SOME)]
+# Mean, low, high. The sign changes, so low and high change places: 0, 2, 1.
 for_lora = [-sum(gain[i] for gain in near) / len(near) for i in (0, 2, 1)]
 print("near, shipped: lead of LoRA {:+.3f} [{:+.3f}, {:+.3f}]".format(*for_lora))
 lesson.live("F4", *map(min, for_full, for_lora), scale="tiny")
@@ -975,9 +973,9 @@ lesson.verdict("F4")
 # For a real model, decide by your memory and by a trial on your own task.
 #
 # The rule asked too much of LoRA, which is recommended on near tasks for its cost. LoRA
-# could not lead there by 0.02 nats: full fine-tuning's loss is about 0.01 on average,
-# and a loss cannot fall below zero. A better rule would ask whether LoRA stays within a
-# margin.
+# could not lead there by 0.02 nats: with 100 and 400 examples, full fine-tuning's mean
+# loss is about 0.01, and a loss cannot fall below zero. A better rule would ask whether
+# LoRA stays within a margin.
 #
 # ## Quiz
 #
@@ -1112,8 +1110,8 @@ lesson.verdict("F4")
 #   each pair of tokens needs more activations than our bill.
 # - **Published figures, not ours**: Hugging Face fine-tuned a model of `3.2` billion
 #   parameters entirely in `bfloat16`, with AdamW at `1e-5`, and it learned. Its peak
-#   was `36.2` GiB (`2**30` bytes), LoRA's `20.8`. Sixteen bytes per parameter would be
-#   about `48`.
+#   was `36.2` GiB (`2**30` bytes), LoRA's `20.8` GiB. Sixteen bytes per parameter would
+#   be about `48` GiB.
 #
 # ## Your guesses
 #

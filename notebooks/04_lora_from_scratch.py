@@ -21,12 +21,12 @@
 #
 # **At the end you can**
 #
-# - write LoRA yourself, inject it into a model, and merge it into the weights;
+# - write LoRA yourself, put it into a model, and later add it to the weights;
 # - count its trainable parameters in your head;
 # - explain why $B$ is initialized to zero, and why $A$ must not be zero as well;
-# - find the bug that corrupts a merged GPT-2 without an error;
+# - find the bug in that addition that corrupts GPT-2 without an error;
 # - measure how far a weight change can be simplified before the test loss suffers;
-# - name the evidence for "low rank", and the runs that are still missing.
+# - name the evidence for such simple changes, and the runs that are still missing.
 #
 # **Only ten minutes?** Write `start("04", quick=True)` below and run all cells. Read
 # "The result first", "Idea one" and the end of "What a low-rank part is worth".
@@ -96,7 +96,7 @@ for cut, said in cuts.items():
 #
 # So we may not need to train whole matrices. **LoRA**, low-rank adaptation, freezes the
 # pretrained model and trains two thin matrices for each projection, shown in color
-# below. The pale shapes belong to other lessons.
+# below. The pale shapes belong to other lessons; "norm" is a normalization layer.
 
 # %%
 lesson.show(
@@ -155,15 +155,14 @@ print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 #
 # ### What does it cost? Claim L4
 #
-# LoRA trains few parameters. For a matrix of `4096 x 4096` and rank `16`, what share of
-# its parameters is that? Before you run the next cell, which prints the answer, put two
-# numbers in place of None, a range that you are `90 %` sure of.
+# For a matrix of `4096 x 4096`, what share of its parameters does LoRA of rank `16`
+# train? Put a range that you are `90 %` sure of in place of None before you run the
+# next cell, since it prints the answer.
 #
 # L4 is a **claim** that this course tests. Its **rule**, fixed before any run, says
-# which value gives which **verdict**. Arithmetic needs no run, so this verdict is only
-# *computed*. "Shipped" results are stored with the course. The count is the same for
-# any model, although the output names SmolLM2. `# NBVAL_CHECK_OUTPUT` is for the
-# course's tests.
+# which value gives which **verdict**. This rule counts parameters, which needs no run,
+# so the verdict on the card below is *computed*. "Shipped" results are stored with the
+# course.
 
 # %%
 lesson.predict("4.1", low=None, high=None, unit="% of the matrix")
@@ -193,7 +192,7 @@ lesson.verdict("L4")
 # - Input: `x` of shape `(…, d_in)`, with any number of leading dimensions.
 # - Given: `self.base`, `self.A` `(r, d_in)`, `self.B` `(d_out, r)`, `self.alpha`. Call
 #   `self.base(x)` for $W_0\,x$, since it may have a bias or a transposed weight.
-# - Output: `h` of shape `(…, d_out)`, in the dtype of `x`.
+# - Output: `h` of shape `(…, d_out)`, in the one dtype that `x`, `A` and `B` share.
 #
 # Example: if the base returns zero, `A = [[1, 1]]`, `B = [[2]]`, `alpha = 3` and
 # `x = [[1, 2]]` give `[[18]]`.
@@ -344,8 +343,10 @@ checks.lora_start(my_start)
 # ### On trial: claim L2
 #
 # *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
-# We test this on a whole model: no bit of any **logit**, the score of a possible next
-# token, may change.
+# We test this on a whole model. Before its first step, LoRA must not change any
+# **logit**, the score of a possible next token. So the largest difference of a logit,
+# which cannot be negative, must be exactly zero. The shipped runs compare eight test
+# rows, the cell below two.
 #
 # Two of the three initializations below are **controls** with a known result. *Both
 # random* must change the logits, and *both zero* must have no gradient; only then is
@@ -409,8 +410,8 @@ lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items())
 # *Both zero* stays at 1.43. *Both random* begins with a spoiled model, at 4.00, and
 # still reaches 0.07, like the standard initialization. So learning does not require a
 # zero update here; the advantage is an intact model at the beginning. Which
-# initialization *ends* best is open. It may depend on the variance of a random $B$,
-# which test losses would show.
+# initialization *ends* best is open. Test losses for several variances of a random $B$
+# would show it.
 #
 # ## Idea three: inject LoRA into a whole model
 #
@@ -424,9 +425,9 @@ lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items())
 # | the parent of `"layers.0.q_proj"` | `model.get_submodule("layers.0")` |
 # | another child in its place | `setattr(parent, "q_proj", new)` |
 #
-# Two mistakes are common. If you freeze only what you wrap, embeddings and norms still
-# train, and nobody notices, because the loss falls. If you freeze *after* replacing,
-# $A$ and $B$ are frozen too.
+# Two mistakes are common. If you freeze only what you wrap, embeddings and norm layers
+# still train, and nobody notices, because the loss falls. If you freeze *after*
+# replacing, $A$ and $B$ are frozen too.
 #
 # ### Exercise 4.3: inject
 #
@@ -486,9 +487,10 @@ checks.lora_inject(my_inject)
 # ### Train SmolLM2 with it
 #
 # If your answers to 4.1 and 4.2 passed their checks, *your* class and *your*
-# initialization train SmolLM2 below. Otherwise the lesson's own do, and they give both
-# exercises away. The library's LoRA goes into a second copy, with the same seed. Guess:
-# with rank `8` in every projection, what share of the parameters will train?
+# initialization train SmolLM2 below. Otherwise the code of the next cell is used, which
+# gives both solutions away. A second copy of SmolLM2 gets the LoRA of `pfs`, the
+# course's library, with the same seed. Guess: with rank `8` in every projection, what
+# share of the parameters will train?
 
 
 # %%
@@ -580,7 +582,7 @@ print("every pretrained matrix is unchanged, bit for bit:", kept)
 assert gap < 1e-3 and off < 1e-3 and kept
 
 # %% [markdown]
-# The two agree up to rounding, and no pretrained matrix has changed.
+# The two agree up to rounding.
 #
 # ## Idea four: merge the update into the weight
 #
@@ -595,9 +597,9 @@ assert gap < 1e-3 and off < 1e-3 and kept
 #
 # ### Break it on purpose
 #
-# A forgotten transpose can corrupt a model without an error, as it once did in PEFT
-# (see the last link). The next cell tries such a merge on three layers, and prints how
-# far the outputs are off.
+# A forgotten transpose can corrupt a model without an error, as it once did in PEFT,
+# Hugging Face's library (see the last link). The next cell tries such a merge on three
+# layers, and prints how far the outputs are off.
 
 
 # %%
@@ -628,7 +630,7 @@ except RuntimeError as error:
 #
 # `broken_merge` has a second, smaller fault. In `bfloat16`, a 16-bit format with two to
 # three significant digits, it rounds the update before adding it, and then the sum
-# again. Add in `float32` and round once.
+# again.
 #
 # ### Exercise 4.4: a merge that is right
 #
@@ -698,9 +700,10 @@ checks.lora_merge(my_merge)
 #
 # $$E_k = \frac{s_1^2 + \dots + s_k^2}{s_1^2 + s_2^2 + \dots}$$
 #
-# Singular values of $3$ and $1$ give $E_1 = 9 / (9 + 1) = 0.9$. The next cell takes one
-# strong direction plus noise. `U` holds the $u_i$ as columns, and `Vt` the $v_i$ as
-# rows.
+# Singular values of $3$ and $1$ give $E_1 = 9 / (9 + 1) = 0.9$. The rest of the squared
+# norm, here `0.1`, is the relative error of the approximation. The next cell computes
+# both for one strong direction plus noise. `U` holds the $u_i$ as columns, and `Vt` the
+# $v_i$ as rows.
 
 # %%
 torch.manual_seed(0)
@@ -709,7 +712,7 @@ U, s, Vt = torch.linalg.svd(dW)
 print("singular values:", [round(value, 1) for value in s.tolist()])
 cut = s[0] * torch.outer(U[:, 0], Vt[0])
 print(f"energy of rank 1:   {s[0] ** 2 / s.square().sum():.3f}")
-print(f"1 - squared error:  {1 - (dW - cut).norm() ** 2 / dW.norm() ** 2:.3f}")
+print(f"1 - relative error: {1 - (dW - cut).norm() ** 2 / dW.norm() ** 2:.3f}")
 print("rank of dW itself:", int(torch.linalg.matrix_rank(dW)))
 
 # %% [markdown]
@@ -765,7 +768,8 @@ checks.lora_spectrum(my_spectrum)
 # one). For each matrix, the rule takes the rank that holds 90 % of the energy, in
 # percent of the **full rank**, the matrix's smaller side. Up to a median of `10 %`, the
 # claim holds; above `30 %`, it does not. In between, it *holds when* a condition is
-# met, which the verdict names.
+# met, which the verdict names. The result is valid only if the updates reach a lower
+# test loss than random ones of the same norm.
 #
 # Guess the median for `tiny`, a model of about a million parameters.
 
@@ -774,8 +778,10 @@ lesson.rule("L1")
 lesson.predict("4.5", low=None, high=None, unit="% of the full rank")
 
 # %% [markdown]
-# `tiny` was trained on generated text. The next cell fine-tunes it on a new format with
-# new words. As a control, each update gets a random matrix of the same shape and norm.
+# `tiny` was trained on generated text. The next cell fine-tunes it to turn a sentence,
+# such as `On Friday Ada found three lamps in Oslo.`, into a record with new words,
+# `Oslo - funek | bafo & 3 | …`. As a control, each update gets a random matrix of the
+# same shape and norm.
 # Brackets show a `95 %` interval of the median: how far it could move with other
 # matrices of this kind.
 
@@ -836,9 +842,8 @@ lesson.measured("4.6", kept["rank 1"])
 
 # %% [markdown]
 # In `tiny`, rank one keeps 46 % of the gain and rank 8 keeps 87 %; random updates keep
-# none. The last line adds the trained embeddings and norms. They lower the loss
-# further, from 0.36 to 0.02, and so exceed the gain of the projections, which counts as
-# 100 %.
+# none. The last line adds the trained embeddings and norm layers, which lower the loss
+# from 0.36 to 0.02. It exceeds 100 %, which is the gain of the projections alone.
 #
 # The figure shows what SmolLM2's updates keep at rank $k$ in the shipped runs.
 
@@ -860,8 +865,9 @@ figure = curves.lines(
     lines,
     x="Rank k, singular values kept",
     y="Kept, % of what the whole updates have",
-    title="Cut to rank k, SmolLM2's updates keep gain before energy",
-    subtitle="Gain: mean, range of 3 seeds. Energy (1 seed): median, 80 % of matrices.",
+    title="SmolLM2's updates: low ranks keep more gain than energy",
+    subtitle="Gain: mean and range of 3 seeds. Energy, one seed: the median matrix, "
+    "with a band for the middle 80 %.",
     control=("energy, random",),
     log="x",
     names="foot",
@@ -876,13 +882,13 @@ lesson.show(
 )
 
 # %% [markdown]
-# Rank 8 is `1.4 %` of `576`, the full rank of most matrices in SmolLM2. It holds 57 %
-# of the energy and at least 99.2 % of the gain.
+# Rank 8, `1.4 %` of SmolLM2's usual full rank of `576`, holds 57 % of the energy and at
+# least 99.2 % of the gain.
 #
-# The next cell prints the rule's number for both models, with intervals over *seeds*
-# (see notebook 01). Its line "L1 here" repeats your own run, with the interval over
-# *matrices*. Its line "tiny, shuffled" is a control: each sentence gets the answer of
-# another one, so `tiny` can learn the form but not the content.
+# The next cell prints the rule's number for both models. Brackets now show how far it
+# could move with other *seeds*. Only the line "L1 here", your own run, has the interval
+# over *matrices*. The line "tiny, shuffled" is a control: each sentence gets the record
+# of another one, so `tiny` can learn the form of a record but not its content.
 
 # %%
 for scale in ("tiny", "smollm2"):
@@ -899,30 +905,27 @@ lesson.live("L1", *live, scale="tiny")
 lesson.verdict("L1", guess="4.5")
 
 # %% [markdown]
-# The card's condition separates gain from energy. In SmolLM2, few directions carry the
-# gain on this task, but many hold the energy: its spectrum is not narrow. Of `576`
-# singular values, 14.6 % are about `84`, ten times the usual rank `8`. So choose a rank
-# by test loss. The median also hides a spread: `q_proj` and `o_proj` need `3` to
-# `12 %`, `v_proj` needs `13` to `29 %`.
+# The verdict depends on what "low" means. In SmolLM2, few directions carry the gain on
+# this task: in this sense, the rank is low. But many hold the energy, so the spectrum
+# is not narrow: of `576` singular values, 14.6 % are about `84`, ten times the usual
+# rank `8`. So choose a rank by test loss.
 #
 # `tiny` keeps less of its gain at rank 8. The cause is open, since model, task and
-# training settings all differ. Training `tiny` on a task without new words would show
-# whether the new words matter.
+# training settings all differ. A `tiny` run without new words would test one cause.
 #
 # - **A low rank does not show that content was learned.** In `tiny`, updates for
-#   shuffled answers need even less of the full rank (18.4 to 19.1 %) than those for
-#   real answers (20.5 %).
-# - **Full fine-tuning also trains embeddings and norms.** They do not help SmolLM2: its
-#   test loss is `0.024` to `0.031` with them, and 0.022 to 0.028 without. But they help
-#   `tiny`, and LoRA freezes both. So a comparison of LoRA with full fine-tuning mixes
-#   rank with the choice of parameters. Full fine-tuning of the projections alone would
-#   separate them.
+#   shuffled records need even less of the full rank (18.4 to 19.1 %) than those for
+#   right ones (20.5 %).
+# - **Full fine-tuning also trains embeddings and norm layers.** They help `tiny`, but
+#   not SmolLM2: its test loss is `0.024` to `0.031` with them, and 0.022 to 0.028
+#   without. LoRA freezes both. So comparing it with full fine-tuning mixes rank with
+#   the choice of parameters.
 #
 # ## Now with the library
 #
-# In Hugging Face's PEFT, all this is one call. An **adapter** is the set of trained $A$
-# and $B$. The next cell saves ours in PEFT's format, loads it into PEFT, and compares
-# every logit. There, `"all-linear"` means every projection.
+# In PEFT, all this is one call. An **adapter** is the set of trained $A$ and $B$. The
+# next cell saves ours in PEFT's format, loads it into PEFT, and compares every logit.
+# There, `"all-linear"` means every projection.
 
 # %%
 from tempfile import TemporaryDirectory
@@ -951,8 +954,8 @@ assert gap < 1e-3
 #
 # <details><summary>The time of an optimizer step</summary>
 #
-# No. It shrinks by a third. The forward pass and the gradients of $x$ remain, and each
-# costs as much as those of $W_0$.
+# No. The forward pass, the gradient of $x$ and the gradient of $W_0$ cost the same.
+# LoRA saves only the last, so the time shrinks by a third.
 #
 # </details>
 # <details><summary>The bytes of the gradients and of AdamW's averages of them</summary>
@@ -1050,8 +1053,8 @@ assert gap < 1e-3
 # <details><summary>A model answer</summary>
 #
 # First, we cut updates that full fine-tuning had found; LoRA may find other directions.
-# Second, full fine-tuning also trained embeddings and norms. I would train LoRA and
-# full fine-tuning of the projections alone, with five paired seeds, each at its own
+# Second, full fine-tuning also trained embeddings and norm layers. I would train LoRA
+# and full fine-tuning of the projections alone, with five paired seeds, each at its own
 # best learning rate on validation rows. As a control, an untrained random LoRA must
 # gain nothing. The sentence is refuted if the interval of LoRA's share excludes 87 %.
 #

@@ -23,7 +23,7 @@
 # - quantize a weight in blocks, pack two codes in a byte, and restore it;
 # - explain where NF4's values and the constant `0.9677083` come from;
 # - compare formats fairly, by their error *and* by the bits they store;
-# - save memory by **double quantization**: rounding the scaling factors, too;
+# - save memory by rounding each block's largest weight, too: **double quantization**;
 # - explain how gradients pass a quantized weight;
 # - count the bytes of a model of `65` billion parameters.
 #
@@ -340,9 +340,9 @@ checks.nibbles(my_pack, my_unpack)
 # **Where does `0.9677083` come from?** It is $p_{\text{last}}$, which cannot be 1,
 # since $\Phi^{-1}(1)$ is infinite. Instead, cut the distribution into equal shares, and
 # put the last value in the middle of the last share. With sixteen shares, this middle
-# has $p = 1 - 1/32$; with fifteen, $p = 1 - 1/30$. NF4 takes the mean of these two,
-# perhaps because fifteen of its sixteen values are not zero. We know of no proof that
-# the mean is best. The next cell derives all values (`half` counts down from 1 to 0).
+# has $p = 1 - 1/32$; with fifteen, $p = 1 - 1/30$. NF4 takes the mean of these two.
+# We know of no proof that the mean is best. The next cell derives all values (`half`
+# counts down from 1 to 0).
 
 # %%
 quantile = NormalDist().inv_cdf
@@ -365,7 +365,7 @@ assert gap < 3e-7
 # %% [markdown]
 # The mean reproduces all digits of the constant, and the derived values agree with the
 # published ones to `2e-07`. bitsandbytes, the library that NF4 comes from, has the same
-# constant in a comment above its table: `create_normal_map(offset=0.9677083, ...)`.
+# constant in a comment above its table of values.
 #
 # ### Which value is nearest?
 #
@@ -435,8 +435,9 @@ print("equal to our library:", torch.equal(restored(plain, 64, NF4), theirs))
 
 # %% [markdown]
 # NF4 was designed for equal use of its codes. The next cell counts how often each code
-# is used in blocks of 64 normal weights. Predict the largest count, divided by the
-# smallest.
+# is used in blocks of 64 normal weights. It also prints their **entropy**: 4 bits if
+# all are used equally often, and less otherwise. Predict the largest count, divided by
+# the smallest.
 
 # %%
 lesson.predict("7.2", low=None, high=None, unit="times as often")
@@ -454,8 +455,7 @@ lesson.measured("7.2", (share.max() / share.min()).item())
 # The codes are not used equally often: one is used 5.4 times as often as another. In
 # the derivation, the value 1 stands for `1.85` standard deviations, the last quantile.
 # In a block, it stands for the largest weight, typically `2.5` standard deviations. So
-# more ratios lie near zero than the derivation assumes. The **entropy** measures how
-# evenly the codes are used: 3.88 bits, of 4 at equal use.
+# more ratios lie near zero than the derivation assumes. The entropy is 3.88 bits.
 #
 # ### Which sixteen values are best?
 #
@@ -508,14 +508,18 @@ lesson.show(figure, f"Values between -0.5 and 0.5: {said}.")
 # paper calls it "information theoretically optimal", and means equally used codes. We
 # test another meaning, the smallest error: no other sixteen values may do better.
 #
-# The rule, written before any run, asks by how many percent NF4's error exceeds that of
-# the best values. Up to 1 %, the claim holds; above 5 %, it does not; in between, it
-# holds under a condition (`holds when`). Even 5 % is strict: one more bit about halves
-# the error, so 5 % is worth only `log2(1.05) = 0.07` bits per weight.
+# The rule, written before any run and printed below, asks by how many percent NF4's
+# error exceeds that of the best values. Up to 1 %, the claim holds; above 5 %, it does
+# not; in between, it holds under a condition (`holds when`).
+#
+# Even 5 % is strict. One more bit per weight about halves the error, so an error `f`
+# times as large costs about `log2(f)` bits. For 5 %, that is `log2(1.05) = 0.07` bits.
 #
 # Values are fitted on half of the blocks, and tested on the other half. Five **seeds**
-# of the random generator give five sets of weights, and so an interval (see notebook
-# 01). The **control** is FP4: if it were not clearly worse, the measure would be blind.
+# of the random generator give five sets of weights. We print the mean result and, in
+# brackets, an **interval** likely to contain the true mean (see notebook 01). The
+# **control** is FP4: if it were not clearly worse, the measure would be blind.
+#
 # **Affine int4** has sixteen evenly spaced values from the smallest to the largest
 # weight of a block, and needs two constants. `best-pinned` is a fit that keeps -1, 0
 # and 1.
@@ -541,8 +545,7 @@ lesson.measured("7.3", live[0])
 # Affine int4 has a smaller error than NF4, but takes half a bit more per weight. So we
 # compare at equal bits, with **shipped** runs, which are stored with the course. They
 # use normal weights and two trained models: **MiniLM**, a sentence encoder, and
-# **tiny**, our language model of one million parameters. ("On smollm2", printed below
-# the figure, only names the lesson's model; Q1 uses none of its weights.)
+# **tiny**, our language model of one million parameters.
 
 # %%
 names = dict(nf4="NF4", affine="affine int4", best="fitted", int4="int4", fp4="FP4")
@@ -585,9 +588,8 @@ lesson.verdict("Q1", guess="7.3")
 # **NF4 or affine int4?** The answer depends on how the constants are stored. In
 # `float32`, NF4 is ahead: at 5 bits on MiniLM, it has 8.81 % and affine int4 9.38 %.
 # But practical int4 formats often store the two constants of a block in `20` bits. In
-# blocks of 32, that makes `4 + 20 / 32 = 4.625` bits, with an error that we have not
-# measured. So the order near four and a half bits is open, until a run stores all
-# constants as real files do.
+# blocks of 32, that makes `4 + 20 / 32 = 4.625` bits per weight. We have not run such a
+# format, so whether it beats NF4 at equal bits is open.
 #
 # ### A trap: weights that came from four bits
 #
@@ -639,9 +641,10 @@ for name, w in (("SmolLM2", W), ("MiniLM", honest)):
 # of at most 256 values, rising from about -1 to 1. `my_double` returns the codes,
 # `(n,)` in `torch.uint8`; the scales, called `units`, `(⌈n / block⌉,)`; and the
 # offset, `()`. `my_restored` returns the constants, `(n,)`. The last group may be
-# short. Where a scale is zero, any code will do. Index with `codes.long()`, because
-# PyTorch takes a `uint8` index for a mask. For example, `[2, 4, 6]` with the values
-# `[-1, 0, 1]` gives the codes `[0, 1, 2]`, the units `[2]` and the offset `4`.
+# short. Where a scale is zero, any code from 0 to `len(values) - 1` will do. Index with
+# `codes.long()`, because PyTorch takes a `uint8` index for a mask. For example,
+# `[2, 4, 6]` with the values `[-1, 0, 1]` gives the codes `[0, 1, 2]`, the units `[2]`
+# and the offset `4`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -745,7 +748,8 @@ print(f"codes that stay when weights change by 0.001 %: {kept:.2f} %")
 # switch double quantization **off**, and compare the gradients with those of a model
 # that holds the same $W'$ in `float32`. We compare the gradients of a LoRA on every
 # projection and of the embedded tokens, the output of the embedding. By how many
-# percent do they differ? Up to 0.01 %, the claim is wrong as stated.
+# percent do they differ, at most over the seeds? Up to 0.01 %, the claim is wrong as
+# stated.
 #
 # The formulas say zero, so this checks the code more than the theory. The **control**
 # uses the original weights $W_0$; its gradients must differ clearly. The run here is on
@@ -774,9 +778,8 @@ lesson.verdict("Q2", guess="7.4")
 
 # %% [markdown]
 # Use double quantization to save memory; gradients do not need it. Rounding the weights
-# does change gradients, however the constants are stored. With $W_0$, they differ by
-# `106` % or more of their length on SmolLM2 (thirty layers), and by 19 % on tiny (four
-# layers).
+# does change gradients. The control is the length of this change, in percent of the
+# length of the gradient with $W_0$: at least `106` % on SmolLM2, and 19 % on tiny.
 #
 # ## Idea four: count the bytes
 #
@@ -978,7 +981,7 @@ for block in blocks:
 # </details>
 # <details><summary>It makes the other weights of its block coarse</summary>
 #
-# Right. Other blocks feel it only through double quantization, and slightly.
+# Right. The other blocks have their own absmax.
 #
 # </details>
 #

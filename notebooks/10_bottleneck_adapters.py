@@ -29,7 +29,7 @@
 # - find what else differs in a comparison, and choose the run that removes it.
 #
 # **Only ten minutes?** Write `start("10", quick=True)` below and run all cells. Read
-# "The result first", and the text after the verdict card of A1, a textbook claim.
+# "The result first", and the last three paragraphs before "Idea six".
 
 # %%
 from peft_from_scratch.course import start
@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import peft_from_scratch as pfs
+import peft_from_scratch as pfs  # the course's library
 from peft_from_scratch.course import block_picture, challengers, curves, finetune
 from peft_from_scratch.course import intervals, latency, ledger, runs, step_seconds
 from peft_from_scratch.course.checks import bottleneck_adapters as checks
@@ -122,8 +122,8 @@ lesson.show(
 # | $m$ | width of the bottleneck, far below $d$ | an integer | you choose |
 # | $h$ | what the sublayer adds to the stream | $d$ | |
 #
-# The picture's formula is the same, with $h$ for both $y$ and $h$, and $f$ for
-# $\sigma$.
+# The picture's formula leaves out the biases. It writes $h$ for both $y$ and $h$, and
+# $f$ for $\sigma$.
 #
 # For example, let $y = (1, 2)$, $D = (1\;\;1)$, $U = (0.1\;\;0)^\top$, no biases and
 # $\sigma$ = ReLU. Then $D\,y = 3$, the correction is $(0.3,\ 0)$, and $h = (1.3,\ 2)$.
@@ -212,7 +212,8 @@ checks.bottleneck_forward(MyBottleneck)
 # The next cells measure the loss of `tiny`, our model of one million parameters, before
 # training. The sixteen test rows are from `gap-1`, a task with a new answer format. The
 # unit of the loss is **nats per token**. At `0.04` nats, the right token's probability
-# is typically $e^{-0.04}$, which is `96 %`.
+# is typically $e^{-0.04}$, which is `96 %`. The printed gradient is the norm over all
+# trained parameters. It includes $b_U$, whose gradient is not zero in any row.
 #
 # Predict: by how much does the loss rise when the standard deviation is 1.0?
 
@@ -224,14 +225,14 @@ tiny, tiny_tokenizer = pfs.load_model("tiny", device="cpu")
 task = pfs.tasks.load_task("gap-1")
 rows = list(task.test.select(range(16)))
 encode = pfs.templates.encode_rows
-test = encode(tiny_tokenizer, task.instruction, rows, template="raw")
+test = encode(tiny_tokenizer, task.instruction, rows, template="raw")  # plain text
 batch = pfs.loss.batch_of(test, tiny.device)
 
 
 def loss_and_gradient():
     loss = tiny(**batch).loss
     loss.backward()
-    trained = pfs.trainable(tiny).values()
+    trained = pfs.trainable(tiny).values()  # the parameters of the bottlenecks
     size = torch.cat([p.grad.flatten() for p in trained]).norm()
     tiny.zero_grad()
     return loss.item(), size.item()
@@ -244,19 +245,18 @@ print(f"no adapter:       loss {untouched:.4f}")
 losses = {}
 for std in (0.0, 0.01, 1.0):
     torch.manual_seed(0)
-    pfs.houlsby.inject(tiny, m=39)
+    pfs.houlsby.inject(tiny, m=39)  # adds bottlenecks; Idea three explains m = 39
     for name, parameter in pfs.trainable(tiny).items():
         if name.endswith("weight"):
             nn.init.normal_(parameter, std=std)
     losses[std], gradient = loss_and_gradient()
     print(f"initial std {std:4}: loss {losses[std]:.4f}, gradient {gradient:.2g}")
-    pfs.remove(tiny)
+    pfs.remove(tiny)  # takes the bottlenecks out again
 lesson.measured("10.1", losses[1.0] - untouched)
 
 # %% [markdown]
 # A standard deviation of 0.01 hardly changes the loss, and one of 1.0 raises it by 11
-# nats. The two adapters differ only in the scale of their random weights, so the small
-# scale protects the model.
+# nats.
 #
 # With zero weights, $U$ has no gradient because its input is $\sigma(0) = 0$. $D$ and
 # $b_D$ have none because their gradient passes through $U = 0$. So no optimizer step
@@ -484,7 +484,11 @@ for said, entries in work.items():
 
 # %%
 class Calls(TorchDispatchMode):
-    """Counts the operations that reach PyTorch's kernels."""
+    """Counts the operations that reach PyTorch's kernels.
+
+    While the mode is active, PyTorch passes each operation to __torch_dispatch__.
+    operation.overloadpacket is the operation without its variant: mm for mm.default.
+    """
 
     def __init__(self):
         super().__init__()
@@ -501,7 +505,7 @@ models = {name: model.eval() for name, model in latency.candidates(config).items
 for name in ("base", "merged", "houlsby", "lora"):
     with torch.no_grad(), Calls() as calls:
         models[name](torch.tensor([[5]]))
-    products = calls.counts["mm"] + calls.counts["addmm"]
+    products = calls.counts["mm"] + calls.counts["addmm"]  # without and with a bias
     layers = models[name].config.num_hidden_layers
     print(f"{name:8} {products} matrix products in {layers} layers of tiny")
 
@@ -518,20 +522,22 @@ for name in ("base", "merged", "houlsby", "lora"):
 #
 # *Adapters compute in sequence and add latency, unlike LoRA, which is parallel* (the
 # textbook, and in part LoRA's paper). We measure a ratio: the time of a decoding step
-# with bottlenecks, divided by the time with unmerged LoRA. In each **round**, all five
-# models decode in turn, which gives one ratio. We take the median of the rounds.
+# with bottlenecks, divided by the time with unmerged LoRA. In each **round**, five
+# models decode in turn: the base and the four of the first table. Each round gives one
+# ratio, and we take the median.
 #
-# The rule, fixed before the runs, gives each range of this ratio a verdict. The verdict
-# "holds when" comes with a condition. Predict the ratio for `tiny`, a smaller model.
+# The rule, fixed before the runs, gives each range of this ratio a verdict. In the
+# middle range, "holds when", bottlenecks are slower by a tenth at most. (The rule's "in
+# units of that with" means "divided by the time with".) Predict the ratio for `tiny`.
 
 # %%
 lesson.rule("A1")
 lesson.predict("10.2", low=None, high=None, unit="times LoRA's time")
 
 # %% [markdown]
-# The next cell times `tiny` on your machine; these ratios are called **live**. A slow
-# moment affects both sides of a round's ratio. If the interval of the control, `again`,
-# does not contain one, the control has **failed** and the live ratios are void.
+# The next cell times `tiny` on your machine; these ratios are called **live**. If the
+# interval of the control, `again`, does not contain one, the control has **failed** and
+# the live ratios are void.
 
 # %%
 tokens = list(range(3, 3 + config["prompt"]))
@@ -550,12 +556,10 @@ live = times("houlsby", "lora")
 lesson.measured("10.2", live[0])
 
 # %% [markdown]
-# Live timing is noisy: on one machine, the control passed in one run and failed in
-# another. So draw no conclusion from the live ratios.
-#
-# The verdict rests on **stored** runs, which come with the course: three repeats of
-# seven rounds, for one sequence and for eight. The figure shows them for SmolLM2.
-# (`python -m peft_from_scratch ledger A1 --run` makes them.)
+# Live timing is noisy, so the verdict rests on runs **stored** with the course: three
+# repeats of seven rounds, for one sequence and for eight. The figure shows them for
+# SmolLM2. (The **ledger**, which computes the verdicts, made them:
+# `python -m peft_from_scratch ledger A1 --run`.)
 
 # %%
 names = {
@@ -587,10 +591,8 @@ lesson.show(figure, "For one sequence and for eight: " + "; ".join(told) + ".")
 # With eight sequences, the slowdown is about the same: 1.16 with unmerged LoRA and 1.08
 # with bottlenecks.
 #
-# In the next cell, `ledger` computes the ratio of A1 from the stored runs, for both
-# models. Two lines compare your live ratio ("here") with the stored one ("Shipped").
-# The verdict card follows. (`NBVAL_CHECK_OUTPUT` marks a cell that prints the same on
-# every machine.)
+# The next cell computes the ratio of A1 from the stored runs, for both models. Two
+# lines compare your live ratio ("here") with the stored one ("Shipped").
 
 # %%
 for scale in ("tiny", "smollm2"):
@@ -693,18 +695,23 @@ finally:
 # *Adapter layers have been superseded by LoRA* (the textbook). We test one meaning:
 # with equal parameters and optimizer steps, does LoRA reach a lower test loss?
 #
-# The rule covers `tiny` only, on three tasks: a new format (`gap-1`), new words
-# (`gap-2`) and a new language (`gap-3`). It takes the test loss of bottlenecks minus
-# LoRA's, averaged over the tasks. Predict this difference.
+# The rule covers `tiny` only. Predict the test loss of bottlenecks minus LoRA's,
+# averaged over three tasks: a new format (`gap-1`), new words (`gap-2`) and a new
+# language (`gap-3`). In the rule's text:
+#
+# - **rate** is the learning rate. The same **budget** means that both searches begin
+#   with the same three values;
+# - **start** is the initialization, which is fixed for these two methods;
+# - **paired** means that losses are subtracted row by row, for the same **seed**. A
+#   seed fixes the training rows, their order and the initialization.
 
 # %%
 lesson.rule("A2")
 lesson.predict("10.3", low=None, high=None, unit="nats above LoRA")
 
 # %% [markdown]
-# For each task, both methods get a learning rate from searches of the same size. The
-# next cell reads them from `challengers`, the module of this experiment. (The rule's
-# "start" is the initialization, which is fixed for these two methods.)
+# The next cell reads the chosen learning rates from the experiment's module,
+# `challengers`.
 
 # %%
 jobs = {"gap-1": "new format", "gap-2": "new words", "gap-3": "new language"}
@@ -716,9 +723,8 @@ for job, said in jobs.items():
     print(f"{said:13} learning rate: bottlenecks {ours:g}, LoRA {theirs:g}")
 
 # %% [markdown]
-# The next cell trains both methods with one **seed**, which fixes the training rows,
-# their order and the initialization. The losses are **paired**: they are subtracted row
-# by row. The control is a random LoRA that is never trained.
+# The next cell trains both methods with seed 0. The control is a random LoRA that is
+# never trained.
 
 # %%
 less = {"test": 100, "validation": 5}
@@ -743,10 +749,10 @@ lesson.measured("10.3", mean_lag)
 # Bottlenecks have the higher loss on all three tasks with this seed. The control ends
 # at 7.189 nats, so the low losses come from training.
 #
-# One seed has no interval of its own, so its uncertainty comes from five stored seeds.
-# For each stored seed, the next cell takes the mean difference over the three tasks. If
-# $s$ is the standard deviation of these five means, the live seed gets the interval
-# $\pm\, t\, s$, with $t \approx 2.8$ for five seeds (notebook 01).
+# Five stored seeds show how much the difference varies. The next cell averages it over
+# the tasks, for each seed. Let $s$ be the standard deviation of these five means. The
+# live interval is $\pm\, t\, s$, with $t \approx 2.8$ (notebook 01). A mean of five
+# seeds would get $\pm\, t\, s / \sqrt5$, but the live value comes from one seed.
 
 
 # %%
@@ -784,10 +790,12 @@ lesson.show(figure, "Bottlenecks minus LoRA, in nats: " + "; ".join(told) + ".")
 # %% [markdown]
 # On `tiny`, bottlenecks end above LoRA's loss in every seed for new words (+0.386 on
 # average) and the new language (+0.203). The new format is undecided, because its
-# interval contains zero: one seed differs by 0.243 nats, the others by 0.017 or less.
+# interval contains zero. LoRA ends at 0.005 with seed 0 (the live run), but near `0.25`
+# with the others, so its mean in the figure is `0.2`. Bottlenecks are 0.243 nats behind
+# with seed 0, and at most 0.017 with the others.
 #
-# The next cell averages the three values, and also the ends of their intervals. That is
-# cautious: it is as if errors in the three tasks never canceled out.
+# The next cell averages the three differences and, to be cautious, the ends of their
+# intervals.
 
 # %%
 shipped = ledger.judge(claim, "tiny")
@@ -958,8 +966,8 @@ assert max(off, gap) < 1e-12
 # ### Transfer
 #
 # Somebody wants an adapter that has a nonlinearity *and* can be merged, and proposes
-# $h = \sigma(y + U D\,y)$. What can be merged, and what is the model's output before
-# training?
+# $h = \sigma(y + U D\,y)$, with $U D \approx 0$ at first. What can be merged, and what
+# is the model's output before training?
 #
 # <details><summary>A model answer</summary>
 #
@@ -973,10 +981,10 @@ assert max(off, gap) < 1e-12
 #
 # - **Not tested.** GPUs, compiled models, large batches, and kernels that compute LoRA
 #   with its projection can differ.
-# - **The papers' figures** (theirs, not ours). Houlsby and others came within `0.4`
-#   points of full fine-tuning of BERT on GLUE, a set of language tasks, with `3.6 %` of
-#   the parameters per task. LoRA's paper found `20` to `30 %` more time for adapters in
-#   GPT-2 medium, on one short sequence. Its LoRA was merged.
+# - **The papers' figures.** Houlsby and others came within `0.4` points of full
+#   fine-tuning of BERT on GLUE, a set of language tasks, with `3.6 %` of the parameters
+#   per task. LoRA's paper found `20` to `30 %` more time for adapters in GPT-2 medium,
+#   on one short sequence. Its LoRA was merged.
 #
 # ## Your guesses
 #

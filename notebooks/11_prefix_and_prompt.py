@@ -228,10 +228,10 @@ lesson.measured("11.1", (two - one).abs().max())
 #
 # Our library inserts $P$ after the left padding, with the same positions and so the
 # same logits. Its argument `start` sets the **initialization**, the values before
-# training: random vectors, random tokens, or the tokens of a text. The next cell
-# initializes from the instruction, and asserts that the logits of a padded row are
-# those of plain text. It also prints the length of the **cache**, which keeps keys and
-# values for later tokens.
+# training: random vectors (`random`), random tokens (`vocabulary`), or given tokens.
+# The next cell initializes from the instruction, and asserts that the logits of a
+# padded row are those of plain text. It also prints the length of the **cache**, which
+# keeps keys and values for later tokens.
 
 # %%
 with torch.no_grad():
@@ -446,18 +446,18 @@ print(f"our cache holds {cache.get_seq_length()} positions for {t} tokens")
 assert gap < 1e-3
 
 # %% [markdown]
-# The logits agree again. So a prefix is at least as expressive as a soft prompt of its
-# length, and the prompt shares the limit on ratios. Whether training *finds* something
-# better is the question of claim T2.
+# The logits agree again. So a prefix is at least as expressive as a soft prompt. The
+# limit on ratios holds for soft prompts too, since a prefix can imitate them.
 #
-# The cache holds only 12 positions, because our library keeps one prefix for all rows
-# outside the cache. Each query still reads $n$ more keys and values.
+# The cache holds only 12 positions. Our library stores the prefix elsewhere, once for
+# all rows. Each query still reads $n$ more keys and values.
 #
 # ## Idea three: what it costs
 #
 # The size depends on the length and on the model, so learn the formula. A prompt has
-# $n$ vectors as wide as the model. A prefix has $n$ keys and $n$ values for each
-# key-value head of each layer:
+# $n$ vectors as wide as the model. In SmolLM2, several query heads share one
+# **key-value head** (**grouped queries**). A prefix has $n$ keys and $n$ values for
+# each key-value head of each layer:
 #
 # $$\text{prompt: } n \cdot d_{model} \qquad\qquad \text{prefix: } n \cdot 2 \cdot
 # \text{layers} \cdot h_{kv} \cdot d$$
@@ -466,11 +466,10 @@ assert gap < 1e-3
 # |---|---|---|
 # | $d_{model}$ | width of the embeddings | `hidden_size` |
 # | layers | number of layers | `num_hidden_layers` |
-# | $h_{kv}$ | **key-value heads** | `num_key_value_heads` |
+# | $h_{kv}$ | number of key-value heads | `num_key_value_heads` |
 # | $d$ | size of a head | `head_dim` |
 #
-# In SmolLM2, several query heads share one key-value head (**grouped queries**), so
-# $h_{kv} \cdot d$ is smaller than $d_{model}$.
+# Because of the sharing, $h_{kv} \cdot d$ is smaller than $d_{model}$.
 #
 # ### Exercise 11.4: count
 #
@@ -516,10 +515,10 @@ checks.soft_counts(my_counts)
 # ### Claim T1, computed
 #
 # This course tests claims of a textbook. T1: *Prefix tuning trains less than 0.1 % of
-# the parameters, prompt tuning less than 0.01 %.* This is arithmetic, so its
-# **verdict** is "computed". The claim names no model and no length. We chose three
-# models, and lengths from the papers. Predict the percentage of cases within the
-# bounds.
+# the parameters, prompt tuning less than 0.01 %.* This is arithmetic, so the
+# **verdict** on its **card** is "computed". The claim names no model and no length, so
+# our rule does. Predict the percentage of cases within the bounds. The line `Shipped`
+# repeats the result stored with the course.
 
 # %%
 lesson.rule("T1")
@@ -547,7 +546,7 @@ lesson.verdict("T1")
 # %% [markdown]
 # Quote a share only together with a model and a length. On SmolLM2, ten positions of a
 # prefix are within the bound (0.0856 %), and two hundred are not (1.7128 %). The 66.7 %
-# only describes our list of cases. In larger models, the same $n$ is a smaller share.
+# only describes our list of cases.
 #
 # The next cell computes the cost of answering: the cache of a soft prompt on SmolLM2,
 # in `bfloat16`.
@@ -585,9 +584,9 @@ print(f"the weights of a LoRA, once for all rows: {2 * lora['trainable'] / 1e6:.
 # Losses are in **nats per token**, the mean of $-\log p$ of the right token. At `0.04`
 # nats, the right token gets `96 %` on average.
 #
-# The next cells train 16 vectors on `gap-1` from three initializations; all else is
-# equal. Predict the final training loss of the random one, divided by that of the text
-# one.
+# The next cells train 16 vectors on `gap-1` from three initializations: random vectors,
+# random tokens (`vocabulary`), and tokens of training rows (`text`). All else is equal.
+# Predict the final training loss of the random one, divided by that of the text one.
 
 
 # %%
@@ -682,7 +681,7 @@ lesson.measured("11.4", (near[1] == starts).sum())
 #
 # The share $\lambda$ shows in which layers a prefix is read. The next cell trains a
 # prefix on `gap-1`, and prints $\lambda$ averaged over heads and tokens of one test
-# row.
+# row. The cell uses `eager` attention, which returns its weights.
 
 # %%
 learned, *_ = trained("prefix", "text", lr=0.3)
@@ -707,16 +706,25 @@ for when, values in (("before", P.detach().clone()), ("after", after)):
 #
 # T2: *Prompt tuning is less expressive than prefix tuning, and approaches full
 # fine-tuning above ten billion parameters.* T3: *Prefix and prompt tuning are weaker
-# than LoRA.* The rules ask for the test loss that each method *reaches* on `tiny`, with
-# the same rows and optimizer steps, not for what it *can* express.
+# than LoRA.*
+#
+# The rules ask which test loss each method *reaches* on `tiny`, with the same rows and
+# optimizer steps, not what it *can* express. Each rule averages a difference, in nats,
+# over three tasks. The **band** with this average gives the verdict:
+#
+# - T2: prompt minus prefix. Up to `0.02`: "does not hold here"; above: "holds when".
+# - T3: prefix minus LoRA or prompt minus LoRA, whichever average is smaller. Up to
+#   `0.02`: "does not hold here"; up to `0.1`: "holds when"; above: "holds".
+#
+# **Holds when** means true under a condition, which the card names. **Undecided** means
+# that the interval lies in more than one band, not that there is no difference.
 #
 # For each task, a search chose each method's learning rate, and the initialization of
 # prefix and prompt ("rate" and "start" in the rules). Runs with the same seed see the
 # same rows, so their losses are **paired**, that is, subtracted row by row. Five seeds
-# give a mean and its 95 % interval (notebook 01). **Undecided** means that the interval
-# crosses an edge of the rule, and not that there is no difference.
+# give a mean and its 95 % interval (notebook 01).
 #
-# Predict prompt minus prefix, and, for a short live run, the better one minus LoRA.
+# Predict both differences, the second one for a short live run.
 
 # %%
 print("T2:", ledger.claim("T2").rule)
@@ -727,8 +735,8 @@ lesson.predict(
 )
 
 # %% [markdown]
-# **Live**, a short version shows how such a comparison is made: 20 optimizer steps, two
-# seeds. The second cell prints paired differences on the three tasks, with intervals.
+# **Live**, we compare the methods after 20 optimizer steps, with two seeds. The second
+# cell prints paired differences, task by task.
 
 
 # %%
@@ -758,13 +766,13 @@ for pair in (("prompt", "prefix"), ("prefix", "lora"), ("prompt", "lora")):
     print(*("{:7.2f} [{:.2f}, {:.2f}]".format(*each) for each in behind(*pair)))
 
 # %% [markdown]
-# Two seeds cannot rank the methods: their interval is the standard error times `12.7`,
-# against `2.8` for five. The interval of prompt minus prefix on `gap-2` goes from -2.94
-# to 5.48.
+# With two seeds, an interval is the standard error times `12.7`, against `2.8` with
+# five. For prompt minus prefix on `gap-2`, it goes from -2.94 to 5.48. Some others
+# exclude zero, but only after 20 optimizer steps.
 #
-# **The stored runs** ship with the course: five seeds, 100 optimizer steps. The next
-# cell prints their mean test losses; `prefix-80` has 80 positions, as many parameters
-# as LoRA. The cell after it varies one learning rate.
+# **The stored runs** decide: five seeds, 100 optimizer steps. The next cell prints
+# their mean test losses; `prefix-80` has 80 positions, as many parameters as LoRA. The
+# cell after it varies one learning rate.
 
 # %%
 names = ("full", "lora", "prefix-80", "prefix", "prompt")
@@ -824,11 +832,11 @@ lesson.show(figure, "; ".join(ends) + ".")
 
 
 # %% [markdown]
-# LoRA ends at 0.38 nats, the prefix at 0.94 and the prompt at 2.33. A prefix with as
-# many parameters as LoRA ends at 0.79.
+# LoRA ends at 0.38 nats, the prefix at 0.94 and the prompt at 2.33.
 #
-# The next cell trains prompt and prefix on `gap-2` once with all optimizer steps. The
-# stored result counts; the interval of the line "T2 here" also spans the short runs.
+# The next cell trains prompt and prefix on `gap-2` with all 100 optimizer steps, for
+# one seed; `nested_bootstrap` gives an interval over test rows. The line `T2 here` has
+# this run's difference, but an interval widened to span the short runs.
 
 
 # %%
@@ -855,17 +863,15 @@ lesson.verdict("T2", guess="11.5")
 # For SmolLM2, T2 was not tried with several seeds; in the first table the prefix is
 # ahead.
 #
-# On `tiny`, prefer the prefix if you can afford its parameters, eight times those of
-# the prompt. This second difference is a **confound**: it could explain the result. A
-# prompt of `128` vectors, as large as the prefix, would decide; it was not run.
+# On `tiny`, prefer the prefix if you can afford eight times as many parameters. Its
+# size is a **confound**: size alone could explain the lower loss. A prompt of `128`
+# vectors, as large as the prefix, would decide; it was not run.
 #
 # The losses are close on `gap-1` (0.322 against 0.254), and far apart on `gap-2` (2.715
-# against 1.074). Speed explains a part: on `gap-2`, tripling the prompt's optimizer
-# steps cuts its distance from the prefix from `1.64` to `0.97`. (The card's 1.39 is a
-# mean of three tasks.)
+# against 1.074). Speed explains a part. With 100 optimizer steps each, the prompt on
+# `gap-2` ends `1.64` nats above the prefix; with `300` for the prompt alone, `0.97`.
 #
-# The second half of T2 cannot be tested here. The next cell compares both methods with
-# LoRA, task by task.
+# The next cell compares both methods with LoRA, task by task.
 
 # %%
 found = ledger.judge(ledger.claim("T3"), "tiny")
@@ -891,21 +897,20 @@ lesson.verdict("T3", guess="11.6")
 # LoRA on `gap-2`, and +0.80 on `gap-3`. On `gap-1`, both intervals contain zero, so
 # five seeds do not tell which is ahead.
 #
-# The card's details list +0.556 twice, equal by chance. One is the mean of three tasks
-# after 100 optimizer steps. The other is `gap-2` alone, after `300` for the prefix and
-# 100 for LoRA. After 100 for both it was +0.82, so more training helps.
+# More training helps: with `300` optimizer steps, the prefix on `gap-2` ends 0.556 nats
+# above LoRA with 100. (By chance, this equals the mean on the card.)
 #
 # LoRA's lead has four possible reasons:
 #
-# - **Fewer parameters** explain only a part: with as many as LoRA, a prefix is still
+# - **Fewer parameters** explain only a part: with as many as LoRA, `prefix-80` is still
 #   `0.411` nats above it, on average.
 # - **Slower training.** Both methods with `300` optimizer steps would tell.
 # - **Hard optimization.** The prefix paper trains a small network that produces the
 #   prefix (**reparametrization**). We did not, and our best learning rates, 0.3 to 1,
-#   are suspiciously high. Runs with `hidden=512`, against direct training from random
-#   vectors, would tell.
-# - **The ratio limit** would fit a failure on new words. It is a hypothesis; "In your
-#   own words" asks for its test.
+#   are suspiciously high. Training with and without such a network would tell, both
+#   initialized at random, as the network requires.
+# - **The ratio limit.** New words may need attention in other ratios, which only LoRA
+#   changes directly. This is a hypothesis; "In your own words" asks for its test.
 #
 # ## Now with the library
 #
@@ -1027,24 +1032,23 @@ for kind, ours in (("prompt", tiny), ("prefix", learned)):
 # You can afford one more set of runs on `gap-2`, to test whether the ratio limit is why
 # the prefix ends above LoRA. Choose (a) the prefix with `300` optimizer steps, (b) a
 # prefix of 80 positions, or (c) LoRA on every projection but query and key, with as
-# many parameters as before. Predict the outcome, and say which one would speak against
+# many parameters as before. (Like the prefix, (c) changes ratios only through the
+# inputs of deeper layers.) Predict the outcome, and say which one would speak against
 # the explanation.
 #
 # <details><summary>A model answer</summary>
 #
-# I choose (c), since (a) tests speed and (b) size. Without query and key, LoRA cannot
-# change a ratio directly either. If the explanation is right, (c) ends well above the
-# full LoRA. If (c) ends within a margin of it that I set beforehand, the explanation
-# fails. (c) also has fewer places, so support is no proof.
+# I choose (c), since (a) tests speed and (b) size. If the explanation is right, (c)
+# ends well above the full LoRA. If (c) ends within a margin of it that I set
+# beforehand, the explanation fails. (c) also has fewer places, so support is no proof.
 #
 # </details>
 #
 # ## Limits
 #
-# The control shows that additional positions alone do not help. T2 and T3 are judged on
-# `tiny`, after 100 optimizer steps, without reparametrization. The papers report more:
-# Li and Liang came near full fine-tuning with `0.1` % of the parameters, and Lester and
-# others in a T5 of `11` billion.
+# T2 and T3 are judged on `tiny`, after 100 optimizer steps, without reparametrization.
+# The papers report more: Li and Liang came near full fine-tuning with `0.1` % of the
+# parameters, and Lester and others in a T5 of `11` billion.
 #
 # ## Your guesses
 #

@@ -249,11 +249,22 @@ class Lesson:
         )
 
     def rule(self, id: str) -> None:
-        """Print the rule of a claim, wrapped: what is measured, then its bands."""
-        words, _, bands = str(verdicts.claim(id).rule).partition("; up to ")
-        print(textwrap.fill(f"{id}, the rule: {words}.", WIDTH))
-        for band in f"up to {bands}".split(", ") if bands else ():
-            print(f"  {band}")
+        """Print the rule of a claim: what is measured, part by part, and its bands."""
+        rule = verdicts.claim(id).rule
+        print(f"{id}, the rule. What is measured:")
+        for part in rule.words.split("; "):
+            print(
+                textwrap.fill(part, WIDTH, initial_indent="- ", subsequent_indent="  ")
+            )
+        if rule.computed:
+            print(f"It is computed, in {rule.unit}: arithmetic, which has no verdict.")
+            return
+        print(f"The verdict, in {rule.unit}:")
+        ends = [f"{edge:,.10g}" for edge in rule.edges]
+        places = [f"up to {ends[0]}", *map("{} to {}".format, ends, ends[1:])]
+        places.append(f"above {ends[-1]}")
+        for place, verdict in zip(places, rule.verdicts, strict=True):
+            print(f"- {place}: {verdict}")
 
     def verdict(self, id: str, guess: str | None = None) -> None:
         """Show a claim's verdict card (verdict_card.py).

@@ -375,10 +375,26 @@ def test_a_rule_is_printed_in_lines(capsys):
     capsys.readouterr()
     begun.rule("S1")
     assert capsys.readouterr().out.splitlines() == [
-        "S1, the rule: Twice three.",
-        "  up to 5 in all: does not hold here",
-        "  to 7 in all: holds",
-        "  above: does not hold here",
+        "S1, the rule. What is measured:",
+        "- Twice three",
+        "The verdict, in in all:",
+        "- up to 5: does not hold here",
+        "- 5 to 7: holds",
+        "- above 7: does not hold here",
+    ]
+
+
+def test_a_rule_of_arithmetic_says_so(monkeypatch, capsys):
+    begun = lesson.start("90", model="tiny")
+    rule = Rule("Twice three; counted", "apples", ("computed",), ())
+    monkeypatch.setitem(verdicts.CLAIMS, "S1", replace(sample_lesson.CLAIM, rule=rule))
+    capsys.readouterr()
+    begun.rule("S1")
+    assert capsys.readouterr().out.splitlines() == [
+        "S1, the rule. What is measured:",
+        "- Twice three",
+        "- counted",
+        "It is computed, in apples: arithmetic, which has no verdict.",
     ]
 
 
