@@ -810,8 +810,8 @@ lesson.verdict("A2", guess="10.3")
 # %% [markdown]
 # For the real model A2 is undecided, although the card says "holds" for `tiny`. In the
 # course's comparison on SmolLM2 (`data/results/compare.json`), bottlenecks and LoRA get
-# equally many answers exactly right. The comparison has one seed and a hundred test
-# rows, so it could miss a sizable difference. Several seeds on SmolLM2 could decide.
+# equally many answers exactly right. That comparison has three seeds and three hundred
+# test rows, and could still miss a difference of several points.
 #
 # The cause on `tiny` is untested. Again LoRA has seven places against two, and more
 # optimizer steps might close the gap. So A2 is no reason to avoid bottlenecks in a real
