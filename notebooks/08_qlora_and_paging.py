@@ -759,9 +759,8 @@ lesson.predict(
     "8.6", low=None, high=None, unit="% faults at half of the pages, back and forth"
 )
 
+
 # %%
-
-
 def run_paged(make, steps=20):
     """(optimizer, weights) after some optimizer steps on 128 values."""
     torch.manual_seed(0)
