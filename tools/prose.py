@@ -98,19 +98,19 @@ def sentences(markdown: str) -> list[str]:
     text = re.sub(r"`[^`]*`|\$[^$]*\$", "X", text)
     text = re.sub(r"\[([^][]*)\]\([^)]*\)|<[^>]*>", r"\1", text)
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "\n\n", text, flags=re.M)
-    found = []
+    pieces = []
     for paragraph in re.split(r"\n\s*\n", text.replace("*", "")):
         line = " ".join(paragraph.split())
-        found += re.split(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])", line)
-    return [s for s in found if re.search(r"[A-Za-z]{2}", s) and not FIXED.match(s)]
+        pieces += re.split(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])", line)
+    return [s for s in pieces if re.search(r"[A-Za-z]{2}", s) and not FIXED.match(s)]
 
 
-def measure(found: list[str]) -> Measure:
-    lengths = [len(s.split()) for s in found]
-    verbless = [not VERBS & set(re.findall(r"[a-z']+", s.lower())) for s in found]
-    n = len(found) or 1
+def measure(texts: list[str]) -> Measure:
+    lengths = [len(s.split()) for s in texts]
+    verbless = [not VERBS & set(re.findall(r"[a-z']+", s.lower())) for s in texts]
+    n = len(texts) or 1
     short = sum(length <= SHORT for length in lengths) / n
-    return Measure(len(found), median(lengths or [0]), short, sum(verbless) / n)
+    return Measure(len(texts), median(lengths or [0]), short, sum(verbless) / n)
 
 
 def of_notebook(text: str) -> str:
@@ -151,9 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     together = []
     for name, text in texts(options.names, options.at):
-        found = sentences(text)
-        together += found
-        print(f"{name:40} {measure(found)}")
+        own = sentences(text)
+        together += own
+        print(f"{name:40} {measure(own)}")
     print(f"{'all':40} {measure(together)}")
 
 

@@ -128,9 +128,9 @@ def calibration(guesses: dict[str, Guess], theme: Theme = LIGHT) -> Figure:
 def words(guesses: dict[str, Guess]) -> str:
     """How many ranges held what was measured, and what that says."""
     hits, n = sum(guess.hit for guess in guesses.values()), len(guesses)
-    held = f"{hits} of your {n} ranges held what was measured."
+    count = f"{hits} of your {n} ranges held what was measured."
     meant = n * SURE / 10
     spread = 2 * math.sqrt(n * SURE / 10 * (1 - SURE / 10))
     if hits < meant - spread:
-        return f"{held} Nine of ten were meant to: your ranges are too narrow."
-    return f"{held} Nine of ten were meant to."
+        return f"{count} Nine of ten were meant to: your ranges are too narrow."
+    return f"{count} Nine of ten were meant to."
