@@ -115,7 +115,7 @@ for name, tensor in {"x": x, "W": W, "A": A, "B": B, "y": y}.items():
 # computes, and stores a tile. All programs run the same code, and only their index
 # differs. They may run in any order, so none may rely on another's result.
 #
-# - `kernel[grid]` with arguments launches the kernel; the **grid** is the number of programs;
+# - `kernel[grid]` launches the kernel; the **grid** is the number of programs;
 # - `tl.program_id(0)` is the index of this program;
 # - `tl.constexpr` marks an argument that is known when the kernel is compiled;
 # - a tensor arrives as a **pointer**, the address of its first element.

@@ -5,8 +5,8 @@ the experiments, the stored runs and their verdicts, and the functions of the ma
 that it looks into. So a module can move between rooms, and a learner's copy of a
 lesson, in work/, runs as before. Nothing is imported before it is asked for.
 
-Reading order: lesson.py (start, predictions, verdicts, the receipt), guesses.py (ranges,
-and how good they were), verdict_card.py (what a claim came to), cards.py (what a lesson
+Reading order: lesson.py (start, predictions, verdicts, the receipt), guesses.py (a
+reader's ranges), verdict_card.py (what a claim came to), cards.py (what a lesson
 takes), exercises.py (a learner's copies), checks/ (what judges an answer),
 time_limit.py (the end of a learner's endless loop), pictures/ (pictures of ideas),
 bit_costs.py (what four bits save and cost, counted).
