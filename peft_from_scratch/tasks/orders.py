@@ -14,9 +14,11 @@ What the splits have in common, and what not:
                  cities, which only validation or only test has, so that copying is
                  tested and not recall
 
-A fourth split is for the search of settings: half of its words are its own. On the
-validation rows most settings come so near to all right that a search could not tell
-them apart.
+A fourth split is for the search of settings. It is made as the test is, a quarter of
+its words its own, but from a longer list of them: which new words a method gets right
+differs so much from word to word that a few of them would choose the setting. The
+validation rows cannot: their new words are so few that most settings come near to all
+right.
 """
 
 import json
@@ -26,8 +28,8 @@ from ..common.records import unique
 
 INSTRUCTION = "Reply with the order as JSON: customer, items, city, day."
 SIZES = {"train": 600, "validation": 100, "test": 300}
-SEARCH_ROWS = 100
-OWN_WORDS = {"validation": 0.25, "test": 0.25, "search": 0.5}  # share of all words
+SEARCH_ROWS = 150
+OWN_WORDS = {"validation": 0.25, "test": 0.25, "search": 0.25}  # share of all words
 
 CUSTOMERS = {
     "shared": "Ada Ben Carla Dario Elif Fatima Goran Hana Ines Jonas Kofi Leila Marek "
@@ -36,14 +38,18 @@ CUSTOMERS = {
     "validation": "Pavel Ruth Stefan Thea",
     "test": "Amara Bruno Chiara Diego Esther Farid Greta Hiro",
     "search": "Bogdan Fiona Ingrid Keiko Lorenzo Mateus Osman Rashid Sunita Thabo "
-    "Ulrike Yelena",
+    "Ulrike Yelena Agnes Baraka Camille Dmitri Edith Felipe Gita Hamza Ilse Jorge "
+    "Kenji Ludmila Miriam Nikolai Oskar Paola Rafael Sigrid Tomas Ursula Valentin "
+    "Wiktor Xenia Yuki Zainab Aroha Birgit Conrad",
 }
 CITIES = {
     "shared": "Oslo Lima Cairo Porto Riga Turin Quito Delhi Seoul Dakar Perth Bergen "
     "Lyon Tunis Osaka Bilbao Hanoi Accra Malmo Zagreb",
     "validation": "Tampa Gdansk",
     "test": "Nairobi Leeds Basel Kyoto",
-    "search": "Adelaide Bogota Hobart Krakow Manila Mombasa Tallinn Vienna",
+    "search": "Adelaide Bogota Hobart Krakow Manila Mombasa Tallinn Vienna Antwerp "
+    "Brisbane Cork Dresden Lagos Lisbon Madrid Naples Ottawa Prague Rabat Santiago "
+    "Sofia Tbilisi Toronto Utrecht",
 }
 ITEMS = {
     "shared": "lamp rope candle kettle blanket ladder bucket hammer basket mirror "
@@ -51,7 +57,9 @@ ITEMS = {
     "lantern whistle brush box torch bench glass watch",
     "validation": "teapot wrench",
     "test": "saddle trumpet pencil paddle sandwich",
-    "search": "barrel blender compass curtain hatchet needle pitcher ribbon suitcase",
+    "search": "barrel blender compass curtain hatchet needle pitcher ribbon suitcase "
+    "bicycle broom bugle cradle cushion drawer flute funnel globe goblet hinge ladle "
+    "magnet napkin poster rake sieve stool towel trolley vase violin wallet",
 }
 AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

@@ -108,17 +108,30 @@ def the_test_orders_hold_words_that_training_lacks():
 
 
 @law
-def most_rows_of_the_search_hold_words_that_no_other_split_has():
-    """So they are harder than the others, and say nothing of the test's words."""
+def new_words_are_as_frequent_in_the_search_as_in_the_test_and_far_more():
+    """So its rows are as hard, no word decides it, and the test's stay unknown."""
     for seed in range(3):
         rows = orders.rows(seed)
-        own = set()
-        for key in ("customer", "items", "city"):
-            others = set().union(*(words_of(rows[split], key) for split in SPLITS))
-            own |= words_of(rows["search"], key) - others
-        with_own = {s: sum(has_one_of(own, row) for row in rows[s]) for s in rows}
-        assert with_own["search"] > 0.75 * len(rows["search"])
-        assert [with_own[split] for split in SPLITS] == [0, 0, 0]
+        new = {split: words_of_one_split(rows, split) for split in ("search", "test")}
+        share = {
+            (split, of): sum(has_one_of(new[of], row) for row in rows[split])
+            / len(rows[split])
+            for split in rows
+            for of in new
+        }
+        assert abs(share["search", "search"] - share["test", "test"]) < 0.1
+        assert len(new["search"]) > 4 * len(new["test"])
+        assert [share[split, "search"] for split in SPLITS] == [0, 0, 0]
+        assert share["search", "test"] == 0
+
+
+def words_of_one_split(rows, split):
+    """The words that no other split has."""
+    own = set()
+    for key in ("customer", "items", "city"):
+        others = (words_of(rows[other], key) for other in rows if other != split)
+        own |= words_of(rows[split], key).difference(*others)
+    return own
 
 
 def has_one_of(words, row):
@@ -667,9 +680,15 @@ BUGS = {
     ),
     "a search among the words of others": (
         orders._word,
+        "split if own else",
+        '(split if split == "test" else "validation") if own else',
+        new_words_are_as_frequent_in_the_search_as_in_the_test_and_far_more,
+    ),
+    "a search harder than the test": (
+        orders._word,
         "OWN_WORDS[split]",
-        "0.25",
-        most_rows_of_the_search_hold_words_that_no_other_split_has,
+        '{"search": 0.5}.get(split, 0.25)',
+        new_words_are_as_frequent_in_the_search_as_in_the_test_and_far_more,
     ),
     "splits that overlap": (
         jsonl.split_rows,
