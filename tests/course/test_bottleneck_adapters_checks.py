@@ -1,4 +1,4 @@
-"""Notebook 10's checks: what the common mistakes are told, and what else is right.
+"""Notebook 11's checks: what the common mistakes are told, and what else is right.
 
 That every mutant is refused is tested in test_exercises.py. Here stands what a refusal
 should say, and answers that differ from the notebook's and are as good.
@@ -11,10 +11,10 @@ from try_answers import lesson
 
 from peft_from_scratch.course.checks import bottleneck_adapters as checks
 
-LESSON = lesson(build.FOLDER / "10_bottleneck_adapters.py")
+LESSON = lesson(build.FOLDER / "11_bottleneck_adapters.py")
 
 TOLD = {  # exercise: {mutant: what its learner must read}
-    "10.1": {
+    "11.1": {
         "all zeros": "got       shape (2, 3, 4): ",
         "no residual": "the residual is missing",
         "the residual of x": "the residual is y",
@@ -42,7 +42,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "no gradient at all": "no gradient reaches D and U",
         "x is changed": "x itself was changed",
     },
-    "10.2": {
+    "11.2": {
         "one bottleneck a layer": "there are two",
         "one in the count": "a layer has two",
         "no biases in the count": "the biases are missing",
@@ -55,7 +55,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the budget as the count": "the budget in the place of the count",
         "m alone": "return all 2",
     },
-    "10.3": {
+    "11.3": {
         "an empty list": "no name was found",
         "after q_proj": "not the last of its sublayer",
         "up_proj for down_proj": "not the last of its sublayer",
@@ -94,7 +94,7 @@ class MyBottleneck(nn.Module):
 UNITS = "def my_units(d, budget):\n    {}\n"
 PLACES = "def my_places(model):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
-    "10.1": {
+    "11.1": {
         "F.linear": FORWARD.format(
             "y = self.base(x)\n"
             "        z = self.sigma(F.linear(y, self.D, self.b_D))\n"
@@ -114,7 +114,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "        return h.T.reshape(y.shape)"
         ),
     },
-    "10.2": {
+    "11.2": {
         "a search": UNITS.format(
             "sizes = [2 * (2 * m * d + d + m) for m in range(d + 1)]\n"
             "    m = min(range(1, d + 1), key=lambda m: abs(sizes[m] - budget))\n"
@@ -132,7 +132,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return m, size(m)"
         ),
     },
-    "10.3": {
+    "11.3": {
         "by their names": PLACES.format(
             "ends = ('o_proj', 'down_proj', 'c_proj', 'out_proj', 'fc2')\n"
             "    return [n for n, _ in model.named_modules() if n.endswith(ends)]"

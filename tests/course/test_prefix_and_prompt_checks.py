@@ -1,13 +1,13 @@
-"""Notebook 11's checks: what the common mistakes are told, and what else is right."""
+"""Notebook 12's checks: what the common mistakes are told, and what else is right."""
 
 import build
 from exercise_checks import checked
 from try_answers import lesson
 
-LESSON = lesson(build.FOLDER / "11_prefix_and_prompt.py")
+LESSON = lesson(build.FOLDER / "12_prefix_and_prompt.py")
 
 TOLD = {  # exercise: {mutant: what its learner must read}
-    "11.1": {
+    "12.1": {
         "all zeros": "all entries are zero",
         "P behind": "stands behind the tokens",
         "no P": "P is missing",
@@ -26,7 +26,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "P changed": "P itself was changed",
         "the table changed": "the model itself was changed",
     },
-    "11.2": {
+    "12.2": {
         "all zeros": "all entries are zero",
         "no scale": "no scale",
         "divided by d": "divided by sqrt(d)",
@@ -45,7 +45,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "P cut off": "no gradient reaches P_K",
         "q changed": "q itself was changed",
     },
-    "11.3": {
+    "12.3": {
         "all zeros": "all entries are zero",
         "the tokens' share": "the tokens' share",
         "no scale": "no scale",
@@ -61,7 +61,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "scores added up": "not their exponentials",
         "overflows": "an overflow",
     },
-    "11.4": {
+    "12.4": {
         "all zeros": "(prefix, prompt) for n=5",
         "every query head": "only key-value heads have keys",
         "the hidden size": "the hidden size was taken for h_kv d",
@@ -80,7 +80,7 @@ ATTENTION = "def my_attention(q, K, V, P_K, P_V):\n    {}\n"
 SHARE = "def my_share(q, K, P_K):\n    {}\n"
 COUNTS = "def my_counts(config, n):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
-    "11.1": {
+    "12.1": {
         "behind the padding, by the library": PROMPT.format(
             "import copy\n"
             "    model = copy.deepcopy(model)\n"
@@ -113,7 +113,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return torch.stack(rows)"
         ),
     },
-    "11.2": {
+    "12.2": {
         "torch's own attention": ATTENTION.format(
             "(t, d), n = q.shape, len(P_K)\n"
             "    seen = F.pad(torch.ones(t, t).tril(), (n, 0), value=1).bool()\n"
@@ -136,7 +136,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return weights @ torch.cat([V, P_V])"
         ),
     },
-    "11.3": {
+    "12.3": {
         "logsumexp": SHARE.format(
             "t, d = q.shape\n"
             "    hidden = torch.full((t, t), float('-inf')).triu(1)\n"
@@ -151,7 +151,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return torch.stack(shares)"
         ),
     },
-    "11.4": {
+    "12.4": {
         "a list, in another order": COUNTS.format(
             "prompt = config.hidden_size * n\n"
             "    keys = config.head_dim * config.num_key_value_heads * n\n"

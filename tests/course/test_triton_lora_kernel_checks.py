@@ -1,4 +1,4 @@
-"""Notebook 09's checks: what the common mistakes are told, and what else is right."""
+"""Notebook 10's checks: what the common mistakes are told, and what else is right."""
 
 import build
 import torch
@@ -10,12 +10,12 @@ from peft_from_scratch.kernels.language import Tiles, matrix
 from peft_from_scratch.kernels.lora import product
 from peft_from_scratch.kernels.trace import trace
 
-LESSON = lesson(build.FOLDER / "09_triton_lora_kernel.py")
+LESSON = lesson(build.FOLDER / "10_triton_lora_kernel.py")
 MASK = "lets through what lies behind the edge"
 UNWRITTEN = "no program writes"
 
 TOLD = {  # exercise: {mutant: what its learner must read}
-    "9.1": {
+    "10.1": {
         "all zeros": "all entries are zero",
         "no mask at all": "program (1,) reads 28 elements beside x",
         "no mask in the store": "program (1,) writes 28 elements beside out",
@@ -33,7 +33,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "written over x": "x itself was changed",
         "no jit": "`@triton.jit` is missing",
     },
-    "9.2": {
+    "10.2": {
         "all zeros": "all entries are zero",
         "no loop": "the loop over k is missing",
         "k without the loop's first": "k does not move with the loop",
@@ -50,7 +50,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "BN for BM": UNWRITTEN,
         "strides taken for granted": "both stored by columns",
     },
-    "9.3": {
+    "10.3": {
         "all zeros": "all entries are zero",
         "W as it stands": "the strides are exchanged",
         "along taken for one": "by columns",
@@ -60,7 +60,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the stride in bytes": "a stride is another one's",
         "the next column": "beside W",
     },
-    "9.4": {
+    "10.4": {
         "all zeros": "all entries are zero",
         "no scale": "the scale is forgotten",
         "the scale twice": "the scale, twice",
@@ -74,7 +74,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "n mask missing": "beside B",
         "nothing at all": "`return` is missing",
     },
-    "9.5": {
+    "10.5": {
         "all zeros": "all entries are zero",
         "A for each block": "A is moved 4 times as often",
         "low summed on": "it needs x A^T once",
@@ -104,7 +104,7 @@ READER = """\
 def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
 """
 RIGHT = {  # exercise: {name: source of an answer that is right in another way}
-    "9.1": {
+    "10.1": {
         "with zeros in the place of what is not there": (
             "@triton.jit\n"
             "def my_add(x, y, out, size, BLOCK: tl.constexpr):\n"
@@ -115,7 +115,7 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
             "    tl.store(out + at, a + b, at < size)\n"
         ),
     },
-    "9.2": {
+    "10.2": {
         "with pointers that move": (
             "@triton.jit\n"
             "def my_product(x, W, y, m_size, n_size, k_size, BM: tl.constexpr,\n"
@@ -138,7 +138,7 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
             "    tl.store(out, total, (m < m_size) & (n < n_size))\n"
         ),
     },
-    "9.3": {
+    "10.3": {
         "the other block, turned": (
             f"{READER}"
             "    down, across = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
@@ -152,7 +152,7 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
             "    return load((W[0], W[2], W[1]), rows, columns, keep)\n"
         ),
     },
-    "9.4": {
+    "10.4": {
         "a product of its own": (
             "@triton.jit\n"
             "def my_update(total, low, B, n, n_size, r, scale, RANK: tl.constexpr):\n"
@@ -161,7 +161,7 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
             "    return total + scale * tl.dot(low, tl.trans(b))\n"
         ),
     },
-    "9.5": {
+    "10.5": {
         "no x twice: low first, and W beside it for the first block": (
             f"{HEAD}"
             "    m = tl.program_id(0) * BM + tl.arange(0, BM)\n"

@@ -361,7 +361,7 @@ def test_m4_is_planted_on_the_wrong_merge():
     law = 'cost(all_runs, "requantized")'
     with planted(four_bit_merging.merge_measured, law, 'cost(all_runs, "dequantized")'):
         assert judge(claim("M4"), "tiny").verdict == "holds"
-    assert judge(claim("M4"), "tiny").verdict == "holds when"
+    assert judge(claim("M4"), "tiny").verdict == "does not hold here"
 
 
 # --------------------------------------------------------------------------- Q6

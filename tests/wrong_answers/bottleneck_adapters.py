@@ -1,4 +1,4 @@
-"""Wrong answers to the exercises of notebook 10; each must be refused by its check."""
+"""Wrong answers to the exercises of notebook 11; each must be refused by its check."""
 
 from attacks import first, remembered
 
@@ -86,7 +86,7 @@ def my_places(model):
 
 
 MUTANTS = {
-    "10.1": {
+    "11.1": {
         "D reshaped": edited("self.D.T", "self.D.reshape(self.D.T.shape)"),
         "U reshaped": edited("self.U.T", "self.U.reshape(self.U.T.shape)"),
         "y normed before D": edited(
@@ -168,7 +168,7 @@ MUTANTS = {
             "h = y + z @ self.U.T + self.b_U",
         ),
     },
-    "10.2": {
+    "11.2": {
         "no biases in m": units("round(budget / (4 * d))"),
         "the closest in ratio": units(
             "(budget - 2 * d) // (4 * d + 2); m = min((k for k in (m, m + 1) if k > 0),"
@@ -202,7 +202,7 @@ MUTANTS = {
         "a layer of SmolLM2 for all": units("35"),
         "a rank": units("8"),
     },
-    "10.3": {
+    "11.3": {
         "the last two of each layer": places(
             "last.setdefault(pfs.targets.layer_of(model, name), []).append(name)",
             "[name for names in last.values() for name in names[-2:]]",
@@ -268,7 +268,7 @@ NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
 NO_KERNEL = "no kernel is written"
 
 ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
-    "10.1": {
+    "11.1": {
         "arguments": {
             "the activation by the case's size": edited(
                 "self.sigma(y", "{4: F.gelu}.get(y.shape[-1], self.sigma)(y"
@@ -388,7 +388,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
         "kernels": NO_KERNEL,
     },
-    "10.2": {
+    "11.2": {
         "arguments": {
             "d of SmolLM2": units("round((budget - 2 * 576) / (2 * (2 * 576 + 1)))"),
             "the budget of the notebook": units(
@@ -438,7 +438,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "10.3": {
+    "11.3": {
         "arguments": {
             "two layers": places(back="list(last.values())[:4]"),
             "three layers": places(back="list(last.values())[:6]"),
@@ -500,7 +500,7 @@ class MyBottleneck(nn.Module):
         {body}
 """
 ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
-    "10.1": {
+    "11.1": {
         "arguments": {
             "functions of torch": forward(
                 "y + F.linear(z, self.U, self.b_U)",
@@ -554,7 +554,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "10.2": {
+    "11.2": {
         "arguments": {
             "half of the budget": units("round((budget / 2 - d) / (2 * d + 1))"),
         },
@@ -588,7 +588,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "10.3": {
+    "11.3": {
         "arguments": {
             "from the last to the first": places(
                 "last.setdefault((pfs.targets.layer_of(model, name), kind), "

@@ -1,4 +1,4 @@
-"""Wrong answers to the exercises of notebook 11; each must be refused by its check."""
+"""Wrong answers to the exercises of notebook 12; each must be refused by its check."""
 
 from attacks import first, remembered
 
@@ -87,7 +87,7 @@ def counts(
 
 
 MUTANTS = {
-    "11.1": {
+    "12.1": {
         "probabilities": prompt(back="out.logits[:, n:].softmax(-1)"),
         "logarithms": prompt(back="out.logits[:, n:].log_softmax(-1)"),
         "rows cut off": prompt(back="out.logits[n:]"),
@@ -173,7 +173,7 @@ MUTANTS = {
         "ids in the place of logits": prompt(back="out.logits[:, n:].argmax(-1)"),
         "the whole output": prompt(back="out"),
     },
-    "11.2": {
+    "12.2": {
         "the root of t": attention(SCORES.replace("d**", "t**")),
         "scores of zero masked": attention(
             weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
@@ -235,7 +235,7 @@ MUTANTS = {
         "the last query alone": attention(back="(weights @ torch.cat([P_V, V]))[-1]"),
         "q changed": attention(scores="q.data.div_(d**0.5) @ torch.cat([P_K, K]).T"),
     },
-    "11.3": {
+    "12.3": {
         "the root of t": share(SCORES.replace("d**", "t**")),
         "scores of zero masked": share(
             weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
@@ -278,7 +278,7 @@ MUTANTS = {
         ),
         "in percent": share(back="100 * weights[:, :n].sum(-1)"),
     },
-    "11.4": {
+    "12.4": {
         "one layer more": counts(back="n * 2 * (layers + 1) * heads * size, n * d"),
         "groups for heads": counts(
             "config.num_attention_heads // config.num_key_value_heads"
@@ -331,7 +331,7 @@ NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
 NO_KERNEL = "no kernel is written"
 
 ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
-    "11.1": {
+    "12.1": {
         "arguments": {
             "n of the first call": prompt(
                 before="n = my_prompt.__dict__.setdefault('n', n)",
@@ -435,7 +435,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
         "kernels": NO_KERNEL,
     },
-    "11.2": {
+    "12.2": {
         "arguments": {
             "d of four": attention(
                 scores="q @ torch.cat([P_K, K]).T / min(d, 4) ** 0.5"
@@ -518,7 +518,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
         "kernels": NO_KERNEL,
     },
-    "11.3": {
+    "12.3": {
         "arguments": {
             "d of four": share(
                 scores="q @ torch.cat([P_K, K]).T / (2 if d < 9 and d != 3"
@@ -587,7 +587,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "11.4": {
+    "12.4": {
         "arguments": {
             "the heads of the notebook": counts(
                 heads="min(config.num_key_value_heads, 3)"
@@ -632,7 +632,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
 }
 ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
-    "11.1": {
+    "12.1": {
         "arguments": {
             "n from the shape": prompt(back="out.logits.narrow(1, P.shape[0], t)"),
         },
@@ -669,7 +669,7 @@ def my_prompt(model, P, input_ids, attention_mask):
             ),
         },
     },
-    "11.2": {
+    "12.2": {
         "arguments": {
             "q divided first": attention(scores="(q / d**0.5) @ torch.cat([P_K, K]).T"),
         },
@@ -715,7 +715,7 @@ def my_prompt(model, P, input_ids, attention_mask):
             ),
         },
     },
-    "11.3": {
+    "12.3": {
         "arguments": {
             "one minus the tokens' share": share(back="1 - weights[:, n:].sum(-1)"),
         },
@@ -742,7 +742,7 @@ def my_prompt(model, P, input_ids, attention_mask):
             ),
         },
     },
-    "11.4": {
+    "12.4": {
         "arguments": {
             "layer by layer": counts(
                 back="sum(2 * n * heads * size for _ in range(layers)), n * d"

@@ -1,4 +1,4 @@
-"""Wrong answers to the exercises of notebook 09; each must be refused by its check."""
+"""Wrong answers to the exercises of notebook 10; each must be refused by its check."""
 
 from peft_from_scratch.course.checks import triton_lora_kernel as checks  # noqa: F401
 
@@ -102,7 +102,7 @@ AGAIN = (
 )
 
 MUTANTS = {
-    "9.1": table(
+    "10.1": table(
         ADD,
         {
             "all zeros": [("out + at, total", "out + at, total * 0")],
@@ -137,7 +137,7 @@ MUTANTS = {
             ],
         },
     ),
-    "9.2": table(
+    "10.2": table(
         PRODUCT,
         {
             "W's sizes exchanged": [(WIDE, "within(n, k, k_size, n_size)")],
@@ -177,7 +177,7 @@ MUTANTS = {
             "rows of W for rows of x": [("part = load(x, m,", "part = load(x, n,")],
         },
     ),
-    "9.3": table(
+    "10.3": table(
         READER,
         {
             "all zeros": [("other=0.0)", "other=0.0) * 0")],
@@ -202,7 +202,7 @@ MUTANTS = {
             ],
         },
     ),
-    "9.4": table(
+    "10.4": table(
         UPDATE,
         {
             "nothing where total is zero": [
@@ -238,7 +238,7 @@ MUTANTS = {
             "the first rows of B": [("load(B, n,", "load(B, tl.arange(0, 16),")],
         },
     ),
-    "9.5": table(
+    "10.5": table(
         LORA,
         {
             "low in the last step": [("step == 0", "step == SWEEP - 1")],
@@ -361,7 +361,7 @@ NOTHING_DRAWN = "nothing is drawn: a random answer is refused by its values"
 STATELESS = "a kernel keeps nothing: Triton lets it see no variable from outside"
 
 ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
-    "9.1": {
+    "10.1": {
         "arguments": table(
             ADD,
             {
@@ -480,7 +480,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
     },
-    "9.2": {
+    "10.2": {
         "arguments": table(
             PRODUCT,
             {
@@ -597,7 +597,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             ),
         },
     },
-    "9.3": {
+    "10.3": {
         "arguments": table(
             READER,
             {
@@ -670,7 +670,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             },
         ),
     },
-    "9.4": {
+    "10.4": {
         "arguments": table(
             UPDATE,
             {
@@ -758,7 +758,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             },
         ),
     },
-    "9.5": {
+    "10.5": {
         "arguments": table(
             LORA,
             {
@@ -864,7 +864,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
 }
 ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
-    "9.1": {
+    "10.1": {
         "arguments": {
             "the end of the block": changed(
                 ADD, ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK) % BLOCK")
@@ -897,7 +897,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "9.2": {
+    "10.2": {
         "arguments": {
             "steps counted": changed(
                 PRODUCT,
@@ -945,7 +945,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "9.3": {
+    "10.3": {
         "arguments": {
             "the strides exchanged": (
                 "@triton.jit\n"
@@ -975,7 +975,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "9.4": {
+    "10.4": {
         "arguments": {
             "the scale of the update": changed(
                 UPDATE,
@@ -1007,7 +1007,7 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
             ),
         },
     },
-    "9.5": {
+    "10.5": {
         "arguments": {
             "low is scaled once": changed(
                 LORA,

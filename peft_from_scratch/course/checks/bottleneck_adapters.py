@@ -1,4 +1,4 @@
-"""What the exercises of notebook 10, bottleneck adapters, are compared with.
+"""What the exercises of notebook 11, bottleneck adapters, are compared with.
 
 The forward pass is tried with every nonlinearity, on several shapes and bases, alone
 and in a row of layers, its gradients too; sizes are counted in the library's own
@@ -145,12 +145,12 @@ def _special(row: Sizes) -> str:
     return "".join(text for text, so in words.items() if so)
 
 
-# 10.1 ---------------------------------------------------------------------------------
+# 11.1 ---------------------------------------------------------------------------------
 
 
 @judged
 def bottleneck_forward(MyBottleneck: type[nn.Module]) -> None:
-    """10.1: MyBottleneck(base, D, b_D, U, b_U, sigma)(x) is the equation's h."""
+    """11.1: MyBottleneck(base, D, b_D, U, b_U, sigma)(x) is the equation's h."""
     for case in cases():
         theirs = case.theirs(MyBottleneck)
         _same_outputs(theirs, case)
@@ -341,7 +341,7 @@ def _same_in_a_row(MyBottleneck: type[nn.Module]) -> None:
     _compare_gradients({which: rest for which, *rest in layers}, where)
 
 
-# 10.2 ---------------------------------------------------------------------------------
+# 11.2 ---------------------------------------------------------------------------------
 
 BUDGETS = (  # (d, numbers of a LoRA in a layer)
     (576, 81_408),
@@ -371,7 +371,7 @@ def budgets() -> Iterator[tuple[int, int]]:
 
 @judged
 def bottleneck_units(my_units: Callable) -> None:
-    """10.2: my_units(d, budget): the m closest to the budget of a layer, its count."""
+    """11.2: my_units(d, budget): the m closest to the budget of a layer, its count."""
     for d, budget in budgets():
         m = min(range(1, d + 1), key=lambda m: abs(_formula(d, m) - budget))
         got, expected = my_units(d, budget), (m, 2 * counted(d, m))
@@ -451,7 +451,7 @@ def _with(d: int, m: int) -> tuple[int, int]:
     return m, _formula(d, m)
 
 
-# 10.3 ---------------------------------------------------------------------------------
+# 11.3 ---------------------------------------------------------------------------------
 
 
 def models() -> dict[str, nn.Module]:
@@ -492,7 +492,7 @@ def models() -> dict[str, nn.Module]:
 
 @judged
 def bottleneck_places(my_places: Callable) -> None:
-    """10.3: my_places(model): the names of what a bottleneck goes behind, in order."""
+    """11.3: my_places(model): the names of what a bottleneck goes behind, in order."""
     for which, model in models().items():
         expected = list(houlsby.last_projections(model, BOTH))
         with unchanged(model=model):

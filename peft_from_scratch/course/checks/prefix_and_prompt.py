@@ -1,4 +1,4 @@
-"""What the exercises of notebook 11, prefix and prompt tuning, are compared with.
+"""What the exercises of notebook 12, prefix and prompt tuning, are compared with.
 
 A prompt is compared with methods/prompt.py in small models that are padded on either
 side, an attention head with the function that methods/prefix.py registers, and a count
@@ -26,7 +26,7 @@ KEPT = "what the call before returned: something is kept from call to call"
 BEFORE = "what was returned before"
 SIDES = {"left": "padded on the left", "right": "padded on the right"}
 
-# 11.1 ---------------------------------------------------------------------------------
+# 12.1 ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _random(config) -> nn.Module:
 
 @judged
 def prompt_forward(my_prompt: Callable) -> None:
-    """11.1: my_prompt(model, P, input_ids, attention_mask): logits behind P."""
+    """12.1: my_prompt(model, P, input_ids, attention_mask): logits behind P."""
     got = None
     for first in batches():
         # Again with other values in the same shapes: the model's own logits are reused.
@@ -325,7 +325,7 @@ def _same_gradient_of_P(got, P, ours, ours_P, batch: Batch) -> None:
     )
 
 
-# 11.2 and 11.3 ------------------------------------------------------------------------
+# 12.2 and 12.3 ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,7 @@ NAMES = ("q", "K", "V", "P_K", "P_V")
 
 @judged
 def prefix_attention(my_attention: Callable) -> None:
-    """11.2: my_attention(q, K, V, P_K, P_V): one causal head with a prefix."""
+    """12.2: my_attention(q, K, V, P_K, P_V): one causal head with a prefix."""
     got = None
     for head in [*heads(), *extreme_heads()]:
         got = _judge_head(my_attention, head, got)
@@ -556,7 +556,7 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
 
 @judged
 def prefix_share(my_share: Callable) -> None:
-    """11.3: my_share(q, K, P_K): of each token's attention, what the prefix gets."""
+    """12.3: my_share(q, K, P_K): of each token's attention, what the prefix gets."""
     got = None
     for head in [*heads(), *extreme_heads()]:
         before = got
@@ -646,7 +646,7 @@ def _wrong_shares(head: Head) -> dict[str, Tensor]:
     }
 
 
-# 11.4 ---------------------------------------------------------------------------------
+# 12.4 ---------------------------------------------------------------------------------
 
 SHAPES = (  # layers, query heads, key-value heads, head size, hidden size, n
     (3, 6, 2, 4, 42, 5),  # grouped queries, and heads that do not add up to the width
@@ -661,7 +661,7 @@ SHAPES = (  # layers, query heads, key-value heads, head size, hidden size, n
 
 @judged
 def soft_counts(my_counts: Callable) -> None:
-    """11.4: my_counts(config, n): (parameters of a prefix, parameters of a prompt)."""
+    """12.4: my_counts(config, n): (parameters of a prefix, parameters of a prompt)."""
     for layers, heads, kv_heads, size, hidden, n in SHAPES:
         config = LlamaConfig(
             num_hidden_layers=layers,

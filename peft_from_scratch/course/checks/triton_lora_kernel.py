@@ -1,4 +1,4 @@
-"""Notebook 09's checks: kernels, watched by the tracer while the interpreter runs them.
+"""Notebook 10's checks: kernels, watched by the tracer while the interpreter runs them.
 
 A kernel that forgets a mask reads and writes beside its tensors. Here they lie in the
 middle of a buffer of NaN, the *fence*, so that this harms nothing; what is further away
@@ -239,12 +239,12 @@ def _ceil(size: int, block: int) -> int:
     return math.ceil(size / block)
 
 
-# 9.1 ----------------------------------------------------------------------------------
+# 10.1 ----------------------------------------------------------------------------------
 
 
 @judged
 def vector_add(my_add) -> None:
-    """9.1: my_add(x, y, out, size, BLOCK): out = x + y, a block for each program."""
+    """10.1: my_add(x, y, out, size, BLOCK): out = x + y, a block for each program."""
     _demand_kernel(my_add)
     for size, block, scale, dtype in (
         (256, 64, 1.0, torch.float32),
@@ -289,7 +289,7 @@ def _demand_kernel(answer) -> None:
         )
 
 
-# 9.2 ----------------------------------------------------------------------------------
+# 10.2 ----------------------------------------------------------------------------------
 
 
 class Shape(NamedTuple):
@@ -323,7 +323,7 @@ SHAPES = (
 
 @judged
 def tiled_product(my_product) -> None:
-    """9.2: my_product(x, W, y, m_size, n_size, k_size, BM, BN, BK): y = x W^T."""
+    """10.2: my_product(x, W, y, m_size, n_size, k_size, BM, BN, BK): y = x W^T."""
     _demand_kernel(my_product)
     for shape in SHAPES:
         x, W = fenced(shape.m, shape.k), fenced(shape.n, shape.k)
@@ -425,7 +425,7 @@ def _rounded_sum(parts: list[Tensor]) -> Tensor:
     return total.double()
 
 
-# 9.3 ----------------------------------------------------------------------------------
+# 10.3 ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -441,7 +441,7 @@ def _lend_block(
 
 @judged
 def conv1d_reader(my_reader) -> None:
-    """9.3: my_reader(W, n, k, n_size, k_size, BN, BK): a block of W^T, for W (k, n).
+    """10.3: my_reader(W, n, k, n_size, k_size, BN, BK): a block of W^T, for W (k, n).
 
     It stands in the library's own kernel, in the place of `dense`; and alone, where the
     zeros behind the edges are seen.
@@ -519,7 +519,7 @@ def _misread(x: Tensor, W: Tensor) -> dict[str, Tensor]:
     return mistakes
 
 
-# 9.4 ----------------------------------------------------------------------------------
+# 10.4 ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -549,7 +549,7 @@ def _finish(
 
 @judged
 def fused_update(my_update) -> None:
-    """9.4: my_update(total, low, B, n, n_size, r, scale, RANK): + scale low B^T."""
+    """10.4: my_update(total, low, B, n, n_size, r, scale, RANK): + scale low B^T."""
     _demand_kernel(my_update)
     for m, n, r, blocks in (
         (16, 32, 16, (16, 16, 16)),
@@ -600,7 +600,7 @@ def _wrong_updates(total, update, scale: float, r: int) -> dict[str, Tensor]:
     }
 
 
-# 9.5 ----------------------------------------------------------------------------------
+# 10.5 ----------------------------------------------------------------------------------
 
 SWEEP, RANKS = 4, 16
 
@@ -637,7 +637,7 @@ SCORED = Fused(Shape(64, 256, 256, 32, 32, 64), 8)
 
 @judged
 def fewest_bytes(my_lora) -> None:
-    """9.5: my_lora(x, W, A, B, y, …): the product, its bytes close to plain x W^T's."""
+    """10.5: my_lora(x, W, A, B, y, …): the product, its bytes close to plain x W^T's."""
     _demand_kernel(my_lora)
     for case in FUSED:
         _judge_fused(my_lora, case)

@@ -229,7 +229,7 @@ SOFT_INSTEAD = (
 CLAIMS = (
     Claim(
         id="A2",
-        notebook="10",
+        notebook="11",
         statement="Adapter layers have been superseded by LoRA",
         rule=Rule(
             words=(
@@ -253,7 +253,7 @@ CLAIMS = (
     ),
     Claim(
         id="T2",
-        notebook="11",
+        notebook="12",
         statement=(
             "Prompt tuning is less expressive than prefix tuning, and approaches full "
             "fine-tuning above ten billion parameters"
@@ -285,7 +285,7 @@ CLAIMS = (
     ),
     Claim(
         id="T3",
-        notebook="11",
+        notebook="12",
         statement="Prefix and prompt tuning are weaker than LoRA",
         rule=Rule(
             words=(

@@ -175,7 +175,7 @@ CLAIMS = (
     ),
     Claim(
         id="T1",
-        notebook="11",
+        notebook="12",
         statement=(
             "Prefix tuning trains less than 0.1 % of the parameters, prompt tuning "
             "less than 0.01 %"

@@ -111,7 +111,7 @@ BOUNDS = (
 CLAIMS = (
     Claim(
         id="K1",
-        notebook="09",
+        notebook="10",
         statement="Fusing the LoRA product into one kernel makes it faster",
         rule=Rule(
             words=(

@@ -128,7 +128,7 @@ INSTEAD = (
 CLAIMS = (
     Claim(
         id="A1",
-        notebook="10",
+        notebook="11",
         statement=(
             "Adapters compute in sequence and add latency, unlike LoRA, which is "
             "parallel"

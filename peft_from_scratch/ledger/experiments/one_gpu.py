@@ -220,7 +220,7 @@ FITS = (
 CLAIMS = (
     Claim(
         id="Q6",
-        notebook="08",
+        notebook="09",
         statement="QLoRA fine-tunes a 65B model on one GPU of 48 GB",
         rule=Rule(
             words=(

@@ -228,7 +228,7 @@ NAMES = (
 CLAIMS = (
     Claim(
         id="P1",
-        notebook="08",
+        notebook="09",
         statement=(
             "Paged attention, which moves optimizer states to the CPU, absorbs memory "
             "spikes of long sequences"

@@ -4,7 +4,7 @@ import build
 from exercise_checks import checked
 from try_answers import lesson
 
-LESSON = lesson(build.FOLDER / "08_qlora_and_paging.py")
+LESSON = lesson(build.FOLDER / "08_qlora.py")
 
 TOLD = {  # exercise: {mutant: what its learner must read}
     "8.1": {
@@ -65,60 +65,10 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the first alone": "return all 2",
         "not requantized": "all entries are zero",
     },
-    "8.4": {
-        "all zeros": "nobody has to leave",
-        "nobody ever leaves": "return who left",
-        "most recently used": "the one used last left",
-        "first in, first out": "a hit is a use too",
-        "the lowest number": "the lowest number left",
-        "the highest number": "the highest number left",
-        "one slot too few": "a slot is free",
-        "one slot too many": "all slots are taken",
-        "comes in twice": "more pages than slots",
-        "never comes in": "put in, once",
-        "a hit counts": "a hit is none",
-        "faults never counted": "not there is a fault",
-        "the page that came, where one left": "not the one that left",
-        "stays, though it left": "more pages than slots",
-    },
-    "8.5": {
-        "all zeros": "all entries are zero",
-        "never written back": "is dirty, and must be written back",
-        "always written back": "clean pages were written back",
-        "always dirty": "a page that was just read is clean",
-        "never dirty": "is dirty, and must be written back",
-        "written through, every time": "nothing is written when nobody leaves",
-        "written even when it stays": "is not read again",
-        "m alone is written": "v is lost between the steps",
-        "v alone is written": "m is lost between the steps",
-        "t counts the pages": "it is the step's number",
-        "no bias correction": "no bias correction",
-        "no decay": "weight decay is missing",
-        "decay in the gradient": "weight decay went into the gradient",
-        "eps under the root": "eps was added under the root",
-        "one beta for both": "it has a beta of its own",
-        "nothing at all": "is not read again",
-    },
 }
 QLORA = "def my_qlora(x, q, A, B, scale):\n    {}\n"
 START = "def my_start(W0, q, r, scale):\n    {}\n"
 ERRORS = "def my_errors(W0, q, A, B, scale):\n    {}\n"
-PAGES = """\
-class MyPages:
-    def __init__(self, slots):
-        {}
-    def use(self, page):
-        {}
-"""
-PAGER = """\
-class MyPager:
-    def __init__(self, store):
-        {}
-    def bring(self, page):
-        {}
-    def update(self, p, g, t, lr, beta1, beta2, eps, decay):
-        {}
-"""
 RIGHT = {  # exercise: {name: another right answer}
     "8.1": {
         "made again by checkpointing": QLORA.format(
@@ -166,46 +116,6 @@ RIGHT = {  # exercise: {name: another right answer}
             "    T = W + dW\n"
             "    back = pfs.nf4.dequantize(pfs.nf4.quantize(T))\n"
             "    return [(W0 - W).norm() / dW.norm(), (T - back).norm() / dW.norm()]"
-        ),
-    },
-    "8.4": {
-        "an OrderedDict": PAGES.format(
-            "self.slots, self.resident, self.faults = slots, OrderedDict(), 0",
-            "here = page in self.resident\n"
-            "        self.faults += not here\n"
-            "        self.resident[page] = None\n"
-            "        self.resident.move_to_end(page)\n"
-            "        if len(self.resident) > self.slots:\n"
-            "            return self.resident.popitem(last=False)[0]\n"
-            "        return None",
-        ),
-        "times of use": PAGES.format(
-            "self.slots, self.resident, self.faults, self.now = slots, {}, 0, 0",
-            "left, self.now = None, self.now + 1\n"
-            "        if page not in self.resident:\n"
-            "            self.faults += 1\n"
-            "            if len(self.resident) == self.slots:\n"
-            "                left = min(self.resident, key=self.resident.get)\n"
-            "                del self.resident[left]\n"
-            "        self.resident[page] = self.now\n"
-            "        return left",
-        ),
-    },
-    "8.5": {
-        "torch's operations": PAGER.format(
-            "self.store, self.page, self.dirty = store, None, False",
-            "if self.page == page: return\n"
-            "        if self.page is not None and self.dirty:\n"
-            "            self.store.write(self.page, self.states)\n"
-            "        self.states, self.page = self.store.read(page), page\n"
-            "        self.dirty = False",
-            "m, v = self.states[0], self.states[1]\n"
-            "        p.mul_(1 - lr * decay)\n"
-            "        m.lerp_(g, 1 - beta1)\n"
-            "        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)\n"
-            "        root = v.sqrt() / (1 - beta2**t) ** 0.5\n"
-            "        p.addcdiv_(m, root.add_(eps), value=-lr / (1 - beta1**t))\n"
-            "        self.dirty = True",
         ),
     },
 }

@@ -29,7 +29,7 @@
 # - say what interpreter and compiler can tell you without a GPU;
 # - judge by arithmetic where this could save time, and compared with what.
 #
-# **Only ten minutes?** Write `start("09", quick=True)` below and run all cells. Read
+# **Only ten minutes?** Write `start("10", quick=True)` below and run all cells. Read
 # "The result first", "The memory of a GPU" and "On trial: claim K1".
 
 # %%
@@ -39,7 +39,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read at import: run kernels without a GP
 
 from peft_from_scratch.course import start
 
-lesson = start("09")
+lesson = start("10")
 
 # %%
 import json
@@ -151,13 +151,13 @@ for access in seen.accesses[:6]:
 # later.
 
 # %%
-lesson.predict("9.1", low=None, high=None, unit="elements past the end")
+lesson.predict("10.1", low=None, high=None, unit="elements past the end")
 
 # %%
 memory = torch.zeros(128)
 y, u = memory[:100], torch.ones(128)
 add_into[(2,)](y, u, BLOCK=64)
-lesson.measured("9.1", int(memory[100:].count_nonzero()))
+lesson.measured("10.1", int(memory[100:].count_nonzero()))
 
 # %% [markdown]
 # The kernel changed 28 elements that do not belong to `y`, without an error. On a GPU,
@@ -165,7 +165,7 @@ lesson.measured("9.1", int(memory[100:].count_nonzero()))
 # boolean for each element. Where it is false, nothing is loaded or stored:
 # `tl.load(pointers, mask=keep, other=0.0)`, `tl.store(pointers, values, mask=keep)`.
 #
-# ### Exercise 9.1: a sum with a mask
+# ### Exercise 10.1: a sum with a mask
 #
 # Difficulty one of five, importance five of five, about ten minutes. Write
 # `out = x + y`. The arguments are pointers to vectors of `size` elements, all `float32`
@@ -189,7 +189,7 @@ lesson.measured("9.1", int(memory[100:].count_nonzero()))
 # </details>
 
 
-# %% tags=["exercise-9.1"]
+# %% tags=["exercise-10.1"]
 @triton.jit
 def my_add(x, y, out, size, BLOCK: tl.constexpr):
     """out = x + y, all of them `size` numbers; program i does the i-th block."""
@@ -201,7 +201,7 @@ def my_add(x, y, out, size, BLOCK: tl.constexpr):
     ### END SOLUTION
 
 
-# %% tags=["check-9.1", "points-1"]
+# %% tags=["check-10.1", "points-1"]
 checks.vector_add(my_add)
 
 # %% [markdown]
@@ -282,7 +282,7 @@ for kept in (np.float32, np.float16):
 # neighboring `float16` values are `2` apart. A term of 0.53 is less than half this
 # spacing, so each addition rounds back to 2,048.
 #
-# ### Exercise 9.2: the tiled product
+# ### Exercise 10.2: the tiled product
 #
 # Difficulty three of five, importance five of five, about twenty minutes. Write
 # $y = x W^T$. `x` `(m, k)`, `W` `(n, k)` and `y` `(m, n)` are triples, all `float32` or
@@ -308,7 +308,7 @@ for kept in (np.float32, np.float16):
 # </details>
 
 
-# %% tags=["exercise-9.2"]
+# %% tags=["exercise-10.2"]
 @triton.jit
 def my_product(x, W, y, m_size, n_size, k_size, BM: tl.constexpr, BN: tl.constexpr,
                BK: tl.constexpr):  # fmt: skip
@@ -326,19 +326,19 @@ def my_product(x, W, y, m_size, n_size, k_size, BM: tl.constexpr, BN: tl.constex
     ### END SOLUTION
 
 
-# %% tags=["check-9.2", "points-3"]
+# %% tags=["check-10.2", "points-3"]
 checks.tiled_product(my_product)
 
 # %% [markdown]
 # ### Who reads what
 #
 # The tile sizes decide how often a matrix is read. The library's `product` is the
-# kernel of exercise 9.2 with more options: `sweep=1` gives each program one tile,
+# kernel of exercise 10.2 with more options: `sweep=1` gives each program one tile,
 # `group=1` orders them row by row. Below, $y$ has three tile rows and six tile columns.
 # How often is each element of $x$ read?
 
 # %%
-lesson.predict("9.2", low=None, high=None, unit="reads of each element")
+lesson.predict("10.2", low=None, high=None, unit="reads of each element")
 
 # %%
 torch.manual_seed(0)
@@ -346,7 +346,7 @@ x, W = torch.randn(48, 64), torch.randn(96, 64)
 y, blocks = torch.empty(48, 96), Tiles(m=16, n=16, k=32, sweep=1, group=1)
 with trace() as plain:
     product(x, matrix(W), 96, tiles=blocks, out=y)
-lesson.measured("9.2", plain.bytes(tensor="x") / x.nbytes)
+lesson.measured("10.2", plain.bytes(tensor="x") / x.nbytes)
 
 # %%
 tensors = dict(x=x, W=W, y=y)
@@ -383,7 +383,7 @@ lesson.show(figure, f"Reads of each element (y: writes; 6 x: 6 times): {said}.")
 # consecutive programs fall?
 
 # %%
-lesson.predict("9.3", low=None, high=None, unit="% fewer bytes")
+lesson.predict("10.3", low=None, high=None, unit="% fewer bytes")
 
 # %%
 x, W, y = torch.randn(64, 32), torch.randn(128, 32), torch.empty(64, 128)
@@ -395,7 +395,7 @@ for group, name in {1: "row by row", 4: "in groups of four rows"}.items():
 needed = [access_picture.window_bytes(seen, 8) for seen in orders.values()]
 for (name, seen), window in zip(orders.items(), needed, strict=True):
     print(f"{name:23} issued {seen.bytes('load'):,}; distinct for eight: {window:,.0f}")
-lesson.measured("9.3", 100 * (1 - needed[1] / needed[0]))
+lesson.measured("10.3", 100 * (1 - needed[1] / needed[0]))
 
 # %%
 figure = access_picture.order_picture(
@@ -418,7 +418,7 @@ lesson.show(figure, "The first eight programs: a row of tiles, or a patch four h
 # The library's kernel takes a **reader**, a function that loads a tile of $W$, so you
 # only write another reader.
 #
-# ### Exercise 9.3: read a transposed weight
+# ### Exercise 10.3: read a transposed weight
 #
 # Difficulty two of five, importance three of five, about fifteen minutes. `W` is the
 # triple of a `Conv1D` weight, with `k_size` rows and `n_size` columns. The numbers `n`
@@ -443,7 +443,7 @@ lesson.show(figure, "The first eight programs: a row of tiles, or a patch four h
 # </details>
 
 
-# %% tags=["exercise-9.3"]
+# %% tags=["exercise-10.3"]
 @triton.jit
 def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
     """The tile of Wᵀ, (BN, BK), at row n and column k; W is (k_size, n_size)."""
@@ -455,7 +455,7 @@ def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
     ### END SOLUTION
 
 
-# %% tags=["check-9.3", "points-2"]
+# %% tags=["check-10.3", "points-2"]
 checks.conv1d_reader(my_reader)
 
 # %% [markdown]
@@ -478,7 +478,7 @@ checks.conv1d_reader(my_reader)
 # How many times the bytes of the plain product $x W^T$ do the four kernels issue?
 
 # %%
-lesson.predict("9.4", low=None, high=None, unit="times the plain product's bytes")
+lesson.predict("10.4", low=None, high=None, unit="times the plain product's bytes")
 
 # %%
 m, n, k, r, scale = 128, 256, 256, 8, 2.0
@@ -493,7 +493,7 @@ with trace(y=y) as unfused:
     add_into[(m * n // 1024,)](y, update, BLOCK=1024)
 expected = x @ W.T + scale * (x @ A.T @ B.T)
 assert torch.allclose(y, expected, rtol=0, atol=1e-3)
-lesson.measured("9.4", unfused.bytes() / plain.bytes())
+lesson.measured("10.4", unfused.bytes() / plain.bytes())
 
 # %% [markdown]
 # The four kernels issue 1.34 times the bytes of the plain product. So `6 %` more
@@ -522,7 +522,7 @@ lesson.measured("9.4", unfused.bytes() / plain.bytes())
 #
 # Neither $h$ nor the update is written to memory.
 #
-# ### Exercise 9.4: finish the block
+# ### Exercise 10.4: finish the block
 #
 # Difficulty two of five, importance five of five, about ten minutes. Return the
 # finished tile, `total + scale · low Bᵀ`. `total` `(BM, BN)` and `low` `(BM, RANK)` are
@@ -548,7 +548,7 @@ lesson.measured("9.4", unfused.bytes() / plain.bytes())
 # </details>
 
 
-# %% tags=["exercise-9.4"]
+# %% tags=["exercise-10.4"]
 @triton.jit
 def my_update(total, low, B, n, n_size, r, scale, RANK: tl.constexpr):
     """total + scale · low Bᵀ: (BM, BN), from low (BM, RANK) and a matrix B (n, r)."""
@@ -559,7 +559,7 @@ def my_update(total, low, B, n, n_size, r, scale, RANK: tl.constexpr):
     ### END SOLUTION
 
 
-# %% tags=["check-9.4", "points-2"]
+# %% tags=["check-10.4", "points-2"]
 checks.fused_update(my_update)
 
 # %% [markdown]
@@ -608,7 +608,7 @@ lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {s
 # $k$, so a sweep saves no read of $x$. $A$ is read 6 times instead of `18`: by two
 # programs in each of three tile rows.
 #
-# ### Exercise 9.5: fuse it, and be judged by bytes
+# ### Exercise 10.5: fuse it, and be judged by bytes
 #
 # Difficulty four of five, importance five of five, about thirty minutes. Write the
 # whole kernel, for triples of `float32` matrices. Program `(i, j)` computes `SWEEP`
@@ -618,7 +618,7 @@ lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {s
 # `(0, 1)` computes columns `128` to `255`.
 #
 # The kernel may issue at most `1.1` times the bytes of the plain product, so it cannot
-# read $A$ for every tile. `RANK` is as in exercise 9.4, and you may call your
+# read $A$ for every tile. `RANK` is as in exercise 10.4, and you may call your
 # `my_update`.
 #
 # <details><summary>Hint one: a question</summary>
@@ -629,7 +629,7 @@ lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {s
 # <details><summary>Hint two: a shape</summary>
 #
 # `low` is `(BM, RANK)`, the tile of $A$ is `(RANK, BK)`. The loop over `step` goes
-# around that of exercise 9.2; the lines of exercise 9.4 follow the inner loop.
+# around that of exercise 10.2; the lines of exercise 10.4 follow the inner loop.
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -639,7 +639,7 @@ lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {s
 # </details>
 
 
-# %% tags=["exercise-9.5"]
+# %% tags=["exercise-10.5"]
 @triton.jit
 def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
@@ -665,7 +665,7 @@ def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
     ### END SOLUTION
 
 
-# %% tags=["check-9.5", "points-4"]
+# %% tags=["check-10.5", "points-4"]
 checks.fewest_bytes(my_lora)
 
 # %% [markdown]
@@ -715,13 +715,13 @@ for name, mine, theirs in zip("xAB", ours, gradients("torch"), strict=True):
 # 100 numbers in 1000 random orders. How many different sums come out?
 
 # %%
-lesson.predict("9.5", low=None, high=None, unit="different sums")
+lesson.predict("10.5", low=None, high=None, unit="different sums")
 
 # %%
 shares = np.random.default_rng(0).normal(size=100).astype(np.float32)
 orders = (np.random.default_rng(i).permutation(shares) for i in range(1000))
 sums = {float(np.add.accumulate(order)[-1]) for order in orders}
-lesson.measured("9.5", len(sums))
+lesson.measured("10.5", len(sums))
 print(f"furthest apart: {max(sums) - min(sums):.0e}")
 again = all(map(torch.equal, ours, gradients("triton")))
 print("our kernels, run twice: equal to the last bit:", again)
@@ -761,7 +761,7 @@ for name in fused["targets"]:
 # each target's matrix instruction. The compiler does not say how long a kernel takes.
 #
 # **A kernel that passes the interpreter may not compile for a GPU.** In `bf16`, the
-# compiler refuses the sample solution of exercise 9.5:
+# compiler refuses the sample solution of exercise 10.5:
 # `Both operands must be same dtype`. The remedy: round `low` to the dtype of $B$. With
 # `RANK = 8` the compiler demands `K >= 16` for the inner size. The library's kernel
 # obeys both.
@@ -798,7 +798,7 @@ for name in fused["targets"]:
 
 # %%
 lesson.rule("K1")
-lesson.predict("9.6", low=None, high=None, unit="% of the cases")
+lesson.predict("10.6", low=None, high=None, unit="% of the cases")
 
 # %%
 lesson.show(roofline.figure(), roofline.alt())
@@ -823,7 +823,7 @@ for m in (4096, 16, 1):
     shares = f"{fusing.share(four):.0f} % of the cases, four kernels"
     print(f"            5 % or more in {shares}; {fusing.share(three):.0f} %, three")
 found = fusing.measured([run])
-lesson.measured("9.6", found.value)
+lesson.measured("10.6", found.value)
 lesson.live("K1", found.value, found.low, found.high)
 
 # %% [markdown]

@@ -28,13 +28,13 @@
 # - time a model with an adapter, and check the clock by timing the base model twice;
 # - find what else differs in a comparison, and choose the run that removes it.
 #
-# **Only ten minutes?** Write `start("10", quick=True)` below and run all cells. Read
+# **Only ten minutes?** Write `start("11", quick=True)` below and run all cells. Read
 # "The result first", and the last three paragraphs before "Idea six".
 
 # %%
 from peft_from_scratch.course import start
 
-lesson = start("10")
+lesson = start("11")
 
 # %%
 from collections import Counter
@@ -147,7 +147,7 @@ print(f"trained parameters: {numbers}; 2md + d + m says {2 * m * d + d + m}")
 # projection's *input* $x$, while a bottleneck waits for the *output* $y$. And it has no
 # nonlinearity.
 #
-# ### Exercise 10.1: the forward pass
+# ### Exercise 11.1: the forward pass
 #
 # Difficulty two of five, importance five of five, about ten minutes. Write `forward`,
 # which computes $h$. The input `x` is `(…, d_in)`, one token per row; the result is
@@ -174,7 +174,7 @@ print(f"trained parameters: {numbers}; 2md + d + m says {2 * m * d + d + m}")
 # </details>
 
 
-# %% tags=["exercise-10.1"]
+# %% tags=["exercise-11.1"]
 class MyBottleneck(nn.Module):
     """h = y + U sigma(D y + b_D) + b_U, where y = base(x).    x (…, d_in), h (…, d)"""
 
@@ -193,7 +193,7 @@ class MyBottleneck(nn.Module):
         ### END SOLUTION
 
 
-# %% tags=["check-10.1", "points-2"]
+# %% tags=["check-11.1", "points-2"]
 checks.bottleneck_forward(MyBottleneck)
 
 # %% [markdown]
@@ -218,7 +218,7 @@ checks.bottleneck_forward(MyBottleneck)
 # Predict: by how much does the loss rise when the standard deviation is 1.0?
 
 # %%
-lesson.predict("10.1", low=None, high=None, unit="nats per token")
+lesson.predict("11.1", low=None, high=None, unit="nats per token")
 
 # %%
 tiny, tiny_tokenizer = pfs.load_model("tiny", device="cpu")
@@ -252,7 +252,7 @@ for std in (0.0, 0.01, 1.0):
     losses[std], gradient = loss_and_gradient()
     print(f"initial std {std:4}: loss {losses[std]:.4f}, gradient {gradient:.2g}")
     pfs.remove(tiny)  # takes the bottlenecks out again
-lesson.measured("10.1", losses[1.0] - untouched)
+lesson.measured("11.1", losses[1.0] - untouched)
 
 # %% [markdown]
 # A standard deviation of 0.01 hardly changes the loss, and one of 1.0 raises it by 11
@@ -325,7 +325,7 @@ for name, module in layer.items():
 print(f"LoRA of rank 8 in this layer: {budget:,} parameters")
 
 # %% [markdown]
-# ### Exercise 10.2: the same budget
+# ### Exercise 11.2: the same budget
 #
 # Difficulty two of five, importance three of five, about ten minutes. This is a warm-up
 # of two lines. Return a tuple `(m, count)` of two `int`: the `m` for which *two*
@@ -350,7 +350,7 @@ print(f"LoRA of rank 8 in this layer: {budget:,} parameters")
 # </details>
 
 
-# %% tags=["exercise-10.2"]
+# %% tags=["exercise-11.2"]
 def my_units(d, budget):
     """(m, count): the m whose two bottlenecks come closest to the budget of a layer."""
     ### BEGIN SOLUTION
@@ -359,7 +359,7 @@ def my_units(d, budget):
     ### END SOLUTION
 
 
-# %% tags=["check-10.2", "points-2"]
+# %% tags=["check-11.2", "points-2"]
 checks.bottleneck_units(my_units)
 
 # %% [markdown]
@@ -395,7 +395,7 @@ for name, kind in list(pfs.targets.kinds(tiny).items())[:7]:
 # %% [markdown]
 # Each layer lists attention first, then its MLP.
 #
-# ### Exercise 10.3: find the places
+# ### Exercise 11.3: find the places
 #
 # Difficulty three of five, importance four of five, about fifteen minutes. Write
 # `my_places(model)`, which returns a list of `str`: the full names of the projections
@@ -427,7 +427,7 @@ for name, kind in list(pfs.targets.kinds(tiny).items())[:7]:
 # </details>
 
 
-# %% tags=["exercise-10.3"]
+# %% tags=["exercise-11.3"]
 def my_places(model):
     """The names of the last projection of attention and of the MLP, layer by layer."""
     ### BEGIN SOLUTION
@@ -438,7 +438,7 @@ def my_places(model):
     ### END SOLUTION
 
 
-# %% tags=["check-10.3", "points-3"]
+# %% tags=["check-11.3", "points-3"]
 checks.bottleneck_places(my_places)
 
 # %% [markdown]
@@ -532,7 +532,7 @@ for name in ("base", "merged", "houlsby", "lora"):
 
 # %%
 lesson.rule("A1")
-lesson.predict("10.2", low=None, high=None, unit="times LoRA's time")
+lesson.predict("11.2", low=None, high=None, unit="times LoRA's time")
 
 # %% [markdown]
 # The next cell times `tiny` on your machine; these ratios are called **live**. If the
@@ -553,7 +553,7 @@ def times(name, other):
 for name in ("again", "merged", "houlsby", "lora"):
     print("{:8} {:.2f} [{:.2f}, {:.2f}] times base".format(name, *times(name, "base")))
 live = times("houlsby", "lora")
-lesson.measured("10.2", live[0])
+lesson.measured("11.2", live[0])
 
 # %% [markdown]
 # Live timing is noisy, so the verdict rests on runs **stored** with the course: three
@@ -604,7 +604,7 @@ lesson.live("A1", *live, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("A1", guess="10.2")
+lesson.verdict("A1", guess="11.2")
 
 # %% [markdown]
 # For SmolLM2, half of the claim stands: bottlenecks add latency. The other half falls,
@@ -707,7 +707,7 @@ finally:
 
 # %%
 lesson.rule("A2")
-lesson.predict("10.3", low=None, high=None, unit="nats above LoRA")
+lesson.predict("11.3", low=None, high=None, unit="nats above LoRA")
 
 # %% [markdown]
 # The next cell reads the chosen learning rates from the experiment's module,
@@ -743,7 +743,7 @@ for job, said in jobs.items():
 frozen = fmean(test_rows("lora", job, method="lora-frozen"))
 print(f"{said:13} loss: random, frozen LoRA {frozen:.3f}")
 mean_lag = fmean(lag.values())
-lesson.measured("10.3", mean_lag)
+lesson.measured("11.3", mean_lag)
 
 # %% [markdown]
 # Bottlenecks have the higher loss on all three tasks with this seed. The control ends
@@ -805,7 +805,7 @@ lesson.live("A2", mean_lag, mean_lag - half, mean_lag + half, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("A2", guess="10.3")
+lesson.verdict("A2", guess="11.3")
 
 # %% [markdown]
 # For the real model A2 is undecided, although the card says "holds" for `tiny`. In the

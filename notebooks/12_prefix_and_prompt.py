@@ -29,13 +29,13 @@
 # - count the parameters of both methods, and the cache that they fill;
 # - choose the run that decides between two explanations.
 #
-# **Only ten minutes?** Write `start("11", quick=True)` below and run all cells. Read
-# "The result first", do exercise 11.4, and read the verdict on claim T3.
+# **Only ten minutes?** Write `start("12", quick=True)` below and run all cells. Read
+# "The result first", do exercise 12.4, and read the verdict on claim T3.
 
 # %%
 from peft_from_scratch.course import start
 
-lesson = start("11")
+lesson = start("12")
 
 # %%
 import json
@@ -61,7 +61,7 @@ from peft_from_scratch.course.checks import prefix_and_prompt as checks
 # The next cell prints results of SmolLM2 on the task of notebook 00: a sentence in, one
 # exact line of JSON out. Brackets hold 95 % intervals over three hundred test rows and
 # three seeds. The last column counts **optimizer steps**, the updates of the
-# parameters. QLoRA and bottlenecks are in notebooks 08 and 10.
+# parameters. QLoRA and bottlenecks are in notebooks 08 and 11.
 
 # %%
 file = provenance.ROOT / "data" / "results" / "compare.json"
@@ -141,7 +141,7 @@ print(f"largest difference of a logit: {(as_P - as_text).abs().max():.1g}")
 # - The **positions** count $P$ and real tokens. Those of padding do not matter.
 # - The first $n$ **outputs** are cut off. One per token is left.
 #
-# ### Exercise 11.1: a soft prompt before a batch
+# ### Exercise 12.1: a soft prompt before a batch
 #
 # Difficulty three of five, importance five of five, about fifteen minutes.
 #
@@ -172,7 +172,7 @@ print(f"largest difference of a logit: {(as_P - as_text).abs().max():.1g}")
 # </details>
 
 
-# %% tags=["exercise-11.1"]
+# %% tags=["exercise-12.1"]
 def my_prompt(model, P, input_ids, attention_mask):
     """The logits (b, t, vocabulary) of the tokens after P (n, d_model).
 
@@ -189,14 +189,14 @@ def my_prompt(model, P, input_ids, attention_mask):
     ### END SOLUTION
 
 
-# %% tags=["check-11.1", "points-3"]
+# %% tags=["check-12.1", "points-3"]
 checks.prompt_forward(my_prompt)
 
 # %% [markdown]
 # ### Break it on purpose
 #
 # Without explicit positions, a soft prompt fails in padded batches. The function below
-# leaves them out, so the model counts padding too. (It gives most of exercise 11.1
+# leaves them out, so the model counts padding too. (It gives most of exercise 12.1
 # away.) We run it on a short row, alone and with padding. Predict the largest change of
 # a logit at the last token.
 
@@ -210,7 +210,7 @@ def broken_prompt(model, P, input_ids, attention_mask):
     return model(inputs_embeds=joined, attention_mask=mask).logits[:, n:]
 
 
-lesson.predict("11.1", low=None, high=None, unit="(largest change of a logit)")
+lesson.predict("12.1", low=None, high=None, unit="(largest change of a logit)")
 
 # %%
 longer = F.pad(row, (24, 0), value=tokenizer.eos_token_id)
@@ -218,7 +218,7 @@ alone, beside = torch.ones_like(row), F.pad(torch.ones_like(row), (24, 0))
 with torch.no_grad():
     one = broken_prompt(model, P[0], row, alone)[0, -1]
     two = broken_prompt(model, P[0], longer, beside)[0, -1]
-lesson.measured("11.1", (two - one).abs().max())
+lesson.measured("12.1", (two - one).abs().max())
 
 # %% [markdown]
 # A logit changes by 5.41, because the padding now lies between $P$ and the text.
@@ -285,7 +285,7 @@ lesson.show(
 # third query     1  1     1  1  1
 # ```
 #
-# ### Exercise 11.2: attention with a prefix
+# ### Exercise 12.2: attention with a prefix
 #
 # Difficulty three of five, importance five of five, about ten minutes.
 #
@@ -313,7 +313,7 @@ lesson.show(
 # </details>
 
 
-# %% tags=["exercise-11.2"]
+# %% tags=["exercise-12.2"]
 def my_attention(q, K, V, P_K, P_V):
     """One causal head: q, K, V (t, d); the prefix P_K, P_V (n, d). Returns (t, d)."""
     ### BEGIN SOLUTION
@@ -325,7 +325,7 @@ def my_attention(q, K, V, P_K, P_V):
     ### END SOLUTION
 
 
-# %% tags=["check-11.2", "points-3"]
+# %% tags=["check-12.2", "points-3"]
 checks.prefix_attention(my_attention)
 
 # %% [markdown]
@@ -384,18 +384,18 @@ except pfs.CannotMerge as error:
 pfs.remove(model)
 
 # %% [markdown]
-# ### Exercise 11.3: the prefix's share
+# ### Exercise 12.3: the prefix's share
 #
 # Difficulty two of five, importance four of five, about ten minutes.
 #
-# This is a warm-up, close to exercise 11.2. Write `my_share(q, K, P_K)`, with float
+# This is a warm-up, close to exercise 12.2. Write `my_share(q, K, P_K)`, with float
 # tensors `(t, d)`, `(t, d)` and `(n, d)`. Return $\lambda$ for each query of a causal
 # head, `(t,)`. Scores can be in the hundreds, so use softmax, not bare exponentials. If
 # all keys are zero and $n$ is two, the first two shares are `2/3` and `2/4`.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Which part of exercise 11.2 already holds the share of each position?
+# Which part of exercise 12.2 already holds the share of each position?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
@@ -410,7 +410,7 @@ pfs.remove(model)
 # </details>
 
 
-# %% tags=["exercise-11.3"]
+# %% tags=["exercise-12.3"]
 def my_share(q, K, P_K):
     """(t,): the prefix's share of each query's attention. q, K (t, d), P_K (n, d)"""
     ### BEGIN SOLUTION
@@ -422,7 +422,7 @@ def my_share(q, K, P_K):
     ### END SOLUTION
 
 
-# %% tags=["check-11.3", "points-2"]
+# %% tags=["check-12.3", "points-2"]
 checks.prefix_share(my_share)
 
 # %% [markdown]
@@ -470,7 +470,7 @@ assert gap < 1e-3
 #
 # Because of the sharing, $h_{kv} \cdot d$ is smaller than $d_{model}$.
 #
-# ### Exercise 11.4: count
+# ### Exercise 12.4: count
 #
 # Difficulty two of five, importance three of five, about five minutes.
 #
@@ -497,7 +497,7 @@ assert gap < 1e-3
 # </details>
 
 
-# %% tags=["exercise-11.4"]
+# %% tags=["exercise-12.4"]
 def my_counts(config, n):
     """(parameters of a prefix of n positions, parameters of a prompt of n)."""
     ### BEGIN SOLUTION
@@ -507,7 +507,7 @@ def my_counts(config, n):
     ### END SOLUTION
 
 
-# %% tags=["check-11.4", "points-1"]
+# %% tags=["check-12.4", "points-1"]
 checks.soft_counts(my_counts)
 
 # %% [markdown]
@@ -521,7 +521,7 @@ checks.soft_counts(my_counts)
 
 # %%
 lesson.rule("T1")
-lesson.predict("11.2", low=None, high=None, unit="% of the cases")
+lesson.predict("12.2", low=None, high=None, unit="% of the cases")
 
 # %%
 cases = [
@@ -535,7 +535,7 @@ for case in cases:
         "{method:7} n={n:3} on {shape:13}".format(**asked), f"{percent:.4f} %", within
     )
 found = counting.soft_measured(cases)
-lesson.measured("11.2", found.value)
+lesson.measured("12.2", found.value)
 lesson.live("T1", found.value, found.low, found.high)
 
 # %%
@@ -600,7 +600,7 @@ def trained(method, start, *, lr=0.1, steps=50):
     return tiny, reader, history.loss, untouched
 
 
-lesson.predict("11.3", low=None, high=None, unit="times the loss of the text one")
+lesson.predict("12.3", low=None, high=None, unit="times the loss of the text one")
 
 # %%
 made = {how: trained("prompt", how) for how in ("random", "vocabulary", "text")}
@@ -620,7 +620,7 @@ figure = curves.lines(
 ends = {how: rows[-1][1] for how, rows in series.items()}
 said = "; ".join(f"{how} {loss:.2f}" for how, loss in ends.items())
 lesson.show(figure, f"Training loss in the last five optimizer steps: {said}.")
-lesson.measured("11.3", ends["random"] / ends["text"])
+lesson.measured("12.3", ends["random"] / ends["text"])
 
 # %% [markdown]
 # The random initialization ends with 2.05 times the training loss of the text one: 1.19
@@ -655,7 +655,7 @@ for said, loss in losses.items():
 # their nearest.
 
 # %%
-lesson.predict("11.4", low=None, high=None, unit="of 16 vectors")
+lesson.predict("12.4", low=None, high=None, unit="of 16 vectors")
 
 # %%
 table = F.normalize(tiny.get_input_embeddings().weight, dim=1)
@@ -668,7 +668,7 @@ for i in range(0, 16, 4):
     print(f"{was!r:8} -> {now!r:8} cosine {near[0][i]:.2f}", end="    ")
     print(f"a random vector: {drawn!r:8} {noise[0][i]:.2f}")
 print(f"mean cosine: trained {near[0].mean():.2f}, random {noise[0].mean():.2f}")
-lesson.measured("11.4", (near[1] == starts).sum())
+lesson.measured("12.4", (near[1] == starts).sum())
 
 # %% [markdown]
 # The nearest tokens, such as "Seoul" and "Input", spell no instruction. Only 3 of 16
@@ -728,9 +728,9 @@ for when, values in (("before", P.detach().clone()), ("after", after)):
 # %%
 print("T2:", ledger.claim("T2").rule)
 print("T3:", ledger.claim("T3").rule)
-lesson.predict("11.5", low=None, high=None, unit="nats, prompt minus prefix")
+lesson.predict("12.5", low=None, high=None, unit="nats, prompt minus prefix")
 lesson.predict(
-    "11.6", low=None, high=None, unit="nats, the better of the two minus LoRA"
+    "12.6", low=None, high=None, unit="nats, the better of the two minus LoRA"
 )
 
 # %% [markdown]
@@ -849,14 +849,14 @@ whole = nested_bootstrap([np.subtract(full_run("prompt"), full_run("prefix"))])
 print("live, all steps, gap-2, one seed: {:+.3f} [{:+.3f}, {:+.3f}]".format(*whole))
 found = ledger.judge(ledger.claim("T2"), "tiny")
 print("stored: {:+.3f} [{:+.3f}, {:+.3f}]".format(found.measured, *found.interval))
-lesson.measured("11.5", found.measured)
+lesson.measured("12.5", found.measured)
 ends = [each[1:] for each in (*behind("prompt", "prefix"), whole)]
 widest = min(low for low, _ in ends), max(high for _, high in ends)
 lesson.live("T2", whole[0], *widest, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("T2", guess="11.5")
+lesson.verdict("T2", guess="12.5")
 
 # %% [markdown]
 # For SmolLM2, T2 was not tried with several seeds; in the first table the prefix is
@@ -881,12 +881,12 @@ for task in challengers.TASKS:
     ]
     print(task, *("{} {:+.2f} [{:+.2f}, {:+.2f}]".format(n, *p) for n, p in parts))
 closer = min(mean_of(behind(name, "lora")) for name in ("prefix", "prompt"))
-lesson.measured("11.6", closer[0])
+lesson.measured("12.6", closer[0])
 lesson.live("T3", *closer, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("T3", guess="11.6")
+lesson.verdict("T3", guess="12.6")
 
 # %% [markdown]
 # For SmolLM2, the opening table answers, with three seeds. Prompt tuning, at 55 %, is
