@@ -3,6 +3,7 @@
 findings.py says what came out. Every sentence here is computed from the result, too.
 """
 
+import math
 from statistics import median
 
 from .apart import own, trained
@@ -108,7 +109,9 @@ def resolution(result: dict) -> list[str]:
         )
     there = min(LONG_ROWS, found(result, "data", "rows", "test") or LONG_ROWS)
     if seeds < LONG_SEEDS or rows < there:
-        sentences.append(_longer(least, seeds, rows, max(rows, there)))
+        sentences.append(
+            _longer(least, seeds, rows, max(rows, there), clustered(result))
+        )
     return sentences
 
 
@@ -123,13 +126,20 @@ def least_difference(result: dict) -> float | None:
     return median(p["least"] for p in both or every) if every else None
 
 
-def _longer(least: float, seeds: int, rows: int, more: int) -> str:
-    """What three seeds and `more` test rows would change."""
+def _longer(least: float, seeds: int, rows: int, more: int, clustered: bool) -> str:
+    """What three seeds and `more` test rows would change.
+
+    Args
+        clustered  more rows then bring fewer new clusters: by how much they help is
+                   not known
+    """
     run = f"SEEDS={max(seeds, LONG_SEEDS)} ROWS={more}"
     if rows == more:
         return f"SEEDS={LONG_SEEDS} measures what seeds change."
     if seeds > 1:
         return f"{run} can tell smaller differences."
+    if clustered:
+        return f"{run} can tell smaller differences, and measures what seeds change."
     rows_alone = min(1.0, least * (rows / more) ** 0.5)
     return (
         f"With {run}, about {_points(rows_alone)} are enough if seeds change nothing; "
@@ -150,6 +160,7 @@ def certainty(result: dict) -> list[str]:
         "Brackets after a difference hold its 95 % interval on the same test rows, "
         "which is narrower than two separate intervals.",
         *_lettered(result),
+        *_clusters(result),
         "Brackets after a decoding time hold the smallest and the largest ratio of "
         "the timing rounds; the figure before them is the median.",
         *_seeds(result),
@@ -168,6 +179,21 @@ def _lettered(result: dict) -> list[str]:
         LETTERS,
         f"{len(pairs)} pairs were compared, so some intervals may exclude zero by "
         "chance. Letters follow Holm's rule, which allows for the number of pairs.",
+    ]
+
+
+def clustered(result: dict) -> bool:
+    """Whether some test rows are right or wrong together."""
+    return result.get("clusters_tested", math.inf) < result["rows_tested"]
+
+
+def _clusters(result: dict) -> list[str]:
+    if not clustered(result):
+        return []
+    return [
+        f"The {result['rows_tested']} test rows count as {result['clusters_tested']} "
+        "clusters. Rows that share a word which training lacks, or a prompt, are right "
+        "or wrong together, so an interval counts them as one draw."
     ]
 
 

@@ -32,7 +32,9 @@ def summary(
     """
     plan = setup.plan
     first = next(iter(measured.values()))[0]
-    rows, pairs = compared(measured)
+    test = setup.task.test.select(range(plan.rows))
+    clusters = setup.task.clusters(test.to_list())
+    rows, pairs = compared(measured, clusters)
     searched = [setting for setting in settings.values() if setting.file]
     return {
         "base": plan.base,
@@ -40,6 +42,7 @@ def summary(
         "task": setup.task.name,
         "instruction": setup.task.instruction,
         "rows_tested": plan.rows,
+        "clusters_tested": len(set(clusters)),
         "seeds": list(plan.seeds),
         "device": setup.device.type,
         "dtype": setup.dtype,
@@ -68,25 +71,30 @@ def command(plan: Plan, *, tuned: bool) -> str:
     return shlex.join([*start, *(["--tune"] if tuned else []), *asked])
 
 
-def compared(measured: Mapping[str, list[dict]]) -> tuple[list[dict], list[dict]]:
+def compared(
+    measured: Mapping[str, list[dict]], clusters: intervals.Clusters = None
+) -> tuple[list[dict], list[dict]]:
     """The rows of the table, and every two of them compared.
 
     A row has the first seed's figures, and the quality over all seeds: `exact`, the
     letters that it shares with what it cannot be told apart from, and the difference
     `against` each reference.
+
+    Args
+        clusters  a name for each test row, as in intervals.interval
     """
     scores = {
         key: np.array([figures["correct"] for figures in seeds], dtype=float)
         for key, seeds in measured.items()
     }
-    pairs = intervals.pairs(scores)
+    pairs = intervals.pairs(scores, clusters)
     best_first = sorted(scores, key=lambda key: -scores[key].mean())
     shared = letters(best_first, {frozenset((p.of, p.over)) for p in pairs if p.apart})
     luck = intervals.seeds_luck(scores)
     rows = [
         {name: value for name, value in seeds[0].items() if name != "correct"}
         | {
-            "exact": _exact(scores[key], luck),
+            "exact": _exact(scores[key], luck, clusters),
             "per_seed": [sum(figures["correct"]) for figures in seeds],
             "letters": shared[key],
             "against": _against(key, pairs),
@@ -96,9 +104,11 @@ def compared(measured: Mapping[str, list[dict]]) -> tuple[list[dict], list[dict]
     return rows, [asdict(pair) for pair in pairs]
 
 
-def _exact(scores: np.ndarray, luck: intervals.Luck | None) -> dict:
+def _exact(
+    scores: np.ndarray, luck: intervals.Luck | None, clusters: intervals.Clusters
+) -> dict:
     """The mean score; a test row counts once, however many the seeds."""
-    low, high = intervals.interval(scores, luck)
+    low, high = intervals.interval(scores, luck, clusters)
     seeds, n = scores.shape
     k = float(scores.sum()) / seeds
     return {"k": k, "n": n, "rate": k / n, "low": low, "high": high}

@@ -17,7 +17,7 @@ answer is chosen by name: scorers.py.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -116,6 +116,11 @@ def alike(prompt: str) -> str:
         seen = (c for c in prompt if unicodedata.category(c) != "Cf")
         prompt = unicodedata.normalize("NFKC", UNSEEN.sub("", "".join(seen)))
     return " ".join(prompt.casefold().split())
+
+
+def clusters(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """A name for each row: rows whose prompts are alike have the same."""
+    return [alike(row["prompt"]) for row in rows]
 
 
 def read_dataset(

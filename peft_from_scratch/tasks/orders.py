@@ -22,6 +22,9 @@ right.
 """
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from random import Random
 
 from ..common.records import unique
@@ -141,6 +144,35 @@ def _amount(random, item, n) -> str:
 def plural(item: str) -> str:
     """More than one of it."""
     return item + ("es" if item.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def clusters(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """For each row of a split, the new word that it shares with most of the others.
+
+    A method gets a word right that training lacks, or not, in all rows that hold it.
+
+    Returns  a name for each row: a new word, or the prompt of a row without one
+    """
+    new = [_new_words(row["completion"]) for row in rows]
+    frequency = Counter(chain(*new))
+    prompts = [row["prompt"] for row in rows]
+    return [
+        max(words, key=frequency.__getitem__) if words else prompt
+        for words, prompt in zip(new, prompts, strict=True)
+    ]
+
+
+def _new_words(completion: str) -> list[str]:
+    """Those of the order's words that training lacks."""
+    order = json.loads(completion)
+    words = ((order["customer"],), order["items"], (order["city"],))
+    lists = CUSTOMERS, ITEMS, CITIES
+    return [
+        word
+        for some, known in zip(words, lists, strict=True)
+        for word in some
+        if word not in known["shared"].split()
+    ]
 
 
 def score(answer: str, completion: str) -> bool:

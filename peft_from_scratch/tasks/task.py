@@ -13,7 +13,7 @@ Each generated task has a twin for control, "orders-random": the same prompts, t
 completions, and nothing that ties one to the other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -24,6 +24,7 @@ from datasets import Dataset
 from . import gap, jsonl, kinds, messages, orders, scorers, terms
 
 Splits = Mapping[str, list[dict]]  # split: its rows
+Rows = Sequence[Mapping[str, str]]  # a split, or some of its rows
 
 
 class TaskModule(Protocol):
@@ -40,6 +41,8 @@ class TaskModule(Protocol):
     def score(self, answer: str, completion: str) -> bool:
         """Whether an answer is right."""
 
+    # A module may have clusters(rows), as Task has it; else jsonl's is taken.
+
 
 @dataclass(frozen=True)
 class Source:
@@ -48,10 +51,16 @@ class Source:
     instruction: str
     rows: Callable[[int], Splits]  # seed -> the rows of each split
     score: Callable[[str, str], bool]
+    clusters: Callable[[Rows], list[str]] = jsonl.clusters
 
 
 GENERATED = {
-    name: Source(module.INSTRUCTION, module.rows, module.score)
+    name: Source(
+        module.INSTRUCTION,
+        module.rows,
+        module.score,
+        getattr(module, "clusters", jsonl.clusters),
+    )
     for name, module in (
         ("orders", orders),
         ("terms", terms),
@@ -81,6 +90,9 @@ class Task:
     test: Dataset
     search: Dataset  # to search settings on; a task without such rows has validation's
     score: Callable[[str, str], scorers.Score]  # (answer, completion) -> is it right?
+    # A name for each row: rows of one name are right or wrong together, so that an
+    # interval counts them as one draw.
+    clusters: Callable[[Rows], list[str]] = jsonl.clusters
 
 
 def load_task(
@@ -131,7 +143,7 @@ def load_task(
         source = GENERATED[plain]
         splits = source.rows(seed)
         splits = splits if plain == name else shuffled(splits, seed)
-        return _task(name, source.instruction, splits, source.score)
+        return _task(name, source.instruction, splits, source.score, source.clusters)
     if name.endswith(".jsonl"):
         splits = jsonl.read_jsonl(name, seed)
     elif (dataset := jsonl.dataset_id(name)) is not None:
@@ -167,10 +179,10 @@ def shuffled(splits: Splits, seed: int) -> Splits:
     return dealt
 
 
-def _task(name, instruction, splits, score) -> Task:
+def _task(name, instruction, splits, score, clusters=jsonl.clusters) -> Task:
     data = {split: _data(rows) for split, rows in splits.items()}
     data.setdefault("search", data["validation"])
-    return Task(name, instruction, **data, score=score)
+    return Task(name, instruction, **data, score=score, clusters=clusters)
 
 
 def _data(rows) -> Dataset:

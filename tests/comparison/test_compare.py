@@ -207,6 +207,18 @@ def test_seeds_share_the_test_rows_and_do_not_multiply_them():
     assert rows["lora"]["per_seed"] == [30, 30, 30]
 
 
+def test_rows_that_share_a_word_are_one_draw():
+    """Fifty rows, of which forty hold one of four words: intervals count fourteen."""
+    words = [f"word {i % 4}" for i in range(40)] + [f"row {i}" for i in range(10)]
+    right = [word in ("word 0", "word 1") for word in words]
+    measured = {"lora": [figures(right)], "few-shot": [figures([False] * 50)]}
+    (alone, _), (pair,) = summary.compared(measured)
+    (shared, _), (wide,) = summary.compared(measured, words)
+    for narrow, broad in ((alone["exact"], shared["exact"]), (pair, wide)):
+        assert broad["high"] - broad["low"] > 1.5 * (narrow["high"] - narrow["low"])
+    assert alone["exact"]["rate"] == shared["exact"]["rate"]
+
+
 def test_the_difference_is_paired_by_row():
     """Two methods that are right on the same rows differ by 0, within a few points."""
     right = np.random.default_rng(0).random(60) < 0.5

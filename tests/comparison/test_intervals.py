@@ -56,6 +56,46 @@ def intervals_hold_the_truth_95_times_of_100():
 
 
 @law
+def intervals_hold_the_truth_where_rows_share_words():
+    """They would hold it too rarely if they took such rows for independent ones."""
+    knows = simulated_comparisons.coverage("rows share words", 40)
+    assert knows["score"] >= 0.9 and knows["difference"] >= 0.9
+    blind = simulated_comparisons.coverage("rows share words", 40, clustered=False)
+    assert blind["score"] < 0.85 and blind["difference"] < 0.9
+
+
+@law
+def a_row_a_cluster_is_no_cluster():
+    found = drawn(5, whole=True)
+    names = [f"row {i}" for i in range(50)]
+    luck = seeds_luck(found)
+    for table in found.values():
+        assert interval(table, luck, names) == interval(table, luck)
+        assert interval(table, luck) == interval(table, luck, None)
+    for one, other in zip(pairs(found), pairs(found, names), strict=True):
+        assert vars(one) == pytest.approx(vars(other), abs=1e-12)
+
+
+@law
+def clusters_of_equal_rows_are_as_many_rows():
+    """Every row written four times: the interval of the rows that there are."""
+    found = drawn(6, rows=40, seeds=3)
+    four = {key: np.repeat(table, 4, 1) for key, table in found.items()}
+    names, luck = np.repeat(np.arange(40), 4).tolist(), seeds_luck(found)
+    for key, table in found.items():
+        assert interval(four[key], luck, names) == pytest.approx(interval(table, luck))
+    for name in ("no", "yes"):
+        table = np.full((3, 40), float(name == "yes"))
+        repeated = interval(np.repeat(table, 4, 1), luck, names)
+        assert repeated == pytest.approx(interval(table, luck))
+    assert intervals._rows_df(np.full(40, 4)) == pytest.approx(39)
+    values = found["m3"].mean(0)
+    assert intervals._rows_variance(values, None) == pytest.approx(
+        values.var(ddof=1) / 40
+    )
+
+
+@law
 def few_equal_methods_are_told_apart_by_chance():
     assert (
         simulated_comparisons.coverage("all methods equal", 12)["family error"] <= 0.1
@@ -216,14 +256,14 @@ BUGS = {
     ),
     "a perfect score is certain": Bug(
         interval,
-        "1 / rows",
+        "1 / (rows_df + 1)",
         "0.0",
         every_interval_is_within_its_scale_and_holds_its_value,
     ),
     "the rows' noise is no share": Bug(
         interval,
-        "/ (rows * _possible(p))",
-        "/ rows",
+        "spread / _possible(p)",
+        "spread",
         one_seed_of_right_and_wrong_has_wilsons_interval,
     ),
     "no two rows are added": Bug(
@@ -273,6 +313,30 @@ BUGS = {
         "low=-pair.high",
         "low=-pair.low",
         a_pair_seen_from_the_other_side_is_turned,
+    ),
+    "a perfect score counts rows and not clusters": Bug(
+        interval,
+        "1 / (rows_df + 1)",
+        "1 / rows",
+        clusters_of_equal_rows_are_as_many_rows,
+    ),
+    "clusters are forgotten in the difference": Bug(
+        intervals._difference,
+        "None if clusters is None",
+        "None if True",
+        intervals_hold_the_truth_where_rows_share_words,
+    ),
+    "the rows of a cluster cancel": Bug(
+        intervals._rows_variance,
+        "float(sums @ sums)",
+        "float(values.var() * len(values))",
+        clusters_of_equal_rows_are_as_many_rows,
+    ),
+    "the largest cluster is one of many": Bug(
+        intervals._rows_df,
+        "squares.sum() ** 2 / (squares @ squares)",
+        "squares.sum()",
+        clusters_of_equal_rows_are_as_many_rows,
     ),
     "few seeds are many": Bug(
         intervals._df,

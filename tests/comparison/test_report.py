@@ -433,6 +433,8 @@ def test_the_run_says_which_differences_it_can_tell():
     assert "1 seed, 100 test rows" in tells and "about 20 points or more" in tells
     assert "another seed" in seeds
     assert "SEEDS=3 ROWS=300" in more and "about 12 points" in more  # 20 / √3
+    shared = background.resolution(result | {"clusters_tested": 60})[2]
+    assert "smaller differences, and measures what seeds change" in shared
     result["data"] = {"rows": {"test": 150}}
     assert "SEEDS=3 ROWS=150, about 16 points" in background.resolution(result)[2]
     result["data"]["rows"]["test"] = 100  # all of them were answered
@@ -444,6 +446,14 @@ def test_the_run_says_which_differences_it_can_tell():
     for pair in result["pairs"]:
         pair["least"] = 1.2
     assert "too short" in background.resolution(result)[0]
+
+
+def test_the_page_says_how_many_clusters_its_rows_are():
+    result = comparison(["few-shot", "lora"])
+    alone = [result, result | {"clusters_tested": 100}]
+    assert not any("cluster" in line for r in alone for line in background.certainty(r))
+    words = " ".join(background.certainty(result | {"clusters_tested": 60}))
+    assert "The 100 test rows count as 60 clusters" in words
 
 
 def test_several_seeds_show_a_digit_more():

@@ -24,11 +24,26 @@ SETTINGS = {  # name: (logits of the methods, seeds, rows, luck of each seed in 
     "two methods": ((1.5, 2.0), 3, 300, 0.5),
     "one seed, rows alone": ((1.5, 2.0, 2.0, 0.5, 0.0), 1, 100, 0.0),
     "all methods equal": ((1.0,) * 6, 3, 100, 0.4),
+    "rows share words": ((1.5, 2.0, 2.0, 0.5, 0.0), 3, 300, 0.3),
 }
+# The rows of each cluster, which share what is hard; the other rows are alone.
+SHARED = {"rows share words": (30, 24, 20, 20, 16, 16, 12, 12, 12, 10, 8, 8, 6, 6)}
+
+
+def clusters_of(name: str) -> list[int]:
+    """A number for each row of the setting, the same for rows of one cluster."""
+    sizes, rows = SHARED.get(name, ()), SETTINGS[name][2]
+    sizes = [*sizes, *[1] * (rows - sum(sizes))]
+    return [cluster for cluster, size in enumerate(sizes) for _ in range(size)]
 
 
 def scores(
-    logits: Sequence[float], seeds: int, rows: int, luck, dice: np.random.Generator
+    logits: Sequence[float],
+    seeds: int,
+    rows: int,
+    luck,
+    dice: np.random.Generator,
+    clusters: Sequence[int],
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """{method: (seeds, rows)} of right and wrong answers, and the true scores."""
     many = len(logits)
@@ -38,6 +53,7 @@ def scores(
     if isinstance(luck, tuple):
         lucks[0] *= luck[1]
     hard = dice.normal(0, ROW, rows) + dice.normal(0, OWN, (many, 1, rows))
+    hard = hard[..., clusters]  # that of a cluster's first rows, for all its rows
     noise = dice.normal(0, 1, (many, seeds, 1)) * lucks[:, None, None]
     noise = noise + dice.normal(0, CELL, (many, seeds, rows))
     chance = _right(np.reshape(logits, (-1, 1, 1)) + hard + noise)
@@ -47,18 +63,25 @@ def scores(
     return {f"m{i}": answered[i] for i in range(many)}, truth
 
 
-def coverage(name: str, times: int, *, seed: int = 0) -> dict[str, float]:
-    """How often intervals hold the true score and difference, and Holm's rule errs."""
-    dice = np.random.default_rng(seed)
+def coverage(
+    name: str, times: int, *, seed: int = 0, clustered: bool = True
+) -> dict[str, float]:
+    """How often intervals hold the true score and difference, and Holm's rule errs.
+
+    Args
+        clustered  False: the intervals are not told of the clusters
+    """
+    dice, clusters = np.random.default_rng(seed), clusters_of(name)
+    known = clusters if clustered else None
     held, paired, boot, errors = [], [], [], []
     for _ in range(times):
-        drawn, truth = scores(*SETTINGS[name], dice)
+        drawn, truth = scores(*SETTINGS[name], dice, clusters)
         true = dict(zip(drawn, truth, strict=True))
         luck = intervals.seeds_luck(drawn)
         for key, table in drawn.items():
-            low, high = intervals.interval(table, luck)
+            low, high = intervals.interval(table, luck, known)
             held.append(low <= true[key] <= high)
-        compared = intervals.pairs(drawn)
+        compared = intervals.pairs(drawn, known)
         for pair in compared:
             difference = true[pair.of] - true[pair.over]
             paired.append(pair.low <= difference <= pair.high)

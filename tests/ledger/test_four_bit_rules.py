@@ -344,8 +344,8 @@ def test_q5_searches_the_rate_of_bfloat16():
     ("requantized", "verdict"),
     [
         (0.001, "holds"),
-        (0.05, "holds when"),
-        (1.0, "holds when"),
+        (0.05, "does not hold here"),
+        (1.0, "does not hold here"),
     ],
 )
 def test_m4_is_what_staying_in_four_bits_costs(scale, requantized, verdict):

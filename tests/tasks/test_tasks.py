@@ -134,6 +134,32 @@ def words_of_one_split(rows, split):
     return own
 
 
+@law
+def rows_of_one_cluster_share_a_new_word():
+    """And a row without one is alone; of two new words, the more frequent counts."""
+    task = load_task("orders")
+    rows = task.test.to_list()
+    names = task.clusters(rows)
+    new = words_of_one_split(orders.rows(0), "test")
+    frequency = Counter(
+        word for row in rows for word in new if has_one_of([f'"{word}"'], row)
+    )
+    for name, row in zip(names, rows, strict=True):
+        own = [word for word in new if has_one_of([f'"{word}"'], row)]
+        if own:
+            assert frequency[name] == max(frequency[word] for word in own)
+        else:
+            assert name == row["prompt"]
+    assert len(new) == 17 and len(set(names)) < len(rows) / 2
+
+
+@law
+def rows_of_ones_own_whose_prompts_are_alike_are_one_cluster():
+    rows = [{"prompt": text} for text in ("A  lamp", "a lamp", "two lamps")]
+    one, same, other = jsonl.clusters(rows)
+    assert one == same != other
+
+
 def has_one_of(words, row):
     return any(word in row["completion"] for word in words)
 
@@ -683,6 +709,24 @@ BUGS = {
         "split if own else",
         '(split if split == "test" else "validation") if own else',
         new_words_are_as_frequent_in_the_search_as_in_the_test_and_far_more,
+    ),
+    "every word is new": (
+        orders._new_words,
+        'known["shared"].split()',
+        "()",
+        rows_of_one_cluster_share_a_new_word,
+    ),
+    "the rarer of two new words": (
+        orders.clusters,
+        "max(words",
+        "min(words",
+        rows_of_one_cluster_share_a_new_word,
+    ),
+    "clusters of equal prompts only": (
+        jsonl.clusters,
+        'alike(row["prompt"])',
+        'row["prompt"]',
+        rows_of_ones_own_whose_prompts_are_alike_are_one_cluster,
     ),
     "a search harder than the test": (
         orders._word,
