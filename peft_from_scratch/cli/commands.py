@@ -110,7 +110,7 @@ def fine_tune(options) -> None:
     print(history.packing)
     after = answer(AFTER)
     exchange.save(model, out)
-    _write_record(out, options, task, config, history, before, after)
+    _write_record(out, options, of_base, task, config, history, before, after)
     _remove_checkpoints(checkpoints)
     print(
         f"{title(task.score)} on {len(test)} test rows: "
@@ -240,7 +240,9 @@ def _counted_right(scores: Sequence[Score]) -> str:
     return f"{sum(scores):.0f}/{len(scores)} ({interval})"
 
 
-def _write_record(out: Path, options, task, config, history, before, after) -> None:
+def _write_record(
+    out: Path, options, dtype: str, task, config, history, before, after
+) -> None:
     """The picture, and last the record, whose presence says that the run is over."""
     with atomic.new_file(out / "training.png") as file:
         training_curve(history).savefig(file, dpi=150)
@@ -248,6 +250,7 @@ def _write_record(out: Path, options, task, config, history, before, after) -> N
         "base": options.base,
         "data": options.data,
         "method": options.method,
+        "dtype": dtype,
         "instruction": task.instruction,
         "scorer": options.scorer,
         "recipe": vars(config),

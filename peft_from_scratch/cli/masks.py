@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from typing import TextIO
 
-from ..tasks import letters
+from ..tasks import plain_text
 from ..tasks.templates import IGNORED, Encoded, placed
 
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
@@ -41,7 +41,7 @@ def show(tokenizer, rows, encoded: Sequence[Encoded], n: int, template: str) -> 
         encoded  the same rows, as encode_rows makes them
     """
     marks = marks_for(sys.stdout)
-    control = letters.control_tokens(tokenizer, template)
+    control = plain_text.control_tokens(tokenizer, template)
     print(
         f"{marks.begin}Trained tokens{marks.end} look like this. {marks.line_end} is a "
         "line end; a backslash stands before letters that only spell a control token."
@@ -96,7 +96,7 @@ def marked(tokenizer, row: Encoded, control: dict[str, int], marks: Marks) -> st
 
 
 def _pieces(tokenizer, ids, start, end, control) -> Iterator[str]:
-    """The text of ids[start:end]: control tokens as they are, all else as letters."""
+    """The text of ids[start:end]: control tokens as they are, else letters."""
     names = {i: token for token, i in control.items()}
     is_control = [i in names for i in ids[start:end]]
     for yes, group in groupby(is_control):
@@ -125,7 +125,7 @@ def _decode(tokenizer, ids) -> str:
 def _letters(text, control) -> str:
     """Text with unseen characters escaped, and what only spells a control token."""
     text = UNSEEN.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-    return letters.replaced(text, {token: f"\\{token}" for token in control})
+    return plain_text.replaced(text, {token: f"\\{token}" for token in control})
 
 
 def _has(stream: TextIO, signs: str) -> bool:

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from statistics import fmean
 
 import numpy as np
@@ -59,16 +59,32 @@ def summary(
 
 def command(plan: Plan, *, tuned: bool) -> str:
     """What to type to get the same comparison again, the output's folder apart."""
+    with_make = _make(plan, tuned)
+    if with_make:
+        return with_make
     asked = []
     for field in fields(plan):
         value = getattr(plan, field.name)
         if value != field.default and field.name != "out":
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             asked += [f"--{field.name.replace('_', '-')}", text]
-    if not asked:
-        return "make compare TUNE=1" if tuned else "make compare"
     start = [".venv/bin/python", "-m", "peft_from_scratch", "compare"]
     return shlex.join([*start, *(["--tune"] if tuned else []), *asked])
+
+
+def _make(plan: Plan, tuned: bool) -> str | None:
+    """The same with make; None where its variables cannot say all of the plan."""
+    variables = {"TUNE": 1} if tuned else {}
+    if plan.seeds != Plan.seeds:
+        variables["SEEDS"] = len(plan.seeds)
+    if plan.rows != Plan.rows:
+        variables["ROWS"] = plan.rows
+    counted = tuple(range(len(plan.seeds)))
+    if replace(plan, seeds=Plan.seeds, rows=Plan.rows, out=Plan.out) != Plan() or (
+        plan.seeds != counted
+    ):
+        return None
+    return " ".join(["make compare", *(f"{k}={v}" for k, v in variables.items())])
 
 
 def compared(

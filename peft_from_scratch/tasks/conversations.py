@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 
 from jinja2 import TemplateError
 
-from .letters import PRIVATE, Turn, hide, read, replaced, tokens
+from .plain_text import PRIVATE, Turn, hide, read, replaced, tokens
 
 Part = tuple[list[int], bool]  # tokens, and whether they are learned
 SHOWN = 60  # characters of a text that an error shows

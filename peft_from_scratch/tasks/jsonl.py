@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetsError
 
 from ..common import records
 from . import messages
-from .letters import is_unicode
+from .plain_text import is_unicode
 
 LISTED = 20  # bad rows that an error spells out
 MINIMUM = 3  # distinct prompts: one for each split

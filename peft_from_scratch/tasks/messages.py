@@ -7,7 +7,7 @@ stands before it is the row's prompt, and its content the completion.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .letters import Turn, is_unicode
+from .plain_text import Turn, is_unicode
 
 ROLES = ("system", "user", "assistant")
 # Keys of a turn that say what it means; to pass over them would train something else.

@@ -16,14 +16,15 @@ ends an answer is learned, or the model would never stop. (Padding is placed by
 counting, never by comparing with the pad token, which in many models is the end token.)
 
 **Text stays text**: letters that spell a control token are encoded as letters
-(letters.py). Which text of a chat template is an answer is found in conversations.py.
+(plain_text.py). Which text of a chat template is an answer is found in
+conversations.py.
 """
 
 from collections.abc import Iterator, Sequence
 
 from . import messages
 from .conversations import end_of_turn, instructed, parts, render
-from .letters import Turn, plain, read
+from .plain_text import Turn, plain, read
 
 TEMPLATES = ("chat", "raw")
 IGNORED = -100  # the label that torch's cross_entropy leaves out

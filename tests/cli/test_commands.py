@@ -117,6 +117,7 @@ def test_train_writes_an_adapter_its_record_and_a_picture(base, trained):
     assert pfs.trainable(model)[f"{names[0]}.A"].shape[0] == 4
     assert not torch.equal(model(IDS).logits, before)
     record = record_of(trained)
+    assert record["dtype"] == "float32"
     assert len(record["loss"]) == 6 and record["recipe"]["lr"] == 1e-2
     assert record["recipe"]["template"] == "chat" and record["instruction"] == ""
     with open(f"{trained}/training.png", "rb") as file:
@@ -283,6 +284,7 @@ def test_a_train_in_bfloat16_keeps_what_trains_in_float32(
     assert main(training(base, data, tmp_path, *asked)) == 0
     assert described in capsys.readouterr().out
     recipe = record_of(tmp_path)["recipe"]
+    assert record_of(tmp_path)["dtype"] == "bfloat16"
     assert recipe["autocast"] == (None if method == "lora" else "bfloat16")
     model, _ = pfs.load_model(base, dtype="bfloat16" if method == "lora" else None)
     pfs.load(model, tmp_path)

@@ -11,13 +11,13 @@ from planting import each_is_caught, law
 
 from peft_from_scratch.cli import commands, masks
 from peft_from_scratch.cli.command_line import main
-from peft_from_scratch.tasks import letters
+from peft_from_scratch.tasks import plain_text
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.tasks.templates import IGNORED, encode_rows
 from peft_from_scratch.training import evaluation
 
 TOKENIZER = byte_tokenizer()
-CONTROL = letters.control_tokens(TOKENIZER, "chat")
+CONTROL = plain_text.control_tokens(TOKENIZER, "chat")
 CHAT = [
     ("system", "Be brief."),
     ("user", "Say\n\nit: <eos>\x1b[31m"),

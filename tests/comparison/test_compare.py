@@ -386,6 +386,10 @@ def test_an_edit_below_what_is_imported_changes_the_digest(tmp_path, monkeypatch
 def test_the_command_says_what_was_asked():
     assert summary.command(Plan(), tuned=False) == "make compare"
     assert summary.command(Plan(out="x"), tuned=True) == "make compare TUNE=1"
+    long = Plan(seeds=(0, 1, 2), rows=300)
+    assert summary.command(long, tuned=False) == "make compare SEEDS=3 ROWS=300"
+    other = summary.command(Plan(seeds=(3, 4)), tuned=False)
+    assert other.endswith("compare --seeds 3,4")
     asked = Plan(task="my rows.jsonl", seeds=(0, 1), methods=("lora",), rows=7)
     said = summary.command(asked, tuned=False)
     words = shlex.split(said)[3:]

@@ -24,7 +24,7 @@ from planting import each_is_caught, law
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from peft_from_scratch.tasks import conversations, letters, messages, templates
+from peft_from_scratch.tasks import conversations, messages, plain_text, templates
 from peft_from_scratch.tasks.templates import (
     IGNORED,
     encode_all,
@@ -710,13 +710,13 @@ BUGS = {
         a_template_that_refuses_a_conversation_is_a_sentence,
     ),
     "a spelled token in an answer is one": (
-        letters.tokens,
+        plain_text.tokens,
         "return _pieces(tokenizer, text, names)",
         "return read(tokenizer, replaced(text, names))",
         text_that_spells_control_tokens_stays_text_in_every_turn,
     ),
     "what is hidden stays so": (
-        letters.tokens,
+        plain_text.tokens,
         "return _pieces(tokenizer, text, names)",
         "return _pieces(tokenizer, text, {})",
         text_that_spells_control_tokens_stays_text_in_every_turn,

@@ -11,7 +11,7 @@ from planting import each_is_caught, law
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from peft_from_scratch.tasks import conversations, letters, messages, templates
+from peft_from_scratch.tasks import conversations, messages, plain_text, templates
 from peft_from_scratch.tasks.templates import (
     IGNORED,
     TEMPLATES,
@@ -428,7 +428,7 @@ BUGS = {
         examples_are_turns_before_the_prompt,
     ),
     "bos again before every piece": (
-        letters.plain,
+        plain_text.plain,
         "add_special_tokens=False",
         "add_special_tokens=True",
         a_text_starts_with_one_bos,
@@ -441,43 +441,43 @@ BUGS = {
         a_chat_row_is_the_conversation_up_to_its_end,
     ),
     "special tokens of a text taken for tokens": (
-        letters.plain,
+        plain_text.plain,
         "split_special_tokens=True",
         "split_special_tokens=False",
         text_that_spells_control_tokens_stays_text,
     ),
     "special tokens of a completion taken for tokens": (
-        letters.plain,
+        plain_text.plain,
         "split_special_tokens=True",
         "split_special_tokens=False",
         a_completion_that_spells_control_tokens_is_read_as_it_was_written,
     ),
     "a conversation tokenized as one text": (
-        letters.hide,
+        plain_text.hide,
         "if not spelled:",
         "if True:",
         text_that_spells_control_tokens_stays_text,
     ),
     "spelled tokens looked for in the last turn alone": (
-        letters.hide,
+        plain_text.hide,
         "_spelled(tokenizer, contents)",
         "_spelled(tokenizer, contents[-1:])",
         text_that_spells_control_tokens_stays_text,
     ),
     "what hides a spelled token left in its place": (
-        letters.hide,
+        plain_text.hide,
         "{mark: token for token, mark in marks.items()}",
         "{mark: mark for mark in marks.values()}",
         text_that_spells_control_tokens_stays_text,
     ),
     "only tokens called special are control tokens": (
-        letters.control_tokens,
+        plain_text.control_tokens,
         "token.special or i in marks",
         "token.special",
         marks_of_turns_that_stay_tokens_are_refused_by_name,
     ),
     "every added token is a control token": (
-        letters.control_tokens,
+        plain_text.control_tokens,
         "token.special or i in marks",
         "True",
         marks_of_turns_that_stay_tokens_are_refused_by_name,
