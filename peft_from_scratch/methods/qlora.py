@@ -128,8 +128,9 @@ def inject(
         skip            projections that stay as they are. Heads, embeddings and norms
                         do anyway
         compute_dtype   of W' and its product: None for that of what comes in
-        dtype           of A and B: float32 (None) or bfloat16, as in [1]. In the
-                        latter, updates below 1/256 of a value are rounded away
+        dtype           of A and B: float32 (None) or bfloat16, as in [1]. The latter
+                        rounds away every update below 1/512 of a value, and some of
+                        those up to 1/256
     Returns  the names of the wrapped modules
     Raises   ValueError   an argument out of its range, no match; codes asked for where
              the model has some already. The model is then as it was, not quantized
