@@ -2,11 +2,15 @@
 
 The candidates take turns, round by round, in one process, so that a machine that slows
 down slows all of them; the figure is the median of the rounds' ratios, with its range.
+Each round has an order of its own. In one fixed order, a candidate finds the caches as
+the same neighbor always leaves them: on two cores, a base timed twice was 2 to 10 %
+faster in one place than in the other.
 """
 
 import statistics
 import time
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import nn
@@ -49,15 +53,18 @@ def step_seconds(
 ) -> dict[str, list[float]]:
     """{name: seconds of a decoding step, in each round}; in a round each has its turn.
 
+    The order changes from round to round, and is the same in every call.
+
     Args
         candidates  name -> (model, the tokens to start from)
         tokens      decoded in a round; the prompt's own pass is not in the time
         rounds      counted rounds, after one that warms up
         batch       how many sequences a step decodes, all from the same tokens
     """
-    seconds = {name: [] for name in candidates}
+    seconds, shuffled = {name: [] for name in candidates}, Random(0)
     for _ in range(rounds + 1):
-        for name, (model, prompt) in candidates.items():
+        for name in shuffled.sample(list(candidates), len(candidates)):
+            model, prompt = candidates[name]
             seconds[name].append(_seconds_a_step(model, [prompt] * batch, tokens))
     return {name: times[1:] for name, times in seconds.items()}
 

@@ -16,6 +16,7 @@ from invented_runs import judged
 from planting import law, planted
 
 from peft_from_scratch import lora
+from peft_from_scratch.comparison import timing
 from peft_from_scratch.comparison.timing import step_seconds
 from peft_from_scratch.core.adapter import adapters
 from peft_from_scratch.ledger import intervals, runs
@@ -306,7 +307,7 @@ def test_longer_runs_do_not_count_as_the_usual_ones():
 
     judgement = challenged("T2", loss_of)
     assert judgement.measured == pytest.approx(0.3, abs=1e-6)
-    assert "three times the steps it is +0.000" in judgement.say_instead
+    assert "300 optimizer steps ends +0.000 nats above" in judgement.say_instead
 
 
 def test_the_challengers_are_of_equal_size():
@@ -418,6 +419,28 @@ def test_a_step_of_a_batch_decodes_them_all():
 
     step_seconds({"one": (Watched(), [3, 4, 5])}, tokens=2, rounds=1, batch=4)
     assert seen == [(4, 3), (4, 1), (4, 1)] * 2
+
+
+def test_every_round_has_all_candidates_in_an_order_of_its_own(monkeypatch):
+    """What ran before leaves the caches, so that a fixed order would favor one."""
+    turns = []
+    monkeypatch.setattr(
+        timing, "_seconds_a_step", lambda model, *_: turns.append(model) or 1.0
+    )
+    names = "abcde"
+    seconds = step_seconds({name: (name, [3]) for name in names}, rounds=29)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(
+        names, 29
+    )
+    rounds = ["".join(turns[i : i + 5]) for i in range(0, len(turns), 5)]
+    assert len(rounds) == 30 and all(sorted(r) == list(names) for r in rounds)
+    for name in names:
+        before = {r[r.index(name) - 1] for r in rounds if r[0] != name}
+        assert len(before) == 4
+    order = turns.copy()
+    turns.clear()
+    step_seconds({name: (name, [3]) for name in names}, rounds=29)
+    assert turns == order
 
 
 @pytest.mark.parametrize(
