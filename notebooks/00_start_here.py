@@ -26,7 +26,7 @@
 # - score answers exactly, and give the score an interval;
 # - count the trained parameters, save them, and merge them into (add them to) the
 #   model's own;
-# - choose a control, a run that tests your explanation of a result;
+# - build a control, a run that tests your explanation of a result, and make it fair;
 # - pad a batch of prompts so that the answers stay right.
 #
 # **Only ten minutes?** Write `start("00", quick=True)` below, and run the cells in turn
@@ -78,9 +78,9 @@ from pathlib import Path
 import torch
 
 from peft_from_scratch import merge, trainable
-from peft_from_scratch.course import answer_rows, block_picture, curves, encode_prompt
-from peft_from_scratch.course import figures, findings, left_pad, provenance
-from peft_from_scratch.course import quiet_transformers, wilson
+from peft_from_scratch.course import adapters, answer_rows, block_picture, curves
+from peft_from_scratch.course import encode_prompt, figures, findings, left_pad
+from peft_from_scratch.course import provenance, quiet_transformers, wilson
 from peft_from_scratch.course.checks import start_here as checks
 
 shipped = provenance.ROOT / "data" / "results" / "compare.json"
@@ -107,12 +107,10 @@ lesson.show(
 #   letters, not the overlap of bars.
 # - Methods that train equally many parameters are drawn side by side.
 #
-# The title's three methods are those with an a; no other method beats them. The
-# sentence below the figure counts the six methods that this library trains. All six
-# beat few-shot prompting. The smallest, prompt tuning, trains 0.0069 % of the
-# parameters. LoRA and QLoRA had different learning rates, each the one that its own
-# search had chosen. So the figure does not tell what four bits cost. The next cell
-# shows one sentence, with two answers.
+# No other method beats those with an a. The sentence below the figure counts the
+# methods that this library trains, and says how few parameters the smallest of them
+# needs. Each method has the settings that its own search chose, on sentences that are
+# neither trained nor tested. The next cell shows one sentence, with two answers.
 
 # %%
 ways = {row["key"]: row["samples"] for row in compared["rows"]}
@@ -306,25 +304,16 @@ lesson.show(
 # Each gray $W$ has a blue pair.
 #
 # Line 7 adds $A$ and $B$ to every layer. $A$ is random, so the cell fixes the **seed**,
-# the number that decides all random draws. Guess how many parameters will be trained,
-# in percent of the model's.
-
-# %%
-lesson.predict("0.2", low=None, high=None, unit="% of the model's parameters")
-
-# %%
-torch.manual_seed(0)
-wrapped = lora.inject(model, r=8, alpha=16)  # line 7
-trained = sum(parameter.numel() for parameter in trainable(model).values())
-lesson.measured("0.2", 100 * trained / total)
-
-# %% [markdown]
-# All $A$ and $B$ together are 1.82 % of the model's size. The next cell counts the
-# parameters of one matrix, `q_proj`, which is $W_q$ in the figure.
+# the number that decides all random draws. It also counts the parameters of one matrix,
+# `q_proj`, which is $W_q$ in the figure.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"{len(wrapped)} matrices, {trained:,} parameters to train")
+torch.manual_seed(0)
+wrapped = lora.inject(model, r=8, alpha=16)  # line 7
+trained = sum(parameter.numel() for parameter in trainable(model).values())
+print(f"{len(wrapped)} matrices, {trained:,} parameters to train,", end=" ")
+print(f"{trained / total:.2%} of the model's own")
 first = model.get_submodule(wrapped[0])
 print("one of them:", wrapped[0])
 print("W0", tuple(first.base.weight.shape), f"{first.base.weight.numel():,} parameters")
@@ -332,11 +321,12 @@ print("A ", tuple(first.A.shape), f"{first.A.numel():,} parameters")
 print("B ", tuple(first.B.shape), f"{first.B.numel():,} parameters")
 
 # %% [markdown]
-# The frozen $W_0$ has 331,776 parameters; $A$ and $B$ have 4,608 each.
+# All $A$ and $B$ together are 1.82 % of the model's size. This frozen $W_0$ has 331,776
+# parameters; its $A$ and $B$ have 4,608 each.
 #
 # ### Exercise 0.2: count what trains
 #
-# Difficulty one of five, importance four of five, about five minutes.
+# Difficulty one of five, importance four of five, about three minutes.
 #
 # This is a warm-up. Write `my_count(shapes, r)`, where `shapes` lists `(d_out, d_in)`
 # of each matrix that gets LoRA. Return two integers: the parameters in all $A$ and $B$,
@@ -361,7 +351,7 @@ print("B ", tuple(first.B.shape), f"{first.B.numel():,} parameters")
 
 # %% tags=["exercise-0.2"]
 def my_count(shapes, r):
-    """(trained, frozen): numbers in all A and B, and in all W0.
+    """(trained, frozen): parameters in all A and B, and in all W0.
 
     shapes: a list of (d_out, d_in), one for each matrix."""
     ### BEGIN SOLUTION
@@ -426,11 +416,11 @@ lesson.show(
 # test rows again.
 
 # %%
-lesson.predict("0.3", low=None, high=None, unit="right answers of 20")
+lesson.predict("0.2", low=None, high=None, unit="right answers of 20")
 
 # %%
 after = answer_rows(model, tokenizer, task, rows, template="chat")
-lesson.measured("0.3", sum(after.correct))
+lesson.measured("0.2", sum(after.correct))
 for i, fine in list(enumerate(after.correct))[:4]:
     print("\nsentence:", rows[i]["prompt"])
     print("answer:  ", after.answers[i], "" if fine else "(wrong)")
@@ -441,31 +431,106 @@ for i, fine in list(enumerate(after.correct))[:4]:
 #
 # ## The control: the same parameters, shuffled
 #
-# A better score does not say what made it better. Perhaps *any* change would help. A
-# **control** is a run that keeps everything except the suspected cause, here what
-# training wrote into $A$ and $B$. So we shuffle the entries within each $A$ and each
-# $B$: the values stay, and their places change.
+# A better score does not say what made it better. Perhaps *any* update of this size
+# would help. A **control** is a run that keeps everything except the suspected cause.
+# The suspected cause is *which* update training found. So the control keeps the values
+# of each $A$ and $B$ and shuffles their places.
+#
+# Is the shuffled update as large as the trained one? In $B A$, entries that training
+# had lined up no longer meet. The next cell compares the **norm** $\|BA\|$, the root of
+# the sum of the squared entries, in every matrix.
 
 # %%
-lesson.predict("0.4", low=None, high=None, unit="right answers of 20")
+torch.manual_seed(0)
+kept = []
+for module in adapters(model).values():
+    A, B = module.A.detach(), module.B.detach()
+    order_A, order_B = torch.randperm(A.numel()), torch.randperm(B.numel())
+    A2, B2 = A.flatten()[order_A].view_as(A), B.flatten()[order_B].view_as(B)
+    kept.append(100 * ((B2 @ A2).norm() / (B @ A).norm()).item())
+kept.sort()
+shares = f"{kept[0]:.0f} to {kept[-1]:.0f} %, median {kept[len(kept) // 2]:.0f} %"
+print(f"norm of BA after shuffling, of that before: {shares}")
+
+# %% [markdown]
+# Shuffling alone changes the size of the update. If that control failed, the reason
+# could be its size. A fair control is exactly as large.
+#
+# ### Exercise 0.3: a fair control
+#
+# Difficulty four of five, importance five of five, about fifteen minutes.
+#
+# Write `my_control(A, B, order_A, order_B)`. It returns a pair `(A2, B2)` of the same
+# shapes, `A2 (r, d_in)` and `B2 (d_out, r)`, such that
+#
+# - the entries of $A$ and $B$ are shuffled: entry `i` of the flattened result comes
+#   from place `order_A[i]` of the flattened $A$, and likewise for $B$;
+# - one factor makes the update as large as before: $\|B_2 A_2\| = \|B A\|$. Put the
+#   factor where you like.
+#
+# `A` and `B` are `float32`, the orders are permutations in `int64`, and no update is
+# zero. For example, with `A = [[3, 4]]`, `B = [[2]]`, `order_A = [1, 0]` and
+# `order_B = [0]`, both updates have norm `10`, and `([[4, 3]], [[2]])` is right.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# By which number must you multiply a matrix of norm `5` to give it norm `10`?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# The norm that counts is that of the product, `(d_out, d_in)`. The norms of `A` and `B`
+# themselves do not change when entries move.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `A2 = A.flatten()[order_A].view_as(A)`
+#
+# </details>
+
+
+# %% tags=["exercise-0.3"]
+def my_control(A, B, order_A, order_B):
+    """(A2, B2): the entries shuffled, and one factor that keeps the norm of B A."""
+    ### BEGIN SOLUTION
+    A2 = A.flatten()[order_A].view_as(A)
+    B2 = B.flatten()[order_B].view_as(B)
+    return A2, B2 * ((B @ A).norm() / (B2 @ A2).norm())
+    ### END SOLUTION
+
+
+# %% tags=["check-0.3", "points-3"]
+checks.fair_control(my_control)
+
+# %% [markdown]
+# The next cell gives every adapter of the model its control and asks the same twenty
+# rows. If your answer passed its check, the lesson uses your function.
 
 # %%
+lesson.predict("0.3", low=None, high=None, unit="right answers of 20")
+
+# %%
+control_of = lesson.mine(my_control, checks.control_of)
 learned = {name: p.detach().clone() for name, p in trainable(model).items()}
 with torch.no_grad():
-    for name, parameter in trainable(model).items():
-        order = torch.randperm(parameter.numel())
-        parameter.copy_(learned[name].flatten()[order].view_as(parameter))
+    for module in adapters(model).values():
+        A, B = module.A, module.B
+        orders = [torch.randperm(p.numel(), device=p.device) for p in (A, B)]
+        for p, shuffled in zip((A, B), control_of(A, B, *orders), strict=True):
+            p.copy_(shuffled)
 control = answer_rows(model, tokenizer, task, rows, template="chat")
-lesson.measured("0.4", sum(control.correct))
-print("first answer:", " ".join(control.answers[0].split())[:80], "…")
-
 with torch.no_grad():  # and back to what was learned
     for name, parameter in trainable(model).items():
         parameter.copy_(learned[name])
+lesson.measured("0.3", sum(control.correct))
+print("first answer:", " ".join(control.answers[0].split())[:80], "…")
+fewer = sum(control.correct) < sum(after.correct) / 2
+lesson.control("An update of equal size, shuffled, has less than half right.", fewer)
 
 # %% [markdown]
-# The control gets 0 of 20 right, and chats again like the untrained model. So these
-# values alone do not help; their places, which training found, matter.
+# The control gets 0 of 20 right. So the size of the update does not explain the score;
+# the places of the values, which training found, do.
 #
 # ## How sure is that?
 #
@@ -496,7 +561,7 @@ for k, n in ((14, 20), (0, 20)):
 # The center $c$ is the share after adding $z^2$ rows, about four, half of them right.
 # For 0 of 20, both $c$ and $m$ are `0.081`, so the interval goes from 0 to 16 %.
 #
-# ### Exercise 0.3: Wilson's interval
+# ### Exercise 0.4: Wilson's interval
 #
 # Difficulty two of five, importance four of five, about ten minutes.
 #
@@ -521,7 +586,7 @@ for k, n in ((14, 20), (0, 20)):
 # </details>
 
 
-# %% tags=["exercise-0.3"]
+# %% tags=["exercise-0.4"]
 def my_interval(k, n, z=1.96):
     """(low, high): the true shares that fit with k right of n, from zero to one."""
     ### BEGIN SOLUTION
@@ -531,7 +596,7 @@ def my_interval(k, n, z=1.96):
     ### END SOLUTION
 
 
-# %% tags=["check-0.3", "points-2"]
+# %% tags=["check-0.4", "points-2"]
 checks.interval(my_interval)
 
 # %% [markdown]
@@ -561,10 +626,7 @@ gap = points["LoRA"][2] - max(points["before"][3], points["control"][3])
 lesson.show(
     figure, f"LoRA's interval begins {gap:.0f} percentage points above the others."
 )
-
-# %%
-# NBVAL_CHECK_OUTPUT
-print("LoRA's interval touches neither of the others:", gap > 0)
+lesson.control("LoRA's interval touches neither of the others.", gap > 0)
 
 # %% [markdown]
 # LoRA's interval goes from 34 to 74 %, and the other two end at 16 %. They do not
@@ -575,7 +637,7 @@ print("LoRA's interval touches neither of the others:", gap > 0)
 # to five percentage points up and down, at the same share.
 
 # %%
-lesson.predict("0.5", low=None, high=None, unit="test rows")
+lesson.predict("0.4", low=None, high=None, unit="test rows")
 
 # %%
 share = sum(after.correct) / len(after.correct)
@@ -586,7 +648,7 @@ def width(n):
     return high - low
 
 
-lesson.measured("0.5", next(n for n in range(20, 10_000) if width(n) < 0.1))
+lesson.measured("0.4", next(n for n in range(20, 10_000) if width(n) < 0.1))
 
 # %% [markdown]
 # It takes 377 rows; half the width needs four times as many. The interval accounts only
@@ -633,11 +695,11 @@ def count_right(answers):
     return sum(task.score(answer, row["completion"]) for answer, row in pairs)
 
 
-lesson.predict("0.6", low=None, high=None, unit=f"right answers of {len(good)}")
+lesson.predict("0.5", low=None, high=None, unit=f"right answers of {len(good)}")
 
 # %%
 broken = answers_with(pad_first_try)
-lesson.measured("0.6", count_right(broken))
+lesson.measured("0.5", count_right(broken))
 for prompt, answer in zip(prompts, broken, strict=True):
     print(f"{len(prompt)} tokens: {' '.join(answer.split())[:76]}")
 
@@ -655,7 +717,7 @@ for prompt, answer in zip(prompts, broken, strict=True):
 #
 # </details>
 #
-# ### Exercise 0.4: padding that does no harm
+# ### Exercise 0.5: padding that does no harm
 #
 # Difficulty one of five, importance four of five, about five minutes.
 #
@@ -681,7 +743,7 @@ for prompt, answer in zip(prompts, broken, strict=True):
 # </details>
 
 
-# %% tags=["exercise-0.4"]
+# %% tags=["exercise-0.5"]
 def my_padding(prompts, pad):
     """(ids, mask), tensors of whole numbers, of prompts that are lists of tokens.
 
@@ -695,15 +757,16 @@ def my_padding(prompts, pad):
     ### END SOLUTION
 
 
-# %% tags=["check-0.4", "points-2"]
+# %% tags=["check-0.5", "points-2"]
 checks.padding(my_padding)
 
 # %% [markdown]
-# The next cell uses the library's function, which pads on the left. Its argument `0`
-# says that no vectors of prefix tuning come before the prompt.
+# The next cell pads on the left. The argument `0` of the library's function says that
+# no vectors of prefix tuning come before the prompt.
 
 # %%
-repaired = answers_with(lambda prompts, pad: left_pad(prompts, 0, pad))
+padding = lesson.mine(my_padding, lambda prompts, pad: left_pad(prompts, 0, pad))
+repaired = answers_with(padding)
 print(f"{count_right(repaired)} of {len(good)} right")
 
 # %% [markdown]
@@ -716,12 +779,12 @@ print(f"{count_right(repaired)} of {len(good)} right")
 # **adapter**. Guess the size of the file.
 
 # %%
-lesson.predict("0.7", low=None, high=None, unit="MB")
+lesson.predict("0.6", low=None, high=None, unit="MB")
 
 # %%
 save(model, "out/orders-lora")  # line 10
 adapter = Path("out/orders-lora")
-lesson.measured("0.7", (adapter / "adapter_model.safetensors").stat().st_size / 1e6)
+lesson.measured("0.6", (adapter / "adapter_model.safetensors").stat().st_size / 1e6)
 print(f"the model's own parameters: {4 * total / 1e6:.0f} MB, at four bytes each")
 
 # %% [markdown]
@@ -860,9 +923,9 @@ lesson.show(
 # No. None of them is in `train`.
 #
 # </details>
-# <details><summary>That the same values in any order would do</summary>
+# <details><summary>That any update of this size would do</summary>
 #
-# Right. Only their places changed.
+# Right. The control has the same values and the same size, in other places.
 #
 # </details>
 #
@@ -916,9 +979,8 @@ lesson.show(
 #
 # ## Limits
 #
-# - **The control is weak.** Shuffling may make the entries of the product $BA$ much
-#   smaller. Perhaps any update with larger entries would help. To decide, shuffle,
-#   multiply $BA$ until its entries are as large as after training, and test again.
+# - **One control.** The control has the size of the update and its values. It does not
+#   rule out that other updates of this size help, too.
 # - **Not shown:** that LoRA is as good as full fine-tuning, or that the model forgot
 #   nothing. One seed, one task and twenty rows of a small model cannot show that.
 # - **The paper's figure.** LoRA's authors trained `10,000` times fewer parameters than

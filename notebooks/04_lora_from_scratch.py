@@ -21,15 +21,15 @@
 #
 # **At the end you can**
 #
-# - write LoRA yourself, put it into a model, and later add it to the weights;
+# - write LoRA, inject it into SmolLM2, train it, and merge it into the weights;
 # - count its trainable parameters in your head;
 # - explain why $B$ is initialized to zero, and why $A$ must not be zero as well;
-# - find the bug in that addition that corrupts GPT-2 without an error;
-# - measure how far a weight change can be simplified before the test loss suffers;
-# - name the evidence for such simple changes, and the runs that are still missing.
+# - find the bug in a merge that corrupts GPT-2 without an error;
+# - choose a rank by test loss, with a control;
+# - name the evidence for low ranks, and what it does not show.
 #
 # **Only ten minutes?** Write `start("04", quick=True)` below and run all cells. Read
-# "The result first", "Idea one" and the end of "What a low-rank part is worth".
+# "The result first", "Idea one" and "What a low-rank part is worth".
 
 # %%
 from peft_from_scratch.course import start
@@ -38,13 +38,14 @@ lesson = start("04")
 
 # %%
 import math
+from statistics import mean, median
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import block_picture, counting, curves, finetune, ledger
+from peft_from_scratch.course import block_picture, counting, finetune, low_rank
 from peft_from_scratch.course import runs, spectrum, starts
 from peft_from_scratch.course.checks import lora_from_scratch as checks
 
@@ -63,40 +64,44 @@ from peft_from_scratch.course.checks import lora_from_scratch as checks
 #
 # Then we replaced each update by its best approximation of low **rank**. A matrix of
 # rank one is a column $u$ times a row $v^T$. All its outputs, $u\,(v^T x)$, are
-# multiples of $u$, so they have one **direction**. A matrix of rank 8 is a sum of eight
+# multiples of $u$: they have one **direction**. A matrix of rank 8 is a sum of eight
 # of these.
 #
-# Each line below adds a part of the updates to the pretrained projections and changes
-# nothing else. A random update has the **norm** of the real one, the root of the sum of
-# its squared entries.
-#
-# **Test loss** is the negative logarithm of the right token's probability, averaged
-# over answers that no run has trained on. A loss of `0.04` **nats per token** means a
-# probability of about `96 %`, since $e^{-0.04} \approx 0.96$.
+# Each line below adds a part of the updates to the pretrained model. A random update
+# has the **norm** of the real one, the root of the sum of its squared entries. **Test
+# loss** is the negative logarithm of the right token's probability, averaged over
+# answers that no run has trained on. A loss of `0.04` **nats per token** means a
+# probability of about `96 %`. The **gain** is how much the whole updates lower it.
 
 # %%
 full = [runs.stored(config) for config in spectrum.configs("smollm2")]
+tests = [run.result["function"] for run in full]
 cuts = {
     "nothing": "the pretrained model",
     "random": "+ random updates of the same norm",
     "rank 1": "+ the best rank-1 part of each update",
     "rank 8": "+ the best rank-8 part of each update",
     "update": "+ the whole updates",
+    "everything": "+ trained embeddings and norms as well",
 }
-for cut, said in cuts.items():
-    losses = [run.result["function"][cut] for run in full]
-    print(
-        f"{said:40} test loss {min(losses):.3f} to {max(losses):.3f}, {len(full)} seeds"
-    )
+kept = {}
+for cut, words in cuts.items():
+    losses = [test[cut] for test in tests]
+    gains = [(t["nothing"] - t[cut]) / (t["nothing"] - t["update"]) for t in tests]
+    kept[cut] = round(100 * mean(gains), 1)
+    ends = f"{min(losses):.3f} to {max(losses):.3f}"
+    print(f"{words:39} loss {ends}, {kept[cut]:5.1f} % of the gain")
+lesson.control("Random updates keep less than 5 % of the gain.", kept["random"] < 5)
 
 # %% [markdown]
-# One direction per matrix lowers the test loss from 1.456 to 0.116 or less; whole
-# updates reach 0.022 to 0.028. Random updates of the same norm do not lower the loss,
-# so size is not the explanation.
+# One direction per matrix keeps 94.1 % of the gain, and eight keep 99.4 %. Random
+# updates keep nothing, so the size of an update is not what helps. Full fine-tuning
+# also trains embeddings and normalization layers; here they add nothing.
 #
-# So we may not need to train whole matrices. **LoRA**, low-rank adaptation, freezes the
-# pretrained model and trains two thin matrices for each projection, shown in color
-# below. The pale shapes belong to other lessons; "norm" is a normalization layer.
+# So **LoRA**, low-rank adaptation, freezes the pretrained model and trains two thin
+# matrices for each projection, in color below. The pale shapes belong to other lessons.
+# The residual stream carries each token's vector through the layers; SiLU is the MLP's
+# nonlinear function.
 
 # %%
 lesson.show(
@@ -107,9 +112,18 @@ lesson.show(
 # %% [markdown]
 # ## Idea one: a second path in parallel
 #
-# LoRA leaves the pretrained weight $W_0$ alone and adds a cheap path in parallel with
-# it. The path compresses the input $x$ to $r$ values with a matrix $A$, and expands
-# these to the output with a matrix $B$:
+# LoRA leaves the pretrained weight $W_0$ alone and adds a path in parallel with it. The
+# picture shows why the path is cheap.
+
+# %%
+lesson.show(
+    low_rank.thin_matrices(576, 576, r=8),
+    "For a projection of 576 x 576, A and B of rank 8 hold 2.8 % of the parameters.",
+)
+
+# %% [markdown]
+# The path compresses the input $x$ to $r$ values with a matrix $A$, and expands these
+# to the output with a matrix $B$:
 #
 # $$h = W_0\,x + \frac{\alpha}{r}\,B\,A\,x$$
 #
@@ -120,13 +134,12 @@ lesson.show(
 # | $A$ | compresses $x$, trained | $r \times d_{in}$ |
 # | $B$ | expands $A\,x$, trained | $d_{out} \times r$ |
 #
-# You choose the rank $r$, far below $d_{in}$ and $d_{out}$, and $\alpha$. The factor
-# $\alpha / r$ is the **scale**. Dividing by $r$ should keep the path from growing with
-# the rank; notebook 05 tests that. With one value for each matrix, $W_0 = 2$,
-# $A = 0.5$, $B = 3$, a scale of $1$ and $x = 4$ give
-# $h = 2 \cdot 4 + 3 \cdot 0.5 \cdot 4 = 14$.
+# You choose the rank $r$ and $\alpha$. The factor $\alpha / r$ is the **scale**;
+# notebook 05 tests it. With one value for each matrix, $W_0 = 2$, $A = 0.5$, $B = 3$, a
+# scale of $1$ and $x = 4$ give $h = 2 \cdot 4 + 3 \cdot 0.5 \cdot 4 = 14$.
 #
-# The next cell computes $h$ without ever building the whole matrix $B A$.
+# The next cell computes $h$ without building $B A$. Then it checks that changing the
+# weight by $\Delta W = \frac{\alpha}{r}\,B\,A$ gives the same $h$.
 
 # %%
 torch.manual_seed(0)
@@ -136,17 +149,9 @@ W0 = torch.randn(d_out, d_in)
 A, B = torch.randn(r, d_in), torch.randn(d_out, r)
 z = A @ x  # (r,)
 h = W0 @ x + alpha / r * (B @ z)  # (d_out,)
-print(f"x has {len(x)} values, z has {len(z)}, h has {len(h)}")
-
-# %% [markdown]
-# The second path carries only 2 values, $z = A\,x$. It has the same effect as changing
-# the weight by $\Delta W = \frac{\alpha}{r}\,B\,A$, as the next cell checks.
-
-# %%
 dW = alpha / r * (B @ A)
 torch.testing.assert_close((W0 + dW) @ x, h)
-print("shape of the update:", tuple(dW.shape))
-print("its rank:", int(torch.linalg.matrix_rank(dW)), "of at most", min(dW.shape))
+print("rank of the update:", int(torch.linalg.matrix_rank(dW)), "of", min(dW.shape))
 print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 
 # %% [markdown]
@@ -155,35 +160,26 @@ print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 #
 # ### What does it cost? Claim L4
 #
-# For a matrix of `4096 x 4096`, what share of its parameters does LoRA of rank `16`
-# train? Put a range that you are `90 %` sure of in place of None before you run the
-# next cell, since it prints the answer.
+# LoRA trains $r\,(d_{in} + d_{out})$ parameters of a projection's
+# $d_{in} \cdot d_{out}$. For a square matrix of width $d$, the share is $2r / d$. The
+# next cell counts it for rank 16.
 #
-# L4 is a **claim** that this course tests. Its **rule**, fixed before any run, says
-# which value gives which **verdict**. This rule counts parameters, which needs no run,
-# so the verdict on the card below is *computed*. "Shipped" results are stored with the
-# course.
+# L4 is a **claim** that this course tests. A **rule**, fixed before any run, says which
+# measured value gives which **verdict**. A count like L4 has the verdict *computed*.
+# The cell compares the **live** result, computed here, with the **shipped** one, stored
+# with the course.
 
 # %%
-lesson.predict("4.1", low=None, high=None, unit="% of the matrix")
-lesson.rule("L4")
-
-# %%
-side, rank = 4096, 16
-formula = rank * (side + side)
-counted = counting.count(side, side, rank)
-print(f"formula {formula:,}, counted {counted:,}, the matrix has {side * side:,}")
-lesson.measured("4.1", 100 * counted / side**2)
-lesson.live("L4", counted, counted, counted)
+for width in (512, 1024, 2048, 4096, 8192):
+    print(f"{width} x {width}: {counting.count(width, width, 16) / width**2:.2%}")
+counted = counting.count(4096, 4096, 16)
+lesson.live("L4", counted, low=counted, high=counted)  # a count has no interval
 
 # %%
 # NBVAL_CHECK_OUTPUT
 lesson.verdict("L4")
 
 # %% [markdown]
-# Remember the formula $r\,(d_{in} + d_{out})$. For a square matrix of width $d$ the
-# share is $2r / d$, so twice the width halves the share.
-#
 # ### Exercise 4.1: the forward pass
 #
 # Difficulty two of five, importance five of five, about ten minutes. The equation has
@@ -266,7 +262,6 @@ tried = {
     "A random, B zero": (A, 0 * B),
     "A zero, B random": (0 * A, B),
     "both zero": (0 * A, 0 * B),
-    "both random": (A, B),
 }
 print(f"{'norm of':17}   dL/dA   dL/dB  after a step:     dL/dA   dL/dB")
 for name, pair in tried.items():
@@ -279,102 +274,44 @@ for name, pair in tried.items():
 # With both zero, LoRA never learns: both gradients stay zero. With only $B$ zero, $B$
 # has a gradient of norm 263.0. One step makes $B$ nonzero, and then $A$ has a gradient
 # too, of norm 19.7. The reverse works as well. LoRA's paper sets $B$ to zero, which
-# tolerates larger learning rates (Hayou and others, at the end).
+# tolerates larger learning rates (Hayou and others, at the end). Our $A$ is Gaussian
+# with the variance of the authors' code, $1 / (3\,d_{in})$, so that $A\,x$ does not
+# grow with the layer's width.
 #
-# **Which variance should $A$ have?** The paper gives none. Its authors' code draws $A$
-# uniformly, with variance $1 / (3\,d_{in})$; we use a Gaussian of that variance. The
-# next cell prints the standard deviation (std) of $A\,x$, with variance one and with
-# ours.
-
-# %%
-for width in (64, 512, 4096):
-    wide_x = torch.randn(width)
-    plain = torch.randn(64, width) @ wide_x
-    scaled = plain / math.sqrt(3 * width)
-    print(f"d_in {width:4}: std of A x {plain.std():5.1f}; scaled {scaled.std():.2f}")
-
-# %% [markdown]
-# With variance one, $A\,x$ grows with the layer's width, from 6.9 to 62.4. With ours,
-# it stays between 0.50 and 0.56.
-#
-# ### Exercise 4.2: the start
-#
-# Difficulty one of five, importance four of five, about five minutes. A warm-up of two
-# lines: initialize $A$ and $B$.
-#
-# - Input: whole numbers `d_out`, `d_in`, `r`.
-# - Output: two new `float32` tensors. `A` `(r, d_in)` is Gaussian with mean zero and
-#   variance $1 / (3\,d_{in})$, from torch's global generator; `B` `(d_out, r)` is zero.
-#
-# Example: `my_start(4, 12, 2)` returns `A` `(2, 12)` with std `1 / 6`, and `B`
-# `(4, 2)`.
-#
-# <details><summary>Hint one: a question</summary>
-#
-# `torch.randn` has variance one. Which factor gives its values the variance $v$?
-#
-# </details>
-# <details><summary>Hint two: a shape</summary>
-#
-# The rows of $A$ are as long as $x$, and the columns of $B$ as long as $h$.
-#
-# </details>
-# <details><summary>Hint three: the first line</summary>
-#
-# `A = torch.randn(r, d_in) / …`
-#
-# </details>
-
-
-# %% tags=["exercise-4.2"]
-def my_start(d_out, d_in, r):
-    """(A, B) as LoRA starts: A (r, d_in) Gaussian, B (d_out, r) zero."""
-    ### BEGIN SOLUTION
-    A = torch.randn(r, d_in) / math.sqrt(3 * d_in)
-    B = torch.zeros(d_out, r)
-    return A, B
-    ### END SOLUTION
-
-
-# %% tags=["check-4.2", "points-1"]
-checks.lora_start(my_start)
-
-# %% [markdown]
 # ### On trial: claim L2
 #
 # *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
-# We test this on a whole model. Before its first step, LoRA must not change any
-# **logit**, the score of a possible next token. So the largest difference of a logit,
-# which cannot be negative, must be exactly zero. The shipped runs compare eight test
+# A **logit** is the score of a possible next token. Before its first step, LoRA may
+# change no logit of SmolLM2: the largest difference must be exactly zero. Logits have
+# no unit; the rule prints `(of a logit)` instead. The shipped runs compare eight test
 # rows, the cell below two.
 #
-# Two of the three initializations below are **controls** with a known result. *Both
-# random* must change the logits, and *both zero* must have no gradient; only then is
-# the measurement valid. Guess how far *both random* moves a logit at most.
-# (`template="chat"` means SmolLM2's chat format, `"raw"` none.)
+# Two other initializations are **controls**, whose results are known. *Both random*,
+# new here, must change the logits, and *both zero* must have no gradient. Otherwise the
+# measurement is void.
 
 # %%
 lesson.rule("L2")
-lesson.predict("4.2", low=None, high=None, unit="as a difference of logits")
 
 # %%
 model, tokenizer = lesson.load_model()
 task = pfs.tasks.load_task("orders")
-encode = pfs.templates.encode_rows
+encode = pfs.templates.encode_rows  # template="chat": SmolLM2's; "raw": none
 test = encode(tokenizer, task.instruction, task.test.select(range(2)), template="chat")
-before, moved = starts.logits(model, test), {}
-for how in starts.STARTS:
+before, moved, steepest = starts.logits(model, test), {}, {}
+for how, name in low_rank.NAMES.items():
     torch.manual_seed(0)
     pfs.lora.inject(model, r=8, alpha=16)
     starts.begin(model, how)
     moved[how] = starts.largest_difference(starts.logits(model, test), before)
     pfs.loss.accumulate_gradients(model, [pfs.loss.batch_of(test, model.device)])
-    largest = max(p.grad.abs().max() for p in pfs.trainable(model).values())
-    print(f"{how:14} logits move by {moved[how]:.3g}; largest gradient {largest:.2g}")
+    steepest[how] = max(p.grad.abs().max() for p in pfs.trainable(model).values())
+    print(f"{name:16} logits move by {moved[how]:.3g}, gradient {steepest[how]:.2g}")
     pfs.remove(model)
-lesson.measured("4.2", moved["both-random"])
-own = moved["gaussian-zero"]
-lesson.live("L2", own, own, own)
+lesson.control("Both random moves the logits.", moved["both-random"] > 0)
+lesson.control("Both zero has no gradient.", steepest["both-zero"] == 0)
+largest = moved["gaussian-zero"]
+lesson.live("L2", largest, low=largest, high=largest)  # a maximum has no interval
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -384,34 +321,23 @@ lesson.verdict("L2")
 # A newly injected LoRA changes no logit; *both random* moved one by 24.2. So if your
 # model differs before the first optimizer step, look for a bug in the injection.
 #
-# Does LoRA *need* this initialization to learn? The figure shows shipped runs, three
-# seeds each. They are **paired**: with one seed, all three initializations see the same
-# rows in the same order.
+# Does LoRA *need* this initialization to learn? The figure shows shipped runs, which
+# are **paired**: with one seed, all initializations see the same rows in the same
+# order.
 
 # %%
-series = {}
+configs, shipped = starts.configs("smollm2"), {}
 for how in starts.STARTS:
-    found = [runs.stored(c) for c in starts.configs("smollm2") if c["start"] == how]
-    steps = zip(*(run.result["losses"] for run in found), strict=True)
-    series[how] = [(i, sum(s) / len(s), min(s), max(s)) for i, s in enumerate(steps, 1)]
-figure = curves.lines(
-    series,
-    x="Optimizer step, count",
-    y="Training loss, nats per token",
-    title="Three initializations of LoRA in SmolLM2",
-    subtitle="Mean of three seeds; the band is their range. Controls in gray.",
-    control=("both-random", "both-zero"),
+    shipped[how] = [runs.stored(c) for c in configs if c["start"] == how]
+figure = low_rank.initializations(
+    shipped, title="LoRA learns unless A and B are both zero at first"
 )
-figure.axes[0].set_xticks([1, 5, 10, 15, 20])
-ends = {how: f"{rows[0][1]:.2f} to {rows[-1][1]:.2f}" for how, rows in series.items()}
-lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items()) + ".")
+lesson.show(figure, low_rank.losses_in_words(shipped))
 
 # %% [markdown]
-# *Both zero* stays at 1.43. *Both random* begins with a spoiled model, at 4.00, and
-# still reaches 0.07, like the standard initialization. So learning does not require a
-# zero update here; the advantage is an intact model at the beginning. Which
-# initialization *ends* best is open. Test losses for several variances of a random $B$
-# would show it.
+# *Both random* begins with a spoiled model, at 4.00, and still reaches 0.07, like the
+# standard initialization. So learning does not require a zero update here. The zero
+# update keeps the model intact at first; which initialization *ends* best is open.
 #
 # ## Idea three: inject LoRA into a whole model
 #
@@ -426,28 +352,26 @@ lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items())
 # | another child in its place | `setattr(parent, "q_proj", new)` |
 #
 # Two mistakes are common. If you freeze only what you wrap, embeddings and norm layers
-# still train, and nobody notices, because the loss falls. If you freeze *after*
-# replacing, $A$ and $B$ are frozen too.
+# still train, and the falling loss hides this. If you freeze *after* replacing, $A$ and
+# $B$ are frozen too.
 #
-# ### Exercise 4.3: inject
+# ### Exercise 4.2: inject
 #
-# Difficulty three of five, importance five of five, about fifteen minutes. Inject LoRA
-# into a model.
+# Difficulty three of five, importance five of five, about fifteen minutes. Inject LoRA.
 #
-# - Input: a `model`, a list `targets` such as `["q_proj", "v_proj"]`, `r` and `alpha`.
-# - Effect: all parameters are frozen. Then `pfs.lora.LoRA(module, r, alpha)` replaces
-#   every `nn.Linear` and every `Conv1D` (GPT-2's linear layer) whose name's last part
-#   is in `targets`.
+# - Input: a `model`, a list `targets` such as `["q_proj", "v_proj"]`, and a function
+#   `wrap`: `wrap(module)` returns the LoRA of one module.
+# - Effect: all parameters are frozen. Then `wrap(module)` replaces every `nn.Linear`
+#   and every `Conv1D` whose name's last part is in `targets`. Call `wrap` once for each
+#   of them.
 # - Output: the list of the replaced modules' full names, in the model's order.
 #
 # Example: in a Llama with one layer, `["q_proj"]` gives
-# `["model.layers.0.self_attn.q_proj"]`. Make a list of `named_modules()` first, since
-# it walks the tree while you loop. `get_submodule("")` is the model itself.
+# `["model.layers.0.self_attn.q_proj"]`. `get_submodule("")` is the model itself.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# What must happen first, so that only $A$ and $B$ train? How do you split a full name
-# into parent and last part?
+# What must happen first, so that only $A$ and $B$ train?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
@@ -463,83 +387,57 @@ lesson.show(figure, "; ".join(f"{how}: loss {end}" for how, end in ends.items())
 # </details>
 
 
-# %% tags=["exercise-4.3"]
-def my_inject(model, targets, r, alpha):
-    """Freeze the model; put a LoRA in the place of every Linear and Conv1D whose
-    name's last part is in `targets`. Returns their names, in the model's order."""
+# %% tags=["exercise-4.2"]
+def my_inject(model, targets, wrap):
+    """Freeze the model; wrap every target in its place; returns the names."""
     ### BEGIN SOLUTION
     model.requires_grad_(False)
     names = []
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if child in targets and isinstance(module, nn.Linear | Conv1D):
-            wrapped = pfs.lora.LoRA(module, r, alpha)
-            setattr(model.get_submodule(parent), child, wrapped)
+            setattr(model.get_submodule(parent), child, wrap(module))
             names.append(name)
     return names
     ### END SOLUTION
 
 
-# %% tags=["check-4.3", "points-3"]
+# %% tags=["check-4.2", "points-3"]
 checks.lora_inject(my_inject)
 
 # %% [markdown]
-# ### Train SmolLM2 with it
+# ### Train SmolLM2 with your code
 #
-# If your answers to 4.1 and 4.2 passed their checks, *your* class and *your*
-# initialization train SmolLM2 below. Otherwise the code of the next cell is used, which
-# gives both solutions away. A second copy of SmolLM2 gets the LoRA of `pfs`, the
-# course's library, with the same seed. Guess: with rank `8` in every projection, what
-# share of the parameters will train?
-
+# The next cell injects LoRA of rank 8 into every projection of SmolLM2. It uses *your*
+# class and injection if they passed their checks.
 
 # %%
-class HandLoRA(nn.Module):
-    def __init__(self, base, A, B, alpha):
-        super().__init__()
-        self.base, self.A, self.B = base, nn.Parameter(A), nn.Parameter(B)
-        self.scale = alpha / A.shape[0]
-
-    def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+Layer = lesson.mine(MyLoRA, checks.LoRA)
+inject = lesson.mine(my_inject, checks.inject)
 
 
-def hand_start(d_out, d_in, r):
-    return torch.randn(r, d_in) / math.sqrt(3 * d_in), torch.zeros(d_out, r)
+def wrap(base):
+    d_out, d_in = base.weight.shape
+    A = torch.randn(8, d_in).to(base.weight) / math.sqrt(3 * d_in)
+    return Layer(base, A, base.weight.new_zeros(d_out, 8), alpha=16)
 
 
-Layer = lesson.mine(MyLoRA, HandLoRA)
-begin = lesson.mine(my_start, hand_start)
-
-# %%
-lesson.predict("4.3", low=None, high=None, unit="% of the model")
-
-# %%
+kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 total = model.num_parameters()
-model.requires_grad_(False)
 torch.manual_seed(0)
-for name in pfs.targets.kinds(model):  # every projection of every layer
-    base = model.get_submodule(name)
-    A, B = (m.to(base.weight.device) for m in begin(*base.weight.shape, 8))
-    model.set_submodule(name, Layer(base, A, B, alpha=16))
-library, _ = lesson.load_model()
-torch.manual_seed(0)
-wrapped = pfs.lora.inject(library, r=8, alpha=16)
-pairs = [(model.get_submodule(n), library.get_submodule(n)) for n in wrapped]
+names = inject(model, kinds, wrap)
 trained = [p for p in model.parameters() if p.requires_grad]
 size = sum(p.numel() for p in trained)
-print(f"{len(wrapped)} projections, {size:,} parameters to train")
-print("the same A, bit for bit:", all(torch.equal(m.A, t.A) for m, t in pairs))
-lesson.measured("4.3", 100 * size / total)
+print(f"{len(names)} projections; {size:,} parameters train, {size / total:.2%} of all")
+print(model.get_submodule(names[0]))
 
 # %% [markdown]
-# In 210 projections, 1.82 % of the model's parameters train. Now train the first copy,
-# in plain PyTorch. `model(**batch).loss` is the mean loss over the answers' tokens.
-# After ten optimizer steps, the model answers two test rows.
+# Now train it in plain PyTorch. `model(**batch).loss` is the mean loss over the
+# answers' tokens. After ten optimizer steps, the model answers two test rows.
 
 # %%
-rows = task.train.select(range(40))
-rows = encode(tokenizer, task.instruction, rows, template="chat")
+examples = task.train.select(range(40))
+rows = encode(tokenizer, task.instruction, examples, template="chat")
 optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
 for step in range(10):
     batch = pfs.loss.batch_of(rows[4 * step : 4 * step + 4], model.device)
@@ -549,40 +447,36 @@ for step in range(10):
     optimizer.zero_grad()
     if step % 3 == 0:
         print(f"step {step + 1:2}: training loss {loss.item():.3f}")
-
-# %%
 asked = task.test.select(range(2))
-found = pfs.evaluation.answer_rows(model, tokenizer, task, asked, template="chat")
-for answer, right in zip(found.answers, found.correct, strict=True):
+asked = pfs.evaluation.answer_rows(model, tokenizer, task, asked, template="chat")
+for answer, right in zip(asked.answers, asked.correct, strict=True):
     print("right:" if right else "wrong:", answer)
 
 # %% [markdown]
-# The training loss fell from 1.438 to 0.044. Both answers have the right form, and one
-# has a wrong value.
+# The training loss fell from 1.438 to 0.044. One of the two answers is wrong.
 #
-# The library's LoRA computes its gradients by hand, which is faster. The next cell
-# gives it our trained $A$ and $B$, and compares all logits and gradients.
+# ### Now with the library
+#
+# An **adapter** is the set of trained $A$ and $B$. PEFT, Hugging Face's library,
+# injects LoRA in one call; there, `"all-linear"` means every projection. The next cell
+# loads your adapter into PEFT's model, and compares every logit.
 
 # %%
-twins = [(getattr(m, name), getattr(t, name)) for m, t in pairs for name in "AB"]
-with torch.no_grad():
-    for mine, theirs in twins:
-        theirs.copy_(mine)
-one = pfs.loss.batch_of(test[:1], model.device)
-outputs = [each(**one) for each in (model, library)]
-for output in outputs:
-    output.loss.backward()
-ours, theirs = (output.logits.detach() for output in outputs)
-gap = (ours - theirs).abs().max()
-off = max((m.grad - t.grad).norm() / t.grad.norm() for m, t in twins)
-print(f"logits up to {theirs.abs().max():.0f} differ by {gap:.1g} at most")
-print(f"gradients of A and B differ by {off:.1e} of their norm at most")
-kept = all(torch.equal(m.base.weight, t.base.weight) for m, t in pairs)
-print("every pretrained matrix is unchanged, bit for bit:", kept)
-assert gap < 1e-3 and off < 1e-3 and kept
+import peft
+
+ours = starts.logits(model, test)
+config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+theirs = peft.get_peft_model(lesson.load_model()[0], config)
+layers, adapter = {name: model.get_submodule(name) for name in names}, {}
+for name, layer in layers.items():
+    adapter[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach()
+    adapter[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach()
+peft.set_peft_model_state_dict(theirs, adapter)
+gap = starts.largest_difference(starts.logits(theirs, test), ours)
+lesson.control("PEFT computes the same logits.", gap < 1e-3)
 
 # %% [markdown]
-# The two agree up to rounding.
+# So adapters can move between libraries.
 #
 # ## Idea four: merge the update into the weight
 #
@@ -597,9 +491,16 @@ assert gap < 1e-3 and off < 1e-3 and kept
 #
 # ### Break it on purpose
 #
-# A forgotten transpose can corrupt a model without an error, as it once did in PEFT,
-# Hugging Face's library (see the last link). The next cell tries such a merge on three
-# layers, and prints how far the outputs are off.
+# A forgotten transpose can corrupt a model without an error, as it once did in PEFT
+# (last link). The picture shows the weights of three layers, each next to its $B A$.
+# The next cell tries such a merge on them.
+
+# %%
+bases = [nn.Linear(16, 24), Conv1D(16, 16), Conv1D(24, 16)]
+lesson.show(
+    low_rank.orientations(bases),
+    "B A has the shape of a square Conv1D's weight, but its rows belong in columns.",
+)
 
 
 # %%
@@ -608,31 +509,24 @@ def broken_merge(base, A, B, alpha):
         base.weight += (alpha / A.shape[0] * B @ A).to(base.weight.dtype)
 
 
-def try_merge(merge, base, d_in, d_out, dtype=torch.float32):
-    torch.manual_seed(0)
-    A, B, x = torch.randn(2, d_in), torch.randn(d_out, 2), torch.randn(5, d_in)
+torch.manual_seed(0)
+for base, d_out in zip(bases, (24, 16, 24), strict=True):
+    A, B, x = torch.randn(2, 16), torch.randn(d_out, 2), torch.randn(5, 16)
     expected = base(x) + 3.0 / 2 * (x @ A.T @ B.T)
-    merge(base, A, B, 3.0)
-    return (base(x) - expected).abs().max().item()
-
-
-print(f"Linear, 16 to 24: {try_merge(broken_merge, nn.Linear(16, 24), 16, 24):.0e} off")
-print(f"Conv1D, 16 to 16: {try_merge(broken_merge, Conv1D(16, 16), 16, 16):.0e} off")
-try:
-    try_merge(broken_merge, Conv1D(24, 16), 16, 24)
-except RuntimeError as error:
-    print("Conv1D, 16 to 24:", error)
+    try:
+        broken_merge(base, A, B, 3.0)
+        print(f"{base}: off by {(base(x) - expected).abs().max():.2g} at most")
+    except RuntimeError as error:
+        print(f"{base}: {error}")
 
 # %% [markdown]
-# The non-square `Conv1D` raises an error, so somebody will notice. The **square** one
-# raises none, and its outputs are off by about `40`. GPT-2 has a square one in every
-# layer, `attn.c_proj`.
+# The non-square `Conv1D` raises an error. The **square** one raises none, and its
+# outputs are off by up to 17. GPT-2 has a square one in every layer, `attn.c_proj`.
 #
-# `broken_merge` has a second, smaller fault. In `bfloat16`, a 16-bit format with two to
-# three significant digits, it rounds the update before adding it, and then the sum
-# again.
+# `broken_merge` has a second fault. In `bfloat16`, which has two to three significant
+# digits, it rounds the update, and then the sum again.
 #
-# ### Exercise 4.4: a merge that is right
+# ### Exercise 4.3: a merge that is right
 #
 # Difficulty three of five, importance four of five, about ten minutes. Repair
 # `broken_merge`.
@@ -664,7 +558,7 @@ except RuntimeError as error:
 # </details>
 
 
-# %% tags=["exercise-4.4"]
+# %% tags=["exercise-4.3"]
 def my_merge(base, A, B, alpha):
     """Write W0 + (alpha / r) B A into base.weight, which keeps its shape and dtype."""
     ### BEGIN SOLUTION
@@ -676,19 +570,30 @@ def my_merge(base, A, B, alpha):
     ### END SOLUTION
 
 
-# %% tags=["check-4.4", "points-3"]
+# %% tags=["check-4.3", "points-3"]
 checks.lora_merge(my_merge)
 
 # %% [markdown]
-# Keep a copy of the base: a merge rounds, so subtracting the update does not restore
-# $W_0$ exactly.
+# The next cell merges all LoRAs of the trained SmolLM2, with your merge if it passed.
+
+# %%
+merge = lesson.mine(my_merge, checks.merge)
+for name, layer in layers.items():
+    merge(layer.base, layer.A.detach(), layer.B.detach(), 16)
+    model.set_submodule(name, layer.base)
+gap = starts.largest_difference(starts.logits(model, test), ours)
+print(f"{model.num_parameters():,} parameters; logits moved by {gap:.1g} at most")
+lesson.control("Merging keeps all logits, up to rounding.", gap < 1e-3)
+
+# %% [markdown]
+# The model has its old size, and computes what you trained. Keep a copy of the base: a
+# merge rounds, so subtracting the update does not restore $W_0$ exactly.
 #
 # ## Idea five: how low is the rank of an update?
 #
-# LoRA rests on a hypothesis: *the weight updates of fine-tuning have a low intrinsic
-# rank*. An update may have many directions although the task needs only a few;
-# "intrinsic" counts those few. The **singular value decomposition** writes an update as
-# a sum of rank-one pieces:
+# LoRA assumes that a task needs only a few directions of an update. Their number is the
+# **intrinsic rank**. The **singular value decomposition** writes an update as a sum of
+# rank-one pieces:
 #
 # $$\Delta W = s_1\,u_1 v_1^T + s_2\,u_2 v_2^T + \dots
 # \qquad s_1 \ge s_2 \ge \dots \ge 0$$
@@ -700,102 +605,58 @@ checks.lora_merge(my_merge)
 #
 # $$E_k = \frac{s_1^2 + \dots + s_k^2}{s_1^2 + s_2^2 + \dots}$$
 #
-# Singular values of $3$ and $1$ give $E_1 = 9 / (9 + 1) = 0.9$. The rest of the squared
-# norm, here `0.1`, is the relative error of the approximation. The next cell computes
-# both for one strong direction plus noise. `U` holds the $u_i$ as columns, and `Vt` the
-# $v_i$ as rows.
+# Singular values of $3$ and $1$ give $E_1 = 9 / (9 + 1) = 0.9$. The next cell
+# decomposes a matrix that is one strong piece plus noise.
 
 # %%
 torch.manual_seed(0)
 dW = 3 * torch.outer(torch.randn(8), torch.randn(8)) + torch.randn(8, 8)
-U, s, Vt = torch.linalg.svd(dW)
-print("singular values:", [round(value, 1) for value in s.tolist()])
-cut = s[0] * torch.outer(U[:, 0], Vt[0])
-print(f"energy of rank 1:   {s[0] ** 2 / s.square().sum():.3f}")
-print(f"1 - relative error: {1 - (dW - cut).norm() ** 2 / dW.norm() ** 2:.3f}")
-print("rank of dW itself:", int(torch.linalg.matrix_rank(dW)))
+s = torch.linalg.svdvals(dW)
+energy = s.square().cumsum(0) / s.square().sum()
+print("rank of dW:", int(torch.linalg.matrix_rank(dW)))
+lesson.show(
+    low_rank.outer_products(dW, title="One column times one row holds most of dW"),
+    f"The first piece holds {energy[0]:.1%} of the energy, two hold {energy[1]:.1%}.",
+)
 
 # %% [markdown]
-# One singular value, 19.7, dominates, and rank one holds 0.877 of the energy. The
-# matrix itself has rank 8, because a little noise fills every direction. So we ask
-# which rank holds 90 % of the energy.
+# The matrix has rank 8, because noise fills every direction. So we ask which rank
+# holds 90 % of the energy.
 #
-# ### Exercise 4.5: energy, and the rank that holds it
-#
-# Difficulty two of five, importance four of five, about ten minutes. Compute both.
-#
-# - Input: `dW` `(d_out, d_in)`, `float32` and not all zero; a share `held` below one.
-# - Output: a pair. `energy` is a tensor `(min(d_out, d_in),)`, and `energy[i]` belongs
-#   to rank `i + 1`. `k` is an `int`, the smallest rank whose energy is at least `held`.
-#
-# Example: `torch.diag(torch.tensor([3.0, 2.0, 1.0]))` has the energies
-# `[0.643, 0.929, 1.0]`, and `k` is `2` for `held=0.9`.
-#
-# <details><summary>Hint one: a question</summary>
-#
-# Which function of torch computes a running sum? Which rank is at index zero?
-#
-# </details>
-# <details><summary>Hint two: a shape</summary>
-#
-# `torch.linalg.svdvals(dW)` is `(min(d_out, d_in),)`, from large to small.
-#
-# </details>
-# <details><summary>Hint three: the first line</summary>
-#
-# `squares = torch.linalg.svdvals(dW).square()`
-#
-# </details>
-
-
-# %% tags=["exercise-4.5"]
-def my_spectrum(dW, held=0.9):
-    """(energy, k): energy[i] is that of rank i + 1; k the smallest rank with held."""
-    ### BEGIN SOLUTION
-    squares = torch.linalg.svdvals(dW).square()
-    energy = squares.cumsum(0) / squares.sum()
-    return energy, int((energy < held).sum()) + 1
-    ### END SOLUTION
-
-
-# %% tags=["check-4.5", "points-2"]
-checks.lora_spectrum(my_spectrum)
-
-# %% [markdown]
 # ## On trial: claim L1
 #
 # *The weight updates of fine-tuning have a low intrinsic rank* (LoRA's paper, section
 # one). For each matrix, the rule takes the rank that holds 90 % of the energy, in
-# percent of the **full rank**, the matrix's smaller side. Up to a median of `10 %`, the
-# claim holds; above `30 %`, it does not. In between, it *holds when* a condition is
-# met, which the verdict names. The result is valid only if the updates reach a lower
-# test loss than random ones of the same norm.
+# percent of the **full rank**, the matrix's smaller side. A low value means a
+# **narrow** spectrum: a few pieces hold most of the energy. *Holds when* means: true
+# under a condition, which the card names. An update *beats* a random one if its test
+# loss is lower.
 #
-# Guess the median for `tiny`, a model of about a million parameters.
+# The next cells fine-tune `tiny`, a model of about a million parameters, trained on
+# generated text. It turns a sentence, such as
+# `On Friday Ada found three lamps in Oslo.`, into a record:
+# `Oslo - funek | bafo & 3 | Ada - sudaf`. The invented words `funek`, `bafo` and
+# `sudaf` stand for `Friday`, `lamp` and `found`. As a control, each update gets a
+# random matrix of the same shape and norm.
+#
+# Guess the median for `tiny`. Brackets will show its `95 %` interval: where the median
+# falls if we redraw the updates at random, with repeats.
 
 # %%
 lesson.rule("L1")
-lesson.predict("4.5", low=None, high=None, unit="% of the full rank")
-
-# %% [markdown]
-# `tiny` was trained on generated text. The next cell fine-tunes it to turn a sentence,
-# such as `On Friday Ada found three lamps in Oslo.`, into a record with new words,
-# `Oslo - funek | bafo & 3 | …`. As a control, each update gets a random matrix of the
-# same shape and norm.
-# Brackets show a `95 %` interval of the median: how far it could move with other
-# matrices of this kind.
+lesson.predict("4.1", low=None, high=None, unit="% of the full rank")
 
 # %%
 chosen = spectrum.config("tiny", seed=0)
 tuned, tiny_tokenizer, result = finetune.fine_tuned(chosen)
 tiny, _ = pfs.load_model("tiny", device="cpu")
 changed = spectrum.updates(tuned, tiny)
-control = {n: spectrum.random_like(dW, i) for i, (n, dW) in enumerate(changed.items())}
-live = spectrum.median_share(changed)
-noise, *_ = spectrum.median_share(control)
+noise = {n: spectrum.random_like(dW, i) for i, (n, dW) in enumerate(changed.items())}
+live, (random_share, *_) = map(spectrum.median_share, (changed, noise))
 print(f"{len(changed)} updates; rank for 90 % of the energy, in % of the full rank:")
-print("median update {:.0f} [{:.0f}, {:.0f}],".format(*live), f"random {noise:.0f}")
-lesson.measured("4.5", live[0])
+print("median {:.0f} [{:.0f}, {:.0f}],".format(*live), f"random {random_share:.0f}")
+lesson.control("A random matrix needs more of the rank.", random_share > live[2])
+lesson.measured("4.1", live[0])
 
 # %% [markdown]
 # The median update needs 20 % of the full rank, and a random matrix 52 %. So updates
@@ -803,13 +664,9 @@ lesson.measured("4.5", live[0])
 #
 # ### What a low-rank part is worth
 #
-# Energy does not tell what a part of the update does for the model. So we also measure
-# the **gain**: how much an update lowers the test loss. We cut all updates to rank $k$
-# and put them back into the model. Guess for `tiny`: what share of the gain does rank
-# one keep?
-
-# %%
-lesson.predict("4.6", low=None, high=None, unit="% of the gain")
+# Energy does not tell what a part of an update does for the model; its gain in test
+# loss does. The next cell defines `loss_at(k)`: it cuts all updates of `tiny` to rank
+# $k$, puts them into the model, and measures the test loss.
 
 # %%
 split = pfs.tasks.load_task(chosen["task"])
@@ -823,130 +680,150 @@ W0s = {name: modules[name].weight.detach().clone() for name in changed}
 def loss_with(updates):
     for name, W0 in W0s.items():
         modules[name].weight.copy_(W0 + updates.get(name, 0))
-    losses = finetune.item_losses(tiny, held_out)
-    return sum(losses) / len(losses)
+    return mean(finetune.item_losses(tiny, held_out))
+
+
+def loss_at(k):
+    return loss_with({n: spectrum.truncated(dW, k) for n, dW in changed.items()})
 
 
 # %%
-tried = {"nothing": {}, "random": control}
-for k in (1, 8):
-    tried[f"rank {k}"] = {n: spectrum.truncated(dW, k) for n, dW in changed.items()}
-tried["whole update"] = changed
-losses = {said: loss_with(updates) for said, updates in tried.items()}
-losses["+ embeddings, norms"] = result["test_loss"]
-gain = losses["nothing"] - losses["whole update"]
-kept = {said: 100 * (losses["nothing"] - loss) / gain for said, loss in losses.items()}
-for said, loss in losses.items():
-    print(f"{said:21} loss {loss:5.2f}, {round(kept[said]):4} % of the gain")
-lesson.measured("4.6", kept["rank 1"])
+losses = dict(nothing=loss_with({}), random=loss_with(noise))
+losses |= dict(update=loss_with(changed), everything=result["test_loss"])
+for name, loss in losses.items():
+    print(f"{name:10} loss {loss:.2f}")
 
 # %% [markdown]
-# In `tiny`, rank one keeps 46 % of the gain and rank 8 keeps 87 %; random updates keep
-# none. The last line adds the trained embeddings and norm layers, which lower the loss
-# from 0.36 to 0.02. It exceeds 100 %, which is the gain of the projections alone.
+# `everything` also has the trained embeddings and norm layers, which lower the loss
+# from 0.36 to 0.02.
 #
-# The figure shows what SmolLM2's updates keep at rank $k$ in the shipped runs.
+# ### Exercise 4.4: how small a rank is enough?
+#
+# Difficulty four of five, importance five of five, about twenty-five minutes. Find the
+# smallest rank that keeps a `share` of the projections' gain. You decide which losses
+# define the gain, which one is the control, and which ranks to measure.
+#
+# - Input: `loss_at(k)` returns the test loss with all updates cut to rank `k`, from `1`
+#   to the `int` `full_rank`. `losses` is a dict with the four keys above. `share` lies
+#   between zero and one.
+# - Output: the smallest rank, an `int`, that keeps at least `share` of the gain.
+# - Void measurement: return `None` if the updates gain nothing. A rank may lose
+#   `1 - share` of the gain, by default `5 %`. Return `None` too if the control keeps
+#   that much or more.
+# - Budget: each `loss_at` evaluates the whole test set. Call it twenty times at most,
+#   for any full rank up to `576`. You may assume that if a rank keeps the share, so
+#   does every larger rank.
+#
+# Example: `losses` are `8.0`, `8.5`, `4.0` and `2.0`, in the order above. Ranks `1` to
+# `4` have the losses `7.0`, `5.0`, `4.25` and `4.0`. For `share=0.9`, the answer is
+# `3`, which keeps `94 %`.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# Which trained parameters does `loss_at(full_rank)` include? Which of the four losses
+# should it equal?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# Keep an interval of ranks, two `int`s, that contains the answer. Each call should
+# halve it.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `low, high = 1, full_rank`
+#
+# </details>
 
 
-# %%
-def band(kind):
-    low, middle, high = ([100 * e for e in row] for row in energies[kind])
-    return list(zip(ranks, middle, low, high, strict=True))
+# %% tags=["exercise-4.4"]
+def my_smallest_rank(loss_at, full_rank, losses, share=0.95):
+    """The smallest rank that keeps `share` of the gain; None where that is void."""
+    ### BEGIN SOLUTION
+    gain = losses["nothing"] - losses["update"]
+    if gain <= 0 or losses["nothing"] - losses["random"] >= (1 - share) * gain:
+        return None
+    low, high = 1, full_rank
+    while low < high:
+        middle = (low + high) // 2
+        if losses["nothing"] - loss_at(middle) >= share * gain:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+    ### END SOLUTION
 
 
-ranks, energies = full[0].result["ranks"], full[0].result["energy"]
-use = {k: [spectrum.kept(run, k) for run in full] for k in spectrum.RANKS}
-lines = {
-    "gain in test loss": [(k, sum(u) / 3, min(u), max(u)) for k, u in use.items()],
-    "energy of the updates": band("all"),
-    "energy, random": band("random"),
-}
-figure = curves.lines(
-    lines,
-    x="Rank k, singular values kept",
-    y="Kept, % of what the whole updates have",
-    title="SmolLM2's updates: low ranks keep more gain than energy",
-    subtitle="Gain: mean and range of 3 seeds. Energy, one seed: the median matrix, "
-    "with a band for the middle 80 %.",
-    control=("energy, random",),
-    log="x",
-    names="foot",
-)
-
-# %%
-held, noise_held = (band(kind)[ranks.index(8)][1] for kind in ("all", "random"))
-lesson.show(
-    figure,
-    f"Cut to rank 8, the updates keep {min(use[8]):.1f} % or more of their gain and "
-    f"{held:.0f} % of their energy; random matrices keep {noise_held:.0f} %.",
-)
+# %% tags=["check-4.4", "points-4"]
+checks.lora_smallest_rank(my_smallest_rank)
 
 # %% [markdown]
-# Rank 8, `1.4 %` of SmolLM2's usual full rank of `576`, holds 57 % of the energy and at
-# least 99.2 % of the gain.
-#
-# The next cell prints the rule's number for both models. Brackets now show how far it
-# could move with other *seeds*. Only the line "L1 here", your own run, has the interval
-# over *matrices*. The line "tiny, shuffled" is a control: each sentence gets the record
-# of another one, so `tiny` can learn the form of a record but not its content.
+# Which rank of `128` keeps 95 % of the gain in `tiny`? In SmolLM2, rank one kept
+# 94.1 %.
 
 # %%
-for scale in ("tiny", "smollm2"):
-    found = ledger.judge(ledger.claim("L1"), scale)
-    share = "{:.1f} % [{:.1f}, {:.1f}]".format(found.measured, *found.interval)
-    print(f"{scale:8} {share} of the full rank, {len(found.seeds)} seeds")
+lesson.predict("4.2", low=None, high=None, unit="of 128 ranks")
+
+# %%
+smallest = lesson.mine(my_smallest_rank, checks.smallest_rank)
+k = smallest(loss_at, 128, losses)
+lesson.control("Random updates keep less than 5 % of the gain.", k is not None)
+lesson.measured("4.2", k)
+gain = losses["nothing"] - losses["update"]
+for rank in (1, 8, k):
+    part = (losses["nothing"] - loss_at(rank)) / gain
+    print(f"tiny, rank {rank} keeps {part:.1%} of the gain")
+for run in full:
+    few = next(k for k in spectrum.RANKS if spectrum.kept(run, k) >= 95)
+    print(f"SmolLM2, seed {run.config['seed']}: rank {few} keeps 95 % or more")
+
+# %% [markdown]
+# `tiny` needs rank 18; rank 8 keeps 86.8 %. For SmolLM2, rank 2 is enough in every
+# seed. The figure shows its shipped runs.
+
+# %%
+title = "SmolLM2's updates: low ranks keep more gain than energy"
+figure = low_rank.gain_and_energy(full, title=title)
+lesson.show(figure, low_rank.kept_in_words(full, rank=8))
+
+# %% [markdown]
+# The rule's number is one median over all projections; the next cell splits it by kind.
+# The *shuffled* runs are a control: each sentence gets the record of another one, so
+# `tiny` can learn the form of a record but not its content.
+
+# %%
+sides = {n.rpartition(".")[2]: min(layers[n].base.weight.shape) for n in names}
+for kind, side in sides.items():
+    share = median(s for run in full for s in run.result["shares"][kind])
+    print(f"{kind:9} {share:4.1f} % of {side}: rank {share * side / 100:3.0f}")
 stored = [runs.stored(config) for config in spectrum.configs("tiny")]
-blind = [r.result["median_share"] for r in stored if "random" in r.config["task"]]
-print(f"tiny, shuffled {min(blind):.1f} to {max(blind):.1f} %, {len(blind)} seeds")
+for words, shuffled in (("right records", False), ("shuffled", True)):
+    group = [r for r in stored if ("random" in r.config["task"]) == shuffled]
+    share = mean(run.result["median_share"] for run in group)
+    use = mean(spectrum.kept(run, 8) for run in group)
+    print(f"tiny, {words}: {share:.1f} % of the full rank for 90 % of the energy")
+    print(f"  rank 8 keeps {use:.0f} % of the gain")
 lesson.live("L1", *live, scale="tiny")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-lesson.verdict("L1", guess="4.5")
+lesson.verdict("L1", guess="4.1")
 
 # %% [markdown]
 # The verdict depends on what "low" means. In SmolLM2, few directions carry the gain on
-# this task: in this sense, the rank is low. But many hold the energy, so the spectrum
-# is not narrow: of `576` singular values, 14.6 % are about `84`, ten times the usual
-# rank `8`. So choose a rank by test loss.
+# this task: in this sense, the rank is low. But many hold the energy: the spectrum is
+# not narrow. So choose a rank by test loss.
 #
-# `tiny` keeps less of its gain at rank 8. The cause is open, since model, task and
-# training settings all differ. A `tiny` run without new words would test one cause.
-#
+# - **The unit matters.** In percent, `v_proj` needs far more than `q_proj`, because its
+#   full rank is smaller. Counted in ranks, attention needs 34 to 45, and the MLP 83 to
+#   99.
 # - **A low rank does not show that content was learned.** In `tiny`, updates for
-#   shuffled records need even less of the full rank (18.4 to 19.1 %) than those for
-#   right ones (20.5 %).
-# - **Full fine-tuning also trains embeddings and norm layers.** They help `tiny`, but
-#   not SmolLM2: its test loss is `0.024` to `0.031` with them, and 0.022 to 0.028
-#   without. LoRA freezes both. So comparing it with full fine-tuning mixes rank with
-#   the choice of parameters.
-#
-# ## Now with the library
-#
-# In PEFT, all this is one call. An **adapter** is the set of trained $A$ and $B$. The
-# next cell saves ours in PEFT's format, loads it into PEFT, and compares every logit.
-# There, `"all-linear"` means every projection.
-
-# %%
-from tempfile import TemporaryDirectory
-
-import peft
-from safetensors.torch import load_file
-
-trained = starts.logits(library, test)
-with TemporaryDirectory() as folder:
-    pfs.save(library, folder)
-    tensors = load_file(f"{folder}/adapter_model.safetensors")
-pfs.remove(library)
-config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-theirs = peft.get_peft_model(library, config)
-peft.set_peft_model_state_dict(theirs, tensors)
-gap = starts.largest_difference(starts.logits(theirs, test), trained)
-print(f"the largest difference of a logit: {gap:.1g}")
-assert gap < 1e-3
-
-# %% [markdown]
-# The logits agree up to rounding, so adapters can move between the libraries.
+#   shuffled records need *less* of the full rank, and keep *more* of their gain at rank
+#   8.
+# - **LoRA freezes embeddings and norm layers.** They help `tiny`, but not SmolLM2. So
+#   comparing LoRA with full fine-tuning mixes rank with the choice of parameters.
+# - **Why `tiny` needs more ranks is open**: model, task and training differ.
 #
 # ## Quiz
 #
@@ -983,7 +860,7 @@ assert gap < 1e-3
 # </details>
 # <details><summary>Training begins at the pretrained model, and LoRA learns</summary>
 #
-# Right. Which initialization *trains* better was not measured here.
+# Right. The gradient of $A$ is not zero.
 #
 # </details>
 #
@@ -1021,7 +898,7 @@ assert gap < 1e-3
 # </details>
 # <details><summary>They are equally good</summary>
 #
-# No. Twenty rows do not support that claim either.
+# No. Twenty rows cannot show that.
 #
 # </details>
 #
@@ -1043,58 +920,23 @@ assert gap < 1e-3
 #
 # </details>
 #
-# ### In your own words
-#
-# A colleague reads the table of `tiny` and says: "LoRA of rank 8 will get 87 % of what
-# full fine-tuning gains there." Give two reasons why this does not follow. Then plan a
-# test: which two methods would you train, which control would you add, and which result
-# would refute the sentence?
-#
-# <details><summary>A model answer</summary>
-#
-# First, we cut updates that full fine-tuning had found; LoRA may find other directions.
-# Second, full fine-tuning also trained embeddings and norm layers. I would train LoRA
-# and full fine-tuning of the projections alone, with five paired seeds, each at its own
-# best learning rate on validation rows. As a control, an untrained random LoRA must
-# gain nothing. The sentence is refuted if the interval of LoRA's share excludes 87 %.
-#
-# </details>
-#
-# ### Transfer
-#
-# An `nn.Embedding` looks up row $i$ of a matrix $E$ of shape `(vocabulary, hidden)`.
-# Write LoRA for it, where $A$ compresses and $B$ expands. Which shapes do $A$ and $B$
-# have? Choose which one is zero at first, and defend the choice.
-#
-# <details><summary>A model answer</summary>
-#
-# The lookup is $E^T x$ with an $x$ that is one at position $i$ and zero elsewhere. So
-# $A$ is `(r, vocabulary)`, $B$ is `(hidden, r)`, and the output is
-# `E[i] + alpha / r * A.T[i] @ B.T`. I would make $A$ zero. Then training changes only
-# the columns of tokens that occur, so all others keep their embedding.
-#
-# </details>
-#
 # ## Limits
 #
-# - **What stays open.** We cut finished updates. Whether LoRA finds directions as good
-#   is a question for notebook 05.
+# - **What stays open.** We cut finished updates of full fine-tuning. Notebook 05 asks
+#   whether LoRA finds directions as good.
 # - **Scale.** Both models are small and both tasks easy. Code, mathematics or long
 #   training may differ.
 # - **What the papers report.** Aghajanyan and others reached `90 %` of RoBERTa's full
-#   performance on one task with `200` trained parameters. Biderman and others trained
-#   Llama on code and mathematics: updates had ranks `10` to `100` times LoRA's usual
-#   ones, and LoRA learned less.
+#   performance on one task with `200` trained parameters. In Biderman and others, on
+#   code and mathematics, updates had ranks `10` to `100` times LoRA's usual ones, and
+#   LoRA learned less.
 #
-# ## Your guesses
+# ## Your guesses, and the receipt
 #
 # Nine in ten of your ranges should hold the measured value.
 
 # %%
 lesson.calibration()
-
-# %% [markdown]
-# ## Receipt
 
 # %%
 lesson.receipt()
@@ -1110,8 +952,5 @@ lesson.receipt()
 # - Hayou and others, [The impact of initialization on LoRA finetuning
 #   dynamics](https://arxiv.org/abs/2406.08447); and [Beyond zero
 #   initialization](https://arxiv.org/abs/2505.23194).
-# - Kalajdzievski, [A rank stabilization scaling
-#   factor](https://arxiv.org/abs/2312.03732): a scale of $\alpha / \sqrt{r}$ (notebook
-#   05).
 # - PEFT's [issue 3531](https://github.com/huggingface/peft/issues/3531): removing a
 #   merged DoRA (a relative of LoRA) silently corrupted square layers of GPT-2.

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # A Triton LoRA kernel
 #
-# **A single kernel (a function for a GPU) adds LoRA to a matrix product and moves only
-# `3` to `13 %` more bytes than without LoRA. Only a clock on a GPU can tell whether
-# this saves time.**
+# **A single kernel (a function for a GPU) adds LoRA to a matrix product and asks the
+# memory for only `3` to `13 %` more bytes. Only a clock on a GPU can tell whether this
+# saves time.**
 #
 # **You need** notebook 04 and some PyTorch, and no GPU: kernels run on the CPU, in
 # Triton's **interpreter**. (Triton has wheels for Linux only; elsewhere, read along.)
@@ -23,11 +23,10 @@
 # **At the end you can**
 #
 # - write a Triton kernel with programs, tiles, masks and strides;
-# - multiply matrices tile by tile, with the total in `float32`, and say why;
-# - count the bytes that a kernel asks for, and say what a cache can serve;
-# - compute the product and LoRA's update in one kernel, and state its cost in bytes;
-# - say what interpreter and compiler can tell you without a GPU;
-# - judge by arithmetic where this could save time, and compared with what.
+# - multiply matrices tile by tile, with a `float32` total;
+# - count a kernel's bytes, and say which of them a cache can serve;
+# - decide by arithmetic where a kernel could save time;
+# - compute LoRA's output in one kernel that compiles for a GPU.
 #
 # **Only ten minutes?** Write `start("10", quick=True)` below and run all cells. Read
 # "The result first", "The memory of a GPU" and "On trial: claim K1".
@@ -42,37 +41,35 @@ from peft_from_scratch.course import start
 lesson = start("10")
 
 # %%
-import json
-
 import numpy as np
-import peft
 import torch
 import triton
 import triton.language as tl
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import access_picture, fusing, roofline, runs
+from peft_from_scratch.course import access_picture, fusing, gpu_pictures
+from peft_from_scratch.course import lora_bytes, roofline, runs
 from peft_from_scratch.course.checks import triton_lora_kernel as checks
-from peft_from_scratch.kernels import gpu_targets, lora_linear
-from peft_from_scratch.kernels.language import (
-    Tiles,
-    dot,
-    load,
-    matrix,
-    observed,
-    store,
-    within,
-)
+from peft_from_scratch.kernels import lora_linear
+from peft_from_scratch.kernels.language import Tiles, dot, load, matrix, observed
+from peft_from_scratch.kernels.language import rounded, store, within
 from peft_from_scratch.kernels.lora import product
+from peft_from_scratch.kernels.roofline import SHOWN as H100
 from peft_from_scratch.kernels.trace import trace
 
 # %% [markdown]
 # ## The result first
 #
-# The course's kernel computes a LoRA projection of SmolLM2, and its result agrees with
-# PyTorch's. The inputs are real activations. $B$ is filled with noise, because LoRA
-# initializes $B$ to zero, and then a wrong update would go unnoticed.
+# The course's kernel computes a LoRA projection of SmolLM2 from real activations, and
+# agrees with PyTorch. $B$ is filled with noise: with LoRA's initial zeros, a wrong
+# update would go unnoticed.
+#
+# PyTorch runs four **kernels** here: the products with $W$, $A$ and $B$, and a sum.
+# Each reads its inputs from memory and writes its output back. A **fused** kernel
+# does all of it in one launch (one call). A launch runs many **programs**, and each
+# computes a part of $y$. A **tracer** records every load and store of the fused kernel.
+# Their bytes, with all repeats, are the **issued bytes**.
 
 # %%
 model, tokenizer = lesson.load_model()
@@ -82,31 +79,21 @@ nn.init.normal_(layer.B, std=0.02)
 arrived = []
 layer.register_forward_pre_hook(lambda _, inputs: arrived.append(inputs[0]))
 sentence = "Ada orders two lamps and a chair, and wants them on Monday morning."
-with torch.no_grad():
-    model(**tokenizer(sentence, return_tensors="pt"))
-x, W, A, B = arrived[0][0], layer.base.weight, layer.A.detach(), layer.B.detach()
-print(f"x {tuple(x.shape)}, W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}")
-
-# %% [markdown]
-# PyTorch runs four kernels here: the products with $W$, $A$ and $B$, and a sum. Each
-# one reads its inputs from memory and writes its output back. A **fused** kernel does
-# all of it in one launch (one call). A launch runs many **programs**, and each
-# computes a part of $y$. A **tracer** records every load and store of the fused kernel:
-
-# %%
 with torch.no_grad(), trace() as seen:
-    y = lora_linear(x, W, A, B, layer.scale, backend="triton")
-    off = (y - layer(x)).abs().max() / y.abs().max()
-programs = len({access.program for access in seen.accesses})
-print(f"one launch, {programs} programs; error {off:.0e} of the largest output")
-for name, tensor in {"x": x, "W": W, "A": A, "B": B, "y": y}.items():
+    model(**tokenizer(sentence, return_tensors="pt"))
+    real = arrived[0][0], layer.base.weight, layer.A.detach(), layer.B.detach()
+    y = lora_linear(*real, layer.scale, backend="triton")
+    off = (y - layer(real[0])).abs().max() / y.abs().max()
+print(f"one launch, {len({access.program for access in seen.accesses})} programs")
+for name, tensor in zip("xWABy", (*real, y), strict=True):
     share = seen.bytes(tensor=name) / seen.bytes()
-    times = seen.bytes(tensor=name) / tensor.nbytes
-    print(f"{name}: moved {times:4.1f} times, {share:5.1%} of all moved bytes")
+    times = f"{seen.bytes(tensor=name) / tensor.nbytes:4.1f} times its size"
+    print(f"{name} {tuple(tensor.shape)!s:12} {times}, {share:5.1%} of issued bytes")
+lesson.control("The fused kernel gives PyTorch's output, up to rounding.", off < 1e-5)
 
 # %% [markdown]
-# The output is PyTorch's up to rounding, and $A$ and $B$ cause less than a tenth of all
-# moved bytes. Each of the 9 programs reads all of $x$, with or without LoRA.
+# $A$ and $B$ cause less than a tenth of the issued bytes. Each of the 9 programs reads
+# all of $x$, with or without LoRA.
 #
 # ## Idea one: one program for each tile
 #
@@ -136,10 +123,9 @@ y, u = torch.arange(256.0), torch.ones(256)
 with trace(y=y, u=u) as seen:
     add_into[(4,)](y, u, BLOCK=64)
 assert torch.equal(y, torch.arange(256.0) + 1)
-for access in seen.accesses[:6]:
-    first, last = access.elements[0], access.elements[-1]
-    did = f"{access.kind}s {access.tensor}[{first} … {last}]"
-    print(f"program {access.program[0]} {did}")
+for a in seen.accesses[:6]:
+    did = f"{a.kind}s {a.tensor}[{a.elements[0]} … {a.elements[-1]}]"
+    print(f"program {a.program[0]} {did}")
 
 # %% [markdown]
 # `y + at` is a tile of pointers, and `tl.load` fetches what they point to. Triton does
@@ -158,6 +144,9 @@ memory = torch.zeros(128)
 y, u = memory[:100], torch.ones(128)
 add_into[(2,)](y, u, BLOCK=64)
 lesson.measured("10.1", int(memory[100:].count_nonzero()))
+title = "Program 1 needs a mask: 28 of its elements do not exist"
+figure = gpu_pictures.masked(len(y), 64, title)
+lesson.show(figure, "Elements 0 to 99 exist. Elements 100 to 127 are past the end.")
 
 # %% [markdown]
 # The kernel changed 28 elements that do not belong to `y`, without an error. On a GPU,
@@ -167,14 +156,14 @@ lesson.measured("10.1", int(memory[100:].count_nonzero()))
 #
 # ### Exercise 10.1: a sum with a mask
 #
-# Difficulty one of five, importance five of five, about ten minutes. Write
+# Difficulty one of five, importance five of five, about five minutes. Write
 # `out = x + y`. The arguments are pointers to vectors of `size` elements, all `float32`
-# or all `float16`, of any `size`. Example: with `size = 100` and `BLOCK = 64`, program
-# `1` writes elements `64` to `99`. The check rejects every read or write past the end.
+# or all `float16`. Example: with `size = 100` and `BLOCK = 64`, program `1` writes
+# elements `64` to `99`. The check rejects every read or write past the end.
 #
 # <details><summary>Hint one: a question</summary>
 #
-# Which positions of program `1` exist in the example? Which comparison says so?
+# Which positions of program `1` exist in the example?
 #
 # </details>
 # <details><summary>Hint two: a shape</summary>
@@ -192,7 +181,7 @@ lesson.measured("10.1", int(memory[100:].count_nonzero()))
 # %% tags=["exercise-10.1"]
 @triton.jit
 def my_add(x, y, out, size, BLOCK: tl.constexpr):
-    """out = x + y, all of them `size` numbers; program i does the i-th block."""
+    """out = x + y, all of them `size` elements; program i computes the i-th tile."""
     ### BEGIN SOLUTION
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = at < size
@@ -217,15 +206,16 @@ checks.vector_add(my_add)
 # `(2, 3)` is `203` elements after the first.
 #
 # The library passes a matrix as the triple `(pointer, down, along)`, made by
-# `matrix(x)`. Four helpers take such triples and vectors of indices:
+# `matrix(x)`. These helpers take such triples and vectors of indices:
 #
 # - `load(M, rows, columns, keep)` gives the tile of M, with zeros where `keep` is
 #   false;
 # - `store(M, rows, columns, values, keep)` writes a tile, rounded to M's dtype;
 # - `within(rows, columns, height, width)` gives the mask of what lies inside;
-# - `dot(a, b, total)` gives `total` + $a\,b$, summed in `float32`.
+# - `dot(a, b, total)` gives `total` + $a\,b$, summed in `float32`;
+# - `rounded(values, dtype)` rounds a tile.
 #
-# The next kernel adds up each row of a matrix, `BK` columns at a time.
+# The next kernel adds up each row, `BK` columns at a time.
 
 
 # %%
@@ -246,8 +236,7 @@ for rows in (torch.randn(40, 100), torch.randn(100, 40).T):
     print(f"strides {rows.stride()}: off by {(sums - rows.sum(1)).abs().max():.0e}")
 
 # %% [markdown]
-# Both matrices come out right; the second is a transposed view, with the strides
-# `(1, 40)`. The zeros that `load` fills in past the edge do not change a sum.
+# The sums of both matrices are right: the zeros past the edge do not change them.
 #
 # A product $y = x W^T$ needs the same loop over $k$, for two matrices. Program $(i, j)$
 # computes the tile of $y$ in tile row $i$ and tile column $j$:
@@ -259,18 +248,22 @@ for rows in (torch.randn(40, 100), torch.randn(100, 40).T):
 # ### The memory of a GPU
 #
 # A fast kernel rarely goes to the large, slow memory. A program runs on one of the
-# GPU's processors, a **multiprocessor**; an NVIDIA H100 has `132`. From fast to slow,
-# its memories are:
-#
-# | memory | belongs to | size | holds here |
-# |---|---|---|---|
-# | **registers** | a multiprocessor | `256 KiB` | the total of a tile |
-# | **shared memory** | a multiprocessor | `227 KiB` | tiles of $x$ and $W$ |
-# | **L2 cache** | the GPU | `50 MB` | copies of recent reads |
-# | **HBM** (high-bandwidth memory) | the GPU | `80 GB`, `3.35 TB/s` | all matrices |
-#
-# From here on, "memory" means HBM. The total stays in registers, and always in
-# `float32`. The next cell shows why: it adds up 8192 terms of 0.53 in two dtypes.
+# GPU's processors, a **multiprocessor**.
+
+# %%
+title = "The closer a memory is to the arithmetic, the smaller it is"
+figure = gpu_pictures.memory(title, f"NVIDIA {H100.name}. Sizes as NVIDIA states them.")
+lesson.show(
+    figure,
+    "Each of 132 multiprocessors has registers (256 KiB), for the total of a tile, and "
+    "shared memory (227 KiB), for tiles of x and W. All share the L2 cache (50 MB) and "
+    "the HBM (80 GB, 3.35 TB/s).",
+)
+
+# %% [markdown]
+# From here on, "memory" means **HBM** (high-bandwidth memory). The **L2 cache** keeps
+# copies of recent reads. The total stays in **registers**, and always in `float32`. The
+# next cell shows why: it adds up 8192 terms of 0.53 in two dtypes.
 
 # %%
 terms = torch.full((8192,), 0.53, dtype=torch.float16).numpy()
@@ -284,7 +277,7 @@ for kept in (np.float32, np.float16):
 #
 # ### Exercise 10.2: the tiled product
 #
-# Difficulty three of five, importance five of five, about twenty minutes. Write
+# Difficulty three of five, importance five of five, about fifteen minutes. Write
 # $y = x W^T$. `x` `(m, k)`, `W` `(n, k)` and `y` `(m, n)` are triples, all `float32` or
 # all `float16`, of any sizes and strides. Keep the total in `float32`.
 # `tl.program_id(0)` is the tile row, `tl.program_id(1)` the tile column;
@@ -312,7 +305,7 @@ for kept in (np.float32, np.float16):
 @triton.jit
 def my_product(x, W, y, m_size, n_size, k_size, BM: tl.constexpr, BN: tl.constexpr,
                BK: tl.constexpr):  # fmt: skip
-    """y = x Wᵀ for matrices x (m, k), W (n, k), y (m, n); program (i, j): a block."""
+    """y = x Wᵀ for matrices x (m, k), W (n, k), y (m, n); program (i, j): a tile."""
     ### BEGIN SOLUTION
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -333,57 +326,36 @@ checks.tiled_product(my_product)
 # ### Who reads what
 #
 # The tile sizes decide how often a matrix is read. The library's `product` is the
-# kernel of exercise 10.2 with more options: `sweep=1` gives each program one tile,
-# `group=1` orders them row by row. Below, $y$ has three tile rows and six tile columns.
-# How often is each element of $x$ read?
-
-# %%
-lesson.predict("10.2", low=None, high=None, unit="reads of each element")
+# kernel of exercise 10.2 with more options: `sweep=1` gives each program one tile, and
+# `group=1` numbers the programs row by row. Below, $y$ has three tile rows and six tile
+# columns.
 
 # %%
 torch.manual_seed(0)
-x, W = torch.randn(48, 64), torch.randn(96, 64)
-y, blocks = torch.empty(48, 96), Tiles(m=16, n=16, k=32, sweep=1, group=1)
+x, W, y = torch.randn(48, 64), torch.randn(96, 64), torch.empty(48, 96)
 with trace() as plain:
-    product(x, matrix(W), 96, tiles=blocks, out=y)
-lesson.measured("10.2", plain.bytes(tensor="x") / x.nbytes)
-
-# %%
+    tiles = Tiles(m=16, n=16, k=32, sweep=1, group=1)
+    product(x, matrix(W), 96, tiles=tiles, out=y)
 tensors = dict(x=x, W=W, y=y)
-figure = access_picture.picture(
-    plain,
-    tensors,
-    program=1,
-    title="A tile of y needs its rows of x and its rows of W",
-    subtitle="Darker: read more often (y: written). Outlined: what program 1 uses.",
-)
-said = access_picture.words(plain, tensors)
-lesson.show(figure, f"Reads of each element (y: writes; 6 x: 6 times): {said}.")
+shown = "Darker: read more often (y: written). Outlined: what program 1 uses."
+look = dict(program=1, subtitle=shown)
+title = "A tile of y needs its rows of x and its rows of W"
+figure = access_picture.picture(plain, tensors, title=title, **look)
+lesson.show(figure, access_picture.words(plain, tensors))
 
 # %% [markdown]
-# Each element of $x$ is read 6 times, once for each tile column of $y$, and each
-# element of $W$ 3 times, once for each tile row. Larger tiles mean fewer reads, until
-# the registers are full. We tell two counts apart:
+# Each element of $x$ is read once for each tile column of $y$, and each element of $W$
+# once for each tile row. Larger tiles mean fewer reads, until the registers are full.
 #
-# - **issued bytes**: all that the programs load and store;
-# - **distinct bytes**: each element counted once.
-#
+# Issued bytes count each of these reads. **Distinct bytes** count each element once.
 # Memory can deliver fewer bytes than are issued, because the cache serves repeated
-# reads. It can deliver more, because it moves sectors of `32` bytes: single `float16`
+# reads. Memory can also deliver more, in sectors of `32` bytes: single `float16`
 # values, far apart, cost `16` times their size.
 #
-# ### The order of the programs
-#
 # The order of the programs decides how much they share in the cache. A GPU starts them
-# roughly by index. Row by row, programs 0 to 7 compute the first tile row of the next
-# $y$, from one tile row of $x$ and eight of $W$.
-#
-# In the **grouped order** of Triton's tutorials, programs go down four tile rows before
-# they move to the next column. By how many percent do the distinct bytes of eight
-# consecutive programs fall?
-
-# %%
-lesson.predict("10.3", low=None, high=None, unit="% fewer bytes")
+# roughly by index. In the **grouped order** of Triton's tutorials, programs go down
+# four tile rows (`group=4`) before they move to the next column. The cell compares the
+# distinct bytes of eight consecutive programs.
 
 # %%
 x, W, y = torch.randn(64, 32), torch.randn(128, 32), torch.empty(64, 128)
@@ -395,71 +367,17 @@ for group, name in {1: "row by row", 4: "in groups of four rows"}.items():
 needed = [access_picture.window_bytes(seen, 8) for seen in orders.values()]
 for (name, seen), window in zip(orders.items(), needed, strict=True):
     print(f"{name:23} issued {seen.bytes('load'):,}; distinct for eight: {window:,.0f}")
-lesson.measured("10.3", 100 * (1 - needed[1] / needed[0]))
-
-# %%
-figure = access_picture.order_picture(
-    orders,
-    y,
-    window=8,
-    title="The same tiles, numbered in another order",
-    subtitle="Each box is a tile of y with the index of its program. Blue: 0 to 7.",
-)
+print(f"{100 * (1 - needed[1] / needed[0]):.1f} % fewer distinct bytes")
+shown = "Each box is a tile of y with the index of its program. Blue: 0 to 7."
+title = "Grouped order: eight programs need a third fewer rows of x and W"
+figure = access_picture.order_picture(orders, y, window=8, title=title, subtitle=shown)
 lesson.show(figure, "The first eight programs: a row of tiles, or a patch four high.")
 
 # %% [markdown]
-# The distinct bytes fall by 33.3 %: eight programs now need four tile rows of $x$ and
-# two of $W$. The issued bytes stay the same.
+# The distinct bytes fall by 33.3 %: eight programs need 64 rows of $x$ and 32 of $W$,
+# instead of 16 and 128. The issued bytes stay the same.
 #
-# ### A weight that is stored transposed
-#
-# A kernel needs no transposed copy of a weight, because a transpose only swaps two
-# strides. GPT-2's `Conv1D`, from notebook 04, stores its weight as $(d_{in}, d_{out})$.
-# The library's kernel takes a **reader**, a function that loads a tile of $W$, so you
-# only write another reader.
-#
-# ### Exercise 10.3: read a transposed weight
-#
-# Difficulty two of five, importance three of five, about fifteen minutes. `W` is the
-# triple of a `Conv1D` weight, with `k_size` rows and `n_size` columns. The numbers `n`
-# and `k` are the indices at which the tile begins. Return the tile of $W^T$, of shape
-# `(BN, BK)`: its element `(i, j)` is `W[k + j, n + i]`, or `0.0` outside of the matrix.
-# Example: with `n = 32` and `k = 0`, the first row is the start of `W`'s column `32`.
-#
-# <details><summary>Hint one: a question</summary>
-#
-# One column to the right in the tile is one *row* down in `W`. Which stride is that?
-#
-# </details>
-# <details><summary>Hint two: a shape</summary>
-#
-# `rows[:, None]` is `(BN, 1)`, `columns[None, :]` is `(1, BK)`, their sum `(BN, BK)`.
-#
-# </details>
-# <details><summary>Hint three: the first line</summary>
-#
-# `rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)`
-#
-# </details>
-
-
-# %% tags=["exercise-10.3"]
-@triton.jit
-def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
-    """The tile of Wᵀ, (BN, BK), at row n and column k; W is (k_size, n_size)."""
-    ### BEGIN SOLUTION
-    pointer, down, along = W
-    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
-    at = pointer + columns[None, :] * down + rows[:, None] * along
-    return tl.load(at, mask=within(rows, columns, n_size, k_size), other=0.0)
-    ### END SOLUTION
-
-
-# %% tags=["check-10.3", "points-2"]
-checks.conv1d_reader(my_reader)
-
-# %% [markdown]
-# ## Idea three: count LoRA's bytes, then fuse
+# ## Idea three: count first, then fuse
 #
 # LoRA's update needs little arithmetic, but many bytes in separate kernels:
 #
@@ -469,16 +387,16 @@ checks.conv1d_reader(my_reader)
 # |---|---|---|
 # | $x$, $W$, $y$ | $(m, k)$, $(n, k)$, $(m, n)$ | $W$ is frozen |
 # | $A$, $B$ | $(r, k)$, $(n, r)$ | the rank $r$ is small |
-# | $h = s\,x A^T$ | $(m, r)$ | $s$ is the scale, $\alpha / r$ |
+# | $\text{low} = x A^T$; $h = s\,\text{low}$ | $(m, r)$ | scale $s = \alpha / r$ |
 #
-# **The matrix $B A$ is never built.** It is as large as $W$, training would rebuild it
-# after every optimizer step, and $x (B A)^T$ takes as much arithmetic as $x W^T$. The
-# order $(x A^T) B^T$ takes $r\,(n + k) / (n k)$ of that: `6 %` for the sizes below.
+# **The matrix $B A$ is never built.** It is as large as $W$, and $x (B A)^T$ takes as
+# much arithmetic as $x W^T$. The order $(x A^T) B^T$ takes $r\,(n + k) / (n k)$ of
+# that: `6 %` for the sizes below.
 #
 # How many times the bytes of the plain product $x W^T$ do the four kernels issue?
 
 # %%
-lesson.predict("10.4", low=None, high=None, unit="times the plain product's bytes")
+lesson.predict("10.2", low=None, high=None, unit="times the plain product's bytes")
 
 # %%
 m, n, k, r, scale = 128, 256, 256, 8, 2.0
@@ -492,44 +410,148 @@ with trace(y=y) as unfused:
     update, _ = product(h, matrix(B), n, tiles=Tiles(**cut))
     add_into[(m * n // 1024,)](y, update, BLOCK=1024)
 expected = x @ W.T + scale * (x @ A.T @ B.T)
-assert torch.allclose(y, expected, rtol=0, atol=1e-3)
-lesson.measured("10.4", unfused.bytes() / plain.bytes())
+lesson.measured("10.2", unfused.bytes() / plain.bytes())
+same = torch.allclose(y, expected, rtol=0, atol=1e-3)
+lesson.control("The four kernels compute LoRA's output.", same)
 
 # %% [markdown]
 # The four kernels issue 1.34 times the bytes of the plain product. So `6 %` more
 # arithmetic adds `34 %` more bytes: $x$ is read again, the update is written and read,
 # and $y$ is read and written again.
 #
-# **The `34 %` overstates the cost in real layers.** Each tile of $y$ needs a loop
-# over $k$, so the plain product's bytes grow with $m n k$. Most extra bytes are for $y$
-# and the update, which have $m n$ elements. As multiples of the plain product, the same
-# tiles give:
+# **How much this matters depends on the layer's size and on the cache.** A stronger
+# rival has three kernels: its last product adds $h B^T$ to $y$ in place
+# (`torch.addmm`).
+
+# %%
+widths = (256, 576, 1024, 2048, 4096)
+table = lora_bytes.ratios(widths, m=4096, r=16)
+low, *_, high = sorted(table[lora_bytes.FOUR]["distinct"])
+title = f"Four kernels need {low:.1f} to {high:.1f} times the distinct bytes of x Wᵀ"
+shown = "4,096 rows, rank 16, bf16. Distinct bytes: each element once in each launch."
+figure = lora_bytes.curves(widths, table, title=title, subtitle=shown)
+lesson.show(figure, lora_bytes.words(widths, table))
+
+# %% [markdown]
+# At 4,096 columns, all versions issue 1.05 to 1.08 times the bytes of $x W^T$, because
+# this product itself reads $x$ and $W$ so often. In distinct bytes, four kernels need
+# 2.67 times as many as $x W^T$, and three 2.01 times. A real cache is between the two.
 #
-# | $n = k$ | `256` | `576` | `1024` | `4096` |
-# |---|---|---|---|---|
-# | four kernels | `1.34` | `1.16` | `1.09` | `1.02` |
-# | fused, four tiles for each program | `1.04` | `1.04` | `1.03` | `1.03` |
+# ### A bound on the time
 #
-# At 4096, the fused kernel issues *more* bytes than the four kernels, because each of
-# its programs reads all of $A$. The cache can serve such repeated reads, so "On trial"
-# below counts distinct bytes.
+# Bytes cost time only where a launch waits for memory. A launch's **bound** is the
+# least time that it can take:
 #
-# **Fusing reuses a tile that is already loaded.** While a program has a tile of $x$, it
-# also loads the same columns of $A$, and adds up $\text{low} = x A^T$ in parallel with
-# $x W^T$. A small product finishes the tile:
+# $$t \ge \max\left(\frac{\text{FLOPs}}{\text{peak}},\;
+# \frac{\text{distinct bytes}}{\text{bandwidth}}\right)$$
+#
+# FLOPs are floating-point operations, `2` for each multiplication with its addition;
+# both speeds come from the datasheet. If the left term is larger, the launch is
+# **compute-bound**, and fewer bytes do not help; otherwise it is **memory-bound**. The
+# bounds of several launches add up.
+#
+# ### Exercise 10.3: decide before you write a kernel
+#
+# Difficulty four of five, importance five of five, about twenty minutes. Compute the
+# bounds of these versions, and decide whether fusing beats the stronger rival:
+#
+# - four kernels: $x W^T$; $h$; $u = h B^T$; $y + u$;
+# - three kernels: $x W^T$; $h$; the last reads $y$, adds $h B^T$ and writes $y$;
+# - fused: one launch reads $x$, $W$, $A$ and $B$, and writes $y$. Each program computes
+#   `columns` columns of $y$, or what is left of its tile row. It also computes `low`
+#   for its rows, so the FLOPs of `low` count once for each program of a tile row.
+#
+# **Bytes**: count the distinct bytes of each launch, two for each `bf16` value.
+# **FLOPs**: count matrix products only; the sum $y + u$ and the scale add none.
+#
+# Return `(saving, choice)`. The saving is in percent of the stronger rival's bound,
+# negative where fusing loses. The choice is `"fused"` from `5 %` on, else `"rival"`.
+# Example: `my_choice(4096, 576, 576, 16, 128, 989.4e12, 3.35e12)` gives
+# about `(56.3, "fused")`.
+#
+# <details><summary>Hint one: a question</summary>
+#
+# Which of the two rivals can never have the larger bound?
+#
+# </details>
+# <details><summary>Hint two: a shape</summary>
+#
+# A launch is a pair, FLOPs and bytes. The fused one has $2m\,(nk + p\,rk + nr)$ FLOPs,
+# with $p$ programs in each tile row.
+#
+# </details>
+# <details><summary>Hint three: the first line</summary>
+#
+# `bound = lambda *launches: sum(max(f / peak, b / bandwidth) for f, b in launches)`
+#
+# </details>
+
+
+# %% tags=["exercise-10.3"]
+def my_choice(m, n, k, r, columns, peak, bandwidth):
+    """(saving in percent of the stronger rival's bound, "fused" or "rival")."""
+
+    ### BEGIN SOLUTION
+    def bound(*launches):
+        return sum(max(f / peak, 2 * v / bandwidth) for f, v in launches)
+
+    programs = -(-n // columns)
+    flops = 2 * m * (n * k + programs * r * k + n * r)
+    fused = bound((flops, m * k + n * k + r * k + n * r + m * n))
+    rival = bound(
+        (2 * m * n * k, m * k + n * k + m * n),
+        (2 * m * r * k, m * k + r * k + m * r),
+        (2 * m * n * r, m * r + n * r + 2 * m * n),
+    )
+    saving = 100 * (1 - fused / rival)
+    return saving, "fused" if saving >= 5 else "rival"
+    ### END SOLUTION
+
+
+# %% tags=["check-10.3", "points-4"]
+checks.worth_fusing(my_choice)
+
+# %% [markdown]
+# Your function now shows where fusing pays. As in the library, each program computes
+# 128 columns at rank 16, and 256 above.
+
+# %%
+choose = lesson.mine(my_choice, checks.fused_or_rival)
+speeds = H100.matrix, H100.bandwidth
+savings = {}
+for r, columns in {16: 128, 32: 256, 64: 256}.items():
+    widths = (576, 1024, 1536, 2048, 4096, 8192)
+    savings[r] = {k: choose(4096, k, k, r, columns, *speeds)[0] for k in widths}
+title = "Fusing pays for narrow layers, and costs time for very wide ones"
+shown = f"4,096 rows, bf16, {H100.name}. Framed: 5 % or more."
+figure = lora_bytes.grid(savings, worth=5, title=title, subtitle=shown)
+ends = [f"{s[576]:.1f} to {s[8192]:.1f} % at rank {r}" for r, s in savings.items()]
+lesson.show(figure, f"Saved, from 576 to 8,192 columns: {'; '.join(ends)}.")
+
+# %% [markdown]
+# At 4,096 columns and rank 64, the rival wins: for 256 columns of $y$, a fused program
+# also computes 64 columns of `low`, `64 / 256 = 25 %` more arithmetic. Against four
+# kernels, fusing would seem to save `7 %`. **The weaker rival reverses the decision.**
+#
+# ### Fuse
+#
+# While a program has a tile of $x$, it also loads the same columns of $A$, and adds up
+# $\text{low} = x A^T$ in parallel with $x W^T$. A small product finishes the tile:
 #
 # $$\text{total} \mathrel{+}= (s \cdot \text{low})\, B_{\text{BN} \times r}^T$$
 #
 # Neither $h$ nor the update is written to memory.
 #
-# ### Exercise 10.4: finish the block
+# ### Exercise 10.4: finish the tile
 #
-# Difficulty two of five, importance five of five, about ten minutes. Return the
-# finished tile, `total + scale · low Bᵀ`. `total` `(BM, BN)` and `low` `(BM, RANK)` are
-# `float32` tiles; `low` is not scaled yet. `B` is the triple of a `float32` matrix
-# `(n_size, r)`. Here `n` is a vector, the `BN` row indices of $B$ for this tile. `RANK`
-# is `r` rounded up to a power of two, at least `16`. Example: with `r = 5`, columns `5`
-# to `15` of `low` are zero, and $B$ has no such columns.
+# Difficulty one of five, importance five of five, about two minutes. Return the
+# finished tile, `total + scale · low Bᵀ`. `total` `(BM, BN)` and `low` `(BM, RANK)`
+# are `float32` tiles; `low` is not scaled yet. `B` is the triple of a matrix
+# `(n_size, r)`; here `n` is a vector, the `BN` row indices of $B$ for this tile. `RANK`
+# is `r` rounded up to a power of two, at least `16`. The columns of `low` from `r` on
+# are zero; $B$ has only `r` columns. A GPU multiplies operands of one dtype, so round
+# the scaled `low` to the dtype of $B$, `B[0].dtype.element_ty`. Example: for `r = 5`,
+# `RANK` is `16`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -555,20 +577,19 @@ def my_update(total, low, B, n, n_size, r, scale, RANK: tl.constexpr):
     ### BEGIN SOLUTION
     rank = tl.arange(0, RANK)
     b = load(B, n, rank, within(n, rank, n_size, r))
-    return dot(low * scale, tl.trans(b), total)
+    return dot(rounded(low * scale, B[0].dtype.element_ty), tl.trans(b), total)
     ### END SOLUTION
 
 
-# %% tags=["check-10.4", "points-2"]
+# %% tags=["check-10.4", "points-1"]
 checks.fused_update(my_update)
 
 # %% [markdown]
 # ### One program, several tiles
 #
-# All programs of a tile row compute the same `low`, and each reads all of $A$. The
-# remedy is **thread coarsening**: a program computes several neighboring tiles in turn,
-# and `low` only for the first. The library calls this a **sweep**. The cell counts
-# sweeps of 1 to 8 tiles.
+# Each program of a tile row reads all of $A$. The remedy is **coarsening**: a program
+# computes several neighboring tiles in turn, and `low` only for the first. The library
+# calls this a **sweep**.
 
 # %%
 print(f"{'':18} {'bytes':>9}   times the plain product's")
@@ -585,7 +606,7 @@ for name, seen in rows.items():
 # %% [markdown]
 # A sweep of 8 brings the fused kernel from 1.132 down to 1.029 times the plain
 # product's bytes. But a long sweep leaves fewer programs, and all multiprocessors need
-# work. The picture shows a sweep of three.
+# work.
 
 # %%
 x, W, A, B = (torch.randn(s) for s in ((48, 64), (96, 64), (8, 64), (96, 8)))
@@ -593,33 +614,39 @@ y, tiles = torch.empty(48, 96), Tiles(m=16, n=16, k=32, sweep=3, group=1)
 with trace() as fused:
     product(x, matrix(W), 96, A=A, B=B, tiles=tiles, out=y)
 tensors = dict(x=x, W=W, A=A, B=B, y=y)
-figure = access_picture.picture(
-    fused,
-    tensors,
-    program=1,
-    title="Fused: A is read along with W, for the first of three tiles only",
-    subtitle="Darker: read more often (y: written). Outlined: what program 1 uses.",
-)
-said = access_picture.words(fused, tensors)
-lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {said}.")
+title = "Fused: A is read along with W, for the first of three tiles only"
+figure = access_picture.picture(fused, tensors, title=title, **look)
+lesson.show(figure, access_picture.words(fused, tensors))
 
 # %% [markdown]
-# $x$ and $W$ are read exactly as often as without LoRA. Each tile repeats the loop over
-# $k$, so a sweep saves no read of $x$. $A$ is read 6 times instead of `18`: by two
-# programs in each of three tile rows.
+# $x$ and $W$ are read as often as without LoRA. $A$ is read 6 times instead of
+# `18`: by two programs in each of three tile rows.
+#
+# ### What a compiler says, without a GPU
+#
+# **A kernel that passes the interpreter may not compile.** Triton can compile for a GPU
+# that is not there. It refuses a product of a `float32` and a `bf16` tile, and one with
+# an inner size below `16`. The compiler also counts
+#
+# - **registers** of a **thread**, one of many that share a program's work (NVIDIA
+#   allows `255`), and **spilled** bytes, which did not fit and go to memory, slowly;
+# - the **matrix instructions**, which multiply two small tiles at once.
 #
 # ### Exercise 10.5: fuse it, and be judged by bytes
 #
-# Difficulty four of five, importance five of five, about thirty minutes. Write the
-# whole kernel, for triples of `float32` matrices. Program `(i, j)` computes `SWEEP`
-# tiles, in tile row `i` and the tile columns `j * SWEEP + step`. The compiler unrolls
-# `for step in tl.static_range(SWEEP)`. So `if step == 0` costs no time, and may
-# assign `low` in the inner loop. Example: with `BN = 32` and `SWEEP = 4`, program
-# `(0, 1)` computes columns `128` to `255`.
+# Difficulty four of five, importance five of five, about twenty-five minutes. Write the
+# whole kernel, for triples of matrices. Program `(i, j)` computes `SWEEP` tiles, in
+# tile row `i` and the tile columns `j * SWEEP + step`. Tiles past the edge need no
+# special case. Example: with `BN = 32` and `SWEEP = 4`, program `(0, 1)` computes
+# columns `128` to `255`. `RANK` is as in exercise 10.4, and you may call `my_update`.
 #
-# The kernel may issue at most `1.1` times the bytes of the plain product, so it cannot
-# read $A$ for every tile. `RANK` is as in exercise 10.4, and you may call your
-# `my_update`.
+# The compiler writes the loop `for step in tl.static_range(SWEEP)` out in full, and
+# decides `if step == 0` itself. So this `if` costs no time when the kernel runs. Lines
+# under it may assign to `low`, also inside the loop over $k$.
+#
+# Your kernel may issue at most `1.1` times the bytes of the plain product, so it cannot
+# read $A$ for every tile. The check runs it on `float32` matrices, and compiles it in
+# `bf16` for an A100 (`sm_80`) and an H100 (`sm_90`).
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -644,7 +671,7 @@ lesson.show(figure, f"Fused: reads of each element (y: writes; 6 x: 6 times): {s
 def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
             SWEEP: tl.constexpr):  # fmt: skip
-    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ; program (i, j): SWEEP blocks side by side."""
+    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ; program (i, j): SWEEP neighboring tiles."""
     ### BEGIN SOLUTION
     m, rank = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
     low = tl.zeros((BM, RANK), tl.float32)
@@ -660,7 +687,7 @@ def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
                 a = load(A, rank, k, within(rank, k, r, k_size))
                 low = dot(part, tl.trans(a), low)
         b = load(B, n, rank, within(n, rank, n_size, r))
-        total = dot(low * scale, tl.trans(b), total)
+        total = dot(rounded(low * scale, B[0].dtype.element_ty), tl.trans(b), total)
         store(y, m, n, total, within(m, n, m_size, n_size))
     ### END SOLUTION
 
@@ -668,7 +695,21 @@ def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
 # %% tags=["check-10.5", "points-4"]
 checks.fewest_bytes(my_lora)
 
+# %%
+fuse = lesson.mine(my_lora, checks.our_lora)
+x, W, A, B = real
+y, sizes = torch.empty(len(x), len(W)), (len(x), len(W), x.shape[1], len(A))
+with torch.no_grad(), trace(x=x, W=W, A=A, B=B, y=y) as seen:
+    given = *map(matrix, (x, W, A, B, y)), *sizes, layer.scale
+    fuse[(1, 3)](*given, BM=16, BN=64, BK=64, RANK=16, SWEEP=3)
+    off = (y - layer(x)).abs().max() / y.abs().max()
+times = seen.bytes(tensor="A") / A.nbytes
+print(f"error {off:.0e} of the largest output; A is read {times:.0f} times")
+lesson.control("This kernel gives PyTorch's output, up to rounding.", off < 1e-5)
+
 # %% [markdown]
+# With a sweep of three, SmolLM2's projection reads $A$ 3 times: once in each program.
+#
 # ## Idea four: backward, with the same kernel
 #
 # Most of the backward pass needs no new kernel. With $g$ for the gradient that arrives
@@ -680,12 +721,17 @@ checks.fewest_bytes(my_lora)
 #
 # For the first one, replace $x$ by $g$, $W$ by $W^T$, $A$ by $B^T$ and $B$ by $A^T$:
 # then $x W^T + s\,(x A^T)\,B^T$ becomes $g W + s\,(g B) A$. The same kernel computes
-# it.
+# it, and a transpose only swaps two strides. Both launches keep their scaled `low`,
+# $s\,x A^T$ and $s\,g B$, for the other two gradients.
 #
-# The other two are small, but sums over all rows of $x$, often thousands. One program
-# would leave the GPU idle. With **split-K**, each program sums a part of the rows, and
-# a second kernel adds up the partial sums. Three numbers in a printed grid count tile
-# rows, tile columns and partial sums.
+# These two are small, but sums over thousands of rows. One program would leave the GPU
+# idle. With **split-K**, each program sums a part of the rows, and a second kernel adds
+# up the partial sums.
+
+# %%
+title = "Split-K: three programs sum a third of the rows each"
+figure = gpu_pictures.split_sum(192, 3, ("g B", "x", "gradient of A"), title)
+lesson.show(figure, "Each program makes a partial sum; a second kernel adds the three.")
 
 # %%
 x, W, A, B = (torch.randn(s) for s in ((192, 64), (96, 64), (8, 64), (96, 8)))
@@ -700,224 +746,95 @@ def gradients(backend):
 
 with observed(launches.append):
     ours = gradients("triton")
-for launch in launches:
-    print(f"{launch.kernel.fn.__name__:11} grid {launch.grid}")
+made = ("y", *(f"gradient of {name}" for name in "xAABB"))
+for result, launch in zip(made, launches, strict=True):
+    print(f"{result:13}  {launch.kernel.fn.__name__:11} grid {launch.grid}")
 for name, mine, theirs in zip("xAB", ours, gradients("torch"), strict=True):
     off = (mine - theirs).abs().max() / theirs.abs().max()
     print(f"gradient of {name}: off by {off:.0e} of its largest entry")
-
-# %% [markdown]
-# All gradients agree with PyTorch's. `_product` ran forward and for the gradient of
-# $x$. For $A$ and for $B$, `_over_rows` made 3 partial sums, and `_add_up` added them.
-#
-# **Atomic additions**, with which many programs can add to the same element, would save
-# the second kernel. But programs finish in a different order each time. The cell adds
-# 100 numbers in 1000 random orders. How many different sums come out?
-
-# %%
-lesson.predict("10.5", low=None, high=None, unit="different sums")
-
-# %%
-shares = np.random.default_rng(0).normal(size=100).astype(np.float32)
-orders = (np.random.default_rng(i).permutation(shares) for i in range(1000))
-sums = {float(np.add.accumulate(order)[-1]) for order in orders}
-lesson.measured("10.5", len(sums))
-print(f"furthest apart: {max(sums) - min(sums):.0e}")
 again = all(map(torch.equal, ours, gradients("triton")))
-print("our kernels, run twice: equal to the last bit:", again)
-assert again
+lesson.control("Our kernels, run twice, give equal bits.", again)
 
 # %% [markdown]
-# The 100 numbers give 13 different sums, all valid. With atomic additions, two runs
-# from the same seed would differ in their last bits. You could not check that a resumed
-# run equals an uninterrupted one. The second kernel costs little and gives equal bits.
-
-# %% [markdown]
-# ## What the compiler says, without a GPU
+# All gradients agree with PyTorch's. The grid of `_over_rows` counts the tile rows and
+# tile columns of the gradient, and the 3 partial sums; `_add_up` adds these.
 #
-# Triton can compile for a GPU that is not there. The course did so for `sm_80` (NVIDIA
-# A100), `sm_90` (H100), `sm_100` (B200) and `gfx942` (AMD MI300X), and kept:
-#
-# - **registers** of a **thread**, one of many that share a program's work (NVIDIA
-#   allows `255`), and **spilled** bytes, which did not fit and go to memory, slowly;
-# - **shared** memory of a program;
-# - the **matrix instruction**, which multiplies two small tiles at once.
-#
-# Here is the library's fused product in `bf16`, at rank eight:
-
-# %%
-rows = json.loads(gpu_targets.RESULT.read_text("utf-8"))["rows"]
-case = "lora 4096 x 4096 -> 4096, r 8, bf16"
-fused = next(row for row in rows if case in row["cases"])
-for name, made in fused["targets"].items():
-    said = f"{made['registers']} registers, {made['spilled']} bytes spilled"
-    print(f"{name:7} {said}, {made['shared']:,} shared, {made['instructions'][0]}")
-for name in fused["targets"]:
-    spilled = [row for row in rows if row["targets"][name]["spilled"]]
-    print(f"{name:7} spills in {len(spilled)} of {len(rows)} kernels compiled")
-
-# %% [markdown]
-# The fused product fits all four targets: at most 128 registers, nothing spilled, and
-# each target's matrix instruction. The compiler does not say how long a kernel takes.
-#
-# **A kernel that passes the interpreter may not compile for a GPU.** In `bf16`, the
-# compiler refuses the sample solution of exercise 10.5:
-# `Both operands must be same dtype`. The remedy: round `low` to the dtype of $B$. With
-# `RANK = 8` the compiler demands `K >= 16` for the inner size. The library's kernel
-# obeys both.
+# With **atomic additions**, many programs add to one element, without a second kernel.
+# But their order changes from run to run, and so do the last bits of the sum.
 #
 # ## On trial: claim K1
 #
-# **The claim: fusing the LoRA product into one kernel makes it faster.** No GPU has
-# timed our kernel, so the claim cannot be tested here. Arithmetic gives a **bound**,
-# the least time that a launch can take:
+# **The claim, K1 in the course's list: fusing the LoRA product into one kernel makes it
+# faster.** No GPU has timed our kernel, so the claim cannot be tested here. Instead, we
+# compute the bound of exercise 10.3 for the library's own launches. A tile that an edge
+# cuts off costs a full tile's FLOPs there.
 #
-# $$t \ge \max\left(\frac{\text{FLOPs}}{\text{FLOP/s}},\;
-# \frac{\text{bytes}}{\text{bytes/s}}\right)
-# \qquad
-# \text{intensity} = \frac{\text{FLOPs}}{\text{bytes}}$$
+# The least time also sets a **speed limit**: the FLOPs that $y$ needs, without repeats,
+# divided by that time. A **roofline** draws this limit against the **intensity**, the
+# FLOPs for each byte. At its corner, arithmetic and memory take equal time: for an
+# H100, at `295` FLOPs for each byte.
+
+# %%
+lesson.show(roofline.figure(devices=[H100]), roofline.alt(devices=[H100]))
+
+# %% [markdown]
+# **The rule** counts the cases in which fusing lowers the bound on the time by 5 % or
+# more, compared with the four kernels. A case is a layer's size with a number of rows
+# (one where a model generates text), a rank and a GPU. In the printed rule, *over*
+# means "compared with", and *no time* means "no time was measured". The rule's three
+# verdicts need a measured time, so none of them applies.
 #
-# FLOPs are floating-point operations, both speeds come from the datasheet, and the
-# bytes are distinct ones. If the left term is larger, the launch is **compute-bound**,
-# and fewer bytes do not help; otherwise it is **memory-bound**. The bounds of several
-# launches add up.
-#
-# A **roofline** draws the bound against the intensity; at its corner both terms are
-# equal. An H100, with `989 TFLOP/s` and `3.35 TB/s`, has its corner at `295` FLOPs for
-# each byte. In `bf16`, $x W^T$ with one row of $x$ has an intensity of about `1`: two
-# FLOPs for each weight of two bytes. With 4,096 rows at 4096 x 4096, the intensity is
-# `2 · 4096³ / (3 · 4096² · 2) = 1365`: three matrices, two bytes for each value.
-#
-# **The rule** asks in how many percent of the cases fusing lowers the bound by 5 % or
-# more, compared with the four kernels. The cases are twelve shapes, six ranks and six
-# devices. A stronger rival has three kernels: its last product adds in place
-# (`torch.addmm`).
-#
-# The printed rule's verdict words do not apply, because a bound is not a measured time.
-# What is your guess?
+# In how many percent of the cases is the bound so much lower? After your guess, a table
+# splits them by size and rival.
 
 # %%
 lesson.rule("K1")
-lesson.predict("10.6", low=None, high=None, unit="% of the cases")
-
-# %%
-lesson.show(roofline.figure(), roofline.alt())
-
-# %% [markdown]
-# At SmolLM2's width (b), fusing raises the bound on the speed from 282 to 817 TFLOP/s.
-# At 4096 x 4096 (a), it rises from 732 to 883, or from 819 against three kernels. With
-# one row (d), as when a model generates text, all three versions wait for $W$. The
-# speed counts only the FLOPs that the product needs, not repeated ones. Ignore the
-# purple triangles: they assume no cache for the fused kernel, but one for its rivals.
-#
-# The next cell has all cases. Its last line, *Shipped*, is the course's stored verdict.
+lesson.predict("10.3", low=None, high=None, unit="% of the cases")
 
 # %%
 config = fusing.config()
 run = runs.Run("live", config, fusing.compute(config), {})
-for m in (4096, 16, 1):
-    four, three = (fusing.values(run, how, m) for how in ("in_four", "in_three"))
-    print(
-        f"{m:5,} rows: bound falls {min(four):.0f} to {max(four):.0f} %, four kernels"
-    )
-    shares = f"{fusing.share(four):.0f} % of the cases, four kernels"
-    print(f"            5 % or more in {shares}; {fusing.share(three):.0f} %, three")
-found = fusing.measured([run])
-lesson.measured("10.6", found.value)
-lesson.live("K1", found.value, found.low, found.high)
+sizes = {"SmolLM2's": (576, 1536), "4096 x 4096": (4096,)}
+four, three = (np.array(run.result[how]) for how in ("in_four", "in_three"))
+lesson.control("Three kernels have no larger bound than four.", (three <= four).all())
+rows, width = np.array(config["shapes"]).T[:2]
+rest = "5 % or more, with 4,096, 16 or 1 rows"
+print(f"{'fusing saves':25} {'% at 4,096 rows':15}   {rest}")
+for size, here in sizes.items():
+    for rival, each in {"four": four, "three": three}.items():
+        every = each[np.isin(width, here)]
+        many = each[np.isin(width, here) & (rows == 4096)]
+        worth = f"{(every >= 5).sum()} of {every.size}"
+        span = f"{many.min():3.0f} to {many.max():2.0f}"
+        print(f"{size:11} against {rival:5}   {span:15}   {worth}")
+r64 = three[(width == 4096) & (rows == 4096), config["ranks"].index(64)]
+print(f"4096 x 4096, rank 64, against three: {r64.min():.1f} to {r64.max():.1f} %")
 
 # %% [markdown]
-# The 53.9 % depends on our list, of which three quarters have SmolLM2's sizes. By size,
-# fusing lowers the bound by
-#
-# | size, rows | against four kernels | against three |
-# |---|---|---|
-# | SmolLM2's, 4,096 | `15` to `67 %` | `4` to `54 %` |
-# | 4096 x 4096, 4,096 | `-6` to `19 %` | `-14` to `10 %` |
-#
 # **The bound at 4096 x 4096, the width of a 7B model, is the figure that counts.**
-# There, fusing saves 5 % or more in `29` of `108` cases against four kernels, and in
-# `13` against three. All of these cases have 4,096 rows. At rank `64` and 4,096 rows,
-# the fused bound is even *higher* than that of three kernels, on all six devices. Each
-# program then computes `256` columns of $y$ and, once more, the `64` columns of `low`:
-# `64 / 256 = 25 %` more arithmetic.
+# There, fusing saves 5 % or more in 29 of 108 cases against four kernels, and in 13
+# against three. At rank 64 and 4,096 rows, the fused bound is *higher* than that of
+# three kernels on all six GPUs.
+#
+# The next cell prints the share over all cases, three quarters of which have SmolLM2's
+# sizes. `Shipped` is the verdict on K1 that is stored with the course.
+
+# %%
+found = fusing.measured([run])
+lesson.measured("10.3", found.value)
+lesson.live("K1", found.value, found.low, found.high)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 lesson.verdict("K1")
 
 # %% [markdown]
-# Do not choose a fused kernel because of this lesson. If you have a GPU, time it at
-# your own size and rank, also against three kernels. A clock also sees the saved
-# launches, which the bound leaves out.
+# Do not choose a fused kernel because of this lesson. Time it on a GPU at your own size
+# and rank, also against three kernels. The bound leaves out what fewer launches save.
 #
 # **Others have timed LoRA kernels.** [LoRAFusion](https://arxiv.org/abs/2510.00206)
-# uses two kernels. The first computes $h$ once, and the second adds $h B^T$ inside the
-# large product. Its authors report kernels `1.27` times as fast on average.
-#
-# ## Now with the library
-#
-# The kernel agrees with PEFT, which computes LoRA's products one by one:
-
-# %%
-torch.manual_seed(0)
-config = peft.LoraConfig(
-    r=8, lora_alpha=16, target_modules=["0"], init_lora_weights=False
-)
-theirs = peft.get_peft_model(nn.Sequential(nn.Linear(64, 96)), config)
-layer = theirs.base_model.model[0]
-base, A, B = layer.base_layer, layer.lora_A.default.weight, layer.lora_B.default.weight
-x = torch.randn(2, 25, 64, requires_grad=True)
-scale = layer.scaling["default"]
-y = lora_linear(x, base.weight, A, B, scale, base.bias, backend="triton")
-g, asked = torch.randn_like(y), (x, A, B)
-mine, other = (torch.autograd.grad(out, asked, g) for out in (y, theirs(x)))
-for name, a, b in zip("yxAB", (y, *mine), (theirs(x), *other), strict=True):
-    off = ((a - b).abs().max() / b.abs().max()).item()
-    print(f"{name if name == 'y' else 'gradient of ' + name:13} off by {off:.0e}")
-    assert off < 1e-5
-
-# %% [markdown]
-# Output and gradients agree to `3e-07`. Without `backend`,
-# `lora_linear(x, W, A, B, scale)` takes Triton on a recent NVIDIA GPU, and PyTorch
-# elsewhere. The library's own layers do not call it, because no GPU has run it yet.
-#
-# ### Break it on purpose
-#
-# The interpreter is wrong for one of three dtypes. The cell prints the error of a
-# single `tl.dot`, and **eps**, the relative spacing of the dtype's values. Which error
-# is not rounding, and where does it come from?
-
-
-# %%
-@triton.jit
-def one_dot(a, b, c):
-    at = tl.arange(0, 16)
-    full = within(at, at, 16, 16)
-    right = tl.trans(load(b, at, at, full))
-    store(c, at, at, tl.dot(load(a, at, at, full), right), full)
-
-
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    a, b = (torch.randn(16, 16).to(dtype) for _ in "ab")
-    c = torch.empty(16, 16)
-    one_dot[(1,)](matrix(a), matrix(b), matrix(c))
-    expected = a.float() @ b.float().T
-    off = (c - expected).abs().max() / expected.abs().max()
-    print(
-        f"{dtype!s:14} off by {off:.0e}; eps of the dtype {torch.finfo(dtype).eps:.0e}"
-    )
-
-# %% [markdown]
-# <details><summary>What it is</summary>
-#
-# `bfloat16` is off by `2e+09`. Triton's [debugging
-# guide](https://triton-lang.org/main/programming-guide/chapter-3/debugging.html) says
-# that the interpreter does not support it, and advises a cast to `float32`. NumPy has
-# no `bfloat16`, so the interpreter stores integers, and `tl.dot` multiplies these. The
-# library's `dot` casts, in the interpreter only.
-#
-# </details>
+# computes $h$ first and adds $h B^T$ inside the large product. It reports kernels
+# `1.27` times as fast on average.
 #
 # ## Quiz
 #
@@ -931,7 +848,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # </details>
 # <details><summary>At the grid: too few programs</summary>
 #
-# No. Tiles of $y$ would be missing every time, not sometimes.
+# No. Tiles of $y$ would be missing every time.
 #
 # </details>
 # <details><summary>At the dtype of the total</summary>
@@ -981,12 +898,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 #
 # <details><summary>In memory</summary>
 #
-# No. Only a product *without* such a kernel needs that buffer.
+# No. A fused kernel needs no such buffer.
 #
 # </details>
 # <details><summary>In registers, a tile at a time</summary>
 #
-# Right. Only the reader changes: it also turns codes into values.
+# Right. Loading $W$ also decodes it.
 #
 # </details>
 # <details><summary>Nowhere: codes are multiplied</summary>
@@ -1014,39 +931,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 #
 # </details>
 #
-# ### In your own words
-#
-# Decide. A colleague timed our fused kernel against PEFT's four, on a 576 x 576 layer
-# with 4,096 rows, and it won. She plans to train at 4096 x 4096 and rank `64`. What
-# differs? What do you time first? Which result makes you refuse?
-#
-# <details><summary>A model answer</summary>
-#
-# "The size differs, and the rival is weak. At your size and rank, three kernels have
-# the lower bound. I would time forward and backward at that size, in turns with
-# `addmm`. Unless fusing wins by more than repeated runs differ, we keep three kernels."
-#
-# </details>
-#
-# ### Transfer
-#
-# Your fused kernel gets a bias, one `float32` value for each of $n$ columns. Where do
-# you add it? With $t$ tile rows in $y$, how many bytes do all programs issue for it?
-#
-# <details><summary>A model answer</summary>
-#
-# Once for each tile, right before the store:
-# `total += tl.load(bias + n, mask=n < n_size, other=0.0)[None, :]`. The
-# programs of each tile row read all of it: $4\,t\,n$ bytes.
-#
-# </details>
-#
 # ## Limits
 #
-# - **No GPU.** No time was measured on one. Distinct bytes are a lower bound on
-#   memory's traffic only if the cache starts empty.
-# - **Other projects.** Unsloth's `matmul_lora` is a product and an `addmm_`: K1's three
-#   kernels.
+# - **No GPU.** The bound assumes that each launch starts with an empty cache, but the
+#   previous launch may have left inputs there.
+# - **`bf16`.** Triton's interpreter [does not support
+#   it](https://triton-lang.org/main/programming-guide/chapter-3/debugging.html).
+# - **Other projects.** Unsloth's `matmul_lora` runs three kernels: $x W^T$, $x A^T$ and
+#   an `addmm_`.
 #
 # ## Your guesses
 #
@@ -1065,11 +957,8 @@ lesson.receipt()
 # ## Where to go next
 #
 # - Triton's [tutorial on matrix
-#   multiplication](https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html):
-#   the grouped order. Tillet, Kung and Cox, *Triton: an intermediate language and
-#   compiler for tiled neural network computations*.
+#   multiplication](https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html).
 # - Williams, Waterman and Patterson, *Roofline: an insightful visual performance model
 #   for multicore architectures*.
-# - Dao et al., [FlashAttention](https://arxiv.org/abs/2205.14135): counting reads and
-#   writes.
-# - Chen et al., [Punica](https://arxiv.org/abs/2310.18547): many LoRAs at once.
+# - Dao et al., [FlashAttention](https://arxiv.org/abs/2205.14135).
+# - Chen et al., [Punica](https://arxiv.org/abs/2310.18547).

@@ -9,7 +9,8 @@ Reading order: lesson.py (start, predictions, verdicts, the receipt), guesses.py
 reader's ranges), verdict_card.py (what a claim came to), cards.py (what a lesson
 takes), exercises.py (a learner's copies), checks/ (what judges an answer),
 time_limit.py (the end of a learner's endless loop), pictures/ (pictures of ideas),
-bit_costs.py (what four bits save and cost, counted).
+bit_costs.py (what four bits save and cost, counted), compile_answer.py (a learner's
+kernel, compiled for GPUs), memory_plan.py (how long a sequence fits).
 """
 
 from ..common import lazy
@@ -17,8 +18,15 @@ from ..common import lazy
 MODULES = {  # room -> modules of it that lessons use
     "common": ("provenance",),
     "comparison": ("figures", "findings"),
-    "course": ("bit_costs", "cards", "lesson"),
-    "course.pictures": ("access_picture", "code_books", "page_picture"),
+    "course": ("bit_costs", "cards", "lesson", "memory_plan"),
+    "course.pictures": (
+        *("merge_picture", "weight_picture"),
+        *("access_picture", "bfloat16_picture", "bottleneck_pictures"),
+        *("code_books", "gpu_pictures"),
+        *("rounding_pictures", "storage_pictures"),
+        *("lead_picture", "lora_bytes", "low_rank", "memory_picture", "page_picture"),
+        *("soft_prompt_pictures", "step_picture", "tuning_pictures", "tuning_runs"),
+    ),
     "ledger": ("intervals", "rates", "runs"),
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "finetune"),

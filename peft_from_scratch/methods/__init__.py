@@ -99,7 +99,7 @@ class Method:
         return import_module(f"{__name__}.{self.name}")
 
 
-_A_AND_B = r"$A$ ($r$, $d_{in}$) and $B$ ($d_{out}$, $r$) stand beside every $W$"
+_A_AND_B = r"$A$ ($r$, $d_{in}$) and $B$ ($d_{out}$, $r$) in parallel with every $W$"
 
 METHODS = (
     Method(
@@ -128,14 +128,14 @@ METHODS = (
         color="blue",
         marker="o",
         letters="A B",
-        place="two thin matrices beside each W",
+        place="two thin matrices in parallel with each W",
         lines=(
             r"$h = W_0\,x + \frac{\alpha}{r}\,B\,A\,x$",
-            f"{_A_AND_B}. $A$ starts random, $B$ at zero.",
+            f"{_A_AND_B}. $A$ is initialized at random, $B$ to zero.",
             "Only $A$ and $B$ train; $W_0$ is frozen.",
         ),
         parts=("low-rank",),
-        trains="A and B beside each projection; rsLoRA and LoRA+ are options",
+        trains="A and B in parallel with each projection; rsLoRA and LoRA+ are options",
         mergeable="yes",
         peft_file="yes",
         hyper=LOW_RANK,
@@ -167,7 +167,7 @@ METHODS = (
         color="brown",
         marker="P",
         letters="A B",
-        place="LoRA that starts from W's largest part",
+        place="LoRA, initialized to W's largest part",
         lines=(
             r"$W = W_{res} + B\,A$, and so $h = W_{res}\,x + B\,A\,x$",
             f"{_A_AND_B}, made of its $r$ largest singular values.",
@@ -186,14 +186,14 @@ METHODS = (
         color="orange",
         marker="h",
         letters="4 bit",
-        place="LoRA beside a W of four bits",
+        place="LoRA in parallel with a W of four bits",
         lines=(
             r"$h = \mathrm{NF4}(W_0)\,x + \frac{\alpha}{r}\,B\,A\,x$",
             f"{_A_AND_B}, as in LoRA.",
             "$W_0$ is frozen, and kept in four bits a value: the strip of four cells.",
         ),
         parts=("low-rank", "four bits"),
-        trains="A and B beside each projection, which is in four bits",
+        trains="A and B in parallel with each projection, which is in four bits",
         mergeable="yes, leaving four bits",
         peft_file="as a LoRA",
         hyper=LOW_RANK,
@@ -227,9 +227,9 @@ METHODS = (
         letters="K V",
         place="extra keys and values in attention",
         lines=(
-            r"$\mathrm{attention}(q,\; [K;\, k],\; [V;\, v])$ in every layer",
-            "$K$ and $V$ ($n$, heads, head size): $n$ positions that no token fills",
-            "Only $K$ and $V$ train.",
+            r"$\mathrm{attention}(q,\; [P_K;\, K],\; [P_V;\, V])$ in every layer",
+            "$P_K$, $P_V$ ($n$, heads, head size): $n$ positions that no token fills",
+            "Only $P_K$ and $P_V$ train; $K$ and $V$ are the tokens' own.",
         ),
         parts=("keys and values",),
         trains="keys and values before those of every layer",
@@ -248,7 +248,7 @@ METHODS = (
         place="extra embeddings before the first token",
         lines=(
             r"$x = [P;\, \mathrm{embed}(tokens)]$, at the input only",
-            "$P$ ($n$, hidden): $n$ embeddings that belong to no word",
+            r"$P$ ($n$, $d_{\mathrm{model}}$): $n$ embeddings that belong to no word",
             "Only $P$ trains.",
         ),
         parts=("embeddings",),
@@ -270,7 +270,7 @@ METHODS = (
         lines=(
             r"$k \leftarrow l_k \odot k$,  $v \leftarrow l_v \odot v$,"
             r"  $f \leftarrow l_f \odot f$ inside the MLP",
-            "Each $l$ is a vector, and starts at one.",
+            "Each $l$ is a vector, initialized to one.",
             "Only they train.",
         ),
         parts=("factors",),

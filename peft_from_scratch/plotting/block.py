@@ -206,8 +206,10 @@ def _attention(pen: Pen) -> None:
         _factor(pen, 2.92, y)
         into = (3.22, y + 0.26), (3.45, y + 0.26)
         pen.line(*into, to="keys and values", arrow=True)
+        # Among all methods one letter has room; alone, it is told from the tokens' own.
+        name = f"$P_{letter}$" if pen.lit == "prefix" else letter
         prefix = Rectangle((3.0, y + 0.16), 0.22, 0.2)
-        pen.part(prefix, "keys and values", letter, (3.11, y + 0.255))
+        pen.part(prefix, "keys and values", name, (3.11, y + 0.255))
     pen.base(3.45, 1.6, 0.3, 2.1, "attention", frozen=True, rotation=90)
     pen.line((3.75, k), (3.95, k))
     _projection(pen, 3.95, k, "$W_o$")

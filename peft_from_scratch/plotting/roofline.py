@@ -11,20 +11,19 @@ from ..kernels.roofline import (
     IN_PLACE,
     PLACES,
     SHOWN,
-    UNCACHED,
     UNFUSED,
     Device,
     peak,
     places,
 )
 from .draw import frame, legend, name_y, point
-from .theme import AMBER, BLUE, LIGHT, ORANGE, PURPLE, SMALL, Theme, style
+from .theme import AMBER, BLUE, LIGHT, ORANGE, SMALL, Theme, style
 
-LOOKS = {
-    UNFUSED: (ORANGE, "D"),
-    IN_PLACE: (AMBER, "s"),
-    FUSED: (BLUE, "o"),
-    UNCACHED: (PURPLE, "^"),
+LOOKS = {UNFUSED: (ORANGE, "D"), IN_PLACE: (AMBER, "s"), FUSED: (BLUE, "o")}
+LABELS = {  # as the lesson says
+    UNFUSED: "four kernels",
+    IN_PLACE: "three kernels: the last one adds in place",
+    FUSED: "fused",
 }
 BESIDE = {"MI300X": "bottom", "H100, H200 SXM": "top"}  # their roofs are close together
 
@@ -43,20 +42,21 @@ def figure(
     letters = dict(zip("abcd", PLACES, strict=True))
     shapes = [f"{x}: {m:,} x {k:,} → {n:,}" for x, (m, k, n) in letters.items()]
     with style(theme):
-        handles = [point(mark, theme, label=kind) for kind, mark in LOOKS.items()]
+        handles = [point(LOOKS[k], theme, label=label) for k, label in LABELS.items()]
         page, axes = frame(
-            "Fusing lifts training, narrow models' most; decoding waits for W",
-            f"The LoRA product of rank {r}, rows x d_in → d_out, under the roof of the "
-            f"{device.name} (thick). {'; '.join(shapes)}. FLOPs are those that the "
-            "product needs.",
+            "Fusing raises the speed limit most for narrow layers (b); with one row "
+            "(d), all versions wait for W",
+            f"The LoRA product of rank {r} on the {device.name} (thick line). Rows x "
+            f"d_in → d_out: {'; '.join(shapes)}. FLOPs that a kernel repeats do not "
+            "count as speed.",
             width,
             3.6,
             0.85,
             theme,
         )
         axes.set(xscale="log", yscale="log", xlim=(0.4, 3e3), ylim=(4e11, 5e15))
-        axes.set_xlabel("Intensity, FLOPs per byte that is moved")
-        name_y(axes, "Reachable, TFLOP/s")
+        axes.set_xlabel("Intensity, FLOPs per byte")
+        name_y(axes, "Speed limit, TFLOP/s")
         axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1e12:,g}")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
         axes.grid(axis="both")
@@ -67,9 +67,10 @@ def figure(
         for top in dict.fromkeys(peak(one, dtype) for one in devices):
             there = [one for one in devices if peak(one, dtype) == top]
             _name(axes, there, top, device in there, theme)
-        for kind, rows in shown.items():
-            axes.add_line(point(LOOKS[kind], theme, *zip(*rows, strict=True), gid=kind))
-        for kind in (UNFUSED, FUSED, UNCACHED):  # the others' places are between them
+        for kind, look in LOOKS.items():
+            places_of = zip(*shown[kind], strict=True)
+            axes.add_line(point(look, theme, *places_of, gid=kind))
+        for kind in (UNFUSED, FUSED):  # the third kind's places are between them
             for letter, place in zip(letters, shown[kind], strict=True):
                 _letter(axes, letter, place, above=kind != UNFUSED)
         legend(page, handles)
@@ -107,16 +108,26 @@ def _name(axes, devices: Sequence[Device], top: float, thick: bool, theme) -> No
     )
 
 
-def alt(r: int = 16, dtype: torch.dtype = torch.bfloat16, device=SHOWN) -> str:
-    """The figure in words, for who does not see it."""
+def alt(
+    r: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    devices: Sequence[Device] = DEVICES,
+    device: Device = SHOWN,
+) -> str:
+    """The figure in sentences, for readers who cannot see it."""
     shown, sentences = places(device, r, dtype), []
     for i, (m, d_in, d_out) in enumerate(PLACES):
-        here = {kind: rows[i] for kind, rows in shown.items()}
-        rates = [f"{kind} {rate / 1e12:,.3g}" for kind, (_, rate) in here.items()]
-        many = "1 row" if m == 1 else f"{m:,} rows"
-        sentences.append(f"{many}, {d_in:,} to {d_out:,}: {', '.join(rates)} TFLOP/s")
+        four, three, fused = (f"{shown[k][i][1] / 1e12:,.3g}" for k in LOOKS)
+        many = "one row" if m == 1 else f"{m:,} rows"
+        sentences.append(
+            f"With {many} and a {d_out:,} x {d_in:,} weight, the limit is {four} "
+            f"TFLOP/s for four kernels, {three} for three and {fused} for the fused "
+            "one."
+        )
+    others = [one.name for one in devices if one != device]
+    roofs = f" The other roofs are of {', '.join(others)}." if others else ""
     return (
-        f"Roofline: reachable TFLOP/s against FLOPs per byte, both logarithmic, with "
-        f"the roofs of {', '.join(d.name for d in DEVICES)}. The LoRA product of rank "
-        f"{r} on the {device.name}. {'; '.join(sentences)}"
+        f"A roofline: the speed limit of the LoRA product of rank {r} on the "
+        f"{device.name}. {' '.join(sentences)}{roofs}"
     )

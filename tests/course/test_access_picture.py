@@ -47,7 +47,9 @@ def each_element_is_counted_as_often_as_its_blocks():
             assert count.shape == tensors[name].shape
             assert (count == times).all(), name
         said = pictures.words(seen, {"x": tensors["x"], "y": tensors["y"]})
-        assert said == f"x {across} x, y 1 x"
+        assert said == (
+            f"Each element is read: x {across} times; is written: y 1 time."
+        )
 
 
 @law
@@ -100,7 +102,10 @@ def the_picture_outlines_the_footprint():
     panels = [image.get_extent() for image in figure.axes[0].images]
     assert all(any(lies_in(box, panel) for panel in panels) for box in marked)
     labels = " ".join(text.get_text() for text in figure.axes[0].texts)
-    assert all(said in labels for said in ("x  6 x", "Wᵀ  3 x", "Aᵀ  9 x", "y  1 x"))
+    assert all(
+        said in labels
+        for said in ("x: 6 times", "Wᵀ: 3 times", "Aᵀ: 9 times", "y: 1 time")
+    )
     plain = {name: tensors[name] for name in "xWy"}
     assert len(pictures.picture(seen, plain, program=0, **TEXTS).axes[0].images) == 3
 
@@ -187,4 +192,4 @@ def test_a_tensor_without_a_place_is_refused():
 
 
 def test_ranges_are_told():
-    assert pictures.often(np.array([[1, 4]])) == "1 to 4 x"
+    assert pictures.often(np.array([[1, 4]])) == "1 to 4 times"

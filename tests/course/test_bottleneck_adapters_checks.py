@@ -56,28 +56,36 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "m alone": "return all 2",
     },
     "11.3": {
-        "an empty list": "no name was found",
-        "after q_proj": "not the last of its sublayer",
-        "up_proj for down_proj": "not the last of its sublayer",
-        "a Llama's names alone": "no name was found",
-        "the MLP alone": "Pfeiffer's placement",
-        "attention alone": "behind attention only",
-        "the first of each sublayer": "not the last of their sublayer",
-        "every projection": "every projection: only the last",
-        "every projection and the head": "the model's head too",
-        "the layers": "the layers themselves",
-        "the sublayers": "a projection's own name",
-        "last parts": "give each name in full",
-        "the head as well": "'lm_head' is no projection",
-        "the first layer alone": "only the first layer",
-        "the last layer alone": "only the last layer",
-        "from last to first": "another order",
-        "kind by kind": "another order",
-        "each one twice": "there twice",
-        "keys and values": "a list of names is needed, not a list of tuple",
-        "the modules": "a list of names is needed, not a list of Linear",
-        "their number": "not a int",
-        "an injection": "model itself was changed",
+        "everything is folded": "GELU is nearly z",
+        "nothing is folded": "`return` is missing",
+        "the sides are swapped": "A and B are swapped",
+        "D in place of A": "LoRA's A reads x",
+        "transposed": "transposed",
+        "no slope": "the slope s of sigma is missing",
+        "the slope twice": "the slope s is there twice",
+        "the slope is sigma(1)": "sigma(1) - sigma(0)",
+        "the sign": "wrong sign",
+        "full rank": "rank m at most",
+        "b lost": "b itself is missing",
+        "D b lost": "D b is missing",
+        "b_D lost": "b_D is missing",
+        "b_U lost": "b_U is missing",
+        "c lost": "c = sigma(0) is missing",
+        "c outside U": "c passes through U too",
+        "no slope in the bias": "missing in the bias",
+        "LoRA has no bias": "it has no bias",
+        "its own bias alone": "the bottleneck adds to it",
+        "an offset is refused": "An offset is no bend",
+        "positive z alone": "one sign only",
+        "small z alone": "small z only",
+        "up to eight": "does not reach z = 10",
+        "whole numbers": "where the sine is zero",
+        "half numbers": "where the sine is zero",
+        "a wide tolerance": "tolerance is too wide",
+        "beyond ten": "looks beyond -10 to 10",
+        "A and B alone": "return all 3",
+        "the weight and the bias": "return all 3",
+        "A, B and a number": "a number in place of a vector",
     },
 }
 FORWARD = """\
@@ -92,7 +100,6 @@ class MyBottleneck(nn.Module):
         {}
 """
 UNITS = "def my_units(d, budget):\n    {}\n"
-PLACES = "def my_places(model):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
     "11.1": {
         "F.linear": FORWARD.format(
@@ -133,20 +140,19 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "11.3": {
-        "by their names": PLACES.format(
-            "ends = ('o_proj', 'down_proj', 'c_proj', 'out_proj', 'fc2')\n"
-            "    return [n for n, _ in model.named_modules() if n.endswith(ends)]"
-        ),
-        "the library's": PLACES.format(
-            "both = ('attention', 'mlp')\n"
-            "    return pfs.houlsby.last_projections(model, both)"
-        ),
-        "where the kind changes": PLACES.format(
-            "kinds = list(pfs.targets.kinds(model).items())\n"
-            "    after = [kind for _, kind in kinds[1:]] + ['end']\n"
-            "    pairs = zip(kinds, after)\n"
-            "    return tuple(name for (name, kind), next in pairs if next != kind)"
-        ),
+        "the lesson's": "my_fold = checks.our_fold",
+        "by the whole function": """\
+def my_fold(W0, b, D, b_D, U, b_U, sigma):
+    z = torch.arange(-1000, 1001, dtype=torch.float64) / 100
+    slopes = sigma(z).diff() / 0.01
+    if (slopes - slopes.mean()).abs().max() > 1e-6:
+        return None
+    b = b if b is not None else 0 * b_U
+    h = lambda y: y + U @ sigma(D @ y + b_D) + b_U
+    s = slopes.mean()
+    c = sigma(z[1000])
+    return s * (D @ W0), U, b + U @ (s * (D @ b + b_D) + c) + b_U
+""",
     },
 }
 

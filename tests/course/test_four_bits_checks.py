@@ -8,7 +8,7 @@ from try_answers import lesson
 
 from peft_from_scratch import nf4
 from peft_from_scratch.course.checks import four_bits as checks
-from peft_from_scratch.nf4.codes import book
+from peft_from_scratch.nf4.codes import book, normal_float
 from peft_from_scratch.nf4.double import double_quantize
 
 LESSON = lesson(build.FOLDER / "07_four_bits.py")
@@ -38,79 +38,76 @@ TOLD = {  # exercise: {mutant: what its learner must read}
     },
     "7.2": {
         "all zeros": "all entries are zero",
-        "low half first": "belongs into the high half",
-        "unpacked low half first": "the low half came first",
-        "added, not shifted": "added without shifting",
-        "times 15": "times 15",
-        "shifted by 3": "shifted by 3 bits",
-        "the first half beside the second": "neighbours share a byte",
-        "the second is lost": "the second is lost",
-        "the odd one dropped": "of an odd number is lost",
-        "the odd one in the low half": "belongs into the high half too",
-        "the odd one twice": "stands there twice",
-        "one code a byte": "nothing is packed",
-        "bytes of eight bytes": "a byte for two codes",
-        "codes changed in place": "codes itself was changed",
-        "the sign of a byte": "the highest bit is no sign",
-        "no mask": "& 15",
-        "divided, with a point": "// or >>",
-        "not woven": "weave them",
-        "n forgotten": "cut to n",
+        "n shares alone": "the last share of n shares alone",
+        "n - 1 shares alone": "the last share of n - 1 shares alone",
+        "the start of the last share": "not in its middle",
+        "n and n + 1 shares": "n and n - 1 are asked for",
+        "the constant of sixteen": "it depends on n",
+        "not divided": "not divided by the last quantile",
+        "more below zero": "more values below zero",
+        "no zero in common": "no zero in common",
+        "zero twice": "the zero is there twice",
+        "one value too few": "one is missing",
+        "one value too many": "one too many",
+        "one run from end to end": "zero is not among the values",
+        "the middles of equal shares": "the middles of n equal shares",
+        "evenly spaced values": "the shares are evenly spaced",
+        "falling": "the values rise from -1 to 1",
+        "the halves not turned": "one half is not turned round",
+        "the positive half alone": "the positive half alone",
+        "the shares": "not their quantiles",
+        "the last share is one": "the last share stays below 1",
+        "sixteen values": "sixteen values, whatever n is",
+        "the table": "quantile was never called",
+        "all shares at once": "call it for each share",
+        "always the normal": "whatever is given",
+        "a list": "a tensor is needed",
     },
     "7.3": {
-        "all zeros": "all entries are zero",
-        "floor": "the value below the ratio",
-        "ceiling": "the value above the ratio",
-        "one too many": "one too many",
-        "one too few": "one too few",
-        "ties up": "on a midpoint, the lower",
-        "counts those above": "counted from the other end",
-        "the values": "values[code] was returned",
-        "codes as fractions": "a code is a whole number",
-        "even steps": "these values are not even",
-        "the furthest": "the furthest value",
-        "the sign ignored": "the sign counts",
-        "flat": "in another shape",
-    },
-    "7.4": {
         "all zeros": "no offset",
         "ceiling": "the value above the ratio",
         "the median for the mean": "the median",
         "an offset for each block": "one for the whole tensor",
         "padded before the offset is off": "before the offset was taken off",
-        "one unit for the tensor": "one unit for the whole tensor",
-        "a single unit": "a single unit",
-        "no second absmax": "no unit",
-        "units without abs": "not the largest absolute value",
+        "one scale for the tensor": "one scale for the whole tensor",
+        "a single scale": "a single scale",
+        "no second absmax": "no scale",
+        "scales without abs": "not the largest absolute value",
         "the last short block dropped": "the last, short block is missing",
-        "not divided by the unit": "not divided by the unit",
+        "not divided by the scale": "not divided by the scale",
         "floor": "the value below the ratio",
         "codes in 64 bits": "eight bits for each constant",
-        "codes alone": "`return codes, units, offset`",
+        "codes alone": "`return codes, scales, offset`",
         "the constants changed in place": "absmax itself was changed",
         "the offset forgotten on the way back": "the offset is forgotten",
         "the offset twice": "added twice",
-        "the second absmax forgotten": "the unit is forgotten",
+        "the second absmax forgotten": "the scale is forgotten",
         "the codes, not their values": "the code itself was used",
-        "the first unit for all": "the first unit for all",
+        "the first scale for all": "the first scale for all",
     },
-    "7.5": {
-        "all zeros": "expected",
-        "the constants forgotten": "the constants are forgotten",
-        "the second level forgotten": "the second level is forgotten",
-        "the units forgotten": "the units are forgotten",
-        "the offset forgotten": "the offset of each tensor is forgotten",
-        "one offset for all": "each tensor has one",
-        "never double": "though they are quantized",
-        "doubled constants in 32 bits": "and their units too",
-        "single constants in 8 bits": "though they are not quantized",
-        "blocks that end with each row": "they run on into the next",
-        "a byte for each code": "two share one",
-        "embeddings quantized": "it stays in sixteen",
-        "the rest in 32 bits": "the rest in 32 bits",
-        "the rest forgotten": "the rest is forgotten",
-        "bits": "8 of them are a byte",
-        "all tensors as one": "each tensor has one",
+    "7.4": {
+        "two draws": "draw w once",
+        "all ones": "all weights are equal",
+        "positive weights": "no weight is negative",
+        "equal blocks": "all blocks have the same absmax",
+        "weights of plus and minus one": "all blocks have the same absmax",
+        "a rule about the last side": "theirs was never called",
+        "an error above fifteen percent, without ours": "ours was never called",
+        "a flat tensor beside it": "ours was never called",
+        "flat weights": "has only seen flat weights",
+        "the mean error": "an average, a norm or a wide limit",
+        "norms": "an average, a norm or a wide limit",
+        "sorted weights": "another order",
+        "the largest error, NaN forgotten": "NaN > limit is False",
+        "bit by bit": "is rounding, no fault",
+        "against the weights": "is rounding, no fault",
+        "the sound ones": "return the bad ones",
+        "the first alone": "go on to the last",
+        "true or false": "return the shapes themselves",
+        "how many": "return a list of shapes",
+        "turned round": "in another order",
+        "the shapes are used up": "shapes itself was changed",
+        "nothing at all": "`return` is missing",
     },
 }
 NEAR = "(ratios[..., None] - values).abs().argmin(-1)"
@@ -132,66 +129,42 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "7.2": {
-        "with whole numbers": (
-            "def my_pack(codes):\n"
-            "    pairs = F.pad(codes.long(), (0, len(codes) % 2)).view(-1, 2)\n"
-            "    return (pairs * torch.tensor([16, 1])).sum(1).to(torch.uint8)\n\n\n"
-            "def my_unpack(packed, n):\n"
-            "    codes = torch.empty(2 * len(packed), dtype=torch.long)\n"
-            "    codes[::2], codes[1::2] = packed // 16, packed % 16\n"
-            "    return codes[:n]\n"
-        ),
-        "one by one": (
-            "def my_pack(codes):\n"
-            "    codes = codes.tolist() + [0] * (len(codes) % 2)\n"
-            "    pairs = zip(codes[::2], codes[1::2])\n"
-            "    return torch.tensor([16 * a + b for a, b in pairs]).byte()\n\n\n"
-            "def my_unpack(packed, n):\n"
-            "    halves = [half for b in packed.tolist() for half in divmod(b, 16)]\n"
-            "    return torch.tensor(halves[:n], dtype=torch.uint8)\n"
+        "both halves in a loop": (
+            "def my_values(n, quantile):\n"
+            "    last = 1 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2\n"
+            "    row = [0.0]\n"
+            "    for sign, many in ((-1, n // 2 - 1), (1, n // 2)):\n"
+            "        for i in range(1, many + 1):\n"
+            "            p = 0.5 + (last - 0.5) * i / many\n"
+            "            row.append(sign * quantile(p) / quantile(last))\n"
+            "    return torch.tensor(sorted(row))\n"
         ),
     },
     "7.3": {
-        "every distance": f"def my_nearest(ratios, values):\n    return {NEAR}\n",
-        "a count of midpoints": (
-            "def my_nearest(ratios, values):\n"
-            "    midpoints = values[:-1] + values.diff() / 2\n"
-            "    above = ratios[..., None] > midpoints\n"
-            "    return above.sum(-1).to(torch.uint8)\n"
-        ),
-    },
-    "7.4": {
         "block by block": (
             "def my_double(absmax, values, block=256):\n"
             "    offset = sum(absmax) / len(absmax)\n"
-            "    codes, units = [], []\n"
+            "    codes, scales = [], []\n"
             "    for part in (absmax - offset).split(block):\n"
-            "        units.append(part.abs().max())\n"
-            "        ratios = part / units[-1].clamp(min=1e-30)\n"
+            "        scales.append(part.abs().max())\n"
+            "        ratios = part / scales[-1].clamp(min=1e-30)\n"
             f"        codes.append({NEAR})\n"
-            "    return torch.cat(codes).byte(), torch.stack(units), offset\n\n\n"
-            "def my_restored(codes, units, offset, values, block=256):\n"
-            "    parts = zip(codes.split(block), units)\n"
+            "    return torch.cat(codes).byte(), torch.stack(scales), offset\n\n\n"
+            "def my_restored(codes, scales, offset, values, block=256):\n"
+            "    parts = zip(codes.split(block), scales)\n"
             "    return torch.cat([values[c.int()] * u for c, u in parts]) + offset\n"
         ),
     },
-    "7.5": {
-        "of real tensors": (
-            "def my_bytes(packed, plain, block=64, double=True):\n"
-            "    ones = map(torch.ones, packed)\n"
-            "    held = [pfs.nf4.quantize(w, block, double) for w in ones]\n"
-            "    rest = [torch.empty(shape).half().nbytes for shape in plain]\n"
-            "    return sum(q.nbytes for q in held) + sum(rest)\n"
-        ),
-        "with ceil": (
-            "def my_bytes(packed, plain, block=64, double=True):\n"
-            "    up, total = math.ceil, 0\n"
-            "    for shape in packed:\n"
-            "        n = math.prod(shape)\n"
-            "        units = up(up(n / block) / 256) + 1\n"
-            "        total += up(n / 2) + up(n / block) * (1 if double else 4)\n"
-            "        total += 4 * units * double\n"
-            "    return total + sum(2 * math.prod(shape) for shape in plain)\n"
+    "7.4": {
+        "no larger than the limit": (
+            "def my_bad_shapes(theirs, ours, shapes):\n"
+            "    bad = []\n"
+            "    for shape in shapes:\n"
+            "        w = torch.randn(shape) * torch.rand(shape)\n"
+            "        off = (theirs(w) - ours(w)).abs().max().item()\n"
+            "        if not off <= 1e-5 * float(w.abs().max()):\n"
+            "            bad.append(shape)\n"
+            "    return bad\n"
         ),
     },
 }
@@ -205,41 +178,52 @@ RIGHT = {  # exercise: {name: another right answer}
 
 
 def test_what_checks_compare_with_is_what_the_library_does():
-    """Codes, bytes and constants that a check works out for itself."""
+    """Codes, values and constants that a check works out for itself."""
     for name in ("nf4", "int4"):
         values = torch.tensor(nf4.CODES[name])
         ratios = 2 * torch.rand(1000) - 1
         codes = checks.nearest(ratios, values)
         assert torch.equal(codes, nf4.blocks.nearest(ratios, name).long())
-    codes = torch.randint(16, (500,)).to(torch.uint8)
-    assert torch.equal(checks._packed(codes), nf4.spec.pack(codes))
+    derived = checks.normal_values(16, checks.QUANTILES["normal"])
+    assert torch.allclose(derived, normal_float(), rtol=0, atol=1e-15)
     absmax = 1 + torch.rand(700)
     for name in ("fp8", "int8"):
         theirs = double_quantize(absmax, name)
-        offset, units, ratios = checks._doubled(absmax, 256)
-        assert torch.equal(offset, theirs.offset) and torch.equal(
-            units, theirs.nested_absmax
-        )
         values = book(name, absmax.device).values
-        off = checks.nearest(ratios, values) - theirs.codes.long()
+        codes, scales, offset = checks.doubled(absmax, values)
+        assert torch.equal(offset, theirs.offset)
+        assert torch.equal(scales, theirs.nested_absmax)
+        off = codes.long() - theirs.codes.long()
         assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
+        back = checks.undoubled(theirs.codes, scales, offset, values)
+        assert torch.allclose(back, theirs.dequantize())
 
 
-def test_no_ratio_but_those_that_are_meant_to_be_lies_on_a_midpoint():
-    exact = 0
-    for name, values, ratios in checks.books():
-        if len(values) > 1:
-            gap = (ratios[..., None] - checks._midpoints(values)).abs().min()
-            assert gap > 1e-5 * (values[-1] - values[0]) or "midpoints" in name
-            exact += "midpoints" in name and gap == 0
-    assert exact == 1
+def test_what_stands_in_for_an_answer_is_right():
+    checks.absmax_blocks(checks.ratios_and_absmax)
+    checks.derived_values(checks.normal_values)
+    checks.double_quantization(checks.doubled, checks.undoubled)
+    checks.finds_bad_shapes(checks.bad_shapes)
 
 
-@pytest.mark.parametrize("block", [7, 64])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("packed, plain", checks.MODELS.values(), ids=checks.MODELS)
-def test_bytes_are_counted_as_tensors_have_them(packed, plain, block, double):
-    quantized = (nf4.quantize(torch.ones(s), block, double).nbytes for s in packed)
-    rest = (torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in plain)
-    expected = sum(quantized) + sum(rest)
-    assert checks.counted(packed, plain, block, double) == expected
+@pytest.mark.parametrize("name", checks.FAULTS)
+def test_a_fault_shows_on_the_shapes_that_it_hits_and_on_no_other(name):
+    fault = checks.FAULTS[name]
+    theirs = checks._Watched(fault, 0.0)
+    expected = [shape for shape in checks.SHAPES if fault.hits(shape)]
+    assert checks.bad_shapes(theirs, checks.exact, checks.SHAPES) == expected
+    assert len(theirs.seen) == len(checks.SHAPES)
+
+
+def test_the_fault_of_the_lesson_is_among_those_of_the_check():
+    """bitsandbytes on a CPU, where it has the fault: the same shapes, or none."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+
+    def theirs(w):
+        code, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+        return bnb.dequantize_4bit(code, state)
+
+    shapes = [(128, 128), (96, 128), (128, 96), (12288,), (64, 32), (32, 160)]
+    hits = checks.FAULTS["constants are looked up row by row"].hits
+    bad = checks.bad_shapes(theirs, checks.exact, shapes)
+    assert bad in ([], [shape for shape in shapes if hits(shape)])

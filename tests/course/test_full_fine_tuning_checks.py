@@ -2,12 +2,11 @@
 
 import build
 import pytest
-import torch
-from architectures import build as small
 from try_answers import lesson
 
 from peft_from_scratch.course.checks import full_fine_tuning as checks
-from peft_from_scratch.ledger.experiments import bill
+from peft_from_scratch.ledger import runs
+from peft_from_scratch.ledger.experiments import data_size
 
 LESSON = lesson(build.FOLDER / "01_full_fine_tuning.py")
 EXERCISES = {exercise.id: exercise for exercise in LESSON.exercises}
@@ -105,41 +104,41 @@ def my_adamw(W, g, m, v, t, lr, betas, eps, decay):
 """,
     },
     "1.4": {
-        "one by one": """
-def my_bill(parameters, recipe):
-    numbers = parameters / 10**9
-    size = 4 if recipe == "fp32" else 2
-    return {
-        "moments": 2 * numbers * (2 if recipe == "bf16" else 4),
-        "master": 4 * numbers if recipe == "mixed" else 0,
-        "gradients": size * numbers,
-        "weights": size * numbers,
-    }
+        "by sets of settings": """
+def my_control(runs, a, b, suspect):
+    def settings(run):
+        order_free = {f: tuple(sorted(run[f])) for f in ("parts", "seeds")}
+        return {f: run[f] for f in ("how", "examples", "tried")} | order_free
+
+    def differ(x, y):
+        return {f for f, _ in set(settings(x).items()) ^ set(settings(y).items())}
+
+    rows = {run["name"]: run for run in runs}
+    for x in runs:
+        for y in runs:
+            if differ(x, y) == {suspect} and len(x["seeds"]) >= 2:
+                return differ(rows[a], rows[b]) - {suspect}, (x["name"], y["name"])
+    return differ(rows[a], rows[b]) - {suspect}, None
 """,
-        "as a tensor": """
-def my_bill(parameters, recipe):
-    table = torch.tensor([[4, 4, 0, 8], [2, 2, 0, 4], [2, 2, 4, 8]]).double()
-    row = table[["fp32", "bf16", "mixed"].index(recipe)] * parameters / 1e9
-    return dict(zip(["weights", "gradients", "master", "moments"], row))
-""",
-    },
-    "1.5": {
-        "floor and ceil": """
-def my_storage(disk, model, adapter):
-    copies = math.floor(disk / model)
-    adapters = math.floor((disk - model) / adapter) if disk >= model else 0
-    level = math.floor(model / (model - adapter)) + 1 if adapter < model else None
-    return copies, adapters, level
-""",
-        "divmod and a loop": """
-def my_storage(disk, model, adapter):
-    copies, _ = divmod(disk, model)
-    tasks, adapters = 1, max(0, (disk - model) // adapter)
-    if model <= adapter:
-        return copies, adapters, None
-    while model + tasks * adapter >= tasks * model:
-        tasks += 1
-    return [copies, adapters, tasks]
+        "a list and the last pair": """
+def my_control(runs, a, b, suspect):
+    fields = ["how", "parts", "examples", "tried", "seeds"]
+
+    def same(x, y, f):
+        if f in ("parts", "seeds"):
+            return sorted(x[f]) == sorted(y[f])
+        return x[f] == y[f]
+
+    (one,) = [run for run in runs if run["name"] == a]
+    (other,) = [run for run in runs if run["name"] == b]
+    confounds = [f for f in fields if f != suspect and not same(one, other, f)]
+    pair = None
+    for x in runs:
+        for y in runs:
+            others = all(same(x, y, f) for f in fields if f != suspect)
+            if others and not same(x, y, suspect) and len(y["seeds"]) > 1:
+                pair = [x["name"], y["name"]]
+    return [confounds, pair]
 """,
     },
 }
@@ -207,38 +206,30 @@ EXPLAINED = {  # {exercise: {mutant: what the learner is told}}
         "W never moves": "W is as it was",
     },
     "1.4": {
-        "the textbook's rows": "this recipe keeps the weights in two bytes",
-        "GiB": "a GB is 1e9 bytes",
-        "bytes": "divide by 1e9",
-        "bits": "bits",
-        "no master copy": "has a float32 copy",
-        "master in the weights": "a row of its own",
-        "master in the moments": "has a float32 copy",
-        "master in two bytes": "the master copy is float32",
-        "moments in two bytes": "two moments of four bytes each",
-        "float32 moments of bf16": "two bytes each",
-        "a master copy everywhere": "only mixed precision has a master copy",
-        "float32 gradients": "the dtype of its weight",
-        "always seven billion": "`parameters` is ignored",
-        "always mixed": "float32 is four bytes",
-        "rows missing": "with 0 for a row",
-        "the total": "a dict with four rows",
-        "cut off": "drops what follows the point",
-        "rounded": "leave that to whoever prints it",
-    },
-    "1.5": {
-        "no base": "the base is missing",
-        "a base for each": "one base is enough",
-        "below zero": "no room for the base",
-        "not rounded": "// a whole number",
-        "rounded up": "a copy that fits in part",
-        "adapters rounded up": "a task that fits in part",
-        "draws level": "fewer bytes, not the same",
-        "never None": "never wins: None",
-        "None if equal alone": "never wins: None",
-        "one for the base": "one task too early",
-        "adapters in a model": "how many adapters weigh one model",
-        "the base is a task": "counted as a task",
+        "the rate must be equal": "the learning rate is an outcome of the search",
+        "rows of one search, whatever it found": "each method needs its own",
+        "the loss must be equal": "the outcome that is compared",
+        "the name is a setting": "a name is no setting",
+        "the search does not count": "also differ in tried",
+        "the seeds do not count": "also differ in seeds",
+        "the examples do not count": "also differ in examples",
+        "what else trains does not count": "parts differs",
+        "the order counts": "has no meaning",
+        "as many seeds and parts": "differ in seeds",
+        "the suspect confounds": "the suspect itself is no confound",
+        "one seed is enough": "one seed has no interval",
+        "two seeds are too few": "two seeds are enough",
+        "two that differ in nothing": "try every two rows",
+        "the suspect and more": "they isolate nothing",
+        "one difference, whichever": "they cannot show its effect",
+        "a must be in it": "not only a and b",
+        "a and b alone": "try every two rows",
+        "always a and b": "they isolate nothing",
+        "always how": "they cannot show its effect",
+        "a text of names": "a pair of names or None",
+        "rows, not names": "two names from the table",
+        "only the confounds": "one of them is missing",
+        "the table is sorted": "runs itself was changed",
     },
 }
 
@@ -263,12 +254,22 @@ def test_a_wrong_answer_is_explained(id, name, told):
     assert told in str(said)
 
 
-@pytest.mark.parametrize("recipe", bill.RECIPES)
-def test_the_bytes_of_a_recipe_are_those_of_a_real_step(recipe):
-    dtype = torch.float32 if recipe == "fp32" else torch.bfloat16
-    count = bill.counted(small("llama", dtype=dtype), recipe, length=16)
-    each, numbers = count["per_parameter"], count["parameters"]
-    master = count["state"].get("master", 0) / numbers
-    moments = sum(count["state"][name] for name in ("exp_avg", "exp_avg_sq")) / numbers
-    found = each["weights"], each["gradients"], master, moments
-    assert found == pytest.approx(checks.BYTES[recipe], abs=0.01)
+def test_the_lessons_own_answers_pass():
+    checks.loss(checks.our_loss)
+    checks.adamw(checks.our_adamw)
+    checks.control(checks.our_control)
+
+
+def test_most_designs_have_a_control_and_some_have_none():
+    designs = [(runs, suspect) for runs, _, _, suspect in checks._designs()]
+    isolated = [any(checks._isolating(*design)) for design in designs]
+    assert 20 < sum(isolated) < len(designs) - 20
+
+
+def test_two_of_the_shipped_methods_differ_in_the_rank_alone():
+    stored = [runs.stored(config) for config in data_size.configs("tiny")]
+    rows = checks.shipped_rows(stored)
+    confounds, pair = checks.our_control(rows, "full", "LoRA", "how")
+    assert confounds == {"parts", "tried"}
+    assert set(pair) == {"full", "LoRA and the rest"}
+    assert [row["seeds"] for row in rows] == [data_size.SEEDS] * 4

@@ -5,8 +5,11 @@ should say, and answers that differ from the notebook's and are as good.
 """
 
 import build
+import pytest
 from exercise_checks import checked
 from try_answers import lesson
+
+from peft_from_scratch.course.checks import lora_from_scratch as checks
 
 LESSON = lesson(build.FOLDER / "04_lora_from_scratch.py")
 
@@ -32,20 +35,6 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "x is cut off": "the layers below learn through A too",
     },
     "4.2": {
-        "all zeros": "both are zero",
-        "B random": "B is random too",
-        "B in the place of A": "the wrong way round",
-        "B, A": "`return B, A`",
-        "A turned": "the two sides are swapped",
-        "variance one": "has a standard deviation of 1",
-        "the variance, not its root": "take its root",
-        "no 3": "the 3 is missing",
-        "the width of d_out": "d_out in the place of d_in",
-        "uniform, of the variance": "a uniform draw",
-        "a seed in it": "two calls gave the same A",
-        "A alone": "`return A, B` is missing",
-    },
-    "4.3": {
         "freezes last": "freeze it first",
         "freezes what it wraps alone": "the base was left trainable",
         "nothing is frozen": "the base was left trainable",
@@ -57,12 +46,15 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "put in as .base": "a LoRA inside a LoRA",
         "the first layer alone": "only the first layer was walked",
         "one LoRA for all": "make a new one for each module",
-        "alpha left out": "got alpha=16",
+        "its own LoRA": "wrap(module) makes it",
+        "its own LoRA, just like it": "wrap(module) makes it",
+        "a copy is wrapped": "give the module itself",
+        "wrapped twice": "wrap was called",
         "the count": "a list of names is needed, not a int",
         "names from last to first": "another order",
         "nothing at all": "no module was found",
     },
-    "4.4": {
+    "4.3": {
         "nothing is written": "nothing was written",
         "returned, not written": "nothing was written",
         "no transpose": "the transpose is missing: Conv1D",
@@ -77,16 +69,29 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "another parameter": "Write into the weight that is there",
         "the bias is scaled": "the bias was changed",
     },
-    "4.5": {
-        "s, not squared": "s in the place of s squared",
-        "no cumsum": "not summed up",
-        "no total": "not divided by the total",
-        "from rank zero": "index 0 is rank 1",
-        "the smallest first": "the smallest come first",
-        "the index": "one too few: index 0",
-        "counts those above": "the ranks at or above",
-        "above, never at": "holds exactly as much is enough",
-        "one too many": "one too many",
+    "4.4": {
+        "the control is not asserted": "the control fails, and was not asserted",
+        "no gain is not noticed": "the updates lower no loss",
+        "the control may gain nothing": "a valid measurement was taken for void",
+        "the control may keep the share": "the control fails",
+        "the control without its sign": "compare without abs()",
+        "the gain of everything": "'everything' has trained embeddings and norms",
+        "the gain from random": "counted from 'random'",
+        "a share of the loss": "a share of the pretrained loss",
+        "near the whole update's loss": "compared with that of the whole update",
+        "one rank after the other": "one rank after the other is tried",
+        "from the full rank down": "one rank after the other is tried",
+        "powers of two": "between two of them",
+        "the full rank": "is it the smallest?",
+        "above, never at": "exactly as much is enough",
+        "one too many": "one rank off",
+        "from rank zero": "an end of the interval that is no rank",
+        "halves that are no ranks": "/ in the place of //",
+        "always 0.95": "share was ignored",
+        "the share that is kept": "this is not the smallest rank",
+        "zero for void": "return None",
+        "a float": "a whole number is asked for",
+        "a text": "an int or None, no str",
     },
 }
 FORWARD = """\
@@ -101,10 +106,15 @@ class MyLoRA(nn.Module):
     def forward(self, x):
         {}
 """
-START = "def my_start(d_out, d_in, r):\n    {}\n"
-INJECT = "def my_inject(model, targets, r, alpha):\n    {}\n"
+INJECT = "def my_inject(model, targets, wrap):\n    {}\n"
 MERGE = "def my_merge(base, A, B, alpha):\n    {}\n"
-SPECTRUM = "def my_spectrum(dW, held=0.9):\n    {}\n"
+SEARCH = """\
+def my_smallest_rank(loss_at, full_rank, losses, share=0.95):
+    nothing, gain = losses["nothing"], losses["nothing"] - losses["update"]
+    if not gain > 0 or (nothing - losses["random"]) / gain >= 1 - share:
+        return None
+    {}
+"""
 RIGHT = {  # exercise: {name: another right answer}
     "4.1": {
         "F.linear": FORWARD.format(
@@ -130,25 +140,6 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "4.2": {
-        "normal_": START.format(
-            "A = torch.empty(r, d_in).normal_(std=(3 * d_in) ** -0.5)\n"
-            "    return A, torch.empty(d_out, r).zero_()"
-        ),
-        "torch.normal, a list": START.format(
-            "A = torch.normal(0.0, math.sqrt(1 / (3 * d_in)), (r, d_in))\n"
-            "    return [A, torch.zeros((d_out, r))]"
-        ),
-        "parameters": START.format(
-            "A, B = nn.Parameter(torch.empty(r, d_in)), torch.zeros(d_out, r)\n"
-            "    nn.init.normal_(A, std=1 / math.sqrt(3 * d_in))\n"
-            "    return A, nn.Parameter(B)"
-        ),
-        "turned, and turned back": START.format(
-            "A = (torch.randn(d_in, r) / d_in**0.5 / 3**0.5).T\n"
-            "    return A, torch.zeros(r, d_out).T"
-        ),
-    },
-    "4.3": {
         "no list before the walk": INJECT.format(
             "for parameter in model.parameters():\n"
             "        parameter.requires_grad = False\n"
@@ -156,7 +147,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    for name, module in model.named_modules():\n"
             "        *parents, last = name.split('.')\n"
             "        if last in targets and isinstance(module, (nn.Linear, Conv1D)):\n"
-            "            new = pfs.lora.LoRA(module, r=r, alpha=alpha)\n"
+            "            new = wrap(module)\n"
             "            setattr(model.get_submodule('.'.join(parents)), last, new)\n"
             "            names.append(name)\n"
             "    return names"
@@ -166,7 +157,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    def walk(parent, before):\n"
             "        for last, child in list(parent.named_children()):\n"
             "            if last in targets and type(child) in (nn.Linear, Conv1D):\n"
-            "                setattr(parent, last, pfs.lora.LoRA(child, r, alpha))\n"
+            "                setattr(parent, last, wrap(child))\n"
             "                yield before + last\n"
             "            else:\n"
             "                yield from walk(child, f'{before}{last}.')\n"
@@ -177,7 +168,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "        if any(n == t or n.endswith('.' + t) for t in targets)\n"
             "        and isinstance(m, (nn.Linear, Conv1D))]\n"
             "    for n, m in chosen:\n"
-            "        model.set_submodule(n, pfs.lora.LoRA(m, r, alpha))\n"
+            "        model.set_submodule(n, wrap(m))\n"
             "    model.requires_grad_(False)\n"
             "    for n, m in chosen:\n"
             "        new = model.get_submodule(n)\n"
@@ -185,7 +176,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return tuple(n for n, _ in chosen)"
         ),
     },
-    "4.4": {
+    "4.3": {
         "in float64, by .data": MERGE.format(
             "dW = B.double() @ A.double() * alpha / B.shape[1]\n"
             "    if not isinstance(base, nn.Linear):\n"
@@ -206,31 +197,30 @@ RIGHT = {  # exercise: {name: another right answer}
             "        base.weight += dW"
         ),
     },
-    "4.5": {
-        "a loop": SPECTRUM.format(
-            "s = torch.linalg.svdvals(dW)\n"
-            "    total = float((s ** 2).sum())\n"
-            "    energy = torch.tensor([float((s[: i + 1] ** 2).sum()) / total\n"
-            "        for i in range(len(s))])\n"
-            "    for k, each in enumerate(energy.tolist(), 1):\n"
-            "        if each >= held:\n"
-            "            return energy, k"
+    "4.4": {
+        "the module bisect": SEARCH.format(
+            "import bisect\n"
+            "    keeps = lambda k: (nothing - loss_at(k)) / gain >= share\n"
+            "    ranks = range(1, full_rank + 1)\n"
+            "    return ranks[bisect.bisect_left(ranks, True, key=keeps)]"
         ),
-        "searchsorted, float64": SPECTRUM.format(
-            "_, s, _ = torch.linalg.svd(dW.double(), full_matrices=False)\n"
-            "    energy = torch.cumsum(s * s, 0) / dW.double().norm() ** 2\n"
-            "    return energy, torch.searchsorted(energy, held) + 1"
+        "itself, on the half that is left": SEARCH.format(
+            "def within(low, high):\n"
+            "        if low == high:\n"
+            "            return low\n"
+            "        middle = low + (high - low) // 2\n"
+            "        if loss_at(middle) <= nothing - share * gain:\n"
+            "            return within(low, middle)\n"
+            "        return within(middle + 1, high)\n"
+            "    return within(1, full_rank)"
         ),
-        "argmax, a list": SPECTRUM.format(
-            "squares = torch.linalg.svd(dW).S.pow(2)\n"
-            "    energy = torch.cumsum(squares / squares.sum(), dim=0)\n"
-            "    return [energy, (energy >= held).int().argmax().item() + 1]"
-        ),
-        "eigenvalues of the smaller square": SPECTRUM.format(
-            "square = dW @ dW.T if dW.shape[0] < dW.shape[1] else dW.T @ dW\n"
-            "    squares = torch.linalg.eigvalsh(square).clamp(min=0).flip(0)\n"
-            "    energy = squares.cumsum(0) / squares.sum()\n"
-            "    return energy, 1 + sum(each < held for each in energy.tolist())"
+        "bit by bit": SEARCH.format(
+            "fails = 0\n"
+            "    for bit in reversed(range(full_rank.bit_length())):\n"
+            "        k = fails + 2**bit\n"
+            "        if k < full_rank and nothing - loss_at(k) < share * gain:\n"
+            "            fails = k\n"
+            "    return fails + 1"
         ),
     },
 }
@@ -241,3 +231,37 @@ RIGHT = {  # exercise: {name: another right answer}
     test_an_answer_that_is_right_in_another_way_passes,
     test_every_exercise_has_both,
 ) = checked(LESSON, TOLD, RIGHT)
+
+
+@pytest.mark.parametrize(
+    "check, stand_in",
+    [
+        (checks.lora_forward, checks.LoRA),
+        (checks.lora_inject, checks.inject),
+        (checks.lora_merge, checks.merge),
+        (checks.lora_smallest_rank, checks.smallest_rank),
+    ],
+)
+def test_what_works_in_the_place_of_an_answer_passes_its_check(check, stand_in):
+    check(stand_in)
+
+
+@pytest.mark.parametrize("case", [*checks.searches()], ids=lambda case: case.name)
+def test_a_search_has_one_right_answer(case):
+    """Found by looking at every rank; and every rank above it keeps the share too."""
+    keeps = [case.kept(loss) >= case.share for loss in case.curve]
+    random = case.kept(case.losses["random"])
+    gains = case.losses["nothing"] > case.losses["update"]
+    if not gains or random >= 1 - case.share:
+        assert case.wanted is None
+    else:
+        assert case.wanted == keeps.index(True) + 1
+        assert keeps == sorted(keeps)
+        assert len(case.curve) <= 576
+
+
+def test_searches_differ_in_their_answers():
+    answers = [case.wanted for case in checks.searches()]
+    assert answers.count(None) >= 4
+    assert {1, 2, 301} < set(answers)
+    assert any(c.wanted == c.full_rank > 1 for c in checks.searches())

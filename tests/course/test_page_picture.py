@@ -104,6 +104,22 @@ def test_a_walk_that_starts_over_never_hits():
     assert page_picture.faults(4, there_and_back) == 8 + 3 * 4
 
 
+@law
+def back_and_forth_has_the_fewest_faults():
+    for pages, slots, steps in (
+        (8, 4, 3),
+        (5, 1, 4),
+        (4, 4, 3),
+        (3, 5, 2),
+        (16, 8, 20),
+    ):
+        order = page_picture.back_and_forth(pages, slots, steps)
+        assert [sorted(walk) for walk in order] == [[*range(pages)]] * steps
+        trace = [page for walk in order for page in walk]
+        fewest = pages + (steps - 1) * max(pages - slots, 0)
+        assert page_picture.faults(slots, trace) == fewest
+
+
 MOMENTS = [
     Moment(1, 0, FAULT, frozenset({0}), frozenset()),
     Moment(1, 1, AHEAD, frozenset({0, 1}), frozenset({0})),
@@ -216,6 +232,12 @@ BUGS = {
         "        resident.move_to_end(page)\n",
         "",
         faults_are_those_of_another_lru,
+    ),
+    "always forward": Bug(
+        page_picture.back_and_forth,
+        "if step % 2",
+        "if False",
+        back_and_forth_has_the_fewest_faults,
     ),
     "a slot too many": Bug(
         page_picture.faults,

@@ -24,6 +24,21 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "stays, though it left": "more pages than slots",
     },
     "9.2": {
+        "all zeros": "every page once in each optimizer step",
+        "starting over": "just before its next use",
+        "always backward": "just before its next use",
+        "backward once": "step 4 does not begin with the pages that step 3",
+        "even pages first": "just before its next use",
+        "rotated by the slots": "does not begin with the pages that step 1",
+        "only resident pages": "every page once in each optimizer step",
+        "one page less": "every page once in each optimizer step",
+        "one page twice": "every page once in each optimizer step",
+        "one step less": "one list for each optimizer step",
+        "one list for all steps": "one list for each optimizer step",
+        "the number of faults": "a list is needed",
+        "half of it turned": "does not begin with the pages",
+    },
+    "9.3": {
         "all zeros": "all entries are zero",
         "never written back": "is dirty, and must be written back",
         "always written back": "clean pages were written back",
@@ -40,6 +55,24 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "eps under the root": "eps was added under the root",
         "one beta for both": "it has a beta of its own",
         "nothing at all": "is not read again",
+    },
+    "9.4": {
+        "all zeros": "my_plan(",
+        "the most bytes": "frees the most bytes was chosen",
+        "one token costs the same": "the bytes of one token did not change",
+        "factors are what is saved": "0.25 leaves a quarter",
+        "rounded up": "round down",
+        "rounded": "round down",
+        "below zero": "0 is the least",
+        "only one token changes": "a change also multiplies the parts",
+        "the last of equal ones": "of equal changes the last was chosen",
+        "always a change": "so the best is None",
+        "one on top of the other": "each is judged alone",
+        "the gain": "the tokens that fit then are asked for",
+        "the tokens alone": "three values are needed",
+        "the first part left out": "a part is missing from the sum",
+        "the last part left out": "a part is missing from the sum",
+        "the parts are changed": "belongs to the caller",
     },
 }
 PAGES = """\
@@ -83,6 +116,16 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "9.2": {
+        "the resident pages first": (
+            "def my_order(pages, slots, steps):\n"
+            "    order = [[*range(pages)]]\n"
+            "    while len(order) < steps:\n"
+            "        last = order[-1]\n"
+            "        order.append(last[-slots:] + last[:-slots])\n"
+            "    return order\n"
+        ),
+    },
+    "9.3": {
         "torch's operations": PAGER.format(
             "self.store, self.page, self.dirty = store, None, False",
             "if self.page == page: return\n"
@@ -97,6 +140,18 @@ RIGHT = {  # exercise: {name: another right answer}
             "        root = v.sqrt() / (1 - beta2**t) ** 0.5\n"
             "        p.addcdiv_(m, root.add_(eps), value=-lr / (1 - beta1**t))\n"
             "        self.dirty = True",
+        ),
+    },
+    "9.4": {
+        "a maximum with a key": (
+            "def my_plan(parts, a_token, budget, changes):\n"
+            "    def fits(change):\n"
+            "        held = sum(parts[p] * change.get(p, 1) for p in parts)\n"
+            "        token = a_token * change.get('a token', 1)\n"
+            "        return max(0, math.floor((budget - held) / token))\n"
+            "    options = {None: {}} | changes\n"
+            "    best = max(options, key=lambda name: fits(options[name]))\n"
+            "    return fits({}), best, fits(options[best])\n"
         ),
     },
 }

@@ -4,6 +4,8 @@ import build
 from exercise_checks import checked
 from try_answers import lesson
 
+from peft_from_scratch.course.checks import prefix_and_prompt as checks
+
 LESSON = lesson(build.FOLDER / "12_prefix_and_prompt.py")
 
 TOLD = {  # exercise: {mutant: what its learner must read}
@@ -47,38 +49,44 @@ TOLD = {  # exercise: {mutant: what its learner must read}
     },
     "12.3": {
         "all zeros": "all entries are zero",
-        "the tokens' share": "the tokens' share",
         "no scale": "no scale",
-        "no causal mask": "later tokens count",
-        "counts of positions": "not their weight",
-        "n / (n + t)": "later tokens included",
+        "no causal mask": "tokens see later tokens",
+        "prefix under the causal mask": "the prefix is under the causal mask",
+        "not renormalized": "each row must add up to 1",
+        "divided by the share": "the tokens' sum is 1 - share",
+        "multiplied by the rest": "the weights are divided by it",
+        "among all positions": "cut off the first n",
+        "transposed": "rows are queries",
+        "the tokens' share": "the tokens' share",
         "the mean of the n": "their sum",
         "one for each position": "add them up",
-        "the weights": "add up the first n",
         "a column": "without keepdim",
         "the odds": "divide by both",
-        "the mass alone": "not divided by the whole",
-        "scores added up": "not their exponentials",
-        "overflows": "an overflow",
+        "counts of positions": "not their weight",
+        "swapped": "share and among are swapped",
+        "the share alone": "(share, among)",
     },
     "12.4": {
-        "all zeros": "(prefix, prompt) for n=5",
-        "every query head": "only key-value heads have keys",
-        "the hidden size": "the hidden size was taken for h_kv d",
-        "no factor 2": "times 2",
-        "no layers": "a prefix stands in each",
-        "no n": "n is forgotten",
-        "hidden size / heads": "config.head_dim",
-        "a prompt in every layer": "at the input alone",
-        "swapped": "prefix and prompt are swapped",
-        "bytes": "parameters are asked for",
-        "the prefix alone": "return all 2",
+        "all zeros": "each once",
+        "everything stays": "nothing was removed",
+        "every vector that can go alone": "Two that do the same work",
+        "every vector that can go alone, one left": "Two that do the same work",
+        "compared with the loss before": "small losses add up",
+        "one removal alone": "the search ended too early",
+        "strictly less": "exactly `most` is allowed",
+        "those that go": "the vectors that go were returned",
+        "a fixed ranking, stopped early": "try all that are left again",
+        "one pass": "a vector that had to stay at first may go now",
+        "none is left": "at least one stays",
+        "the empty list is tried": "called with an empty list",
+        "all subsets": "all subsets are tried",
+        "one removal too many": "one removal too many",
     },
 }
 PROMPT = "def my_prompt(model, P, input_ids, attention_mask):\n    {}\n"
 ATTENTION = "def my_attention(q, K, V, P_K, P_V):\n    {}\n"
-SHARE = "def my_share(q, K, P_K):\n    {}\n"
-COUNTS = "def my_counts(config, n):\n    {}\n"
+SPLIT = "def my_split(q, K, P_K):\n    {}\n"
+KEEP = "def my_keep(loss, n, most):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
     "12.1": {
         "behind the padding, by the library": PROMPT.format(
@@ -137,30 +145,43 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "12.3": {
-        "logsumexp": SHARE.format(
+        "logsumexp": SPLIT.format(
             "t, d = q.shape\n"
             "    hidden = torch.full((t, t), float('-inf')).triu(1)\n"
             "    own, front = q @ K.T / d**0.5 + hidden, q @ P_K.T / d**0.5\n"
-            "    return torch.sigmoid(front.logsumexp(-1) - own.logsumexp(-1))"
+            "    share = torch.sigmoid(front.logsumexp(-1) - own.logsumexp(-1))\n"
+            "    return share, own.softmax(-1)"
         ),
-        "a loop": SHARE.format(
-            "shares = []\n"
+        "a loop": SPLIT.format(
+            "shares, among = [], torch.zeros(len(q), len(q))\n"
             "    for i, each in enumerate(q):\n"
             "        s = torch.cat([P_K, K[: i + 1]]) @ each / len(each) ** 0.5\n"
-            "        shares.append(s.softmax(0)[: len(P_K)].sum())\n"
-            "    return torch.stack(shares)"
+            "        w, n = s.softmax(0), len(P_K)\n"
+            "        shares.append(w[:n].sum())\n"
+            "        among[i, : i + 1] = w[n:] / w[n:].sum()\n"
+            "    return torch.stack(shares), among"
         ),
     },
     "12.4": {
-        "a list, in another order": COUNTS.format(
-            "prompt = config.hidden_size * n\n"
-            "    keys = config.head_dim * config.num_key_value_heads * n\n"
-            "    return [config.num_hidden_layers * (keys + keys), prompt]"
+        "the cheapest, with pop": KEEP.format(
+            "keep, full = list(range(n)), loss(list(range(n)))\n"
+            "    while len(keep) > 1:\n"
+            "        cut = [keep[:i] + keep[i + 1:] for i in range(len(keep))]\n"
+            "        costs = [loss(each) for each in cut]\n"
+            "        if min(costs) - full > most:\n"
+            "            return keep\n"
+            "        keep.pop(int(np.argmin(costs)))\n"
+            "    return keep"
         ),
-        "of a real tensor": COUNTS.format(
-            "P = torch.empty(config.num_hidden_layers, 2, n,\n"
-            "        config.num_key_value_heads, config.head_dim)\n"
-            "    return P.numel(), torch.empty(n, config.hidden_size).numel()"
+        "recursion": KEEP.format(
+            "limit = loss(list(range(n))) + most\n"
+            "    def less(keep):\n"
+            "        for i in keep if len(keep) > 1 else []:\n"
+            "            rest = [j for j in keep if j != i]\n"
+            "            if loss(rest) <= limit:\n"
+            "                return less(rest)\n"
+            "        return keep\n"
+            "    return less(list(range(n)))"
         ),
     },
 }
@@ -171,3 +192,11 @@ RIGHT = {  # exercise: {name: another right answer}
     test_an_answer_that_is_right_in_another_way_passes,
     test_every_exercise_has_both,
 ) = checked(LESSON, TOLD, RIGHT)
+
+
+def test_the_librarys_own_answers_pass():
+    """A lesson goes on with them where the learner's have not passed."""
+    checks.prompt_forward(checks.library_prompt)
+    checks.prefix_attention(checks.library_attention)
+    checks.attention_split(checks.library_split)
+    checks.kept_vectors(checks.library_keep)

@@ -32,43 +32,56 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the scale in place, on B": "B itself was changed",
     },
     "8.2": {
-        "all zeros": "B A is zero",
-        "the wrong sign": "W0 - W', not W' - W0",
-        "the SVD of W0": "the SVD of W0, not of what quantizing took",
-        "the SVD of W'": "the SVD of W', not of W0 - W'",
-        "the scale forgotten": "the scale is forgotten",
-        "the scale twice": "once is enough",
-        "no singular values": "the singular values are missing",
-        "the singular values twice": "there twice",
-        "a root in one alone": "one of the two alone",
-        "the smallest pieces": "the smallest pieces were kept",
-        "a piece too few": "one piece too few",
-        "one rank too few": "not r pieces were kept",
-        "one rank too many": "not r pieces were kept",
-        "A and B swapped": "`return B, A`",
-        "LoRA's start": "LoRA's own start",
-        "W0 changed in place": "W0 itself was changed",
-        "the product": "`return A, B` is missing",
+        "all zeros": "all entries are zero",
+        "before is forgotten": "`before` is not taken off",
+        "after is forgotten": "`after` is left out",
+        "the wrong sign": "the wrong sign",
+        "by the norm": "by its square",
+        "by the change": "divided by the norm of the change",
+        "a cosine": "a cosine: both norms are in it",
+        "a length": "counts rounding noise, too",
+        "squared lengths": "a ratio of squared norms counts rounding noise",
+        "the error": "is the error, not the share",
+        "not divided": "not divided by ‖update‖²",
+        "percent": "a share of 1 is all of it",
+        "entry by entry": "the mean of the ratios",
+        "before changed in place": "before itself was changed",
     },
     "8.3": {
-        "all zeros": "the adapter was trained beside W'",
-        "by the weight": "divided by the weight's norm",
-        "not divided": "not divided by",
-        "against W0 + the update": "the adapter was trained beside W'",
-        "trained without the update": "without the update",
-        "requantized W0 + the update": "requantized W0 + ΔW",
-        "requantized without the update": "requantized without the update",
-        "no scale": "the update is not scaled",
-        "squared": "take the root",
-        "absolute values": "norms are asked for",
-        "swapped": "the two are swapped",
-        "the first alone": "return all 2",
-        "not requantized": "all entries are zero",
+        "all zeros": "expected a finite number above zero",
+        "percent": "0.05, not 5 %",
+        "the norm itself": "divide it by ‖W'‖",
+        "the factor of B A": "the factor of B A was returned",
+        "the square of the ratio": "take its root",
+        "upside down": "t is the inverse",
+        "a length": "It counts rounding noise, too",
+        "the error": "That is the error",
+        "codes": "half of the codes change there",
+        "the root of the share": "the root of the share",
+        "the update alone is rounded": "is W' left out of the sum",
+        "nine tenths": "t is too large",
+        "a tenth": "t is too small",
+        "a coarse grid": "Is the grid too coarse",
+        "the wrong side": "go to the wrong side",
+        "the figure of the lesson": "the same t as for the weight before",
+        "A changed in place": "A itself was changed",
+        "a text": "return one number, t",
+    },
+    "8.4": {
+        "all zeros": "a misspelled word",
+        "all requantized": "keeps almost nothing of the update",
+        "the phone dequantized": "it needs 160 MB, and there is room for 40",
+        "the phone from the original": "W0 is not at hand",
+        "the watch separate": "it needs 10 MB, and there is room for 1",
+        "the camera requantized": "at 0.9 % requantizing keeps almost nothing",
+        "the server separate": "too slow there",
+        "the laptop requantized": "the adapter may stay separate",
+        "the laptop from the original": "the adapter may stay separate",
+        "a word misspelled": "allowed are separate, dequantized",
+        "a device left out": "a device is left out",
     },
 }
 QLORA = "def my_qlora(x, q, A, B, scale):\n    {}\n"
-START = "def my_start(W0, q, r, scale):\n    {}\n"
-ERRORS = "def my_errors(W0, q, A, B, scale):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
     "8.1": {
         "made again by checkpointing": QLORA.format(
@@ -98,24 +111,49 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "8.2": {
-        "all of the values in B": START.format(
-            "U, s, Vt = torch.linalg.svd(W0 - pfs.nf4.dequantize(q))\n"
-            "    return Vt[:r], U[:, :r] @ s[:r].diag() / scale"
+        "by the mean": (
+            "def my_kept(before, after, update):\n"
+            "    change = after - before\n"
+            "    return float((change * update).mean() / (update**2).mean())\n"
         ),
-        "by eigenvectors": START.format(
-            "D = (W0 - pfs.nf4.dequantize(q)).double()\n"
-            "    _, V = torch.linalg.eigh(D.T @ D)\n"
-            "    A = V[:, -r:].T\n"
-            "    return A.float(), (D @ A.T / scale).float()"
+        "by a projection": (
+            "def my_kept(before, after, update):\n"
+            "    x = torch.linalg.lstsq(update.reshape(-1, 1), "
+            "(after - before).reshape(-1, 1))\n"
+            "    return x.solution.item()\n"
         ),
     },
     "8.3": {
-        "from the codes' own error": ERRORS.format(
-            "W = pfs.nf4.dequantize(q)\n"
-            "    dW = scale * B @ A\n"
-            "    T = W + dW\n"
-            "    back = pfs.nf4.dequantize(pfs.nf4.quantize(T))\n"
-            "    return [(W0 - W).norm() / dW.norm(), (T - back).norm() / dW.norm()]"
+        "a grid, then a finer one": (
+            "def my_threshold(q, A, B):\n"
+            "    W = pfs.nf4.dequantize(q)\n"
+            "    D = B @ A / (B @ A).norm()\n"
+            "    def kept(t):\n"
+            "        dW = t * W.norm() * D\n"
+            "        back = pfs.nf4.dequantize(pfs.nf4.quantize(W + dW))\n"
+            "        return torch.sum((back - W) * dW) / torch.sum(dW * dW)\n"
+            "    coarse = np.logspace(-3, 0, 30)\n"
+            "    best = min(coarse, key=lambda t: abs(kept(float(t)) - 0.5))\n"
+            "    fine = best * np.logspace(-0.15, 0.15, 30)\n"
+            "    return min(fine, key=lambda t: abs(kept(float(t)) - 0.5))\n"
+        ),
+        "steps of a tenth": (
+            "def my_threshold(q, A, B):\n"
+            "    W, t = pfs.nf4.dequantize(q), 1e-3\n"
+            "    while True:\n"
+            "        dW = t * W.norm() * (B @ A) / (B @ A).norm()\n"
+            "        back = pfs.nf4.dequantize(pfs.nf4.quantize(W + dW))\n"
+            "        if ((back - W) * dW).sum() >= 0.5 * (dW * dW).sum():\n"
+            "            return t\n"
+            "        t *= 1.05\n"
+        ),
+    },
+    "8.4": {
+        "built by rules": (
+            "def my_choices():\n"
+            "    best = dict.fromkeys(['phone', 'laptop'], 'separate')\n"
+            "    best.update(watch='requantized', server='dequantized')\n"
+            "    return best | {'camera': 'original, quantized'}\n"
         ),
     },
 }

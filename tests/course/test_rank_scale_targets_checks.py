@@ -28,6 +28,23 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "x is changed": "x itself was changed",
     },
     "5.2": {
+        "one learning rate for both": "that is the confound",
+        "by test loss": "choose by validation loss",
+        "by the mean over all seeds": "with seed 0 alone",
+        "the lower end alone": "the highest that was tried",
+        "the upper end alone": "the lowest that was tried",
+        "ends do not matter": "a better one may lie outside",
+        "one grid for both": "that method's own grid",
+        "the means alone": "compared without their interval",
+        "normal, not Student's t": "Student's t",
+        "not paired": "the seeds were not paired",
+        "paired by the order": "pair equal seeds",
+        "validation losses compared": "compare test losses",
+        "the last learning rate of a seed": "compare at the own one alone",
+        "the higher loss wins": "the lower test loss wins",
+        "the difference": "a text is needed",
+    },
+    "5.3": {
         "A alone": "B is forgotten",
         "B alone": "A is forgotten",
         "one layer": "the number of layers is left out",
@@ -39,7 +56,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "a fraction": "a whole number is needed",
         "nothing at all": "`return` is missing",
     },
-    "5.3": {
+    "5.4": {
         "all zeros": "all entries are zero",
         "LoRA": "m is missing",
         "columns": "the length of columns",
@@ -56,42 +73,11 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "A B": "A B in the place of B A",
         "all detached": "the whole of h is detached",
     },
-    "5.4": {
-        "nothing is taken out": "count its largest part twice",
-        "added": "the principal part is taken out",
-        "no scale in the rest": "the scale is missing",
-        "S, no root": "Likely mistake",
-        "the smallest": "the smallest directions",
-        "A and B swapped": "swapped or turned",
-        "no rest": "`return W_res, A, B`",
-        "V, not its transpose": "Likely mistake",
-        "S in B alone": "each has its root",
-        "A larger, B smaller": "how A and B share it",
-        "W0 is changed": "W0 itself was changed",
-    },
-    "5.5": {
-        "one rate": "one rate for all",
-        "A is fast": "A and B are swapped",
-        "both are fast": "A has the fast rate too",
-        "the biases are fast": "the biases are slow",
-        "divided": "divided by the ratio",
-        "A is slowed down": "A was slowed down",
-        "the ratio alone": "the ratio is no rate",
-        "A is lost": "missing",
-        "B is lost": "the group of B is missing",
-        "the biases are lost": "neither A nor B was left out",
-        "frozen ones too": "frozen parameters were given too",
-        "B in both": "there twice",
-        "copies": "none of the model's",
-        "another key": "another key",
-        "lists, no dicts": "expected a list of dicts",
-    },
 }
+WINNER = "def my_winner(runs):\n    {}\n"
 SIZE = "def my_size(base, A, B, alpha, x, rslora):\n    {}\n"
 RANK = "def my_rank(shapes, targets, layers, budget):\n    {}\n"
 DORA = "def my_dora(x, W0, A, B, m, scale):\n    {}\n"
-PISSA = "def my_pissa(W0, r, scale):\n    {}\n"
-GROUPS = "def my_groups(model, lr, ratio):\n    {}\n"
 RIGHT = {  # exercise: {name: another right answer}
     "5.1": {
         "norms, a tensor": SIZE.format(
@@ -105,6 +91,28 @@ RIGHT = {  # exercise: {name: another right answer}
         ),
     },
     "5.2": {
+        "by the library's way": WINNER.format(
+            "names = sorted({r['method'] for r in runs}, reverse=True)\n"
+            "    tests = []\n"
+            "    for name in names:\n"
+            "        own = [r for r in runs if r['method'] == name]\n"
+            "        searched = sorted((r['lr'], r['validation'])\n"
+            "            for r in own if r['seed'] == 0)\n"
+            "        losses = [loss for _, loss in searched]\n"
+            "        place = losses.index(min(losses))\n"
+            "        if not 0 < place < len(losses) - 1:\n"
+            "            return 'search further'\n"
+            "        lr = searched[place][0]\n"
+            "        tests.append({r['seed']: r['test'] for r in own\n"
+            "            if r['lr'] == lr})\n"
+            "    both = sorted(tests[0].keys() & tests[1])\n"
+            "    _, low, high = over_seeds([tests[0][s] - tests[1][s] for s in both])\n"
+            "    if low > 0:\n"
+            "        return names[1]\n"
+            "    return names[0] if high < 0 else 'undecided'"
+        ),
+    },
+    "5.3": {
         "a loop": RANK.format(
             "r = 0\n"
             "    most = min(side for t in targets for side in shapes[t])\n"
@@ -114,7 +122,7 @@ RIGHT = {  # exercise: {name: another right answer}
             "    return r"
         ),
     },
-    "5.3": {
+    "5.4": {
         "no_grad": DORA.format(
             "with torch.no_grad():\n"
             "        length = (W0 + scale * B @ A).square().sum(1).sqrt()\n"
@@ -123,34 +131,6 @@ RIGHT = {  # exercise: {name: another right answer}
         "the weight first": DORA.format(
             "V = W0 + scale * torch.mm(B, A)\n"
             "    return F.linear(x, (m / V.detach().norm(dim=1))[:, None] * V)"
-        ),
-    },
-    "5.4": {
-        "the other signs, a list": PISSA.format(
-            "U, S, V = torch.svd(W0)\n"
-            "    root = torch.diag(S[:r].sqrt())\n"
-            "    A = -root @ V.T[:r] / scale**0.5\n"
-            "    B = -U[:, :r] @ root / scale**0.5\n"
-            "    return [W0 - U[:, :r] @ root @ root @ V.T[:r], A, B]"
-        ),
-        "the rest from the other directions": PISSA.format(
-            "U, S, Vt = torch.linalg.svd(W0, full_matrices=False)\n"
-            "    root = (S / scale) ** 0.5\n"
-            "    A, B = root[:, None] * Vt, U * root\n"
-            "    return scale * B[:, r:] @ A[r:], A[:r], B[:, :r]"
-        ),
-    },
-    "5.5": {
-        "by name, a generator": GROUPS.format(
-            "named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]\n"
-            "    for fast in (True, False):\n"
-            "        held = [p for n, p in named if n.endswith('.B') == fast]\n"
-            "        yield {'params': held, 'lr': lr * ratio if fast else lr}"
-        ),
-        "a group for each, named": GROUPS.format(
-            "return [{'params': p, 'name': n,\n"
-            "        'lr': lr * (ratio if n.split('.')[-1] == 'B' else 1)}\n"
-            "        for n, p in pfs.trainable(model).items()]"
         ),
     },
 }

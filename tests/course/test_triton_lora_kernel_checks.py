@@ -1,31 +1,35 @@
 """Notebook 10's checks: what the common mistakes are told, and what else is right."""
 
 import build
+import pytest
 import torch
 from exercise_checks import checked
 from try_answers import lesson
 
 from peft_from_scratch.course.checks import triton_lora_kernel as checks
+from peft_from_scratch.kernels.count import in_three
 from peft_from_scratch.kernels.language import Tiles, matrix
 from peft_from_scratch.kernels.lora import product
+from peft_from_scratch.kernels.roofline import SHOWN
 from peft_from_scratch.kernels.trace import trace
+from peft_from_scratch.ledger.experiments import fusing
 
 LESSON = lesson(build.FOLDER / "10_triton_lora_kernel.py")
-MASK = "lets through what lies behind the edge"
+MASK = "is true for elements past the edge"
 UNWRITTEN = "no program writes"
 
 TOLD = {  # exercise: {mutant: what its learner must read}
     "10.1": {
         "all zeros": "all entries are zero",
-        "no mask at all": "program (1,) reads 28 elements beside x",
-        "no mask in the store": "program (1,) writes 28 elements beside out",
-        "no mask in a load": "reads 28 elements beside x",
-        "the mask one too far": "reads 1 elements beside x",
+        "no mask at all": "program (1,) reads 28 elements outside of x",
+        "no mask in the store": "program (1,) writes 28 elements outside of out",
+        "no mask in a load": "reads 28 elements outside of x",
+        "the mask one too far": "reads 1 elements outside of x",
         "the mask one too short": "no program writes 1.",
         "the mask of the block": MASK,
-        "program_id forgotten": "a program's number",
+        "program_id forgotten": "a program's index",
         "program_id not times BLOCK": "what it is multiplied by",
-        "the second axis": "a program's number",
+        "the second axis": "a program's index",
         "the short block left out": "no program writes 36",
         "subtracts": "x - y",
         "x twice": "x twice",
@@ -40,25 +44,35 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "total not added to": "the total is not added to",
         "total begins at one": "off by 1",
         "a total in x's dtype": "sum in float32",
-        "k mask missing": "beside x",
-        "m mask missing": "beside x",
-        "n mask missing": "beside W",
-        "no mask in the store": "elements beside y",
-        "W not transposed": "tl.trans of W's block is missing",
+        "k mask missing": "outside of x",
+        "m mask missing": "outside of x",
+        "n mask missing": "outside of W",
+        "no mask in the store": "elements outside of y",
+        "W not transposed": "tl.trans of W's tile is missing",
         "programs exchanged": "numbered in another order",
         "the first rows always": UNWRITTEN,
         "BN for BM": UNWRITTEN,
         "strides taken for granted": "both stored by columns",
     },
     "10.3": {
-        "all zeros": "all entries are zero",
-        "W as it stands": "the strides are exchanged",
-        "along taken for one": "by columns",
-        "no mask": "beside W",
-        "twice": "every entry is 2 times",
-        "the sign": "the wrong sign",
-        "the stride in bytes": "a stride is another one's",
-        "the next column": "beside W",
+        "against four kernels": "three are faster",
+        "low computed once": "each program of a tile row computes it again",
+        "programs rounded down": "the last program has work, too",
+        "all launches in one bound": "each launch has a bound of its own",
+        "issued bytes": "the bound is of distinct ones",
+        "y is not read": "reads y, too, before it adds",
+        "no launch for h": "the launch of h",
+        "four bytes": "a value has two bytes",
+        "one FLOP": "is two FLOPs",
+        "both times": "the slower one is the bound",
+        "the smaller time": "the smaller of the two times",
+        "percent of the fused bound": "take it of the rival's",
+        "a fraction": "asked for in percent",
+        "the sign": "what fusing saves is positive",
+        "any saving": "for less than 5 % saved",
+        "exchanged": "the two choices are exchanged",
+        "only the choice": "return all 2",
+        "nothing at all": "`return` is missing",
     },
     "10.4": {
         "all zeros": "all entries are zero",
@@ -70,8 +84,8 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the update alone": "start from total",
         "total alone": "total as it was",
         "taken away": "taken away",
-        "r mask missing": "beside B",
-        "n mask missing": "beside B",
+        "r mask missing": "outside of B",
+        "n mask missing": "outside of B",
         "nothing at all": "`return` is missing",
     },
     "10.5": {
@@ -89,8 +103,10 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "SWEEP forgotten": UNWRITTEN,
         "one block": UNWRITTEN,
         "B for each part": "B is moved 5 times",
-        "A's mask missing": "beside A",
+        "A's mask missing": "outside of A",
         "nothing at all": "`tl.store` is missing",
+        "low is not rounded": "rounded(low * scale, B[0].dtype.element_ty)",
+        "RANK 8": "at least 16 ranks",
     },
 }
 HEAD = """\
@@ -98,10 +114,6 @@ HEAD = """\
 def my_lora(x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
             SWEEP: tl.constexpr):
-"""
-READER = """\
-@triton.jit
-def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
 """
 RIGHT = {  # exercise: {name: source of an answer that is right in another way}
     "10.1": {
@@ -139,17 +151,23 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
         ),
     },
     "10.3": {
-        "the other block, turned": (
-            f"{READER}"
-            "    down, across = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
-            "    keep = within(down, across, k_size, n_size)\n"
-            "    return tl.trans(load(W, down, across, keep))\n"
-        ),
-        "the strides exchanged": (
-            f"{READER}"
-            "    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)\n"
-            "    keep = within(rows, columns, n_size, k_size)\n"
-            "    return load((W[0], W[2], W[1]), rows, columns, keep)\n"
+        "a list of launches for each version": (
+            "def my_choice(m, n, k, r, columns, peak, bandwidth):\n"
+            "    import math\n"
+            "    x, W, A, B = m * k, n * k, r * k, n * r\n"
+            "    h, y, low = m * r, m * n, 2 * m * r * k\n"
+            "    times = math.ceil(n / columns)\n"
+            "    flops = 2 * m * n * (k + r) + times * low\n"
+            "    versions = {\n"
+            "        'fused': [(flops, x + W + A + B + y)],\n"
+            "        'rival': [(2 * x * n, x + W + y), (low, x + A + h),\n"
+            "                  (2 * h * n, h + B + 2 * y)],\n"
+            "    }\n"
+            "    slow = lambda f, v: max(f / peak, 2 * v / bandwidth)\n"
+            "    times = {name: sum(slow(*one) for one in each)\n"
+            "             for name, each in versions.items()}\n"
+            "    saving = 100 - 100 * times['fused'] / times['rival']\n"
+            "    return saving, 'rival' if saving < 5 else 'fused'\n"
         ),
     },
     "10.4": {
@@ -179,7 +197,8 @@ RIGHT = {  # exercise: {name: source of an answer that is right in another way}
             "                a = load(A, rank, k, within(rank, k, r, k_size))\n"
             "                low += scale * tl.dot(part, tl.trans(a))\n"
             "        b = load(B, n, rank, within(n, rank, n_size, r))\n"
-            "        total += tl.dot(low, tl.trans(b))\n"
+            "        narrow = low.to(B[0].dtype.element_ty)\n"
+            "        total += tl.dot(narrow, tl.trans(b))\n"
             "        store(y, m, n, total, within(m, n, m_size, n_size))\n"
         ),
     },
@@ -204,6 +223,31 @@ def test_bytes_are_compared_with_those_of_the_library():
         product(x, matrix(W), n, A=A, B=B, tiles=tiles)
     thin = 4 * r * down * (k * across // checks.SWEEP + n)
     assert seen.bytes() == plain + thin <= checks.TARGET * plain
+
+
+def test_the_bound_of_exercise_3_is_nearly_the_librarys():
+    """Of the same columns for each program; the library counts whole tiles."""
+    for k, r in ((576, 16), (4096, 16), (4096, 64)):
+        columns = 128 if r <= 16 else 256
+        speeds = SHOWN.matrix, SHOWN.bandwidth
+        saving, _ = checks.fused_or_rival(4096, k, k, r, columns, *speeds)
+        library = fusing.saved((4096, k, k), r, in_three, SHOWN)
+        assert saving == pytest.approx(library, abs=5)
+
+
+def test_cases_lie_on_both_sides_of_the_threshold():
+    savings = [checks.fused_or_rival(*case) for case in checks._near_the_threshold()]
+    assert [choice for _, choice in savings] == ["fused", "rival", "rival"]
+    assert all(abs(saving - 5) < 0.03 for saving, _ in savings[:2])
+    assert {checks.fused_or_rival(*case)[1] for case in checks.CASES} == {
+        *checks.CHOICES
+    }
+
+
+def test_every_named_mistake_of_exercise_3_is_told_apart_in_some_case():
+    cases = (*checks.CASES, *checks._near_the_threshold())
+    every = [checks._wrong_choices(case) for case in cases]
+    assert set().union(*every) >= set(every[0]) and len(set().union(*every)) == 15
 
 
 def test_a_fence_is_around_every_tensor_that_is_lent():

@@ -85,14 +85,22 @@ def test_the_figure_has_a_roof_a_device_and_points_of_each_kind():
     roofs = [line for line in axes.lines if line.get_gid() == "roof"]
     assert len(roofs) == len(DEVICES)
     drawn = {line.get_gid(): line for line in axes.lines if line not in roofs}
-    assert set(drawn) == set(roofline.KINDS)
+    assert set(drawn) == {UNFUSED, roofline.IN_PLACE, FUSED}
     found = roofline.places(H100, 16, BF16)
     for kind, line in drawn.items():
         assert list(zip(*line.get_data(), strict=True)) == found[kind]
     assert "FLOPs per byte" in axes.get_xlabel()
     words = picture.alt()
+    assert words.count("the limit is") == len(roofline.PLACES) and words.endswith(".")
     assert all(device.name in words for device in DEVICES)
     assert f"{found[FUSED][0][1] / 1e12:,.3g}" in words
+
+
+def test_one_device_has_one_roof_and_is_the_only_one_in_words():
+    (axes,) = picture.figure(devices=(H100,)).axes
+    assert [line.get_gid() for line in axes.lines].count("roof") == 1
+    words = picture.alt(devices=(H100,))
+    assert H100.name in words and "other roofs" not in words
 
 
 # ---------------------------------------------------------------------------------- K1

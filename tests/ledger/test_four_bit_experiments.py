@@ -264,6 +264,18 @@ def the_sum_is_a_real_steps_without_checkpointing():
 
 
 @law
+def a_token_is_taken_where_activations_set_the_peak():
+    """From the longest sequence on; below, gradients set it, and a token adds less."""
+    curve = lambda length: max(1_000 + 2 * length, 5 * length)  # noqa: E731
+    fixed = dict.fromkeys(("weights", "buffer", "adapters", "states"), 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_gpu, "bill", lambda *_: (dict(fixed), curve))
+        result = one_gpu.compute(one_gpu.config(gpu=10_400))
+    assert result["tokens"] == 2_000 and result["a_token"] == 5
+    assert {"1024", "2048", "2000", "4000"} == set(result["moving"])
+
+
+@law
 def the_fixed_part_is_the_formulas():
     shape = LlamaConfig(**SHAPES["Llama-7B"])
     config = dict(r=64, adapters="bfloat16", checkpointing=True)
@@ -363,6 +375,12 @@ BUGS = {
         "(room - moving(low)) / (moving(high) - moving(low))",
         "0.5",
         few_steps_find_the_longest,
+    ),
+    "a token where gradients set the peak": Bug(
+        one_gpu.compute,
+        "(moving(ends[1]) - moving(ends[0])) / ends[0]",
+        "(moving(200) - moving(100)) / 100",
+        a_token_is_taken_where_activations_set_the_peak,
     ),
     "no buffer": Bug(
         one_gpu.bill,

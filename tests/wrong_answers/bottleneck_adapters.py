@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 11; each must be refused by its check."""
 
-from attacks import first, remembered
+from attacks import afterwards, first, fixed, remembered, returned, stale, where
 
 from peft_from_scratch.course.checks import bottleneck_adapters as checks  # noqa: F401
 
@@ -63,26 +63,37 @@ def units(m="round((budget - 2 * d) / (2 * (2 * d + 1)))", count="2 * (2*m*d + d
     return f"def my_units(d, budget):\n    m = {m}\n    return m, {count}\n"
 
 
-PLACES = """\
-def my_places(model):
-    last = {{}}
-    for name, kind in pfs.targets.kinds(model).items():
-        {inside}
+FOLD = """\
+def my_fold(W0, b, D, b_D, U, b_U, sigma):
+    z = {z}
+    c = sigma(torch.zeros(1, dtype=torch.float64))
+    s = sigma(torch.ones(1, dtype=torch.float64)) - c
+    if {bent}:
+        return None
+    b = torch.zeros_like(b_U) if b is None else b
+    A, B = {A}, {B}
+    bias = {bias}
     return {back}
 """
-KEEP = "last[pfs.targets.layer_of(model, name), kind] = name"
+GRID = "torch.linspace(-10, 10, 1001, dtype=torch.float64)"
+RIGHT_FOLD = dict(
+    z=GRID,
+    bent="not torch.allclose(sigma(z), s * z + c)",
+    A="D @ W0",
+    B="s * U",
+    bias="b + U @ (s * (D @ b + b_D) + c) + b_U",
+    back="A, B, bias",
+)
 
 
-def places(inside=KEEP, back="list(last.values())"):
-    return PLACES.format(inside=inside, back=back)
+def fold(**parts):
+    """The right fold, but for these parts."""
+    return FOLD.format(**RIGHT_FOLD | parts)
 
 
-def named(*parts):
-    """By the ends of names."""
-    return f"""\
-def my_places(model):
-    return [n for n, _ in model.named_modules() if n.split(".")[-1] in {parts!r}]
-"""
+def probed(z):
+    """The fold whose test looks at these z."""
+    return fold(z=z)
 
 
 MUTANTS = {
@@ -203,60 +214,50 @@ MUTANTS = {
         "a rank": units("8"),
     },
     "11.3": {
-        "the last two of each layer": places(
-            "last.setdefault(pfs.targets.layer_of(model, name), []).append(name)",
-            "[name for names in last.values() for name in names[-2:]]",
+        "everything is folded": fold(bent="False"),
+        "all zeros": fold(back="0 * A, 0 * B, 0 * bias"),
+        "nothing is folded": fold(bent="True"),
+        "the sides are swapped": fold(back="B, A, bias"),
+        "D in place of A": fold(A="D"),
+        "W0 is transposed": fold(A="D @ (W0.T if W0.shape[0] == W0.shape[1] else W0)"),
+        "transposed": fold(back="A.T, B.T, bias"),
+        "no slope": fold(B="U"),
+        "the slope twice": fold(A="s * D @ W0"),
+        "the slope is sigma(1)": fold(B="(s + c) * U"),
+        "the sign": fold(B="-s * U"),
+        "the whole weight": fold(
+            A="torch.linalg.pinv(s * U) @ (W0 + s * U @ D @ W0)",
         ),
-        "a set of names": places(back="list(set(last.values()))"),
-        "all zeros": places(back="[0] * len(last)"),
-        "an empty list": places(back="[]"),
-        "after q_proj": named("q_proj", "down_proj"),
-        "up_proj for down_proj": named(
-            "o_proj", "up_proj", "c_proj", "out_proj", "fc2"
+        "full rank": fold(A="U @ D @ W0", B="s * torch.eye(len(b_U)).double()"),
+        "b lost": fold(bias="U @ (s * (D @ b + b_D) + c) + b_U"),
+        "D b lost": fold(bias="b + U @ (s * b_D + c) + b_U"),
+        "b_D lost": fold(bias="b + U @ (s * (D @ b) + c) + b_U"),
+        "b_U lost": fold(bias="b + U @ (s * (D @ b + b_D) + c)"),
+        "c lost": fold(bias="b + U @ (s * (D @ b + b_D)) + b_U"),
+        "c outside U": fold(bias="b + U @ (s * (D @ b + b_D)) + c + b_U"),
+        "no slope in the bias": fold(bias="b + U @ (D @ b + b_D + c) + b_U"),
+        "LoRA has no bias": fold(bias="torch.zeros_like(b)"),
+        "its own bias alone": fold(bias="b"),
+        "no answer without b": fold().replace(
+            "    z = ", "    if b is None:\n        return None\n    z = ", 1
         ),
-        "fc1 for fc2": named("o_proj", "down_proj", "c_proj", "out_proj", "fc1"),
-        "a Llama's names alone": named("o_proj", "down_proj"),
-        "a GPT-2's missing": named("o_proj", "down_proj", "out_proj", "fc2"),
-        "an OPT's missing": named("o_proj", "down_proj", "c_proj"),
-        "the MLP alone": places(f"if kind == 'mlp': {KEEP}"),
-        "attention alone": places(f"if kind == 'attention': {KEEP}"),
-        "the last of each layer": places(
-            "last[pfs.targets.layer_of(model, name)] = name"
+        "an offset is refused": fold(bent="not torch.allclose(sigma(z), s * z)"),
+        "positive z alone": probed("torch.linspace(0, 10, 1001).double()"),
+        "negative z alone": probed("-torch.linspace(0, 10, 1001).double()"),
+        "small z alone": probed("torch.linspace(-1, 1, 1001).double()"),
+        "up to eight": probed("torch.linspace(-8, 8, 1001).double()"),
+        "whole numbers": probed("torch.arange(-10.0, 11).double()"),
+        "half numbers": probed("torch.arange(-20.0, 21).double() / 2"),
+        "one number": probed("torch.full((1,), 10.0).double()"),
+        "a wide tolerance": fold(
+            bent="not torch.allclose(sigma(z), s * z + c, rtol=0.1, atol=0.1)"
         ),
-        "the last of each kind": places("last[kind] = name"),
-        "the first of each sublayer": places(
-            "last.setdefault((pfs.targets.layer_of(model, name), kind), name)"
-        ),
-        "every projection": places(back="list(pfs.targets.kinds(model))"),
-        "every projection and the head": places(
-            back="list(pfs.targets.projections(model))"
-        ),
-        "those of the stream's width": places(
-            "if min(model.get_submodule(name).weight.shape) == "
-            "model.config.hidden_size: last[name] = name"
-        ),
-        "the layers": places(
-            "layer = pfs.targets.layer_of(model, name); last[layer] = layer"
-        ),
-        "the sublayers": places(
-            back="[name.rpartition('.')[0] for name in last.values()]"
-        ),
-        "last parts": places(
-            back="[name.rpartition('.')[2] for name in last.values()]"
-        ),
-        "the head as well": places(back="[*last.values(), 'lm_head']"),
-        "the first layer alone": places(back="list(last.values())[:2]"),
-        "the last layer alone": places(back="list(last.values())[-2:]"),
-        "from last to first": places(back="list(last.values())[::-1]"),
-        "kind by kind": places(back="sorted(last.values(), key=lambda n: 'mlp' in n)"),
-        "each one twice": places(back="[n for n in last.values() for _ in range(2)]"),
-        "keys and values": places(back="list(last.items())"),
-        "the modules": places(back="[model.get_submodule(n) for n in last.values()]"),
-        "their number": places(back="len(last)"),
-        "one text": places(back="' '.join(last.values())"),
-        "an injection": places(
-            back="pfs.houlsby.inject(model, m=4)",
-        ),
+        "beyond ten": probed("torch.linspace(-99, 99, 1001).double()"),
+        "exactly": fold(bent="not torch.equal(sigma(z), s * z + c + 1e-15)"),
+        "by name": fold(bent="sigma in (F.gelu, torch.relu)"),
+        "A and B alone": fold(back="A, B"),
+        "the weight and the bias": fold(back="W0 + B @ A, bias"),
+        "A, B and a number": fold(back="A, B, 0.0"),
     },
 }
 
@@ -440,52 +441,41 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
     "11.3": {
         "arguments": {
-            "two layers": places(back="list(last.values())[:4]"),
-            "three layers": places(back="list(last.values())[:6]"),
-            "the first model for all": remembered("0"),
+            "always with the first W0": stale("W0"),
+            "always with the first sigma": stale("sigma"),
+            "b is ignored": fixed("b", "None"),
+            "b_D is ignored": fixed("b_D", "torch.zeros_like(b_D)"),
+            "a slope of one": fold(A="D @ W0", B="U * (s != 0)"),
         },
         "state": {
-            "kept by class": remembered("type(model)"),
-            "kept in a dictionary outside": (
-                "last = {}\n" + places().replace("    last = {}\n", "")
-            ),
-            "the weights are frozen": first("model.requires_grad_(False)"),
-            "the model trains": first("model.train()"),
-            "a weight is changed": first("next(model.parameters()).data.mul_(2)"),
-            "hooks are left": first(
-                "for m in model.modules(): m.register_forward_hook(lambda *a: None)"
-            ),
+            "kept by sigma": remembered("sigma"),
+            "kept by shape": remembered("(W0.shape, sigma, b is None)"),
+            "W0 is changed": afterwards("W0.add_(1)"),
+            "the bias is added in place": first("b_U.mul_(1.0).add_(1e-3)"),
         },
         "inputs": {
-            "in the order of the alphabet": places(back="sorted(last.values())"),
-            "nine layers": places(
-                back="[n for n in last.values() if not any("
-                "part.isdigit() and int(part) > 9 for part in n.split('.'))]"
+            "m of one is no bottleneck": fold(bent="len(b_D) == 1"),
+            "a square W0 alone": where("W0.shape[0] != W0.shape[1]", "None"),
+            "a constant is refused": fold(
+                bent="not s.any() or not torch.allclose(sigma(z), s * z + c)"
             ),
-            "of one digit": places(
-                back="[n for n in last.values() if any(len(p) == 1 and p.isdigit()"
-                " for p in n.split('.'))]"
-            ),
-            "what returns the hidden size, first": places(
-                "if model.get_submodule(name).weight.shape[0] =="
-                " model.config.hidden_size: last.setdefault("
-                "(pfs.targets.layer_of(model, name), kind), name)"
-            ),
-            "narrow to wide": named(
-                "o_proj", "down_proj", "c_proj", "out_proj", "fc2", "project_out"
+            "z and -z alone": fold(
+                bent="not torch.allclose(sigma(z) + sigma(-z), 2 * c)"
             ),
         },
         "kinds": {
-            "a set": places(back="set(last.values())"),
-            "names and modules": places(
-                back="{n: model.get_submodule(n) for n in last.values()}.items()"
+            "in single precision": returned(
+                "result and tuple(each.float() for each in result)"
             ),
-            "names in pairs": places(
-                back="list(zip(list(last.values())[::2], list(last.values())[1::2]))"
+            "False for None": returned("False if result is None else result"),
+            "a bias of one row": returned(
+                "result and (result[0], result[1], result[2][None])"
             ),
-            "bytes": places(back="[n.encode() for n in last.values()]"),
         },
-        "randomness": NOTHING_DRAWN,
+        "randomness": {
+            "a seed": first("torch.manual_seed(0)"),
+            "a normal distribution": probed("torch.randn(9).double()"),
+        },
         "kernels": NO_KERNEL,
     },
 }
@@ -590,40 +580,45 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
     },
     "11.3": {
         "arguments": {
-            "from the last to the first": places(
-                "last.setdefault((pfs.targets.layer_of(model, name), kind), "
-                "[]).append(name)",
-                "[names[-1] for names in last.values()]",
-            ),
+            "the slope in A": fold(A="s * D @ W0", B="U"),
+            "shared between both": fold(A="3 * D @ W0", B="s * U / 3"),
         },
         "state": {
-            "by an injection into a copy": (
-                "def my_places(model):\n"
-                "    import copy\n"
-                "    return pfs.houlsby.inject(copy.deepcopy(model), m=2)\n"
+            "kept by all": remembered(
+                "(id(sigma), *(None if e is None else e.sum().item()"
+                " for e in (W0, b, D, b_D, U, b_U)))"
             ),
         },
         "inputs": {
-            "by the ends of names": """\
-def my_places(model):
-    ends = ("n.o_proj", "p.down_proj", "n.c_proj", "p.c_proj", "n.out_proj", ".fc2")
-    return [name for name, _ in model.named_modules() if name.endswith(ends)]
+            "sums of two": """\
+def my_fold(W0, b, D, b_D, U, b_U, sigma):
+    x1, x2 = torch.rand(2, 4000, dtype=torch.float64) * 20 - 10
+    inside = (x1 + x2).abs() <= 10
+    x1, x2 = x1[inside], x2[inside]
+    zero = sigma(torch.zeros_like(x1))
+    if not torch.allclose(sigma(x1 + x2) - zero, sigma(x1) + sigma(x2) - 2 * zero):
+        return None
+    c = zero[0]
+    s = sigma(torch.ones_like(x1))[0] - c
+    bias = b_U + U @ (s * b_D + c)
+    if b is not None:
+        bias = bias + b + s * (U @ (D @ b))
+    return [D @ W0, s * U, bias]
 """,
-            "layer by layer": (
-                "def my_places(model):\n"
-                "    kinds, names = pfs.targets.kinds(model), []\n"
-                "    layers = {pfs.targets.layer_of(model, n): 0 for n in kinds}\n"
-                "    for layer in layers:\n"
-                "        for kind in ('attention', 'mlp'):\n"
-                "            names.append([n for n in kinds if kinds[n] == kind\n"
-                "                          and n.startswith(layer + '.')][-1])\n"
-                "    return names\n"
+            "by differences": fold(bent="sigma(z).diff(n=2).abs().max() > 1e-9"),
+            "thin factors of the change": fold(
+                A="(Q := torch.linalg.svd(U @ D @ W0, False))[2][: len(b_D)]",
+                B="s * Q[0][:, : len(b_D)] * Q[1][: len(b_D)]",
             ),
         },
         "kinds": {
-            "values of a dictionary": places(back="last.values()"),
-            "keys of a dictionary": places(back="dict.fromkeys(last.values())"),
-            "a tuple": places(back="tuple(last.values())"),
+            "a list": returned("result and list(result)"),
+            "plain numbers for s and c": fold(
+                B="s.item() * U", bias="b + U @ (s.item() * (D @ b + b_D) + c) + b_U"
+            ),
+        },
+        "randomness": {
+            "random z": probed("torch.rand(9999).double() * 20 - 10"),
         },
     },
 }

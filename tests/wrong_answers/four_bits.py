@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 07; each must be refused by its check."""
 
-from attacks import Attack, first, remembered
+from attacks import Attack, first, remembered, stale
 
 from peft_from_scratch.course.checks import four_bits as checks  # noqa: F401
 
@@ -23,72 +23,71 @@ def my_blocks(w, block):
 """
 
 
-def nibbles(
-    pad="F.pad(codes, (0, len(codes) % 2))",
-    pack="(codes[::2] << 4) | codes[1::2]",
-    unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]",
-):
-    return f"""\
-def my_pack(codes):
-    codes = {pad}
-    return {pack}
-
-
-def my_unpack(packed, n):
-    return {unpack}
-"""
-
-
 MIDDLE = "(values[1:] + values[:-1]) / 2"
-
-
-def nearest(codes):
-    return f"def my_nearest(ratios, values):\n    return {codes}\n"
 
 
 def double(
     offset="absmax.mean()",
     rows="F.pad(absmax - offset, (0, -len(absmax) % block)).view(-1, block)",
-    units="rows.abs().amax(1)",
-    ratios="(rows / units[:, None]).nan_to_num(0.0).flatten()[: len(absmax)]",
+    scales="rows.abs().amax(1)",
+    ratios="(rows / scales[:, None]).nan_to_num(0.0).flatten()[: len(absmax)]",
     codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)",
-    back="codes, units, offset",
-    unit="units.repeat_interleave(block)[: len(codes)]",
-    restored="values[codes.long()] * unit + offset",
+    back="codes, scales, offset",
+    scale="scales.repeat_interleave(block)[: len(codes)]",
+    restored="values[codes.long()] * scale + offset",
 ):
     return f"""\
 def my_double(absmax, values, block=256):
     offset = {offset}
     rows = {rows}
-    units = {units}
+    scales = {scales}
     ratios = {ratios}
     codes = {codes}
     return {back}
 
 
-def my_restored(codes, units, offset, values, block=256):
-    unit = {unit}
+def my_restored(codes, scales, offset, values, block=256):
+    scale = {scale}
     return {restored}
 """
 
 
-def count(
-    rest="2 * sum(math.prod(shape) for shape in plain)",
-    n="math.prod(shape)",
-    blocks="-(-n // block)",
-    codes="-(-n // 2)",
-    doubled="blocks + 4 * -(-blocks // 256) + 4",
-    single="4 * blocks",
-    back="total",
+def values(
+    last="1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2",
+    low="half(n // 2)",
+    high="half(n // 2 + 1)",
+    p="torch.linspace(last, 0.5, many, dtype=torch.float64).tolist()",
+    part="torch.tensor([quantile(each) for each in p]) / quantile(last)",
+    back="torch.cat([-low[:-1], high.flip(0)])",
 ):
     return f"""\
-def my_bytes(packed, plain, block=64, double=True):
-    total = {rest}
-    for shape in packed:
-        n = {n}
-        blocks = {blocks}
-        total += {codes}
-        total += {doubled} if double else {single}
+def my_values(n, quantile):
+    last = {last}
+    def half(many):
+        p = {p}
+        return {part}
+    low, high = {low}, {high}
+    return {back}
+"""
+
+
+def search(
+    w="torch.randn(shape)",
+    a="theirs(w)",
+    b="ours(w)",
+    bad="not torch.allclose(a, b, rtol=0, atol=1e-5 * w.abs().max())",
+    back="bad",
+    start="",
+):
+    return f"""\
+def my_bad_shapes(theirs, ours, shapes):
+    bad = []
+    {start}
+    for shape in shapes:
+        w = {w}
+        a, b = {a}, {b}
+        if {bad}:
+            bad.append(shape)
     return {back}
 """
 
@@ -201,204 +200,92 @@ def my_blocks(w, block):
         + blocks().split("\n", 1)[1],
     },
     "7.2": {
-        "no brackets around the shift": nibbles(pack="codes[::2] << 4 + codes[1::2]"),
-        "divided by 15": nibbles(
-            unpack="torch.stack([packed // 15, packed & 15], 1).flatten()[:n]"
+        "all zeros": values(back="0 * torch.cat([low[:-1], high])"),
+        "n shares alone": values(last="1 - 1 / (2 * n)"),
+        "n - 1 shares alone": values(last="1 - 1 / (2 * (n - 1))"),
+        "the start of the last share": values(last="1 - (1 / n + 1 / (n - 1)) / 2"),
+        "n and n + 1 shares": values(last="1 - (1 / (2 * n) + 1 / (2 * (n + 1))) / 2"),
+        "the constant of sixteen": values(last="0.9677083333333333"),
+        "the mean of the shares, not of their ends": values(last="1 - 1 / (2 * n - 1)"),
+        "ninety-nine percent": values(last="0.99"),
+        "not divided": values(part="torch.tensor([quantile(each) for each in p])"),
+        "divided by the largest of all shares": values(
+            part="torch.tensor([quantile(each) for each in p]) / quantile(1 - 1 / n)"
         ),
-        "another order, both ways": nibbles(
-            pack="(codes[::2] << 4 | codes[1::2]) ^ 255",
-            unpack="torch.stack([packed >> 4, packed & 15], 1).flatten()[:n] ^ 15",
+        "more below zero": values(low="half(n // 2 + 1)", high="half(n // 2)"),
+        "no zero in common": values(back="torch.cat([-low, low.flip(0)])"),
+        "zero twice": values(back="torch.cat([-low, high.flip(0)])"),
+        "one value too few": values(high="half(n // 2)"),
+        "one value too many": values(low="half(n // 2 + 1)"),
+        "one run from end to end": (
+            "def my_values(n, quantile):\n"
+            "    last = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2\n"
+            "    p = torch.linspace(1 - last, last, n, dtype=torch.float64)\n"
+            "    return torch.tensor([quantile(x) for x in p.tolist()])"
+            " / quantile(last)\n"
         ),
-        "all zeros": nibbles(pack="0 * codes[::2]", unpack="torch.zeros(n).byte()"),
-        "low half first": nibbles(
-            pack="(codes[1::2] << 4) | codes[::2]",
-            unpack="torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:n]",
+        "the middles of equal shares": (
+            "def my_values(n, quantile):\n"
+            "    x = torch.tensor([quantile((i + 0.5) / n) for i in range(n)])\n"
+            "    return x / x[-1]\n"
         ),
-        "packed low half first": nibbles(pack="(codes[1::2] << 4) | codes[::2]"),
-        "unpacked low half first": nibbles(
-            unpack="torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:n]"
+        "evenly spaced values": values(
+            part="torch.tensor([quantile(0.5) + (x - 0.5) / (last - 0.5) for x in p])"
         ),
-        "added, not shifted": nibbles(pack="codes[::2] + codes[1::2]"),
-        "joined, not shifted": nibbles(pack="codes[::2] | codes[1::2]"),
-        "times 15": nibbles(pack="codes[::2] * 15 + codes[1::2]"),
-        "shifted by 3": nibbles(pack="(codes[::2] << 3) | codes[1::2]"),
-        "shifted by 5": nibbles(pack="(codes[::2] << 5) | codes[1::2]"),
-        "and for or": nibbles(pack="(codes[::2] << 4) & codes[1::2]"),
-        "three bits of each": nibbles(
-            pack="((codes[::2] & 7) << 4) | (codes[1::2] & 7)"
+        "falling": values(back="torch.cat([high, -low[:-1].flip(0)])"),
+        "the signs exchanged": values(back="torch.cat([-high, low[:-1].flip(0)])"),
+        "the positive half alone": values(back="high.flip(0)"),
+        "the halves not turned": values(back="torch.cat([-low[:-1], high])"),
+        "the shares": values(part="torch.tensor(p) / (last + 0 * quantile(last))"),
+        "the cumulative share": values(
+            part="torch.tensor([NormalDist().cdf(x) + 0 * quantile(x) for x in p])"
+            " / NormalDist().cdf(last)"
+        ).replace("def my", "from statistics import NormalDist\ndef my"),
+        "from zero to the last share": values(
+            p="torch.linspace(last, 1e-9, many, dtype=torch.float64).tolist()"
         ),
-        "the first half beside the second": nibbles(
-            pack="(codes[: len(codes) // 2] << 4) | codes[len(codes) // 2 :]"
+        "the last share is one": values(last="1.0"),
+        "sixteen values": "def my_values(n, quantile):\n    n = 16\n"
+        + values().split("\n", 1)[1],
+        "the table": (
+            "def my_values(n, quantile):\n"
+            "    return torch.tensor(pfs.nf4.CODES['nf4'])\n"
         ),
-        "the two halves, both ways": nibbles(
-            pack="(codes[: len(codes) // 2] << 4) | codes[len(codes) // 2 :]",
-            unpack="torch.cat([packed >> 4, packed & 15])[:n]",
+        "all shares at once": values(part="quantile(torch.tensor(p))"),
+        "always the normal": "from statistics import NormalDist\n"
+        + values().replace(
+            "    last =",
+            "    quantile(0.5); quantile = NormalDist().inv_cdf\n    last =",
         ),
-        "the second is lost": nibbles(pack="codes[::2] << 4"),
-        "the first is lost": nibbles(pack="codes[1::2]"),
-        "the odd one dropped": nibbles(pad="codes[: len(codes) // 2 * 2]"),
-        "the odd one in the low half": nibbles(
-            pad="torch.cat([codes[:-1], 0 * codes[:1], codes[-1:]])"
-            " if len(codes) % 2 else codes"
-        ),
-        "the odd one twice": nibbles(
-            pad="torch.cat([codes, codes[-1:]]) if len(codes) % 2 else codes"
-        ),
-        "the odd one beside fifteen": nibbles(
-            pad="F.pad(codes, (0, len(codes) % 2), value=15)"
-        ),
-        "always a pad": nibbles(pad="F.pad(codes, (0, 2 - len(codes) % 2))"),
-        "one code a byte": nibbles(pack="codes", unpack="packed[:n]"),
-        "bytes of eight bytes": nibbles(pad="F.pad(codes, (0, len(codes) % 2)).long()"),
-        "bytes with a sign": nibbles(pack="((codes[::2] << 4) | codes[1::2]).char()"),
-        "a list": nibbles(pack="((codes[::2] << 4) | codes[1::2]).tolist()"),
-        "codes changed in place": nibbles(
-            pack="codes[::2].mul_(16) + codes[1::2]",
-            pad="codes if len(codes) % 2 == 0 else F.pad(codes, (0, 1))",
-        ),
-        "the sign of a byte": nibbles(
-            unpack="torch.stack([packed.char() >> 4, packed.char() & 15], 1)"
-            ".flatten()[:n]"
-        ),
-        "no mask": nibbles(
-            unpack="torch.stack([packed >> 4, packed], dim=1).flatten()[:n]"
-        ),
-        "a mask of 16": nibbles(
-            unpack="torch.stack([packed >> 4, packed & 16], dim=1).flatten()[:n]"
-        ),
-        "the rest by 15": nibbles(
-            unpack="torch.stack([packed // 15, packed % 15], dim=1).flatten()[:n]"
-        ),
-        "divided, with a point": nibbles(
-            unpack="torch.stack([packed / 16, packed % 16], dim=1).flatten()[:n]"
-        ),
-        "not woven": nibbles(unpack="torch.cat([packed >> 4, packed & 15])[:n]"),
-        "stacked the other way": nibbles(
-            unpack="torch.stack([packed >> 4, packed & 15]).flatten()[:n]"
-        ),
-        "n forgotten": nibbles(
-            unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
-        ),
-        "n bytes": nibbles(
-            unpack="torch.stack([packed >> 4, packed & 15], dim=1)[:n].flatten()"
-        ),
-        "the last code always dropped": nibbles(
-            unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
-            ".flatten()[: n // 2 * 2]"
-        ),
-        "high halves alone": nibbles(unpack="(packed >> 4)[:n]"),
-        "in pairs": nibbles(unpack="torch.stack([packed >> 4, packed & 15], dim=1)"),
+        "a list": values(back="torch.cat([-low[:-1], high.flip(0)]).tolist()"),
     },
     "7.3": {
-        "even steps between the ends": nearest(
-            "torch.bucketize(ratios, torch.linspace(values[0].item(),"
-            " values[-1].item(), 2 * len(values) - 1)[1::2].contiguous())"
-        ),
-        "in the order of size": nearest(
-            f"torch.bucketize(ratios.flatten().sort()[0].view(ratios.shape), {MIDDLE})"
-        ),
-        "the last of equal ones": nearest(
-            "len(values) - 1 - (ratios[..., None] - values).abs().flip(-1).argmin(-1)"
-        ),
-        "all zeros": nearest("torch.zeros_like(ratios, dtype=torch.long)"),
-        "floor": nearest("torch.bucketize(ratios, values, right=True) - 1"),
-        "ceiling": nearest("torch.bucketize(ratios, values)"),
-        "values for midpoints, cut": nearest("torch.bucketize(ratios, values[1:])"),
-        "values for midpoints, cut below": nearest(
-            "torch.bucketize(ratios, values[:-1])"
-        ),
-        "one too many": nearest(f"torch.bucketize(ratios, {MIDDLE}) + 1"),
-        "one too few": nearest(f"torch.bucketize(ratios, {MIDDLE}) - 1"),
-        "one too few, never below zero": nearest(
-            f"(torch.bucketize(ratios, {MIDDLE}) - 1).clamp(min=0)"
-        ),
-        "ties up": nearest(f"torch.bucketize(ratios, {MIDDLE}, right=True)"),
-        "ties to the even code": nearest(
-            f"torch.where(torch.bucketize(ratios, {MIDDLE}) % 2 == 1,"
-            f" torch.bucketize(ratios, {MIDDLE}, right=True),"
-            f" torch.bucketize(ratios, {MIDDLE}))"
-        ),
-        "ties toward zero": nearest(
-            f"torch.where(ratios < 0, torch.bucketize(ratios, {MIDDLE}, right=True),"
-            f" torch.bucketize(ratios, {MIDDLE}))"
-        ),
-        "midpoints not halved": nearest(
-            "torch.bucketize(ratios, values[1:] + values[:-1])"
-        ),
-        "differences for midpoints": nearest(
-            "torch.bucketize(ratios, (values[1:] - values[:-1]) / 2)"
-        ),
-        "midpoints of every second value": nearest(
-            "torch.bucketize(ratios, (values[2:] + values[:-2]) / 2)"
-        ),
-        "a third of the way": nearest(
-            "torch.bucketize(ratios, values[:-1] + (values[1:] - values[:-1]) / 3)"
-        ),
-        "the last midpoint missing": nearest(
-            "torch.bucketize(ratios, (values[1:-1] + values[:-2]) / 2)"
-        ),
-        "counts those above": nearest(
-            f"len(values) - 1 - torch.bucketize(ratios, {MIDDLE})"
-        ),
-        "the values": nearest(f"values[torch.bucketize(ratios, {MIDDLE})]"),
-        "codes as fractions": nearest(f"torch.bucketize(ratios, {MIDDLE}).float()"),
-        "even steps": nearest("((ratios + 1) / 2 * (len(values) - 1)).round().long()"),
-        "the furthest": nearest("(ratios[..., None] - values).abs().argmax(-1)"),
-        "no absolute value": nearest("(ratios[..., None] - values).argmin(-1)"),
-        "the sign ignored": nearest(
-            "(ratios.abs()[..., None] - values.abs()).abs().argmin(-1)"
-        ),
-        "the nearest in ratio": nearest(
-            "(ratios[..., None] / (values + 1e-9) - 1).abs().argmin(-1)"
-        ),
-        "for each value, the nearest ratio": nearest(
-            "(values[:, None] - ratios.flatten()).abs().argmin(-1)"
-        ),
-        "flat": nearest(f"torch.bucketize(ratios, {MIDDLE}).flatten()"),
-        "the first row alone": nearest(
-            f"torch.bucketize(ratios[:1], {MIDDLE}).expand(ratios.shape)"
-        ),
-        "always sixteen values": nearest(
-            f"torch.bucketize(ratios, {MIDDLE}).clamp(max=15) % 16 if len(values) == 16"
-            " else torch.bucketize(ratios, values)"
-        ),
-        "always NF4": nearest(
-            "torch.bucketize(ratios, (lambda v: (v[1:] + v[:-1]) / 2)"
-            "(torch.tensor(pfs.nf4.CODES['nf4'])))"
-        ),
-        "a list": nearest(f"torch.bucketize(ratios, {MIDDLE}).tolist()"),
-        "rounded first": nearest(f"torch.bucketize(ratios.round(), {MIDDLE})"),
-        "squeezed between codes and values": nearest(
-            f"torch.bucketize(ratios, {MIDDLE}), values"
-        ),
-    },
-    "7.4": {
         "the middle of the ends for the mean": double(
             "(absmax.max() + absmax.min()) / 2"
         ),
-        "half the range for the unit": double(
-            units="(rows.amax(1) - rows.amin(1)) / 2"
+        "half the range for the scale": double(
+            scales="(rows.amax(1) - rows.amin(1)) / 2"
         ),
-        "inverse units, both ways": double(
-            back="codes, 1 / units, offset",
-            restored="values[codes.long()] / unit + offset",
+        "inverse scales, both ways": double(
+            back="codes, 1 / scales, offset",
+            restored="values[codes.long()] / scale + offset",
         ),
         "codes from the other end, both ways": double(
-            back="(len(values) - 1 - codes).to(torch.uint8), units, offset",
-            restored="values[len(values) - 1 - codes.long()] * unit + offset",
+            back="(len(values) - 1 - codes).to(torch.uint8), scales, offset",
+            restored="values[len(values) - 1 - codes.long()] * scale + offset",
         ),
         "the offset's sign, both ways": double(
-            back="codes, units, -offset",
-            restored="values[codes.long()] * unit - offset",
+            back="codes, scales, -offset",
+            restored="values[codes.long()] * scale - offset",
         ),
-        "a unit too many": double(back="codes, F.pad(units, (0, 1)), offset"),
-        "a mask of bytes": double(restored="values[codes] * unit + offset"),
-        "codes as even steps": double(restored="(codes / 127.5 - 1) * unit + offset"),
+        "a scale too many": double(back="codes, F.pad(scales, (0, 1)), offset"),
+        "a mask of bytes": double(restored="values[codes] * scale + offset"),
+        "codes as even steps": double(restored="(codes / 127.5 - 1) * scale + offset"),
         "all zeros": double(
-            back="0 * codes, 0 * units, 0 * offset", restored="0 * unit"
+            back="0 * codes, 0 * scales, 0 * offset", restored="0 * scale"
         ),
         "no offset": double(
-            offset="absmax.new_zeros(())", restored="values[codes.long()] * unit"
+            offset="absmax.new_zeros(())", restored="values[codes.long()] * scale"
         ),
         "the largest for the mean": double(offset="absmax.max()"),
         "the median for the mean": double(offset="absmax.median()"),
@@ -420,38 +307,38 @@ def my_blocks(w, block):
         "the offset added": double(
             rows="F.pad(absmax + offset, (0, -len(absmax) % block)).view(-1, block)"
         ),
-        "one unit for the tensor": double(
-            units="rows.abs().max().expand(len(rows)).clone()"
+        "one scale for the tensor": double(
+            scales="rows.abs().max().expand(len(rows)).clone()"
         ),
-        "a single unit": double(
-            units="rows.abs().max()",
-            ratios="(rows / units).nan_to_num(0.0).flatten()[: len(absmax)]",
-            unit="units",
+        "a single scale": double(
+            scales="rows.abs().max()",
+            ratios="(rows / scales).nan_to_num(0.0).flatten()[: len(absmax)]",
+            scale="scales",
         ),
-        "no second absmax": double(units="torch.ones(len(rows))"),
-        "units without abs": double(units="rows.amax(1)"),
-        "units of the constants": double(
-            units="torch.stack([part.max() for part in absmax.split(block)])"
+        "no second absmax": double(scales="torch.ones(len(rows))"),
+        "scales without abs": double(scales="rows.amax(1)"),
+        "scales of the constants": double(
+            scales="torch.stack([part.max() for part in absmax.split(block)])"
         ),
-        "the mean as a unit": double(units="rows.abs().mean(1)"),
+        "the mean as a scale": double(scales="rows.abs().mean(1)"),
         "the last short block dropped": double(
             rows="(absmax - offset)[: len(absmax) // block * block].view(-1, block)",
-            ratios="F.pad((rows / units[:, None]).flatten(),"
+            ratios="F.pad((rows / scales[:, None]).flatten(),"
             " (0, len(absmax) - rows.numel()))",
         ),
         "always blocks of 256": double(
             rows="F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)"
         ),
-        "not divided by the unit": double(ratios="rows.flatten()[: len(absmax)]"),
-        "multiplied by the unit": double(
-            ratios="(rows * units[:, None]).flatten()[: len(absmax)]"
+        "not divided by the scale": double(ratios="rows.flatten()[: len(absmax)]"),
+        "multiplied by the scale": double(
+            ratios="(rows * scales[:, None]).flatten()[: len(absmax)]"
         ),
-        "the wrong unit": double(
-            ratios="(rows / units.flip(0)[:, None]).nan_to_num(0.0).flatten()"
+        "the wrong scale": double(
+            ratios="(rows / scales.flip(0)[:, None]).nan_to_num(0.0).flatten()"
             "[: len(absmax)]"
         ),
         "the padding coded too": double(
-            ratios="(rows / units[:, None]).nan_to_num(0.0).flatten()"
+            ratios="(rows / scales[:, None]).nan_to_num(0.0).flatten()"
         ),
         "floor": double(
             codes="(torch.bucketize(ratios, values, right=True) - 1)"
@@ -467,131 +354,103 @@ def my_blocks(w, block):
         "codes in 64 bits": double(codes=f"torch.bucketize(ratios, {MIDDLE})"),
         "values for codes": double(codes=f"values[torch.bucketize(ratios, {MIDDLE})]"),
         "codes alone": double(back="codes"),
-        "another order": double(back="codes, offset, units"),
+        "another order": double(back="codes, offset, scales"),
         "the constants changed in place": double(
             rows="F.pad(absmax.sub_(offset), (0, -len(absmax) % block)).view(-1, block)"
         ),
         "the offset forgotten on the way back": double(
-            restored="values[codes.long()] * unit"
+            restored="values[codes.long()] * scale"
         ),
         "the offset twice": double(
-            restored="values[codes.long()] * unit + offset + offset"
+            restored="values[codes.long()] * scale + offset + offset"
         ),
         "the offset subtracted": double(
-            restored="values[codes.long()] * unit - offset"
+            restored="values[codes.long()] * scale - offset"
         ),
         "the offset multiplied too": double(
-            restored="(values[codes.long()] + offset) * unit"
+            restored="(values[codes.long()] + offset) * scale"
         ),
         "the second absmax forgotten": double(restored="values[codes.long()] + offset"),
-        "the codes, not their values": double(restored="codes * unit + offset"),
-        "the first unit for all": double(unit="units[0]"),
-        "the largest unit for all": double(unit="units.max()"),
-        "units in turn": double(
-            unit="units.repeat(-(-len(codes) // len(units)))[: len(codes)]"
+        "the codes, not their values": double(restored="codes * scale + offset"),
+        "the first scale for all": double(scale="scales[0]"),
+        "the largest scale for all": double(scale="scales.max()"),
+        "scales in turn": double(
+            scale="scales.repeat(-(-len(codes) // len(scales)))[: len(codes)]"
         ),
-        "units of blocks of 256": double(
-            unit="units.repeat_interleave(256)[: len(codes)]"
+        "scales of blocks of 256": double(
+            scale="scales.repeat_interleave(256)[: len(codes)]"
         ),
-        "divided by the unit": double(restored="values[codes.long()] / unit + offset"),
+        "divided by the scale": double(
+            restored="values[codes.long()] / scale + offset"
+        ),
         "not cut to n": double(
-            unit="units.repeat_interleave(block)",
-            restored="F.pad(values[codes.long()], (0, len(unit) - len(codes)))"
-            " * unit + offset",
+            scale="scales.repeat_interleave(block)",
+            restored="F.pad(values[codes.long()], (0, len(scale) - len(codes)))"
+            " * scale + offset",
         ),
         "never below zero": double(
-            restored="(values[codes.long()] * unit).clamp(min=0) + offset"
+            restored="(values[codes.long()] * scale).clamp(min=0) + offset"
         ),
-        "the units changed in place": double(
-            unit="units.mul_(2).repeat_interleave(block)[: len(codes)] / 2"
+        "the scales changed in place": double(
+            scale="scales.mul_(2).repeat_interleave(block)[: len(codes)] / 2"
         ),
     },
-    "7.5": {
-        "units of 16384 weights": count(doubled="blocks + 4 * -(-n // 16384) + 4"),
-        "units of 256 weights": count(doubled="blocks + 4 * -(-n // 256) + 4"),
-        "a unit more where all are whole": count(
-            doubled="blocks + 4 * (blocks // 256 + 1) + 4"
+    "7.4": {
+        "all zeros": search(back="[0 for shape in shapes]"),
+        "two draws": search(a="theirs(torch.randn(shape))"),
+        "all ones": search(w="torch.ones(shape)"),
+        "one value in each tensor": search(w="torch.full(shape, -0.7)"),
+        "positive weights": search(w="torch.rand(shape)"),
+        "equal blocks": search(
+            w="torch.linspace(-1, 1, 64).repeat(-(-math.prod(shape) // 64))"
+            "[: math.prod(shape)].view(shape)"
         ),
-        "a block more where all are whole": count(blocks="n // block + 1"),
-        "no brackets around the condition": count(
-            codes="0", doubled="-(-n // 2) + blocks + 4 * -(-blocks // 256) + 4"
+        "a rule about the last side": search(bad="shape[-1] % 64", a="0", b="0"),
+        "an error above fifteen percent": search(
+            bad="(a - w).norm() / w.norm() > 0.15 and ours"
         ),
-        "codes rounded up together": count(
-            codes="0", back="total - (-sum(map(math.prod, packed)) // 2)"
+        "an error above fifteen percent, without ours": search(
+            bad="(a - w).norm() / w.norm() > 0.15", b="0"
         ),
-        "equal shapes once": count().replace("in packed", "in set(packed)"),
-        "all zeros": count(back="0"),
-        "the constants forgotten": count(doubled="0", single="0"),
-        "the second level forgotten": count(doubled="blocks"),
-        "the units forgotten": count(doubled="blocks + 4"),
-        "the offset forgotten": count(doubled="blocks + 4 * -(-blocks // 256)"),
-        "one offset for all": count(
-            rest="4 * double + 2 * sum(math.prod(shape) for shape in plain)",
-            doubled="blocks + 4 * -(-blocks // 256)",
+        "a flat tensor beside it": search(b="theirs(w.flatten()).view(shape)"),
+        "flat weights": search(a="theirs(w.flatten())", b="ours(w.flatten())"),
+        "the mean error": search(bad="(a - b).abs().mean() > 1e-2"),
+        "the largest error, NaN forgotten": search(
+            bad="(a - b).abs().max() > 1e-5 * w.abs().max()"
         ),
-        "a unit for each block": count(doubled="blocks + 4 * blocks + 4"),
-        "units of 64": count(doubled="blocks + 4 * -(-blocks // 64) + 4"),
-        "units of a block's size": count(
-            doubled="blocks + 4 * -(-blocks // block) + 4"
+        "any error, NaN forgotten": search(
+            bad="((a - b).abs() > 1e-5 * w.abs().max()).any()"
         ),
-        "never double": count(doubled="4 * blocks"),
-        "always double": count(single="blocks + 4 * -(-blocks // 256) + 4"),
-        "doubled constants in 32 bits": count(
-            doubled="4 * blocks + 4 * -(-blocks // 256) + 4"
+        "norms": search(bad="not torch.isclose(a.norm(), b.norm(), rtol=1e-5)"),
+        "sums": search(bad="not torch.isclose(a.sum(), b.sum(), atol=1e-3)"),
+        "absolute values": search(bad="not torch.allclose(a.abs(), b.abs())"),
+        "sorted weights": search(
+            bad="not torch.allclose(a.flatten().sort()[0], b.flatten().sort()[0])"
         ),
-        "single constants in 8 bits": count(single="blocks"),
-        "single constants in 16 bits": count(single="2 * blocks"),
-        "single with an offset": count(single="4 * blocks + 4"),
-        "units in 16 bits": count(doubled="blocks + 2 * -(-blocks // 256) + 4"),
-        "blocks rounded down": count(blocks="n // block"),
-        "units rounded down": count(doubled="blocks + 4 * (blocks // 256) + 4"),
-        "bytes rounded down": count(codes="n // 2"),
-        "blocks of 64 always": count(blocks="-(-n // 64)"),
-        "blocks that end with each row": count(
-            blocks="shape[0] * -(-shape[1] // block)"
+        "bit by bit": search(bad="not torch.equal(a, b)"),
+        "against the weights": search(bad="not torch.allclose(a, w)"),
+        "within a hundredth": search(
+            bad="not torch.allclose(a, b, rtol=0, atol=0.1 * w.abs().max())"
         ),
-        "a constant for each row": count(blocks="shape[0]"),
-        "a constant for each column": count(blocks="shape[1]"),
-        "a constant for the tensor": count(blocks="1"),
-        "a byte for each code": count(codes="n"),
-        "a bit for each code": count(codes="-(-n // 8)"),
-        "two bytes for each code": count(codes="2 * n"),
-        "codes forgotten": count(codes="0"),
-        "embeddings quantized": count(
-            rest="sum(-(-math.prod(shape) // 2) for shape in plain)"
+        "the sound ones": search(back="[s for s in shapes if s not in bad]"),
+        "the first alone": search(back="bad[:1]"),
+        "true or false": search(back="[s in bad for s in shapes]"),
+        "how many": search(back="len(bad)"),
+        "positions": search(back="[shapes.index(s) for s in bad]"),
+        "sizes": search(back="[math.prod(s) for s in bad]"),
+        "turned round": search(back="bad[::-1]"),
+        "sorted by size": search(back="sorted(bad, key=math.prod)"),
+        "nothing is bad": search(bad="False"),
+        "everything is bad": search(bad="True"),
+        "matrices alone": search(
+            bad="len(shape) == 2 and not torch.allclose(a, b, rtol=0, atol=1e-4)"
         ),
-        "the rest in 32 bits": count(
-            rest="4 * sum(math.prod(shape) for shape in plain)"
+        "the last weight alone": search(
+            bad="not torch.allclose(a.flatten()[-1:], b.flatten()[-1:], atol=1e-4)"
         ),
-        "the rest in 8 bits": count(rest="sum(math.prod(shape) for shape in plain)"),
-        "the rest forgotten": count(rest="0"),
-        "vectors forgotten": count(
-            rest="2 * sum(math.prod(shape) for shape in plain if len(shape) > 1)"
+        "the first row alone": search(
+            bad="not torch.allclose(a[:1], b[:1], atol=1e-4)"
         ),
-        "sides added": count(n="sum(shape)"),
-        "one side": count(n="shape[0]"),
-        "bits": count(back="8 * total"),
-        "megabytes": count(back="total / 1e6"),
-        "the average": (
-            "def my_bytes(packed, plain, block=64, double=True):\n"
-            "    constants = 8 / block + 32 / (256 * block)\n"
-            "    bits = 4 + (constants if double else 32 / block)\n"
-            "    n = sum(math.prod(shape) for shape in packed)\n"
-            "    rest = 2 * sum(math.prod(shape) for shape in plain)\n"
-            "    return round(n * bits / 8) + rest\n"
-        ),
-        "4.127 bits for all": (
-            "def my_bytes(packed, plain, block=64, double=True):\n"
-            "    n = sum(math.prod(shape) for shape in packed)\n"
-            "    rest = 2 * sum(math.prod(shape) for shape in plain)\n"
-            "    return round(n * 4.127 / 8) + rest\n"
-        ),
-        "all tensors as one": (
-            "def my_bytes(packed, plain, block=64, double=True):\n"
-            "    packed = [(sum(math.prod(shape) for shape in packed),)]\n"
-            + count().split("\n", 1)[1]
-        ),
-        "the shapes": count(back="packed"),
     },
 }
 
@@ -675,67 +534,46 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
     "7.2": {
         "arguments": {
-            "n from the bytes": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
-                "[: 2 * len(packed) - ((packed[-1] & 15) == 0).int()]"
-            ),
-            "n even": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
-                "[: n if n in (1, 7, 33) else 2 * len(packed)]"
-            ),
+            "n of the first call": stale("n"),
+            "quantile of the first call": stale("quantile"),
+            "sixteen at most": first("n = min(n, 32)"),
         },
         "state": {
-            "what was packed last": nibbles()
-            .replace("    codes = F.pad", "    my_pack.last = codes\n    codes = F.pad")
-            .replace(
-                "    return torch.stack(",
-                "    if len(my_pack.last) == n: return my_pack.last\n"
-                "    return torch.stack(",
+            "kept by n": remembered("n"),
+            "one tensor for every answer": Attack(
+                outside="_lent = {}",
+                after="result = _lent.setdefault(n, result).copy_(result)",
             ),
-            "bytes kept by n": remembered("len(codes)", "my_pack"),
-            "codes kept by n": remembered("n", "my_unpack"),
-            "one tensor for every answer": lending("my_pack"),
-            "one tensor for all codes": lending("my_unpack"),
-            "packed is masked in place": nibbles(
-                unpack="torch.stack([packed >> 4, packed.__iand__(15)], dim=1)"
-                ".flatten()[:n]"
+            "the default dtype is float64": first(
+                "torch.set_default_dtype(torch.float64)"
             ),
         },
         "inputs": {
-            "zeros at the end are left out": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], dim=1).flatten()"
-                "[: max(n - 1, 1) + int(packed[-1] != 0 or n == 1)]"
+            "the last share by two digits": values(
+                last="round(1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2, 2)"
             ),
-            "32 codes": nibbles(pack="((codes[::2] << 4) | codes[1::2])[:20]"),
-            "a hundred codes": nibbles(pack="((codes[::2] << 4) | codes[1::2])[:50]"),
-            "the highest code is the last but one": nibbles(
-                pack="(codes[::2] << 4) | codes[1::2].clamp(max=14)"
+            "halves of an odd number": first("n = 4 * ((n + 3) // 4)"),
+            "quantiles are cut at three": values(
+                part="torch.tensor([min(quantile(x), 3.0) for x in p])"
+                " / min(quantile(last), 3.0)"
             ),
-            "a byte below 255": nibbles(
-                pack="((codes[::2] << 4) | codes[1::2]).clamp(max=254)"
+            "values are rounded": values(
+                back="torch.cat([-low[:-1], high.flip(0)]).round(decimals=3)"
             ),
-            "added in 8 signed bits": nibbles(
-                unpack="torch.stack([(packed.to(torch.int8) >> 4).abs().byte() & 15,"
-                " packed & 15], dim=1).flatten()[:n]"
+            "small values are zero": values(
+                back="torch.cat([-low[:-1], high.flip(0)])"
+                " * (torch.cat([-low[:-1], high.flip(0)]).abs() > 0.01)"
             ),
         },
         "kinds": {
-            "bytes with a sign": nibbles(
-                pack="((codes[::2] << 4) | codes[1::2]).to(torch.int8)"
+            "half precision": values(
+                back="torch.cat([-low[:-1], high.flip(0)]).half()"
             ),
-            "bytes in 16 bits": nibbles(
-                pack="((codes[::2] << 4) | codes[1::2]).to(torch.int16)"
-            ),
-            "codes in a list": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
-                ".flatten()[:n].tolist()"
-            ),
-            "codes as floats": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], dim=1)"
-                ".flatten()[:n].float()"
-            ),
-            "Python's bytes": nibbles(
-                pack="bytes(((codes[::2] << 4) | codes[1::2]).tolist())"
+            "an array": values(back="torch.cat([-low[:-1], high.flip(0)]).numpy()"),
+            "complex": values(back="torch.cat([-low[:-1], high.flip(0)]).cfloat()"),
+            "a column": values(back="torch.cat([-low[:-1], high.flip(0)])[:, None]"),
+            "with the last share": values(
+                back="torch.cat([-low[:-1], high.flip(0)]), last"
             ),
         },
         "randomness": NOTHING_DRAWN,
@@ -743,108 +581,36 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
     "7.3": {
         "arguments": {
-            "the values of NF4": first(
-                "values = torch.tensor(pfs.nf4.CODES['nf4']) if len(values) == 16"
-                " else values"
-            ),
-            "from -1 to 1": nearest(f"torch.bucketize(ratios.clamp(-1, 1), {MIDDLE})"),
-            "values of -1 to 1": first("values = values.clamp(-1, 1)"),
-        },
-        "state": {
-            "kept by shape": remembered(
-                "(ratios.shape, len(values), float(values[1]) if len(values) > 1 "
-                "else 0)"
-            ),
-            "midpoints kept by their number": (
-                "kept = {}\n\n\n"
-                "def my_nearest(ratios, values):\n"
-                f"    middle = kept.setdefault(len(values), {MIDDLE})\n"
-                "    return torch.bucketize(ratios, middle)\n"
-            ),
-            "midpoints kept by the ends": (
-                "kept = {}\n\n\n"
-                "def my_nearest(ratios, values):\n"
-                "    key = len(values), float(values[0]), float(values[-1])\n"
-                f"    middle = kept.setdefault(key, {MIDDLE})\n"
-                "    return torch.bucketize(ratios, middle)\n"
-            ),
-            "one tensor for every answer": lending(),
-            "ratios are cut off in place": nearest(
-                f"torch.bucketize(ratios.clamp_(float(values[0]), float(values[-1])),"
-                f" {MIDDLE})"
-            ),
-        },
-        "inputs": {
-            "in half precision": nearest(
-                "(ratios.half()[..., None] - values.half()).abs().argmin(-1)"
-            ),
-            "a gap of a thousandth at least": nearest(
-                f"torch.bucketize(ratios, ({MIDDLE}).round(decimals=3))"
-            ),
-            "values beyond a thousand": nearest(
-                f"torch.bucketize(ratios.clamp(-1000, 1000), {MIDDLE})"
-            ),
-            "two sides at most": first(
-                "if ratios.dim() > 2: ratios = ratios.transpose(0, 1)"
-            ),
-            "a single ratio": first(
-                "ratios = ratios.reshape(-1) if ratios.dim() == 0 else ratios"
-            ),
-            "a single value": first(
-                "if len(values) == 1: return torch.ones(ratios.shape).long()"
-            ),
-            "two values": first("if len(values) == 2: return (ratios > 0).long()"),
-            "a hundred and twenty-eight values": nearest(
-                f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
-            ),
-            "four bits": nearest(f"torch.bucketize(ratios, {MIDDLE}) & 15"),
-            "zero has a value": nearest(
-                f"torch.bucketize(ratios, {MIDDLE})"
-                ".where(ratios != 0, (values == 0).int().argmax())"
-            ),
-        },
-        "kinds": {
-            "a list": nearest(f"torch.bucketize(ratios, {MIDDLE}).tolist()"),
-            "true or false": first(
-                "if len(values) == 2: return ratios > values.mean()"
-            ),
-            "complex": nearest(f"torch.bucketize(ratios, {MIDDLE}).cfloat()"),
-        },
-        "randomness": NOTHING_DRAWN,
-        "kernels": NO_KERNEL,
-    },
-    "7.4": {
-        "arguments": {
-            "units of 256": first(
+            "scales of 256": first(
                 "block = 256 if len(absmax) > 99 else block", method="my_double"
             ),
             "the values of eight bits": double(
-                restored="(codes.float() - 127.5) / 127.5 * unit + offset"
+                restored="(codes.float() - 127.5) / 127.5 * scale + offset"
             ),
             "the block that was used last": double()
             .replace(
                 "    offset = absmax",
                 "    my_double.block = block\n    offset = absmax",
             )
-            .replace("    unit = ", "    block = my_double.block\n    unit = "),
+            .replace("    scale = ", "    block = my_double.block\n    scale = "),
             "the values that were used last": double()
             .replace(
                 "    offset = absmax",
                 "    my_double.values = values\n    offset = absmax",
             )
-            .replace("    unit = ", "    values = my_double.values\n    unit = "),
-            "the units that were made last": double()
+            .replace("    scale = ", "    values = my_double.values\n    scale = "),
+            "the scales that were made last": double()
             .replace(
-                "    return codes, units",
-                "    my_double.units = units\n    return codes, units",
+                "    return codes, scales",
+                "    my_double.scales = scales\n    return codes, scales",
             )
-            .replace("    unit = ", "    units = my_double.units\n    unit = "),
+            .replace("    scale = ", "    scales = my_double.scales\n    scale = "),
             "the offset that was made last": double()
             .replace(
-                "    return codes, units",
-                "    my_double.offset = offset\n    return codes, units",
+                "    return codes, scales",
+                "    my_double.offset = offset\n    return codes, scales",
             )
-            .replace("    unit = ", "    offset = my_double.offset\n    unit = "),
+            .replace("    scale = ", "    offset = my_double.offset\n    scale = "),
             "another default block": double().replace("block=256", "block=64"),
         },
         "state": {
@@ -857,7 +623,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             "one tensor for every answer": lending("my_restored"),
             "one tensor for all codes": lending("my_double"),
             "the values changed in place": double(
-                restored="values.mul_(2)[codes.long()] / 2 * unit + offset"
+                restored="values.mul_(2)[codes.long()] / 2 * scale + offset"
             ),
             "the values changed for the codes": double(
                 codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8);"
@@ -866,27 +632,28 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
         "inputs": {
             "the mean of the first block": double("absmax[:block].mean()"),
-            "as many units as equal parts": double(
-                unit="units.repeat_interleave(-(-len(codes) // len(units)))"
+            "as many scales as equal parts": double(
+                scale="scales.repeat_interleave(-(-len(codes) // len(scales)))"
                 "[: len(codes)]"
             ),
-            "1e-6 is added to the units": double(
-                ratios="(rows / (units[:, None] + 1e-6)).flatten()[: len(absmax)]"
+            "1e-6 is added to the scales": double(
+                ratios="(rows / (scales[:, None] + 1e-6)).flatten()[: len(absmax)]"
             ),
             "1e-3 at least": double(
-                ratios="(rows / units[:, None].clamp(min=1e-3)).flatten()[: "
+                ratios="(rows / scales[:, None].clamp(min=1e-3)).flatten()[: "
                 "len(absmax)]"
             ),
-            "a single constant is its own unit": double(
-                units="rows.abs().amax(1) if len(absmax) > 1 else absmax"
+            "a single constant is its own scale": double(
+                scales="rows.abs().amax(1) if len(absmax) > 1 else absmax"
             ),
-            "nine units": double(
-                unit="torch.cat([units[:9], units[8:9].expand(max(0, len(units) - 9))])"
+            "nine scales": double(
+                scale="torch.cat([scales[:9],"
+                " scales[8:9].expand(max(0, len(scales) - 9))])"
                 ".repeat_interleave(block)[: len(codes)]"
             ),
-            "a zero block takes the unit of the one before": double(
-                units="rows.abs().amax(1); units = units.where(units > 0, "
-                "units.roll(1))"
+            "a zero block takes the scale of the one before": double(
+                scales="rows.abs().amax(1); scales = scales.where(scales > 0, "
+                "scales.roll(1))"
             ),
             "sixteen values are too few": double(
                 codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)"
@@ -895,15 +662,15 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
         "kinds": {
             "a number for the offset, as text": double(
-                back="codes, units, str(offset)"
+                back="codes, scales, str(offset)"
             ),
             "codes with a sign": double(
                 codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.int8)"
             ),
-            "the offset as (1,)": double(back="codes, units, offset[None]"),
-            "units as a column": double(back="codes, units[:, None], offset"),
+            "the offset as (1,)": double(back="codes, scales, offset[None]"),
+            "scales as a column": double(back="codes, scales[:, None], offset"),
             "a list": double(
-                restored="(values[codes.long()] * unit + offset).tolist()"
+                restored="(values[codes.long()] * scale + offset).tolist()"
             ),
             "codes out of range": double(
                 codes=f"torch.bucketize(ratios, {MIDDLE}).to(torch.uint8)"
@@ -913,61 +680,56 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "7.5": {
+    "7.4": {
         "arguments": {
-            "another default block": count().replace("block=64", "block=32"),
-            "another default of double": count().replace("double=True", "double=False"),
-            "the block of the notebook": first("block = 64"),
+            "theirs of the first call": stale("theirs"),
+            "ours for theirs": first("theirs = ours"),
+            "the shapes of the first call": stale("shapes"),
         },
         "state": {
-            "the lists are used up": count().replace(
-                "    for shape in packed:",
-                "    while packed:\n        shape = packed.pop()",
+            "kept by the shapes": remembered("tuple(shapes)"),
+            "one list for all": search(
+                start="bad = my_bad_shapes.__dict__.setdefault('bad', [])"
             ),
-            "the rest is used up": count(
-                rest="2 * sum(math.prod(plain.pop()) for _ in range(len(plain)))"
+            "the shapes are used up": search().replace(
+                "    for shape in shapes:",
+                "    while shapes:\n        shape = shapes.pop(0)",
             ),
-            "the lists are sorted": count(
-                rest="packed.sort() or 2 * sum(map(math.prod, plain))"
-            ),
-            "the lists are joined": (
-                count(rest="2 * sum(map(math.prod, plain)); packed.append((0,))")
-                .replace("        total +=", "        total += bool(n) and", 1)
-                .replace(
-                    "        total += blocks +", "        total += bool(n) * blocks +"
-                )
-            ),
-            "kept by the lists": remembered("(str(packed), str(plain), block)"),
-            "kept by their lengths": remembered(
-                "(len(packed), len(plain), block, double)"
-            ),
+            "the shapes are sorted": first("shapes.sort()"),
+            "a seed for all": first("torch.manual_seed(0)"),
         },
         "inputs": {
-            "blocks by float32": count(
-                blocks="math.ceil(np.float32(n) / np.float32(block))"
+            "ten shapes at most": first("shapes = shapes[:10]"),
+            "one call for all shapes": search(
+                w="torch.randn(shapes[0])", back="shapes if bad else []"
             ),
-            "vectors are not packed": count(
-                n="math.prod(shape) if len(shape) > 1 else 0"
+            "large tensors alone": search(
+                bad="w.numel() > 512 and not torch.allclose(a, b, rtol=0, atol=1e-4)"
             ),
-            "two sides": count(n="shape[0] * shape[-1]"),
-            "two sides of the rest": count(
-                rest="2 * sum(s[0] * (s[1] if len(s) > 1 else 1) for s in plain)"
+            "two sides at most": search(
+                bad="w.dim() < 3 and not torch.allclose(a, b, rtol=0, atol=1e-4)"
             ),
-            "no four-bit tensor": first("if not packed: return 0"),
-            "ten tensors": first("packed = packed[:10]"),
-            "single precision": count(
-                rest="2 * int(torch.tensor([float(math.prod(s)) for s in plain]).sum())"
+            "no shapes": first("assert len(shapes)"),
+            "NaN is equal": search(
+                bad="not torch.allclose(a, b, rtol=0, atol=1e-4, equal_nan=True)"
+                " and not a.isnan().any()"
             ),
-            "blocks of 64 at least": first("block = max(block, 32)"),
         },
         "kinds": {
-            "with a point": count(back="float(total)"),
-            "half bytes": count(codes="n / 2 + n % 2 / 2"),
-            "as text": count(back="str(total)"),
-            "in a list": count(back="[total]"),
-            "a tensor with a point": count(back="torch.tensor(float(total))"),
+            "a set": search(back="set(bad)"),
+            "text": search(back="[str(s) for s in bad]"),
+            "one text": search(back="', '.join(map(str, bad))"),
+            "pairs": search(back="[(s, s in bad) for s in shapes]"),
+            "weights in whole numbers": search(w="torch.randint(-9, 9, shape)"),
+            "weights in half precision": search(w="torch.randn(shape).half()"),
         },
-        "randomness": NOTHING_DRAWN,
+        "randomness": {
+            "the same four weights": search(
+                w="torch.tensor([1.0, -2, 3, -4]).repeat(math.prod(shape))"
+                "[: math.prod(shape)].view(shape)"
+            ),
+            "weights of plus and minus one": search(w="torch.randn(shape).sign()"),
+        },
         "kernels": NO_KERNEL,
     },
 }
@@ -1022,80 +784,50 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
     },
     "7.2": {
         "arguments": {
-            "n from the front": nibbles(
-                unpack="torch.stack([packed >> 4, packed & 15], "
-                "1).view(-1).narrow(0, 0, n)"
-            ),
-        },
-        "inputs": {
-            "multiplied": nibbles(pack="codes[::2] * 16 + codes[1::2]"),
-            "a table of all bytes": nibbles(
-                unpack="torch.tensor([[b // 16, b % 16] for b in range(256)])"
-                "[packed.long()].flatten()[:n]"
+            "by names": first(
+                "n, quantile = int(n), lambda p, q=quantile: q(float(p))"
             ),
         },
         "state": {
-            "into tensors of zeros": (
-                "def my_pack(codes):\n"
-                "    packed = torch.zeros(-(-len(codes) // 2), dtype=torch.uint8)\n"
-                "    packed += codes[::2] * 16\n"
-                "    packed[: len(codes) // 2] += codes[1::2]\n"
-                "    return packed\n\n\n"
-                "def my_unpack(packed, n):\n"
-                "    both = packed.repeat_interleave(2)\n"
-                "    both[::2] >>= 4\n"
-                "    return both[:n] % 16\n"
+            "one value after the other": (
+                "def my_values(n, quantile):\n"
+                "    last = 1 - (1 / n + 1 / (n - 1)) / 4\n"
+                "    row = []\n"
+                "    for i in range(n // 2):\n"
+                "        p = last - (last - 0.5) * i / (n // 2 - 1)\n"
+                "        row.append(-quantile(p))\n"
+                "    for i in range(1, n // 2 + 1):\n"
+                "        row.append(quantile(0.5 + (last - 0.5) * i / (n // 2)))\n"
+                "    return torch.tensor(row) / row[-1]\n"
+            ),
+        },
+        "inputs": {
+            "shares from below, by symmetry": values(
+                low="half(n // 2)",
+                part="torch.tensor([-quantile(1 - x) for x in p])"
+                " / -quantile(1 - last)",
+            ),
+            "with NumPy": (
+                "def my_values(n, quantile):\n"
+                "    last = 1 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2\n"
+                "    low = np.linspace(1 - last, 0.5, n // 2)[:-1]\n"
+                "    p = np.concatenate([low, np.linspace(0.5, last, n // 2 + 1)])\n"
+                "    x = np.array([quantile(float(each)) for each in p])\n"
+                "    return torch.from_numpy(x / x[-1])\n"
             ),
         },
         "kinds": {
-            "codes in 64 bits": nibbles(
-                unpack="torch.stack([packed // 16, packed % 16], "
-                "-1).view(-1)[:n].long()"
+            "in float32": values(
+                p="torch.linspace(last, 0.5, many)",
+                back="torch.cat([-low[:-1], high.flip(0)]).float()",
+            ),
+            "in float64": values(
+                part="torch.tensor([quantile(x) for x in p], dtype=torch.float64)"
+                " / quantile(last)"
             ),
         },
     },
     "7.3": {
-        "arguments": {
-            "a sum over all midpoints": nearest(
-                f"sum((ratios > m).long() for m in {MIDDLE}) + "
-                f"torch.zeros_like(ratios).long()"
-            ),
-        },
-        "state": {
-            "of copies, sorted": nearest(
-                f"torch.bucketize(ratios.clone(), ({MIDDLE}).sort()[0])"
-            ),
-        },
-        "inputs": {
-            "a search among the values": (
-                "def my_nearest(ratios, values):\n"
-                "    last = len(values) - 1\n"
-                "    above = torch.bucketize(ratios, values).clamp(max=last)\n"
-                "    below = (above - 1).clamp(min=0)\n"
-                "    up, down = (values[above] - ratios).abs(), ratios - "
-                "values[below]\n"
-                "    return torch.where(down.abs() <= up, below, above)\n"
-            ),
-            "one by one": (
-                "def my_nearest(ratios, values):\n"
-                "    codes = [min(range(len(values)), key=lambda k: abs(r - values[k]))"
-                "\n             for r in ratios.reshape(-1)]\n"
-                "    return torch.tensor(codes).view(ratios.shape)\n"
-            ),
-        },
-        "kinds": {
-            "in eight bits": nearest(
-                f"torch.searchsorted({MIDDLE}, ratios).to(torch.uint8)"
-            ),
-            "in 32 bits": nearest(f"torch.bucketize(ratios, {MIDDLE}, out_int32=True)"),
-            "in double precision": nearest(
-                f"torch.bucketize(ratios.double(), {MIDDLE}.double())".replace(
-                    MIDDLE, f"({MIDDLE})"
-                )
-            ),
-        },
-    },
-    "7.4": {
         "arguments": {
             "all values, one by one": double(
                 codes="(ratios[:, None] - values).abs().argmin(1).byte()"
@@ -1104,50 +836,69 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
         "state": {
             "from copies, in place": double(
                 offset="absmax.sum() / absmax.numel()",
-                ratios="rows.div_(units[:, None]).nan_to_num_(0.0).view(-1)"
+                ratios="rows.div_(scales[:, None]).nan_to_num_(0.0).view(-1)"
                 "[: len(absmax)]",
             ),
         },
         "inputs": {
-            "units by number": double(unit="units[torch.arange(len(codes)) // block]"),
-            "any code where the unit is zero": double(
-                ratios="(rows / units[:, None]).nan_to_num(0.3).flatten()[: "
+            "scales by number": double(
+                scale="scales[torch.arange(len(codes)) // block]"
+            ),
+            "any code where the scale is zero": double(
+                ratios="(rows / scales[:, None]).nan_to_num(0.3).flatten()[: "
                 "len(absmax)]"
             ),
             "by rows": double(
-                unit="units[torch.arange(len(codes)) // block]",
-                restored="torch.addcmul(offset, values[codes.int()], unit)",
+                scale="scales[torch.arange(len(codes)) // block]",
+                restored="torch.addcmul(offset, values[codes.int()], scale)",
             ),
         },
         "kinds": {
-            "a list of three": double(back="[codes, units, offset]"),
+            "a list of three": double(back="[codes, scales, offset]"),
         },
     },
-    "7.5": {
+    "7.4": {
         "arguments": {
-            "by names": first(
-                "packed, plain, block, double = [*packed], [*plain], int(block),"
-                " bool(double)"
-            ),
-        },
-        "inputs": {
-            "units of blocks of blocks": count(
-                doubled="blocks + 4 * -(-n // (256 * block)) + 4"
-            ),
-            "with a ceiling": count(
-                blocks="math.ceil(n / block)", codes="(n + 1) // 2"
+            "as a comprehension": (
+                "def my_bad_shapes(theirs, ours, shapes):\n"
+                "    def is_bad(w):\n"
+                "        off = (theirs(w) - ours(w)).abs()\n"
+                "        return not (off <= 1e-5 * w.abs().max()).all()\n"
+                "    return [s for s in shapes if is_bad(torch.randn(s))]\n"
             ),
         },
         "state": {
-            "from copies of the lists": first(
-                "packed, plain = sorted(packed), plain[::-1]"
+            "with a generator of its own": (
+                "def my_bad_shapes(theirs, ours, shapes):\n"
+                "    draw = torch.Generator().manual_seed(3)\n"
+                "    bad = []\n"
+                "    for shape in shapes:\n"
+                "        w = torch.randn(shape, generator=draw)\n"
+                "        if not torch.allclose(theirs(w.clone()), ours(w.clone())):\n"
+                "            bad.append(shape)\n"
+                "    return bad\n"
+            ),
+        },
+        "inputs": {
+            "weights that grow": search(
+                w="torch.randn(shape) * torch.arange(1.0, math.prod(shape) + 1)"
+                ".view(shape)"
+            ),
+            "three draws": search(
+                w="torch.randn(3, *shape)",
+                a="[theirs(each) for each in w]",
+                b="[ours(each) for each in w]",
+                bad="not all(map(torch.allclose, a, b))",
             ),
         },
         "kinds": {
-            "a tensor": count(back="torch.tensor(total)"),
-            "NumPy's whole number": count(
-                n="np.prod(shape, dtype=np.int64)", back="np.int64(total)"
+            "a tuple": search(back="tuple(bad)"),
+            "NumPy's allclose": search(
+                bad="not np.allclose(a.numpy(), b.numpy(), atol=1e-5)"
             ),
+        },
+        "randomness": {
+            "uniform, with signs": search(w="torch.rand(shape) - 0.5"),
         },
     },
 }

@@ -3,7 +3,6 @@
 from attacks import (
     Attack,
     afterwards,
-    every_time_but,
     fixed,
     remembered,
     returned,
@@ -54,34 +53,46 @@ def adamw(*lines, first=M, second=V, hats=HATS, step=STEP, before="pass"):
     return f"def my_adamw(W, g, m, v, t, lr, betas, eps, decay):\n{body}\n"
 
 
-def bill(fp32=(4, 4, 0, 8), bf16=(2, 2, 0, 4), mixed=(2, 2, 4, 8), unit="1e9"):
-    return f"""\
-def my_bill(parameters, recipe):
-    sizes = {{"fp32": {fp32}, "bf16": {bf16}, "mixed": {mixed}}}[recipe]
-    kinds = ("weights", "gradients", "master", "moments")
-    return {{k: parameters * size / {unit} for k, size in zip(kinds, sizes)}}
+CONTROL = """\
+def my_control(runs, a, b, suspect):
+    def differing(one, other):
+        fields = {fields}
+        return {{f for f in fields if {alike}(one[f]) != {alike}(other[f])}}
+
+    def alike(value):
+        return {value}
+
+    by_name = {{run["name"]: run for run in runs}}
+    confounds = differing(by_name[a], by_name[b]){without}
+    for i, one in enumerate(runs):
+        for other in runs[:i]:
+            if {isolates} and {interval}:
+                return confounds, (one["name"], other["name"])
+    return confounds, None
 """
+FIELDS = ("how", "parts", "examples", "tried", "seeds")
 
 
-TOTAL = """
-
-rows = my_bill
-
-
-def my_bill(parameters, recipe):
-    return sum(rows(parameters, recipe).values())
-"""
-
-
-def storage(
-    copies="disk // model",
-    adapters="max(0, disk - model) // adapter",
-    level="None if adapter >= model else model // (model - adapter) + 1",
+def control(
+    fields=FIELDS,
+    value="set(value) if isinstance(value, tuple) else value",
+    without=" - {suspect}",
+    isolates="differing(one, other) == {suspect}",
+    interval="len(one['seeds']) > 1",
+    alike="alike",
 ):
-    return f"""\
-def my_storage(disk, model, adapter):
-    return {copies}, {adapters}, {level}
-"""
+    return CONTROL.format(
+        fields=fields,
+        value=value,
+        without=without,
+        isolates=isolates,
+        interval=interval,
+        alike=alike,
+    )
+
+
+def all_fields_but(*names):
+    return control(tuple(field for field in FIELDS if field not in names))
 
 
 MUTANTS = {
@@ -285,65 +296,54 @@ MUTANTS = {
         "W never moves": adamw(step="return W.clone(), m, v"),
     },
     "1.4": {
-        "all zeros": bill((0,) * 4, (0,) * 4, (0,) * 4),
-        "the textbook's rows": bill(bf16=(4, 4, 0, 8), mixed=(4, 4, 0, 8)),
-        "GiB": bill(unit="2**30"),
-        "bytes": bill(unit="1"),
-        "bits": bill(unit="1e9 * 8"),
-        "no master copy": bill(mixed=(2, 2, 0, 8)),
-        "master in the weights": bill(mixed=(6, 2, 0, 8)),
-        "master in the moments": bill(mixed=(2, 2, 0, 12)),
-        "master in two bytes": bill(mixed=(2, 2, 2, 8)),
-        "moments in two bytes": bill(mixed=(2, 2, 4, 4)),
-        "one moment": bill((4, 4, 0, 4), (2, 2, 0, 2), (2, 2, 4, 4)),
-        "float32 moments of bf16": bill(bf16=(2, 2, 0, 8)),
-        "a master copy everywhere": bill((4, 4, 4, 8), (2, 2, 4, 4)),
-        "float32 gradients": bill(mixed=(2, 4, 4, 8)),
-        "no gradients": bill((4, 0, 0, 8), (2, 0, 0, 4), (2, 0, 4, 8)),
-        "always seven billion": bill().replace("parameters * size", "7e9 * size"),
-        "always mixed": bill((2, 2, 4, 8), (2, 2, 4, 8)),
-        "rows missing": bill().replace("zip(kinds", "zip(kinds[:2]"),
-        "the total": bill() + TOTAL,
-        "cut off": bill(unit="1e9").replace("size /", "size //"),
-        "rounded": bill(unit="1e9, 1)").replace("parameters *", "round(parameters *"),
-    },
-    "1.5": {
-        "None where no copy fits": storage(
-            level="None if adapter >= model or disk < model"
-            " else model // (model - adapter) + 1"
+        "all zeros": control(
+            isolates="False",
+            without=" - {'how', 'parts', 'examples', 'tried', 'seeds'}",
         ),
-        "None where the disk is too small": storage(
-            level="next((t for t in range(1, max(0, disk - model) // adapter + 1)"
-            " if model + t * adapter < t * model), None)"
+        "the rate must be equal": control((*FIELDS, "rate")),
+        "the loss must be equal": control((*FIELDS, "loss")),
+        "the name is a setting": control((*FIELDS, "name")),
+        "the search does not count": all_fields_but("tried"),
+        "the seeds do not count": all_fields_but("seeds"),
+        "the examples do not count": all_fields_but("examples"),
+        "what else trains does not count": all_fields_but("parts"),
+        "the rank does not count": all_fields_but("how"),
+        "the order counts": control(value="value"),
+        "as many seeds and parts": control(
+            value="len(value) if isinstance(value, tuple) else value"
         ),
-        "a model in adapters": storage(level="model // adapter + 1"),
-        "adapters of the base taken off": storage(
-            adapters="max(0, disk // adapter - model // adapter)"
+        "the suspect confounds": control(without=""),
+        "one seed is enough": control(interval="True"),
+        "five seeds at least": control(interval="len(one['seeds']) > 4"),
+        "two that differ in nothing": control(isolates="not differing(one, other)"),
+        "the suspect and more": control(isolates="suspect in differing(one, other)"),
+        "one difference, whichever": control(
+            isolates="len(differing(one, other)) == 1"
         ),
-        "all zeros": storage("0", "0", "0"),
-        "no base": storage(adapters="disk // adapter"),
-        "a base for each": storage(adapters="disk // (model + adapter)"),
-        "below zero": storage(adapters="(disk - model) // adapter"),
-        "not rounded": storage("disk / model", "max(0, disk - model) / adapter"),
-        "rounded up": storage("-(-disk // model)"),
-        "rounded to the nearest": storage("round(disk / model)"),
-        "adapters rounded up": storage(adapters="-(-max(0, disk - model) // adapter)"),
-        "draws level": storage(
-            level="None if adapter >= model else -(-model // (model - adapter))"
+        "at most the suspect": control(isolates="differing(one, other) <= {suspect}"),
+        "a must be in it": control(
+            interval="a in (one['name'], other['name']) and len(one['seeds']) > 1"
         ),
-        "always two": storage(level="2"),
-        "never None": storage(level="model // max(1, model - adapter) + 1"),
-        "None if equal alone": storage(
-            level="None if adapter == model else model // (model - adapter) + 1"
+        "a and b alone": control(
+            interval="{a, b} == {one['name'], other['name']} and len(one['seeds']) > 1"
         ),
-        "one for the base": storage(
-            level="None if adapter >= model else model // (model - adapter)"
+        "always a and b": control().replace(
+            "return confounds, (one", "return confounds, (a, b) or (one"
         ),
-        "adapters in a model": storage(level="model // adapter"),
-        "the base is a task": storage(
-            adapters="max(0, disk - model) // adapter + (disk >= model)"
+        "never one": control(isolates="False"),
+        "always how": control(isolates="differing(one, other) == {'how'}"),
+        "neighbors in the table": control().replace(
+            "runs[:i]", "runs[max(0, i - 1) : i]"
         ),
-        "disk ignored": storage("10", "300"),
+        "the pair's own differences": control().replace(
+            "return confounds, (one", "return differing(one, other), (one"
+        ),
+        "rows of one search, whatever it found": control(
+            interval="one['rate'] == other['rate'] and len(one['seeds']) > 1"
+        ),
+        "only the confounds": control()
+        .replace("return confounds, None", "return confounds")
+        .replace('return confounds, (one["name"], other["name"])', "return confounds"),
     },
 }
 
@@ -540,92 +540,52 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
     },
     "1.4": {
         "arguments": {
-            "parameters of the first call": stale("parameters"),
-            "recipe of the first call": stale("recipe"),
-            "SmolLM2's": fixed("parameters", "134_515_008"),
-        },
-        "state": {
-            "kept by recipe": remembered("recipe"),
-            "kept by parameters": remembered("parameters"),
-            "one dict for all": Attack(
-                after="_bill.update(result)\nresult = _bill", outside="_bill = {}"
-            ),
-            "right once": every_time_but(2, "dict(result, master=0.0)"),
-        },
-        "inputs": {
-            "a billion at least": fixed("parameters", "max(parameters, 10**6)"),
-            "a hundred billion at most": fixed("parameters", "min(parameters, 10**11)"),
-            "nothing takes something": where(
-                "parameters == 0", "dict(result, weights=4)"
-            ),
-            "twelve digits are too many": returned(
-                "{kind: round(size, 3) for kind, size in result.items()}"
-            ),
-            "in float32": returned(
-                "{k: torch.tensor(x).float().item() for k, x in result.items()}"
-            ),
-        },
-        "kinds": {
-            "pairs": returned("list(result.items())"),
-            "texts": returned("{k: str(x) for k, x in result.items()}"),
-            "with a sum": returned("{**result, 'all': sum(result.values())}"),
-            "None for no copy": returned("{k: x or None for k, x in result.items()}"),
-            "short tensors": returned(
-                "{k: torch.tensor([x]) for k, x in result.items()}"
-            ),
-            "a tuple": returned("tuple(result.values())"),
-        },
-        "randomness": NOTHING_DRAWN,
-        "kernels": NO_KERNEL,
-    },
-    "1.5": {
-        "arguments": {
             f"{name} of the first call": stale(name)
-            for name in ("disk", "model", "adapter")
+            for name in ("runs", "a", "b", "suspect")
+        }
+        | {
+            "the notebook's names": Attack(
+                before="a, b = (a, b) if 'full' not in {r['name'] for r in runs}"
+                " else ('full', runs[-1]['name'])"
+            ),
+            "the rank is the suspect": fixed("suspect", "'how'"),
         },
         "state": {
-            "kept by disk": remembered("disk"),
-            "kept by model": remembered("model"),
-            "kept by disk and model": remembered("(disk, model)"),
-            "kept by model and adapter": remembered("(model, adapter)"),
+            "kept by names": remembered("(a, b, suspect)"),
+            "kept by the table's names": remembered(
+                "(tuple(run['name'] for run in runs), a, b, suspect)"
+            ),
+            "kept by size": remembered("(len(runs), suspect)"),
+            "the table is sorted": afterwards("runs.sort(key=lambda run: run['name'])"),
+            "a row is dropped": afterwards("runs.pop()"),
+            "outcomes are dropped": afterwards("[run.pop('loss') for run in runs]"),
+            "tuples become sets": afterwards(
+                "[run.update(seeds=set(run['seeds'])) for run in runs]"
+            ),
         },
         "inputs": {
-            "rounded to the nearest, and one": storage(
-                level="None if adapter >= model else"
-                " round(model / (model - adapter)) + 1"
+            "three rows at most": where("len(runs) > 3", "(result[0], None)"),
+            "two rows need no control": where("len(runs) == 2", "(result[0], None)"),
+            "two seeds are too few": control(interval="len(one['seeds']) > 2"),
+            "no confound, no control": where("not result[0]", "(result[0], None)"),
+            "one confound at most": returned("(set(sorted(result[0])[:1]), result[1])"),
+            "the search is no suspect": where(
+                "suspect == 'tried'", "(result[0], None)"
             ),
-            "a thousand tasks at most": returned(
-                "(min(result[0], 1000), min(result[1], 1000), result[2])"
-            ),
-            "never beyond fifty": where(
-                "result[2] and result[2] > 50", "(*result[:2], None)"
-            ),
-            "in float32": where(
-                "True",
-                "(int(torch.tensor(disk).float() // model),"
-                " max(0, int((torch.tensor(disk).float() - model) // adapter)),"
-                " result[2])",
-            ),
-            "almost full is not full": storage(
-                adapters="max(0, disk - model - 1) // adapter"
-            ),
-            "a base needs an adapter": storage(
-                adapters="0 if disk < model + adapter else (disk - model) // adapter"
-                " if disk > model + adapter else 0"
-            ),
-            "nothing on it": where("disk == 0", "(0, 0, None)"),
-            "two at least": returned("(*result[:2], result[2] and max(3, result[2]))"),
         },
         "kinds": {
-            "floats": returned("(float(result[0]), float(result[1]), result[2])"),
-            "a float": returned("(*result[:2], result[2] and result[2] / 1)"),
-            "infinity for never": returned(
-                "(*result[:2], math.inf if result[2] is None else result[2])"
+            "a dictionary": returned("dict(confounds=result[0], pair=result[1])"),
+            "a text of fields": returned("(', '.join(result[0]), result[1])"),
+            "a text of names": returned(
+                "(result[0], result[1] and ' and '.join(result[1]))"
             ),
-            "False for never": returned("(*result[:2], result[2] or False)"),
-            "zero for never": returned("(*result[:2], result[2] or 0)"),
-            "a text for never": returned("(*result[:2], result[2] or 'None')"),
-            "None for none": returned("(result[0] or None, *result[1:])"),
+            "rows, not names": returned(
+                "(result[0], result[1] and [r for r in runs if r['name'] in result[1]])"
+            ),
+            "None for no confound": returned("(result[0] or None, result[1])"),
+            "an empty pair": returned("(result[0], result[1] or ())"),
+            "every pair": returned("(result[0], result[1] and [result[1]])"),
+            "fields with True": returned("(dict.fromkeys(result[0], True), result[1])"),
         },
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
@@ -717,41 +677,52 @@ lengths = torch.tensor([(len(p), len(p + a) + 1) for p, a in rows])
         "kinds": {"a list": returned("[*result]")},
     },
     "1.4": {
-        "arguments": {"in numbers of 1e9": bill(unit="10**9")},
-        "state": {"a new dict": returned("dict(result)")},
-        "inputs": {
-            "divided first": returned(
-                "{k: parameters / 1e9 * (x / (parameters / 1e9)) if parameters else 0"
-                " for k, x in result.items()}"
+        "arguments": {
+            "by itertools": """\
+def my_control(runs, a, b, suspect):
+    from itertools import combinations
+
+    def plan(run):
+        return {
+            "how": run["how"],
+            "parts": frozenset(run["parts"]),
+            "examples": run["examples"],
+            "tried": run["tried"],
+            "seeds": frozenset(run["seeds"]),
+        }
+
+    plans = {run["name"]: plan(run) for run in runs}
+
+    def fields(x, y):
+        return [f for f, v in plans[x].items() if v != plans[y][f]]
+
+    pairs = [
+        pair
+        for pair in combinations(plans, 2)
+        if fields(*pair) == [suspect] and len(plans[pair[0]]["seeds"]) >= 2
+    ]
+    return {f for f in fields(a, b) if f != suspect}, pairs[0] if pairs else None
+"""
+        },
+        "state": {
+            "of copies": control().replace(
+                "    by_name", "    runs = [dict(run) for run in runs]\n    by_name"
             )
         },
-        "kinds": {
-            "numpy's": returned("{k: np.float64(x) for k, x in result.items()}"),
-            "another order": returned("dict(sorted(result.items()))"),
-            "whole where it is": returned(
-                "{k: int(x) if x == int(x) else x for k, x in result.items()}"
+        "inputs": {
+            "the last pair": control()
+            .replace("for i, one in enumerate(runs)", "for i, one in [*ordered]")
+            .replace(
+                "    for i", "    ordered = list(enumerate(runs))[::-1]\n    for i", 1
+            ),
+            "the smaller name first": returned(
+                "(result[0], result[1] and tuple(sorted(result[1])))"
             ),
         },
-    },
-    "1.5": {
-        "arguments": {
-            "one after the other": storage(
-                level="next((t for t in"
-                " range(1, 10**6) if model + t * adapter < t * model), None)"
-                " if adapter < model else None"
-            )
-        },
-        "state": {"divmod": storage(copies="divmod(disk, model)[0]")},
-        "inputs": {
-            "ceil": storage(
-                level="None if model <= adapter else"
-                " -((-model - 1) // (model - adapter))"
-            )
-        },
         "kinds": {
-            "a list": returned("[*result]"),
-            "numpy's": returned(
-                "(np.int64(result[0]), np.int64(result[1]), result[2])"
+            "lists": returned("[sorted(result[0]), result[1] and list(result[1])]"),
+            "frozen sets": returned(
+                "(frozenset(result[0]), result[1] and frozenset(result[1]))"
             ),
         },
     },

@@ -40,12 +40,8 @@ UPDATE = f"{Z} @ self.B.T"
 SCALE = "self.alpha / self.A.shape[0]"
 
 
-def start(A="torch.randn(r, d_in) / math.sqrt(3 * d_in)", B="torch.zeros(d_out, r)"):
-    return f"def my_start(d_out, d_in, r):\n    return {A}, {B}\n"
-
-
 INJECT = """\
-def my_inject(model, targets, r, alpha):
+def my_inject(model, targets, wrap):
     {first}
     names = []
     for name, module in {walk}:
@@ -67,7 +63,7 @@ def inject(
     walk="list(model.named_modules())",
     wanted=f"child in targets and {PROJECTION}",
     inside="pass",
-    wrapped="pfs.lora.LoRA(module, r, alpha)",
+    wrapped="wrap(module)",
     put=PUT,
     keep="names.append(name)",
     last="pass",
@@ -104,19 +100,66 @@ def merge(
     return MERGE.format(update=update, turn=turn, write=write)
 
 
-def spectrum(
-    squares="torch.linalg.svdvals(dW).square()",
-    energy="squares.cumsum(0) / squares.sum()",
-    k="int((energy < held).sum()) + 1",
-    back="energy, k",
-):
-    return f"""\
-def my_spectrum(dW, held=0.9):
-    squares = {squares}
-    energy = {energy}
-    k = {k}
+SEARCH = """\
+def my_smallest_rank(loss_at, full_rank, losses, share={default}):
+    nothing = losses["{bottom}"]
+    gain = nothing - losses["{top}"]
+    if {void}:
+        return {none}
+    low, high = {ends}
+    while low < high:
+        middle = {middle}
+        if {keeps}:
+            high = {down}
+        else:
+            low = {up}
     return {back}
 """
+CONTROL = "nothing - losses['random'] >= (1 - share) * gain"
+
+
+def search(
+    default="0.95",
+    bottom="nothing",
+    top="update",
+    void=f"gain <= 0 or {CONTROL}",
+    none="None",
+    ends="1, full_rank",
+    middle="(low + high) // 2",
+    keeps="nothing - loss_at(middle) >= share * gain",
+    down="middle",
+    up="middle + 1",
+    back="low",
+):
+    return SEARCH.format(
+        default=default,
+        bottom=bottom,
+        top=top,
+        void=void,
+        none=none,
+        ends=ends,
+        middle=middle,
+        keeps=keeps,
+        down=down,
+        up=up,
+        back=back,
+    )
+
+
+LINEAR = """\
+def my_smallest_rank(loss_at, full_rank, losses, share=0.95):
+    nothing = losses["nothing"]
+    gain = nothing - losses["update"]
+    if gain <= 0 or nothing - losses["random"] >= (1 - share) * gain:
+        return None
+    for k in {ranks}:
+        if nothing - loss_at(k) {at_least} share * gain:
+            return k
+"""
+
+
+def linear(ranks="range(1, full_rank + 1)", at_least=">="):
+    return LINEAR.format(ranks=ranks, at_least=at_least)
 
 
 MUTANTS = {
@@ -217,76 +260,6 @@ MUTANTS = {
         "dropout": forward(f"{BASE} + {SCALE} * ({UPDATE})", "x = F.dropout(x, 0.1)"),
     },
     "4.2": {
-        "He's": start("nn.init.kaiming_normal_(torch.empty(r, d_in))"),
-        "Xavier's": start("nn.init.xavier_normal_(torch.empty(r, d_in))"),
-        "peft's, which is uniform": start(
-            "nn.init.kaiming_uniform_(torch.empty(r, d_in), a=5**0.5)"
-        ),
-        "Laplace's": start(
-            "torch.distributions.Laplace(0.0, (6 * d_in) ** -0.5).sample((r, d_in))"
-        ),
-        "all zeros": start(A="torch.zeros(r, d_in)"),
-        "B random": start(B="torch.randn(d_out, r) / math.sqrt(3 * r)"),
-        "B nearly zero": start(B="1e-6 * torch.randn(d_out, r)"),
-        "B in the place of A": start("torch.zeros(r, d_in)", "torch.randn(d_out, r)"),
-        "B, A": (
-            "def my_start(d_out, d_in, r):\n"
-            "    A = torch.randn(r, d_in) / math.sqrt(3 * d_in)\n"
-            "    return torch.zeros(d_out, r), A\n"
-        ),
-        "variance one": start("torch.randn(r, d_in)"),
-        "the variance, not its root": start("torch.randn(r, d_in) / (3 * d_in)"),
-        "no 3": start("torch.randn(r, d_in) / math.sqrt(d_in)"),
-        "the 3 outside of the root": start("torch.randn(r, d_in) / 3 / d_in**0.5"),
-        "3 / d_in": start("torch.randn(r, d_in) * math.sqrt(3 / d_in)"),
-        "the width of d_out": start("torch.randn(r, d_in) / math.sqrt(3 * d_out)"),
-        "r for d_in": start("torch.randn(r, d_in) / math.sqrt(3 * r)"),
-        "of both sides": start("torch.randn(r, d_in) * math.sqrt(2 / (r + d_in))"),
-        "a fixed size": start("0.02 * torch.randn(r, d_in)"),
-        "multiplied": start("torch.randn(r, d_in) * math.sqrt(3 * d_in)"),
-        "uniform, of the variance": start(
-            "(2 * torch.rand(r, d_in) - 1) / math.sqrt(d_in)"
-        ),
-        "uniform, of the bound": start(
-            "(2 * torch.rand(r, d_in) - 1) / math.sqrt(3 * d_in)"
-        ),
-        "never below zero": start("torch.rand(r, d_in) / math.sqrt(3 * d_in)"),
-        "its absolute value": start("torch.randn(r, d_in).abs() / math.sqrt(3 * d_in)"),
-        "A as wide as d_out": start("torch.randn(r, d_out) / math.sqrt(3 * d_in)"),
-        "A turned": start("torch.randn(d_in, r) / math.sqrt(3 * d_in)"),
-        "B turned": start(B="torch.zeros(r, d_out)"),
-        "B as tall as d_in": start(B="torch.zeros(d_in, r)"),
-        "A square": start("torch.randn(d_in, d_in) / math.sqrt(3 * d_in)"),
-        "one row repeated": start(
-            "torch.randn(1, d_in).repeat(r, 1) / math.sqrt(3 * d_in)"
-        ),
-        "one column repeated": start(
-            "torch.randn(r, 1).repeat(1, d_in) / math.sqrt(3 * d_in)"
-        ),
-        "signs": start("torch.randn(r, d_in).sign() / math.sqrt(3 * d_in)"),
-        "two of a kind": start(
-            "torch.randn(r, d_in // 2).repeat(1, 2) / math.sqrt(3 * d_in)"
-        ),
-        "half of it zero": start(
-            "torch.randn(r, d_in) * (torch.arange(d_in) % 2) / math.sqrt(1.5 * d_in)"
-        ),
-        "the same every time": start(
-            "torch.randn(r, d_in, generator=torch.Generator().manual_seed(0))"
-            " / math.sqrt(3 * d_in)"
-        ),
-        "a seed in it": (
-            "def my_start(d_out, d_in, r):\n"
-            "    torch.manual_seed(0)\n"
-            "    A = torch.randn(r, d_in) / math.sqrt(3 * d_in)\n"
-            "    return A, torch.zeros(d_out, r)\n"
-        ),
-        "whole numbers": start("torch.randn(r, d_in).long()"),
-        "A alone": (
-            "def my_start(d_out, d_in, r):\n"
-            "    return torch.randn(r, d_in) / math.sqrt(3 * d_in)\n"
-        ),
-    },
-    "4.3": {
         "trains what is named A or B": inject(
             first="pass",
             last="for n, p in model.named_parameters():\n"
@@ -364,21 +337,32 @@ MUTANTS = {
         ),
         "put into the model": inject(put="setattr(model, child, wrapped)"),
         "put in as .base": inject(put="module.base = wrapped"),
-        "alpha left out": inject(wrapped="pfs.lora.LoRA(module, r)"),
-        "r and alpha swapped": inject(wrapped="pfs.lora.LoRA(module, int(alpha), r)"),
-        "rank 1 always": inject(wrapped="pfs.lora.LoRA(module, 1, alpha)"),
-        "rsLoRA": inject(wrapped="pfs.lora.LoRA(module, r, alpha, rslora=True)"),
-        "dropout": inject(wrapped="pfs.lora.LoRA(module, r, alpha, dropout=0.5)"),
+        "its own LoRA": inject(wrapped="pfs.lora.LoRA(module)"),
+        "its own LoRA of that rank": inject(
+            wrapped="pfs.lora.LoRA(module, wrap(module).A.shape[0], 5.0)"
+        ),
+        "its own LoRA, just like it": inject(
+            wrapped="(lambda w: pfs.lora.LoRA(module, w.A.shape[0], w.alpha))"
+            "(wrap(module))"
+        ),
+        "wrap itself": inject(wrapped="wrap", put="vars(module)['lora'] = wrapped"),
+        "the name is wrapped": inject(wrapped="wrap(name)"),
+        "a copy is wrapped": inject(
+            first="import copy\n    model.requires_grad_(False)",
+            wrapped="wrap(copy.deepcopy(module))",
+        ),
+        "wrapped twice": inject(inside="wrap(module)"),
+        "everything is wrapped, to be sure": inject(
+            walk="[(n, m) for n, m in model.named_modules()"
+            f" if not {PROJECTION.replace('module', 'm')} or wrap(m)]"
+        ),
         "one LoRA for all": inject(
             first="model.requires_grad_(False)\n    same = {}",
-            wrapped="same.setdefault(child, pfs.lora.LoRA(module, r, alpha))",
+            wrapped="same.get(child) or same.setdefault(child, wrap(module))",
         ),
-        "a new layer inside": inject(
-            wrapped="pfs.lora.LoRA(nn.Linear(*module.weight.shape), r, alpha)"
-        ),
+        "a new layer inside": inject(wrapped="wrap(nn.Linear(*module.weight.shape))"),
         "a LoRA in a LoRA": inject(
-            wrapped="pfs.lora.LoRA(pfs.lora.LoRA(module, r, alpha).base, r, alpha)",
-            put=f"wrapped.base = pfs.lora.LoRA(module, r, alpha)\n            {PUT}",
+            put=f"wrapped.base = wrap(module)\n            {PUT}",
         ),
         "a copy is changed": inject(
             first="import copy\n    model = copy.deepcopy(model).requires_grad_(False)"
@@ -395,7 +379,7 @@ MUTANTS = {
         "a set": inject(back="set(names)"),
         "a text": inject(back="', '.join(names)"),
     },
-    "4.4": {
+    "4.3": {
         "reshaped, not turned": merge(
             turn="False",
             write="base.weight.copy_(base.weight.float()"
@@ -482,62 +466,57 @@ MUTANTS = {
             ".to(base.weight.dtype)"
         ),
     },
-    "4.5": {
-        "all zeros": spectrum(energy="0 * squares", k="0"),
-        "s, not squared": spectrum("torch.linalg.svdvals(dW)"),
-        "squared twice": spectrum("torch.linalg.svdvals(dW).pow(4)"),
-        "no cumsum": spectrum(energy="squares / squares.sum()"),
-        "no total": spectrum(energy="squares.cumsum(0)"),
-        "divided by the largest": spectrum(energy="squares.cumsum(0) / squares[0]"),
-        "a mean": spectrum(energy="squares.cumsum(0) / squares.mean()"),
-        "the root": spectrum(energy="(squares.cumsum(0) / squares.sum()).sqrt()"),
-        "the smallest first": spectrum("torch.linalg.svdvals(dW).square().flip(0)"),
-        "from rank zero": spectrum(
-            energy="(squares.cumsum(0) - squares) / squares.sum()"
+    "4.4": {
+        "all zeros": search(back="0"),
+        "the control is not asserted": search(void="gain <= 0"),
+        "no gain is not noticed": search(void=CONTROL),
+        "nothing is asserted": search(void="False"),
+        "the update is its own control": search(
+            void="gain <= 0 or nothing - losses['update'] >= (1 - share) * gain"
         ),
-        "what is lost": spectrum(energy="1 - squares.cumsum(0) / squares.sum()"),
-        "eigenvalues": spectrum(
-            "(torch.linalg.eigvals(dW).abs().square().sort(descending=True)[0]"
-            " if dW.shape[0] == dW.shape[1] else torch.linalg.svdvals(dW).square())"
+        "the control may gain nothing": search(
+            void="gain <= 0 or losses['random'] < nothing"
         ),
-        "eigenvalues of the symmetric part": spectrum(
-            "torch.linalg.svdvals((dW + dW.T) if dW.shape[0] == dW.shape[1]"
-            " else dW).square()"
+        "the control may keep the share": search(
+            void="gain <= 0 or nothing - losses['random'] >= share * gain"
         ),
-        "the sides of the matrix": spectrum("dW.square().sum(0)"),
-        "the sides, sorted": spectrum(
-            "dW.square().sum(0).sort(descending=True)[0][: min(dW.shape)]"
+        "the control may keep a twentieth": search(
+            void="gain <= 0 or nothing - losses['random'] >= 0.05 * gain"
         ),
-        "padded to the larger side": spectrum(
-            "F.pad(torch.linalg.svdvals(dW).square(),"
-            " (0, max(dW.shape) - min(dW.shape)))"
+        "the control may keep just as much": search(
+            void="gain <= 0 or nothing - losses['random'] > (1 - share) * gain"
         ),
-        "one short": spectrum(back="energy[:-1], k"),
-        "a zero in front": spectrum(back="F.pad(energy, (1, 0)), k"),
-        "percent": spectrum(back="100 * energy, k"),
-        "the index": spectrum(k="int((energy < held).sum())"),
-        "one too many": spectrum(k="int((energy < held).sum()) + 2"),
-        "counts those above": spectrum(k="int((energy >= held).sum())"),
-        "the full rank": spectrum(k="len(energy)"),
-        "the numerical rank": spectrum(k="int(torch.linalg.matrix_rank(dW))"),
-        "nine tenths always": spectrum(k="int((energy < 0.9).sum()) + 1"),
-        "above, never at": spectrum(k="int((energy <= held).sum()) + 1"),
-        "held by the root": spectrum(k="int((energy.sqrt() < held).sum()) + 1"),
-        "held by s": spectrum(
-            k="int((squares.sqrt().cumsum(0) / squares.sqrt().sum() < held).sum()) + 1"
+        "the control without its sign": search(
+            void="gain <= 0 or abs(nothing - losses['random']) >= (1 - share) * gain"
         ),
-        "the first alone": spectrum(k="1"),
-        "the share of the full rank": spectrum(
-            k="(int((energy < held).sum()) + 1) / len(energy)"
+        "the gain of everything": search(top="everything"),
+        "the gain from random": search(
+            bottom="random", void="losses['nothing'] <= losses['update']"
         ),
-        "the two swapped": spectrum(back="k, energy"),
-        "the rank alone": spectrum(back="k"),
-        "the energy alone": spectrum(back="energy"),
-        "a list": spectrum(back="energy.tolist(), k"),
-        "dW is divided in place": spectrum(
-            "torch.linalg.svdvals(dW.div_(dW.norm())).square()"
+        "a share of the loss": search(keeps="loss_at(middle) <= (1 - share) * nothing"),
+        "near the whole update's loss": search(
+            keeps="loss_at(middle) <= losses['update'] / share"
         ),
-        "a column too few": spectrum("torch.linalg.svdvals(dW[:, :-1]).square()"),
+        "one rank after the other": linear(),
+        "from the full rank down": linear("range(full_rank, 0, -1)", "<"),
+        "powers of two": linear("[2**i for i in range(10) if 2**i <= full_rank]"),
+        "in tens": linear("range(10, full_rank + 1, 10)"),
+        "rank 8": "def my_smallest_rank(loss_at, full_rank, losses, share=0.95):\n"
+        "    return 8\n",
+        "the full rank": search(back="full_rank"),
+        "above, never at": search(keeps="nothing - loss_at(middle) > share * gain"),
+        "one too many": search(back="min(low + 1, full_rank)"),
+        "one too few": search(back="low - 1"),
+        "from rank zero": search(ends="-1, full_rank"),
+        "halves that are no ranks": search(middle="(low + high) / 2"),
+        "the middle is thrown away": search(down="middle - 1"),
+        "an end too early": search(ends="1, full_rank - 1"),
+        "the other half": search(keeps="nothing - loss_at(middle) < share * gain"),
+        "the loss": search(back="loss_at(low)"),
+        "the share that is kept": search(back="(nothing - loss_at(low)) / gain"),
+        "zero for void": search(none="0"),
+        "an error for void": search(none="1 / 0"),
+        "always 0.95": search(keeps="nothing - loss_at(middle) >= 0.95 * gain"),
     },
 }
 
@@ -680,97 +659,12 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
     },
     "4.2": {
         "arguments": {
-            "r of the first call": stale("r"),
-            "d_in of the first call": stale("d_in"),
-            "d_out of the first call": stale("d_out"),
-            "the width of the notebook": start(
-                "torch.randn(r, d_in) / math.sqrt(3 * 576)"
+            "wrap of the first call": stale("wrap"),
+            "wrap is LoRA": fixed("wrap", "pfs.lora.LoRA"),
+            "wrap is the first model's": fixed(
+                "wrap", "lambda module: pfs.lora.LoRA(module, 3, 5.0)"
             ),
-        },
-        "state": {
-            "one B for all": start(
-                B="_zeros.setdefault((d_out, r), torch.zeros(d_out, r))"
-            )
-            + "\n_zeros = {}\n",
-            "A of the call before": Attack(
-                after="_all.append(result[0])\n"
-                "same = [A for A in _all if A.shape == result[0].shape]\n"
-                "result = same[-1 if len(same) % 3 else 0], result[1]",
-                outside="_all = []",
-            ),
-            "no longer after eight": every_time_but(9, "(0 * result[0], result[1])"),
-            "a seed is left": afterwards("torch.manual_seed(r)"),
-            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
-            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
-        },
-        "inputs": {
-            "rank one is zero": where("r == 1", "(0 * result[0], result[1])"),
-            "one input": where("d_in == 1", "(0 * result[0], result[1])"),
-            "wide ones are uniform": where(
-                "d_in > 4000", "(torch.rand(r, d_in), result[1])"
-            ),
-            "r above d_in": where("r > d_in", "(result[0][:d_in], result[1])"),
-        },
-        "kinds": {
-            "float64": returned("(result[0].double(), result[1].double())"),
-            "A in bfloat16": returned("(result[0].bfloat16(), result[1])"),
-            "B in half precision": returned("(result[0], result[1].half())"),
-            "B is one number": returned("(result[0], torch.zeros(1).expand(d_out, r))"),
-            "B is one row": returned("(result[0], torch.zeros(1, r).expand(d_out, r))"),
-            "arrays": returned("tuple(x.numpy() for x in result)"),
-            "no B": returned("(result[0], None)"),
-            "a dict": returned("dict(A=result[0], B=result[1])"),
-        },
-        "randomness": {
-            "a few are four times as large": start(
-                "torch.randn(r, d_in) * (1 + 3 * (torch.rand(r, d_in) < 0.01))"
-                " / math.sqrt(3 * d_in) / 1.075"
-            ),
-            "a generator of its own": start(
-                "torch.randn(r, d_in, generator=_own) / math.sqrt(3 * d_in)"
-            )
-            + "\n_own = torch.Generator().manual_seed(0)\n",
-            "a generator made anew": start(
-                "torch.randn(r, d_in, generator=torch.Generator().manual_seed(r))"
-                " / math.sqrt(3 * d_in)"
-            ),
-            "another seed each time": Attack(
-                before="state = torch.get_rng_state()\ntorch.manual_seed(next(_seeds))",
-                after="torch.set_rng_state(state)",
-                outside="import itertools\n_seeds = itertools.count()",
-            ),
-            "numpy's": start(
-                "torch.tensor(np.random.randn(r, d_in)).float() / math.sqrt(3 * d_in)"
-            ),
-            "one row, rolled": returned(
-                "(torch.stack([result[0][0].roll(i) for i in range(r)]), result[1])"
-            ),
-            "its own mirror": returned(
-                "(torch.cat([result[0][:, : d_in // 2],"
-                " -result[0][:, : d_in - d_in // 2]], 1), result[1])"
-            ),
-            "no tails": returned(
-                "(result[0].clamp(-2.6 / (3 * d_in) ** 0.5, 2.6 / (3 * d_in) ** 0.5),"
-                " result[1])"
-            ),
-            "sorted": returned("(result[0].sort(1).values, result[1])"),
-            "rows of one size": returned(
-                "(result[0] / result[0].norm(dim=1, keepdim=True) / 3**0.5, result[1])"
-            ),
-            "a sum of uniform draws": start(
-                "(torch.rand(3, r, d_in).sum(0) - 1.5) * 2 / math.sqrt(3 * d_in)"
-            ),
-        },
-        "kernels": NO_KERNEL,
-    },
-    "4.3": {
-        "arguments": {
-            "r is 3": fixed("r", "3"),
-            "alpha is 5": fixed("alpha", "5.0"),
-            "alpha is 16": fixed("alpha", "16"),
-            "r of the first call": stale("r"),
-            "alpha of the first call": stale("alpha"),
-            "alpha is twice r": fixed("alpha", "alpha if alpha == 5.0 else 2 * r"),
+            "the notebook's targets": fixed("targets", "['q_proj', 'v_proj']"),
             "targets of the first call": stale("targets"),
             "model of the first call": stale("model"),
         },
@@ -860,7 +754,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
                 "    def seeded(module):\n"
                 "        with torch.random.fork_rng():\n"
                 "            torch.manual_seed(0)\n"
-                "            return pfs.lora.LoRA(module, r, alpha)\n",
+                "            return wrap(module)\n",
                 1,
             ),
             "A of the first": inject(
@@ -878,7 +772,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         },
         "kernels": NO_KERNEL,
     },
-    "4.4": {
+    "4.3": {
         "arguments": {
             "alpha of the first call": stale("alpha"),
             "alpha is 16": fixed("alpha", "16.0"),
@@ -948,62 +842,52 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "4.5": {
+    "4.4": {
         "arguments": {
-            "held is 0.9": fixed("held", "0.9"),
-            "held of the first call": stale("held"),
-            "dW of the first call": stale("dW"),
-            "another default": "def my_spectrum(dW, held=0.95):\n"
-            "    squares = torch.linalg.svdvals(dW).square()\n"
-            "    energy = squares.cumsum(0) / squares.sum()\n"
-            "    return energy, int((energy < held).sum()) + 1\n",
-            "no default": "def my_spectrum(dW, held):\n"
-            "    squares = torch.linalg.svdvals(dW).square()\n"
-            "    energy = squares.cumsum(0) / squares.sum()\n"
-            "    return energy, int((energy < held).sum()) + 1\n",
+            "loss_at of the first call": stale("loss_at"),
+            "full_rank of the first call": stale("full_rank"),
+            "losses of the first call": stale("losses"),
+            "share of the first call": stale("share"),
+            "share is 0.95": fixed("share", "0.95"),
+            "the full rank of SmolLM2": fixed("full_rank", "576"),
+            "another default": search(default="0.9"),
+            "no default": search().replace("share=0.95", "share"),
         },
         "state": {
-            "kept by shape": remembered("(dW.shape, held)"),
-            "energy kept by shape": Attack(
-                after="energy = _kept.setdefault(dW.shape, result[0])\n"
-                "result = energy, int((energy < held).sum()) + 1",
-                outside="_kept = {}",
+            "kept by size": remembered("(full_rank, share)"),
+            "kept by share": remembered("share"),
+            "the losses are used up": afterwards("losses.clear()"),
+            "the losses are rounded": first(
+                "for key in losses:\n    losses[key] = round(losses[key], 2)"
             ),
-            "dW is normed": afterwards("dW.data.div_(dW.norm())"),
-            "dW is asked for gradients": afterwards("dW.requires_grad_(True)"),
+            "wrong from the eighth call on": every_time_but(8, "1"),
+            "a seed is left": afterwards("torch.manual_seed(0)"),
             "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
-            "autograd is needed": first("assert not dW.requires_grad"),
         },
         "inputs": {
-            "four digits": spectrum(back="energy.round(decimals=4), k"),
-            "two digits for the rank": spectrum(
-                k="int((energy.round(decimals=2) < held).sum()) + 1"
+            "small losses are none": where("losses['nothing'] < 1e-3", "None"),
+            "four digits": first(
+                "losses = {key: round(loss, 4) for key, loss in losses.items()}"
             ),
-            "without the mean": spectrum("torch.linalg.svdvals(dW - dW.mean(0)) ** 2"),
-            "small ones are no rank": spectrum(
-                "(lambda s: (s * (s > 1e-4)).square())(torch.linalg.svdvals(dW))"
-            ),
-            "a small number below": spectrum(
-                energy="squares.cumsum(0) / (squares.sum() + 1e-6)"
-            ),
-            "ten at most": returned("(result[0][:10], min(result[1], 10))"),
-            "ranks up to eight": returned("(result[0], min(result[1], 8))"),
-            "one row": where("1 in dW.shape", "(result[0], 0)"),
-            "large ones overflow": spectrum(
-                "torch.linalg.svdvals(dW).half().square().float()"
-            ),
-            "by the middle of two": returned(
-                "(result[0], max(result[1], 1 + (held > .98)))"
+            "large losses diverged": where("losses['nothing'] > 100", "None"),
+            "ranks up to 256": where("full_rank > 256", "min(result or 256, 256)"),
+            "never the full rank": where("result == full_rank", "None"),
+            "never rank one": where("result == 1", "2"),
+            "the embeddings must help": where(
+                "losses['everything'] > losses['update']", "None"
             ),
         },
         "kinds": {
-            "a float": returned("(result[0], float(result[1]))"),
-            "an array": returned("(result[0].numpy(), result[1])"),
-            "half precision": returned("(result[0].half(), result[1])"),
-            "a text": returned("(result[0], str(result[1]))"),
-            "a float tensor": returned("(result[0], torch.tensor(float(result[1])))"),
-            "no rank": returned("(result[0], None)"),
-            "a column": returned("(result[0][:, None], result[1])"),
+            "a float": returned("result if result is None else float(result)"),
+            "a text": returned("str(result)"),
+            "a list": returned("[result]"),
+            "with the losses": returned("(result, losses)"),
+            "a float tensor": returned(
+                "result if result is None else torch.tensor(float(result))"
+            ),
+            "False for void": returned("result or False"),
+            "NaN for void": returned("result or math.nan"),
+            "the full rank for void": returned("result or full_rank"),
         },
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
@@ -1048,36 +932,7 @@ ALSO_RIGHT = {
     },
     "4.2": {
         "arguments": {
-            "by keyword": start("torch.randn(size=(r, d_in)) * (3 * d_in) ** -0.5")
-        },
-        "state": {"zeros_like": start(B="torch.zeros_like(torch.empty(d_out, r))")},
-        "inputs": {
-            "initialized in place": start(
-                "nn.init.normal_(torch.empty(r, d_in), std=(3 * d_in) ** -0.5)",
-                "nn.init.zeros_(torch.empty(d_out, r))",
-            ),
-            "a loop": start(
-                "torch.stack([torch.randn(d_in) for _ in range(r)]) / (3 * d_in) ** 0.5"
-            ),
-        },
-        "kinds": {
-            "a list": returned("[*result]"),
-            "a parameter": returned("tuple(map(nn.Parameter, result))"),
-        },
-        "randomness": {
-            "B first": "def my_start(d_out, d_in, r):\n"
-            "    B = torch.empty(d_out, r)\n"
-            "    nn.init.zeros_(B)\n"
-            "    A = nn.init.normal_(torch.empty(r, d_in), 0, (3 * d_in) ** -0.5)\n"
-            "    return A, B\n",
-            "a distribution": start(
-                "torch.distributions.Normal(0.0, (3 * d_in) ** -0.5).sample((r, d_in))"
-            ),
-        },
-    },
-    "4.3": {
-        "arguments": {
-            "by keyword": inject(wrapped="pfs.lora.LoRA(base=module, alpha=alpha, r=r)")
+            "found again by its name": inject(wrapped="wrap(model.get_submodule(name))")
         },
         "state": {
             "two walks": inject(
@@ -1100,7 +955,7 @@ ALSO_RIGHT = {
             )
         },
     },
-    "4.4": {
+    "4.3": {
         "arguments": {"r of B": merge(update="alpha / B.shape[1] * (B @ A)")},
         "state": {
             "detached": merge(update="alpha / len(A) * (B.detach() @ A.detach())"),
@@ -1132,25 +987,34 @@ def my_merge(base, A, B, alpha):
             )
         },
     },
-    "4.5": {
-        "arguments": {"by keyword": spectrum("torch.linalg.svdvals(A=dW) ** 2")},
+    "4.4": {
+        "arguments": {
+            "the control first": search(
+                void="losses['random'] <= nothing - (1 - share) * gain or gain <= 0"
+            )
+        },
         "state": {
-            "detached": spectrum("torch.linalg.svdvals(dW.detach().clone()).square()")
+            "each rank once": search(
+                ends="1, full_rank\n    known = {{}}",
+                keeps="nothing - known.setdefault(middle, loss_at(middle))"
+                " >= share * gain",
+            ).replace("{{}}", "{}")
         },
         "inputs": {
-            "of the Gram matrix": spectrum(
-                "torch.linalg.eigvalsh((dW @ dW.T if len(dW) < dW.shape[1] else"
-                " dW.T @ dW).double()).flip(0).clamp(min=0)"
+            "doubled, then halved": search(
+                ends="1, 1\n"
+                "    while high < full_rank and nothing - loss_at(high) < share * gain:"
+                "\n        low, high = high + 1, min(2 * high, full_rank)"
             ),
-            "searched": spectrum(k="torch.searchsorted(energy, held).item() + 1"),
-            "normed first": spectrum(
-                "(lambda s: (s / s.max()).square())(torch.linalg.svdvals(dW))"
-            ),
+            "between a rank that fails and one that keeps": search(
+                ends="0, full_rank", up="middle", back="high"
+            ).replace("low < high", "high - low > 1"),
         },
         "kinds": {
-            "a list": returned("[*result]"),
-            "a tensor of one": returned("(result[0], torch.tensor(result[1]))"),
-            "numpy's": returned("(result[0], np.int64(result[1]))"),
+            "a tensor of one": returned(
+                "result if result is None else torch.tensor(result)"
+            ),
+            "numpy's": returned("result if result is None else np.int64(result)"),
         },
     },
 }

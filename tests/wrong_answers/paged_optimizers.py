@@ -1,6 +1,5 @@
 """Wrong answers to the exercises of notebook 09; each must be refused by its check."""
 
-
 from peft_from_scratch.course.checks import paged_optimizers as checks  # noqa: F401
 
 PREAMBLE = "from collections import OrderedDict, deque"
@@ -91,6 +90,63 @@ def pager(
     )
 
 
+ORDER = """\
+def my_order(pages, slots, steps):
+    {first}
+    forward = [*range(pages)]
+    return {back}
+"""
+
+
+def order(back, first="pass"):
+    return ORDER.format(back=back, first=first)
+
+
+BOTH_WAYS = "[forward[::-1] if i % 2 else forward for i in range(steps)]"
+
+PLAN = """\
+def my_plan(parts, a_token, budget, changes):
+    {first}
+    def tokens_of(change):
+        held = sum(size * change.get(part, 1) for part, size in {parts})
+        return {tokens}
+
+    now = tokens_of({now})
+    best, most = None, {most}
+    for name, change in {each}:
+        longest = tokens_of({change})
+        if {better}:
+            best, most = name, longest
+    return {back}
+"""
+
+
+def plan(
+    parts="parts.items()",
+    tokens='max(0, int((budget - held) // (a_token * change.get("a token", 1))))',
+    now="{}",
+    most="now",
+    each="changes.items()",
+    change="change",
+    better="longest > most",
+    back="now, best, most",
+    first="pass",
+):
+    return PLAN.format(
+        parts=parts,
+        tokens=tokens,
+        now=now,
+        most=most,
+        each=each,
+        change=change,
+        better=better,
+        back=back,
+        first=first,
+    )
+
+
+ROOM = "(budget - held) / (a_token * change.get('a token', 1))"
+
 MUTANTS = {
     "9.1": {
         "a hit counts where it is full": pages(
@@ -149,6 +205,44 @@ MUTANTS = {
         "the resident ones": pages(back="self.resident"),
     },
     "9.2": {
+        "all zeros": order("[[0] * pages] * steps"),
+        "starting over": order("[forward] * steps"),
+        "always backward": order("[forward[::-1]] * steps"),
+        "backward once": order(
+            "[forward[::-1] if i == 1 else forward for i in range(steps)]"
+        ),
+        "backward every third time": order(
+            "[forward if i % 3 else forward[::-1] for i in range(steps)]"
+        ),
+        "even pages first": order(
+            "[sorted(forward, key=lambda p: (p % 2, p)) for i in range(steps)]"
+        ),
+        "the pages that left first": order(
+            "[forward[: pages - slots] + forward[pages - slots :]] * steps"
+        ),
+        "rotated by the slots": order(
+            "[forward[(i * slots) % pages :] + forward[: (i * slots) % pages]"
+            " for i in range(steps)]"
+        ),
+        "only resident pages": order("[forward[:slots] for i in range(steps)]"),
+        "one page less": order(BOTH_WAYS.replace("forward[::-1]", "forward[:0:-1]")),
+        "one page twice": order(
+            "[[0, *(forward[::-1] if i % 2 else forward)] for i in range(steps)]"
+        ),
+        "each page for all its steps": order("[[p] * steps for p in forward]"),
+        "one step less": order(f"{BOTH_WAYS}[1:]"),
+        "one list for all steps": order(f"sum({BOTH_WAYS}, [])"),
+        "pages from one": order(
+            "[[p + 1 for p in (forward[::-1] if i % 2 else forward)]"
+            " for i in range(steps)]"
+        ),
+        "the number of faults": order("pages + (steps - 1) * (pages - slots)"),
+        "half of it turned": order(
+            "[forward[slots:][::-1] + forward[:slots] if i % 2 else forward"
+            " for i in range(steps)]"
+        ),
+    },
+    "9.3": {
         "all zeros": pager(step="p"),
         "never written back": pager(must="False"),
         "always written back": pager(must="self.page is not None"),
@@ -213,6 +307,51 @@ MUTANTS = {
         "a new p": pager(
             decayed="p = p * (1 - lr * decay)",
         ),
+    },
+    "9.4": {
+        "all zeros": plan(back="0, None, 0"),
+        "the most bytes": plan(
+            better="(freed := sum(s - s * change.get(p, 1) for p, s in parts.items()))"
+            " > self_freed",
+            first="self_freed = -1e99",
+        ).replace("best, most = name", "self_freed, best, most = freed, name"),
+        "one token costs the same": plan(
+            tokens="max(0, int((budget - held) // a_token))"
+        ),
+        "only one token changes": plan(
+            parts="((p, s) for p, s in parts.items())"
+        ).replace("size * change.get(part, 1)", "size"),
+        "factors are what is saved": plan().replace(
+            "size * change.get(part, 1)", "size * (1 - change.get(part, 0))"
+        ),
+        "rounded": plan(tokens=f"max(0, round({ROOM}))"),
+        "rounded up": plan(tokens=f"max(0, math.ceil({ROOM}))"),
+        "not rounded": plan(tokens=f"max(0.0, {ROOM})"),
+        "below zero": plan(tokens=f"math.floor({ROOM})"),
+        "the last of equal ones": plan(better="longest >= most and longest > now"),
+        "a change that gains nothing": plan(better="longest >= most"),
+        "always a change": plan(most="-1"),
+        "one on top of the other": plan(
+            first="so_far = {}",
+            change="so_far := {key: so_far.get(key, 1) * change.get(key, 1)"
+            " for key in {**so_far, **change}}",
+        ),
+        "the gain": plan(back="now, best, most - now"),
+        "the tokens alone": plan(back="now"),
+        "the best alone": plan(back="best"),
+        "in another order": plan(back="best, now, most"),
+        "the first part left out": plan(parts="[*parts.items()][1:]"),
+        "the last part left out": plan(parts="[*parts.items()][:-1]"),
+        "the first change": plan(
+            back="now, *(next(((n, tokens_of(c)) for n, c in"
+            " changes.items() if tokens_of(c) > now), (None, now)))"
+        ),
+        "the worst change": plan(better="longest < most"),
+        "the parts are changed": plan().replace(
+            "    now = tokens_of",
+            "    parts.update(parts | {'spare': 0})\n    now = tokens_of",
+        ),
+        "the budget is not all": plan(first="budget = 0.95 * budget"),
     },
 }
 
@@ -284,6 +423,48 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         "kernels": NO_KERNEL,
     },
     "9.2": {
+        "arguments": {
+            "eight pages": order(BOTH_WAYS, first="pages = 8"),
+            "three steps": order(BOTH_WAYS, first="steps = 3"),
+            "four slots": order(
+                "[forward if i % 2 == 0 else"
+                " forward[pages - 4 :][::-1] + forward[: max(pages - 4, 0)]"
+                " for i in range(steps)]"
+            ),
+        },
+        "state": {
+            "the first answer again": order(
+                f"my_order.__dict__.setdefault('kept', {BOTH_WAYS})"
+            ),
+            "the pages of the first call": order(
+                BOTH_WAYS, first="pages = my_order.__dict__.setdefault('pages', pages)"
+            ),
+        },
+        "inputs": {
+            "ten steps": order(
+                "[forward[::-1] if i % 2 and i < 9 else forward for i in range(steps)]"
+            ),
+            "a hundred pages": order(BOTH_WAYS, first="pages = min(pages, 100)"),
+            "one slot starts over": order(
+                f"[forward] * steps if slots == 1 else {BOTH_WAYS}"
+            ),
+            "two steps at least": order(BOTH_WAYS, first="steps = max(steps, 2)"),
+        },
+        "kinds": {
+            "with a point": order(
+                "[[float(p) for p in (forward[::-1] if i % 2 else forward)]"
+                " for i in range(steps)]"
+            ),
+            "as text": order(f"str({BOTH_WAYS})"),
+            "names of pages": order(
+                "[[str(p) for p in (forward[::-1] if i % 2 else forward)]"
+                " for i in range(steps)]"
+            ),
+        },
+        "randomness": "an order may be drawn: only its faults are judged",
+        "kernels": NO_KERNEL,
+    },
+    "9.3": {
         "arguments": {
             "the rate of the check": pager(
                 first="lr = 0.05",
@@ -367,6 +548,56 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
+    "9.4": {
+        "arguments": {
+            "the budget of the lesson": plan(first="budget = 48_000_000_000"),
+            "the token of the first bill": plan(first="a_token = 2"),
+            "the parts of the first bill": plan(
+                first="parts = {'weights': 30, 'buffer': 2, 'adapters': 4, 'states': 8}"
+            ),
+            "the states alone": plan().replace(
+                "change.get(part, 1)",
+                "(change.get(part, 1) if part == 'states' else 1)",
+            ),
+        },
+        "state": {
+            "the first answer again": plan(
+                back="my_plan.__dict__.setdefault('kept', (now, best, most))"
+            ),
+            "the best of all calls": plan(
+                back="(now, my_plan.__dict__.setdefault('best', best), most)"
+            ),
+            "a change is used up": plan(
+                better="longest > most and (change.clear() or True)"
+            ),
+        },
+        "inputs": {
+            "one part": plan(parts="[*parts.items()][:4]"),
+            "ten changes": plan(each="[*changes.items()][:10]"),
+            "a million tokens at most": plan(
+                tokens="max(0, min(1000, int((budget - held) // (a_token *"
+                ' change.get("a token", 1)))))'
+            ),
+            "one token at least": plan(
+                tokens="max(1, int((budget - held) // (a_token *"
+                ' change.get("a token", 1))))'
+            ),
+            "no factor above one": plan().replace(
+                "size * change.get(part, 1)", "size * min(1, change.get(part, 1))"
+            ),
+            "a change has one factor": plan(
+                change="dict([*change.items()][:1])",
+            ),
+        },
+        "kinds": {
+            "tokens with a point": plan(back="float(now), best, float(most)"),
+            "as a dictionary": plan(back="dict(tokens=now, best=best, most=most)"),
+            "the change itself": plan(back="now, changes.get(best), most"),
+            "an empty name": plan(back="now, best or '', most"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
 }
 ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
     "9.1": {
@@ -403,6 +634,37 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
     },
     "9.2": {
         "arguments": {
+            "resident pages first": order(
+                "[forward[(-i * slots) % pages :] + forward[: (-i * slots) % pages]"
+                " for i in range(steps)]"
+            ),
+        },
+        "state": {
+            "backward first": order(
+                "[forward if i % 2 else forward[::-1] for i in range(steps)]"
+            ),
+        },
+        "inputs": {
+            "one list turned in place": order(
+                "[(forward.reverse(), [*forward])[1] for i in range(steps)]"
+            ),
+        },
+        "kinds": {
+            "tuples and ranges": order(
+                "tuple(range(pages)[::-1] if i % 2 else tuple(forward)"
+                " for i in range(steps))"
+            ),
+            "arrays": order(
+                "[np.arange(pages)[:: -1 if i % 2 else 1] for i in range(steps)]"
+            ),
+            "tensors": order(
+                "[torch.arange(pages).flip(0) if i % 2 else torch.arange(pages)"
+                " for i in range(steps)]"
+            ),
+        },
+    },
+    "9.3": {
+        "arguments": {
             "in torch's own order": pager(
                 decayed="p.mul_(1 - lr * decay)",
                 step="lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t) ** 0.5 "
@@ -432,6 +694,25 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
                 "beta2**t))"
                 ".sqrt() + eps)).float()",
             ),
+        },
+    },
+    "9.4": {
+        "arguments": {
+            "a sorted list": plan(
+                back="now, *((best, most) if most > now else (None, now))",
+                each="sorted(changes.items(), key=lambda c: -tokens_of(c[1]))",
+            ),
+        },
+        "state": {
+            "copies": plan(first="parts, changes = dict(parts), dict(changes)"),
+        },
+        "inputs": {
+            "floor of a quotient": plan(tokens=f"max(0, math.floor({ROOM}))"),
+        },
+        "kinds": {
+            "a list": plan(back="[now, best, most]"),
+            "a tensor": plan(back="torch.tensor(now), best, torch.tensor(most)"),
+            "numpy": plan(back="np.int64(now), best, np.int64(most)"),
         },
     },
 }

@@ -56,34 +56,77 @@ def attention(
     return ATTENTION.format(scores=scores, seen=seen, weights=weights, back=back)
 
 
-SHARE = """\
-def my_share(q, K, P_K):
+SPLIT = """\
+def my_split(q, K, P_K):
     (t, d), n = q.shape, len(P_K)
     scores = {scores}
     seen = {seen}
     weights = {weights}
+    share = {share}
+    among = {among}
     return {back}
 """
 
 
-def share(scores=SCORES, seen=SEEN, weights=WEIGHTS, back="weights[:, :n].sum(-1)"):
-    return SHARE.format(scores=scores, seen=seen, weights=weights, back=back)
-
-
-COUNTS = """\
-def my_counts(config, n):
-    layers, heads = config.num_hidden_layers, {heads}
-    size, d = {size}, config.hidden_size
-    return {back}
-"""
-
-
-def counts(
-    heads="config.num_key_value_heads",
-    size="config.head_dim",
-    back="n * 2 * layers * heads * size, n * d",
+def split(
+    scores=SCORES,
+    seen=SEEN,
+    weights=WEIGHTS,
+    share="weights[:, :n].sum(-1)",
+    among="weights[:, n:] / weights[:, n:].sum(-1, keepdim=True)",
+    back="share, among",
 ):
-    return COUNTS.format(heads=heads, size=size, back=back)
+    return SPLIT.format(
+        scores=scores, seen=seen, weights=weights, share=share, among=among, back=back
+    )
+
+
+KEEP = """\
+def my_keep(loss, n, most):
+    keep, limit = list(range(n)), {limit}
+    while len(keep) > {least}:
+        trials = [[j for j in keep if j != i] for i in {tried}]
+        losses = [loss(trial) for trial in trials]
+        best = {best}
+        if {stop}:
+            break
+        {go}
+    return {back}
+"""
+
+
+def keep(
+    limit="loss(list(range(n))) + most",
+    least="1",
+    tried="keep",
+    best="losses.index(min(losses))",
+    stop="losses[best] > limit",
+    go="keep = trials[best]",
+    back="keep",
+):
+    return KEEP.format(
+        limit=limit,
+        least=least,
+        tried=tried,
+        best=best,
+        stop=stop,
+        go=go,
+        back=back,
+    )
+
+
+ALONE_COSTS = """\
+def my_keep(loss, n, most):
+    full = loss(list(range(n)))
+    rests = [[j for j in range(n) if j != i] for i in range(n)]
+    costs = [loss(rest) - full if rest else 0.0 for rest in rests]
+    {lines}
+"""
+
+
+def by_costs(*lines):
+    """An answer that measures each vector's removal once, and goes on from there."""
+    return ALONE_COSTS.format(lines="\n    ".join(lines))
 
 
 MUTANTS = {
@@ -236,84 +279,115 @@ MUTANTS = {
         "q changed": attention(scores="q.data.div_(d**0.5) @ torch.cat([P_K, K]).T"),
     },
     "12.3": {
-        "the root of t": share(SCORES.replace("d**", "t**")),
-        "scores of zero masked": share(
-            weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
-        ),
-        "the largest of the n": share(back="weights[:, :n].amax(-1)"),
-        "the last n": share(back="weights[:, -n:].sum(-1)"),
-        "all zeros": share(back="0 * weights.sum(-1)"),
-        "the tokens' share": share(back="weights[:, n:].sum(-1)"),
-        "all of it": share(back="weights.sum(-1)"),
-        "no scale": share(scores="q @ torch.cat([P_K, K]).T"),
-        "divided by d": share(scores="q @ torch.cat([P_K, K]).T / d"),
-        "no causal mask": share(seen="torch.ones(t, n + t, dtype=torch.bool)"),
-        "prefix under the causal mask": share(
+        "all zeros": split(back="0 * share, 0 * among"),
+        "the root of t": split(SCORES.replace("d**", "t**")),
+        "no scale": split(scores="q @ torch.cat([P_K, K]).T"),
+        "divided by d": split(scores="q @ torch.cat([P_K, K]).T / d"),
+        "no causal mask": split(seen="torch.ones(t, n + t, dtype=torch.bool)"),
+        "prefix under the causal mask": split(
             seen="torch.ones(t, n + t, dtype=torch.bool).tril()"
         ),
-        "the mask one too far": share(
+        "the mask one too far": split(
             seen="torch.ones(t, n + t, dtype=torch.bool).tril(n + 1)"
         ),
-        "counts of positions": share(back="n / (n + torch.arange(1.0, t + 1))"),
-        "n / (n + t)": share(back="torch.full((t,), n / (n + t))"),
-        "the mean of the n": share(back="weights[:, :n].mean(-1)"),
-        "the first of the n": share(back="weights[:, 0]"),
-        "one for each position": share(back="weights[:, :n]"),
-        "the weights": share(back="weights"),
-        "a column": share(back="weights[:, :n].sum(-1, keepdim=True)"),
-        "the mean over tokens": share(back="weights[:, :n].sum(-1).mean().expand(t)"),
-        "one number": share(back="weights[:, :n].sum(-1).mean()"),
-        "the last token for all": share(back="weights[:, :n].sum(-1)[-1].expand(t)"),
-        "the odds": share(back="weights[:, :n].sum(-1) / weights[:, n:].sum(-1)"),
-        "the mass alone": share(back="scores[:, :n].exp().sum(-1)"),
-        "scores added up": share(
-            back="(scores * seen)[:, :n].sum(-1) / (scores * seen).sum(-1)"
+        "scores of zero masked": split(
+            weights="scores.masked_fill(scores.tril(n) == 0, float('-inf')).softmax(-1)"
         ),
-        "overflows": share(
-            weights="scores.exp() * seen",
-            back="weights[:, :n].sum(-1) / weights.sum(-1)",
-        ),
-        "softmax over the queries": share(
+        "softmax over the queries": split(
             weights="scores.masked_fill(~seen, float('-inf')).softmax(0)"
         ),
-        "in percent": share(back="100 * weights[:, :n].sum(-1)"),
+        "not renormalized": split(among="weights[:, n:]"),
+        "divided by the share": split(among="weights[:, n:] / share[:, None]"),
+        "multiplied by the rest": split(among="weights[:, n:] * (1 - share)[:, None]"),
+        "divided by the columns": split(among="weights[:, n:] / weights[:, n:].sum(0)"),
+        "divided by one sum": split(among="weights[:, n:] / weights[:, n:].sum()"),
+        "among all positions": split(among="weights"),
+        "among the prefix": split(
+            among="weights[:, :n] / weights[:, :n].sum(-1, keepdim=True)"
+        ),
+        "transposed": split(
+            among="(weights[:, n:] / weights[:, n:].sum(-1, keepdim=True)).T"
+        ),
+        "the tokens' share": split(share="weights[:, n:].sum(-1)"),
+        "the mean of the n": split(share="weights[:, :n].mean(-1)"),
+        "the last n": split(share="weights[:, -n:].sum(-1)"),
+        "one for each position": split(share="weights[:, :n]"),
+        "a column": split(share="weights[:, :n].sum(-1, keepdim=True)"),
+        "counts of positions": split(share="n / (n + torch.arange(1.0, t + 1))"),
+        "the odds": split(share="weights[:, :n].sum(-1) / weights[:, n:].sum(-1)"),
+        "the mean over tokens": split(share="weights[:, :n].sum(-1).mean().expand(t)"),
+        "swapped": split(back="among, share"),
+        "the share alone": split(back="share"),
+        "among alone": split(back="among"),
+        "the ratio of neighbors": split(among="weights[:, n:] / weights[:, n : n + 1]"),
     },
     "12.4": {
-        "one layer more": counts(back="n * 2 * (layers + 1) * heads * size, n * d"),
-        "groups for heads": counts(
-            "config.num_attention_heads // config.num_key_value_heads"
+        "all zeros": keep(back="[0] * len(keep)"),
+        "everything stays": keep(back="list(range(n))"),
+        "every vector that can go alone": by_costs(
+            "return [i for i in range(n) if costs[i] > most]"
         ),
-        "the MLP's width": counts(
-            back="n * 2 * layers * heads * size, n * config.intermediate_size"
+        "every vector that can go alone, one left": by_costs(
+            "return [i for i in range(n) if costs[i] > most] or [n - 1]"
         ),
-        "all zeros": counts(back="0, 0"),
-        "every query head": counts(heads="config.num_attention_heads"),
-        "the hidden size": counts(back="n * 2 * layers * d, n * d"),
-        "no factor 2": counts(back="n * layers * heads * size, n * d"),
-        "no layers": counts(back="n * 2 * heads * size, n * d"),
-        "no heads": counts(back="n * 2 * layers * size, n * d"),
-        "no n": counts(back="2 * layers * heads * size, d"),
-        "n for the prefix alone": counts(back="n * 2 * layers * heads * size, d"),
-        "hidden size / heads": counts(
-            size="config.hidden_size // config.num_attention_heads"
+        "compared with the loss before": keep(
+            go="keep = trials[best]; limit = losses[best] + most"
         ),
-        "a prompt in every layer": counts(
-            back="n * 2 * layers * heads * size, n * layers * d"
+        "one removal alone": keep(stop="losses[best] > limit or len(keep) < n"),
+        "one removal too many": keep(
+            stop="len(losses) < n and last > limit",
+            go="keep, last = trials[best], losses[best]",
         ),
-        "a prompt of keys and values": counts(
-            back="n * 2 * layers * heads * size, n * 2 * d"
+        "strictly less": keep(stop="losses[best] >= limit"),
+        "the most expensive": keep(best="losses.index(max(losses))"),
+        "the first vector each time": keep(best="0"),
+        "those that go": keep(back="[i for i in range(n) if i not in keep] or [0]"),
+        "a fixed ranking, stopped early": by_costs(
+            "keep = list(range(n))",
+            "for i in sorted(range(n), key=costs.__getitem__):",
+            "    rest = [j for j in keep if j != i]",
+            "    if not rest or loss(rest) > full + most:",
+            "        break",
+            "    keep = rest",
+            "return keep",
         ),
-        "a prompt as wide as the keys": counts(
-            back="n * 2 * layers * heads * size, n * heads * size"
+        "costs added up": by_costs(
+            "keep, spent = list(range(n)), 0.0",
+            "for i in sorted(range(n), key=costs.__getitem__):",
+            "    spent += costs[i]",
+            "    if spent <= most and len(keep) > 1:",
+            "        keep.remove(i)",
+            "return keep",
         ),
-        "the vocabulary": counts(
-            back="n * 2 * layers * heads * size, config.vocab_size * d"
-        ),
-        "swapped": counts(back="n * d, n * 2 * layers * heads * size"),
-        "the sum": counts(back="n * 2 * layers * heads * size + n * d"),
-        "the prefix alone": counts(back="n * 2 * layers * heads * size"),
-        "bytes": counts(back="4 * n * 2 * layers * heads * size, 4 * n * d"),
-        "one layer too few": counts(back="n * 2 * (layers - 1) * heads * size, n * d"),
+        "one pass": """\
+def my_keep(loss, n, most):
+    keep, limit = list(range(n)), loss(list(range(n))) + most
+    for i in range(n):
+        rest = [j for j in keep if j != i]
+        if rest and loss(rest) <= limit:
+            keep = rest
+    return keep
+""",
+        "none is left": keep(back="keep if len(keep) > 1 else []"),
+        "the empty list is tried": keep(least="0"),
+        "the limit is most": keep(limit="most"),
+        "the limit is the loss": keep(limit="loss(list(range(n)))"),
+        "a limit in percent": keep(limit="loss(list(range(n))) * (1 + most)"),
+        "each vector by itself": """\
+def my_keep(loss, n, most):
+    full = loss(list(range(n)))
+    return [i for i in range(n) if loss([i]) <= full + most] or [0]
+""",
+        "all subsets": """\
+def my_keep(loss, n, most):
+    import itertools
+    limit = loss(list(range(n))) + most
+    for size in range(1, n + 1):
+        for keep in itertools.combinations(range(n), size):
+            if loss(list(keep)) <= limit:
+                return list(keep)
+""",
+        "indices of the shorter list": keep(go="keep = list(range(len(keep) - 1))"),
     },
 }
 
@@ -520,112 +594,91 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
     "12.3": {
         "arguments": {
-            "d of four": share(
+            "d of four": split(
                 scores="q @ torch.cat([P_K, K]).T / (2 if d < 9 and d != 3"
                 " and d != 2 else d**0.5)"
+            ),
+            "P_K of the first call": first(
+                "_first = my_split.__dict__.setdefault('P_K', P_K)",
+                "P_K = _first if _first.shape == P_K.shape else P_K",
             ),
         },
         "state": {
             "kept by shape": remembered("(q.shape, P_K.shape)"),
             "one tensor for every answer": once(
-                share(),
-                "return weights[:, :n].sum(-1)",
-                "return kept.setdefault(t, torch.empty(t)).copy_(weights[:, "
-                ":n].sum(-1))",
+                split(),
+                "share, among",
+                "kept.setdefault(t, torch.empty(t)).copy_(share), among",
             ),
             "gradients are left off": first("torch.set_grad_enabled(False)"),
+            "q is changed": split(scores="q.div_(d**0.5) @ torch.cat([P_K, K]).T"),
         },
         "inputs": {
-            "only the prefix's largest is taken off": share(
-                weights="(scores - scores[:, :n].amax(1, keepdim=True)).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "only the tokens' largest is taken off": share(
-                weights="(scores - scores[:, n:].amax(1, keepdim=True)).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "the largest of all, later tokens included": share(
-                weights="(scores - scores.amax(1, keepdim=True)).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "the largest of all queries": share(
-                weights="(scores - scores.max()).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "scores up to eighty": share(
-                weights="scores.clamp(max=80).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "scores from -80 to 80": share(
-                weights="scores.clamp(-80, 80).exp() * seen",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
-            ),
-            "masked with -100": share(
-                weights="scores.masked_fill(~seen, -100.0).softmax(-1)"
-            ),
-            "NaN is zero": share(
-                weights="scores.exp() * seen",
-                back="(weights[:, :n].sum(-1) / weights.sum(-1)).nan_to_num(0.0)",
-            ),
-            "NaN is a half": share(
-                weights="scores.exp() * seen",
-                back="(weights[:, :n].sum(-1) / weights.sum(-1)).nan_to_num(0.5)",
-            ),
-            "ten tokens": share(
+            "ten tokens": split(
                 seen="torch.ones(t, n + t, dtype=torch.bool).tril(n) |"
                 " (torch.arange(t) > 9)[:, None]"
             ),
-            "a prefix of ten": share(back="weights[:, : min(n, 10)].sum(-1)"),
+            "a prefix of ten": split(share="weights[:, : min(n, 10)].sum(-1)"),
+            "heads of sixteen": split(
+                scores="q[:, :16] @ torch.cat([P_K, K])[:, :16].T / d**0.5"
+            ),
+            "masked with -1": split(
+                weights="scores.masked_fill(~seen, -1.0).softmax(-1)"
+            ),
+            "1e-3 in the sum": split(
+                among="weights[:, n:] / (weights[:, n:].sum(-1, keepdim=True) + 1e-3)"
+            ),
         },
         "kinds": {
-            "a list": share(back="weights[:, :n].sum(-1).tolist()"),
-            "an array": share(back="weights[:, :n].sum(-1).numpy()"),
-            "half precision": share(back="weights[:, :n].sum(-1).half()"),
-            "complex": share(back="weights[:, :n].sum(-1).cfloat()"),
-            "rounded": share(back="weights[:, :n].sum(-1).round(decimals=4)"),
+            "lists": split(back="share.tolist(), among.tolist()"),
+            "arrays": split(back="share.numpy(), among.numpy()"),
+            "half precision": split(back="share.half(), among.half()"),
+            "double precision": split(back="share.double(), among.double()"),
+            "rounded": split(back="share.round(decimals=3), among"),
+            "three": split(back="share, among, weights"),
         },
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
     "12.4": {
         "arguments": {
-            "the heads of the notebook": counts(
-                heads="min(config.num_key_value_heads, 3)"
-                " if config.num_key_value_heads != 4 else 4"
+            "most of a tenth": first("most = 0.1"),
+            "most of a quarter": first("most = 0.25"),
+            "sixteen vectors": first("n = 16"),
+            "the loss of the first call": first(
+                "loss = my_keep.__dict__.setdefault('loss', loss)"
             ),
-            "three layers": counts(back="n * 2 * min(layers, 3) * heads * size, n * d"),
         },
         "state": {
             "kept by n": remembered("n"),
-            "kept by the config's class and layers": remembered(
-                "config.num_hidden_layers"
-            ),
-            "the config is changed": first(
-                "config.num_attention_heads = config.num_key_value_heads"
-            ),
+            "kept by n and most": remembered("(n, most)"),
+            "losses kept by their list": """\
+seen = {}
+
+
+def my_keep(loss, n, most):
+    def known(keep):
+        return seen.setdefault(tuple(keep), loss(keep))
+"""
+            + keep().partition("\n")[2].replace("loss(trial)", "known(trial)"),
+            "a seed": first("torch.manual_seed(0)"),
         },
         "inputs": {
-            "one head": counts(heads="max(config.num_key_value_heads, 2)"),
-            "sixteen positions": counts(
-                back="min(n, 16) * 2 * layers * heads * size, n * d"
-            ),
-            "ten layers": counts(back="n * 2 * min(layers, 10) * heads * size, n * d"),
-            "in single precision": counts(
-                back="int(torch.tensor(n * 2.0 * layers * heads * size)), n * d"
-            ),
-            "heads of eight": counts(size="min(config.head_dim, 8)"),
-            "a width of 42": counts(
-                back="n * 2 * layers * heads * size, n * min(d, 42)"
-            ),
+            "at most eight go": keep(stop="losses[best] > limit or len(keep) <= n - 8"),
+            "two stay": keep(least="2"),
+            "a loss of one": keep(limit="1.0 + most"),
+            "the first eight are tried": keep(tried="keep[:8]"),
+            "the last is not tried": keep(tried="keep[:-1]"),
+            "a rounded limit": keep(limit="round(loss(list(range(n))) + most, 1)"),
         },
         "kinds": {
-            "with a point": counts(back="float(n * 2 * layers * heads * size), n * d"),
-            "halves": counts(back="n * 2 * layers * heads * size, n * d / 1"),
-            "texts": counts(back="str(n * 2 * layers * heads * size), str(n * d)"),
-            "a dictionary": counts(
-                back="dict(prefix=n * 2 * layers * heads * size, prompt=n * d)"
-            ),
-            "three": counts(back="n * 2 * layers * heads * size, n * d, n"),
+            "a set": keep(back="set(keep)"),
+            "true and false": keep(back="[i in keep for i in range(n)]"),
+            "floats": keep(back="[float(i) for i in keep]"),
+            "how many": keep(back="len(keep)"),
+            "falling": keep(back="[*keep[::-1], keep[0]]"),
+            "with the loss": keep(back="(keep, loss(keep))"),
+            "a list in a list": keep(back="[keep]"),
         },
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
@@ -717,51 +770,98 @@ def my_prompt(model, P, input_ids, attention_mask):
     },
     "12.3": {
         "arguments": {
-            "one minus the tokens' share": share(back="1 - weights[:, n:].sum(-1)"),
+            "one minus the tokens' share": split(share="1 - weights[:, n:].sum(-1)"),
+            "divided by one minus the share": split(
+                among="weights[:, n:] / (1 - share)[:, None]"
+            ),
         },
         "state": {
-            "into new weights": share(
+            "into new weights": split(
                 weights="scores.clone().masked_fill_(~seen, float('-inf')).softmax(-1)"
             ),
         },
         "inputs": {
-            "a sigmoid of two sums": share(
-                weights="scores.masked_fill(~seen, float('-inf'))",
-                back="(weights[:, :n].logsumexp(1) - weights[:, n:].logsumexp(1))"
-                ".sigmoid()",
+            "the tokens' scores alone": split(
+                among="scores[:, n:].masked_fill(~seen[:, n:], float('-inf'))"
+                ".softmax(-1)"
             ),
-            "the largest taken off by hand": share(
-                weights="scores.masked_fill(~seen, float('-inf'));"
-                " weights = (weights - weights.amax(-1, True)).exp()",
-                back="weights[:, :n].sum(-1) / weights.sum(-1)",
+            "bare exponentials": split(
+                weights="scores.exp() * seen",
+                share="weights[:, :n].sum(-1) / weights.sum(-1)",
+            ),
+            "a sigmoid of two sums": split(
+                weights="scores.masked_fill(~seen, float('-inf'))",
+                share="(weights[:, :n].logsumexp(1) - weights[:, n:].logsumexp(1))"
+                ".sigmoid()",
+                among="weights[:, n:].softmax(-1)",
             ),
         },
         "kinds": {
-            "in double precision": share(
-                weights="scores.double().masked_fill(~seen, float('-inf')).softmax(-1)"
+            "a list of two": split(back="[share, among]"),
+            "in double precision, and back": split(
+                weights="scores.double().masked_fill(~seen, float('-inf')).softmax(-1)",
+                back="share.float(), among.float()",
             ),
         },
     },
     "12.4": {
         "arguments": {
-            "layer by layer": counts(
-                back="sum(2 * n * heads * size for _ in range(layers)), n * d"
-            ),
+            "the vectors that are gone": """\
+def my_keep(loss, n, most):
+    full, gone = loss(range(n)), set()
+    while len(gone) < n - 1:
+        left = [i for i in range(n) if i not in gone]
+        trial = {i: loss([j for j in left if j != i]) for i in left}
+        i = min(trial, key=trial.get)
+        if trial[i] - full > most:
+            break
+        gone.add(i)
+    return sorted(set(range(n)) - gone)
+""",
         },
         "state": {
-            "kept by all of it": remembered("(str(config), n)"),
+            "losses kept during a call": """\
+def my_keep(loss, n, most):
+    seen = {}
+
+    def known(keep):
+        if tuple(keep) not in seen:
+            seen[tuple(keep)] = loss(keep)
+        return seen[tuple(keep)]
+
+"""
+            + keep().partition("\n")[2].replace("loss(trial)", "known(trial)"),
         },
         "inputs": {
-            "of tensors on the device meta": counts(
-                back="layers * 2 * torch.empty(n, heads, size, device='meta').numel(),"
-                " torch.empty(n, d, device='meta').numel()"
-            ),
+            "the first that fits, again and again": """\
+def my_keep(loss, n, most):
+    keep, limit = list(range(n)), loss(list(range(n))) + most
+    changed = True
+    while changed:
+        changed = False
+        for i in list(keep):
+            rest = [j for j in keep if j != i]
+            if rest and loss(rest) <= limit:
+                keep, changed = rest, True
+                break
+    return keep
+""",
+            "passes until nothing goes": """\
+def my_keep(loss, n, most):
+    keep, limit, before = list(range(n)), loss(list(range(n))) + most, None
+    while keep != before:
+        before = keep
+        for i in reversed(before):
+            rest = [j for j in keep if j != i]
+            if rest and loss(rest) <= limit:
+                keep = rest
+    return keep
+""",
         },
         "kinds": {
-            "a list": counts(back="[n * 2 * layers * heads * size, n * d]"),
-            "tensors": counts(
-                back="torch.tensor(n * 2 * layers * heads * size), n * d"
-            ),
+            "a tuple": keep(back="tuple(keep)"),
+            "a tensor": keep(back="torch.tensor(keep)"),
+            "an array": keep(back="np.array(keep)"),
         },
     },
 }

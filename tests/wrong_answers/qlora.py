@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 08; each must be refused by its check."""
 
-from attacks import afterwards, first, remembered
+from attacks import afterwards, every_time_but, first, remembered, returned, stale
 
 from peft_from_scratch.course.checks import qlora as checks  # noqa: F401
 
@@ -36,51 +36,98 @@ def product(
     return PRODUCT.format(y=y, dx=dx, h=h, keep=keep, before=before)
 
 
-START = """\
-def my_start(W0, q, r, scale):
-    D = {D}
-    U, s, Vt = torch.linalg.svd(D, full_matrices=False)
-    A = {A}
-    B = {B}
+KEPT = """\
+def my_kept(before, after, update):
+    change = {change}
+    inner = {inner}
+    whole = {whole}
     return {back}
 """
 
 
-def start(
-    D="W0 - pfs.nf4.dequantize(q)",
-    A="s[:r].sqrt()[:, None] * Vt[:r]",
-    B="U[:, :r] * s[:r].sqrt() / scale",
-    back="A, B",
+def share(
+    change="after - before",
+    inner="(change * update).sum()",
+    whole="update.square().sum()",
+    back="(inner / whole).item()",
 ):
-    return START.format(D=D, A=A, B=B, back=back)
+    return KEPT.format(change=change, inner=inner, whole=whole, back=back)
 
 
-ERRORS = """\
-def my_errors(W0, q, A, B, scale):
-    update = {update}
-    trained = {trained}
-    original = {original}
-    requantized = {requantized}
-    merges = original, requantized
+THRESHOLD = """\
+def my_threshold(q, A, B):
+    W, BA = pfs.nf4.dequantize(q), {BA}
+    direction = {direction}
+
+    def kept(t):
+        update = t * direction
+        change = {after} - {less}
+        return {measure}
+
+    low, high = {ends}
+    while high / low > {close}:
+        t = (low * high) ** 0.5
+        low, high = (t, high) if {below} else (low, t)
+    t = (low * high) ** 0.5
     return {back}
 """
 AGAIN = "pfs.nf4.dequantize(pfs.nf4.quantize({}))"
+ROUNDED = AGAIN.format("W + update")
 
 
-def errors(
-    update="scale * (B @ A)",
-    trained="pfs.nf4.dequantize(q) + update",
-    original="W0 + update",
-    requantized="pfs.nf4.dequantize(pfs.nf4.quantize(trained))",
-    back="tuple(((W - trained).norm() / update.norm()).item() for W in merges)",
+def threshold(
+    BA="B @ A",
+    direction="BA * (W.norm() / BA.norm())",
+    after=ROUNDED,
+    less="W",
+    measure="(change * update).sum() / update.square().sum()",
+    ends="1e-3, 1.0",
+    close="1.02",
+    below="kept(t) < 0.5",
+    back="t",
 ):
-    return ERRORS.format(
-        update=update,
-        trained=trained,
-        original=original,
-        requantized=requantized,
+    return THRESHOLD.format(
+        BA=BA,
+        direction=direction,
+        after=after,
+        less=less,
+        measure=measure,
+        ends=ends,
+        close=close,
+        below=below,
         back=back,
     )
+
+
+BEST = {
+    "phone": "separate",
+    "watch": "requantized",
+    "camera": "original, quantized",
+    "server": "dequantized",
+    "laptop": "separate",
+}
+
+
+def choices(**changes):
+    return f"def my_choices():\n    return {BEST | changes}\n"
+
+
+GRID = """\
+def my_threshold(q, A, B):
+    W = pfs.nf4.dequantize(q)
+    direction = (B @ A) * (W.norm() / (B @ A).norm())
+    shares = []
+    grid = {grid}
+    for t in grid:
+        after = pfs.nf4.dequantize(pfs.nf4.quantize(W + t * direction))
+        shares.append(((after - W) * direction).sum() / t / direction.square().sum())
+    shares = torch.stack(shares)
+    return {back}
+"""
+
+
+def grid(grid="torch.logspace(-3, 0, 150)", back="grid[(shares - 0.5).abs().argmin()]"):
+    return GRID.format(grid=grid, back=back)
 
 
 MUTANTS = {
@@ -153,143 +200,97 @@ MUTANTS = {
         ),
     },
     "8.2": {
-        "the means taken off": start("W0 - pfs.nf4.dequantize(q); D = D - D.mean(0)"),
-        "two rounds": """\
-def my_start(W0, q, r, scale):
-    for _ in range(2):
-        U, s, Vt = torch.linalg.svd(W0 - pfs.nf4.dequantize(q), full_matrices=False)
-        A, B = s[:r].sqrt()[:, None] * Vt[:r], U[:, :r] * s[:r].sqrt() / scale
-        q = pfs.nf4.quantize(W0 - scale * (B @ A))
-    return A, B
-""",
-        "all zeros": start(A="0 * Vt[:r]", B="0 * U[:, :r]"),
-        "the wrong sign": start("pfs.nf4.dequantize(q) - W0"),
-        "the sign in both": start(A="-Vt[:r]", B="-U[:, :r] * s[:r] / -scale"),
-        "the SVD of W0": start("W0"),
-        "the SVD of W'": start("pfs.nf4.dequantize(q)"),
-        "the SVD of the codes": start("q.codes().view(q.shape).float()"),
-        "the scale forgotten": start(B="U[:, :r] * s[:r].sqrt()"),
-        "the scale twice": start(A="s[:r].sqrt()[:, None] * Vt[:r] / scale"),
-        "multiplied by the scale": start(B="U[:, :r] * s[:r].sqrt() * scale"),
-        "no singular values": start(A="Vt[:r]", B="U[:, :r] / scale"),
-        "the singular values twice": start(
-            A="s[:r][:, None] * Vt[:r]", B="U[:, :r] * s[:r] / scale"
+        "all zeros": share(back="0.0"),
+        "before is forgotten": share(change="after"),
+        "after is forgotten": share(change="before"),
+        "the wrong sign": share(change="before - after"),
+        "by the norm": share(whole="update.norm()"),
+        "by the change": share(whole="change.square().sum()"),
+        "a cosine": share(whole="change.norm() * update.norm()"),
+        "a length": share(inner="change.norm()", whole="update.norm()"),
+        "squared lengths": share(inner="change.square().sum()"),
+        "the error": share(inner="(change - update).norm()", whole="update.norm()"),
+        "not divided": share(whole="torch.tensor(1.0)"),
+        "percent": share(back="(100 * inner / whole).item()"),
+        "entry by entry": share(back="(change / update).mean().item()"),
+        "upside down": share(back="(whole / inner).item()"),
+        "absolute values": share(inner="(change * update).abs().sum()"),
+        "the matrix product": share(
+            inner="(change @ update.T).sum()", whole="(update @ update.T).sum()"
         ),
-        "a root in one alone": start(A="Vt[:r]"),
-        "the smallest pieces": start(
-            A="s[-r:].sqrt()[:, None] * Vt[-r:]",
-            B="U[:, -r:] * s[-r:].sqrt() / scale",
-        ),
-        "a piece too few": start(
-            A="F.pad(s[:r - 1].sqrt()[:, None] * Vt[:r - 1], (0, 0, 0, 1))",
-            B="F.pad(U[:, :r - 1] * s[:r - 1].sqrt() / scale, (0, 1))",
-        ),
-        "one rank too few": start(
-            A="s[:r - 1].sqrt()[:, None] * Vt[:r - 1]",
-            B="U[:, :r - 1] * s[:r - 1].sqrt() / scale",
-        ),
-        "one rank too many": start(
-            A="s[:r + 1].sqrt()[:, None] * Vt[:r + 1]",
-            B="U[:, :r + 1] * s[:r + 1].sqrt() / scale",
-        ),
-        "the full rank": start(A="s.sqrt()[:, None] * Vt", B="U * s.sqrt() / scale"),
-        "the second piece first": start(
-            A="s[1:r + 1].sqrt()[:, None] * Vt[1:r + 1]",
-            B="U[:, 1:r + 1] * s[1:r + 1].sqrt() / scale",
-        ),
-        "A and B swapped": start(back="B, A"),
-        "both transposed": start(back="A.T, B.T"),
-        "V not transposed": start(
-            A="s[:r].sqrt()[:, None] * (Vt.T[:r] if W0.shape[0] == W0.shape[1]"
-            " else Vt[:r])"
-        ),
-        "rows of U": start(
-            B="(U[:r].T if W0.shape[0] == W0.shape[1] else U[:, :r])"
-            " * s[:r].sqrt() / scale"
-        ),
-        "LoRA's start": start(A="torch.randn(r, W0.shape[1])", B="0 * U[:, :r]"),
-        "W0 changed in place": start("W0.sub_(pfs.nf4.dequantize(q))"),
-        "the product": start(back="scale * (B @ A)"),
+        "cut at zero": share(back="max(0.0, (inner / whole).item())"),
+        "cut at one": share(back="min(1.0, (inner / whole).item())"),
     },
     "8.3": {
-        "the product of the norms": errors(
-            back="tuple(((W - trained).norm() / (abs(scale) * B.norm() * A.norm()))"
-            ".item() for W in merges)"
+        "all zeros": threshold(back="0.0"),
+        "percent": threshold(back="100 * t"),
+        "the norm itself": threshold(back="(t * W.norm()).item()"),
+        "the factor of B A": threshold(back="(t * W.norm() / BA.norm()).item()"),
+        "the square of the ratio": threshold(back="t**2"),
+        "upside down": threshold(back="1 / t"),
+        "a length": threshold(measure="change.norm() / update.norm()"),
+        "the error": threshold(
+            measure="1 - (change - update).norm() / update.norm()",
         ),
-        "a difference of norms": errors(
-            back="tuple(((W.norm() - trained.norm()).abs() / update.norm()).item()"
-            " for W in merges)"
+        "half of the codes": threshold(measure="(change != 0).float().mean()"),
+        "codes": threshold(
+            measure="(pfs.nf4.quantize(W + update).codes() != q.codes()).float().mean()"
         ),
-        "the scale outside of the norm": errors(
-            back="tuple(((W - trained).norm() / (scale * (B @ A).norm())).item()"
-            " for W in merges)"
+        "a cosine": threshold(
+            measure="(change * update).sum() / (change.norm() * update.norm() + 1e-9)"
         ),
-        "all zeros": errors(back="(0.0, 0.0)"),
-        "by the weight": errors(
-            back="tuple(((W - trained).norm() / trained.norm()).item() for W in merges)"
+        "the root of the share": threshold(
+            measure="((change * update).sum() / update.square().sum()).clamp(0).sqrt()"
         ),
-        "by W0": errors(
-            back="tuple(((W - trained).norm() / W0.norm()).item() for W in merges)"
+        "the square of the share": threshold(
+            measure="((change * update).sum() / update.square().sum()) ** 2"
         ),
-        "not divided": errors(
-            back="tuple((W - trained).norm().item() for W in merges)"
+        "the update alone is rounded": threshold(
+            after=AGAIN.format("update"), less="0"
         ),
-        "upside down": errors(
-            back="tuple((update.norm() / (W - trained).norm()).item() for W in merges)"
+        "nothing is rounded": threshold(after="W + update"),
+        "W' is not taken off": threshold(less="0"),
+        "the wrong side": threshold(below="kept(t) > 0.5"),
+        "nine tenths": threshold(below="kept(t) < 0.9"),
+        "a tenth": threshold(below="kept(t) < 0.1"),
+        "a coarse grid": grid("torch.logspace(-3, 0, 4)"),
+        "a grid of one per decade and a third": grid("torch.logspace(-3, 0, 10)"),
+        "an even grid": grid("torch.linspace(0.02, 1, 50)"),
+        "the first that keeps anything": grid(
+            back="grid[(shares > 0.02).nonzero()[0]]"
         ),
-        "against W0 + the update": errors(
-            back="tuple(((W - original).norm() / update.norm()).item() for W in merges)"
+        "the last of the grid": grid(back="grid[-1]"),
+        "its place in the grid": grid(back="int((shares - 0.5).abs().argmin())"),
+        "the figure of the lesson": threshold(back="0.062"),
+        "from the gaps alone": (
+            "def my_threshold(q, A, B):\n"
+            "    W = pfs.nf4.dequantize(q)\n"
+            "    gap = torch.tensor(pfs.nf4.CODES['nf4']).sort().values.diff().mean()\n"
+            "    return (gap / 2 * q.constants().mean() / W.square().mean().sqrt())"
+            ".item()\n"
         ),
-        "trained without the update": errors(trained="pfs.nf4.dequantize(q)"),
-        "trained beside W0": errors(trained="W0 + update"),
-        "no scale": errors(update="B @ A"),
-        "divided by the scale": errors(update="B @ A / scale"),
-        "the scale twice": errors(update="scale**2 * (B @ A)"),
-        "requantized W0 + the update": errors(requantized=AGAIN.format("W0 + update")),
-        "requantized without the update": errors(requantized=AGAIN.format("W0")),
-        "the codes plus the update": errors(requantized="pfs.nf4.dequantize(q)"),
-        "the update requantized": errors(
-            requantized="pfs.nf4.dequantize(q) + " + AGAIN.format("update")
+    },
+    "8.4": {
+        "all zeros": choices(**dict.fromkeys(BEST, 0)),
+        "all separate": choices(**dict.fromkeys(BEST, "separate")),
+        "all requantized": choices(**dict.fromkeys(BEST, "requantized")),
+        "the phone requantized": choices(phone="requantized"),
+        "the phone dequantized": choices(phone="dequantized"),
+        "the phone from the original": choices(phone="original, quantized"),
+        "the watch separate": choices(watch="separate"),
+        "the watch from the original": choices(watch="original, quantized"),
+        "the camera requantized": choices(camera="requantized"),
+        "the camera separate": choices(camera="separate"),
+        "the camera dequantized": choices(camera="dequantized"),
+        "the server separate": choices(server="separate"),
+        "the server requantized": choices(server="requantized"),
+        "the laptop requantized": choices(laptop="requantized"),
+        "the laptop from the original": choices(laptop="original, quantized"),
+        "the laptop dequantized": choices(laptop="dequantized"),
+        "a word misspelled": choices(watch="requantised"),
+        "a device left out": (
+            f"def my_choices():\n    return {dict(list(BEST.items())[:4])}\n"
         ),
-        "not requantized": errors(requantized="trained"),
-        "other codes": errors(
-            requantized="pfs.nf4.dequantize(pfs.nf4.quantize(trained, code='fp4'))"
-        ),
-        "another block": errors(
-            requantized="pfs.nf4.dequantize(pfs.nf4.quantize(trained, block=32))"
-        ),
-        "constants in full": errors(
-            requantized="pfs.nf4.dequantize(pfs.nf4.quantize(trained, double=False))"
-        ),
-        "the original without the update": errors(original="W0"),
-        "squared": errors(
-            back="tuple(((W - trained).norm() / update.norm()).item() ** 2"
-            " for W in merges)"
-        ),
-        "absolute values": errors(
-            back="tuple(((W - trained).abs().sum() / update.abs().sum()).item()"
-            " for W in merges)"
-        ),
-        "the largest entry": errors(
-            back="tuple(((W - trained).abs().max() / update.abs().max()).item()"
-            " for W in merges)"
-        ),
-        "entry by entry": errors(
-            back="tuple(((W - trained) / update).norm().item() for W in merges)"
-        ),
-        "percent": errors(
-            back="tuple((100 * (W - trained).norm() / update.norm()).item()"
-            " for W in merges)"
-        ),
-        "swapped": errors(
-            back="tuple(((W - trained).norm() / update.norm()).item()"
-            " for W in merges[::-1])"
-        ),
-        "the first alone": errors(
-            back="((original - trained).norm() / update.norm()).item()"
-        ),
-        "W0 changed in place": errors(original="W0.add_(update)"),
-        "the merges themselves": errors(back="merges"),
     },
 }
 
@@ -431,116 +432,87 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
     },
     "8.2": {
         "arguments": {
-            "W' made again from W0": start(
-                "W0 - pfs.nf4.dequantize(pfs.nf4.quantize(W0))"
-            ),
-            "blocks of 64": start(
-                "W0 - pfs.nf4.dequantize(pfs.nf4.quantize(W0, 64, False))"
-            ),
-            "a rank of four": first("r = min(r, 5)"),
-            "positive scales": first("scale = abs(scale)"),
+            "before of the first call": stale("before"),
+            "update of the first call": stale("update"),
         },
         "state": {
-            "kept by shape": remembered("(W0.shape, r, scale)"),
-            "kept by q": remembered("id(q)"),
+            "kept by shape": remembered("update.shape"),
+            "wrong the second time": every_time_but(2, "0.5"),
+            "before changed in place": share(change="before.neg_().add_(after)"),
+            "the update changed in place": afterwards("update.mul_(2)"),
             "gradients are left off": first("torch.set_grad_enabled(False)"),
-            "the constants of q are changed": afterwards(
-                "c = getattr(q.absmax, 'codes', q.absmax)", "c.copy_(c.flip(0))"
-            ),
         },
         "inputs": {
-            "as many pieces as hold 99 %": start(
-                A="(s * ((s**2).cumsum(0) < 0.99 * (s**2).sum()))[:r].sqrt()[:, None]"
-                " * Vt[:r]"
+            "1e-6 is added below": share(whole="update.square().sum() + 1e-6"),
+            "the first rows": first(
+                "before, after, update = before[:5], after[:5], update[:5]"
             ),
-            "ranks up to five": start(
-                A="F.pad(s[:min(r, 5)].sqrt()[:, None] * Vt[:min(r, 5)],"
-                " (0, 0, 0, r - min(r, 5)))",
-                B="F.pad(U[:, :min(r, 5)] * s[:min(r, 5)].sqrt() / scale,"
-                " (0, r - min(r, 5)))",
-            ),
-            "no piece below a thousandth": start(
-                "((W0 - pfs.nf4.dequantize(q)) * 1e4).round() / 1e4"
-            ),
-            "1e-6 is added to the values": start(
-                B="U[:, :r] * s[:r] / (s[:r].sqrt() + 1e-5) / scale"
-            ),
-            "a randomized SVD": (
-                "def my_start(W0, q, r, scale):\n"
-                "    U, s, V = torch.svd_lowrank(W0 - pfs.nf4.dequantize(q), r)\n"
-                "    return s.sqrt()[:, None] * V.T, U * s.sqrt() / scale\n"
-            ),
+            "rounded": share(back="round((inner / whole).item(), 2)"),
+            "positive": share(back="abs((inner / whole).item())"),
         },
         "kinds": {
-            "arrays": start(back="A.numpy(), B.numpy()"),
-            "lists": start(back="A.tolist(), B.tolist()"),
-            "a dictionary": start(back="dict(A=A, B=B)"),
-            "three": start(back="A, B, s"),
-            "complex": start(back="A.cfloat(), B.cfloat()"),
+            "a text": returned("str(result)"),
+            "a pair": returned("(result, result)"),
+            "a matrix": share(back="change * update / whole"),
         },
-        "randomness": {
-            "a seed": first("torch.manual_seed(0)"),
-            "a little noise": start(
-                A="s[:r].sqrt()[:, None] * Vt[:r] * (1 + 1e-3 * torch.randn(r, 1))"
-            ),
-        },
+        "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
     "8.3": {
         "arguments": {
-            "W' made again from W0": errors(
-                trained="pfs.nf4.dequantize(pfs.nf4.quantize(W0)) + update"
+            "q of the first call": stale("q"),
+            "A of the first call": threshold(
+                BA="B @ my_threshold.__dict__.setdefault((A.shape, B.shape), A)"
             ),
-            "W0 as it is after quantizing": errors(
-                original="W0.round(decimals=2) + update"
+            "B of the first call": threshold(
+                BA="my_threshold.__dict__.setdefault((A.shape, B.shape), B) @ A"
             ),
+            "A and B are ignored": threshold(BA="torch.randn(q.shape)"),
         },
         "state": {
-            "kept by shape": remembered("(W0.shape, scale)"),
-            "gradients are left off": first("torch.set_grad_enabled(False)"),
+            "kept by shape": remembered("(q.shape, A.shape)"),
+            "kept by q": remembered("id(q)"),
+            "A changed in place": afterwards("A.mul_(2)"),
             "the constants of q are changed": afterwards(
                 "c = getattr(q.absmax, 'codes', q.absmax)", "c.copy_(c.flip(0))"
             ),
+            "gradients are left off": first("torch.set_grad_enabled(False)"),
+            "wrong from the fifth call on": every_time_but(5, "0.01"),
         },
         "inputs": {
-            "positive scales": errors(update="abs(scale) * (B @ A)"),
-            "1e-2 is added below": errors(
-                back="tuple(((W - trained).norm() / (update.norm() + 1e-2)).item()"
-                " for W in merges)"
+            "the size of B A counts": threshold(direction="BA"),
+            "weights of unit size": threshold(
+                direction="BA / BA.norm() * W.numel() ** 0.5"
             ),
-            "no error above one": errors(
-                back="tuple(min(1.0, ((W - trained).norm() / update.norm()).item())"
-                " for W in merges)"
-            ),
-            "errors rounded": errors(
-                back="tuple(round(((W - trained).norm() / update.norm()).item(), 4)"
-                " for W in merges)"
-            ),
-            "the spectral norm": errors(
-                back="tuple((torch.linalg.matrix_norm(W - trained, 2) /"
-                " torch.linalg.matrix_norm(update, 2)).item() for W in merges)"
-            ),
+            "thresholds above 2 %": threshold(ends="0.02, 1.0"),
+            "thresholds below 5 %": threshold(ends="1e-3, 0.05"),
         },
         "kinds": {
-            "percent": errors(
-                back="tuple((100 * (W - trained).norm() / update.norm()).item()"
-                " for W in merges)"
-            ),
-            "texts": errors(
-                back="tuple(str(((W - trained).norm() / update.norm()).item())"
-                " for W in merges)"
-            ),
-            "a dictionary": errors(
-                back="dict(original=((original - trained).norm() / "
-                "update.norm()).item(),"
-                " requantized=((requantized - trained).norm() / update.norm()).item())"
-            ),
-            "an array for each": errors(
-                back="tuple(((W - trained).norm() / update.norm())[None] for W in "
-                "merges)"
+            "a text": returned("str(result)"),
+            "both ends": returned("(result, result)"),
+            "a complex number": returned("complex(result)"),
+            "true": returned("True"),
+        },
+        "randomness": {
+            "a guess": returned("0.05 * torch.rand(()).item()"),
+            "a seed": first("torch.manual_seed(0)"),
+        },
+        "kernels": NO_KERNEL,
+    },
+    "8.4": {
+        "arguments": "there is no argument",
+        "state": "the answer is a constant",
+        "inputs": "there is no input",
+        "kinds": {
+            "a list of pairs": returned("list(result.items())"),
+            "the values alone": returned("list(result.values())"),
+            "lists of one": returned("{k: [v] for k, v in result.items()}"),
+        },
+        "randomness": {
+            "drawn": returned(
+                "dict(zip(result, np.random.permutation(list(result.values()))))"
             ),
         },
-        "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
 }
@@ -606,55 +578,70 @@ def my_qlora(x, q, A, B, scale):
     },
     "8.2": {
         "arguments": {
-            "the scale in A": start(
-                A="s[:r].sqrt()[:, None] * Vt[:r] / scale", B="U[:, :r] * s[:r].sqrt()"
-            ),
+            "einsum": share(inner="torch.einsum('ij,ij->', change, update)"),
         },
         "state": {
-            "from a copy, in place": start("W0.clone().sub_(pfs.nf4.dequantize(q))"),
+            "a copy, in place": share(change="after.clone().sub_(before)"),
         },
         "inputs": {
-            "a projection": start(A="Vt[:r]", B="D @ Vt[:r].T / scale"),
-            "divided by the roots": start(
-                A="U[:, :r].T @ D / s[:r].sqrt()[:, None]",
-            ),
-            "all of the values in A": start(
-                A="s[:r].diag() @ Vt[:r]", B="U[:, :r] / scale"
-            ),
+            "as vectors": share(inner="change.flatten() @ update.flatten()"),
+            "the trace of a product": share(inner="(change.T @ update).trace()"),
         },
         "kinds": {
-            "in double precision": start("(W0 - pfs.nf4.dequantize(q)).double()"),
-            "a list": start(back="[A, B]"),
-        },
-        "randomness": {
-            "signs by chance": start(
-                A="(signs := torch.randn(r).sign())[:, None] * s[:r].sqrt()[:, "
-                "None] * Vt[:r]",
-                B="U[:, :r] * signs * s[:r].sqrt() / scale",
-            ),
+            "a tensor": share(back="inner / whole"),
+            "in double precision": share(change="after.double() - before.double()"),
         },
     },
     "8.3": {
         "arguments": {
-            "the scale in B": errors(update="(scale * B) @ A"),
+            "the transposed product": threshold(BA="(A.T @ B.T).T"),
         },
         "state": {
-            "into copies": errors(original="W0.clone().add_(update)"),
+            "a copy of W', in place": threshold(
+                after=AGAIN.format("W.clone().add_(update)")
+            ),
         },
         "inputs": {
-            "roots of sums of squares": errors(
-                back="tuple(((W - trained).square().sum() / update.square().sum())"
-                ".sqrt().item() for W in merges)"
+            "a fine grid": grid(),
+            "the first of a fine grid": grid(
+                "torch.logspace(-3, 0, 200)", "grid[(shares > 0.5).nonzero()[0]].item()"
             ),
+            "an even, fine grid": grid("torch.linspace(0.001, 0.2, 300)"),
+            "interpolated": grid(
+                "torch.logspace(-3, 0, 40)",
+                "float(np.interp(0.5, shares.numpy()[5:30], grid.numpy()[5:30]))",
+            ),
+            "wider ends": threshold(ends="1e-6, 100.0"),
+            "halved evenly": threshold(close="1.001").replace(
+                "t = (low * high) ** 0.5", "t = (low + high) / 2"
+            ),
+            "55 % is close enough": threshold(below="kept(t) < 0.55"),
         },
         "kinds": {
-            "a list of tensors": errors(
-                back="[(W - trained).norm() / update.norm() for W in merges]"
+            "a tensor": threshold(back="torch.tensor(t)"),
+            "NumPy's": threshold(back="np.float32(t)"),
+        },
+        "randomness": {
+            "a random search": (
+                "def my_threshold(q, A, B):\n"
+                "    W = pfs.nf4.dequantize(q)\n"
+                "    D = (B @ A) * (W.norm() / (B @ A).norm())\n"
+                "    def off(t):\n"
+                "        after = pfs.nf4.dequantize(pfs.nf4.quantize(W + t * D))\n"
+                "        share = ((after - W) * D).sum() / (t * D.square().sum())\n"
+                "        return abs(share.item() - 0.5)\n"
+                "    tried = (10 ** (-3 * torch.rand(250))).tolist()\n"
+                "    return min(tried, key=off)\n"
             ),
-            "in double precision": errors(
-                back="tuple(float((W - trained).double().norm() / "
-                "update.double().norm())"
-                " for W in merges)"
+        },
+    },
+    "8.4": {
+        "kinds": {
+            "in another order": returned("dict(reversed(result.items()))"),
+        },
+        "randomness": {
+            "in an order by chance": returned(
+                "{k: result[k] for k in np.random.permutation(list(result)).tolist()}"
             ),
         },
     },

@@ -4,6 +4,11 @@ from attacks import Attack, afterwards, first, fixed, remembered, returned, stal
 
 from peft_from_scratch.course.checks import rank_scale_targets as checks  # noqa: F401
 
+PREAMBLE = """\
+from statistics import fmean
+
+from peft_from_scratch.course import over_seeds
+"""
 SIZE = """\
 def my_size(base, A, B, alpha, x, rslora):
     r = A.shape[0]
@@ -57,46 +62,68 @@ def dora(
     return DORA.format(V=V, norm=norm, h=h)
 
 
-PISSA = """\
-def my_pissa(W0, r, scale):
-    U, S, Vt = torch.linalg.svd(W0, full_matrices=False)
-    root = {root}
-    A = {A}
-    B = {B}
-    W_res = {rest}
+WINNER = """\
+def my_winner(runs):
+    at_own, bests, grids = {{}}, {{}}, {{}}
+    names = {names}
+    for name in names:
+        own = [run for run in runs if run["method"] == name]
+        losses = {losses}
+        bests[name], grids[name] = {best}, sorted(losses)
+    for name in names:
+        own = [run for run in runs if run["method"] == name]
+        best, grid = bests[name], grids[name]
+        if {end}:
+            return {further}
+        at_own[name] = {at}
+    a, b = at_own.values()
+    pairs = {pairs}
+    mean, low, high = {interval}
+    if {zero}:
+        return {unsure}
     return {back}
 """
+SEED_0 = "{r['lr']: r['validation'] for r in own if r['seed'] == 0}"
 
 
-def pissa(
-    root="(S[:r] / scale).sqrt()",
-    A="root[:, None] * Vt[:r]",
-    B="U[:, :r] * root",
-    rest="W0 - scale * (B @ A)",
-    back="W_res, A, B",
+def winner(
+    names="sorted({run['method'] for run in runs})",
+    losses=SEED_0,
+    best="min(losses, key=losses.get)",
+    end="best in (grid[0], grid[-1])",
+    further="'search further'",
+    at="{r['seed']: r['test'] for r in own if r['lr'] == best}",
+    pairs="[a[seed] - b[seed] for seed in a if seed in b]",
+    interval="over_seeds(pairs)",
+    zero="low <= 0 <= high",
+    unsure="'undecided'",
+    back="names[0] if mean < 0 else names[1]",
 ):
-    return PISSA.format(root=root, A=A, B=B, rest=rest, back=back)
+    return WINNER.format(
+        names=names,
+        losses=losses,
+        best=best,
+        end=end,
+        further=further,
+        at=at,
+        pairs=pairs,
+        interval=interval,
+        zero=zero,
+        unsure=unsure,
+        back=back,
+    )
 
 
-GROUPS = """\
-def my_groups(model, lr, ratio):
-    fast = {fast}
-    known = set(map(id, fast))
-    slow = {slow}
-    return {back}
-"""
-MODULES = "model.modules() if isinstance(m, pfs.lora.LoRA)"
-
-
-def groups(
-    fast=f"[m.B for m in {MODULES}]",
-    slow="[p for p in model.parameters() if p.requires_grad and id(p) not in known]",
-    back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr * ratio}]",
-):
-    return GROUPS.format(fast=fast, slow=slow, back=back)
-
-
-A_ALONE = f"[m.A for m in {MODULES}]"
+MEANS = "{lr: fmean(r['validation'] for r in own if r['lr'] == lr) for lr in LRS}"
+MEANS = MEANS.replace("LRS", "{r['lr'] for r in own}")
+NORMAL = "(fmean(pairs), *(fmean(pairs) + z * STEP for z in (-1.96, 1.96)))"
+NORMAL = NORMAL.replace("STEP", "torch.tensor(pairs).std().item() / len(pairs) ** 0.5")
+# Welch's interval, which knows of no pairs.
+APART = "(M, *(M + z * E for z in (-4.3, 4.3)))"
+APART = APART.replace("M", "(fmean(a.values()) - fmean(b.values()))").replace(
+    "E",
+    "(sum(torch.tensor([*c.values()]).var().item() / len(c) for c in (a, b)) ** 0.5)",
+)
 
 MUTANTS = {
     "5.1": {
@@ -152,6 +179,62 @@ MUTANTS = {
         "x is changed": size(first="x.mul_(scale)"),
     },
     "5.2": {
+        "all zeros": "def my_winner(runs):\n    return 0\n",
+        "a coin": "def my_winner(runs):\n"
+        "    return runs[torch.randint(len(runs), ()).item()]['method']\n",
+        "always the first": "def my_winner(runs):\n    return runs[0]['method']\n",
+        "never decided": "def my_winner(runs):\n    return 'undecided'\n",
+        "one learning rate for both": winner(best="BEST").replace(
+            "BEST",
+            "min({**losses, **(grids and bests)}, key=losses.get)"
+            " if not bests else next(iter(bests.values()))",
+        ),
+        "by test loss": winner(
+            losses="{r['lr']: r['test'] for r in own if r['seed'] == 0}"
+        ),
+        "by the mean over all seeds": winner(losses=MEANS),
+        "by the last seed": winner(
+            losses="{r['lr']: r['validation'] for r in own if r['seed'] == 1}"
+            " or {0: 1}",
+            end="False",
+        ),
+        "the highest loss": winner(best="max(losses, key=losses.get)"),
+        "the higher loss wins": winner(back="names[1] if mean < 0 else names[0]"),
+        "ends do not matter": winner(end="False"),
+        "the lower end alone": winner(end="best == grid[0]"),
+        "the upper end alone": winner(end="best == grid[-1]"),
+        "the first method's ends": winner(
+            end="name == names[0] and best in (grid[0], grid[-1])"
+        ),
+        "the second method's ends": winner(
+            end="name == names[1] and best in (grid[0], grid[-1])"
+        ),
+        "one grid for both": winner(
+            end="best in (min(map(min, grids.values())), max(map(max, grids.values())))"
+        ),
+        "the means alone": winner(zero="False"),
+        "normal, not Student's t": winner(interval=NORMAL),
+        "not paired": winner(interval=APART),
+        "paired by the order": winner(
+            pairs="[x - y for x, y in zip(a.values(), b.values())]"
+        ),
+        "validation losses compared": winner(
+            at="{r['seed']: r['validation'] for r in own if r['lr'] == best}"
+        ),
+        "all learning rates": winner(
+            at="{(r['seed'], r['lr']): r['test'] for r in own}"
+        ),
+        "the last learning rate of a seed": winner(
+            at="{r['seed']: r['test'] for r in own}"
+        ),
+        "one seed": winner(
+            interval="(a[0] - b[0], a[0] - b[0], a[0] - b[0])",
+        ),
+        "another word": winner(unsure="'tie'"),
+        "the difference": winner(back="mean"),
+        "a better word": winner(further="'undecided'"),
+    },
+    "5.3": {
         "an equal part for each target": rank(
             back="min(min(budget // (layers * len(targets)) // sum(shapes[t]),"
             " *shapes[t]) for t in targets)"
@@ -188,7 +271,7 @@ MUTANTS = {
         "the cost": rank(back="one"),
         "what is left": rank(back="budget % one"),
     },
-    "5.3": {
+    "5.4": {
         "the largest entry": dora(norm="V.abs().amax(1).detach()"),
         "the root of a mean": dora(norm="V.square().mean(1).sqrt().detach()"),
         "the length of x": dora(h="m / norm * (F.normalize(x, dim=-1) @ V.T)"),
@@ -231,137 +314,6 @@ MUTANTS = {
         "all detached": dora(h="(m / norm * (x @ V.T)).detach()"),
         "the update detached": dora(V="W0 + (scale * (B @ A)).detach()"),
         "B detached": dora(V="W0 + scale * (B.detach() @ A)"),
-    },
-    "5.4": {
-        "the rows of U": pissa(B="torch.linalg.svd(W0)[0][:r].T * root"),
-        "the columns of Vt": pissa(A="(torch.linalg.svd(W0)[2][:, :r] * root).T"),
-        "the mean taken off": pissa().replace("svd(W0,", "svd(W0 - W0.mean(0),"),
-        "a randomized SVD": pissa().replace(
-            "U, S, Vt = torch.linalg.svd(W0, full_matrices=False)",
-            "U, S, V = torch.svd_lowrank(W0, q=r); Vt = V.T",
-        ),
-        "all zeros": pissa(A="0 * Vt[:r]", B="0 * U[:, :r]"),
-        "nothing is taken out": pissa(rest="W0"),
-        "added": pissa(rest="W0 + scale * (B @ A)"),
-        "the principal part as the rest": pissa(rest="scale * (B @ A)"),
-        "no scale in the rest": pissa(rest="W0 - B @ A"),
-        "no scale anywhere": pissa(root="S[:r].sqrt()", rest="W0 - B @ A"),
-        "no scale in A and B": pissa(root="S[:r].sqrt()"),
-        "the scale in both": pissa(root="S[:r].sqrt() / scale"),
-        "the scale multiplied": pissa(root="(S[:r] * scale).sqrt()"),
-        "S, no root": pissa(root="S[:r] / scale"),
-        "no S": pissa(root="torch.ones(r) / scale**0.5"),
-        "S in B alone": pissa(A="Vt[:r]", B="U[:, :r] * S[:r] / scale"),
-        "S in A alone": pissa(A="S[:r, None] / scale * Vt[:r]", B="U[:, :r]"),
-        "the root in B alone": pissa(A="Vt[:r]"),
-        "the smallest": pissa(
-            root="(S[-r:] / scale).sqrt()",
-            A="root[:, None] * Vt[-r:]",
-            B="U[:, -r:] * root",
-        ),
-        "all but the largest": pissa(
-            root="(S[1 : r + 1] / scale).sqrt()",
-            A="root[:, None] * Vt[1 : r + 1]",
-            B="U[:, 1 : r + 1] * root",
-        ),
-        "A and B swapped": pissa(back="W_res, B, A"),
-        "A and B turned": pissa(back="W_res, B.T, A.T"),
-        "the rest comes last": pissa(back="A, B, W_res"),
-        "no rest": pissa(back="A, B"),
-        "V, not its transpose": pissa(
-            A="root[:, None] * (Vt.T if Vt.shape[0] == Vt.shape[1] else Vt)[:r]"
-        ),
-        "U turned": pissa(B="(U.T if U.shape[0] == U.shape[1] else U)[:, :r] * root"),
-        "a random A": pissa(A="torch.randn(r, W0.shape[1])"),
-        "LoRA's start": pissa(
-            A="torch.randn(r, W0.shape[1]) / (3 * W0.shape[1]) ** 0.5",
-            B="torch.zeros(W0.shape[0], r)",
-        ),
-        # A matrix between A and B that cancels in B A, and so in every output.
-        "A larger, B smaller": pissa(
-            A="3 * root[:, None] * Vt[:r]", B="U[:, :r] * root / 3"
-        ),
-        "directions mixed": pissa(
-            root="(S[:r] / scale).sqrt()\n    Q = torch.linalg.qr(torch.randn(r, r)).Q",
-            A="Q @ (root[:, None] * Vt[:r])",
-            B="(U[:, :r] * root) @ Q.T",
-        ),
-        "one rank too many": pissa(
-            root="(S[: r + 1] / scale).sqrt()",
-            A="root[:, None] * Vt[: r + 1]",
-            B="U[:, : r + 1] * root",
-        ),
-        "W0 is changed": pissa(rest="W0.sub_(scale * (B @ A))"),
-    },
-    "5.5": {
-        "sets": groups(
-            back="[{'params': set(slow), 'lr': lr},"
-            " {'params': set(fast), 'lr': lr * ratio}]"
-        ),
-        "compared by their entries": groups(
-            slow="[p for p in model.parameters() if p.requires_grad and p not in fast]"
-        ),
-        "zeros are B": groups(
-            "[p for p in model.parameters() if p.requires_grad and not p.any()]"
-        ),
-        "all zeros": groups(
-            back="[{'params': slow, 'lr': 0.0}, {'params': fast, 'lr': 0.0}]"
-        ),
-        "one rate": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr}]"
-        ),
-        "one group": groups(back="[{'params': slow + fast, 'lr': lr * ratio}]"),
-        "A is fast": groups(fast=A_ALONE),
-        "both are fast": groups(
-            back="[{'params': slow, 'lr': lr * ratio},"
-            " {'params': fast, 'lr': lr * ratio}]"
-        ),
-        "the biases are fast": groups(
-            fast="[p for n, p in model.named_parameters()"
-            " if p.requires_grad and not n.endswith('.A')]"
-        ),
-        "divided": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr / ratio}]"
-        ),
-        "A is slowed down": groups(
-            back="[{'params': slow, 'lr': lr / ratio}, {'params': fast, 'lr': lr}]"
-        ),
-        "the ratio alone": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': ratio}]"
-        ),
-        "the ratio added": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr + ratio}]"
-        ),
-        "the ratio squared": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr * ratio**2}]"
-        ),
-        "always 16": groups(
-            back="[{'params': slow, 'lr': lr}, {'params': fast, 'lr': lr * 16}]"
-        ),
-        "A is lost": groups(back="[{'params': fast, 'lr': lr * ratio}]"),
-        "B is lost": groups(back="[{'params': slow, 'lr': lr}]"),
-        "the biases are lost": groups(slow=A_ALONE),
-        "frozen ones too": groups(
-            slow="[p for p in model.parameters() if id(p) not in known]"
-        ),
-        "B in both": groups(slow="[p for p in model.parameters() if p.requires_grad]"),
-        "the first B alone": groups(
-            back="[{'params': slow + fast[1:], 'lr': lr},"
-            " {'params': fast[:1], 'lr': lr * ratio}]"
-        ),
-        "copies": groups(fast=f"[m.B.detach() for m in {MODULES}]"),
-        "another key": groups(
-            back="[{'params': slow, 'rate': lr}, {'params': fast, 'rate': lr * ratio}]"
-        ),
-        "lists, no dicts": groups(back="[slow, fast]"),
-        "an optimizer": groups(
-            back="torch.optim.AdamW([{'params': slow, 'lr': lr},"
-            " {'params': fast, 'lr': lr * ratio}])"
-        ),
-        "names with a B": groups(
-            fast="[p for n, p in model.named_parameters()"
-            " if p.requires_grad and 'b' in n.rpartition('.')[2].lower()]"
-        ),
     },
 }
 
@@ -437,6 +389,53 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
     },
     "5.2": {
         "arguments": {
+            "runs of the first call": stale("runs"),
+            "the names of the notebook": winner(names="['lora', 'rslora']"),
+            "the rates of the notebook": winner(end="best in (1e-3, 3e-2)"),
+        },
+        "state": {
+            "kept by length": remembered("len(runs)"),
+            "kept by names": remembered("str(sorted({r['method'] for r in runs}))"),
+            "runs are sorted": afterwards("runs.sort(key=lambda r: r['test'])"),
+            "runs are used up": afterwards("runs.pop()"),
+            "losses are rounded": afterwards(
+                "[r.update(test=round(r['test'], 1)) for r in runs]"
+            ),
+        },
+        "inputs": {
+            "five seeds": winner(
+                at="{r['seed']: r['test'] for r in own"
+                " if r['lr'] == best and r['seed'] < 5}"
+            ),
+            "names in their order": winner(
+                names="list(dict.fromkeys(run['method'] for run in runs))",
+                back="min(names) if mean < 0 else max(names)",
+            ),
+            "small differences are none": winner(
+                zero="low <= 0 <= high or abs(mean) < 0.01"
+            ),
+            "four learning rates": where(
+                "len({r['lr'] for r in runs}) > 4", "'undecided'"
+            ),
+            "the second place from the end": winner(
+                end="best in (grid[0], grid[-1]) or best == grid[-2] and len(grid) > 4"
+            ),
+            "an unpaired seed fails": winner(pairs="[a[seed] - b[seed] for seed in a]"),
+            "the other's seeds fail": winner(pairs="[a[seed] - b[seed] for seed in b]"),
+        },
+        "kinds": {
+            "a list": returned("[result]"),
+            "with its interval": returned("(result, 0.0)"),
+            "capitals": returned("result.upper()"),
+            "in quotes": returned("repr(result)"),
+            "bytes": returned("result.encode()"),
+            "None where open": returned("None if result == 'undecided' else result"),
+        },
+        "randomness": NOTHING_DRAWN,
+        "kernels": NO_KERNEL,
+    },
+    "5.3": {
+        "arguments": {
             f"{name} of the first call": stale(name)
             for name in ("shapes", "targets", "layers", "budget")
         }
@@ -500,7 +499,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "5.3": {
+    "5.4": {
         "arguments": {
             f"{name} of the first call": stale(name)
             for name in ("x", "W0", "A", "B", "m", "scale")
@@ -556,134 +555,6 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "5.4": {
-        "arguments": {
-            f"{name} of the first call": stale(name) for name in ("W0", "r", "scale")
-        }
-        | {
-            "scale is one": fixed("scale", "1.0"),
-            "scale is two": fixed("scale", "2.0"),
-        },
-        "state": {
-            "kept by shape": remembered("(W0.shape, r)"),
-            "kept by shape and scale": remembered("(W0.shape, r, scale)"),
-            "directions kept by shape": Attack(
-                before="W0 = _kept.setdefault(W0.shape, W0)", outside="_kept = {}"
-            ),
-            "W0 is used up": afterwards("W0.data.copy_(result[0])"),
-            "W0 is thawed": afterwards("W0.requires_grad_(True)"),
-            "float64 left on": afterwards("torch.set_default_dtype(torch.float64)"),
-            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
-            "parameters fail": first("W0.numpy()"),
-        },
-        "inputs": {
-            "never by zero": pissa(root="((S[:r] + 1e-4) / scale).sqrt()"),
-            "small ones are none": pissa(
-                root="(S[:r] * (S[:r] > 1e-3) / scale).sqrt()"
-            ),
-            "large ones are clamped": pissa(
-                root="(S[:r].clamp(max=100) / scale).sqrt()"
-            ),
-            "not the full rank": where("r == min(W0.shape)", "(W0, *result[1:])"),
-            "rank one": where("r == 1", "(W0, *result[1:])"),
-            "ten at most": where("r > 10", "(W0, *result[1:])"),
-            "narrow": where("1 in W0.shape", "(W0, *result[1:])"),
-            "wide": where("max(W0.shape) > 20", "(W0, *result[1:])"),
-            "scale below one": where("scale < 0.2", "(W0, *result[1:])"),
-        },
-        "kinds": {
-            "float64": returned("tuple(x.double() for x in result)"),
-            "float32": returned("tuple(x.float() for x in result)"),
-            "the rest in half": returned("(result[0].bfloat16(), *result[1:])"),
-            "arrays": returned("tuple(x.detach().numpy() for x in result)"),
-            "no rest yet": returned("(None, *result[1:])"),
-            "a dict": returned("dict(W_res=result[0], A=result[1], B=result[2])"),
-            "by way of bfloat16": returned(
-                "tuple(x.bfloat16().to(x.dtype) for x in result)"
-            ),
-        },
-        "randomness": {
-            "a little noise in A": returned(
-                "(result[0], result[1] + 1e-2 * torch.randn_like(result[1]), result[2])"
-            ),
-            "signs of A alone": returned(
-                "(result[0], result[1] * torch.randn(r, 1).sign(), result[2])"
-            ),
-            "a random choice": returned(
-                "(result[0], result[1][torch.randperm(r)], result[2])"
-            ),
-        },
-        "kernels": NO_KERNEL,
-    },
-    "5.5": {
-        "arguments": {
-            f"{name} of the first call": stale(name)
-            for name in ("model", "lr", "ratio")
-        }
-        | {"ratio is 16": fixed("ratio", "16"), "lr is 1e-3": fixed("lr", "1e-3")},
-        "state": {
-            "kept by rates": remembered("(lr, ratio)"),
-            "kept by model": remembered("id(model)"),
-            "one list for all": Attack(
-                after="_groups.extend(result)\nresult = _groups", outside="_groups = []"
-            ),
-            "one list, refilled": Attack(
-                after="_groups[:] = result\nresult = _groups", outside="_groups = []"
-            ),
-            "the model trains": afterwards("model.train()"),
-            "the model sleeps": afterwards("model.eval()"),
-            "all is thawed": afterwards("model.requires_grad_(True)"),
-            "B is zero no more": afterwards(
-                "[m.B.data.add_(1) for m in model.modules() if hasattr(m, 'B')]"
-            ),
-            "a hook is left": afterwards(
-                "model.register_forward_hook(lambda *_: None)"
-            ),
-            "autograd left off": afterwards("torch.set_grad_enabled(False)"),
-        },
-        "inputs": {
-            "ten layers at most": groups(
-                fast="[m.B for n, m in model.named_modules()"
-                " if isinstance(m, pfs.lora.LoRA) and '.10.' not in n]"
-            ),
-            "numbers of one digit": groups(
-                slow="[p for n, p in model.named_parameters() if p.requires_grad"
-                " and id(p) not in known and '.10.' not in n]"
-            ),
-            "attention alone": groups(
-                fast="[m.B for n, m in model.named_modules()"
-                " if isinstance(m, pfs.lora.LoRA) and 'lm_head' not in n]"
-            ),
-            "a ratio of one is none": where(
-                "ratio == 1", "[dict(params=result[0]['params'], lr=lr)]"
-            ),
-            "a ratio above one": fixed("ratio", "max(1, ratio)"),
-            "no tiny rates": fixed("lr", "max(lr, 1e-5)"),
-            "whole ratios": fixed("ratio", "ratio if ratio < 1 else int(ratio)"),
-        },
-        "kinds": {
-            "names": returned(
-                "[{**g, 'params': ['?' for _ in g['params']]} for g in result]"
-            ),
-            "rates as text": returned("[{**g, 'lr': str(g['lr'])} for g in result]"),
-            "pairs": returned("[(g['params'], g['lr']) for g in result]"),
-            "a dict": returned("dict(slow=result[0], fast=result[1])"),
-            "another decay": returned("[{**g, 'weight_decay': 0.5} for g in result]"),
-            "uphill": returned("[{**g, 'maximize': True} for g in result]"),
-            "other betas": returned("[{**g, 'betas': (0.5, 0.5)} for g in result]"),
-        },
-        "randomness": {
-            "some of the slow": groups(
-                back="[{'params': [p for p in slow if torch.rand(()) < 0.9], 'lr': lr},"
-                " {'params': fast, 'lr': lr * ratio}]"
-            ),
-            "a rate that trembles": groups(
-                back="[{'params': slow, 'lr': lr},"
-                " {'params': fast, 'lr': lr * ratio + lr * torch.rand(1).item() / 99}]"
-            ),
-        },
-        "kernels": NO_KERNEL,
-    },
 }
 
 ALSO_RIGHT = {
@@ -703,6 +574,26 @@ ALSO_RIGHT = {
         },
     },
     "5.2": {
+        "arguments": {
+            "names in their order": winner(
+                names="list(dict.fromkeys(run['method'] for run in runs))"
+            )
+        },
+        "state": {
+            "new dicts": first("runs = [dict(run) for run in runs]"),
+        },
+        "inputs": {
+            "by position in the grid": winner(
+                end="grid.index(best) in (0, len(grid) - 1)"
+            ),
+            "fewer than three rates": winner(
+                end="len(grid) < 3 or not grid[0] < best < grid[-1]"
+            ),
+            "the seeds of both": winner(pairs="[a[s] - b[s] for s in set(a) & set(b)]"),
+        },
+        "kinds": {"str()": returned("str(result)")},
+    },
+    "5.3": {
         "arguments": {
             "one target after the other": rank(
                 one="layers * sum(shapes[t][0] + shapes[t][1] for t in list(targets))"
@@ -728,7 +619,7 @@ def my_rank(shapes, targets, layers, budget):
             "numpy's": returned("np.int64(result)"),
         },
     },
-    "5.3": {
+    "5.4": {
         "arguments": {"F.linear": dora(h="F.linear(x, V) * (m / norm)")},
         "state": {"clones": dora(V="W0.clone() + scale * B.clone() @ A.clone()")},
         "inputs": {
@@ -736,76 +627,5 @@ def my_rank(shapes, targets, layers, budget):
             "by the root": dora(norm="V.detach().square().sum(1).sqrt()"),
         },
         "kinds": {"in x's dtype": returned("result.to(x.dtype)")},
-    },
-    "5.4": {
-        "arguments": {
-            "the other way round": pissa(
-                root="S[:r].sqrt() / math.sqrt(scale)",
-                rest="U[:, r:] @ S[r:].diag() @ Vt[r:]",
-            )
-        },
-        "state": {"of a copy": first("W0 = W0.detach().clone()")},
-        "inputs": {
-            "by eigenvectors": pissa().replace(
-                "U, S, Vt = torch.linalg.svd(W0, full_matrices=False)",
-                "L, V = torch.linalg.eigh(W0.double().T @ W0.double())\n"
-                "    S, Vt = L.flip(0)[:r].sqrt(), V.flip(1).T[:r]\n"
-                "    U = (W0.double() @ Vt.T / S).to(W0.dtype)\n"
-                "    S, Vt = S.to(W0.dtype), Vt.to(W0.dtype)",
-            ),
-            "full matrices": """\
-def my_pissa(W0, r, scale):
-    U, S, Vt = torch.linalg.svd(W0)
-    A = (S[:r, None] / scale).sqrt() * Vt[:r]
-    B = U[:, :r] * (S[:r] / scale).sqrt()
-    return W0 - scale * B @ A, A, B
-""",
-        },
-        "kinds": {
-            "a list": returned("[*result]"),
-            "parameters": returned("tuple(map(nn.Parameter, result))"),
-        },
-        "randomness": {
-            "the same random signs in both": returned(
-                "(lambda s: (result[0], s[:, None] * result[1], result[2] * s))"
-                "(torch.where(torch.rand(r) < 0.5, -1.0, 1.0).to(W0.dtype))"
-            )
-        },
-    },
-    "5.5": {
-        "arguments": {
-            "fast first": groups(
-                back="[{'lr': lr * ratio, 'params': fast}, {'lr': lr, 'params': slow}]"
-            )
-        },
-        "state": {
-            "new lists": groups(
-                back="[dict(params=[*slow], lr=lr),"
-                " dict(params=[*fast], lr=ratio * lr)]"
-            )
-        },
-        "inputs": {
-            "compared by is": groups(
-                slow="[p for p in model.parameters() if p.requires_grad"
-                " and all(p is not b for b in fast)]"
-            ),
-            "a group for each": groups(
-                back="[{'params': [p], 'lr': lr} for p in slow]"
-                " + [{'params': [p], 'lr': lr * ratio} for p in fast]"
-            ),
-        },
-        "kinds": {
-            "a tuple": returned("tuple(result)"),
-            "the usual decay": returned(
-                "[{**g, 'weight_decay': 0.01} for g in result]"
-            ),
-        },
-        "randomness": {
-            "in any order": groups(
-                back="[{'params': [slow[i] for i in torch.randperm(len(slow))],"
-                " 'lr': lr},"
-                " {'params': fast, 'lr': lr * ratio}]"
-            )
-        },
     },
 }

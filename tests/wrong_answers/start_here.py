@@ -57,6 +57,21 @@ H = "h = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)"
 ENDS = "return centre - h, centre + h"
 
 
+SHUFFLED_A = "A.flatten()[order_A].view_as(A)"
+SHUFFLED_B = "B.flatten()[order_B].view_as(B)"
+SIZE = "(B @ A).norm() / (B2 @ A2).norm()"
+
+
+def control(A2=SHUFFLED_A, B2=SHUFFLED_B, factor=SIZE, back="A2, B2 * c"):
+    return f"""\
+def my_control(A, B, order_A, order_B):
+    A2 = {A2}
+    B2 = {B2}
+    c = {factor}
+    return {back}
+"""
+
+
 def interval(centre=CENTRE, h=H, ends=ENDS, before="pass"):
     lines = (before, centre, h, ends)
     body = "\n".join(f"    {line}" for line in lines)
@@ -239,6 +254,49 @@ MUTANTS = {
         ),
     },
     "0.3": {
+        "all zeros": control(back="0 * A2, 0 * B2"),
+        "the trained pair": control(back="A, B"),
+        "not rescaled": control(factor="1.0"),
+        "turned round": control(factor="(B2 @ A2).norm() / (B @ A).norm()"),
+        "on both": control(back="A2 * c, B2 * c"),
+        "squared": control(factor=f"({SIZE}) ** 2"),
+        "norms of the matrices": control(
+            factor="A.norm() * B.norm() / (A2.norm() * B2.norm())"
+        ),
+        "of norm one": control(factor="1 / (B2 @ A2).norm()"),
+        "A alone": control(B2="B"),
+        "B alone": control(A2="A"),
+        "backward": control(
+            A2="A.flatten()[order_A.argsort()].view_as(A)",
+            B2="B.flatten()[order_B.argsort()].view_as(B)",
+        ),
+        "the largest entry": control(
+            factor="(B @ A).abs().max() / (B2 @ A2).abs().max()"
+        ),
+        "the sum of sizes": control(
+            factor="(B @ A).abs().sum() / (B2 @ A2).abs().sum()"
+        ),
+        "orders swapped": control(
+            A2="A.flatten()[order_B.argsort().argsort()[: A.numel()] % A.numel()]"
+            ".view_as(A)"
+        ),
+        "the rows of A": control(A2="A[order_A[: len(A)] % len(A)]"),
+        "swapped": control(back="B2 * c, A2"),
+        "flat": control(
+            A2="A.flatten()[order_A]",
+            B2="B.flatten()[order_B]",
+            factor="1.0",
+        ),
+        "A2 alone": control(back="A2"),
+        "in place": control(back="A.copy_(A2), B.copy_(B2 * c)"),
+        "with the mean": control(factor="(B @ A).norm(), (B2 @ A2).norm()").replace(
+            "return A2, B2 * c", "return A2, B2 * sum(c) / 2"
+        ),
+        "a permutation of its own": control(
+            A2="A.flatten()[torch.randperm(A.numel())].view_as(A)"
+        ),
+    },
+    "0.4": {
         "whole under the root": interval(h=H.replace("/ n +", "// n +")),
         "no brackets in the centre": interval("centre = k + z * z / 2 / (n + z * z)"),
         "no brackets in the margin": interval(h=H.replace("(n + z * z)", "n + z * z")),
@@ -287,7 +345,7 @@ MUTANTS = {
         ),
         "low alone": interval(ends="return centre - h"),
     },
-    "0.4": {
+    "0.5": {
         "counts what is not pad": padding(
             mask="[0] * (longest - sum(t != pad for t in prompt))"
             " + [1] * sum(t != pad for t in prompt)"
@@ -458,6 +516,37 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
     },
     "0.3": {
         "arguments": {
+            "A of the first call": stale("A"),
+            "B of the first call": stale("B"),
+            "order_A of the first call": stale("order_A"),
+            "order_B of the first call": stale("order_B"),
+        },
+        "state": {
+            "kept by the shapes": remembered("(A.shape, B.shape)"),
+            "kept by A and B": remembered("(A.sum().item(), B.sum().item())"),
+            "A is changed": afterwards("A.mul_(2)"),
+            "the order is sorted": afterwards("order_B.copy_(order_B.sort()[0])"),
+        },
+        "inputs": {
+            "large ones are cut": where("(B @ A).norm() > 100", "(A, B)"),
+            "small ones are left": where("(B @ A).norm() < 1e-3", "(A, B)"),
+            "square ones are turned": where(
+                "A.shape == B.shape", "(result[0].T, result[1])"
+            ),
+            "one row is not shuffled": where("len(A) == 1", "(A, B)"),
+        },
+        "kinds": {
+            "double": returned("(result[0].double(), result[1].double())"),
+            "lists": returned("(result[0].tolist(), result[1].tolist())"),
+            "three": returned("(*result, 1.0)"),
+            "the product": returned("result[1] @ result[0]"),
+        },
+        "randomness": "the orders are given: an answer that draws others is refused "
+        "by its values",
+        "kernels": NO_KERNEL,
+    },
+    "0.4": {
+        "arguments": {
             "z is 1.96": fixed("z", "1.96"),
             "z of the first call": stale("z"),
             "k of the first call": stale("k"),
@@ -492,7 +581,7 @@ ATTACKS = {  # the right answer but for one class of input; see attacks.py
         "randomness": NOTHING_DRAWN,
         "kernels": NO_KERNEL,
     },
-    "0.4": {
+    "0.5": {
         "arguments": {
             "pad of the first call": stale("pad"),
             "prompts of the first call": stale("prompts"),
@@ -613,6 +702,29 @@ ALSO_RIGHT = {
     },
     "0.3": {
         "arguments": {
+            "the factor on A": control(back="A2 * c, B2"),
+            "half on each": control(back="A2 * c**0.5, B2 * c**0.5"),
+        },
+        "state": {"cloned": control(back="A2.clone(), B2.clone() * c")},
+        "inputs": {
+            "by take": control(A2="torch.take(A, order_A).view_as(A)"),
+            "by gather": control(
+                B2="B.reshape(-1).gather(0, order_B).reshape(B.shape)"
+            ),
+            "the root of the squares": control(
+                factor="((B @ A).square().sum() / (B2 @ A2).square().sum()).sqrt()"
+            ),
+            "norms in double": control(
+                factor="float((B @ A).double().norm() / (B2 @ A2).double().norm())"
+            ),
+            "a loop": control(
+                A2="torch.stack([A.flatten()[i] for i in order_A]).view_as(A)"
+            ),
+        },
+        "kinds": {"a list": returned("[*result]")},
+    },
+    "0.4": {
+        "arguments": {
             "z by keyword": "def my_interval(k, n, *, z=1.96):\n"
             "    root = z * math.sqrt(k * (n - k) / n + z * z / 4)\n"
             "    return (k + z * z / 2 - root) / (n + z * z), "
@@ -637,7 +749,7 @@ def my_interval(k, n, z=1.96):
             "numpy's": returned("tuple(map(np.float64, result))"),
         },
     },
-    "0.4": {
+    "0.5": {
         "arguments": {
             "torch pads": """\
 def my_padding(prompts, pad):

@@ -1,11 +1,13 @@
 """Wrong answers to the exercises of notebook 10; each must be refused by its check."""
 
+from attacks import every_time_but, fixed, remembered, returned, stale, where
+
 from peft_from_scratch.course.checks import triton_lora_kernel as checks  # noqa: F401
 
 PREAMBLE = """\
 import triton
 import triton.language as tl
-from peft_from_scratch.kernels.language import dot, load, store, within
+from peft_from_scratch.kernels.language import dot, load, rounded, store, within
 """
 
 ADD = """\
@@ -34,13 +36,20 @@ def my_product(
     store(y, m, n, total, within(m, n, m_size, n_size))
 """
 
-READER = """\
-@triton.jit
-def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: tl.constexpr):
-    pointer, down, along = W
-    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
-    at = pointer + columns[None, :] * down + rows[:, None] * along
-    return tl.load(at, mask=within(rows, columns, n_size, k_size), other=0.0)
+CHOICE = """\
+def my_choice(m, n, k, r, columns, peak, bandwidth):
+    def bound(*launches):
+        return sum(max(f / peak, 2 * v / bandwidth) for f, v in launches)
+    programs = -(-n // columns)
+    flops = 2 * m * (n * k + programs * r * k + n * r)
+    fused = bound((flops, m * k + n * k + r * k + n * r + m * n))
+    rival = bound(
+        (2 * m * n * k, m * k + n * k + m * n),
+        (2 * m * r * k, m * k + r * k + m * r),
+        (2 * m * n * r, m * r + n * r + 2 * m * n),
+    )
+    saving = 100 * (1 - fused / rival)
+    return saving, "fused" if saving >= 5 else "rival"
 """
 
 UPDATE = """\
@@ -57,8 +66,7 @@ def my_lora(
     x, W, A, B, y, m_size, n_size, k_size, r, scale, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr, SWEEP: tl.constexpr,
 ):
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    rank = tl.arange(0, RANK)
+    m, rank = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
     low = tl.zeros((BM, RANK), tl.float32)
     for step in tl.static_range(SWEEP):
         n = (tl.program_id(1) * SWEEP + step) * BN + tl.arange(0, BN)
@@ -72,7 +80,7 @@ def my_lora(
                 a = load(A, rank, k, within(rank, k, r, k_size))
                 low = dot(part, tl.trans(a), low)
         b = load(B, n, rank, within(n, rank, n_size, r))
-        total = dot(low * scale, tl.trans(b), total)
+        total = dot(rounded(low * scale, B[0].dtype.element_ty), tl.trans(b), total)
         store(y, m, n, total, within(m, n, m_size, n_size))
 """
 
@@ -89,6 +97,9 @@ def table(source, rows):
     return {name: changed(source, *pieces) for name, pieces in rows.items()}
 
 
+ROUNDED = "rounded(low * scale, B[0].dtype.element_ty)"
+FINISH = f"dot({ROUNDED}, tl.trans(b), total)"
+FINISH_MORE = FINISH.replace("low", "more")
 ZEROS = "tl.zeros((BM, BN), tl.float32)"
 PART = "within(m, k, m_size, k_size)"
 WIDE = "within(n, k, n_size, k_size)"
@@ -178,28 +189,51 @@ MUTANTS = {
         },
     ),
     "10.3": table(
-        READER,
+        CHOICE,
         {
-            "all zeros": [("other=0.0)", "other=0.0) * 0")],
-            "W as it stands": [("down, along = W", "along, down = W")],
-            "along taken for one": [("rows[:, None] * along", "rows[:, None]")],
-            "down taken for n_size": [("* down", "* n_size")],
-            "down forgotten": [("columns[None, :] * down", "columns[None, :]")],
-            "no mask": [("mask=within(rows, columns, n_size, k_size), other=0.0", "")],
-            "the sizes exchanged": [("n_size, k_size), o", "k_size, n_size), o")],
-            "no n": [("n + tl.arange", "tl.arange")],
-            "no k": [("k + tl.arange", "tl.arange")],
-            "the block turned": [
-                ("columns[None, :]", "columns[:, None]"),
-                ("rows[:, None]", "rows[None, :]"),
-                ("rows, columns, n_size, k_size)", "columns, rows, k_size, n_size)"),
+            "all zeros": [("return saving, ", "return 0.0, ")],
+            "against four kernels": [
+                (
+                    "m * r + n * r + 2 * m * n),",
+                    "m * r + n * r + m * n), (0, 3 * m * n),",
+                )
             ],
-            "twice": [("return tl", "return 2 * tl")],
-            "the sign": [("return ", "return -")],
-            "the stride in bytes": [("* down", "* down * 4")],
-            "the next column": [
-                ("rows[:, None] * along", "(rows[:, None] + 1) * along")
+            "low computed once": [("programs * r * k", "r * k")],
+            "programs rounded down": [("-(-n // columns)", "max(1, n // columns)")],
+            "all launches in one bound": [
+                (
+                    "sum(max(f / peak, 2 * v / bandwidth) for f, v in launches)",
+                    "max(sum(f for f, _ in launches) / peak,"
+                    " 2 * sum(v for _, v in launches) / bandwidth)",
+                )
             ],
+            "issued bytes": [
+                (
+                    "fused = bound((flops, m * k + n * k + r * k",
+                    "fused = bound((flops, programs * (m * k + r * k) + n * k",
+                )
+            ],
+            "y is not read": [("2 * m * n),\n    )", "m * n),\n    )")],
+            "no launch for h": [
+                ("        (2 * m * r * k, m * k + r * k + m * r),\n", "")
+            ],
+            "four bytes": [("2 * v /", "4 * v /")],
+            "one FLOP": [("max(f / peak", "max(f / 2 / peak")],
+            "both times": [
+                ("max(f / peak, 2 * v / bandwidth)", "f / peak + 2 * v / bandwidth")
+            ],
+            "the smaller time": [("sum(max(", "sum(min(")],
+            "percent of the fused bound": [("1 - fused / rival", "rival / fused - 1")],
+            "a fraction": [
+                ("100 * (1", "(1"),
+                ("saving >= 5", "saving >= 0.05"),
+            ],
+            "the sign": [("1 - fused / rival", "fused / rival - 1")],
+            "any saving": [("saving >= 5", "saving > 0")],
+            "always fused": [(' if saving >= 5 else "rival"', "")],
+            "exchanged": [("saving >= 5", "saving < 5")],
+            "only the choice": [("return saving, ", "return ")],
+            "only the saving": [(', "fused" if saving >= 5 else "rival"', "")],
         },
     ),
     "10.4": table(
@@ -244,7 +278,7 @@ MUTANTS = {
             "low in the last step": [("step == 0", "step == SWEEP - 1")],
             "the scale once more in each step": [
                 (
-                    "        total = dot(low * scale, tl.trans(b), total)",
+                    f"        total = {FINISH}",
                     "        low = low * scale\n"
                     "        total = dot(low, tl.trans(b), total)",
                 )
@@ -259,8 +293,31 @@ MUTANTS = {
                 ("low * scale", "low"),
                 ("n, total,", "n, total * scale,"),
             ],
-            "no update": [
-                ("        total = dot(low * scale, tl.trans(b), total)\n", "")
+            "no update": [(f"        total = {FINISH}\n", "")],
+            "low is not rounded": [(ROUNDED, "low * scale")],
+            "RANK 8": [
+                (
+                    ", tl.arange(0, RANK)\n",
+                    "\n    HALF: tl.constexpr = 8 if RANK == 16 else RANK\n"
+                    "    rank = tl.arange(0, HALF)\n"
+                    "    more = tl.zeros((BM, HALF), tl.float32)\n",
+                ),
+                ("    m, rank = ", "    m = "),
+                ("low = tl.zeros((BM, RANK)", "low = tl.zeros((BM, HALF)"),
+                (
+                    "                low = dot(part, tl.trans(a), low)\n",
+                    "                low = dot(part, tl.trans(a), low)\n"
+                    "                rest = rank + HALF\n"
+                    "                a = load(A, rest, k, within(rest, k, r, k_size))\n"
+                    "                more = dot(part, tl.trans(a), more)\n",
+                ),
+                (
+                    f"        total = {FINISH}\n",
+                    f"        total = {FINISH}\n"
+                    "        rest = rank + HALF\n"
+                    "        b = load(B, n, rest, within(n, rest, n_size, r))\n"
+                    f"        total = {FINISH_MORE}\n",
+                ),
             ],
             "x again for A": [
                 (
@@ -598,77 +655,34 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
         },
     },
     "10.3": {
-        "arguments": table(
-            READER,
-            {
-                "blocks of sixteen rows": [
-                    ("other=0.0)", "other=0.0) * (tl.arange(0, BN) < 16)[:, None]")
-                ],
-                "blocks of sixteen columns": [
-                    ("other=0.0)", "other=0.0) * (tl.arange(0, BK) < 16)[None, :]")
-                ],
-            },
-        ),
-        "state": STATELESS,
-        "inputs": table(
-            READER,
-            {
-                "k up to forty-eight": [("other=0.0)", "other=0.0) * (k < 48)")],
-                "n up to forty-eight": [("other=0.0)", "other=0.0) * (n < 48)")],
-                "small weights are zero": [
-                    (
-                        "return tl.load(at, mask=within(rows, columns, n_size, "
-                        "k_size), other=0.0)",
-                        "wide = tl.load(at, mask=within(rows, columns, n_size, "
-                        "k_size), other=0.0)\n"
-                        "    return tl.where(tl.abs(wide) < 1e-4, 0.0, wide)",
-                    )
-                ],
-            },
-        ),
-        "kinds": table(
-            READER,
-            {
-                "in half precision": [
-                    ("other=0.0)", "other=0.0).to(tl.float16).to(tl.float32)")
-                ],
-            },
-        ),
+        "arguments": {
+            "the first m": stale("m"),
+            "the first n": stale("n"),
+            "the first k": stale("k"),
+            "the first r": stale("r"),
+            "always 256 columns": fixed("columns", "256"),
+            "always an H100": fixed("peak", "989.4e12"),
+            "an H100's memory": fixed("bandwidth", "3.35e12"),
+        },
+        "state": {
+            "kept for the sizes": remembered("(m, n, k)"),
+            "the first result for ever": remembered("0"),
+            "wrong from the second call on": every_time_but(2, "(0.0, 'rival')"),
+        },
+        "inputs": {
+            "columns divide n": where("n % columns", "(result[0] + 1, result[1])"),
+            "one row": where("m == 1", "(0.0, 'fused')"),
+            "small matrices": where("n * k < 10_000", "(0.0, 'rival')"),
+            "more columns than n": where("columns > n", "(0.0, 'rival')"),
+            "a threshold of four": changed(CHOICE, ("saving >= 5", "saving >= 4")),
+            "a threshold of six": changed(CHOICE, ("saving >= 5", "saving >= 6")),
+        },
+        "kinds": {
+            "a truth for the choice": returned("(result[0], result[1] == 'fused')"),
+            "a text for the saving": returned("(f'{result[0]:.2f}', result[1])"),
+        },
         "randomness": NOTHING_DRAWN,
-        "kernels": table(
-            READER,
-            {
-                "ones where there is nothing": [("other=0.0", "other=1.0")],
-                "nothing said of what is hidden": [(", other=0.0", "")],
-                "the block's edge again": [
-                    (
-                        "    at = pointer",
-                        "    rows = tl.minimum(rows, n_size - 1)\n"
-                        "    columns = tl.minimum(columns, k_size - 1)\n    at = "
-                        "pointer",
-                    )
-                ],
-                "the rows' edge again": [
-                    (
-                        "    at = pointer",
-                        "    rows = tl.minimum(rows, n_size - 1)\n    at = pointer",
-                    )
-                ],
-                "more is read": [
-                    (
-                        "    return",
-                        "    tl.load(pointer + tl.arange(0, 16) * along)\n    return",
-                    )
-                ],
-                "W is written to": [
-                    (
-                        "    return",
-                        "    tl.store(pointer + tl.arange(0, 1) * 0,"
-                        " tl.load(pointer + tl.arange(0, 1) * 0))\n    return",
-                    )
-                ],
-            },
-        ),
+        "kernels": "no kernel: a function of seven numbers",
     },
     "10.4": {
         "arguments": table(
@@ -824,7 +838,7 @@ ATTACKS = {  # exercise: {class of checks/CHECKLIST.md: {name: source}}
             "the first rows do all": changed(
                 LORA,
                 (
-                    "    m = tl.program_id(0) * BM + tl.arange(0, BM)\n    rank = "
+                    "    m, rank = tl.program_id(0) * BM + tl.arange(0, BM), "
                     "tl.arange(0, RANK)\n",
                     "    rank = tl.arange(0, RANK)\n"
                     "    for row in range(0, m_size, BM):\n"
@@ -947,31 +961,42 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
     },
     "10.3": {
         "arguments": {
-            "the strides exchanged": (
-                "@triton.jit\n"
-                "def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: "
-                "tl.constexpr):\n"
-                "    at, rows = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
-                "    turned = W[0], W[2], W[1]\n"
-                "    return load(turned, rows, at, within(rows, at, n_size, k_size))\n"
+            "the ceiling of math": changed(
+                CHOICE,
+                ("-(-n // columns)", "__import__('math').ceil(n / columns)"),
+            ),
+        },
+        "state": {
+            "a helper outside": "def slower(f, v, peak, bandwidth):\n"
+            "    return max(f / peak, 2 * v / bandwidth)\n\n"
+            + changed(
+                CHOICE,
+                (
+                    "max(f / peak, 2 * v / bandwidth)",
+                    "slower(f, v, peak, bandwidth)",
+                ),
             ),
         },
         "inputs": {
-            "in 64 bits": changed(
-                READER, ("+ columns[None, :]", "+ columns[None, :].to(tl.int64)")
+            "both rivals, and the better of them": changed(
+                CHOICE,
+                (
+                    "    saving =",
+                    "    four = bound(\n"
+                    "        (2 * m * n * k, m * k + n * k + m * n),\n"
+                    "        (2 * m * r * k, m * k + r * k + m * r),\n"
+                    "        (2 * m * n * r, m * r + n * r + m * n),\n"
+                    "        (0, 3 * m * n),\n"
+                    "    )\n"
+                    "    rival = min(rival, four)\n"
+                    "    saving =",
+                ),
             ),
         },
         "kinds": {
-            "zeros of W's own dtype": changed(READER, ("other=0.0", "other=0")),
-        },
-        "kernels": {
-            "a block of W, turned": (
-                "@triton.jit\n"
-                "def my_reader(W, n, k, n_size, k_size, BN: tl.constexpr, BK: "
-                "tl.constexpr):\n"
-                "    at, across = k + tl.arange(0, BK), n + tl.arange(0, BN)\n"
-                "    block = load(W, at, across, within(at, across, k_size, n_size))\n"
-                "    return tl.trans(block)\n"
+            "a list": returned("[*result]"),
+            "a tensor of one number": returned(
+                "(torch.tensor(result[0], dtype=torch.float64), result[1])"
             ),
         },
     },
@@ -1026,7 +1051,11 @@ ALSO_RIGHT = {  # exercise: {class: {name: source of an answer}}
         },
         "kinds": {
             "low in single precision": changed(
-                LORA, ("dot(low * scale", "dot((low * scale).to(tl.float32)")
+                LORA,
+                (
+                    f"{ROUNDED}, tl.trans(b)",
+                    "low * scale, tl.trans(b).to(tl.float32)",
+                ),
             ),
         },
         "kernels": {

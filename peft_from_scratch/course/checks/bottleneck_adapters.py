@@ -2,27 +2,24 @@
 
 The forward pass is tried with every nonlinearity, on several shapes and bases, alone
 and in a row of layers, its gradients too; sizes are counted in the library's own
-modules; places are those that houlsby.inject chooses. All of them come from
-methods/houlsby.py.
+modules. A fold is compared with the equation, for functions that are straight lines
+and for functions that bend. OurBottleneck, our_units and our_fold are the lesson's own
+answers.
 """
 
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, KeysView, ValuesView
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 from transformers.pytorch_utils import Conv1D
 
-from ...core import targets
 from ...core.adapter import as_matrix
 from ...methods import houlsby
 from . import Wrong, close, judged, pulled, unchanged
-
-BOTH = houlsby.PLACEMENTS["houlsby"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +143,20 @@ def _special(row: Sizes) -> str:
 
 
 # 11.1 ---------------------------------------------------------------------------------
+
+
+class OurBottleneck(nn.Module):
+    """The lesson's answer to 11.1: h = y + U sigma(D y + b_D) + b_U, y = base(x)."""
+
+    def __init__(self, base, D, b_D, U, b_U, sigma):
+        super().__init__()
+        self.base, self.sigma = base, sigma
+        self.D, self.b_D = nn.Parameter(D), nn.Parameter(b_D)  # (m, d), (m,)
+        self.U, self.b_U = nn.Parameter(U), nn.Parameter(b_U)  # (d, m), (d,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.sigma(y @ self.D.T + self.b_D) @ self.U.T + self.b_U
 
 
 @judged
@@ -369,6 +380,12 @@ def budgets() -> Iterator[tuple[int, int]]:
         yield d, _formula(d, m) + dice.randint(-2 * d, 2 * d)  # a step is 4 d + 2
 
 
+def our_units(d: int, budget: int) -> tuple[int, int]:
+    """The lesson's own answer to 11.2: (m, count)."""
+    m = round((budget - 2 * d) / (2 * (2 * d + 1)))
+    return m, _formula(d, m)
+
+
 @judged
 def bottleneck_units(my_units: Callable) -> None:
     """11.2: my_units(d, budget): the m closest to the budget of a layer, its count."""
@@ -453,157 +470,227 @@ def _with(d: int, m: int) -> tuple[int, int]:
 
 # 11.3 ---------------------------------------------------------------------------------
 
+REACH = 10.0  # sigma has to be a straight line for z from -REACH to REACH
+DOUBLE = torch.float64
+LINES = {  # name: (sigma, slope, offset)
+    "z": (lambda z: 1.0 * z, 1.0, 0.0),
+    "z / 2": (lambda z: z / 2, 0.5, 0.0),
+    "5 - 2 z": (lambda z: 5 - 2 * z, -2.0, 5.0),
+    "0.7": (lambda z: torch.full_like(z, 0.7), 0.0, 0.7),
+    "z, cut off beyond -50 and 50": (lambda z: z.clamp(-50, 50), 1.0, 0.0),
+}
+BENDS = {  # name: (sigma, the likely mistake where it was folded)
+    "gelu": (
+        nn.functional.gelu,
+        "nothing tests sigma, or the test tries large z only, where GELU is nearly z",
+    ),
+    "relu": (
+        torch.relu,
+        "the test tries one sign only: ReLU is straight on each side of zero",
+    ),
+    "z, cut off beyond -5 and 5": (
+        lambda z: z.clamp(-5, 5),
+        "the test tries small z only",
+    ),
+    "z, and 2 z - 9 from 9 on": (
+        lambda z: z + torch.relu(z - 9),
+        "the test does not reach z = 10, or its tolerance is too wide",
+    ),
+    "z, and 2 z + 9 below -9": (
+        lambda z: z - torch.relu(-z - 9),
+        "the test does not reach z = -10, or its tolerance is too wide",
+    ),
+    "z + sin(2 pi z)": (
+        lambda z: z + torch.sin(2 * math.pi * z),
+        "the test tries whole and half numbers only, where the sine is zero",
+    ),
+    "100 tanh(z / 100)": (
+        lambda z: 100 * torch.tanh(z / 100),
+        "the test's tolerance is too wide: this sigma is off by 0.03 at z = 10",
+    ),
+    "z + z³ / 1000": (
+        lambda z: z + z**3 / 1000,
+        "the test compares only z and -z, or its tolerance is too wide",
+    ),
+    "|z|": (torch.abs, "the test tries one sign only"),
+}
+SHAPES = (  # d_in, d, m, whether the projection has a bias, scale of the numbers
+    (5, 6, 2, True, 1.0),
+    (5, 6, 2, False, 1.0),
+    (6, 6, 3, True, 1.0),
+    (4, 4, 4, True, 1.0),
+    (7, 3, 1, True, 1e3),
+    (3, 12, 2, False, 1e-3),
+)
 
-def models() -> dict[str, nn.Module]:
-    """Small random models; one with more than ten layers, whose sides are all equal."""
-    shared = dict(vocab_size=50, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    llama = dict(
-        hidden_size=16,
-        num_attention_heads=4,
-        head_dim=4,
-        tie_word_embeddings=False,
-        **shared,
-    )
-    configs = {
-        "a Llama": LlamaConfig(
-            num_hidden_layers=2, num_key_value_heads=2, intermediate_size=24, **llama
-        ),
-        "a GPT-2": GPT2Config(n_embd=16, n_layer=3, n_head=4, n_positions=32, **shared),
-        "an OPT": OPTConfig(
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=8,  # with a projection in front, and one behind
-            **shared,
-        ),
-        "a Llama of twelve layers": LlamaConfig(
-            num_hidden_layers=12, num_key_value_heads=4, intermediate_size=16, **llama
-        ),
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(10)
-        return {
-            name: AutoModelForCausalLM.from_config(config).eval()
-            for name, config in configs.items()
+
+def our_fold(W0, b, D, b_D, U, b_U, sigma):
+    """The lesson's own answer to 11.3: (A, B, bias), or None where sigma bends."""
+    z = torch.linspace(-REACH, REACH, 1001, dtype=DOUBLE)
+    offset = sigma(torch.zeros(1, dtype=DOUBLE))
+    slope = sigma(torch.ones(1, dtype=DOUBLE)) - offset
+    if not torch.allclose(sigma(z), slope * z + offset):
+        return None
+    b = torch.zeros_like(b_U) if b is None else b
+    return D @ W0, slope * U, b + U @ (slope * (D @ b + b_D) + offset) + b_U
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A projection with a bottleneck after it, and the name of the bottleneck's σ."""
+
+    lent: dict[str, Tensor | None]  # W0, b, D, b_D, U, b_U
+    sigma: str
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor]:
+        return (LINES | BENDS)[self.sigma][0]
+
+    def __str__(self):
+        (d, d_in), m = self.lent["W0"].shape, len(self.lent["b_D"])
+        bias = "" if self.lent["b"] is not None else " and b = None"
+        return f"sigma(z) = {self.sigma}, with {d_in=}, {d=}, {m=}{bias}"
+
+
+def folds() -> Iterator[Fold]:
+    """Each straight line on every shape, and each bend on two; random numbers."""
+    draw = torch.Generator().manual_seed(11)
+    plan = [(name, shape) for name in LINES for shape in SHAPES]
+    plan += [(name, shape) for name in BENDS for shape in SHAPES[:2]]
+    plan += [("z", SHAPES[0]), ("gelu", SHAPES[0])]  # other numbers, the same shapes
+    for name, (d_in, d, m, has_bias, scale) in plan:
+        sizes = dict(W0=(d, d_in), b=(d,), D=(m, d), b_D=(m,), U=(d, m), b_U=(d,))
+        lent: dict[str, Tensor | None] = {
+            letter: scale * torch.randn(size, generator=draw, dtype=DOUBLE)
+            for letter, size in sizes.items()
         }
+        yield Fold(lent | ({} if has_bias else {"b": None}), name)
 
 
 @judged
-def bottleneck_places(my_places: Callable) -> None:
-    """11.3: my_places(model): the names of what a bottleneck goes behind, in order."""
-    for which, model in models().items():
-        expected = list(houlsby.last_projections(model, BOTH))
-        with unchanged(model=model):
-            got = my_places(model)
-        _demand_names(got, expected, model, which)
+def bottleneck_fold(my_fold: Callable) -> None:
+    """11.3: my_fold(W0, b, D, b_D, U, b_U, sigma): (A, B, bias), or None."""
+    for case in folds():
+        with unchanged(**case.lent):
+            answer = my_fold(**case.lent, sigma=case.function)
+        if case.sigma in BENDS:
+            _demand_none(answer, case)
+        else:
+            _demand_fold(answer, case)
 
 
-ORDERED = list | tuple | dict | KeysView | ValuesView  # of names, that may be returned
-
-
-def _demand_names(got, expected: list[str], model: nn.Module, which: str) -> None:
-    if got is None:
-        raise Wrong(f"for {which}: got None. Likely mistake: `return` is missing")
-    names = list(got) if isinstance(got, ORDERED) else None
-    if names is None or not all(isinstance(name, str) for name in names):
+def _demand_none(answer, case: Fold) -> None:
+    if answer is not None:
         raise Wrong(
-            f"for {which}: a list of names is needed, not {_kind(got)}. Likely "
-            "mistake: the modules, or pairs with them, in the place of their names; or "
-            "what has no order, as a set"
+            f"{case}\n  expected  None: this sigma is not s z + c from -10 to 10, so "
+            f"no A, B and bias do the same for every x\n  got       a "
+            f"{type(answer).__name__}\nLikely mistake: {BENDS[case.sigma][1]}"
         )
-    if names == expected:
+
+
+def _demand_fold(answer, case: Fold) -> None:
+    A, B, bias = _three_tensors(answer, case)
+    _, slope, offset = LINES[case.sigma]
+    _demand_shapes(A, B, case)
+    exact = dict(tolerance=1e-9, kind=DOUBLE)
+    change = slope * case.lent["U"] @ case.lent["D"] @ case.lent["W0"]
+    mistakes = _wrong_changes(case, slope, offset)
+    close(B @ A, change, what=f"B @ A, for {case}", mistakes=mistakes, **exact)
+    right = _bias(case, slope, offset)
+    mistakes = _wrong_biases(case, slope, offset)
+    close(bias, right, what=f"bias, for {case}", mistakes=mistakes, **exact)
+
+
+def _three_tensors(answer, case: Fold) -> tuple[Tensor, Tensor, Tensor]:
+    if answer is None:
+        offset = LINES[case.sigma][2]
+        why = (
+            "sigma(0) is not zero here. An offset is no bend: compare sigma(z) with "
+            "s z + sigma(0)"
+            if offset
+            else "`return` is missing; or the test for a straight line rejects "
+            "rounding errors, or looks beyond -10 to 10"
+        )
+        raise Wrong(
+            f"{case}\n  expected  (A, B, bias): this sigma is a straight line\n"
+            f"  got       None\nLikely mistake: {why}"
+        )
+    if not isinstance(answer, tuple | list) or len(answer) != 3:
+        raise Wrong(
+            f"{case}\n  expected  (A, B, bias)\n  got       a "
+            f"{type(answer).__name__}\nLikely mistake: return all 3, or None"
+        )
+    for name, each in zip(("A", "B", "bias"), answer, strict=True):
+        if not isinstance(each, Tensor) or each.dtype != DOUBLE:
+            kind = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise Wrong(
+                f"{name}, for {case}\n  expected  a tensor of torch.float64\n"
+                f"  got       {kind}\nLikely mistake: a dtype of your own, or a number "
+                "in place of a vector"
+            )
+    return tuple(answer)
+
+
+def _demand_shapes(A: Tensor, B: Tensor, case: Fold) -> None:
+    (d, d_in), m = case.lent["W0"].shape, len(case.lent["b_D"])
+    shapes = tuple(A.shape), tuple(B.shape)
+    k = A.shape[0] if A.ndim == 2 else 0
+    if shapes == ((k, d_in), (d, k)) and k <= m:
         return
-    likely = _wrong_places(names, expected, model)
+    likely = "A (k, d_in) reads x, and B (d, k) writes to the output"
+    if shapes == ((d, m), (m, d_in)):
+        likely = "A and B are swapped"
+    elif shapes == ((k, d_in), (d, k)):
+        likely = "the change has rank m at most, so m rows in A are enough"
+    elif shapes[0] == (m, d):
+        likely = "A has the shape of D, which reads y. LoRA's A reads x: put W0 into it"
+    elif {(m, d_in), (d, m)} == {shapes[0][::-1], shapes[1][::-1]}:
+        likely = "transposed"
     raise Wrong(
-        f"for {which}: expected {len(expected)} names: {_shown(expected)}\n"
-        f"  got {len(names)}: {_shown(names)}"
-        + (f"\nLikely mistake: {likely}" if likely else "")
+        f"the shapes of A and B, for {case}\n  expected  ({m}, {d_in}) and ({d}, {m})\n"
+        f"  got       {shapes[0]} and {shapes[1]}\nLikely mistake: {likely}"
     )
 
 
-def _kind(got) -> str:
-    if isinstance(got, list | tuple) and got:
-        return f"a {type(got).__name__} of {type(got[0]).__name__}"
-    return f"a {type(got).__name__}"
+def _wrong_changes(case: Fold, slope: float, offset: float) -> dict[str, Tensor]:
+    W0, D, U = (case.lent[name] for name in ("W0", "D", "U"))
+    step = U @ D @ W0
+    wrong = {
+        "the slope s of sigma is missing": step,
+        "the slope s is there twice, in A and in B": slope**2 * step,
+        "s is sigma(1) - sigma(0), not sigma(1)": (slope + offset) * step,
+        "the whole weight: B A is only what is added to W0": W0 + slope * step,
+    }
+    if W0.shape[0] == W0.shape[1]:
+        wrong["W0 is missing: D reads y, and LoRA's A reads x"] = slope * U @ D
+        wrong["W0 is transposed"] = slope * U @ D @ W0.T
+    return wrong
 
 
-def _wrong_places(names: list[str], expected: list[str], model) -> str | None:
-    kinds = targets.kinds(model)
-    within = [name for name in kinds if name not in expected]
-    first = targets.layer_of(model, expected[0])
-    last = targets.layer_of(model, expected[-1])
-    sublayers = [name.rpartition(".")[0] for name in expected]
-    likely = (
-        (not names, "no name was found: these models call their parts differently"),
-        (
-            names == sorted(expected),
-            "the order of the alphabet, in which layer 10 comes before layer 2: the "
-            "model's own is asked for, layer by layer",
-        ),
-        (
-            sorted(names) == sorted(expected),
-            "another order: the model's own, layer by layer",
-        ),
-        (
-            {n.rpartition(".")[2] for n in expected} == set(names),
-            "the last parts alone: give each name in full",
-        ),
-        (len(set(names)) < len(names), "some names are there twice"),
-        (
-            names == [n for n in expected if kinds[n] == "mlp"],
-            "behind the MLP only: that is Pfeiffer's placement. Houlsby's has one "
-            "behind attention too",
-        ),
-        (
-            names == [n for n in expected if kinds[n] == "attention"],
-            "behind attention only: one stands behind the MLP too",
-        ),
-        (
-            names == [n for n in expected if n.startswith(f"{first}.")],
-            "only the first layer",
-        ),
-        (
-            names == [n for n in expected if n.startswith(f"{last}.")],
-            "only the last layer",
-        ),
-        (names == list(kinds), "every projection: only the last of each sublayer"),
-        (
-            names == [n for n in targets.projections(model)],
-            "every projection, the model's head too: only the last of each sublayer",
-        ),
-        (
-            set(names) <= {targets.layer_of(model, n) for n in expected},
-            "the layers themselves: the bottleneck sits inside, before each sum",
-        ),
-        (
-            set(names) <= set(sublayers),
-            "the modules around them: a projection's own name is needed",
-        ),
-        (
-            set(expected) < set(names) and set(names) - set(expected) <= set(within),
-            "too many: only the last projection of each sublayer",
-        ),
-        (
-            bool(names) and set(names) <= set(within),
-            "these projections are not the last of their sublayer, so their output "
-            "does not join the stream next",
-        ),
-        (
-            bool(set(names) - set(kinds)),
-            f"{next((n for n in names if n not in kinds), '')!r} is no projection of a "
-            "layer",
-        ),
-        (
-            bool(set(names) & set(within)),
-            f"{next((n for n in names if n in within), '')!r} is not the last of its "
-            "sublayer",
-        ),
-        (set(names) < set(expected), "some are missing: two in every layer"),
-    )
-    return next((text for so, text in likely if so), None)
+def _bias(case: Fold, slope: float, offset: float, *, without: str = "") -> Tensor:
+    """The folded projection's bias; `without` one of b, b_D, b_U, or b inside D."""
+    b, D, b_D, U, b_U = (case.lent[n] for n in ("b", "D", "b_D", "U", "b_U"))
+    b = torch.zeros_like(b_U) if b is None else b
+    inner = b_D * (without != "b_D") + D @ b * (without != "D b")
+    outer = b * (without != "b") + b_U * (without != "b_U")
+    return outer + U @ (slope * inner + offset)
 
 
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _wrong_biases(case: Fold, slope: float, offset: float) -> dict[str, Tensor]:
+    right = _bias(case, slope, offset)
+    without = {name: _bias(case, slope, offset, without=name) for name in LEFT_OUT}
+    return {LEFT_OUT[name]: value for name, value in without.items()} | {
+        "LoRA's part alone: it has no bias": torch.zeros_like(right),
+        "the projection's own b alone: the bottleneck adds to it": case.lent["b"],
+        "c = sigma(0) is missing": _bias(case, slope, 0.0),
+        "c passes through U too": _bias(case, slope, 0.0) + offset,
+        "the slope s of sigma is missing in the bias": _bias(case, 1.0, offset),
+    }
+
+
+LEFT_OUT = {
+    "b": "b itself is missing: it is still added to y",
+    "D b": "D b is missing: b is a part of y, and D reads y",
+    "b_D": "b_D is missing: it passes through sigma and U",
+    "b_U": "b_U is missing",
+}

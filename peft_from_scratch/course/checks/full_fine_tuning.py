@@ -1,21 +1,25 @@
 """What the exercises of notebook 01, full fine-tuning, are compared with.
 
-Labels with batch.collate, the loss with loss.summed_loss, AdamW with torch's own,
-the bill with the bytes that a real step was counted to take, storage with trying one
-task after the other.
+Labels with batch.collate, the loss with loss.summed_loss, AdamW with torch's own, the
+control with every pair of runs. our_loss, our_adamw and our_control do the lesson's
+work for those who have not solved an exercise.
 """
 
 import copy
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ledger.experiments import data_size
 from ...tasks.templates import IGNORED
 from ...training.batch import collate, label_tokens
 from ...training.loss import summed_loss
@@ -214,6 +218,18 @@ class _Says(nn.Module):
         return SimpleNamespace(logits=self.logits)
 
 
+def our_loss(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
+    """The summed surprise at the labels of a part, over the label tokens of a step.
+
+    Args
+        logits  (b, t, vocabulary), of any floating dtype
+        labels  (b, t) int64, -100 where none
+        tokens  label tokens of the whole optimizer step
+    Returns  a float32 scalar, nats per label token
+    """
+    return _nats(logits[:, :-1].float(), labels[:, 1:]) / tokens
+
+
 @judged
 def loss(my_loss: Callable) -> None:
     """1.2: my_loss(logits, labels, tokens), so that its parts add up to the whole."""
@@ -410,6 +426,19 @@ STEPS = (  # the first, then others that differ from it in one thing; the first 
 )
 
 
+def our_adamw(
+    W: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr, betas, eps, decay
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, m, v) after step number t = 1, 2, … of AdamW, in their own dtypes.
+
+    W = (1 - lr decay) W - lr m̂ / (√v̂ + eps)
+    """
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    root = (v / (1 - betas[1] ** t)).sqrt() + eps
+    return (1 - lr * decay) * W - lr * m / (1 - betas[0] ** t) / root, m, v
+
+
 @judged
 def adamw(my_adamw: Callable) -> None:
     """1.3: my_adamw(W, g, m, v, t, lr, betas, eps, decay) is (W, m, v) one step on."""
@@ -564,176 +593,267 @@ def _steps(W, g, m, v, settings) -> dict[str, dict[str, Tensor]]:
 
 # 1.4 ----------------------------------------------------------------------------------
 
-KINDS = ("weights", "gradients", "master", "moments")
-# Bytes a parameter; test_full_fine_tuning_checks.py counts them in real steps.
-BYTES = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "mixed": (2, 2, 4, 8)}
-COUNTS = (7_000_000_000, 134_515_008, 1_234_567, 1, 405_853_388_800, 0, 999)
-GB, GIB = 1e9, 2**30
-MISCOUNTED = {  # {kind: {bytes a parameter, where they are wrong: likely mistake}}
-    "weights": {
-        2: "float32 is four bytes",
-        4: "this recipe keeps the weights in two bytes",
-        6: "the master copy has a row of its own",
-    },
-    "gradients": {
-        2: "float32 is four bytes",
-        4: "a gradient has the dtype of its weight: two bytes",
-    },
-    "master": {
-        0: "mixed precision has a float32 copy of the weights, too",
-        2: "the master copy is float32: four bytes",
-        4: "only mixed precision has a master copy",
-    },
-    "moments": {
-        2: "AdamW has two moments, m and v",
-        4: "here AdamW has two moments of four bytes each",
-        8: "here m and v have the dtype of the weights: two bytes each",
-        12: "the master copy is no moment: it has a row of its own",
-    },
+SETTINGS = ("how", "parts", "examples", "tried", "seeds")
+OUTCOMES = {
+    "rate": (
+        "the learning rate is an outcome of the search: each method needs its own. "
+        "What must be equal is the number of rates that were tried"
+    ),
+    "loss": "the loss is the outcome that is compared, and no setting",
+    "name": "a name is no setting",
+}
+PARTS = ("matrices", "embedding", "norms", "head")
+ALL, FIVE = PARTS, (0, 1, 2, 3, 4)
+MATRICES = ("matrices",)
+TABLES = 80  # random ones, besides those that are written here
+CHOICES = {  # what a random row is drawn from
+    "how": ("all", "rank 8"),
+    "parts": (ALL, MATRICES, (*PARTS[::-1],), ("head",), ("norms", "embedding")),
+    "examples": (1600, 400),
+    "tried": (3, 4),
+    "seeds": (FIVE, FIVE[::-1], (5, 6, 7, 8, 9), (0, 1), (0,)),
 }
 
 
-@judged
-def memory_bill(my_bill: Callable) -> None:
-    """1.4: my_bill(parameters, recipe) is {kind: GB} of a step's four rows."""
-    calls = [(n, recipe) for n in COUNTS for recipe in BYTES]
-    bills = [my_bill(parameters, recipe) for parameters, recipe in calls]
-    # All calls come first: one dict for all of them would now hold the last bill.
-    for (parameters, recipe), got in zip(calls, bills, strict=True):
-        where = f"my_bill({parameters:,}, {recipe!r})"
-        _refuse_other_rows(got, where)
-        for kind, size in zip(KINDS, BYTES[recipe], strict=True):
-            close(
-                got[kind],
-                parameters * size / GB,
-                what=f"GB of {kind} in {where}",
-                mistakes=_bills(parameters, kind, size),
-                tolerance=1e-10,
-                inside=True,
-            )
+def _run(name: str, how: str, parts: tuple, **others) -> dict:
+    """A row of a table of runs."""
+    run = {"name": name, "how": how, "parts": parts, "examples": 1600, "tried": 3}
+    run |= {"rate": 0.01, "seeds": FIVE, "loss": 0.4}
+    return run | others
 
 
-def _refuse_other_rows(got, where: str) -> None:
-    if not isinstance(got, dict):
-        missing = got is None
-        raise Wrong(
-            f"{where} is a dict with four rows, {KINDS}; got {type(got).__name__}. "
-            f"Likely mistake: {'`return` is missing' if missing else 'no dict'}"
-        )
-    if set(got) != set(KINDS):
-        raise Wrong(
-            f"{where} has the rows {tuple(got)}; expected are {KINDS}. Likely mistake: "
-            "other names, or a row left out; with 0 for a row that the recipe lacks"
-        )
-
-
-def _bills(parameters: int, kind: str, size: int) -> dict[str, float]:
-    """Wrong ones, of one row."""
-    right = parameters * size
-    wrong = {text: parameters * n / GB for n, text in MISCOUNTED[kind].items()}
-    return wrong | {
-        "GiB, units of 2 ** 30 bytes; a GB is 1e9 bytes": right / GIB,
-        "bytes; divide by 1e9": right,
-        "MB; a GB is 1e9 bytes": right / 1e6,
-        "bits; a byte is eight of them": 8 * right / GB,
-        "`parameters` is ignored": COUNTS[0] * size / GB,
-        "rounded: leave that to whoever prints it": round(right / GB, 1),
-        "cut off: / divides, // drops what follows the point": right // GB,
-    }
-
-
-# 1.5 ----------------------------------------------------------------------------------
-
-# (bytes of the disk, of a model, of an adapter)
-DISKS = (
-    (1_000, 100, 3),
-    (10_000, 538, 9),
-    (99, 100, 3),  # no room for a single model
-    (100, 100, 3),  # room for a base alone
-    (1_000, 60, 30),  # copies and adapters draw level exactly at two tasks
-    (700, 90, 75),
-    (500, 40, 40),  # an adapter as large as its base
-    (500, 40, 60),  # a larger one
-    (0, 100, 3),
-    (103, 100, 3),  # room for exactly one adapter
-    (130, 100, 3),  # … and for exactly ten
-    (129, 100, 3),
-    (300, 100, 3),  # exactly three models
-    (10_000, 100, 99),  # level only after a hundred tasks
-    (10_000, 100, 1),
-    (9_000, 100, 3),
-    (1_000, 100, 4),
-    *((1_000, 100, adapter) for adapter in (45, 55, 63, 70, 90, 95)),
-    (1_000, 97, 41),
-    (1_000, 101, 3),
-    (1_000_000_000_000, 538_060_033, 4_884_480),  # one of a real size
-    (999_715_541_313, 538_060_033, 4_884_480),  # a byte too few for 1,858 models
-    (1_000, 100, 3),
+FULL, LORA = _run("full", "all", ALL), _run("LoRA", "rank 8", MATRICES)
+NARROW, WIDE = _run("narrow", "all", MATRICES), _run("wide", "rank 8", ALL[::-1])
+# (runs, a, b, suspect)
+DESIGNS = (
+    ([FULL, LORA, NARROW], "full", "LoRA", "how"),
+    ([FULL, LORA, NARROW], "full", "LoRA", "parts"),  # the control: full and narrow
+    ([FULL, LORA], "full", "LoRA", "how"),  # none
+    ([FULL, LORA, NARROW | {"loss": 9.0}], "LoRA", "full", "how"),
+    ([FULL, LORA, NARROW | {"rate": 0.3}], "LoRA", "full", "how"),
+    ([WIDE | {"rate": 0.001}, LORA, FULL], "full", "LoRA", "how"),
+    ([FULL, LORA, NARROW | {"tried": 9}], "full", "LoRA", "how"),
+    ([FULL, LORA | {"tried": 2}, NARROW], "full", "LoRA", "how"),
+    ([FULL, LORA, NARROW | {"seeds": (5, 6, 7, 8, 9)}], "full", "LoRA", "how"),
+    ([FULL, LORA, NARROW | {"seeds": FIVE[::-1]}], "full", "LoRA", "how"),
+    ([FULL, LORA, NARROW | {"examples": 400}], "full", "LoRA", "how"),
+    (
+        [LORA | {"seeds": (2,)}, FULL, NARROW | {"seeds": (2,)}],
+        *("full", "LoRA", "how"),
+    ),
+    (
+        [LORA | {"seeds": (0, 1)}, FULL, NARROW | {"seeds": (0, 1)}],
+        *("full", "LoRA", "how"),
+    ),
+    ([FULL, FULL | {"name": "again"}, LORA], "full", "again", "how"),
+    ([FULL, FULL | {"name": "few", "examples": 400}], "full", "few", "examples"),
+    ([LORA, LORA | {"name": "more", "tried": 9}], "LoRA", "more", "tried"),
+    ([FULL, LORA, NARROW | {"parts": ("head",)}], "full", "LoRA", "how"),
+    ([LORA, FULL, NARROW, WIDE], "LoRA", "full", "parts"),
+    ([FULL, LORA, NARROW], "full", "LoRA", "how"),
 )
-COUNTED = {"copies": int, "adapters": int, "break_even": int}
+
+
+def our_control(
+    runs: list[dict], a: str, b: str, suspect: str
+) -> tuple[set[str], tuple[str, str] | None]:
+    """What else differs between two runs, and two that differ in the suspect alone.
+
+    Args
+        runs     rows with name, how, parts, examples, tried, rate, seeds and loss
+        a, b     names of the two that are compared
+        suspect  the field whose effect is asked for
+    Returns  (confounds, names of the first such pair or None)
+    """
+    by_name = {run["name"]: run for run in runs}
+    return _differing(by_name[a], by_name[b]) - {suspect}, next(
+        _isolating(runs, suspect), None
+    )
+
+
+def shipped_rows(stored: list) -> list[dict]:
+    """The table's rows of F4's runs on the far task: four methods, five seeds each.
+
+    Args
+        stored  every run of data_size.configs("tiny")
+    """
+    kinds = {
+        "full": (data_size.ALL, "all", PARTS),
+        "full, matrices": (data_size.FULL, "all", MATRICES),
+        "LoRA and the rest": (data_size.BOTH, "rank 8", PARTS),
+        "LoRA": (data_size.LORA, "rank 8", MATRICES),
+    }
+    return [_shipped_row(stored, name, *kind) for name, kind in kinds.items()]
+
+
+def _shipped_row(stored: list, name: str, method: str, how: str, parts) -> dict:
+    far, many = data_size.FAR, data_size.MANY
+    own = [r for r in stored if (r.config["task"], r.config["method"]) == (far, method)]
+    best = data_size.tuned(stored, (far, many), method)
+    best = [run for run in best if run.config["seed"] in data_size.SEEDS]
+    return {
+        "name": name,
+        "how": how,
+        "parts": parts,
+        "examples": many,
+        "tried": len({run.config["lr"] for run in own}),
+        "rate": best[0].config["lr"],
+        "seeds": tuple(run.config["seed"] for run in best),
+        "loss": fmean(run.result["test_loss"] for run in best),
+    }
+
+
+def _isolating(runs: list[dict], suspect: str) -> Iterator[tuple[str, str]]:
+    for one, other in combinations(runs, 2):
+        if _differing(one, other) == {suspect} and len(set(one["seeds"])) > 1:
+            yield one["name"], other["name"]
+
+
+def _differing(one: dict, other: dict) -> set[str]:
+    return {f for f in SETTINGS if _unordered(one[f]) != _unordered(other[f])}
+
+
+def _unordered(value):
+    return frozenset(value) if isinstance(value, tuple | list) else value
+
+
+def _designs() -> Iterator[tuple]:
+    yield from DESIGNS
+    draw = random.Random(3)
+    for _ in range(TABLES):
+        names = draw.sample("ABCDEFGH", draw.randint(3, 7))
+        first = {field: draw.choice(values) for field, values in CHOICES.items()}
+        runs = [_variant(draw, name, first) for name in names]
+        yield runs, *draw.sample(names, 2), draw.choice(SETTINGS[:-1])
+
+
+def _variant(draw: random.Random, name: str, first: dict) -> dict:
+    """The first row with up to two settings drawn anew, so that rows often pair."""
+    row = dict(first)
+    for field in draw.sample(SETTINGS, draw.randint(0, 2)):
+        row[field] = draw.choice(CHOICES[field])
+    rate, loss = draw.choice((0.001, 0.01, 0.03)), round(draw.random(), 2)
+    return _run(name, row["how"], row["parts"]) | row | {"rate": rate, "loss": loss}
 
 
 @judged
-def storage(my_storage: Callable) -> None:
-    """1.5: my_storage(disk, model, adapter) is (copies, adapters, break_even)."""
-    for disk, model, adapter in DISKS:
-        expected = _counted(disk, model, adapter)
-        _each(
-            my_storage(disk, model, adapter),
-            expected,
-            f"for {disk=}, {model=}, {adapter=} bytes",
-            _storages(disk, model, adapter, expected),
-            tolerance=1e-12,
-            kinds=COUNTED,
+def control(my_control: Callable) -> None:
+    """1.4: my_control(runs, a, b, suspect) is (confounds, pair)."""
+    for runs, a, b, suspect in _designs():
+        lent = copy.deepcopy(runs)
+        with unchanged(runs=lent):
+            got = my_control(lent, a, b, suspect)
+        if not isinstance(got, tuple | list) or len(got) != 2:
+            missing = "`return` is missing" if got is None else "one of them is missing"
+            raise Wrong(
+                f"two values come back, (confounds, pair); got {got!r}. Likely "
+                f"mistake: {missing}"
+            )
+        confounds, pair = got
+        _demand_confounds(confounds, runs, a, b, suspect)
+        _demand_pair(pair, runs, suspect)
+
+
+def _demand_confounds(got, runs: list[dict], a: str, b: str, suspect: str) -> None:
+    by_name = {run["name"]: run for run in runs}
+    one, other = by_name[a], by_name[b]
+    right = _differing(one, other) - {suspect}
+    if isinstance(got, set | frozenset | list | tuple):
+        if len(got) == len(right) and set(got) == right:
+            return
+        likely = _wrong_confounds(set(got), right, one, other, suspect)
+    else:
+        likely = f"a set of names of fields is needed, not {type(got).__name__}"
+    rows = "\n".join(f"  {_row_in_words(run)}" for run in (one, other))
+    raise Wrong(
+        f"confounds of {a!r} and {b!r}, where the suspect is {suspect!r}:\n{rows}\n"
+        f"  expected  {_in_words(right)}\n  got       {got!r}\nLikely mistake: {likely}"
+    )
+
+
+def _wrong_confounds(got: set, right: set, one: dict, other: dict, suspect: str) -> str:
+    for field, text in OUTCOMES.items():
+        if field in got:
+            return text
+    if suspect in got:
+        return "the suspect itself is no confound: the other differences are"
+    too_many, too_few = got - right, right - got
+    if too_many & {"parts", "seeds"}:
+        return f"the order inside {_in_words(too_many)} has no meaning: compare sets"
+    if "parts" in too_few and len(one["parts"]) == len(other["parts"]):
+        return "as many parts, but other ones: compare the parts, not their number"
+    if "seeds" in too_few and len(one["seeds"]) == len(other["seeds"]):
+        return (
+            "as many seeds, but other ones: paired runs have the same seeds, so that "
+            "both see the same examples"
         )
+    if too_few:
+        return f"{_in_words(too_few)} differs, and a fair comparison keeps it equal"
+    return f"{_in_words(too_many)} is equal in both, or no setting"
 
 
-def _counted(disk: int, model: int, adapter: int) -> dict[str, int | None]:
-    """By adding one task after the other, as far as that is feasible."""
-    copies = adapters = 0
-    while (copies + 1) * model <= disk:
-        copies += 1
-    while model + (adapters + 1) * adapter <= disk:
-        adapters += 1
-    fewer = (n for n in range(1, 10_000) if model + n * adapter < n * model)
-    return {"copies": copies, "adapters": adapters, "break_even": next(fewer, None)}
+def _demand_pair(got, runs: list[dict], suspect: str) -> None:
+    right = [set(pair) for pair in _isolating(runs, suspect)]
+    if got is None and not right:
+        return
+    names = {run["name"] for run in runs}
+    if isinstance(got, tuple | list | set | frozenset):
+        is_pair = len(got) == 2 and all(isinstance(n, str) for n in got)
+        if is_pair and set(got) in right:
+            return
+        likely = "two names from the table are needed, or None"
+        if is_pair and set(got) <= names:
+            likely = _wrong_pair(got, runs, suspect)
+    else:
+        likely = f"a pair of names or None is needed, not {type(got).__name__}"
+        if got is None:
+            likely = _missed(right[0], runs)
+    rows = "\n".join(f"  {_row_in_words(run)}" for run in runs)
+    expected = " or ".join(str(tuple(sorted(pair))) for pair in right) or "None"
+    raise Wrong(
+        f"pair that isolates {suspect!r} in:\n{rows}\n  expected  {expected}\n"
+        f"  got       {got!r}\nLikely mistake: {likely}"
+    )
 
 
-def _storages(disk, model, adapter, right) -> dict[str, dict[str, float]]:
-    """Wrong ones."""
-    left, saved = disk - model, model - adapter
-    wrong_level = {
-        "an adapter as large as its base never wins: None": model // (saved or 1) + 1
+def _wrong_pair(got, runs: list[dict], suspect: str) -> str:
+    by_name = {run["name"]: run for run in runs}
+    one, other = (by_name[name] for name in got)
+    differing = _differing(one, other)
+    if one is other:
+        return "the two names are the same"
+    if suspect not in differing:
+        return f"these two do not differ in {suspect!r}, so they cannot show its effect"
+    if differing - {suspect}:
+        others = _in_words(differing - {suspect})
+        return f"these two also differ in {others}, so they isolate nothing"
+    return "one seed has no interval: at least two are needed"
+
+
+def _missed(pair: set, runs: list[dict]) -> str:
+    by_name = {run["name"]: run for run in runs}
+    one, other = (by_name[name] for name in sorted(pair))
+    reasons = {
+        "the order inside parts and seeds has no meaning: compare sets": any(
+            one[f] != other[f] and _unordered(one[f]) == _unordered(other[f])
+            for f in ("parts", "seeds")
+        ),
+        OUTCOMES["rate"]: one["rate"] != other["rate"],
+        OUTCOMES["loss"]: one["loss"] != other["loss"],
+        "two seeds are enough for an interval": len(one["seeds"]) == 2,
     }
-    if right["break_even"] is not None:
-        wrong_level = {
-            "one task too early: adapters must take fewer bytes, not the same": (
-                right["break_even"] - 1
-            ),
-            "one task too late": right["break_even"] + 1,
-            "not rounded: tasks are whole": model / saved,
-            "rounded to the nearest: the first whole number above model / (model - "
-            "adapter) is meant": round(model / saved) + 1,
-            "so many adapters weigh more than one model; ask when one base and n "
-            "adapters are less than n models": model // adapter + 1,
-            "None is for adapters that never take fewer bytes, on any disk": None,
-            "that is how many adapters weigh one model; ask when one base and n "
-            "adapters are less than n models": model // adapter,
-        }
-    return {
-        "copies": {
-            "rounded up: a copy that fits in part does not fit": -(-disk // model),
-            "not rounded: half a copy cannot be served": disk / model,
-        },
-        "adapters": {
-            "the base is missing: adapters are served on one": disk // adapter,
-            "every adapter has a base of its own here; one base is enough": (
-                disk // (model + adapter)
-            ),
-            "below zero: with no room for the base, no task is served": left // adapter,
-            "rounded up: a task that fits in part does not fit": -(-left // adapter),
-            "not rounded: half a task cannot be served": left / adapter,
-            "the base was counted as a task": right["adapters"] + 1,
-        },
-        "break_even": wrong_level,
-    }
+    likely = "try every two rows of the table, not only a and b"
+    return f"there is one: {next((r for r, so in reasons.items() if so), likely)}"
+
+
+def _row_in_words(run: dict) -> str:
+    """ "full: all, matrices+head, 1600 examples, …" in a line."""
+    parts, seeds = "+".join(run["parts"]), " ".join(map(str, run["seeds"]))
+    return (
+        f"{run['name']}: {run['how']}; {parts}; {run['examples']} ex.; "
+        f"{run['tried']} tried; seeds {seeds}"
+    )
+
+
+def _in_words(fields: set) -> str:
+    return ", ".join(sorted(map(str, fields))) or "nothing"

@@ -7,6 +7,7 @@ compares with methods/lora.py, which has the same mathematics in other words.
 import copy
 import math
 import numbers
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from ...core.adapter import adapters, as_matrix, trainable
-from ...ledger.experiments import spectrum
+from ...core.adapter import adapters, as_matrix, as_stored, trainable
 from ...methods import lora
 from . import UNKNOWN, Hidden, Wrong, close, judged, pulled, unchanged
 
@@ -121,6 +121,46 @@ def wrong_scales(case: Case) -> dict[str, float]:
         "alpha / sqrt(r): that is rsLoRA's scale": alpha / math.sqrt(r),
         "the wrong sign: the update is added": -alpha / r,
     }
+
+
+# What the lesson goes on with while an answer has not passed --------------------------
+
+
+class LoRA(nn.Module):
+    """h = W0 x + (alpha / r) B A x.
+
+    Args
+        base   a module: base(x) is W0 x, and the bias where it has one
+        A, B   (r, d_in) and (d_out, r), of one dtype; they train
+    """
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, alpha: float):
+        super().__init__()
+        self.base, self.A, self.B = base, nn.Parameter(A), nn.Parameter(B)
+        self.scale = alpha / A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, d_in) -> (…, d_out)
+        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+
+def inject(model: nn.Module, targets: Sequence[str], wrap: Callable) -> list[str]:
+    """Freeze the model; put wrap(module) in the place of each target; their names."""
+    model.requires_grad_(False)
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear | Conv1D)
+    }
+    for name, module in chosen.items():
+        model.set_submodule(name, wrap(module))
+    return list(chosen)
+
+
+@torch.no_grad()
+def merge(base: nn.Module, A: Tensor, B: Tensor, alpha: float) -> None:
+    """Write W0 + (alpha / r) B A into base.weight, added in float32, rounded once."""
+    update = as_stored(base, alpha / A.shape[0] * (B @ A))
+    base.weight.copy_(base.weight.float() + update)
 
 
 # 4.1 ----------------------------------------------------------------------------------
@@ -261,199 +301,6 @@ def _same_gradients(theirs: nn.Module, case: Case, when: str = "") -> None:
 # 4.2 ----------------------------------------------------------------------------------
 
 
-# (d_out, d_in, r): large enough to see how A is distributed; and small ones
-LARGE = ((64, 2048, 32), (1000, 300, 50), (96, 96, 96), (8, 5000, 4))
-SMALL = ((5, 1, 1), (1, 6, 1), (7, 3, 2), (4, 9, 1), (9, 4, 6))
-
-
-@judged
-def lora_start(my_start: Callable) -> None:
-    """4.2: my_start(d_out, d_in, r): A Gaussian of variance 1 / (3 d_in), B = 0."""
-    for d_out, d_in, r in (*LARGE, *SMALL):
-        sizes = f"d_out={d_out}, d_in={d_in}, r={r}"
-        pairs = [my_start(d_out, d_in, r) for _ in range(3)]
-        for pair in pairs:
-            _demand_pair(pair, d_out, d_in, r, sizes)
-        if (d_out, d_in, r) in LARGE:
-            _demand_gaussian(pairs[0][0], d_out, d_in, r, sizes)
-        _demand_own(pairs, sizes)
-        _demand_torchs_seed(my_start, (d_out, d_in, r), sizes)
-
-
-def _demand_pair(pair, d_out: int, d_in: int, r: int, sizes: str) -> None:
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise Wrong(
-            f"for {sizes}: expected two tensors, A and B, in this order; got "
-            f"{type(pair).__name__}. Likely mistake: `return A, B` is missing"
-        )
-    wanted = [(r, d_in), (d_out, r)]
-    shapes = [tuple(getattr(each, "shape", ())) for each in pair]
-    if shapes == wanted[::-1] != wanted:
-        raise Wrong(
-            f"for {sizes}: A should come first and B second. Likely mistake: "
-            "`return B, A`"
-        )
-    for name, got, shape in zip("AB", pair, wanted, strict=True):
-        _demand_shape(name, got, shape, sizes)
-    _demand_zero(*pair, sizes)
-
-
-def _demand_own(pairs: list, sizes: str) -> None:
-    """Several layers of one size: each with numbers of its own, in its own memory."""
-    for i, (A, B) in enumerate(pairs):
-        for other, _ in pairs[:i]:
-            if torch.equal(A, other):
-                raise Wrong(
-                    f"for {sizes}: two calls gave the same A. Likely mistake: a seed "
-                    "set inside the function, or no random numbers at all"
-                )
-        with torch.no_grad():
-            B.data[0, 0] = 1.0  # a first step of training
-        if int((B != 0).sum()) != 1 or any(b.any() for _, b in pairs[i + 1 :]):
-            raise Wrong(
-                f"for {sizes}: a number was written into one place of B, and others "
-                "changed too. Likely mistake: one tensor for several B, or expand(); "
-                "torch.zeros(d_out, r) in each call makes a new one"
-            )
-
-
-def _demand_torchs_seed(my_start: Callable, sizes: tuple, shown: str) -> None:
-    """torch.manual_seed decides what A is: else no run could be repeated."""
-    with torch.random.fork_rng(devices=[]):
-        drawn = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed)
-            drawn.append(my_start(*sizes)[0])
-    if not torch.equal(*drawn[:2]) or torch.equal(*drawn[1:]):
-        raise Wrong(
-            f"for {shown}: torch.manual_seed before the call does not decide what A "
-            "is. Likely mistake: a generator of your own, a seed inside, or random "
-            "numbers that are not torch's"
-        )
-
-
-def _demand_shape(name, got, shape, sizes) -> None:
-    if not isinstance(got, Tensor):
-        raise Wrong(
-            f"for {sizes}: {name} is no tensor but a {type(got).__name__}. Likely "
-            f"mistake: nothing was computed for {name}, or .numpy() too many"
-        )
-    if got.dtype != torch.float32:
-        raise Wrong(
-            f"for {sizes}: {name} holds {got.dtype}; float32 is needed, the dtype of a "
-            "model that trains. Likely mistake: a dtype of your own"
-        )
-    if tuple(got.shape) != shape:
-        turned = tuple(got.shape) == shape[::-1]
-        likely = "the two sides are swapped" if turned else "another size was used"
-        raise Wrong(
-            f"for {sizes}: {name} should have the shape {shape}, and has "
-            f"{tuple(got.shape)}. Likely mistake: {likely}; A reads x, B writes h"
-        )
-
-
-def _demand_zero(A: Tensor, B: Tensor, sizes: str) -> None:
-    a, b = bool(A.any()), bool(B.any())
-    if a and not b:
-        return
-    likely = {
-        (False, False): "both are zero: then both gradients are zero, for ever",
-        (True, True): "B is random too: then B A is not zero, and h not W0 x",
-        (False, True): "A is zero and B random: the wrong way round",
-    }[a, b]
-    raise Wrong(
-        f"for {sizes}: expected B all zeros and A not; got a largest |A| of "
-        f"{A.abs().max():.3g} and a largest |B| of {B.abs().max():.3g}. Likely "
-        f"mistake: {likely}"
-    )
-
-
-def _demand_gaussian(A: Tensor, d_out, d_in, r, sizes) -> None:
-    got, expected = A.std().item(), (3 * d_in) ** -0.5
-    others = {  # standard deviation -> what leads to it
-        "torch.randn has a standard deviation of 1: scale it": 1.0,
-        "the variance was taken for the standard deviation: take its root": expected**2,
-        "the 3 is missing: the variance is 1 / (3 d_in)": d_in**-0.5,
-        "d_out in the place of d_in: A reads x, which has d_in entries": (3 * d_out)
-        ** -0.5,
-        "r in the place of d_in": (3 * r) ** -0.5,
-        "sqrt(3 / d_in) in the place of sqrt(1 / (3 d_in))": (3 / d_in) ** 0.5,
-        "the 3 belongs under the root; or A is uniform between ±1 / sqrt(3 d_in), "
-        "which is no standard deviation": expected / 3**0.5,
-        "multiplied by sqrt(3 d_in): divide": 1 / expected,
-        "a variance of 2 / d_in or 2 / (r + d_in) is He's or Xavier's; LoRA's is "
-        "1 / (3 d_in)": (2 / d_in) ** 0.5,
-        "0.02 for every width; A's variance is 1 / (3 d_in)": 0.02,
-    }
-
-    def near(wanted: float) -> bool:
-        return math.isfinite(got) and abs(got - wanted) < 0.05 * wanted
-
-    if not near(expected):
-        likely = [text for text, std in others.items() if near(std)]
-        raise Wrong(
-            f"for {sizes}: the entries of A should have a standard deviation of "
-            f"{expected:.4g}, and have {got:.4g}."
-            + f" Likely mistake: {likely[0] if likely else UNKNOWN}"
-        )
-    if abs(A.mean()) > 5 * expected / A.numel() ** 0.5:
-        raise Wrong(
-            f"for {sizes}: the mean of A should be near 0, and is {A.mean():.3g}. "
-            "Likely mistake: torch.rand, or absolute values; torch.randn is meant"
-        )
-    # Of a Gaussian 4.6 % are that far out; of a uniform draw none are.
-    far = (A.abs() > 2 * expected).float().mean().item()
-    if not 0.035 < far < 0.056:
-        raise Wrong(
-            f"for {sizes}: A has the right spread, but {far:.1%} of its entries lie "
-            "beyond two standard deviations, where a Gaussian has 4.6 %. Likely "
-            f"mistake: {'a uniform' if far < 0.01 else 'another'} draw; torch.randn is "
-            "Gaussian"
-        )
-    rank = int(torch.linalg.matrix_rank(A))
-    if rank < min(A.shape):
-        raise Wrong(
-            f"for {sizes}: A has rank {rank}, so the update could never have rank {r}. "
-            "Likely mistake: the same row repeated"
-        )
-    _demand_independent(A.detach() / expected, sizes)
-
-
-def _demand_independent(A: Tensor, sizes: str) -> None:
-    """Of entries with a standard deviation of 1: tails, and no pattern among them."""
-    r, d_in = A.shape
-    columns = (A.T @ A / r).fill_diagonal_(0).abs()
-    spread = A.square().mean(1).std().item()  # of a Gaussian sqrt(2 / d_in)
-    patterns = {
-        "no entry lies beyond three standard deviations: the tails are cut off": (
-            A.abs().max() < 3
-        ),
-        # The mean fourth power of a Gaussian is 3, give or take sqrt(96 / numel).
-        "a few entries are too large: a mixture, or another distribution": (
-            A.pow(4).mean() > 3 + 60 / A.numel() ** 0.5
-        ),
-        "few different numbers: one row or column was used again": (
-            len(A.unique()) < 0.9 * A.numel()
-        ),
-        "neighbors are alike: sorted, or one made of the other": (
-            (A[:, 1:] * A[:, :-1]).mean().abs() > 6 / A.numel() ** 0.5
-        ),
-        "one column is another one, or its negative": r > 90 and columns.max() > 0.7,
-        "all rows have the same length: divided by it": (
-            r > 30 and spread < 0.3 * (2 / d_in) ** 0.5
-        ),
-    }
-    for likely, is_so in patterns.items():
-        if is_so:
-            raise Wrong(
-                f"for {sizes}: A has the right spread, but its entries are not drawn "
-                f"independently from a Gaussian. Likely mistake: {likely}"
-            )
-
-
-# 4.3 ----------------------------------------------------------------------------------
-
-
 def models() -> dict[str, tuple[nn.Module, Sequence[str], int, float]]:
     """{name: (a small random model, last parts of the names to wrap, r, alpha)}
 
@@ -523,7 +370,7 @@ class _Own(nn.Module):
 
 @judged
 def lora_inject(my_inject: Callable) -> None:
-    """4.3: my_inject(model, targets, r, alpha) freezes the model and wraps targets."""
+    """4.2: my_inject(model, targets, wrap) freezes the model and wraps the targets."""
     returned = []
     for name, (model, targets, r, alpha) in models().items():
         ours = copy.deepcopy(model)
@@ -537,11 +384,12 @@ def lora_inject(my_inject: Callable) -> None:
         modules = dict(model.named_modules())
         rest = _rest(modules)
         lent = list(targets) if isinstance(targets, list) else targets
+        wrap = _Wrap(r, alpha)
         with unchanged(targets=lent):
-            got = my_inject(model, lent, r, alpha)
-        where = f"{name}, targets={targets}, r={r}, alpha={alpha}"
+            got = my_inject(model, lent, wrap)
+        where = f"{name}, targets={targets}"
         _demand_wrapped(model, modules, expected, got, where)
-        _demand_same_adapters(model, ours, modules, where)
+        _demand_same_adapters(model, ours, modules, wrap, where)
         _demand_names(got, expected, where)
         _demand_flags(model, ours, where)
         _demand_untouched(model, before, where)
@@ -550,6 +398,18 @@ def lora_inject(my_inject: Callable) -> None:
         returned.append((got, expected, where))
     for got, expected, where in returned:  # one list for all would hold the last names
         _demand_names(got, expected, where)
+
+
+class _Wrap:
+    """What an injection is lent: makes the LoRA of a module, and keeps a list."""
+
+    def __init__(self, r: int, alpha: float):
+        self.r, self.alpha = r, alpha
+        self.layers: list[lora.LoRA] = []
+
+    def __call__(self, module: nn.Module) -> lora.LoRA:
+        self.layers.append(lora.LoRA(module, self.r, self.alpha))
+        return self.layers[-1]
 
 
 def _rest(modules: dict[str, nn.Module]) -> dict[str, tuple]:
@@ -642,14 +502,14 @@ def _names(names) -> str:
     return f"{shown}, … ({len(names)} in all)" if len(names) > 3 else shown
 
 
-def _demand_same_adapters(model, ours, modules, where) -> None:
+def _demand_same_adapters(model, ours, modules, wrap, where) -> None:
     for name, wanted in adapters(ours).items():
         adapter = adapters(model)[name]
         if adapter.base is not modules[name]:
             raise Wrong(
                 f"for {where}: the LoRA at {name} has another base than the module "
                 "that was there. Likely mistake: a copy or a new layer; give the "
-                "module itself to LoRA(…)"
+                "module itself to wrap"
             )
         seen, asked = (
             {
@@ -665,10 +525,22 @@ def _demand_same_adapters(model, ours, modules, where) -> None:
         off = {key: value for key, value in seen.items() if value != asked[key]}
         if off:
             raise Wrong(
-                f"for {where}: expected LoRA(module, r, alpha) at {name}; got "
+                f"for {where}: expected the LoRA of wrap(module) at {name}; got "
                 + ", ".join(f"{key}={value}" for key, value in off.items())
-                + ". Likely mistake: LoRA(module, r, alpha), in this order, and no more"
+                + ". Likely mistake: a LoRA of your own; wrap(module) makes it"
             )
+        if not any(adapter is layer for layer in wrap.layers):
+            raise Wrong(
+                f"for {where}: the LoRA at {name} is none that wrap returned. Likely "
+                "mistake: a LoRA of your own; wrap(module) makes it"
+            )
+    calls, needed = len(wrap.layers), len(adapters(ours))
+    if calls != needed:
+        raise Wrong(
+            f"for {where}: wrap was called {calls} times for {needed} modules. Likely "
+            "mistake: wrap(module) before the name is looked at, or twice; call it "
+            "once for each module that is replaced"
+        )
 
 
 def _demand_names(got, expected, where) -> None:
@@ -734,16 +606,16 @@ def _demand_untouched(model, before, where) -> None:
             off = "B is not zero" if adapter.B.any() else "A is zero"
             raise Wrong(
                 f"for {where}: the LoRA at {name} does not start as LoRA does: {off}. "
-                "Likely mistake: LoRA(…) has set both; leave them"
+                "Likely mistake: wrap has set both; leave them"
             )
 
 
-# 4.4 ----------------------------------------------------------------------------------
+# 4.3 ----------------------------------------------------------------------------------
 
 
 @judged
 def lora_merge(my_merge: Callable) -> None:
-    """4.4: my_merge(base, A, B, alpha) puts W0 + (alpha / r) B A into base.weight."""
+    """4.3: my_merge(base, A, B, alpha) puts W0 + (alpha / r) B A into base.weight."""
     for i, case in enumerate(cases()):
         usual = 1e-4 < case.A.abs().max() < 1e2  # what float16 holds
         for dtype in DTYPES if usual else (torch.float32,):
@@ -860,108 +732,271 @@ def _wrong_merges(base: nn.Module, case: Case) -> dict[str, Tensor]:
     return wrong
 
 
-# 4.5 ----------------------------------------------------------------------------------
+# 4.4 ----------------------------------------------------------------------------------
+
+BUDGET = 20  # calls of loss_at
+
+
+@dataclass(frozen=True)
+class Search:
+    """Test losses of one fine-tuned model, and which share of the gain is wanted.
+
+    curve   loss with all updates cut to rank 1, 2, …, full rank
+    losses  of "nothing", "random", "update" and "everything"
+    """
+
+    name: str
+    curve: tuple[float, ...]
+    losses: dict[str, float]
+    share: float = 0.95
+
+    @property
+    def full_rank(self) -> int:
+        return len(self.curve)
+
+    @property
+    def wanted(self) -> int | None:
+        """The right answer."""
+        curve = self.curve
+        return smallest_rank(
+            lambda k: curve[k - 1], len(curve), self.losses, self.share
+        )
+
+    def kept(self, loss: float, *, bottom="nothing", top="update") -> float:
+        """Share of the gain from `bottom` to `top` that a loss has; inf without one."""
+        gain = self.losses[bottom] - self.losses[top]
+        return (self.losses[bottom] - loss) / gain if gain else math.inf
+
+    def __str__(self):
+        losses = ", ".join(f"{key} {loss:.4g}" for key, loss in self.losses.items())
+        about = f"full_rank={self.full_rank}, share={self.share}"
+        return f"{self.name}: {about}, losses {losses}"
+
+
+def searches() -> Iterator[Search]:
+    """Models whose answers differ; then measurements that mean nothing.
+
+    In each, ranks from the wanted one on keep the share and the ranks below do not. The
+    losses between them go up and down, as measured ones do.
+    """
+    yield _searched("like SmolLM2", 2, 576, (1.456, 1.462, 0.0217, 0.0239))
+    yield _searched("like tiny", 19, 128, (6.66, 6.69, 0.357, 0.02))
+    yield _searched("one direction", 1, 64, (2.0, 2.1, 0.5, 0.4))
+    yield _searched("no low rank", 33, 33, (3.0, 3.0, 1.0, 0.5), 0.9)
+    yield _searched("a single column", 1, 1, (3.0, 3.2, 1.0, 0.9))
+    yield _searched("a high rank", 301, 576, (3.0, 3.1, 1.0, 0.2), 0.9)
+    yield _searched("half of the gain", 7, 40, (2.5, 2.6, 0.1, 0.05), 0.5)
+    yield _searched("nearly all", 150, 200, (900.0, 910.0, 300.0, 310.0), 0.99)
+    yield _searched("small losses", 5, 48, (3.14e-4, 3.2e-4, 1.26e-4, 2e-5))
+    yield _searched("random updates destroy", 12, 96, (2.0, 9.0, 1.0, 0.9))
+    yield _searched("random updates help a little", 12, 96, (2.0, 1.97, 1.0, 0.9))
+    yield _searched("the same, with less wanted", 9, 96, (2.0, 1.9, 1.0, 0.9), 0.85)
+    exact = {"nothing": 8.0, "random": 7.5, "update": 4.0, "everything": 2.0}
+    yield Search("exactly the share", (7.0, 5.0, 4.5, 4.0), exact, 0.75)
+    yield Search("the example", (7.0, 5.0, 4.25, 4.0), exact | {"random": 8.5}, 0.9)
+    for name, update, random in (
+        ("random updates help as well", 1.0, 1.9),
+        ("no gain at all", 2.0, 4.0),
+        ("the updates do harm", 2.5, 1.9),
+        ("the updates do harm, random ones more", 2.5, 4.0),
+    ):
+        losses = dict(nothing=2.0, random=random, update=update, everything=0.2)
+        yield Search(name, (1.5, 1.2, 1.04, update), losses)
+    tie = exact | {"random": 7.0}
+    yield Search("random updates keep 1 - share", (7.0, 5.0, 4.5, 4.0), tie, 0.75)
+
+
+def _searched(
+    name: str, wanted: int, full_rank: int, losses: Sequence[float], share=0.95
+) -> Search:
+    """A curve whose ranks keep the share from `wanted` on; seeded by its numbers."""
+    draw = torch.Generator().manual_seed(1000 * full_rank + wanted)
+    wiggle = torch.rand(full_rank, generator=draw, dtype=torch.float64).tolist()
+    nothing, random, update, everything = losses
+    curve = []
+    for k, noise in enumerate(wiggle, 1):
+        below = share * (k / wanted) ** 0.3 * (0.97 + 0.02 * noise)
+        above = share + (1.002 - share) * (0.2 + 0.8 * noise)
+        kept = below if k < wanted else above
+        curve.append(nothing - kept * (nothing - update))
+    curve[-1] = update
+    named = dict(nothing=nothing, random=random, update=update, everything=everything)
+    return Search(name, tuple(curve), named, share)
+
+
+def smallest_rank(
+    loss_at: Callable, full_rank: int, losses: dict[str, float], share: float = 0.95
+) -> int | None:
+    """The smallest rank that keeps `share` of the projections' gain, by halving.
+
+    Args
+        loss_at  rank, 1 to full_rank -> test loss with all updates cut to that rank
+        losses   of "nothing", "random", "update", "everything", nats per token
+    Returns  None where the updates gain nothing, or random ones keep 1 - share of it
+    """
+    nothing = losses["nothing"]
+    gain = nothing - losses["update"]
+    if gain <= 0 or nothing - losses["random"] >= (1 - share) * gain:
+        return None
+    low, high = 1, full_rank
+    while low < high:
+        middle = (low + high) // 2
+        if nothing - loss_at(middle) >= share * gain:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @judged
-def lora_spectrum(my_spectrum: Callable) -> None:
-    """4.5: my_spectrum(dW, held): energy at ranks 1, 2, …; the smallest for `held`."""
-    draw = torch.Generator().manual_seed(4)
-    left, _ = torch.linalg.qr(torch.randn(7, 4, generator=draw))
-    right, _ = torch.linalg.qr(torch.randn(9, 4, generator=draw))
-    of_rank_four = left @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5])) @ right.T
-    thin = torch.randn(6, 1, generator=draw) @ torch.randn(1, 5, generator=draw)
-    tried = {
-        "made of the singular values 3, 2, 1, 0.5": of_rank_four,
-        "the same, transposed": of_rank_four.T.contiguous(),
-        "random, square": torch.randn(8, 8, generator=draw),
-        "random and a thousand times smaller": 1e-3
-        * torch.randn(5, 30, generator=draw),
-        "a column times a row": thin,
-        "the identity, four pieces of one size": torch.eye(4),
-        "random, of another draw": torch.randn(7, 9, generator=draw),
-        "random, of many ranks": torch.randn(14, 30, generator=draw),
-        "a row": torch.randn(1, 9, generator=draw),
-        "a column": torch.randn(9, 1, generator=draw),
-        "random and tiny": 1e-6 * torch.randn(6, 6, generator=draw),
-        "random and huge": 1e4 * torch.randn(6, 6, generator=draw),
-        "a parameter": nn.Parameter(torch.randn(5, 4, generator=draw)),
-    }
-    for name, dW in tried.items():
-        for held in (0.9, 0.5, 0.99, 0.2, None):
-            _judge_spectrum(my_spectrum, dW, held, f"{tuple(dW.shape)}, {name}")
+def lora_smallest_rank(my_smallest_rank: Callable) -> None:
+    """4.4: my_smallest_rank(loss_at, full_rank, losses, share): a rank, or None."""
+    cases = list(searches())
+    for case in [*cases, *cases[:2]]:  # once more: nothing is kept between calls
+        _judge_search(my_smallest_rank, case, case.share)
+    for case in (case for case in cases if case.share == 0.95):
+        _judge_search(my_smallest_rank, case)
 
 
-def _judge_spectrum(my_spectrum, dW: Tensor, held: float | None, name: str) -> None:
-    """held=None: left out, so that it is 0.9."""
-    given = dW.detach().clone().requires_grad_(dW.requires_grad)
-    dW = dW.detach()
-    with unchanged(dW=given):
-        pair = my_spectrum(given) if held is None else my_spectrum(given, held)
-    held = 0.9 if held is None else held
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+def _judge_search(my_smallest_rank: Callable, case: Search, *share: float) -> None:
+    """Without a share, it is to be 0.95."""
+    loss_at, calls = _lent(case)
+    losses = dict(case.losses)
+    with unchanged(losses=losses):
+        got = my_smallest_rank(loss_at, case.full_rank, losses, *share)
+    _demand_budget(calls, case)
+    wanted = case.wanted
+    one = isinstance(got, Tensor) and got.numel() == 1
+    value = got.item() if one else got
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value != wanted or not (whole or value is None):
         raise Wrong(
-            f"for dW {name}: expected two things, the energies and a rank; got "
-            f"{type(pair).__name__}. Likely mistake: `return energy, k`"
+            f"{case}\nexpected {_with_gain(wanted, case)}, got "
+            f"{_with_gain(value, case)}. Likely mistake: "
+            + _wrong_search(value, wanted, case)
         )
-    energy, k = pair
-    s = torch.linalg.svdvals(dW)
-    squares = s.square()
-    expected = spectrum.energy(dW).float()
-    before = torch.cat([torch.zeros(1), expected[:-1]])
-    close(
-        energy.float() if isinstance(energy, Tensor) else energy,
-        expected,
-        what=f"the energy at each rank, for dW {name}",
-        mistakes={
-            "s in the place of s squared": s.cumsum(0) / s.sum(),
-            "not summed up: cumsum": squares / squares.sum(),
-            "not divided by the total": squares.cumsum(0),
-            "the smallest come first: sort from large to small": squares.flip(0).cumsum(
-                0
+
+
+def _lent(case: Search) -> tuple[Callable[[int], float], list[int]]:
+    """(loss_at, the ranks that it was asked for)"""
+    calls: list[int] = []
+
+    def loss_at(k: int) -> float:
+        if not isinstance(k, numbers.Integral) or not 1 <= k <= case.full_rank:
+            raise Wrong(
+                f"{case}\nloss_at({k!r}) was called: ranks are whole numbers from 1 to "
+                f"{case.full_rank}. Likely mistake: an end of the interval that is no "
+                "rank, or / in the place of //"
             )
-            / squares.sum(),
-            "what is lost, not what is held": 1 - expected,
-            "index 0 is rank 1, not rank 0: it holds the first piece": before,
-            "the sum of the squares is the total, not the largest": squares.cumsum(0)
-            / squares[0],
-            "in percent; a share lies between 0 and 1": 100 * expected,
-            "the root of it: squared norms are compared": expected.sqrt(),
-            "rounded: leave that to whoever prints it": expected.round(decimals=4),
-        },
-        tolerance=2e-5,
-    )
-    wanted = spectrum.rank_of_energy(dW, held)
-    if isinstance(k, Tensor) and k.numel() == 1:
-        k = k.item()
-    if k != wanted or not isinstance(k, numbers.Integral) or isinstance(k, bool):
+        calls.append(int(k))
+        _demand_budget(calls, case)
+        return case.curve[k - 1]
+
+    return loss_at, calls
+
+
+def _demand_budget(calls: list[int], case: Search) -> None:
+    if len(calls) > BUDGET:
+        asked = ", ".join(map(str, calls[:4]))
         raise Wrong(
-            f"for dW {name}, held={held}: expected the rank {wanted}, got {k!r}. "
-            f"The energies are {_few(expected)}. Likely mistake: "
-            + _wrong_rank(k, wanted, expected, held)
+            f"{case}\nloss_at was called more than {BUDGET} times, for the ranks "
+            f"{asked}, … Likely mistake: one rank after the other is tried. If rank k "
+            "keeps the share, so does every larger one: each call can halve what is "
+            "left"
         )
 
 
-def _wrong_rank(k, wanted: int, energy: Tensor, held: float) -> str:
-    if isinstance(k, str) or k is None:
-        return f"a whole number is asked for, no {type(k).__name__}"
-    if k == wanted + 1 and energy[wanted - 1] == held:
-        return "at least `held`: a rank that holds exactly as much is enough"
-    if k == len(energy):
-        return "the full rank: count only as far as `held` is reached"
-    if k == int((energy >= held).sum()):
-        return "the ranks at or above `held` were counted, not those up to it"
-    if k == wanted - 1:
-        return "one too few: index 0 of the energies is rank 1"
-    if k == wanted + 1:
-        return "one too many: the first rank that holds enough counts"
-    if isinstance(k, float) and 0 < k < 1:
-        return "a share of the full rank; the rank itself is asked for"
-    if k == wanted:
-        return f"a whole number is asked for, no {type(k).__name__}: int(…)"
-    return "not the smallest rank whose energy is at least `held`"
+def _with_gain(answer, case: Search) -> str:
+    """The answer, and what it keeps if it is a rank."""
+    is_rank = isinstance(answer, numbers.Integral) and 1 <= answer <= case.full_rank
+    if not is_rank or case.losses["update"] >= case.losses["nothing"]:
+        return _in_a_line(repr(answer))
+    return f"{answer} ({_percent(case.kept(case.curve[answer - 1]))} of the gain)"
 
 
-def _few(values: Tensor) -> str:
-    shown = ", ".join(f"{value:.3f}" for value in values[:6])
-    return f"{shown}, …" if len(values) > 6 else shown
+def _percent(share: float) -> str:
+    return f"{100 * max(share, 0.0):.1f}".removesuffix(".0") + " %"
+
+
+def _wrong_search(got, wanted: int | None, case: Search) -> str:
+    if wanted is None:
+        return _should_be_void(case)
+    if got is None:
+        return _should_not_be_void(case)
+    if isinstance(got, bool) or not isinstance(got, numbers.Number):
+        return f"a rank is asked for, an int or None, no {type(got).__name__}"
+    if got == wanted:
+        return f"a whole number is asked for, no {type(got).__name__}"
+    for likely, answers in _other_searches(case).items():
+        if got in answers:
+            return likely
+    if got == case.full_rank:
+        return "the full rank: it keeps everything, but is it the smallest?"
+    if got > wanted and got & (got - 1) == 0:
+        return "only powers of two were tried; the answer may lie between two of them"
+    if abs(got - wanted) == 1:
+        return "one rank off: which end of the interval is known to keep the share?"
+    return "this is not the smallest rank that keeps the share of the gain"
+
+
+def _should_be_void(case: Search) -> str:
+    if case.losses["update"] >= case.losses["nothing"]:
+        return "the updates lower no loss, so there is no gain to keep: return None"
+    random, allowed = _percent(case.kept(case.losses["random"])), 1 - case.share
+    return (
+        f"the control fails, and was not asserted. Random updates keep {random} of the "
+        f"gain, and less than {_percent(allowed)} is allowed: return None"
+    )
+
+
+def _should_not_be_void(case: Search) -> str:
+    random, allowed = case.kept(case.losses["random"]), 1 - case.share
+    if random < 0 and abs(random) >= allowed:
+        return (
+            "random updates raise the loss here, so they keep nothing of the gain: "
+            "compare without abs(). Or `return` is missing"
+        )
+    return (
+        "`return` is missing, or a valid measurement was taken for void. The updates "
+        f"lower the loss, and random ones keep {_percent(random)} of that gain. Less "
+        f"than {_percent(allowed)} is allowed"
+    )
+
+
+def _other_searches(case: Search) -> dict[str, set[int]]:
+    """{likely mistake: the ranks that it leads to}"""
+    losses, share = case.losses, case.share
+    nothing, update = losses["nothing"], losses["update"]
+    rules = {
+        "at least `share`: a rank that keeps exactly as much is enough": lambda loss: (
+            case.kept(loss) > share
+        ),
+        "'everything' has trained embeddings and norms too. The projections' gain goes "
+        "from 'nothing' to 'update'": lambda loss: (
+            case.kept(loss, top="everything") >= share
+        ),
+        "the gain was counted from 'random'; the pretrained model is 'nothing'": (
+            lambda loss: case.kept(loss, bottom="random") >= share
+        ),
+        "a share of the pretrained loss was taken, not of the gain": (
+            lambda loss: loss <= (1 - share) * nothing
+        ),
+        "the loss was compared with that of the whole update, not the gain": (
+            lambda loss: loss <= update / share
+        ),
+        "share was ignored: 0.95 is only its default": lambda loss: (
+            case.kept(loss) >= 0.95
+        ),
+    }
+    return {
+        likely: {_first(rule, case), _halved(rule, case)} - {case.wanted}
+        for likely, rule in rules.items()
+    }
+
+
+def _first(rule: Callable[[float], bool], case: Search) -> int | None:
+    return next((k for k, loss in enumerate(case.curve, 1) if rule(loss)), None)
+
+
+def _halved(rule: Callable[[float], bool], case: Search) -> int:
+    return bisect_left(case.curve, True, hi=case.full_rank - 1, key=rule) + 1

@@ -1,13 +1,18 @@
 """What the exercises of notebook 09, paged optimizers, are compared with.
 
-The first compares with a list of when each page was last used, the second with torch's
-AdamW.
+The first check keeps a list of when each page was last used. The second counts the
+faults of an order under LRU, and compares them with the fewest that any order can have.
+The third compares with torch's AdamW, and the fourth with exact fractions.
 """
 
+import math
+import numbers
 import random
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from fractions import Fraction
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +133,111 @@ def _same_table(theirs, resident: set, slots: int, faults: int, where: str) -> N
 
 # 9.2 ----------------------------------------------------------------------------------
 
+SIZES = (  # pages, slots, optimizer steps: the telling ones first
+    *((8, 4, 3), (6, 2, 4), (5, 1, 3), (7, 6, 6), (9, 4, 1), (4, 4, 3), (3, 5, 4)),
+    *((1, 1, 3), (12, 5, 11), (16, 15, 8), (300, 40, 4)),
+)
+
+
+@judged
+def fewest_faults(my_order: Callable) -> None:
+    """9.2: my_order(pages, slots, steps) -> the pages in order, for each step."""
+    for pages, slots, steps in SIZES:
+        where = f"my_order(pages={pages}, slots={slots}, steps={steps})"
+        order = _as_lists(my_order(pages=pages, slots=slots, steps=steps), where)
+        _whole_steps(order, pages, steps, where)
+        faults = [_faults(slots, order[: step + 1]) for step in range(steps)]
+        fewest = pages + (steps - 1) * max(pages - slots, 0)
+        if faults[-1] != fewest:
+            raise Wrong(
+                f"faults of {where}\n  expected  {fewest}, the fewest\n"
+                f"  got       {faults[-1]}, by {_order_shown(order)}\n"
+                f"Likely mistake: {_why_so_many(order, slots)}"
+            )
+
+
+def _as_lists(order, where: str) -> list[list[int]]:
+    """The learner's order: any sequences of whole numbers."""
+    if not isinstance(order, Iterable) or isinstance(order, str | Mapping):
+        raise Wrong(
+            f"{where}\n  expected  a list of lists\n  got       {order!r}\nLikely "
+            "mistake: a list is needed, with the list of page numbers of each step"
+        )
+    steps = [*order]
+    rows = [
+        [*row] if isinstance(row, Iterable) and not isinstance(row, str) else row
+        for row in steps
+    ]
+    pages = [page for row in rows for page in (row if isinstance(row, list) else [row])]
+    whole = all(_is_whole(page) for page in pages)
+    if not whole or not all(isinstance(row, list) for row in rows):
+        raise Wrong(
+            f"{where}\n  expected  a list of lists of whole numbers\n"
+            f"  got       {_order_shown(rows)}\nLikely mistake: one list for each "
+            "optimizer step is needed, with the numbers of its pages"
+        )
+    return [[int(page) for page in row] for row in rows]
+
+
+def _is_whole(page) -> bool:
+    if isinstance(page, Tensor):
+        return page.numel() == 1 and not page.is_floating_point()
+    return isinstance(page, numbers.Integral) and not isinstance(page, bool)
+
+
+def _whole_steps(order: list[list[int]], pages: int, steps: int, where: str) -> None:
+    if len(order) != steps:
+        raise Wrong(
+            f"optimizer steps of {where}\n  expected  {steps}\n  got       "
+            f"{len(order)}\nLikely mistake: one list for each optimizer step is needed"
+        )
+    for step, row in enumerate(order, 1):
+        if sorted(row) != [*range(pages)]:
+            raise Wrong(
+                f"pages of optimizer step {step}, for {where}\n"
+                f"  expected  each of 0 to {pages - 1}, once\n"
+                f"  got       {_shown(row)}\nLikely mistake: AdamW updates every page "
+                "once in each optimizer step; only their order is free"
+            )
+
+
+def _faults(slots: int, order: Sequence[Sequence[int]]) -> int:
+    """Under LRU."""
+    resident, faults = OrderedDict(), 0  # the page used longest ago first
+    for page in (page for row in order for page in row):
+        faults += page not in resident
+        resident[page] = None
+        resident.move_to_end(page)
+        if len(resident) > slots:
+            resident.popitem(last=False)
+    return faults
+
+
+def _order_shown(order) -> str:
+    text = str(order[:3]) if isinstance(order, list) else repr(order)
+    return text if len(text) < 120 else f"{text[:117]}…"
+
+
+def _why_so_many(order: list[list[int]], slots: int) -> str:
+    """The first optimizer step that begins without its resident pages."""
+    if all(row == order[0] for row in order):
+        return (
+            "every optimizer step has the same order, so that LRU throws out each page "
+            "just before its next use"
+        )
+    for step, (before, row) in enumerate(pairwise(order), 2):
+        resident = set(before[-slots:])
+        if set(row[: len(resident)]) != resident:
+            first = sorted(resident)
+            return (
+                f"optimizer step {step} does not begin with the pages that step "
+                f"{step - 1} has left in the slots, {_shown(first)}"
+            )
+    return "a step must begin with the pages that the step before left in the slots"
+
+
+# 9.3 ----------------------------------------------------------------------------------
+
 
 class Store:
     """Slow memory: of each page m and v, a tensor (2, n). Counts the copies."""
@@ -207,7 +317,7 @@ WALKS = (
 
 @judged
 def paged_adamw(MyPager: type) -> None:
-    """9.2: MyPager(store): bring(page), update(p, g, t, …); AdamW's weights."""
+    """9.3: MyPager(store): bring(page), update(p, g, t, …); AdamW's weights."""
     for walk in WALKS:
         for _ in _updates(MyPager, walk, str(walk)):
             pass
@@ -415,3 +525,235 @@ def _same_after_a_change(MyPager: type) -> None:
         },
         tolerance=1e-4,
     )
+
+
+# 9.4 ----------------------------------------------------------------------------------
+
+A_TOKEN = "a token"
+
+
+@dataclass(frozen=True)
+class Bill:
+    """The arguments of my_plan."""
+
+    parts: dict[str, int]
+    a_token: int
+    budget: int
+    changes: dict[str, dict[str, float]]
+
+    def given(self) -> dict:
+        """As keyword arguments, fresh copies."""
+        changes = {name: dict(change) for name, change in self.changes.items()}
+        return dict(vars(self), parts=dict(self.parts), changes=changes)
+
+    def __str__(self):
+        text = (
+            f"parts={self.parts}, a_token={self.a_token}, budget={self.budget}, "
+            f"changes={self.changes}"
+        )
+        return text if len(text) < 300 else f"{text[:297]}…"
+
+
+def _tokens(
+    parts: Mapping,
+    a_token,
+    budget,
+    change: Mapping | None = None,
+    *,
+    whole=math.floor,
+    least=0,
+) -> int:
+    """Tokens that fit after a change, in exact fractions."""
+    change = change or {}
+    fixed = sum(
+        Fraction(size) * Fraction(change.get(p, 1)) for p, size in parts.items()
+    )
+    one = Fraction(a_token) * Fraction(change.get(A_TOKEN, 1))
+    return max(least, whole((budget - fixed) / one))
+
+
+def _plan(bill: Bill, tokens_of: Callable = _tokens, *, last=False, always=False):
+    """(tokens, best change, tokens with it), with a mistake at choice."""
+    now = tokens_of(bill.parts, bill.a_token, bill.budget)
+    best, most = None, -1 if always else now
+    for name, change in bill.changes.items():
+        longest = tokens_of(bill.parts, bill.a_token, bill.budget, change)
+        if longest > most or (last and longest == most > now):
+            best, most = name, longest
+    return (now, best, most) if best else (now, None, now)
+
+
+@judged
+def best_change(my_plan: Callable) -> None:
+    """9.4: my_plan(parts, a_token, budget, changes) -> (tokens, best, tokens then)."""
+    for bill in _bills():
+        given, expected = bill.given(), _plan(bill)
+        with unchanged(**given):
+            got = my_plan(**given)
+        _same_plan(got, expected, bill)
+
+
+def _same_plan(got, expected: tuple, bill: Bill) -> None:
+    where = f"my_plan({bill})"
+    if not isinstance(got, tuple | list) or len(got) != 3:
+        raise Wrong(
+            f"{where}\n  expected  {expected}\n  got       {got!r}\nLikely mistake: "
+            "three values are needed: tokens, the name of the best change, tokens then"
+        )
+    tokens, best, most = got
+    mistakes = _other_plans(bill)
+    whole = {text: plan for text, plan in mistakes.items() if _is_plan(got, plan)}
+    mistakes = whole | mistakes  # first those that explain all three values
+    named = {text: plan[0] for text, plan in mistakes.items()}
+    close(
+        tokens, expected[0], what=f"tokens now, for {where}", mistakes=named, kind=int
+    )
+    if best != expected[1] or type(best) is not type(expected[1]):
+        likely = [text for text, plan in mistakes.items() if plan[1] == best]
+        raise Wrong(
+            f"the best change, for {where}\n  expected  {expected[1]!r}, with "
+            f"{expected[2]:,} tokens\n  got       {best!r}"
+            + (f"\nLikely mistake: {likely[0]}" if likely else "")
+        )
+    named = {text: plan[2] for text, plan in mistakes.items()}
+    what = f"tokens with the best change, for {where}"
+    close(most, expected[2], what=what, mistakes=named, kind=int)
+
+
+def _is_plan(got, plan: tuple) -> bool:
+    """Whether the learner's three values are those of this mistake."""
+    kinds = isinstance(got[0], numbers.Number) and isinstance(got[2], numbers.Number)
+    return kinds and isinstance(got[1], str | None) and tuple(got) == plan
+
+
+def _other_plans(bill: Bill) -> dict[str, tuple]:
+    """{mistake: what it gives}, only those that differ from what is right."""
+    exact, count = _plan(bill), bill.parts
+
+    def frees(parts, a_token, budget, change=None):
+        longest = _tokens(parts, a_token, budget, change)
+        freed = sum(size * (1 - (change or {}).get(p, 1)) for p, size in parts.items())
+        return freed, longest
+
+    by_bytes = max(
+        bill.changes,
+        key=lambda name: frees(*_of(bill), bill.changes[name]),
+        default=None,
+    )
+    table = {
+        "the change that frees the most bytes was chosen: compare the tokens, since a "
+        "change can also make each token cheaper": (
+            exact[0],
+            by_bytes,
+            _tokens(*_of(bill), bill.changes.get(by_bytes)),
+        ),
+        "the bytes of one token did not change: 'a token' is a factor of a_token": (
+            _plan(bill, lambda p, a, b, c=None: _tokens(p, a, b, _only(c, p)))
+        ),
+        "only 'a token' changed: a change also multiplies the parts": (
+            _plan(bill, lambda p, a, b, c=None: _tokens(p, a, b, _only(c, [A_TOKEN])))
+        ),
+        "a factor was taken for what is saved: 0.25 leaves a quarter": (
+            _plan(bill, lambda p, a, b, c=None: _tokens(p, a, b, _turned(c)))
+        ),
+        "a token that fits in part was counted: round down": (
+            _plan(bill, lambda *args: _tokens(*args, whole=math.ceil))
+        ),
+        "the nearest whole number was taken: round down": (
+            _plan(bill, lambda *args: _tokens(*args, whole=round))
+        ),
+        "less than nothing fits: 0 is the least": (
+            _plan(bill, lambda *args: _tokens(*args, least=-math.inf))
+        ),
+        "of equal changes the last was chosen: the first is asked for": (
+            _plan(bill, last=True)
+        ),
+        "no change makes room for one token more, so the best is None": (
+            _plan(bill, always=True)
+        ),
+        "the changes were made one on top of the other: each is judged alone": (
+            _all_in_turn(bill)
+        ),
+        "the gain was returned: the tokens that fit then are asked for": (
+            *exact[:2],
+            exact[2] - exact[0],
+        ),
+    }
+    if len(count) > 1:
+        for name in (next(iter(count)), [*count][-1]):
+            fewer = {part: size for part, size in count.items() if part != name}
+            table[f"a part is missing from the sum, {name!r}"] = _plan(
+                replace(bill, parts=fewer)
+            )
+    return {text: plan for text, plan in table.items() if plan != exact}
+
+
+def _of(bill: Bill) -> tuple:
+    return bill.parts, bill.a_token, bill.budget
+
+
+def _only(change: Mapping | None, names: Iterable[str]) -> dict:
+    return {name: each for name, each in (change or {}).items() if name in names}
+
+
+def _turned(change: Mapping | None) -> dict:
+    turned = {name: 1 - Fraction(each) for name, each in (change or {}).items()}
+    return {name: each for name, each in turned.items() if each > 0 or name != A_TOKEN}
+
+
+def _all_in_turn(bill: Bill) -> tuple:
+    """As if each change were made on top of those before it."""
+    so_far, best, now = {}, None, _tokens(*_of(bill))
+    most = now
+    for name, change in bill.changes.items():
+        so_far = {
+            key: so_far.get(key, 1) * change.get(key, 1) for key in {**so_far, **change}
+        }
+        longest = _tokens(*_of(bill), so_far)
+        if longest > most:
+            best, most = name, longest
+    return now, best, most
+
+
+PARTS = {"weights": 30, "buffer": 2, "adapters": 4, "states": 8}
+
+
+def _bills() -> Iterator[Bill]:
+    """The telling ones first; factors are exact in binary, so that floor is."""
+    page, cheap = {"states": 0}, {A_TOKEN: 0.5}
+    rank = {"adapters": 0.25, "states": 0.25}
+    yield Bill(PARTS, 2, 60, {"half a token": cheap})  # 8, then 16
+    yield Bill(PARTS, 2, 61, {"rank": rank})  # 8, then 13
+    yield Bill(PARTS, 2, 60, {"page": page, "half a token": cheap})  # 8, then 12, 16
+    yield Bill(PARTS, 2, 48, {"page": page, "half a token": cheap})  # 2, then 6, 4
+    yield Bill(PARTS, 2, 49, {"half a token": cheap, "page": page})
+    yield Bill(PARTS, 2, 52, {"half": {"states": 0.5}, "none": {"adapters": 0}})  # ties
+    yield Bill(PARTS, 4, 47, {"rank": rank, "page": page, "wide": {"adapters": 2}})
+    yield Bill(PARTS, 3, 43, {"page": page, "rank": rank})  # nothing fits now
+    yield Bill(PARTS, 3, 20, {"page": page, "rank": rank, "cheap": cheap})  # nor then
+    yield Bill(PARTS, 2, 60, {"wide": {"adapters": 2}, "long": {A_TOKEN: 4}})
+    yield Bill(PARTS, 2, 60, {})
+    yield Bill(PARTS, 5, 58, {"a": {"buffer": 0.5}, "b": {"buffer": 0}})  # no gain: a
+    both = {"states": 0, A_TOKEN: 2}
+    yield Bill(PARTS, 2, 60, {"both": both, "first": cheap, "second": cheap})
+    yield Bill({"weights": 7}, 3, 27, {"x": {"weights": 0.5}, "y": {A_TOKEN: 0.75}})
+    yield Bill(
+        {"weights": 34_458_929_344, "states": 6_396_318_080, "adapters": 1_599_078_400},
+        1_756_696,
+        48_000_000_000,
+        {"page": page, "rank": rank, "half a token": cheap, "none": {}},
+    )
+    dice = random.Random(9)
+    for number in range(40):
+        names = [f"part {i}" for i in range(1 + number % 12)]
+        parts = {name: dice.randrange(1, 10**6) for name in names}
+        changes = {
+            f"change {i}": {
+                name: dice.choice((0, 0.25, 0.5, 0.75, 2))
+                for name in dice.sample(names, min(len(names), 2))
+            }
+            | dice.choice(({}, {}, {A_TOKEN: dice.choice((0.25, 0.5, 0.75, 1.5))}))
+            for i in range(dice.randrange(1, 14))
+        }
+        budget = int(sum(parts.values()) * dice.choice((0.7, 1.01, 1.5, 4)))
+        yield Bill(parts, dice.randrange(1, 3000), budget, changes)

@@ -1,13 +1,17 @@
 """What the exercises of notebook 12, prefix and prompt tuning, are compared with.
 
 A prompt is compared with methods/prompt.py in small models that are padded on either
-side, an attention head with the function that methods/prefix.py registers, and a count
-with the tensor that a model really gets.
+side, and an attention head with the function that methods/prefix.py registers. Which
+vectors stay is judged by what is demanded of them: every choice that meets it passes.
+
+The library_… functions are the library's own answers, for a lesson to go on with.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import itertools
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ...core.adapter import adapters
-from ...ledger.experiments import counting
 from ...methods import prefix, prompt
 from . import Wrong, close, judged, pulled, unchanged
 
@@ -106,6 +109,29 @@ def _random(config) -> nn.Module:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
     return model
+
+
+def library_prompt(model: nn.Module, P: Tensor, input_ids, attention_mask) -> Tensor:
+    """The logits (b, t, vocabulary) of the tokens after P, by methods/prompt.py.
+
+    P comes after the padding on the left of a row. Gradients reach it.
+
+    Args
+        P               (n, d_model)
+        input_ids       (b, t) int64
+        attention_mask  (b, t) int64: 0 at padding
+    """
+    b, n = len(input_ids), len(P)
+    E = model.get_input_embeddings()(input_ids)
+    pads = prompt.left_padding(attention_mask, b, E.device)
+    ones = attention_mask.new_ones(b, n)
+    wide = prompt.insert_after_padding(pads, ones, attention_mask)
+    out = model(
+        inputs_embeds=prompt.insert_after_padding(pads, P.expand(b, -1, -1), E),
+        attention_mask=wide,
+        position_ids=(wide.cumsum(1) - 1).clamp(min=0),
+    )
+    return prompt.drop_prompt(pads, n, (out.logits,))[0]
 
 
 @judged
@@ -394,6 +420,11 @@ def attended(head: Head) -> Tensor:
     return out[0, :, 0]
 
 
+def library_attention(q: Tensor, K: Tensor, V: Tensor, P_K, P_V) -> Tensor:
+    """(t, d): one causal head with a prefix, by methods/prefix.py."""
+    return attended(Head(q, K, V, P_K, P_V))
+
+
 NAMES = ("q", "K", "V", "P_K", "P_V")
 
 
@@ -554,196 +585,356 @@ def _wrong_heads(head: Head) -> dict[str, Tensor]:
     }
 
 
+# 12.3 ---------------------------------------------------------------------------------
+
+
+def library_split(q: Tensor, K: Tensor, P_K: Tensor) -> tuple[Tensor, Tensor]:
+    """(share (t,), among (t, t)): a prefix's share, and attention among the tokens."""
+    weights, n = library_weights(q, K, P_K), len(P_K)
+    share, own = weights[:, :n].sum(1), weights[:, n:]
+    return share, own / own.sum(1, keepdim=True)
+
+
+def library_weights(q: Tensor, K: Tensor, P_K: Tensor) -> Tensor:
+    """(t, n + t): the attention weights of a head, those of the prefix first.
+
+    By methods/prefix.py, which returns no weights: with a one as the value of one
+    position, and zeros for all others, its output is that position's weight.
+    """
+    (t, d), n = q.shape, len(P_K)
+    values = F.pad(torch.eye(n + t, dtype=q.dtype), (0, -(n + t) % d))
+    parts = values.split(d, dim=1)  # as many columns as a value has
+    columns = [attended(Head(q, K, part[n:], P_K, part[:n])) for part in parts]
+    return torch.cat(columns, dim=1)[:, : n + t]
+
+
 @judged
-def prefix_share(my_share: Callable) -> None:
-    """12.3: my_share(q, K, P_K): of each token's attention, what the prefix gets."""
+def attention_split(my_split: Callable) -> None:
+    """12.3: my_split(q, K, P_K): the prefix's share, and attention among tokens."""
     got = None
-    for head in [*heads(), *extreme_heads()]:
+    for head in moderate_heads():
         before = got
         q, K, P_K = head.q.clone(), head.K.clone(), head.P_K.clone()
         with unchanged(q=q, K=K, P_K=P_K, **{BEFORE: before}):
-            got = my_share(q, K, P_K)
-        # With ones for the prefix's values and zeros for the tokens', attention
-        # returns the share itself.
-        ones, zeros = torch.ones_like(head.P_V), torch.zeros_like(head.V)
-        expected = attended(Head(head.q, head.K, zeros, head.P_K, ones))[:, 0]
-        _demand_one_each(got, expected, head)
-        close(
-            got,
-            expected,
-            what=f"the prefix's share for each token, for {head}",
-            mistakes={KEPT: before} | _wrong_shares(head),
-            tolerance=1e-4 if head.loud else 1e-5,
-        )
+            got = my_split(q, K, P_K)
+        expected = library_split(head.q, head.K, head.P_K)
+        mistakes = {KEPT: before} | _wrong_splits(head)
+        _demand_two(got, expected, mistakes, head)
+        got = tuple(got)
+        for which, what in enumerate(SPLIT):
+            close(
+                got[which],
+                expected[which],
+                what=f"{what}, for {head}",
+                mistakes={
+                    text: pair[which]
+                    for text, pair in mistakes.items()
+                    if pair is not None and pair[which] is not None
+                },
+                tolerance=1e-4,
+                kind=torch.float32,
+            )
 
 
-def _demand_one_each(got, expected: Tensor, head: Head) -> None:
-    if not isinstance(got, Tensor) or got.shape == expected.shape:
-        return
+def moderate_heads() -> Iterator[Head]:
+    """Heads whose shares stay below 0.99, so that 1 - share keeps its digits."""
+    draw = torch.Generator().manual_seed(13)
+    q, K, V, P_K, P_V = (torch.randn(4, 6, generator=draw) for _ in range(5))
+    for head in [*heads(), Head(q, K, V, P_K[:2], P_V[:2])]:
+        if _share(head).max() < 0.99:
+            yield head
+    yield Head(q, 0 * K, V, 0 * P_K, P_V)  # scores of zero
+
+
+def _share(head: Head) -> Tensor:
+    return library_split(head.q, head.K, head.P_K)[0]
+
+
+SPLIT = ("share, the prefix's share of each query", "among, attention among tokens")
+
+
+def _demand_two(got, expected: tuple, mistakes: dict, head: Head) -> None:
+    """Wrong where it is no pair, or a part has another shape."""
+    if isinstance(got, Tensor) or not isinstance(got, tuple | list) or len(got) != 2:
+        close(got, expected, what=f"(share, among), for {head}", mistakes=mistakes)
+        raise Wrong(f"for {head}: two tensors are asked for, (share, among)")
     (t, _), n = head.q.shape, len(head.P_K)
+    if isinstance(got[0], Tensor) and got[0].shape == (t, t) != (t,):
+        raise Wrong(
+            f"for {head}: the first value has shape {(t, t)}. Likely mistake: share "
+            "and among are swapped"
+        )
     likely = {
         (t, n): "a share for each of the n positions: add them up",
         (t, 1): "a column: sum(-1) without keepdim",
-        (t, n + t): "the weights of all positions: add up the first n",
-    }.get(tuple(got.shape), "one share for each of the t tokens is asked for")
-    raise Wrong(
-        f"for {head}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}. "
-        f"Likely mistake: {likely}"
-    )
+        (t, n + t): "the columns of the prefix are still there: cut off the first n",
+    }
+    for value, right, what in zip(got, expected, SPLIT, strict=True):
+        if isinstance(value, Tensor) and value.shape != right.shape:
+            shape = tuple(value.shape)
+            raise Wrong(
+                f"{what}, for {head}: expected shape {tuple(right.shape)}, got {shape}."
+                f" Likely mistake: {likely.get(shape, 'another sum or another slice')}"
+            )
 
 
-def _wrong_shares(head: Head) -> dict[str, Tensor]:
+def _wrong_splits(head: Head) -> dict[str, tuple]:
+    """{mistake: (share, among)}; None where the mistake concerns the other alone."""
     q, K, P_K = head.q, head.K, head.P_K
     (t, d), n = q.shape, len(P_K)
-    keys, seen = torch.cat([P_K, K]), _seen(t, n)
-    scores = q @ keys.T / d**0.5
-    right = _softmax(scores, seen)[:, :n].sum(-1)
-    masses = scores.exp() * seen
-    linear = scores * seen
-    shifted = (scores - scores.amax(1, keepdim=True)).exp() * seen
-    counts = torch.arange(1.0, t + 1)
+    scores, seen = q @ torch.cat([P_K, K]).T / d**0.5, _seen(t, n)
+
+    def split(weights: Tensor) -> tuple[Tensor, Tensor]:
+        own = weights[:, n:]
+        return weights[:, :n].sum(-1), own / own.sum(-1, keepdim=True)
+
+    weights = _softmax(scores, seen)
+    share, among = split(weights)
+    ranks = torch.arange(1.0, t + 1)
+    last = weights[:, -n:].sum(-1), weights[:, :t]
     return {
-        "the tokens' share: 1 minus what is asked for": 1 - right,
-        "no scale: the scores are divided by sqrt(d)": _softmax(q @ keys.T, seen)[
-            :, :n
-        ].sum(-1),
-        "divided by d: the scores are divided by sqrt(d)": _softmax(
-            scores / d**0.5, seen
-        )[:, :n].sum(-1),
-        "no causal mask: later tokens count": _softmax(scores)[:, :n].sum(-1),
-        "the prefix is under the causal mask: every token sees all n": _softmax(
-            scores, torch.ones_like(seen).tril()
-        )[:, :n].sum(-1),
-        "the number of positions, not their weight": n / (n + counts),
-        "the number of positions, later tokens included": torch.full((t,), n / (n + t)),
-        "the mean over the n positions: their sum": right / n,
-        "the largest of the n positions alone: their sum": (
-            _softmax(scores, seen)[:, :n].amax(-1)
+        "among is not divided by its own sum: each row must add up to 1": (
+            None,
+            weights[:, n:],
         ),
-        "the last n columns: the prefix stands in front": (
-            _softmax(scores, seen)[:, -n:].sum(-1)
+        "the tokens' share: 1 minus what is asked for": (1 - share, None),
+        "divided by share: the tokens' sum is 1 - share": (
+            None,
+            weights[:, n:] / share[:, None],
         ),
-        "divided by sqrt(t): d is the size of the head": (
-            _softmax(q @ keys.T / t**0.5, seen)[:, :n].sum(-1)
+        "multiplied by 1 - share: the weights are divided by it": (
+            None,
+            weights[:, n:] * (1 - share)[:, None],
         ),
-        "scores of zero were masked: a score may be zero": (
-            _softmax(scores, seen & (scores != 0))[:, :n].sum(-1)
+        "no scale: the scores are divided by sqrt(d)": split(
+            _softmax(scores * d**0.5, seen)
         ),
-        "the first of the n positions alone": _softmax(scores, seen)[:, 0],
-        "the ratio of the prefix to the tokens: divide by both": masses[:, :n].sum(-1)
-        / masses[:, n:].sum(-1),
-        "the mass of the prefix, not divided by the whole": masses[:, :n].sum(-1),
-        "a bare exponential of large scores: torch.softmax takes the largest off": (
-            masses[:, :n].sum(-1) / masses.sum(-1)
-        ).nan_to_num(0.0),
-        "the largest score was taken off, but of what the token does not see": (
-            shifted[:, :n].sum(-1) / shifted.sum(-1)
-        ).nan_to_num(0.0),
-        "scores were added up, not their exponentials": linear[:, :n].sum(-1)
-        / linear.sum(-1),
-        "the mean over all tokens: one share for each": right.mean().expand(t),
-        "the last token's share for all": right[-1].expand(t),
+        "divided by d: the scores are divided by sqrt(d)": split(
+            _softmax(scores / d**0.5, seen)
+        ),
+        "no causal mask: tokens see later tokens": split(_softmax(scores)),
+        "the prefix is under the causal mask: every token sees all n": split(
+            _softmax(scores, torch.ones_like(seen).tril())
+        ),
+        "the last n columns: the prefix comes first": last,
+        "the mean over the n positions: their sum": (share / n, None),
+        "the number of positions, not their weight": (n / (n + ranks), None),
+        "the ratio of the prefix to the tokens: divide by both": (
+            share / (1 - share),
+            None,
+        ),
+        "the softmax goes over the queries: dim=-1": split(
+            scores.masked_fill(~seen, float("-inf")).softmax(0)
+        ),
+        "divided by the sum of a column: each row must add up to 1": (
+            None,
+            weights[:, n:] / weights[:, n:].sum(0),
+        ),
+        "the mean over all queries: one share for each": (
+            share.mean().expand(t),
+            None,
+        ),
+        "among is transposed: rows are queries": (None, among.T),
     }
 
 
 # 12.4 ---------------------------------------------------------------------------------
 
-SHAPES = (  # layers, query heads, key-value heads, head size, hidden size, n
-    (3, 6, 2, 4, 42, 5),  # grouped queries, and heads that do not add up to the width
-    (2, 4, 4, 8, 32, 16),
-    (1, 6, 3, 4, 24, 1),
-    (14, 8, 1, 16, 96, 100),  # one head for all queries
-    (2, 4, 4, 8, 32, 3),  # as the second, with another n
-    (14, 8, 4, 16, 96, 100),
-    (40, 8, 7, 1022, 8176, 4093),  # more than float32 counts
-)
+
+@dataclass
+class Losses:
+    """A loss of the vectors that are kept, which counts its calls.
+
+        loss = base + costs of what is gone + extras of groups that are gone together
+
+    Args
+        name    what is special about it: told where an answer fails
+        n       vectors
+        costs   of each one's removal, nats
+        groups  {vectors: nats more where all of them are gone}
+        most    nats that may be added
+    """
+
+    name: str
+    n: int
+    costs: Sequence[float]
+    groups: dict[tuple[int, ...], float] = field(default_factory=dict)
+    most: float = 0.25
+    base: float = 1.0
+    calls: int = 0
+
+    @property
+    def allowed(self) -> int:
+        return self.n * (self.n + 1)
+
+    @property
+    def limit(self) -> float:
+        return self.of(range(self.n)) + self.most
+
+    def of(self, keep) -> float:
+        gone = set(range(self.n)) - set(keep)
+        extra = sum(more for group, more in self.groups.items() if gone >= set(group))
+        return self.base + sum(self.costs[i] for i in gone) + extra
+
+    def __call__(self, keep) -> float:
+        """What the learner's code calls; Wrong for a list that is no choice."""
+        self.calls += 1
+        if self.calls > self.allowed:
+            raise Wrong(
+                f"with n={self.n}, loss was called more than {self.allowed} times. "
+                "Likely mistake: all subsets are tried; remove one vector at a time"
+            )
+        chosen = _whole_list(keep, "loss was called with", self.n)
+        if not chosen:
+            raise Wrong(
+                f"with n={self.n}, loss was called with an empty list. Likely mistake: "
+                "the last vector was removed too; at least one stays"
+            )
+        return self.of(chosen)
+
+    def __str__(self):
+        return f"{self.name} (n={self.n}, most={self.most:g})"
+
+
+def losses() -> Iterator[Losses]:
+    """Cases with exact binary fractions, so that limits are met exactly."""
+    yield Losses("vectors whose costs add up", 4, (0.125, 0.5, 0.0625, 1.0))
+    yield Losses("two vectors that do the same work", 3, (0, 0, 1.0), {(0, 1): 2.0})
+    yield Losses("costs that are small one by one", 6, (0.125,) * 6)
+    yield Losses("a removal that costs exactly `most`", 3, (0.25, 0.5, 0.5))
+    yield Losses("one vector", 1, (0.0,))
+    yield Losses("no vector that can go", 3, (0.5, 1.0, 0.75))
+    yield Losses("vectors without any effect", 12, (0.0,) * 12)
+    yield Losses("most = 0", 4, (0.0, 0.125, 0.0, 0.5), {(0, 2): 0.25}, most=0.0)
+    # Vector 0 disturbs: with vector 2 gone too, it can go as well.
+    yield Losses(
+        "a vector that can go only after another", 3, (0.5, 1.0, 0.125), {(0, 2): -0.5}
+    )
+    yield Losses("a vector that does harm", 4, (0.25, -0.5, 0.25, 0.75), most=0.125)
+    yield Losses(
+        "a pair among many", 9, (0.0, 1, 1, 0.0625, 1, 1, 0, 1, 1), {(0, 6): 1.0}
+    )
+    yield Losses("a larger loss", 4, (2.0, 8.0, 1.0, 4.0), most=3.0, base=64.0)
+    yield Losses("many vectors", 16, [(15 - i) / 64 for i in range(16)], most=0.5)
+    yield Losses("small vectors at the end", 5, (1.0, 1.0, 0.5, 0.125, 0.0625))
+
+
+def library_keep(loss: Callable, n: int, most: float) -> list[int]:
+    """Remove the cheapest vector, again and again, while the loss stays in the limit.
+
+    Args     as of the exercise: loss(keep) -> nats, n vectors, `most` nats more
+    Returns  the indices of the vectors that stay, rising
+    """
+    keep, limit = list(range(n)), loss(list(range(n))) + most
+    while len(keep) > 1:
+        trials = [[j for j in keep if j != i] for i in keep]
+        lowest = [loss(trial) for trial in trials]
+        if min(lowest) > limit:
+            break
+        keep = trials[lowest.index(min(lowest))]
+    return keep
 
 
 @judged
-def soft_counts(my_counts: Callable) -> None:
-    """12.4: my_counts(config, n): (parameters of a prefix, parameters of a prompt)."""
-    for layers, heads, kv_heads, size, hidden, n in SHAPES:
-        config = LlamaConfig(
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=size,
-            hidden_size=hidden,
-            intermediate_size=8,
-            max_position_embeddings=8192,
-            **TOKENS,
+def kept_vectors(my_keep: Callable) -> None:
+    """12.4: my_keep(loss, n, most): the vectors of a soft prompt that stay."""
+    for case in losses():
+        got = my_keep(case, case.n, case.most)
+        _judge_choice(got, case)
+    again = Losses("the first costs in another order", 4, (1.0, 0.0625, 0.5, 0.125))
+    strict = replace(again, most=0.0)
+    _judge_choice(my_keep(again, again.n, again.most), again)
+    _judge_choice(my_keep(loss=strict, n=strict.n, most=strict.most), strict)
+
+
+def _judge_choice(got, case: Losses) -> None:
+    got = _whole_list(got, f"for {case}, my_keep returned", case.n)
+    if not got:
+        raise Wrong(
+            f"for {case}: no vector is left. Likely mistake: at least one stays, even "
+            "where all of them could go"
         )
-        with torch.device("meta"):
-            trunk = AutoModelForCausalLM.from_config(config).model
-            counted = [
-                soft(trunk, config, n).P.numel() for soft in counting.SOFT.values()
-            ]
-        before = config.to_dict()
-        got = my_counts(config, n)
-        if config.to_dict() != before:
+    loss, limit = case.of(got), case.limit
+    if loss > limit:
+        raise Wrong(
+            f"for {case}: with {got} the loss is {loss:g}; at most {limit:g} is "
+            f"allowed. Likely mistake: {_too_few(got, case)}"
+        )
+    for i in got if len(got) > 1 else ():
+        rest = [j for j in got if j != i]
+        if case.of(rest) <= limit:
             raise Wrong(
-                "the configuration was changed; it belongs to the caller. Likely "
-                "mistake: config.… = …; give the number a name of its own"
+                f"for {case}: {got} stay, but vector {i} could go too: the loss would "
+                f"be {case.of(rest):g}, and {limit:g} is allowed. Likely mistake: "
+                f"{_too_many(got, rest, case)}"
             )
-        shape = (
-            f"{layers} layers, {heads} heads of size {size}, {kv_heads} of them with "
-            f"keys and values, hidden size {hidden}"
-        )
-        close(
-            got,
-            tuple(counted),
-            what=f"(prefix, prompt) for n={n} on {shape}",
-            mistakes=_wrong_counts(config, n, *counted),
-            tolerance=0.0,
-            kind=int,
-        )
 
 
-def _wrong_counts(config, n: int, prefix: int, prompt: int) -> dict[str, tuple]:
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    kv_heads, size, d = config.num_key_value_heads, config.head_dim, config.hidden_size
-    narrow = d // heads
-    return {
-        "a prefix has keys and values: times 2": (prefix // 2, prompt // 2),
-        "every head was counted: only key-value heads have keys": (
-            n * 2 * layers * heads * size,
-            n * heads * size,
-        ),
-        "the hidden size was taken for h_kv d": (n * 2 * layers * d, None),
-        "the size of a head is config.head_dim, not hidden size / heads": (
-            n * 2 * layers * kv_heads * narrow,
-            n * heads * narrow,
-        ),
-        "the layers are forgotten: a prefix stands in each": (
-            n * 2 * kv_heads * size,
-            n * 2 * d,
-        ),
-        "a prompt stands at the input alone, not in every layer": (
-            n * 2 * layers,
-            n * layers * d,
-        ),
-        "one layer too many: the layers alone have keys": (
-            prefix + n * 2 * kv_heads * size,
-            None,
-        ),
-        "heads over key-value heads: h_kv itself is meant": (
-            n * 2 * layers * (heads // kv_heads) * size,
-            None,
-        ),
-        "the width of the MLP: a prompt has that of the embeddings": (
-            None,
-            n * config.intermediate_size,
-        ),
-        "n is forgotten": (2 * layers * kv_heads * size, d),
-        "prefix and prompt are swapped": (prompt, prefix),
-        "one head's keys were counted: times h_kv": (n * 2 * layers * size, n * size),
-        "the whole vocabulary was counted": (
-            n * config.vocab_size,
-            config.vocab_size * d,
-        ),
-        "bytes; parameters are asked for": (4 * prefix, 4 * prompt),
-        "a prompt has the width of the keys: it has that of the embeddings": (
-            prefix + prompt,
-            n * kv_heads * size,
-        ),
-    }
+def _whole_list(value, what: str, n: int) -> list[int]:
+    """The list of rising indices below n; Wrong where it is none."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None:
+        raise Wrong(f"{what} None. Likely mistake: `return` is missing")
+    if not isinstance(value, list | tuple | range):
+        raise Wrong(
+            f"{what} a {type(value).__name__}; a list of int is needed. Likely "
+            "mistake: wrap it in sorted(…) or list(…)"
+        )
+    if not all(isinstance(i, numbers.Integral) for i in value) or any(
+        isinstance(i, bool) for i in value
+    ):
+        raise Wrong(
+            f"{what} {_short(value)}; a list of int is needed. Likely mistake: "
+            "True and False, floats or vectors in the place of indices"
+        )
+    if any(not 0 <= i < n for i in value) or any(
+        a >= b for a, b in itertools.pairwise(value)
+    ):
+        raise Wrong(
+            f"{what} {_short(value)}; indices from 0 to {n - 1} in rising order are "
+            "needed, each once, since the vectors keep their order. Likely mistake: "
+            "an index of the shortened list in the place of one of the whole prompt"
+        )
+    return list(value)
+
+
+def _short(value) -> str:
+    text = str(list(value))
+    return text if len(text) < 60 else f"{text[:56]} …]"
+
+
+def _too_few(got: list[int], case: Losses) -> str:
+    """Why a choice exceeds the limit."""
+    every = range(case.n)
+    alone = {i: case.of([j for j in every if j != i]) for i in every}
+    if got == [i for i in every if alone[i] > case.limit] or (
+        case.n > 1 and got == [i for i in every if alone[i] >= case.limit]
+    ):
+        return (
+            "every vector that can go alone was removed. Two that do the same work can "
+            "each go, not both: measure again after each removal"
+        )
+    gone = [i for i in every if i not in got]
+    if all(alone[i] <= case.limit for i in gone):
+        return (
+            "the loss was compared with the one before; compare with the loss of all "
+            "n vectors, or small losses add up"
+        )
+    if gone and case.of(gone) <= case.limit:
+        return "the vectors that go were returned, in the place of those that stay"
+    return "one removal too many; the limit is the loss of all n vectors, plus most"
+
+
+def _too_many(got: list[int], rest: list[int], case: Losses) -> str:
+    """Why a choice stops too early."""
+    if len(got) == case.n:
+        if case.of(rest) == case.limit:
+            return "`<` for `<=`: exactly `most` is allowed"
+        return "nothing was removed, or the removal of one vector alone was tried"
+    if case.of(rest) == case.limit:
+        return "`<` for `<=`: exactly `most` is allowed; or one removal too few"
+    return (
+        "the search ended too early. After each removal, try all that are left again: "
+        "a vector that had to stay at first may go now"
+    )

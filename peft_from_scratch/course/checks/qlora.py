@@ -1,13 +1,15 @@
 """What the exercises of notebook 08, QLoRA, are compared with.
 
-All compare with nf4/ and methods/qlora.py, on random weights.
+The first compares with nf4/ on random weights. The last accepts every threshold at
+which about half of an update is kept, however it was found.
 """
 
 import gc
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +70,7 @@ class Case:
 
     @property
     def of_q(self) -> list[Tensor]:
-        """All tensors of q."""
-        absmax = self.q.absmax
-        constants = [absmax] if isinstance(absmax, Tensor) else vars(absmax).values()
-        return [self.q.packed, *(t for t in constants if isinstance(t, Tensor))]
+        return tensors(self.q)
 
     def h(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return x @ self.W.T + self.scale * (x @ A.T @ B.T)
@@ -79,6 +78,13 @@ class Case:
     def __str__(self):
         (d_out, d_in), r = self.W0.shape, len(self.A)
         return f"d_in={d_in}, d_out={d_out}, r={r}, scale={self.scale}"
+
+
+def tensors(q: Quantized) -> list[Tensor]:
+    """All tensors of q."""
+    absmax = q.absmax
+    constants = [absmax] if isinstance(absmax, Tensor) else vars(absmax).values()
+    return [q.packed, *(t for t in constants if isinstance(t, Tensor))]
 
 
 def cases(rows: tuple[Sizes, ...] = CASES, seed: int = 8) -> Iterator[Case]:
@@ -325,185 +331,276 @@ def _storage(tensor: Tensor) -> int:
 
 # 8.2 ----------------------------------------------------------------------------------
 
+SHAPES = ((6, 6), (5, 9), (1, 12), (40, 24))
+SIZES = (1.0, 1e-4, 300.0)  # of the update
+KEEPS = (0.3, -0.4, 1.7)  # of the update, besides noise
+
 
 @judged
-def loftq_start(my_start: Callable) -> None:
-    """8.2: my_start(W0, q, r, scale): scale B A is the best rank r of W0 - W'."""
-    for first, second in pairs_of_cases():
-        for r in (len(first.A) + 1, min(12, *first.W0.shape)):
-            product = _judge_start(my_start, first, r, None)
-            _judge_start(my_start, second, r, product)
-    (small,) = cases((Sizes(6, 20, 2, 0.5),))
-    for r in (1, 6):  # one piece, and all of them
-        _judge_start(my_start, small, r, None)
-    U, _, Vt = torch.linalg.svd(small.W0, full_matrices=False)
-    steep = small.W + U * 0.4 ** torch.arange(6.0) @ Vt  # little is left at the end
-    _judge_start(my_start, replace(small, W0=steep), 6, None)
-
-
-def _judge_start(my_start, case: Case, r: int, before) -> Tensor:
-    with unchanged(W0=case.W0, q=case.of_q):
-        answer = my_start(case.W0, case.q, r, case.scale)
-    sizes = f"{tuple(case.W0.shape)}, r={r}, scale={case.scale}"
-    A, B = _pair(answer, case.W0.shape, r, sizes)
-    product = case.scale * (B @ A)
-    close(
-        product,
-        _best(case.W0 - case.W, r),
-        what=f"scale · B A, for W0 of {sizes}",
-        mistakes={KEPT: before} | _wrong_starts(case, r),
-        tolerance=1e-4,
-    )
-    return product
-
-
-def _pair(answer, shape, r: int, sizes: str) -> tuple[Tensor, Tensor]:
-    """A and B, detached, in double precision; Wrong where they are something else."""
-    if not (isinstance(answer, tuple | list) and len(answer) == 2):
-        raise Wrong(
-            f"for W0 of {sizes}: expected two tensors, A and B, in this order; got "
-            f"{type(answer).__name__}. Likely mistake: `return A, B` is missing"
+def share_kept(my_kept: Callable) -> None:
+    """8.2: my_kept(before, after, update): <after - before, update> / ‖update‖²."""
+    returned = None
+    for row in product(SHAPES, SIZES, KEEPS):
+        before, after, update = _merge(*row)
+        earlier = returned
+        with unchanged(before=before, after=after, update=update):
+            returned = my_kept(before, after, update)
+        close(
+            returned,
+            _share(before, after, update),
+            what=f"the share kept, for weights of shape {row[0]}",
+            mistakes={KEPT: earlier} | _wrong_shares(before, after, update),
+            tolerance=1e-3,
         )
-    for name, each in zip("AB", answer, strict=True):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            kind = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            raise Wrong(
-                f"for W0 of {sizes}: {name} should be a tensor of real numbers, and is "
-                f"{kind}. Likely mistake: .numpy(), .tolist() or another dtype"
-            )
-    wanted = [(r, shape[1]), (shape[0], r)]
-    shapes = [tuple(each.shape) for each in answer]
-    if shapes == wanted:
-        return answer[0].detach().double(), answer[1].detach().double()
-    likely = "another size was used: A reads x, B writes h, r lies between"
-    if shapes == wanted[::-1]:
-        likely = "`return B, A`"
-    elif shapes == [side[::-1] for side in wanted]:
-        likely = "both are transposed"
-    elif [s[i] for s, i in zip(shapes, (0, 1), strict=True) if len(s) == 2] != [r, r]:
-        likely = "not r pieces were kept: U[:, :r], s[:r], Vt[:r]"
-    raise Wrong(
-        f"for W0 of {sizes}: A and B should have the shapes {wanted}, and have "
-        f"{shapes}. Likely mistake: {likely}"
-    )
+    W, update = torch.zeros(2, 2), torch.eye(2)
+    close(my_kept(W, W, update), 0.0, what="the share kept, where nothing changed")
+    close(my_kept(W, update, update), 1.0, what="the share kept, where all of it is")
 
 
-def _best(D: Tensor, r: int) -> Tensor:
-    """The best approximation of rank r."""
-    U, s, Vt = torch.linalg.svd(D, full_matrices=False)
-    return U[:, :r] * s[:r] @ Vt[:r]
+def _merge(shape, size: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(before, after, update): a share of the update is in `after`, and noise."""
+    before, update = 3 * size * torch.randn(shape), size * torch.randn(shape)
+    return before, before + share * update + 0.5 * size * torch.randn(shape), update
 
 
-def _wrong_starts(case: Case, r: int) -> dict[str, Tensor]:
-    D, scale = case.W0 - case.W, case.scale
-    right = _best(D, r)
-    U, s, Vt = torch.linalg.svd(D, full_matrices=False)
-    again = dequantize(quantize(case.W0))
+def _share(before: Tensor, after: Tensor, update: Tensor) -> float:
+    before, after, update = (each.double() for each in (before, after, update))
+    return (((after - before) * update).sum() / update.square().sum()).item()
+
+
+def _wrong_shares(before: Tensor, after: Tensor, update: Tensor) -> dict[str, float]:
+    change = after - before
+    inner, whole, size = (change * update).sum(), update.square().sum(), change.norm()
     wrong = {
-        "the wrong sign: W0 - W', not W' - W0": -right,
-        "the scale is forgotten: divide the pieces by it": scale * right,
-        "divided by the scale in A and in B: once is enough": right / scale,
-        "the SVD of W0, not of what quantizing took from it": _best(case.W0, r),
-        "the SVD of W', not of W0 - W'": _best(case.W, r),
-        "the singular values are missing": U[:, :r] @ Vt[:r],
-        "the singular values are there twice: their roots in A and B, or all in one": (
-            U[:, :r] * s[:r] ** 2 @ Vt[:r]
-        ),
-        "their roots are in one of the two alone": U[:, :r] * s[:r].sqrt() @ Vt[:r],
-        "the smallest pieces were kept, not the largest": (
-            U[:, -r:] * s[-r:] @ Vt[-r:]
-        ),
-        "one piece too few": _best(D, r - 1),
-        "the means of the columns were taken off; D is W0 - W' itself": _best(
-            D - D.mean(0), r
-        ),
-        "the codes were made again from W0 - s B A: one round is asked for": _best(
-            case.W0 - dequantize(quantize(case.W0 - right)), r
-        ),
-        "B A is zero: that is LoRA's own start": torch.zeros_like(D),
-        "W' was made again from W0: dequantize the codes that you are given": _best(
-            case.W0 - again, r
-        ),
+        "`before` is not taken off": (after * update).sum() / whole,
+        "`after` is left out": (before * update).sum() / whole,
+        "before - after: the wrong sign": -inner / whole,
+        "divided by ‖update‖: by its square": inner / whole.sqrt(),
+        "divided by the norm of the change": inner / size**2,
+        "a cosine: both norms are in it, in the place of ‖update‖²": inner
+        / (size * whole.sqrt()),
+        "‖after - before‖ / ‖update‖ counts rounding noise, too: take the scalar "
+        "product with the update": size / whole.sqrt(),
+        "a ratio of squared norms counts rounding noise, too: take the scalar product "
+        "with the update": size**2 / whole,
+        "‖after - (before + update)‖ / ‖update‖ is the error, not the share": (
+            change - update
+        ).norm()
+        / whole.sqrt(),
+        "not divided by ‖update‖²": inner,
+        "percent: a share of 1 is all of it": 100 * inner / whole,
+        "the mean of the ratios, entry by entry": (change / update).mean(),
     }
-    return {text: value for text, value in wrong.items() if not value.equal(right)}
+    return {text: value.item() for text, value in wrong.items()}
 
 
 # 8.3 ----------------------------------------------------------------------------------
 
+ENOUGH = (0.4, 0.6)  # shares kept at a threshold that is right
+SAME = "the same t as for the weight before: it depends on q, on A and on B"
+CLEARLY = (0.47, 0.53)  # values that another search for one half ends at
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Codes, and the direction of an update."""
+
+    name: str
+    q: Quantized
+    A: Tensor
+    B: Tensor
+
+    def update(self, t: float) -> Tensor:
+        """t ‖W'‖ B A / ‖B A‖, in double precision: (d_out, d_in)."""
+        W, BA = self.W.double(), self.B.double() @ self.A.double()
+        return t * W.norm() * BA / BA.norm()
+
+    @property
+    def W(self) -> Tensor:  # W'
+        return dequantize(self.q)
+
+    def requantized(self, t: float) -> Tensor:
+        return dequantize(quantize((self.W + self.update(t)).float()))
+
+    def kept(self, t: float) -> float:
+        return _share(self.W, self.requantized(t), self.update(t))
+
+
+def directions() -> Iterator[Direction]:
+    """Weights and updates whose thresholds lie between 0.01 and 0.07.
+
+    The second, third and fourth differ from the first in one argument each.
+    """
+    W, A, B = torch.randn(128, 192), torch.randn(4, 192), torch.randn(128, 4)
+    q = quantize(W)
+    few_columns, few_rows = A * (torch.arange(192) < 6), B.clone()
+    few_rows[5:] = 0
+    yield Direction("normal weights", q, A, B)
+    outliers = W * (1 + 30 * (torch.rand(W.shape) < 0.005))
+    yield Direction("weights with outliers", quantize(outliers), A, B)
+    yield Direction("an update of six columns", q, few_columns, B)
+    yield Direction("an update of five rows", q, A, few_rows)
+    yield Direction("normal weights, again", q, A, B)
+    uniform = quantize(2 * torch.rand(128, 128) - 1)
+    yield Direction(
+        "uniform weights", uniform, torch.randn(8, 128), torch.randn(128, 8)
+    )
+    small, tiny_A = quantize(1e-3 * torch.randn(64, 320)), 1e-3 * torch.randn(16, 320)
+    yield Direction("small weights", small, tiny_A, torch.randn(64, 16))
+    large, large_A = quantize(50 * torch.randn(96, 80)), 1e3 * torch.randn(1, 80)
+    yield Direction("large weights", large, large_A, torch.randn(96, 1))
+
 
 @judged
-def merge_errors(my_errors: Callable) -> None:
-    """8.3: my_errors(W0, q, A, B, scale): (original, requantized), in updates."""
-    for first, second in zip(_merges(8), _merges(9), strict=True):
-        got = None
-        for case in (first, second):
-            before = got
-            with unchanged(W0=case.W0, A=case.A, B=case.B, q=case.of_q):
-                got = my_errors(case.W0, case.q, case.A, case.B, case.scale)
-            close(
-                got,
-                _errors(case),
-                what=f"(original, requantized), for {case}",
-                mistakes={KEPT: before} | _wrong_errors(case),
-                tolerance=1e-4,
-            )
+def merge_threshold(my_threshold: Callable) -> None:
+    """8.3: my_threshold(q, A, B): the norm ratio at which half of ΔW is kept."""
+    number = None
+    for case in directions():
+        earlier = number
+        with unchanged(A=case.A, B=case.B, q=tensors(case.q)):
+            t = my_threshold(case.q, case.A, case.B)
+        number = _positive(t, case)
+        _judge_threshold(number, case, earlier)
 
 
-def _merges(seed: int) -> Iterator[Case]:
-    """Codes made with the defaults, of a weight that is not quite W0."""
-    rows = [replace(row, options={}, idle=False) for row in CASES]
-    for case in cases(tuple(rows), seed):
-        draw = torch.Generator().manual_seed(seed)
-        noise = case.W0.std() * torch.randn(case.W0.shape, generator=draw)
-        yield replace(case, W0=case.W0 + 0.05 * noise)
+def _positive(t, case: Direction) -> float:
+    """The answer as a number; Wrong where it is none above zero."""
+    try:
+        if isinstance(t, str | bytes | bool):
+            raise TypeError
+        number = float(t)
+    except (TypeError, ValueError, RuntimeError):
+        likely = "`return` is missing" if t is None else "return one number, t"
+        raise Wrong(
+            f"t, for {case.name}: expected a number above zero, got "
+            f"{type(t).__name__}. Likely mistake: {likely}"
+        ) from None
+    if not 0 < number < float("inf"):
+        raise Wrong(
+            f"t, for {case.name}: expected a finite number above zero, got {number}. "
+            "Likely mistake: a division by zero, or a search that never found a side"
+        )
+    return number
 
 
-def _errors(
-    case: Case, *, update=None, truth=None, whole=None, again=None
-) -> tuple[float, float]:
-    """The two errors; or what another update, truth, norm or requantized one makes."""
-    update = case.update if update is None else update
-    trained = case.W + update
-    truth = trained if truth is None else truth
-    whole = update.norm() if whole is None else whole
-    requantized = dequantize(quantize(trained if again is None else again))
-    merges = (case.W0 + update, requantized)
-    return tuple(((W - truth).norm() / whole).item() for W in merges)
+def _judge_threshold(t: float, case: Direction, earlier: float | None) -> None:
+    low, high = ENOUGH
+    share = case.kept(t)
+    if low <= share <= high:
+        return
+    raise Wrong(
+        f"t, for {case.name}, {tuple(case.W.shape)}\n"
+        f"  expected  a t at which {low:.0%} to {high:.0%} of the update is kept\n"
+        f"  got       {t:.4g}, at which {share:.1%} of it is kept\n"
+        f"Likely mistake: {SAME if t == earlier else _likely(t, share, case)}"
+    )
 
 
-def _wrong_errors(case: Case) -> dict[str, tuple]:
-    W0, W, update = case.W0, case.W, case.update
-    right, trained = _errors(case), W + update
+def _likely(t: float, share: float, case: Direction) -> str:
+    named = _wrong_measures(t, case) | _wrong_units(t, case)
+    for text, value in named.items():
+        if CLEARLY[0] <= value <= CLEARLY[1]:
+            return text
+    if share > ENOUGH[1]:
+        return "t is too large: at a smaller one half is kept. Is the grid too coarse?"
+    return (
+        "t is too small: at a larger one half is kept. Is the grid too coarse, did the "
+        "search go to the wrong side, or is W' left out of the sum that is requantized?"
+    )
+
+
+def _wrong_units(t: float, case: Direction) -> dict[str, float]:
+    """What is kept if t was another unit."""
+    W, BA = case.W.norm().item(), (case.B @ case.A).norm().item()
     return {
-        "divided by the weight's norm: the update's is asked for": _errors(
-            case, whole=trained.norm()
-        ),
-        "compared with W0 + ΔW: the adapter was trained beside W'": _errors(
-            case, truth=W0 + update
-        ),
-        "compared with W', without the update": _errors(case, truth=W),
-        "compared with W0": _errors(case, truth=W0),
-        "requantized W0 + ΔW, not W' + ΔW": _errors(case, again=W0 + update),
-        "requantized without the update": _errors(case, again=W),
-        "requantized without the update, and W0 in the place of W'": _errors(
-            case, again=W0
-        ),
-        "the update is not scaled": _errors(case, update=case.B @ case.A),
-        "squared: take the root of the sums of squares": tuple(e**2 for e in right),
-        "sums of the absolute values: norms are asked for": tuple(
-            ((m - trained).abs().sum() / update.abs().sum()).item()
-            for m in (W0 + update, dequantize(quantize(trained)))
-        ),
-        "‖B‖ times ‖A‖ is more than ‖B A‖: the norm of their product": _errors(
-            case, whole=abs(case.scale) * case.B.norm() * case.A.norm()
-        ),
-        "a difference of norms: the norm of the difference is asked for": tuple(
-            ((m.norm() - trained.norm()).abs() / update.norm()).item()
-            for m in (W0 + update, dequantize(quantize(trained)))
-        ),
-        "not divided by ‖ΔW‖": _errors(case, whole=torch.tensor(1.0)),
-        "the two are swapped": right[::-1],
-        "W' was made again from W0: dequantize the codes that you are given": _errors(
-            replace(case, q=quantize(W0))
-        ),
+        "t is a ratio: 0.05, not 5 %": case.kept(t / 100),
+        "‖ΔW‖ itself was returned: divide it by ‖W'‖": case.kept(t / W),
+        "the factor of B A was returned: t is ‖ΔW‖ / ‖W'‖": case.kept(t * BA / W),
+        "‖ΔW‖² / ‖W'‖² was returned: take its root": case.kept(t**0.5),
+        "‖W'‖ / ‖ΔW‖ was returned: t is the inverse": case.kept(1 / t),
     }
+
+
+def _wrong_measures(t: float, case: Direction) -> dict[str, float]:
+    """Other measures at this t, that could have been taken for the share kept."""
+    W, update, after = case.W.double(), case.update(t), case.requantized(t).double()
+    change, size = after - W, update.norm()
+    changed = (quantize((W + update).float()).codes() != case.q.codes()).double()
+    cosine = (change * update).sum() / (change.norm() * size).clamp(min=1e-30)
+    measures = {
+        "‖W - W'‖ / ‖ΔW‖ is one half there. It counts rounding noise, too: take the "
+        "scalar product with ΔW": change.norm() / size,
+        "‖W - (W' + ΔW)‖ / ‖ΔW‖ is one half there. That is the error: take the share "
+        "of ΔW that is kept": (change - update).norm() / size,
+        "half of the codes change there: measure the share of ΔW": changed.mean(),
+        "the cosine of W - W' and ΔW is one half there: divide by ‖ΔW‖² alone": cosine,
+        "the root of the share is one half there: one half of the share itself is "
+        "asked for": max(case.kept(t), 0.0) ** 0.5,
+    }
+    return {text: float(value) for text, value in measures.items()}
+
+
+# 8.4 ----------------------------------------------------------------------------------
+
+SEPARATE, DEQUANTIZED = "separate", "dequantized"
+REQUANTIZED, FROM_ORIGINAL = "requantized", "original, quantized"
+WAYS = (SEPARATE, DEQUANTIZED, REQUANTIZED, FROM_ORIGINAL)
+ADAPTER, HALF = 10, 160  # MB beyond the base in four bits
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides how a QLoRA is merged for a device."""
+
+    ratio: float  # ‖ΔW‖ / ‖W'‖ in percent
+    room: int  # MB beside the base in four bits
+    original: bool  # whether W0 is at hand
+    extra: bool = True  # whether the adapter's products are allowed
+
+    def why_not(self, way: str) -> str:
+        """What speaks against a way; "" where nothing does but a better one."""
+        if way == FROM_ORIGINAL and not self.original:
+            return "W0 is not at hand"
+        if way == SEPARATE and not self.extra:
+            return "the adapter's own products are too slow there"
+        needed = {SEPARATE: ADAPTER, DEQUANTIZED: HALF}.get(way, 0)
+        if needed > self.room:
+            return f"it needs {needed} MB, and there is room for {self.room}"
+        if way == REQUANTIZED and self.ratio < 2:
+            return f"at {self.ratio} % requantizing keeps almost nothing of the update"
+        return ""
+
+
+DEVICES = {
+    "phone": (Device(0.9, 40, False), SEPARATE),
+    "watch": (Device(28, 1, False), REQUANTIZED),
+    "camera": (Device(0.9, 1, True), FROM_ORIGINAL),
+    "server": (Device(1.2, 400, False, extra=False), DEQUANTIZED),
+    "laptop": (Device(12, 40, True), SEPARATE),
+}
+
+
+@judged
+def merge_choices(my_choices: Callable) -> None:
+    """8.4: my_choices(): {device: way to merge}."""
+    choices = my_choices()
+    if not isinstance(choices, dict) or set(choices) != set(DEVICES):
+        got = list(choices) if isinstance(choices, dict) else type(choices).__name__
+        likely = "`return` is missing" if choices is None else "a device is left out"
+        raise Wrong(
+            f"expected a dict of {', '.join(DEVICES)}; got {got}. Likely mistake: "
+            f"{likely}"
+        )
+    for name, (device, right) in DEVICES.items():
+        choice = choices[name]
+        if choice not in WAYS:
+            raise Wrong(
+                f"{name}: got {choice!r}. Likely mistake: a misspelled word; allowed "
+                f"are {', '.join(WAYS)}"
+            )
+        if choice != right:
+            better = "an exact way fits: the adapter may stay separate"
+            raise Wrong(
+                f"{name}: {choice!r} is not the best. Likely mistake: "
+                f"{device.why_not(choice) or better}"
+            )

@@ -1,27 +1,24 @@
 """What the exercises of notebook 05, rank, scale and targets, are compared with.
 
 Every check takes the learner's function, tries it on several shapes, and compares with
-methods/lora.py, dora.py and pissa.py, training/ and experiments/scaling.py, which have
-the same mathematics in other words.
+methods/lora.py and dora.py and with experiments/scaling.py, which have the same
+mathematics in other words. The lesson uses `update_size_by`, `winner` and `rank_within`
+where the learner's own function has not passed.
 """
 
 import copy
 import math
 import numbers
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...core.adapter import adapters, trainable
+from ...common.statistics import over_seeds
 from ...ledger.experiments import scaling
-from ...methods import dora, lora, pissa
-from ...training.config import TrainConfig
-from ...training.state import parameter_groups
+from ...methods import dora, lora
 from . import Hidden, Wrong, close, judged, pulled, unchanged
 
 # (d_in, d_out, r, alpha, shape of x without d_in, size of all numbers). In the first,
@@ -98,6 +95,13 @@ def cases() -> Iterator[Case]:
 
 
 # 5.1 ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def update_size_by(base: nn.Module, A, B, alpha: float, x: Tensor, rslora: bool):
+    """rms(scale B A x) / rms(base(x)), a float: what exercise 5.1 asks for."""
+    scale = alpha / (math.sqrt(len(A)) if rslora else len(A))
+    return (_rms(scale * (x @ A.T @ B.T)) / _rms(base(x))).item()
 
 
 @judged
@@ -216,6 +220,281 @@ def _rms(x: Tensor) -> Tensor:
 
 # 5.2 ----------------------------------------------------------------------------------
 
+
+def winner(runs: Sequence[Mapping]) -> str:
+    """The better of two methods at their own learning rates, if the runs show one.
+
+    A method's own learning rate has its lowest validation loss with seed 0. There the
+    methods are compared by test loss, seed by seed.
+
+    Args
+        runs  dicts with method, lr, seed, validation (loss) and test (loss)
+    Returns  "search further" where an own learning rate is at an end of its method's
+             grid; "undecided" where the interval of the mean difference holds zero;
+             else the name of the method with the lower test loss
+    """
+    names = sorted({run["method"] for run in runs})
+    at_own = {}
+    for name in names:
+        own = [run for run in runs if run["method"] == name]
+        losses = {run["lr"]: run["validation"] for run in own if run["seed"] == 0}
+        best = min(losses, key=losses.get)
+        if best in (min(losses), max(losses)):
+            return "search further"
+        at_own[name] = {run["seed"]: run["test"] for run in own if run["lr"] == best}
+    first, second = at_own.values()
+    pairs = [first[seed] - second[seed] for seed in first if seed in second]
+    _, low, high = over_seeds(pairs)
+    if low <= 0 <= high:
+        return "undecided"
+    return names[0] if high < 0 else names[1]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Runs of two methods, the right answer, and the mistake that it is made for."""
+
+    runs: list[dict]
+    right: str
+    mistake: str
+
+
+GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+VALLEY = (1.4, 0.9, 0.5, 1.1)  # validation losses; the lowest is inside
+LOWER = (1.3, 0.8, 0.4, 1.0)
+NOISE = (0.00, 0.03, -0.04, 0.05, -0.02)  # of each seed, the same for both methods
+JITTER = (0.004, -0.003, 0.002, -0.004, 0.001)  # of a pair
+
+
+def _method(name, valley=VALLEY, tests=None, *, grid=GRID, seeds=range(5), level=0.0):
+    """A search with seed 0, then all seeds at the rate that it chose.
+
+    Args
+        valley  validation losses over the grid
+        tests   {learning rate: test losses by seed}; None: `level` and some noise
+    """
+    tests = tests or {}
+    runs = []
+    best = grid[valley.index(min(valley))]
+    for lr, loss in zip(grid, valley, strict=True):
+        for seed in seeds:
+            if seed and lr != best and lr not in tests:
+                continue
+            plain = loss + level + NOISE[seed % 5]
+            test = tests[lr][seed] if lr in tests else plain
+            parts = {"method": name, "lr": lr, "seed": seed}
+            runs.append(parts | {"validation": loss + NOISE[seed % 5], "test": test})
+    return runs
+
+
+def _jittered(level: float, noise: float = 1.0) -> list[float]:
+    return [level + noise * (n + j) for n, j in zip(NOISE, JITTER, strict=True)]
+
+
+def _plain_contests() -> Iterator[Contest]:
+    lower = _method("dora", LOWER, {1e-2: _jittered(0.4)})
+    higher = _method("lora", tests={1e-2: _jittered(0.5)})
+    direct = "the method with the lower test loss wins"
+    yield Contest(higher + lower, "dora", direct)
+    renamed = [run | {"method": f"z-{run['method']}"} for run in lower]
+    yield Contest(renamed + higher, "z-dora", direct)
+    level = _method("pissa", tests={1e-2: [0.3, 0.6, 0.4, 0.2, 0.5]})
+    other = _method("lora", tests={1e-2: [0.4, 0.4, 0.3, 0.5, 0.5]})
+    means = (
+        "the means were compared without their interval: where it holds zero, the "
+        "answer is 'undecided'"
+    )
+    yield Contest(level + other, "undecided", means)
+    few = [[0.30, 0.36, 0.31], [0.40, 0.40, 0.41]]
+    yield Contest(
+        [
+            run
+            for name, tests in zip(("pissa", "lora"), few, strict=True)
+            for run in _method(name, tests={1e-2: tests}, seeds=range(3))
+        ],
+        "undecided",
+        "1.96 standard errors are too few for a handful of seeds: over_seeds takes "
+        "Student's t",
+    )
+
+
+def _rate_contests() -> Iterator[Contest]:
+    better = _method("dora", LOWER, {1e-2: _jittered(0.4)})
+    tempting = {3e-3: _jittered(0.1), 1e-2: _jittered(0.5)}
+    yield Contest(
+        _method("lora", tests=tempting) + better,
+        "dora",
+        "the learning rate was chosen by test loss: choose by validation loss, or the "
+        "test rows are no test any more",
+    )
+    all_rates = {1e-3: _jittered(0.1), 1e-2: _jittered(0.5), 3e-2: _jittered(0.1)}
+    also = {1e-2: _jittered(0.4), 3e-3: _jittered(2.0)}
+    yield Contest(
+        _method("lora", tests=all_rates) + _method("dora", LOWER, also),
+        "dora",
+        "runs at other learning rates were counted too: compare at the own one alone",
+    )
+    shared = {3e-3: _jittered(0.9), 1e-2: _jittered(0.5, 2)}
+    early = {3e-3: _jittered(0.5), 1e-2: _jittered(1.3)}
+    yield Contest(
+        _method("lora", tests=shared)
+        + _method("lora-plus", (1.2, 0.5, 0.9, 1.4), early),
+        "undecided",
+        "both were compared at one learning rate: that is the confound. Each method "
+        "has its own",
+    )
+    runs = _method("lora", tests={3e-3: _jittered(0.2), 1e-2: _jittered(0.6)})
+    swayed = [
+        run | {"validation": 3.0} if run["lr"] == 1e-2 and run["seed"] else run
+        for run in runs
+    ]
+    yield Contest(
+        swayed + better,
+        "dora",
+        "the learning rate was not chosen with seed 0 alone: the search ran with no "
+        "other seed",
+    )
+
+
+def _end_contests() -> Iterator[Contest]:
+    inside = _method("lora", tests={1e-2: _jittered(0.5)})
+    low, high = (0.4, 0.9, 1.1, 1.4), (1.4, 1.0, 0.9, 0.4)
+    for valley, where in ((low, "lowest"), (high, "highest")):
+        best = GRID[valley.index(min(valley))]
+        ahead = _method("dora", valley, {best: _jittered(0.1)})
+        text = (
+            f"the best learning rate is the {where} that was tried, so a better one "
+            "may lie outside: the answer is 'search further'"
+        )
+        yield Contest(inside + ahead, "search further", text)
+        yield Contest(ahead + inside, "search further", text)
+    short = _method("dora", (0.9, 0.4), {1e-2: _jittered(0.1)}, grid=GRID[1:3])
+    yield Contest(
+        inside + short,
+        "search further",
+        "an end of the grid is one of that method's own grid, not of both together",
+    )
+    wide = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    losses = (1.9, 1.4, 0.3, 0.5, 1.1, 2.0)
+    yield Contest(
+        _method("dora", losses, {3e-3: _jittered(0.2)}, grid=wide)
+        + _method("lora", (0.9, 0.5, 1.1), {1e-2: _jittered(0.5)}, grid=GRID[1:]),
+        "dora",
+        "a grid of another length or other rates: each method has its own",
+    )
+
+
+def _pair_contests() -> Iterator[Contest]:
+    crossed = _method("dora", tests={1e-2: _jittered(0.7)})
+    crossed = [run | {"validation": run["validation"] - 0.3} for run in crossed]
+    yield Contest(
+        crossed + _method("lora", tests={1e-2: _jittered(0.5)}),
+        "lora",
+        "the winner was taken by validation loss, which chose the learning rate: "
+        "compare test losses",
+    )
+    close_pair = {
+        name: _method(name, tests={1e-2: [10 * n + level + j for n, j in both]})
+        for name, level, both in (
+            ("lora", 0.52, [(n, 0.0) for n in NOISE]),
+            ("dora", 0.50, list(zip(NOISE, JITTER, strict=True))),
+        )
+    }
+    unpaired = "the seeds were not paired: subtract the two losses of each seed"
+    forward = close_pair["lora"] + close_pair["dora"]
+    yield Contest(forward, "dora", unpaired)
+    turned = close_pair["lora"] + close_pair["dora"][::-1]
+    order = "the runs were paired in the order of the list: pair equal seeds"
+    yield Contest(turned, "dora", order)
+    more = {1e-2: {**dict(enumerate(_jittered(0.5))), 7: 3.0, 9: 3.0}}
+    fewer = {1e-2: {**dict(enumerate(_jittered(0.6)))}}
+    alone = "seeds that only one method has make no pair: leave them out"
+    for longer, shorter in (("dora", "lora"), ("lora", "dora")):
+        runs = _method(longer, tests=more, seeds=(0, 1, 2, 3, 4, 7, 9))
+        yield Contest(runs + _method(shorter, tests=fewer), longer, alone)
+
+
+def _random_contests() -> Iterator[Contest]:
+    """Other sizes, numbers, names and orders; the answer by `winner`."""
+    draw = random.Random(5)
+    for _ in range(60):
+        names = draw.sample(("lora", "rslora", "dora", "pissa", "lora-plus", "q"), 2)
+        seeds, shift = range(draw.randint(2, 14)), draw.choice((0.0, 0.2, 0.4))
+        runs = []
+        for name, level in zip(names, (1.0, 1.0 + shift), strict=True):
+            grid = sorted(draw.sample([1e-4, 3e-4, *GRID, 1e-1], draw.randint(3, 6)))
+            best = grid[draw.randrange(1, len(grid) - 1) if draw.random() < 0.9 else 0]
+            valley = tuple(0.7 if lr == best else draw.uniform(0.8, 2) for lr in grid)
+            tests = [level + draw.gauss(0, 0.1) for _ in seeds]
+            runs += _method(name, valley, {best: tests}, grid=grid, seeds=seeds)
+        size = 10 ** draw.uniform(-3, 3)
+        for run in runs:
+            run |= {loss: size * run[loss] for loss in ("validation", "test")}
+        draw.shuffle(runs)
+        yield Contest(runs, winner(runs), UNNAMED)
+
+
+UNNAMED = (
+    "none that this check knows. The case is random: other names, seeds, rates and "
+    "sizes of loss than before, in any order"
+)
+
+
+def _contests() -> Iterator[Contest]:
+    for several in (
+        _plain_contests,
+        _rate_contests,
+        _end_contests,
+        _pair_contests,
+        _random_contests,
+    ):
+        yield from several()
+
+
+@judged
+def fair_winner(my_winner: Callable) -> None:
+    """5.2: my_winner(runs): the better method at its own rate, or why none is known."""
+    for contest in _contests():
+        assert winner(contest.runs) == contest.right
+        lent = [dict(run) for run in contest.runs]
+        with unchanged(runs=lent):
+            got = my_winner(lent)
+        if type(got) is str and got == contest.right:
+            continue
+        if got is None:
+            likely = "`return` is missing"
+        elif not isinstance(got, str):
+            likely = f"a text is needed, not a {type(got).__name__}"
+        else:
+            likely = contest.mistake
+        raise Wrong(
+            f"for {_table(contest.runs)}\n  expected  {contest.right!r}\n"
+            f"  got       {got!r}\nLikely mistake: {likely}"
+        )
+
+
+def _table(runs: Sequence[Mapping]) -> str:
+    """Each method's validation losses with seed 0, and its test losses by seed."""
+    lines = []
+    for name in sorted({run["method"] for run in runs}):
+        own = sorted(
+            (run for run in runs if run["method"] == name),
+            key=lambda run: (run["lr"], run["seed"]),
+        )
+        searched = ", ".join(
+            f"{run['lr']:g}: {run['validation']:.3g}" for run in own if not run["seed"]
+        )
+        lines.append(f"  {name}, validation loss with seed 0: {searched}")
+        for lr in sorted({run["lr"] for run in own}):
+            at = [run for run in own if run["lr"] == lr]
+            if len(at) > 1:
+                tests = ", ".join(f"{r['seed']}: {r['test']:.3g}" for r in at)
+                lines.append(f"  {name}, test loss at {lr:g} by seed: {tests}")
+    return "these runs:\n" + "\n".join(lines)
+
+
+# 5.3 ----------------------------------------------------------------------------------
+
 # A layer like tiny's or SmolLM2's: grouped queries, an MLP wider than the model.
 SHAPES = {
     "q_proj": (96, 96),
@@ -253,9 +532,15 @@ MODELS = (
 )
 
 
+def rank_within(shapes: Mapping, targets: Sequence[str], layers: int, budget: int):
+    """The largest rank whose LoRA fits the budget: what exercise 5.3 asks for."""
+    one = layers * sum(sum(shapes[target]) for target in targets)
+    return min(budget // one, _most(shapes, targets))
+
+
 @judged
 def rank_for_budget(my_rank: Callable) -> None:
-    """5.2: my_rank(shapes, targets, layers, budget): the largest rank that fits."""
+    """5.3: my_rank(shapes, targets, layers, budget): the largest rank that fits."""
     for shapes, targets, layers in MODELS:
         one = _numbers_at(1, shapes, targets, layers)
         half = _most(shapes, targets) // 2
@@ -339,12 +624,12 @@ def _wrong_budget(got, expected: int, shapes, targets, layers, budget) -> str:
     return "the largest r with r (d_in + d_out), summed over targets and layers, inside"
 
 
-# 5.3 ----------------------------------------------------------------------------------
+# 5.4 ----------------------------------------------------------------------------------
 
 
 @judged
 def dora_forward(my_dora: Callable) -> None:
-    """5.3: my_dora(x, W0, A, B, m, scale) is m / ‖V‖ ⊙ (V x), ‖V‖ held constant."""
+    """5.4: my_dora(x, W0, A, B, m, scale) is m / ‖V‖ ⊙ (V x), ‖V‖ held constant."""
     for i, case in enumerate(cases()):
         _judge_dora(my_dora, case, torch.linspace(0.5, 2, len(case.W0)))
         if i < 2:
@@ -487,340 +772,3 @@ def _same_dora_gradients(
             mistakes=named,
             tolerance=1e-3,
         )
-
-
-# 5.4 ----------------------------------------------------------------------------------
-
-
-FLOAT, DOUBLE = torch.float32, torch.float64
-# (d_out, d_in, r, alpha, size of W0, dtype): the first again with another alpha and
-# with other numbers; of full rank, narrow, wide, tiny, huge
-PISSAS = (
-    (7, 9, 2, 8.0, 1.0, FLOAT),
-    (8, 8, 3, 1.5, 1.0, FLOAT),
-    (12, 6, 1, 3.0, 1.0, FLOAT),
-    (10, 10, 5, 5.0, 1.0, FLOAT),
-    (7, 9, 2, 3.0, 1.0, FLOAT),
-    (7, 9, 2, 8.0, 1.0, FLOAT),
-    (6, 6, 6, 3.0, 1.0, FLOAT),
-    (1, 9, 1, 2.0, 1.0, FLOAT),
-    (9, 1, 1, 2.0, 1.0, FLOAT),
-    (30, 50, 12, 1.2, 1.0, FLOAT),
-    (8, 6, 2, 4.0, 1e-5, FLOAT),
-    (8, 6, 2, 4.0, 1e4, FLOAT),
-    (7, 5, 2, 3.0, 1.0, DOUBLE),
-)
-
-
-@judged
-def pissa_start(my_pissa: Callable) -> None:
-    """5.4: my_pissa(W0, r, scale): (W_res, A, B), from the largest directions."""
-    draw = torch.Generator().manual_seed(6)
-    for d_out, d_in, r, alpha, size, dtype in PISSAS:
-        W0 = size * torch.randn(d_out, d_in, generator=draw)
-        _judge_pissa(my_pissa, W0.to(dtype), r, alpha, alpha / r)
-    trains = nn.Parameter(torch.randn(6, 4, generator=draw))
-    _judge_pissa(my_pissa, trains, 2, 3.0, 1.5)
-
-
-class Start(NamedTuple):
-    """What PiSSA starts with."""
-
-    W_res: Tensor
-    A: Tensor
-    B: Tensor
-
-
-def _start(W0: Tensor, r: int, alpha: float) -> Start:
-    """By the library, whose files allow half of the full rank; above that by numpy."""
-    W0 = W0.detach()
-    if 2 * r <= min(W0.shape):
-        base = nn.Linear(W0.shape[1], W0.shape[0], bias=False)
-        base.weight.data.copy_(W0)
-        ours = pissa.PiSSA(base, r, alpha)
-        ours.on_attach()
-        return Start(*(t.detach() for t in (base.weight, ours.A, ours.B)))
-    U, S, Vt = map(torch.from_numpy, numpy.linalg.svd(W0.numpy(), full_matrices=False))
-    root = (S[:r] * r / alpha) ** 0.5
-    return Start((U[:, r:] * S[r:]) @ Vt[r:], root[:, None] * Vt[:r], U[:, :r] * root)
-
-
-def _judge_pissa(my_pissa, W0: Tensor, r: int, alpha: float, scale: float) -> None:
-    where = f"W0 of {tuple(W0.shape)}, r={r}, scale={scale:.3g}"
-    ours = _start(W0, r, alpha)
-    given = W0.detach().clone().requires_grad_(W0.requires_grad)
-    W0 = W0.detach()
-    with unchanged(W0=given):
-        parts = my_pissa(given, r, scale)
-    if not (isinstance(parts, tuple | list) and len(parts) == 3):
-        raise Wrong(
-            f"for {where}: expected three tensors, W_res, A and B, in this order; got "
-            f"{type(parts).__name__}. Likely mistake: `return W_res, A, B`"
-        )
-    W_res, A, B = parts
-    wanted = {"W_res": W0.shape, "A": ours.A.shape, "B": ours.B.shape}
-    for (name, shape), each in zip(wanted.items(), parts, strict=True):
-        if not isinstance(each, Tensor) or each.shape != shape:
-            got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
-            raise Wrong(
-                f"for {where}: expected {name} of shape {tuple(shape)}, got {got}. "
-                "Likely mistake: A (r, d_in) and B (d_out, r) are swapped or turned; "
-                "torch gives Vᵀ, whose rows are the directions that W0 reads"
-            )
-    update = scale * (ours.B @ ours.A)
-    close(
-        scale * (B @ A),
-        update,
-        what=f"scale · B A at the start, for {where}",
-        mistakes=_wrong_starts(W0, r, scale),
-        tolerance=1e-3,
-    )
-    if r < min(W0.shape):
-        close(
-            W_res,
-            ours.W_res,
-            what=f"the residual W_res, for {where}",
-            mistakes={
-                "nothing was taken out: the model would count its largest part twice": (
-                    W0
-                ),
-                "added: the principal part is taken out": W0 + update,
-                "the principal part itself: the residual is what is left": update,
-                "the scale is missing: W_res = W0 - scale · B A": W0 - update / scale,
-            },
-            tolerance=1e-3,
-        )
-    close(
-        (W_res + scale * (B @ A)).detach(),
-        W0,
-        what=f"W_res + scale · B A, for {where}",
-        tolerance=1e-12 if W0.dtype == DOUBLE else 1e-5,
-    )
-    for name, part in zip(wanted, parts, strict=True):
-        if part.dtype != W0.dtype:
-            raise Wrong(
-                f"for {where}: {name} is {part.dtype}, and W0 {W0.dtype}. Likely "
-                "mistake: a dtype of your own; a model has one"
-            )
-    _demand_shared(A, B, ours, where)
-
-
-def _wrong_starts(W0: Tensor, r: int, scale: float) -> dict[str, Tensor]:
-    U, S, Vt = torch.linalg.svd(W0, full_matrices=False)
-    top = U[:, :r] @ S[:r].diag() @ Vt[:r]
-    wrong = {
-        "not divided by the scale: W0 is larger or smaller than B A": scale * top,
-        "divided by the scale twice: each of A and B by its root": top / scale,
-        "S in A and in B: each has the root": (
-            U[:, :r] @ S[:r].square().diag() @ Vt[:r] / scale
-        ),
-        "without S: each of A and B has its root": U[:, :r] @ Vt[:r],
-        "the root is in one of them alone": U[:, :r] @ S[:r].sqrt().diag() @ Vt[:r],
-        "the smallest directions: torch sorts from large to small": (
-            U[:, -r:] @ S[-r:].diag() @ Vt[-r:]
-        ),
-        "the whole of W0: cut off after r": W0,
-    }
-    for text, value in list(wrong.items())[2:6]:
-        wrong[f"{text}; or the scale is not as asked"] = scale * value
-    wide, _, tall = torch.linalg.svd(W0)
-    wrong["torch gives Vᵀ, whose rows are meant: its columns were taken"] = (
-        U[:, :r] @ S[:r].diag() @ tall.T[:r]
-    )
-    wrong["the rows of U were taken: its columns are meant"] = (
-        wide[:r].T @ S[:r].diag() @ Vt[:r]
-    )
-    if W0.shape[0] == W0.shape[1]:
-        wrong["U and V are swapped"] = top.T
-    return wrong
-
-
-def _demand_shared(A: Tensor, B: Tensor, ours: Start, where: str) -> None:
-    """Each direction's size in A and in B; its sign is free."""
-    sizes = {"A": (A.norm(dim=1), ours.A.norm(dim=1))}
-    sizes["B"] = (B.norm(dim=0), ours.B.norm(dim=0))
-    for name, (mine, theirs) in sizes.items():
-        close(
-            mine,
-            theirs,
-            what=f"B A is right, but not how A and B share it: the size of each "
-            f"direction in {name}, for {where}",
-            mistakes={
-                "all of S is in this one: each has its root": theirs.square(),
-                "the other has all of S: each has its root": torch.ones_like(theirs),
-            },
-            tolerance=1e-3,
-        )
-    # B A fixes the pair but for an invertible r by r matrix between them.
-    for name, mine, theirs in (("A", A, ours.A), ("B", B.T, ours.B.T)):
-        close(
-            (mine @ mine.T).detach(),
-            theirs @ theirs.T,
-            what=f"B A is right, but the directions in {name} are mixed, for {where}",
-            tolerance=1e-3,
-        )
-
-
-# 5.5 ----------------------------------------------------------------------------------
-
-
-def _small_model() -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=11,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-        attention_bias=True,
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
-@judged
-def loraplus_groups(my_groups: Callable) -> None:
-    """5.5: my_groups(model, lr, ratio): groups in which every B has lr · ratio."""
-    returned = []
-    for name, options in {
-        "LoRA on q_proj and v_proj": dict(targets=("q_proj", "v_proj")),
-        "LoRA on every projection, whose biases train": dict(bias="lora_only"),
-        "LoRA on the head and o_proj": dict(targets=("lm_head", "o_proj")),
-    }.items():
-        model = _small_model().train(not returned)
-        lora.inject(model, r=2, alpha=4, **options)
-        for lr, ratio in ((1e-3, 16), (2e-2, 3.0), (5e-3, 0.5), (1e-7, 1), (1e-3, 2.5)):
-            where = f"{name}, lr={lr}, ratio={ratio}"
-            with unchanged(model=model):
-                got = my_groups(model, lr, ratio)
-                got = list(got) if isinstance(got, Iterator) else got
-            _judge_groups(got, model, lr, ratio, where)
-            returned.append((got, model, lr, ratio, where))
-    for each in returned:  # one list for all calls would now hold the last groups
-        _judge_groups(*each)
-
-
-def _judge_groups(got, model, lr: float, ratio: float, where: str) -> None:
-    names = {id(p): n for n, p in model.named_parameters()}
-    parameters = trainable(model)
-    recipe = TrainConfig(steps=1, lr=lr, lr_ratio=ratio)
-    wanted = {
-        names[id(p)]: lr * group["ratio"]
-        for group in parameter_groups(model, parameters, recipe)
-        for p in group["params"]
-    }
-    if not isinstance(got, list | tuple) or not all(isinstance(g, dict) for g in got):
-        raise Wrong(
-            f"for {where}: expected a list of dicts, got {type(got).__name__}. Likely "
-            'mistake: each group is {"params": […], "lr": …}'
-        )
-    if not all({"params", "lr"} <= set(group) for group in got):
-        raise Wrong(
-            f'for {where}: a group without "params" or without "lr". Likely mistake: '
-            "another key; AdamW would take its own rate, and say nothing"
-        )
-    _demand_rates_alone(got, where)
-    pairs = [(p, float(g["lr"])) for g in got for p in _listed(g["params"])]
-    rates = {names.get(id(p), "?"): rate for p, rate in pairs}
-    if "?" in rates:
-        raise Wrong(
-            f"for {where}: a tensor that is none of the model's. Likely mistake: a "
-            "copy, .data or .detach(); the optimizer moves what it is given"
-        )
-    if len(pairs) != len(rates):
-        raise Wrong(
-            f"for {where}: a parameter is there twice; AdamW refuses that. Likely "
-            "mistake: what is fast was not left out of the slow group"
-        )
-    extra, missing = sorted(set(rates) - set(wanted)), sorted(set(wanted) - set(rates))
-    if extra or missing:
-        likely = (
-            "frozen parameters were given too: requires_grad"
-            if extra
-            else _lost(missing)
-        )
-        raise Wrong(
-            f"for {where}: expected the {len(wanted)} tensors that train, got "
-            f"{len(rates)}. Too many: {_few(extra)}; missing: {_few(missing)}. Likely "
-            f"mistake: {likely}"
-        )
-    _demand_ordered(got, where)
-    fast = {names[id(module.B)] for module in adapters(model).values()}
-    off = [n for n in wanted if not math.isclose(rates[n], wanted[n], rel_tol=1e-6)]
-    if off:
-        raise Wrong(
-            f"for {where}: {off[0]} has the rate {rates[off[0]]:.4g}, expected "
-            f"{wanted[off[0]]:.4g}. Likely mistake: "
-            + _wrong_rates(rates, fast, lr, ratio)
-        )
-
-
-def _demand_rates_alone(groups, where: str) -> None:
-    """The rates are numbers, and all else is as AdamW has it by itself."""
-    usual = torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).defaults
-    for group in groups:
-        if not isinstance(group["lr"], numbers.Real | Tensor):
-            raise Wrong(
-                f"for {where}: a rate is a {type(group['lr']).__name__}. Likely "
-                'mistake: quotes, or a list; "lr" is a number'
-            )
-        for key in set(group) & set(usual) - {"lr"}:
-            if group[key] != usual[key]:
-                raise Wrong(
-                    f"for {where}: a group has {key}={group[key]}, where AdamW has "
-                    f"{usual[key]}. Likely mistake: more than two rates was changed"
-                )
-
-
-def _demand_ordered(groups, where: str) -> None:
-    """AdamW takes no set: an optimizer's state is saved in the order of the groups."""
-    if any(isinstance(group["params"], set | frozenset) for group in groups):
-        raise Wrong(
-            f'for {where}: "params" is a set, which AdamW refuses. Likely mistake: '
-            "a set of parameters; make a list, and compare by id()"
-        )
-
-
-def _listed(params) -> list:
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-def _lost(missing: list[str]) -> str:
-    ends = {name.rpartition(".")[2] for name in missing}
-    if ends == {"bias"}:
-        return "what trains and is neither A nor B was left out; it is slow, as A is"
-    if ends <= {"A", "B"} and len(ends) == 1:
-        return f"the group of {ends.pop()} is missing: it would never move"
-    return "everything that trains is in one group or the other"
-
-
-def _wrong_rates(rates: dict, fast: set, lr: float, ratio: float) -> str:
-    def same(a: float, b: float) -> bool:
-        return math.isclose(a, b, rel_tol=1e-6)
-
-    b = {rates[n] for n in fast}
-    a = {rates[n] for n in rates if n.endswith(".A")}
-    others = {rates[n] for n in rates if n not in fast and not n.endswith(".A")}
-    if all(same(x, lr) for x in a | b | others):
-        return "one rate for all: that is LoRA; B is the fast one"
-    if all(same(x, lr * ratio) for x in a | b):
-        return "A has the fast rate too: only B's is multiplied"
-    if all(same(x, lr * ratio) for x in a) and all(same(x, lr) for x in b):
-        return "A and B are swapped: B is the fast one"
-    if all(same(x, lr) for x in a | b):
-        return "one rate for A and B: that is LoRA; B is the fast one"
-    if all(same(x, lr / ratio) for x in b):
-        return "divided by the ratio: B's rate is lr · ratio"
-    if all(same(x, lr / ratio) for x in a):
-        return "A was slowed down: its rate is lr, and B's is lr · ratio"
-    if all(same(x, ratio) for x in b):
-        return "the ratio is no rate: B's is lr · ratio"
-    if all(same(x, lr + ratio) for x in b):
-        return "the ratio is added: B's rate is lr · ratio"
-    if all(same(x, lr * ratio) for x in others) and others:
-        return "the biases are slow, as A is: only B's rate is multiplied"
-    return "A and all else have lr, every B has lr · ratio"
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:2]) or "none"
-    return f"{shown}, … ({len(names)} in all)" if len(names) > 2 else shown

@@ -1,7 +1,8 @@
 """What the exercises of notebook 00, start here, are compared with.
 
 The scorer with that of the task "orders", the count with the parameters of real LoRA
-modules, the interval with wilson, the padding with training.batch.left_pad.
+modules, the control with control_of, the interval with wilson, the padding with
+training.batch.left_pad.
 """
 
 import copy
@@ -172,7 +173,7 @@ MODELS = (
 
 @judged
 def lora_count(my_count: Callable) -> None:
-    """0.2: my_count(shapes, r) is (numbers in all A and B, numbers in all W0)."""
+    """0.2: my_count(shapes, r): the parameters in all A and B, and in all W0."""
     for shapes, r in MODELS:
         lent = list(shapes)
         with unchanged(shapes=lent):
@@ -215,7 +216,7 @@ def _wrong_counts(shapes, r: int) -> dict[str, tuple[int, int]]:
             sorted(set(shapes)), r
         ),
         "frozen is W0 alone, without A and B": (trained, frozen + trained),
-        "frozen holds the sides of W0, added; it has d_out times d_in numbers": (
+        "frozen holds the sides of W0, added; it has d_out times d_in parameters": (
             trained,
             trained // r,
         ),
@@ -255,6 +256,103 @@ def _wrong_counts(shapes, r: int) -> dict[str, tuple[int, int]]:
 
 # 0.3 ----------------------------------------------------------------------------------
 
+# (r, d_in, d_out, size of the entries); the first again, with other numbers
+UPDATES = (
+    *((2, 5, 4, 1.0), (2, 5, 4, 1.0), (1, 7, 3, 1.0), (8, 24, 16, 0.02)),
+    *((4, 4, 4, 1.0), (3, 20, 2, 30.0), (6, 2, 9, 1e-3), (1, 1, 1, 2.0)),
+    (16, 40, 48, 0.1),
+)
+
+
+def control_of(
+    A: Tensor, B: Tensor, order_A: Tensor, order_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A and B with shuffled entries, and an update as large as before.
+
+        A2 = P_A(A)        B2 = c P_B(B)        c = ‖B A‖ / ‖P_B(B) P_A(A)‖
+
+    Args
+        A, B              (r, d_in), (d_out, r)
+        order_A, order_B  permutations of their entries
+    Returns  (A2, B2), of the shapes and dtypes of A and B
+    """
+    A2, B2 = A.flatten()[order_A].view_as(A), B.flatten()[order_B].view_as(B)
+    return A2, B2 * ((B @ A).norm() / (B2 @ A2).norm())
+
+
+@judged
+def fair_control(my_control: Callable) -> None:
+    """0.3: my_control(A, B, order_A, order_B): shuffled, and as large as before."""
+    for i, (r, d_in, d_out, size) in enumerate(UPDATES):
+        draw = torch.Generator().manual_seed(i)
+        A = size * torch.randn(r, d_in, generator=draw)
+        B = size * torch.randn(d_out, r, generator=draw)
+        orders = [torch.randperm(each.numel(), generator=draw) for each in (A, B)]
+        _judge_control(my_control, A, B, *orders)
+        _judge_control(my_control, A, B, orders[0], orders[1].flip(0))
+        _judge_control(my_control, A, B, orders[0].flip(0), orders[1])
+
+
+def _judge_control(my_control, A, B, order_A, order_B) -> None:
+    where = f"for r={len(A)}, d_in={A.shape[1]}, d_out={len(B)}"
+    with unchanged(A=A, B=B, order_A=order_A, order_B=order_B):
+        got = my_control(A, B, order_A, order_B)
+    A2, B2 = _same_shapes(got, A, B, where)
+    expected = control_of(A, B, order_A, order_B)
+    close(
+        B2 @ A2,
+        expected[1] @ expected[0],
+        what=f"the update B2 A2, {where}",
+        mistakes=_wrong_controls(A, B, order_A, order_B),
+        tolerance=1e-4,
+        kind=A.dtype,
+    )
+
+
+def _same_shapes(got, A: Tensor, B: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """The pair that came back; Wrong where it is none, or of other shapes."""
+    if not isinstance(got, tuple | list) or len(got) != 2:
+        close(got, (A, B), what=f"(A2, B2) {where}")
+    for name, mine, theirs in zip(("A2", "B2"), got, (A, B), strict=True):
+        if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
+            shape = tuple(mine.shape) if isinstance(mine, Tensor) else mine
+            raise Wrong(
+                f"{name} {where}\n  expected  a tensor of shape {tuple(theirs.shape)}\n"
+                f"  got       {shape}\nLikely mistake: `return A2, B2`, in this order; "
+                "a flattened matrix gets its shape back by view_as"
+            )
+    return tuple(got)
+
+
+def _wrong_controls(A, B, order_A, order_B) -> dict[str, Tensor]:
+    """{mistake: the update that it gives}."""
+    A2, B2 = A.flatten()[order_A].view_as(A), B.flatten()[order_B].view_as(B)
+    before, after = B @ A, B2 @ A2
+    factor = before.norm() / after.norm()
+    back_A = A.flatten()[order_A.argsort()].view_as(A)
+    back_B = B.flatten()[order_B.argsort()].view_as(B)
+    back = back_B @ back_A
+    return {
+        "nothing is shuffled: this is the trained update": before,
+        "shuffled, but not made as large as before": after,
+        "the factor is turned round: divide by the norm of the shuffled one": after
+        / factor,
+        "the factor is there twice: one of A2 and B2 takes it": after * factor**2,
+        "the update has norm one, not that of the trained one": after / after.norm(),
+        "A alone is shuffled": B @ A2 * (before.norm() / (B @ A2).norm()),
+        "B alone is shuffled": B2 @ A * (before.norm() / (B2 @ A).norm()),
+        "the orders are used backward: entry i comes from place order[i]": back
+        * (before.norm() / back.norm()),
+        "the largest entry is kept, not the norm": after
+        * (before.abs().max() / after.abs().max()),
+        "the sum of the entries' sizes is kept; the norm is the root of the squares": (
+            after * (before.abs().sum() / after.abs().sum())
+        ),
+    }
+
+
+# 0.4 ----------------------------------------------------------------------------------
+
 RESULTS = (
     *((14, 20), (0, 20), (20, 20), (1, 7), (46, 100), (171, 200), (1, 1), (0, 1)),
     *((7, 14), (140, 200), (3, 9), (9, 12), (123_456, 1_000_000), (2, 100_000)),
@@ -264,7 +362,7 @@ CAREFUL = (1.96, 1.0, 2.576, 3.5, 0.25)  # z; the first is what z is by itself
 
 @judged
 def interval(my_interval: Callable) -> None:
-    """0.3: my_interval(k, n) is Wilson's (low, high), both from zero to one."""
+    """0.4: my_interval(k, n) is Wilson's (low, high), both from zero to one."""
     for z in CAREFUL:
         for k, n in RESULTS:
             got = my_interval(k, n) if z == CAREFUL[0] else my_interval(k, n, z=z)
@@ -367,7 +465,7 @@ def _wrong_intervals(k: int, n: int, z: float) -> dict[str, tuple[float, float]]
     }
 
 
-# 0.4 ----------------------------------------------------------------------------------
+# 0.5 ----------------------------------------------------------------------------------
 
 # (prompts of token ids, token for padding)
 PROMPTS = (
@@ -389,7 +487,7 @@ PROMPTS = (
 
 @judged
 def padding(my_padding: Callable) -> None:
-    """0.4: my_padding(prompts, pad) is (ids, mask), padded on the left."""
+    """0.5: my_padding(prompts, pad) is (ids, mask), padded on the left."""
     for prompts, pad in PROMPTS:
         lent = copy.deepcopy(prompts)
         with unchanged(prompts=lent):

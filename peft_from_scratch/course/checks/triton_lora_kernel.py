@@ -1,10 +1,11 @@
 """Notebook 10's checks: kernels, watched by the tracer while the interpreter runs them.
 
-A kernel that forgets a mask reads and writes beside its tensors. Here they lie in the
-middle of a buffer of NaN, the *fence*, so that this harms nothing; what is further away
-is refused before it is touched. The trace tells which program left which tensor, or did
-another program's work, before any value is compared. What a mask hides and no `other=`
-fills in is NaN here: on a GPU it is undefined.
+A kernel without a mask reads and writes outside of its tensors. Here each tensor lies
+in the middle of a buffer of NaN, the *fence*, so this harms nothing; accesses further
+away are refused before they happen. The trace shows which program left which tensor, or
+did another program's work, before any value is compared. What a mask hides and no
+`other=` fills in is NaN here: on a GPU it is undefined. Exercise 10.5 is also compiled
+for GPUs.
 """
 
 import math
@@ -18,9 +19,20 @@ import numpy
 import torch
 from torch import Tensor
 
-from ...kernels.language import Tiles, load, matrix, store, tl, triton, within
+from ...kernels.language import (
+    Tiles,
+    dot,
+    load,
+    matrix,
+    rounded,
+    store,
+    tl,
+    triton,
+    within,
+)
 from ...kernels.lora import product
 from ...kernels.trace import Access, Trace, trace
+from .. import compile_answer
 from ..pictures.access_picture import positions
 from . import Wrong, close, judged, unchanged
 
@@ -65,7 +77,7 @@ def run(
     Args
         own   (i, j) -> {tensor: the part of it that this program may touch}; all of
               those that it does not name
-    Raises   Wrong   it touches what lies beside the tensors, leaves a part of `written`
+    Raises   Wrong   it touches memory outside of them, leaves a part of `written`
                      out or writes it twice, changes another one, or does the work of
                      another program
     """
@@ -82,7 +94,7 @@ def run(
     if hidden and tensors[written].isnan().any():
         raise Wrong(
             f"{what}: {written} has NaN entries, from what a mask hides.\nLikely "
-            "mistake: `other=0.0` is missing in a load whose block goes into a sum"
+            "mistake: `other=0.0` is missing in a load whose tile goes into a sum"
         )
     return seen
 
@@ -165,9 +177,9 @@ def _demand_inside(access: Access, tensors: dict[str, Tensor], what: str) -> Non
     if len(beside):
         raise Wrong(
             f"{what}: program {_shown(access.program)} {did} {len(beside)} elements "
-            f"beside {access.tensor}, which has the shape {tuple(tensor.shape)}.\n"
-            "Likely mistake: `mask=`, or `within(…)`, lets through what lies behind "
-            "the edge; or an offset or a stride is another one's"
+            f"outside of {access.tensor}, of shape {tuple(tensor.shape)}.\n"
+            "Likely mistake: `mask=`, or `within(…)`, is true for elements past the "
+            "edge; or an offset or a stride is another one's"
         )
 
 
@@ -181,7 +193,7 @@ def _demand_whole(seen: Trace, name: str, tensor: Tensor, what: str) -> None:
             f"{what}: of the {tensor.numel():,} elements of {name}, no program writes "
             f"{len(left):,}.\nLikely mistake: "
             + (
-                "a program's number, `tl.program_id(…)`, or what it is multiplied by; "
+                "a program's index, `tl.program_id(…)`, or what it is multiplied by; "
                 "or a mask that lets through too little"
                 if done
                 else f"`tl.store` is missing, or writes elsewhere than to {name}"
@@ -190,7 +202,7 @@ def _demand_whole(seen: Trace, name: str, tensor: Tensor, what: str) -> None:
 
 
 def _demand_own(seen: Trace, written: str, own: Blocks, tensors, what: str) -> None:
-    """Wrong where a program leaves its block, or an element is written twice."""
+    """Wrong where a program leaves its tile, or an element is written twice."""
     times = dict.fromkeys(_places(tensors[written]).tolist(), 0)
     for access in seen.accesses:
         name, program = access.tensor, access.program
@@ -211,16 +223,16 @@ def _demand_own(seen: Trace, written: str, own: Blocks, tensors, what: str) -> N
             did = "reads" if access.kind == "load" else "writes"
             raise Wrong(
                 f"{what}: program {_shown(program)} {did} {foreign.sum()} elements of "
-                f"{name} that belong to the block of another program.\nLikely mistake: "
-                "one program does the work of others, which on a GPU run beside it; or "
+                f"{name} that belong to the tile of another program.\nLikely mistake: "
+                "one program does the work of others, which run at the same time; or "
                 "the programs are numbered in another order"
             )
     again = sum(count > 1 for count in times.values())
     if again:
         raise Wrong(
             f"{what}: {again} elements of {written} are written more than once.\n"
-            "Likely mistake: `tl.store` stands inside of a loop, where it belongs "
-            "behind it; or two programs write the same block"
+            "Likely mistake: `tl.store` is inside of a loop, and belongs after it; or "
+            "two programs write the same tile"
         )
 
 
@@ -239,12 +251,12 @@ def _ceil(size: int, block: int) -> int:
     return math.ceil(size / block)
 
 
-# 10.1 ----------------------------------------------------------------------------------
+# 10.1 ---------------------------------------------------------------------------------
 
 
 @judged
 def vector_add(my_add) -> None:
-    """10.1: my_add(x, y, out, size, BLOCK): out = x + y, a block for each program."""
+    """10.1: my_add(x, y, out, size, BLOCK): out = x + y, a tile for each program."""
     _demand_kernel(my_add)
     for size, block, scale, dtype in (
         (256, 64, 1.0, torch.float32),
@@ -259,7 +271,7 @@ def vector_add(my_add) -> None:
         x, y = (fenced(size, dtype=dtype).mul_(scale) for _ in "xy")
         x[1::5], y[2::5] = 0, 0
         out = empty(size, dtype=dtype)
-        what = f"x + y, {size} numbers in blocks of {block}"
+        what = f"x + y, {size} elements in tiles of {block}"
         grid = (_ceil(size, block),)
         add = partial(my_add[grid], x, y, out, size, BLOCK=block)
         run(add, what, "out", _each_its_block(block), x=x, y=y, out=out)
@@ -289,11 +301,11 @@ def _demand_kernel(answer) -> None:
         )
 
 
-# 10.2 ----------------------------------------------------------------------------------
+# 10.2 ---------------------------------------------------------------------------------
 
 
 class Shape(NamedTuple):
-    """Of a product, and of its blocks."""
+    """Of a product, and of its tiles."""
 
     m: int
     n: int
@@ -371,7 +383,7 @@ def _judge_product(
 
 
 def _each_its_tile(shape: Shape, sweep: int = 1) -> Blocks:
-    """Of program (i, j): BM rows, and `sweep` blocks of BN columns side by side."""
+    """Of program (i, j): BM rows, and `sweep` neighboring tiles of BN columns."""
 
     def own(i: int, j: int) -> dict[str, tuple[slice, ...]]:
         rows, columns = _block(i, shape.BM), _block(j, sweep * shape.BN)
@@ -382,7 +394,7 @@ def _each_its_tile(shape: Shape, sweep: int = 1) -> Blocks:
 
 def _sizes(shape: Shape, more: str = "") -> str:
     sizes = f"x {shape.m, shape.k}, W {shape.n, shape.k}"
-    blocks = f"blocks {shape.BM} x {shape.BN} x {shape.BK}"
+    blocks = f"tiles {shape.BM} x {shape.BN} x {shape.BK}"
     return ", ".join(filter(None, (sizes, blocks, more)))
 
 
@@ -406,14 +418,12 @@ def _wrong_products(x: Tensor, W: Tensor, shape: Shape) -> dict[str, Tensor]:
             _rounded_sum(parts)
         )
     if shape.BN == shape.BK and not len(W) % shape.BN and not W.shape[1] % shape.BK:
-        wrong["tl.trans of W's block is missing"] = x.double() @ _turned_blocks(
-            W, shape
-        )
+        wrong["tl.trans of W's tile is missing"] = x.double() @ _turned_blocks(W, shape)
     return {text: y for text, y in wrong.items() if not y.equal(sum(parts))}
 
 
 def _turned_blocks(W: Tensor, shape: Shape) -> Tensor:
-    """W^T whose blocks lie as they do in W."""
+    """W^T whose tiles are not transposed."""
     blocks = W.double().unflatten(1, (-1, shape.BK)).unflatten(0, (-1, shape.BN))
     return blocks.permute(2, 1, 0, 3).flatten(2, 3).flatten(0, 1)
 
@@ -425,101 +435,173 @@ def _rounded_sum(parts: list[Tensor]) -> Tensor:
     return total.double()
 
 
-# 10.3 ----------------------------------------------------------------------------------
+# 10.3 ---------------------------------------------------------------------------------
+
+WORTH = 5.0  # percent of the rival's bound, from which on "fused" is the answer
+CHOICES = "fused", "rival"
+Launches = dict[str, list[tuple[float, float]]]  # {version: [(FLOPs, bytes), …]}
 
 
-@triton.jit
-def _lend_block(
-    W, out, n_size, k_size, READER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """Program (i, j) writes the block that READER returns, with all that is hidden."""
-    n, k = tl.program_id(0) * BN, tl.program_id(1) * BK
-    rows, columns = n + tl.arange(0, BN), k + tl.arange(0, BK)
-    block = READER(W, n, k, n_size, k_size, BN, BK)
-    store(out, rows, columns, block, (rows >= 0)[:, None] & (columns >= 0)[None, :])
+class Case(NamedTuple):
+    """A product with its update, and the two speeds of a GPU."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    columns: int  # of y that a program of the fused kernel computes
+    peak: float  # FLOP/s
+    bandwidth: float  # bytes/s
+
+    def __str__(self):
+        return (
+            f"m {self.m:,}, n {self.n:,}, k {self.k:,}, r {self.r}, columns "
+            f"{self.columns}, peak {self.peak:.4g}, bandwidth {self.bandwidth:.4g}"
+        )
 
 
-@judged
-def conv1d_reader(my_reader) -> None:
-    """10.3: my_reader(W, n, k, n_size, k_size, BN, BK): a block of W^T, for W (k, n).
+def launches(case: Case, *, programs=None, issued=False, y_read=True) -> Launches:
+    """FLOPs and distinct bytes of every launch, of each version, in bf16.
 
-    It stands in the library's own kernel, in the place of `dense`; and alone, where the
-    zeros behind the edges are seen.
+    Args
+        programs  of a tile row of the fused kernel; None: as many as n needs
+        issued    count x and A for each of them
+        y_read    the addition in place reads y
     """
-    _demand_kernel(my_reader)
-    for m, n, k in ((16, 32, 32), (20, 40, 24), (16, 32, 16)):
-        weight = fenced(k, n)
-        for how, W in _stored(weight).items():
-            x, y = fenced(m, k), empty(m, n)
-            what = f"x W, Conv1D's weight {k, n} {how}, x {m, k}"
-            _run_reader(my_reader, x, W, y, what)
-            close(y, x.double() @ W.double(), what=what, mistakes=_misread(x, W))
-    for n, k, BN, BK in ((40, 24, 32, 16), (52, 70, 16, 32), (3, 5, 16, 16)):
-        for how, W in _stored(1e-5 * fenced(k, n)).items():
-            _judge_block(my_reader, W, BN, BK, how)
-
-
-def _run_reader(my_reader, x: Tensor, W: Tensor, y: Tensor, what: str) -> None:
-    tiles = Tiles(m=16, n=16, k=16, sweep=1, group=1)
-    more = dict(reader=my_reader, out=y, tiles=tiles)
-    multiply = partial(product, x, matrix(W), y.shape[1], **more)
-    run(multiply, what, "y", lambda i, j: {}, x=x, W=W, y=y)
-
-
-def _judge_block(my_reader, W: Tensor, BN: int, BK: int, how: str) -> None:
-    """The blocks themselves, each from its own part of W."""
-    k, n = W.shape
-    grid = _ceil(n, BN), _ceil(k, BK)
-    out = empty(grid[0] * BN, grid[1] * BK)
-    what = f"the blocks {BN} x {BK} of Conv1D's weight {k, n} {how}"
-    arguments = matrix(W), matrix(out), n, k
-    lend = partial(_lend_block[grid], *arguments, READER=my_reader, BN=BN, BK=BK)
-
-    def own(i: int, j: int) -> dict[str, tuple[slice, ...]]:
-        return {"W": (_block(j, BK), _block(i, BN))}
-
-    run(lend, what, "out", own, W=W, out=out)
-    expected = torch.zeros(out.shape, dtype=torch.float64)
-    expected[:n, :k] = W.double().T
-    again = W.T.double()[torch.arange(len(out)).clamp(max=n - 1)]
-    close(
-        out,
-        expected,
-        what=what,
-        mistakes={
-            "where there is nothing, zeros are asked for: other=0.0": expected.where(
-                _inside(out, n, k), 1.0
-            ),
-            "where there is nothing, zeros are asked for, not the last ones again": (
-                again[:, torch.arange(out.shape[1]).clamp(max=k - 1)]
-            ),
-        },
-    )
-
-
-def _inside(out: Tensor, n: int, k: int) -> Tensor:
-    rows, columns = (torch.arange(size) for size in out.shape)
-    return (rows < n)[:, None] & (columns < k)
-
-
-def _stored(weight: Tensor) -> dict[str, Tensor]:
+    m, n, k, r, columns, *_ = case
+    programs = programs or _ceil(n, columns)
+    x, W, A, B, h, y = (2 * size for size in (m * k, n * k, r * k, n * r, m * r, m * n))
+    wide, low, up = 2 * m * n * k, 2 * m * r * k, 2 * m * n * r
+    times = programs if issued else 1
+    fused = wide + programs * low + up
+    first = [(wide, x + W + y), (low, x + A + h)]
     return {
-        "as usual": as_it_is(weight),
-        "as a part of a wider one": wide(weight),
-        "by columns": turned(weight),
+        "fused": [(fused, times * (x + A) + W + B + y)],
+        "three": [*first, (up, h + B + y + y_read * y)],
+        "four": [*first, (up, h + B + y), (0, 3 * y)],
     }
 
 
-def _misread(x: Tensor, W: Tensor) -> dict[str, Tensor]:
-    mistakes = {}
-    if W.shape[0] == W.shape[1]:
-        mistakes["W^T in the place of W: the strides are exchanged"] = (
-            x.double() @ W.double().T
-        )
-    return mistakes
+def bound(each: list[tuple[float, float]], case: Case, slower=max) -> float:
+    """The sum over launches of the slower of arithmetic and memory, seconds."""
+    return sum(slower(f / case.peak, moved / case.bandwidth) for f, moved in each)
 
 
-# 10.4 ----------------------------------------------------------------------------------
+def fused_or_rival(m, n, k, r, columns, peak, bandwidth) -> tuple[float, str]:
+    """(saving, choice): percent of the stronger rival's bound that fusing saves.
+
+        saving = 100 (1 - fused bound / bound of three kernels)
+
+    Args
+        m, n, k, r       rows of x, rows of W, columns of both, rank
+        columns          of y that a program of the fused kernel computes
+        peak, bandwidth  FLOP/s and bytes/s
+    Returns  the saving, and "fused" from WORTH percent on, else "rival"
+    """
+    case = Case(m, n, k, r, columns, peak, bandwidth)
+    return _decided(case, launches(case))
+
+
+def _decided(case: Case, versions: Launches, rival="three", slower=max) -> tuple:
+    fused, other = (bound(versions[v], case, slower) for v in ("fused", rival))
+    saving = 100 * (1 - fused / other)
+    return saving, CHOICES[saving < WORTH]
+
+
+H100, A100 = (989.4e12, 3.35e12), (312e12, 2.039e12)
+CASES = (
+    Case(4096, 4096, 4096, 64, 256, *H100),
+    Case(4096, 576, 576, 16, 128, *H100),
+    Case(4096, 1000, 576, 32, 256, *A100),
+    Case(1, 4096, 4096, 16, 128, *H100),
+    Case(16, 1536, 576, 8, 64, *A100),
+    Case(2048, 300, 8192, 256, 128, *H100),
+    Case(512, 100, 64, 8, 256, 1e12, 1e9),
+    Case(4096, 4096, 11008, 16, 128, *A100),
+)
+
+
+@judged
+def worth_fusing(my_choice) -> None:
+    """10.3: my_choice(m, n, k, r, columns, peak, bandwidth): (saving, choice)."""
+    for case in (*CASES, *_near_the_threshold(), CASES[0]):
+        what, wrong = f"(saving in %, choice), {case}", _wrong_choices(case)
+        close(my_choice(*case), fused_or_rival(*case), what=what, mistakes=wrong)
+    named = my_choice(**CASES[1]._asdict())
+    close(named, fused_or_rival(*CASES[1]), what="the same, by name")
+
+
+def _near_the_threshold() -> Iterator[Case]:
+    """Cases a little above and a little below WORTH, and one that saves a little.
+
+    A slower memory makes three kernels slower: the peak is what is searched.
+    """
+    for wanted in (WORTH + 0.02, WORTH - 0.02, 1.0):
+        low, high = 1e12, 1e16  # a faster multiplier makes memory count more
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            case = Case(4096, 4096, 4096, 16, 128, middle, H100[1])
+            enough = fused_or_rival(*case)[0] > wanted
+            low, high = (low, middle) if enough else (middle, high)
+        yield case
+
+
+def _wrong_choices(case: Case) -> dict[str, tuple]:
+    """{mistake: (its saving, None)}; (None, its choice) where the saving is right."""
+    versions = launches(case)
+    saving, choice = _decided(case, versions)
+    fused, three = (bound(versions[v], case) for v in ("fused", "three"))
+    added = {
+        v: [tuple(map(sum, zip(*each, strict=True)))] for v, each in versions.items()
+    }
+    doubled = {v: [(f, 2 * moved) for f, moved in e] for v, e in versions.items()}
+    down = max(1, case.n // case.columns)
+    of_fused = 100 * (three / fused - 1)
+    no_h = versions | {"three": [versions["three"][i] for i in (0, 2)]}
+    wrong = {
+        "compared with four kernels: three are faster, so they are the rival": (
+            _decided(case, versions, "four")
+        ),
+        "low = x A^T counted once: each program of a tile row computes it again": (
+            _decided(case, launches(case, programs=1))
+        ),
+        "n / columns was rounded down: the last program has work, too": (
+            _decided(case, launches(case, programs=down))
+        ),
+        "the FLOPs and the bytes of all launches were added first: each launch has "
+        "a bound of its own, and the bounds are added": _decided(case, added),
+        "x and A counted for each program: these are issued bytes; the bound is of "
+        "distinct ones": _decided(case, launches(case, issued=True)),
+        "the last of three kernels reads y, too, before it adds": (
+            _decided(case, launches(case, y_read=False))
+        ),
+        "the launch of h = x A^T is missing in the rival": _decided(case, no_h),
+        "FLOPs to bytes as one to two: a value has two bytes, and a multiplication "
+        "with its addition is two FLOPs": _decided(case, doubled),
+        "the two times of a launch were added: the slower one is the bound": (
+            _decided(case, versions, slower=lambda a, b: a + b)
+        ),
+        "the smaller of the two times: the slower one is the bound": (
+            _decided(case, versions, slower=min)
+        ),
+        "percent of the fused bound: take it of the rival's": (
+            of_fused, CHOICES[of_fused < WORTH],
+        ),
+        "a fraction: the saving is asked for in percent": (saving / 100, choice),
+        "the sign: what fusing saves is positive": (-saving, CHOICES[-saving < WORTH]),
+        f'"fused" for less than {WORTH:g} % saved': (
+            saving, CHOICES[saving <= 0],
+        ),
+        "the two choices are exchanged": (saving, CHOICES[saving >= WORTH]),
+    }  # fmt: skip
+    return {
+        text: (other, None) if other != saving else (None, word)
+        for text, (other, word) in wrong.items()
+        if (other, word) != (saving, choice)
+    }
+
+
+# 10.4 ---------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -537,7 +619,7 @@ def _finish(
     BN: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """Lend a block of total and low to UPDATE, and write what it returns."""
+    """Lend a tile of total and low to UPDATE, and write what it returns."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rank = tl.arange(0, RANK)
@@ -575,7 +657,7 @@ def _judge_update(my_update, sizes, blocks, scale: float, how: str) -> None:
     total, low, y = fenced(m, n), fenced(m, r), empty(m, n)
     total[::3, ::4] = 0
     B = B_LAYOUTS[how](fenced(n, r))
-    named = (f"total {m, n}, B {n, r}, scale {scale:g}, blocks {BM} x {BN}", how)
+    named = (f"total {m, n}, B {n, r}, scale {scale:g}, tiles {BM} x {BN}", how)
     what = f"total + scale low B^T, {', '.join(filter(None, named))}"
     arguments = *map(matrix, (total, low, B, y)), m, n, r, scale
     grid, constants = (_ceil(m, BM), _ceil(n, BN)), dict(BM=BM, BN=BN, RANK=RANK)
@@ -600,7 +682,7 @@ def _wrong_updates(total, update, scale: float, r: int) -> dict[str, Tensor]:
     }
 
 
-# 10.5 ----------------------------------------------------------------------------------
+# 10.5 ---------------------------------------------------------------------------------
 
 SWEEP, RANKS = 4, 16
 
@@ -619,7 +701,7 @@ class Fused(NamedTuple):
         how = {turned: ", all stored by columns", wide: ", all parts of wider ones"}
         return (
             f"{_sizes(self.shape)}, r {self.r}, scale {self.scale:g}, {self.sweep} "
-            f"blocks a program{how.get(self.layout, '')}"
+            f"tiles in each program{how.get(self.layout, '')}"
         )
 
 
@@ -635,9 +717,46 @@ FUSED = (
 SCORED = Fused(Shape(64, 256, 256, 32, 32, 64), 8)
 
 
+@triton.jit
+def our_lora(
+    x,
+    W,
+    A,
+    B,
+    y,
+    m_size,
+    n_size,
+    k_size,
+    r,
+    scale,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RANK: tl.constexpr,
+    SWEEP: tl.constexpr,
+):
+    """y = x W^T + scale (x A^T) B^T; program (i, j): SWEEP tiles next to each other."""
+    m, rank = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
+    low = tl.zeros((BM, RANK), tl.float32)
+    for step in tl.static_range(SWEEP):
+        n = (tl.program_id(1) * SWEEP + step) * BN + tl.arange(0, BN)
+        total = tl.zeros((BM, BN), tl.float32)
+        for first in range(0, k_size, BK):
+            k = first + tl.arange(0, BK)
+            part = load(x, m, k, within(m, k, m_size, k_size))
+            wide = load(W, n, k, within(n, k, n_size, k_size))
+            total = dot(part, tl.trans(wide), total)
+            if step == 0:
+                a = load(A, rank, k, within(rank, k, r, k_size))
+                low = dot(part, tl.trans(a), low)
+        b = load(B, n, rank, within(n, rank, n_size, r))
+        total = dot(rounded(low * scale, B[0].dtype.element_ty), tl.trans(b), total)
+        store(y, m, n, total, within(m, n, m_size, n_size))
+
+
 @judged
 def fewest_bytes(my_lora) -> None:
-    """10.5: my_lora(x, W, A, B, y, …): the product, its bytes close to plain x W^T's."""
+    """10.5: my_lora(x, W, A, B, y, …): right, few bytes, and it compiles for GPUs."""
     _demand_kernel(my_lora)
     for case in FUSED:
         _judge_fused(my_lora, case)
@@ -654,7 +773,29 @@ def fewest_bytes(my_lora) -> None:
         raise Wrong(
             f"right, but it moves too much: {bill}\n{_waste(seen, *SCORED[:2])}"
         )
+    facts = _compiled(my_lora)
     print(bill)
+    print(facts)
+
+
+def _compiled(my_lora) -> str:
+    """What a compiler makes of it for two GPUs, in a line each.
+
+    Raises   Wrong   it does not compile there
+    """
+    try:
+        facts = compile_answer.compiled(my_lora)
+    except compile_answer.Refused as refused:
+        raise Wrong(str(refused)) from None
+    size, rank = compile_answer.SIZE, compile_answer.RANK
+    lines = [f"compiled in bf16, {size:,} x {size:,}, rank {rank}, for"]
+    for target, fact in facts.items():
+        name = f"{target} ({compile_answer.TARGETS[target]})"
+        lines.append(
+            f"  {name}  {fact['registers']} registers, {fact['spilled']} bytes "
+            f"spilled, {(fact['instructions'] or ['no matrix instruction'])[0]}"
+        )
+    return "\n".join(lines)
 
 
 def _judge_fused(my_lora, case: Fused) -> Trace:
@@ -686,10 +827,10 @@ def _wrong_fused(x, A, B, plain, low, case: Fused) -> dict[str, Tensor]:
         "the scale is forgotten": plain + low @ B.T,
         "x W^T alone": plain,
         "the update alone": scale * low @ B.T,
-        "low is summed on from block to block: it needs x A^T once": (
+        "low is summed on from tile to tile: it needs x A^T once": (
             plain + scale * (summed * B).sum(-1)
         ),
-        "low is set to zero for each block, and filled for the first alone": (
+        "low is set to zero for each tile, and filled for the first alone": (
             plain + scale * (first * B).sum(-1)
         ),
         "low has only the first BK columns": plain + scale * part @ B.T,
@@ -700,7 +841,7 @@ def _wrong_fused(x, A, B, plain, low, case: Fused) -> dict[str, Tensor]:
 
 
 def plain_bytes(shape: Shape) -> int:
-    """What x W^T issues with the same blocks, traced."""
+    """What x W^T issues with the same tiles, traced."""
     m, n, k = shape[:3]
     x, W, y = torch.zeros(m, k), torch.zeros(n, k), torch.zeros(m, n)
     tiles = Tiles(m=shape.BM, n=shape.BN, k=shape.BK, sweep=1, group=1)

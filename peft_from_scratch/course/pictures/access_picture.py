@@ -190,18 +190,28 @@ def _outline(axes: Axes, spot: tuple, own: np.ndarray, theme: Theme) -> None:
 def _name(axes: Axes, spot: tuple, name: str, count: np.ndarray) -> None:
     left, top = spot
     turned = "ᵀ" if PLACES[name][2] else ""
-    axes.text(left, top - 1, f"{name}{turned}  {often(count)}", size=SMALL, va="bottom")
+    axes.text(left, top - 1, f"{name}{turned}: {often(count)}", size=SMALL, va="bottom")
 
 
 def words(seen: Trace, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The picture in words, for readers who cannot see it: "x 6 x, W 3 x, y 1 x"."""
-    return ", ".join(f"{n} {often(counts(seen, n, t))}" for n, t in tensors.items())
+    """The picture in words: "Each element is read: x 6 times, W 3 times; is written …".
+
+    For readers who cannot see it.
+    """
+    parts = {}
+    for name, tensor in tensors.items():
+        times = often(counts(seen, name, tensor))
+        kind = "read" if seen.of("load", name) else "written"
+        parts.setdefault(kind, []).append(f"{name} {times}")
+    sentences = [f"is {kind}: {', '.join(each)}" for kind, each in parts.items()]
+    return f"Each element {'; '.join(sentences)}."
 
 
 def often(count: np.ndarray) -> str:
-    """ "4 x", or "1 to 4 x"."""
+    """ "1 time", "4 times", or "1 to 4 times"."""
     low, high = int(count.min()), int(count.max())
-    return f"{high} x" if low == high else f"{low} to {high} x"
+    unit = "time" if high == 1 else "times"
+    return f"{high} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def order_picture(

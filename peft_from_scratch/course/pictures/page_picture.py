@@ -4,6 +4,7 @@
         optimizer.step()
     picture(moments, pages=8, title=…)       a row for a page, a column for a moment
     faults(slots, trace)                     the number of faults of any trace under LRU
+    back_and_forth(pages, slots, steps)      the order of pages with the fewest faults
 
 Shapes carry the meaning as well as colors, so that the picture can be read without
 them: hollow is clean, filled is dirty, a dot is not resident; a cross marks a fault, a
@@ -74,6 +75,16 @@ def faults(slots: int, trace: Sequence[int]) -> int:
         if len(resident) > slots:
             resident.popitem(last=False)
     return count
+
+
+def back_and_forth(pages: int, slots: int, steps: int) -> list[list[int]]:
+    """The order of the pages in each optimizer step that has the fewest faults.
+
+    Every second step goes backward, so that each begins with the pages in the slots:
+    pages + (steps - 1) (pages - slots) faults under LRU, for at most `pages` slots.
+    """
+    forward = [*range(pages)]
+    return [forward[::-1] if step % 2 else forward for step in range(steps)]
 
 
 def picture(
@@ -148,8 +159,8 @@ def _name(axes, moments: Sequence[Moment], pages: int, theme: Theme) -> None:
     axes.set_xlim(0.3, len(moments) + 0.7)
     axes.set_ylim(pages - 0.4, -0.6)
     axes.set_yticks(range(pages))
-    axes.set_ylabel("page")
-    axes.set_xlabel("Moments: a page is asked for")
+    axes.set_ylabel("Page, number")
+    axes.set_xlabel("Requests for a page, count")
     last = None
     for x, moment in enumerate(moments, 1):
         if moment.step != last:

@@ -158,18 +158,18 @@ CLAIMS = (
         measured=measured,
         say_instead={
             "wrong as stated": (
-                "The total is right and its rows are not. {fp32} GB are the rows of "
-                "float32. Mixed-precision AdamW on bf16 weights takes {rows} GB: "
-                "weights, gradients, and a float32 master copy with two moments, which "
-                "makes the same {total} GB. Activations come on top and grow with the "
-                "tokens of a batch"
+                "The total is right and its rows are not. {fp32} GB are right for "
+                "weights in float32, also under autocast. Mixed-precision AdamW on "
+                "bf16 weights takes {rows} GB: weights, gradients, and a float32 "
+                "master copy with two moments, which makes the same {total} GB. "
+                "Activations come on top and grow with the tokens of a batch"
             )
         },
         number="error of the worst row",
         so={
             "wrong as stated": (
-                "{total} GB is right for mixed precision, as {rows}. The textbook's "
-                "rows, {fp32}, are those of float32."
+                "For float32 weights, autocast included, {fp32} GB is right; a "
+                "bfloat16 checkpoint takes {rows}."
             ),
         },
     ),

@@ -147,9 +147,10 @@ def _most(runs: Sequence[Run]) -> dict[str, str]:
 
 
 COUNTS = (
-    "The share is that of a length. Below the bounds stay {prefix_7} positions of a "
-    "prefix and {prompt_7} of a prompt on Llama-7B, {prefix_smol} and {prompt_smol} on "
-    "SmolLM2; at the papers' longest it is {prefix_most} % and {prompt_most} %"
+    "The share grows with the length. On Llama-7B, a prefix stays below its bound up "
+    "to {prefix_7} positions, and a prompt up to {prompt_7} vectors. On SmolLM2, the "
+    "limits are {prefix_smol} and {prompt_smol}. At the papers' longest lengths, the "
+    "largest shares are {prefix_most} % and {prompt_most} %"
 )
 CLAIMS = (
     Claim(
@@ -196,8 +197,9 @@ CLAIMS = (
         number="cases within the bounds",
         so={
             "computed": (
-                "The share depends on the length: on Llama-7B, {prefix_7} positions of"
-                " a prefix or {prompt_7} of a prompt stay below the bounds."
+                "The share depends on the length: on Llama-7B, up to {prefix_7} "
+                "positions of a prefix or {prompt_7} vectors of a prompt stay below "
+                "the bounds."
             ),
         },
     ),

@@ -10,7 +10,7 @@ row by row.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,9 +20,10 @@ from torch import nn
 
 from ...common import scoped
 from ...common.digest import digest
-from ...core import counting
+from ...core import adapter, counting
 from ...core.adapter import adapters, remove
-from ...methods import METHODS, loftq, named
+from ...core.targets import resolve
+from ...methods import METHODS, loftq, lora, named
 from ...models.load import load_model
 from ...nf4 import quantize_model
 from ...tasks.task import Task, load_task
@@ -72,9 +73,33 @@ class Kind:
             inject(model, **self.options, **values)
 
 
+def full_projections(model: nn.Module) -> None:
+    """Let the weights and biases of the projections train, and nothing else."""
+    names = sorted(_of_projections(model))
+    adapter.apply(model, adapter.plan(model, None, {}, base_params=names))
+
+
+def lora_and_the_rest(model: nn.Module, **options) -> None:
+    """LoRA at the projections; embeddings, norms and head train as they are."""
+    inside = _of_projections(model)
+    rest = [name for name, _ in model.named_parameters() if name not in inside]
+    adapter.apply(model, replace(lora.plan(model, **options), base_params=tuple(rest)))
+
+
+def _of_projections(model: nn.Module) -> set[str]:
+    """Names of the parameters of what LoRA adapts: all projections but the head."""
+    return {
+        f"{name}.{parameter}"
+        for name, module in resolve(model, LORA["targets"]).items()
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+
+
 LORA = dict(named("lora").hyper)
 VARIANTS: dict[str, Kind] = {
     "base": Kind(None),  # nothing is added and nothing trains
+    "full-projections": Kind(None, inject=full_projections),
+    "lora-and-rest": Kind("lora", inject=lora_and_the_rest),
     "rslora": Kind("lora", {"rslora": True}),
     "lora-frozen": Kind("lora"),  # control: A and B random, and never trained
     "qlora-loftq": Kind("qlora", inject=loftq.inject),  # starts at what NF4 lost
@@ -258,8 +283,8 @@ def recipe(config: dict) -> TrainConfig:
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
     """Give every LoRA a random B, as large as a random A of its shape would start."""
-    for adapter in adapters(model).values():
-        nn.init.normal_(adapter.B, std=(3 * adapter.B.shape[1]) ** -0.5)
+    for each in adapters(model).values():
+        nn.init.normal_(each.B, std=(3 * each.B.shape[1]) ** -0.5)
 
 
 @torch.no_grad()

@@ -16,6 +16,10 @@ weight. They are fitted on one half of the blocks and tested on the other, as ev
 format is. A second fit keeps -1, 0 and 1 where NF4 has them: what it gains over NF4 is
 not the price of an exact zero and exact ends.
 
+In practice constants are not in float32: as_stored() prices them in 16 and in 8 bits,
+for NF4 and for affine int4 with a zero point, and crossing() says where two curves of
+error against stored bits meet. This has no verdict.
+
 SmolLM2's weights went through four bits on their way here, in blocks of 32 with two
 constants: affine int4 finds those again and looks perfect. They are here to show that
 trap, and decide nothing.
@@ -24,6 +28,7 @@ trap, and decide nothing.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +37,8 @@ from ...core.targets import kinds, projections
 from ...models import minilm
 from ...models.load import load_model
 from ...nf4 import CODES, Affine, Quantized, dequantize, quantize
+from ...nf4.double import BLOCK as GROUP
+from ...nf4.double import double_quantize
 from .. import runs
 from ..claim import Claim, Measured, Rule
 from ..runs import Run, matches
@@ -43,6 +50,8 @@ HONEST = ("gaussian", "minilm", "tiny")  # weights that never were in four bits
 TRAP = "smollm2"
 BEST, PINNED, DOUBLED, AFFINE = "best", "best-pinned", "nf4-double", "affine"
 PINS = (0, 7, 15)  # of NF4's values: -1, 0, 1
+STORED_BLOCKS = (16, 32, 64, 128)  # of practical formats
+WIDTHS, ZERO_BITS = (16, 8), 4  # bits of a stored constant, of a zero point
 ROUNDS, SETTLED = 3000, 1e-7  # of the alternation: at most, and when it may stop
 
 
@@ -176,6 +185,109 @@ def alternate(ratios: Tensor, weights: Tensor, values: Tensor, pins=()) -> Tenso
         if (values - before).abs().max() < SETTLED:
             break
     return values
+
+
+# ----------------------------------------------------------- As practical formats store
+
+
+def as_stored(w: Tensor, block: int) -> dict[str, tuple[float, float]]:
+    """{format: (bits a value, error in %)}, with constants as practical formats store.
+
+        NF4           w' = values[code] · absmax
+        affine int4   w' = (code - zero) · step     zero: a code, in 4 bits
+
+    absmax and step are in float16 ("NF4, 16-bit constants", "affine int4, 16-bit
+    constants"), or in 8 bits by double quantization. Codes are chosen for the constants
+    as stored.
+
+    Args
+        w      float32, n values, a multiple of block
+        block  values that share constants
+    """
+    rows = w.flatten().view(-1, block)
+    absmax = rows.abs().amax(dim=1)
+    span = rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)
+    priced = {}
+    for width in WIDTHS:
+        bits = 4 + constant_bits(w.numel(), block, width)
+        restored = in_nf4(rows, as_kept(absmax, width))
+        priced[label("NF4", width)] = bits, error(rows, restored)
+        restored = with_zero_point(rows, as_kept(span / 15, width))
+        priced[label("affine int4", width)] = (
+            bits + ZERO_BITS / block,
+            error(rows, restored),
+        )
+    return priced
+
+
+def label(name: str, width: int) -> str:
+    """A format and the bits of its constants, in words."""
+    return f"{name}, {width}-bit constants"
+
+
+def stored_curves(w: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """{format: [(bits a value, error in %), …]}, over STORED_BLOCKS."""
+    priced = [as_stored(w, block) for block in STORED_BLOCKS]
+    return {name: [each[name] for each in priced] for name in priced[0]}
+
+
+def constant_bits(n: int, block: int, width: int) -> float:
+    """Bits a value of one constant for each block, n values in all.
+
+    Constants in 8 bits have a float32 scale for 256 of them, and a float32 offset.
+    """
+    if width == 8:
+        return 8 / block + 32 / (GROUP * block) + 32 / n
+    return width / block
+
+
+def as_kept(constants: Tensor, width: int) -> Tensor:
+    """Constants (blocks,) after a round trip through `width` bits: 16 or 8."""
+    if width == 8:
+        return double_quantize(constants, "dynamic").dequantize()
+    return constants.half().float()
+
+
+def in_nf4(rows: Tensor, absmax: Tensor) -> Tensor:
+    """NF4's nearest values, scaled back: (blocks, block); absmax is (blocks,)."""
+    values = torch.tensor(CODES["nf4"])
+    ratios = (rows / absmax[:, None]).nan_to_num(0.0)
+    codes = torch.bucketize(ratios, (values[1:] + values[:-1]) / 2)
+    return values[codes] * absmax[:, None]
+
+
+def with_zero_point(rows: Tensor, step: Tensor) -> Tensor:
+    """Affine int4 whose zero is a code: (blocks, block); step is (blocks,)."""
+    steps = (rows / step[:, None]).nan_to_num(0.0)
+    zero = (-steps.amin(dim=1, keepdim=True)).round().clamp(0, 15)
+    codes = (steps + zero).round().clamp(0, 15)
+    return (codes - zero) * step[:, None]
+
+
+def crossings(curves: dict[str, list[tuple[float, float]]]) -> dict[int, float | None]:
+    """{bits of a constant: bits a value where affine int4 overtakes NF4, or None}."""
+    pairs = {w: [curves[label(f, w)] for f in ("NF4", "affine int4")] for w in WIDTHS}
+    return {width: crossing(*pair) for width, pair in pairs.items()}
+
+
+def crossing(
+    one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]
+) -> float | None:
+    """The bits at which two curves of (bits, error) meet; None where they do not.
+
+    Between two points the error is taken to be linear in log(bits - 4), which it nearly
+    is in the logarithm of the block. Of several meeting points, the first counts.
+    """
+    curves = [np.array(sorted(curve)).T for curve in (one, other)]
+    places = [np.log(bits - 4) for bits, _ in curves]
+    low, high = max(p[0] for p in places), min(p[-1] for p in places)
+    grid = np.linspace(low, high, 10_001)
+    first, second = (
+        np.interp(grid, place, errors)
+        for place, (_, errors) in zip(places, curves, strict=True)
+    )
+    changes = np.flatnonzero(np.diff(np.sign(first - second)))
+    return 4 + float(np.exp(grid[changes[0]])) if low < high and len(changes) else None
 
 
 def _plain(values: Tensor) -> list[float]:

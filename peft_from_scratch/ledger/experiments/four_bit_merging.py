@@ -1,14 +1,14 @@
 """Q5, M4: adapters in bfloat16 beside four bits, and what merging does to them.
 
-    Q5   A and B in bfloat16 round away updates below 1/256 of a value. Their loss
-         against that of float32 ones, the rate searched for both
+    Q5   A and B in bfloat16 round away optimizer steps below 1/512 of a value, and some
+         up to 1/256. Their loss against that of float32 ones, each at its searched rate
     M4   the table of the textbook says of QLoRA: overhead none (merged), merging yes.
          There are three merges (methods/qlora.py), and none has everything:
 
-             onto            the trained model   in four bits
-             "dequantized"   exactly             no
-             "original"      nearly              no
-             "requantized"   nearly              yes
+             onto            the trained model          in four bits
+             "dequantized"   exactly                    no
+             "original"      nearly                     no
+             "requantized"   where the update is large  yes
 
 The runs of M4 are the QLoRA runs of four_bit_training.py, each merged in all three.
 """

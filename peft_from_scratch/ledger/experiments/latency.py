@@ -1,8 +1,9 @@
-"""A1: what an adapter costs when a token is decoded, in line or beside, merged or not.
+"""A1: how much time an adapter adds to a decoding step, merged or not.
 
-The same frozen model four times, and once more as the control: untouched, with LoRA
-beside every projection, with that LoRA merged, with bottlenecks in line. They take
-turns within each round, so that a machine that slows down slows all of them.
+The same frozen model in five copies: untouched, untouched again as the control, with
+LoRA in parallel with every projection, with that LoRA merged, and with bottlenecks
+after each sublayer. They take turns within each round, so that a machine that slows
+down slows all of them.
 """
 
 from collections.abc import Sequence
@@ -120,10 +121,11 @@ def measured(all_runs: Sequence[Run]) -> Measured:
 
 
 INSTEAD = (
-    "A decoding step of one sequence takes {houlsby_1} times the base model's with "
-    "bottlenecks in line, and {lora_1} times with LoRA beside every projection; of "
-    "eight sequences {houlsby_8} and {lora_8}. Merged, LoRA takes {merged_1} times, "
-    "and the base itself, timed again, {again_1}"
+    "A decoding step of one sequence takes {houlsby_1} times the base model's time "
+    "with bottlenecks, and {lora_1} times with an unmerged LoRA at every projection. "
+    "For eight sequences, it takes {houlsby_8} and {lora_8} times. With a merged LoRA, "
+    "one sequence takes {merged_1} times. The base model, timed again, takes {again_1} "
+    "times"
 )
 CLAIMS = (
     Claim(
@@ -135,8 +137,8 @@ CLAIMS = (
         ),
         rule=Rule(
             words=(
-                "Time of a decoding step with bottleneck adapters, in units of that "
-                "with an unmerged LoRA of as many parameters on every projection; one "
+                "Time of a decoding step with bottleneck adapters, divided by the time "
+                "with an unmerged LoRA of as many parameters at every projection; one "
                 "sequence, median of the rounds"
             ),
             unit="x",

@@ -3,7 +3,7 @@
     fixed    weights     codes, constants, and what stays in 16 bits (constants.py)
              buffer      the largest projection, dequantized for its product
              adapters    A and B of rank 64 beside every projection
-             states      two moments of AdamW, float32
+             states      AdamW's m and v, float32
     moving   gradients and activations, at the worst moment of a step: counted on a
              model without numbers (memory/meta_model.py) that takes the step at that
              length
@@ -39,7 +39,7 @@ SHAPE, RANK = "Llama-65B", 64  # [1] section 4: r = 64 on every projection
 # A card of 48 GB has 48 GiB: the 3.5e9 bytes between the two are for a CUDA context,
 # workspaces and the allocator's rounding, which no tensor holds.
 GPU = 48_000_000_000
-LENGTHS = (1024, 2048)  # that a slope is taken from
+LENGTHS = (1024, 2048)  # tokens: counted for every variant, whatever fits
 VARIANTS = {  # what the paper does, and three others
     "paper": {},
     "float32 adapters": dict(adapters="float32"),
@@ -83,7 +83,8 @@ def compute(config: dict) -> dict:
     """The longest sequence that fits, or a real step beside the sum.
 
     Returns  for a shape: tokens (0 if none fits), fixed {weights, buffer, adapters,
-             states} in bytes, moving {length: bytes}, a_token (bytes: the slope)
+             states} in bytes, moving {length: bytes}, a_token (bytes: what one more
+             token takes, from the longest sequence to one twice as long)
              for a base: summed, measured: bytes without the states, which no step
              before the first has
     """
@@ -97,12 +98,12 @@ def compute(config: dict) -> dict:
         fixed["states"] = 0
     room = config["gpu"] - sum(fixed.values())
     tokens = longest(moving, room)
-    ends = [moving(length) for length in LENGTHS]
+    ends = tokens or 1, 2 * (tokens or 1)
     return {
         "tokens": tokens,
         "fixed": fixed,
-        "moving": {str(length): moving(length) for length in (*LENGTHS, tokens or 1)},
-        "a_token": (ends[1] - ends[0]) / (LENGTHS[1] - LENGTHS[0]),
+        "moving": {str(length): moving(length) for length in (*LENGTHS, *ends)},
+        "a_token": (moving(ends[1]) - moving(ends[0])) / ends[0],
     }
 
 
@@ -204,17 +205,17 @@ def _figures(by_name: dict[str, Run], all_runs: Sequence[Run]) -> dict[str, str]
         "paged": tokens["paged"],
         "fixed": f"{sum(paper['fixed'].values()) / 1e9:.1f}",
         **{name: f"{bytes_ / 1e9:.1f}" for name, bytes_ in paper["fixed"].items()},
-        "a_token": f"{paper['a_token'] / 1e6:.1f}",
+        "a_token": f"{paper['a_token'] / 1e6:.2f}",
         "off": f"{max(off(run) for run in all_runs if 'base' in run.config):.1f}",
     }
 
 
 FITS = (
     "{weights} GB of weights, {buffer} for the dequantized one, {adapters} of adapters "
-    "in bfloat16 and {states} of float32 moments are {fixed} GB; gradients and "
+    "in bfloat16 and {states} of float32 states are {fixed} GB; gradients and "
     "activations, with gradient checkpointing, leave room for one sequence of {tokens} "
     "tokens, at {a_token} MB a token. With adapters in float32 it is {wide}, without "
-    "checkpointing {kept}, with the moments paged out {paged}. Counted, not run on a "
+    "checkpointing {kept}, with the states paged out {paged}. Counted, not run on a "
     "GPU; the same sum is within {off} % of real steps of tiny and SmolLM2"
 )
 CLAIMS = (
@@ -227,7 +228,7 @@ CLAIMS = (
                 "The longest sequence whose training step fits into 48e9 bytes, "
                 "counted: Llama-65B's projections in NF4 with double quantization, all "
                 "else in bfloat16; LoRA of rank 64 on every projection in bfloat16, "
-                "AdamW's moments in float32 and on the GPU; one sequence a step, "
+                "AdamW's states in float32 and on the GPU; one sequence a step, "
                 "gradient checkpointing, attention without a (t, t) matrix. The paper "
                 "trains at 512 tokens; less than 64 are of no use"
             ),

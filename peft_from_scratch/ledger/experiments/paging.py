@@ -1,8 +1,15 @@
 """P1: a paged optimizer gives its memory away while a long sequence needs it.
 
+This is arithmetic on show, and no experiment that could have come out otherwise:
+
+    absorbed = min(1, bytes of the states / bytes of the spike)
+
+What a run shows is that the bytes are really given up, and that no weight changes.
+
 Full fine-tuning of a small model, one sequence a step, most of them short and some
 long. An ordinary AdamW has its states and a long sequence's activations at once. A
-PagedAdamW lends the bytes that a long sequence takes more than a short one:
+PagedAdamW lends the bytes that a long sequence takes more than a short one. (`lent` is
+ours: in QLoRA, the driver of the GPU moves pages when memory runs out.)
 
     with optimizer.lent(activations of this one - of a short one):
         forward, backward                                  its pages have left
@@ -237,8 +244,8 @@ CLAIMS = (
             words=(
                 "Share of a memory spike that a paged AdamW absorbs, in a training of "
                 "tiny whose spike is smaller than the states; the least over seeds. 0 "
-                "if one weight differs from AdamW's in one bit, or the arena ever "
-                "exceeds its budget"
+                "if one weight differs from AdamW's in one bit, or the resident pages "
+                "ever exceed their budget"
             ),
             unit="%",
             verdicts=("computed",),

@@ -1,0 +1,291 @@
+"""The stored runs on rank, scale and targets, as figures with their finding in words.
+
+    lesson.show(*search_grid(searches))       every method at every learning rate
+    lesson.show(*sizes(sized, live))          size and loss by rank, LoRA and rsLoRA
+    lesson.show(*alphas(tuned))               loss by alpha times learning rate
+    lesson.show(*targets(cells))              targets at equal budgets, by task
+    lesson.show(*excess_by_rank(ranked))      what each rank loses, by task
+
+    at_learning_rates(pools, r)               both methods at one rate, and at their own
+    lead(lora, rslora), records(runs)         a paired difference; runs as plain dicts
+
+The runs come from the store (ledger/runs.py); tuning_pictures.py draws.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from ...common.statistics import over_seeds
+from ...ledger.experiments import rank_and_place, scaling
+from ...ledger.intervals import paired
+from ...ledger.rates import at_best
+from ...ledger.runs import Run, matches
+from ...plotting import curves
+from . import tuning_pictures
+
+METHODS = {"LoRA": "lora", "rsLoRA": "rslora"}
+LIVE = "your run, 20 steps"
+Row = tuple[float, float, float, float]  # x, mean, lowest, highest
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+# Learning rates -----------------------------------------------------------------------
+
+
+def search_grid(searches: Mapping[str, Mapping]) -> tuple[Figure, str]:
+    """All methods of a search, at all learning rates that it tried.
+
+    Args
+        searches  {method: its search, as data/results/family_search.json has it}; the
+                  first method's best learning rate is the shared one
+    """
+    right = {
+        name: {run["setting"]["lr"]: run["correct"] for run in search["runs"]}
+        for name, search in searches.items()
+    }
+    own = {name: search["chosen"]["lr"] for name, search in searches.items()}
+    shared, rows = next(iter(own.values())), _rows(searches)
+    figure = tuning_pictures.rate_grid(
+        right,
+        own,
+        of=rows,
+        shared=shared,
+        title="At one learning rate the methods differ; at their own, they hardly do",
+        subtitle=(
+            f"Share of {rows} validation rows right. Star: the method's own best. "
+            "Dashed: one for all."
+        ),
+    )
+    at_one = ", ".join(f"{n} {by_rate.get(shared)}" for n, by_rate in right.items())
+    at_own = ", ".join(f"{n} {by_rate[own[n]]}" for n, by_rate in right.items())
+    return figure, (
+        f"Rows right of {rows}. At {shared:g}: {at_one}. At its own best learning "
+        f"rate: {at_own}."
+    )
+
+
+def _rows(searches: Mapping[str, Mapping]) -> int:
+    (rows,) = {run["rows"] for search in searches.values() for run in search["runs"]}
+    return rows
+
+
+def at_learning_rates(
+    shared: Sequence[Run], searched: Sequence[Run], r: int
+) -> tuple[list[list[Run]], list[list[Run]]]:
+    """LoRA's and rsLoRA's runs of a rank at one learning rate, and at each one's own.
+
+    Args
+        shared    runs at one learning rate
+        searched  runs of a search for each method and rank
+    """
+
+    def both(pool: Sequence[Run]) -> list[list[Run]]:
+        return [
+            [run for run in pool if matches(run, method=method, r=r)]
+            for method in METHODS.values()
+        ]
+
+    return both(shared), [at_best(own) for own in both(searched)]
+
+
+def lead(lora: Sequence[Run], rslora: Sequence[Run]) -> Interval:
+    """LoRA's test loss minus rsLoRA's, paired by seed: the mean and its interval."""
+    first, second = (
+        {run.config["seed"]: run.result["test_loss"] for run in runs}
+        for runs in (lora, rslora)
+    )
+    return over_seeds([first[seed] - second[seed] for seed in sorted(first)])
+
+
+def records(runs: Sequence[Run]) -> Iterator[dict]:
+    """Each run as a dict of method, lr, seed, validation (loss) and test (loss)."""
+    for run in runs:
+        parts = {name: run.config[name] for name in ("method", "lr", "seed")}
+        losses = {name: run.result[f"{name}_loss"] for name in ("validation", "test")}
+        yield parts | losses
+
+
+# Scales -------------------------------------------------------------------------------
+
+
+def two_scales(sides: Mapping[str, Mapping[str, Sequence]]) -> tuple[Figure, str]:
+    """The size of an update by rank, for two ways in which its directions add up.
+
+    Args
+        sides  {how the directions lie: {scale: [(rank, size), …]}}
+    """
+    figure = tuning_pictures.panels(
+        sides,
+        x=("Rank r, directions",) * 2,
+        y=("Size, share of the output",) * 2,
+        log=("xy", "xy"),
+        same_y=True,
+        title="Each scale keeps the size of the update in one of two cases",
+    )
+    phrases = []
+    for side, by_scale in sides.items():
+        growth = (f"{n} {rows[-1][1] / rows[0][1]:.2f}" for n, rows in by_scale.items())
+        phrases.append(f"{side}: {', '.join(growth)}")
+    return figure, f"Size at the last rank over that at rank 1. {'; '.join(phrases)}."
+
+
+def sizes(
+    sized: Sequence[Run], live: Mapping[int, Sequence[float]]
+) -> tuple[Figure, str]:
+    """The size of the update and the test loss by rank, at one learning rate.
+
+    Args
+        sized  runs of scaling.size_configs
+        live   {rank: sizes that were just measured}
+    """
+    size = {name: _by_rank(sized, m, "ratio") for name, m in METHODS.items()}
+    size[LIVE] = [(r, fmean(own)) for r, own in live.items()]
+    loss = {name: _by_rank(sized, m, "test_loss") for name, m in METHODS.items()}
+    figure = tuning_pictures.panels(
+        {"How large the update is": size, "What it costs": loss},
+        x=("Rank r, directions",) * 2,
+        y=("Size, share of the output", "Test loss, nats per token"),
+        control=(LIVE,),
+        title="At one learning rate, LoRA's update shrinks with the rank",
+        subtitle=f"tiny on {scaling.TASK} at {scaling.SIZED_AT:g}. Bars: five seeds.",
+    )
+    powers = (
+        f"{name} r^{over_seeds(scaling.exponents(sized, method))[0]:+.2f}"
+        for name, method in METHODS.items()
+    )
+    ends = (
+        f"{n} {rows[0][1]:.2f} at rank {rows[0][0]}, {rows[-1][1]:.2f} at {rows[-1][0]}"
+        for n, rows in loss.items()
+    )
+    return figure, f"Size: {', '.join(powers)}. Test loss: {'; '.join(ends)}."
+
+
+def _by_rank(sized: Sequence[Run], method: str, quantity: str) -> list[Row]:
+    return [
+        _spread(
+            r, [x.result[quantity] for x in sized if matches(x, method=method, r=r)]
+        )
+        for r in scaling.SIZED
+    ]
+
+
+def _spread(x: float, values: Sequence[float]) -> Row:
+    return x, fmean(values), min(values), max(values)
+
+
+def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
+    """Validation loss by alpha times learning rate, a curve for each alpha.
+
+    Args
+        tuned  runs of scaling.alpha_configs
+    """
+    by_product, phrases = {}, []
+    for alpha in scaling.ALPHAS:
+        own = [run for run in tuned if matches(run, alpha=alpha)]
+        rows = {lr: _spread(alpha * lr, _losses(own, lr)) for lr in _tried(own)}
+        by_product[f"alpha {alpha}"] = list(rows.values())
+        lr = at_best(own)[0].config["lr"]
+        product, mean, low, high = rows[lr]
+        phrases.append(
+            f"alpha {alpha}: {lr:g}, product {product:.2g}, loss {mean:.2f} "
+            f"({low:.2f} to {high:.2f})"
+        )
+    figure = tuning_pictures.panels(
+        {"": by_product},
+        x=("Alpha times learning rate, dimensionless",),
+        y=("Validation loss, nats per token",),
+        title="The product of alpha and learning rate does not fix the loss",
+        subtitle="LoRA of rank 8, seed 0. Bars: five seeds, where seed 0 was best.",
+    )
+    return figure, f"Chosen by seed 0, and what five seeds say. {'; '.join(phrases)}."
+
+
+def _tried(own: Sequence[Run]) -> list[float]:
+    return sorted({run.config["lr"] for run in own})
+
+
+def _losses(own: Sequence[Run], lr: float) -> list[float]:
+    return [run.result["validation_loss"] for run in own if run.config["lr"] == lr]
+
+
+# Targets and ranks --------------------------------------------------------------------
+
+
+def at_targets(
+    pool: Sequence[Run], places: Mapping[str, tuple[str, int]]
+) -> dict[str, dict[str, list[Run]]]:
+    """{task: {place: its runs at the learning rate that was found for it}}.
+
+    Args
+        places  {label: (targets, rank)}
+    Raises   LookupError  no runs of a place; the message holds targets, rank and task
+    """
+    cells = {}
+    for task in rank_and_place.GAPS:
+        cells[task] = {}
+        for name, (targets, r) in places.items():
+            wanted = dict(task=task, targets=targets, r=r, n=rank_and_place.N)
+            own = [run for run in pool if matches(run, **wanted)]
+            if not own:
+                raise LookupError(f"no stored runs of {targets}, rank {r}, on {task}")
+            cells[task][name] = at_best(own)
+    return cells
+
+
+def targets(cells: Mapping[str, Mapping[str, Sequence[Run]]]) -> tuple[Figure, str]:
+    """Each place's test loss minus that of the first one, by task.
+
+    Args
+        cells  as at_targets returns them
+    """
+    first = next(iter(next(iter(cells.values()))))
+    against = {
+        task: {
+            name: paired(runs, by[first]) for name, runs in by.items() if name != first
+        }
+        for task, by in cells.items()
+    }
+    figure = tuning_pictures.forest(
+        against,
+        x=f"Test loss minus that of {first}, nats per token",
+        sides=(f"← {first} is worse", f"{first} is better →"),
+        title=f"At equal parameters, {first} falls behind on the far tasks",
+        subtitle="Mean of five paired seeds in tiny, with its 95 % interval.",
+    )
+    phrases = (
+        f"{task} " + ", ".join(f"{name} {d[0]:+.3f}" for name, d in rows.items())
+        for task, rows in against.items()
+    )
+    return figure, f"Minus {first}, nats per token: {'; '.join(phrases)}."
+
+
+def excess_by_rank(ranked: Sequence[Run]) -> tuple[Figure, str]:
+    """Mean test loss of each rank above that of the task's best one, by task.
+
+    Args
+        ranked  runs of rank_and_place.rank_configs
+    """
+    series = {}
+    for task in rank_and_place.GAPS:
+        means = {}
+        for r in rank_and_place.RANKS:
+            wanted = dict(task=task, r=r, n=rank_and_place.N)
+            own = at_best([run for run in ranked if matches(run, **wanted)])
+            means[r] = fmean(run.result["test_loss"] for run in own)
+        best = min(means.values())
+        series[task] = [(r, mean - best) for r, mean in means.items()]
+    figure = curves.lines(
+        series,
+        x="Rank r, directions",
+        y="Test loss above the best rank's, nats per token",
+        title="The farther the task, the more a low rank loses",
+        subtitle="LoRA on all linear layers of tiny, mean of five seeds.",
+        log="x",
+        names="foot",
+        width=6.0,
+        height=1.9,
+    )
+    phrases = ", ".join(f"{task} {rows[0][1]:.2f}" for task, rows in series.items())
+    return figure, f"Rank {rank_and_place.RANKS[0]} above the best rank: {phrases}."
