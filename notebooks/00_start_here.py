@@ -453,8 +453,9 @@ shares = f"{kept[0]:.0f} to {kept[-1]:.0f} %, median {kept[len(kept) // 2]:.0f} 
 print(f"norm of BA after shuffling, of that before: {shares}")
 
 # %% [markdown]
-# Shuffling alone changes the size of the update. If that control failed, the reason
-# could be its size. A fair control is exactly as large.
+# The median matrix keeps 96 % of its norm, and one keeps only 73 %. If the shuffled
+# model does worse, a smaller update could be the reason. A fair control is exactly as
+# large.
 #
 # ### Exercise 0.3: a fair control
 #

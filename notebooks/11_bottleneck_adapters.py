@@ -96,8 +96,8 @@ lesson.show(figure, bottleneck_pictures.ratios_in_words(times) + ".")
 # ## Where bottlenecks are placed
 #
 # The picture shows one layer, with the bottlenecks in color and other methods in pale
-# gray. The formula below it writes $h$ for the projection's output, here called $y$,
-# and $f$ for the nonlinearity, here called $\sigma$.
+# gray. In the formula, $y$ is a projection's output, and $\sigma$ a nonlinear function.
+# The line along the bottom is the residual stream, explained below.
 
 # %%
 lesson.show(
@@ -421,8 +421,9 @@ for name in ("base", "merged", "houlsby", "lora"):
 
 # %% [markdown]
 # For one token, `tiny` starts 29 products, 45 with bottlenecks and 85 with LoRA. So
-# LoRA adds three and a half times as many as bottlenecks. But in the first picture, it
-# adds only about twice as much time. So the number of products explains a part at best.
+# LoRA adds three and a half times as many as bottlenecks. SmolLM2 has the same places,
+# but in the first picture LoRA adds only about twice as much time there. So the number
+# of products explains a part at best.
 #
 # "In parallel" describes LoRA's diagram. In time, PyTorch starts one product after the
 # other.
@@ -497,10 +498,10 @@ lesson.verdict("A1", guess="11.2")
 # could make the difference.
 #
 # Merged LoRA is a second control, because it starts the same products as the base. With
-# eight sequences, this control fails: merged LoRA is at 0.97, and its interval excludes
-# one. The intervals treat 21 rounds from three repeats as independent, and are probably
-# too narrow. So a difference of three percent proves nothing here. Both slowdowns are
-# clearly larger.
+# eight sequences, this control fails in the shipped runs: merged LoRA is at 0.97, and
+# its interval excludes one. The intervals treat 21 rounds from three repeats as
+# independent, and are probably too narrow. So a difference of three percent proves
+# nothing here. Both slowdowns are clearly larger.
 #
 # ## Idea five: when can a bottleneck be merged?
 #
@@ -561,8 +562,8 @@ for sigma in (F.gelu, plain):
 #
 # `W0` is `(d, d_in)`, `D` `(m, d)`, `b_D` `(m,)`, `U` `(d, m)` and `b_U` `(d,)`. The
 # projection's bias `b` is `(d,)`, or `None` if it has none. `sigma` takes a tensor of
-# any shape and works entry by entry. All is `torch.float64`. Some of the functions bend
-# only in a small part of the range.
+# any shape and works entry by entry. All is `torch.float64`. The check tries several
+# `sigma`. Some of them are linear except in a small part of their range.
 #
 # Example: all sizes are one, `W0` is 2, `b` 1, `D` 3, `b_D` 0, `U` 1, `b_U` 0, and
 # $\sigma(z) = z/2$. Then $h = y + 1.5 y$ with $y = 2x + 1$, so `B @ A` is 3 and `bias`
@@ -630,8 +631,9 @@ finally:
 #
 # *Adapter layers have been superseded by LoRA* (the textbook). First, the real model:
 # SmolLM2 with about equally many parameters and equally many optimizer steps, on the
-# task of notebook 00. The last column is the change of the loss on general text, a
-# measure of what the model forgets. Brackets hold 95 % intervals.
+# task of notebook 00, from a sentence to a line of JSON. The last column is the change
+# of the loss on general text, a measure of what the model forgets. Brackets hold 95 %
+# intervals.
 
 # %%
 file = provenance.ROOT / "data" / "results" / "compare.json"
@@ -644,7 +646,7 @@ for row in comparison["rows"]:
         print(f"{row['label']:20} {exact:>16}    {text}")
 for pair in comparison["pairs"]:
     if {pair["of"], pair["over"]} == {"lora", "houlsby"}:
-        print("exact match told apart:", "yes" if pair["apart"] else "no")
+        print("LoRA and bottlenecks told apart:", "yes" if pair["apart"] else "no")
 
 # %% [markdown]
 # The last line says whether three seeds and three hundred test rows can tell the two
@@ -726,8 +728,9 @@ lesson.show(figure, f"In nats: {lead_picture.words(spans)}.")
 # interval contains zero: bottlenecks are 0.243 nats behind with seed 0, and at most
 # 0.017 with the others.
 #
-# The next cell averages the three differences and, to be cautious, the ends of their
-# intervals.
+# The next cell averages the three differences, and the ends of their intervals. (The
+# interval of a mean is usually narrower than the mean of the intervals, so this is the
+# cautious choice.)
 
 # %%
 shipped = ledger.judge(claim, "tiny")

@@ -28,10 +28,10 @@ from peft_from_scratch.ledger import verdicts as ledger
 RESULTS = ROOT / "data" / "results"
 LARGEST = 500_000  # bytes
 LONGEST_LINE, LONGEST_CELL, MOST_CODE = 88, 25, 360  # characters, lines, lines
-CELLS, FIRST_CELLS = (45, 80), (25, 80)  # least, most; in the lesson that starts
-WORDS, FIRST_WORDS = (1_600, 4_400), (900, 4_400)
+CELLS, FIRST_CELLS = (45, 70), (25, 80)  # least, most; in the lesson that starts
+WORDS, FIRST_WORDS = (1_600, 3_400), (900, 3_600)
 WORDS_A_LINE = (5, 14)  # of code
-EXERCISES, STUB = (3, 6), (2, 20)  # in a lesson; lines
+EXERCISES, STUB = (3, 5), (2, 20)  # in a lesson; lines
 MARK = "# NBVAL_CHECK_OUTPUT"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NUMBER = r"(?:\d[\d.,]*\d|\d)"

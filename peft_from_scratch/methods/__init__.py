@@ -207,9 +207,10 @@ METHODS = (
         letters="down up",
         place="a small network after each sublayer",
         lines=(
-            r"$h \leftarrow h + \mathrm{up}\; f(\mathrm{down}\; h)$, before the sum"
-            " with the stream",
-            "down ($m$, hidden) and up (hidden, $m$), $m$ small, twice a layer",
+            r"$y \leftarrow y + \mathrm{up}\; \sigma(\mathrm{down}\; y)$, before the"
+            " sum with the stream",
+            r"down ($m$, $d_{\mathrm{model}}$) and up ($d_{\mathrm{model}}$, $m$), $m$"
+            " small, twice a layer",
             "Only they train.",
         ),
         parts=("bottlenecks",),
