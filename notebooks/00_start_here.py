@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Start here: a real language model, fine-tuned in ten lines
 #
-# Training a small added part, 1.82 % of its size, takes a real language model from 0 to
-# 11 right answers of 20.
+# A real language model goes from 0 to 11 right answers of 20 when we train a small
+# added part, 1.82 % of the model's size.
 #
 # **You need** some Python, no graphics card, and no mathematics beyond "a matrix times
 # a vector".
@@ -99,18 +99,19 @@ lesson.show(
 # How to read the figure:
 #
 # - **Exact match** is the share of sentences whose answer is exactly right.
-# - A bar is a **95 % interval**: it shows how uncertain a score is that comes from 300
-#   sentences and three training runs.
+# - A score is the mean of three training runs. A bar is its **95 % interval**: it shows
+#   how uncertain the score is, since other sentences and other runs would give another.
 # - The **letters** after the names compare methods in pairs. Two methods that share a
 #   letter, such as (ab) and (b), are *not told apart*: the data leave open which is
 #   better. Two that share none, such as (a) and (b), are told apart. Trust the
 #   letters, not the overlap of bars.
 # - Methods that train equally many parameters are drawn side by side.
 #
-# No other method beats those with an a. The sentence below the figure counts the
-# methods that this library trains, and says how few parameters the smallest of them
-# needs. Each method has the settings that its own search chose, on sentences that are
-# neither trained nor tested. The next cell shows one sentence, with two answers.
+# No other method beats those with an a. The sentence below the figure counts the six
+# methods that this library trains. It leaves out bitsandbytes, which is another
+# library. Each method has the settings, such as its learning rate, that won in trial
+# runs on sentences that are neither trained on nor tested. The next cell shows one
+# sentence, with two answers.
 
 # %%
 ways = {row["key"]: row["samples"] for row in compared["rows"]}
@@ -436,9 +437,9 @@ for i, fine in list(enumerate(after.correct))[:4]:
 # The suspected cause is *which* update training found. So the control keeps the values
 # of each $A$ and $B$ and shuffles their places.
 #
-# Is the shuffled update as large as the trained one? In $B A$, entries that training
-# had lined up no longer meet. The next cell compares the **norm** $\|BA\|$, the root of
-# the sum of the squared entries, in every matrix.
+# Is the shuffled update as large as the trained one? In the product $B A$, each entry
+# of $B$ is now multiplied by other entries of $A$. The next cell compares the **norm**
+# $\|BA\|$, the root of the sum of the squared entries, before and after shuffling.
 
 # %%
 torch.manual_seed(0)
@@ -505,7 +506,7 @@ def my_control(A, B, order_A, order_B):
 checks.fair_control(my_control)
 
 # %% [markdown]
-# The next cell gives every adapter of the model its control and asks the same twenty
+# The next cell gives every pair of $A$ and $B$ its control, and asks the same twenty
 # rows. If your answer passed its check, the lesson uses your function.
 
 # %%
@@ -527,7 +528,7 @@ with torch.no_grad():  # and back to what was learned
 lesson.measured("0.3", sum(control.correct))
 print("first answer:", " ".join(control.answers[0].split())[:80], "…")
 fewer = sum(control.correct) < sum(after.correct) / 2
-lesson.control("An update of equal size, shuffled, has less than half right.", fewer)
+lesson.control("Shuffled, it gets less than half as many right as LoRA.", fewer)
 
 # %% [markdown]
 # The control gets 0 of 20 right. So the size of the update does not explain the score;
@@ -652,9 +653,9 @@ def width(n):
 lesson.measured("0.4", next(n for n in range(20, 10_000) if width(n) < 0.1))
 
 # %% [markdown]
-# It takes 377 rows; half the width needs four times as many. The interval accounts only
-# for the choice of rows. Another seed would train another LoRA, with another score;
-# notebook 01 has intervals over seeds.
+# It takes 377 rows. To halve the width of an interval, you need about four times as
+# many rows. The interval accounts only for the choice of rows. Another seed would train
+# another LoRA, with another score; notebook 01 has intervals over seeds.
 #
 # ## Break it on purpose
 #
@@ -776,8 +777,8 @@ print(f"{count_right(repaired)} of {len(good)} right")
 # ## Keep it: a small file
 #
 # A trained LoRA fits in a small file. Line 10 saves only the trained parameters, in the
-# format of Hugging Face's library PEFT. With every method, they are called an
-# **adapter**. Guess the size of the file.
+# format of Hugging Face's library PEFT. The small part that a method adds and trains is
+# called an **adapter**. Guess the size of the file.
 
 # %%
 lesson.predict("0.6", low=None, high=None, unit="MB")
@@ -828,9 +829,10 @@ print(f"{model.num_parameters():,} parameters, as before LoRA")
 # ## The map
 #
 # The methods of this course differ in *where* they add or change parameters. The next
-# figure shows all of them. **DoRA** is LoRA that also trains the length of each row of
-# $W$. **PiSSA** is LoRA whose $BA$ is initialized to the rank-$r$ matrix closest to
-# $W$. **IA3** and **BitFit** train only vectors.
+# figure shows all of them. **DoRA** is LoRA that also trains the norm of each row of
+# $W$. **PiSSA** is LoRA whose $BA$ is initialized to the closest approximation of $W$;
+# this part is subtracted from the frozen $W$, so that the sum is as before. **IA3** and
+# **BitFit** train only vectors.
 
 # %%
 lesson.show(

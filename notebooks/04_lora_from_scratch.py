@@ -71,7 +71,8 @@ from peft_from_scratch.course.checks import lora_from_scratch as checks
 # has the **norm** of the real one, the root of the sum of its squared entries. **Test
 # loss** is the negative logarithm of the right token's probability, averaged over
 # answers that no run has trained on. A loss of `0.04` **nats per token** means a
-# probability of about `96 %`. The **gain** is how much the whole updates lower it.
+# probability of about `96 %`. The **gain** is how much the whole updates lower the test
+# loss.
 
 # %%
 full = [runs.stored(config) for config in spectrum.configs("smollm2")]
@@ -283,12 +284,13 @@ for name, pair in tried.items():
 # *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
 # A **logit** is the score of a possible next token. Before its first step, LoRA may
 # change no logit of SmolLM2: the largest difference must be exactly zero. Logits have
-# no unit; the rule prints `(of a logit)` instead. The shipped runs compare eight test
+# no unit, so the rule prints `(of a logit)` where a unit would stand. It says
+# **bit-equal** for a difference of exactly zero. The shipped runs compare eight test
 # rows, the cell below two.
 #
-# Two other initializations are **controls**, whose results are known. *Both random*,
-# new here, must change the logits, and *both zero* must have no gradient. Otherwise the
-# measurement is void.
+# Two other initializations are **controls**, whose results are known beforehand. With
+# *both random*, the logits must change. With *both zero*, there must be no gradient.
+# Otherwise the measurement is void.
 
 # %%
 lesson.rule("L2")
@@ -639,8 +641,10 @@ lesson.show(
 # `sudaf` stand for `Friday`, `lamp` and `found`. As a control, each update gets a
 # random matrix of the same shape and norm.
 #
-# Guess the median for `tiny`. Brackets will show its `95 %` interval: where the median
-# falls if we redraw the updates at random, with repeats.
+# Guess the median for `tiny`. Brackets will show its `95 %` interval. We draw as many
+# updates as there are, at random and with repeats, compute their median, and do this
+# many times (the **bootstrap**); 95 % of these medians lie inside. The live interval
+# counts the matrices of one run, the shipped one counts seeds.
 
 # %%
 lesson.rule("L1")

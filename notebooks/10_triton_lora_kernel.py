@@ -459,7 +459,8 @@ lesson.show(figure, lora_bytes.words(widths, table))
 # - three kernels: $x W^T$; $h$; the last reads $y$, adds $h B^T$ and writes $y$;
 # - fused: one launch reads $x$, $W$, $A$ and $B$, and writes $y$. Each program computes
 #   `columns` columns of $y$, or what is left of its tile row. It also computes `low`
-#   for its rows, so the FLOPs of `low` count once for each program of a tile row.
+#   for its rows, so the FLOPs of `low` count once for each program: `ceil(n / columns)`
+#   times in a tile row.
 #
 # **Bytes**: count the distinct bytes of each launch, two for each `bf16` value.
 # **FLOPs**: count matrix products only; the sum $y + u$ and the scale add none.
