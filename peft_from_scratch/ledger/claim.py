@@ -22,8 +22,10 @@ from ..common.statistics import Invalid  # noqa: F401
 from .rule_hash import content_hash
 from .runs import Run
 
-HOLDS, HOLDS_WHEN = "holds", "holds when"
-OF_BANDS = (HOLDS, HOLDS_WHEN, "does not hold here", "wrong as stated")
+HOLDS, HOLDS_WHEN, FAILS = "holds", "holds when", "does not hold here"
+OF_BANDS = (HOLDS, HOLDS_WHEN, FAILS, "wrong as stated")
+SMALL_HOLDS = (HOLDS, HOLDS_WHEN, FAILS)  # small values speak for the claim
+LARGE_HOLDS = SMALL_HOLDS[::-1]
 COMPUTED = "computed"
 UNDECIDED, NOT_RUN = "undecided", "not run yet"
 UNTESTABLE = "cannot be tested here"

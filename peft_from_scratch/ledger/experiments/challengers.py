@@ -11,7 +11,7 @@ from functools import lru_cache
 from ...common.statistics import mean_of
 from ...models.load import load_model
 from ...tasks.task import load_task
-from ..claim import Claim, Measured, Rule
+from ..claim import LARGE_HOLDS, Claim, Measured, Rule
 from ..intervals import paired
 from ..rates import best_inside, search
 from ..runs import Run, matches, stored
@@ -206,7 +206,6 @@ def _signed(triples: dict[str, tuple[float, float, float]]) -> dict[str, str]:
 
 
 EDGES = (0.02, 0.1)  # nats per token: a difference to see, a difference to act on
-BANDS = ("does not hold here", "holds when", "holds")
 SEARCHED = (
     "mean of three tasks: a new format, new words, a new language; 100 optimizer steps "
     "of 16 rows; the learning rate is searched for each method and task, with the same "
@@ -246,12 +245,12 @@ CLAIMS = (
                 f"every projection) with as many parameters; {SEARCHED}"
             ),
             unit="nats per token",
-            verdicts=BANDS,
+            verdicts=LARGE_HOLDS,
             edges=EDGES,
         ),
         configs=configs_of("houlsby", "lora"),
         measured=adapters_measured,
-        say_instead=dict.fromkeys(BANDS[:2], ADAPTERS),
+        say_instead=dict.fromkeys(LARGE_HOLDS[:2], ADAPTERS),
         number="loss of bottlenecks above that of LoRA",
         so={
             "holds": (
@@ -274,12 +273,12 @@ CLAIMS = (
                 "tested, so no value confirms the whole"
             ),
             unit="nats per token",
-            verdicts=BANDS[:2],
+            verdicts=LARGE_HOLDS[:2],
             edges=EDGES[:1],
         ),
         configs=configs_of("full", "prefix", "prompt", longer=("prompt",)),
         measured=prompt_measured,
-        say_instead=dict.fromkeys(BANDS[:2], PROMPT),
+        say_instead=dict.fromkeys(LARGE_HOLDS[:2], PROMPT),
         number="loss of prompt tuning above that of prefix tuning",
         condition=(
             "its first half is meant: models above ten billion parameters were not "
@@ -303,12 +302,12 @@ CLAIMS = (
                 f"{SOFT_SEARCHED}"
             ),
             unit="nats per token",
-            verdicts=BANDS,
+            verdicts=LARGE_HOLDS,
             edges=EDGES,
         ),
         configs=configs_of("lora", "prefix", "prefix-80", "prompt", longer=("prefix",)),
         measured=soft_measured,
-        say_instead=dict.fromkeys(BANDS, SOFT_INSTEAD),
+        say_instead=dict.fromkeys(LARGE_HOLDS, SOFT_INSTEAD),
         number="loss of the better of the two above that of LoRA",
         so={
             "holds": (

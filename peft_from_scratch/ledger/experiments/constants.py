@@ -24,7 +24,7 @@ from ...methods import lora
 from ...models.load import load_model
 from ...nf4 import NF4Linear, quantize_model
 from .. import runs
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import COMPUTED, Claim, Invalid, Measured, Rule
 from ..runs import Run, matches
 from . import finetune
 from .counting import SHAPES
@@ -283,7 +283,7 @@ CLAIMS = (
                 "what small models' tensors hold, or the runs are invalid"
             ),
             unit="%",
-            verdicts=("computed",),
+            verdicts=(COMPUTED,),
             edges=(),
         ),
         configs=bytes_configs,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ...core import counting
 from ...core.adapter import trainable
 from ...methods import lora, prefix, prompt
-from ..claim import Claim, Measured, Rule
+from ..claim import COMPUTED, Claim, Measured, Rule
 from ..runs import Run, matches
 
 D_OUT, D_IN, RANK = 4096, 4096, 16
@@ -166,7 +166,7 @@ CLAIMS = (
                 "131,072 of 16,777,216 are 0.78 %"
             ),
             unit="parameters",
-            verdicts=("computed",),
+            verdicts=(COMPUTED,),
             edges=(),
         ),
         configs=lambda scale: [config()],
@@ -188,7 +188,7 @@ CLAIMS = (
                 "lengths, on the shapes of SmolLM2-135M, Llama-7B and Llama-65B"
             ),
             unit="%",
-            verdicts=("computed",),
+            verdicts=(COMPUTED,),
             edges=(),
         ),
         configs=soft_configs,

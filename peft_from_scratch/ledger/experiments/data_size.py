@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ...common.statistics import mean_of as _means
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import FAILS, HOLDS, Claim, Invalid, Measured, Rule
 from ..intervals import paired
 from ..rates import best_inside, search
 from ..runs import Run
@@ -191,7 +191,7 @@ CLAIMS = (
                 "rows; valid only if random labels are learned worse"
             ),
             unit="nats per token",
-            verdicts=("does not hold here", "holds"),
+            verdicts=(FAILS, HOLDS),
             edges=(0.0,),
         ),
         configs=configs,

@@ -40,7 +40,7 @@ from ...nf4 import CODES, Affine, Quantized, dequantize, quantize
 from ...nf4.double import BLOCK as GROUP
 from ...nf4.double import double_quantize
 from .. import runs
-from ..claim import Claim, Measured, Rule
+from ..claim import SMALL_HOLDS, Claim, Measured, Rule
 from ..runs import Run, matches
 
 SEEDS = (0, 1, 2, 3, 4)  # of Gaussian weights
@@ -373,7 +373,7 @@ CLAIMS = (
                 "over seeds. (5 % of an error are 0.07 bits a value)"
             ),
             unit="%",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(1.0, 5.0),
         ),
         configs=configs,

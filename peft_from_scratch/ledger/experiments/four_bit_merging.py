@@ -18,7 +18,7 @@ from dataclasses import replace
 from statistics import fmean, median
 
 from ...common.statistics import mean_of
-from ..claim import Claim, Measured, Rule
+from ..claim import FAILS, HOLDS, SMALL_HOLDS, UNDECIDED, Claim, Measured, Rule
 from ..intervals import paired
 from ..rates import best_inside
 from ..runs import Run, matches
@@ -152,7 +152,7 @@ HALVES = (
     "Adapters in bfloat16 end {behind} nats from those in float32, at the best rates "
     "of each ({rates}). " + MERGES
 )
-EVERY = ("holds", "holds when", "does not hold here", "undecided")
+EVERY = (*SMALL_HOLDS, UNDECIDED)
 CLAIMS = (
     Claim(
         id="Q5",
@@ -166,7 +166,7 @@ CLAIMS = (
                 "each dtype and task with the same budget, paired over seeds and rows"
             ),
             unit="nats per token",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(0.02, 0.1),
         ),
         configs=half_configs,
@@ -193,7 +193,7 @@ CLAIMS = (
                 "SmolLM2 on order sentences; paired over seeds and test rows"
             ),
             unit="nats per token",
-            verdicts=("holds", "does not hold here"),
+            verdicts=(HOLDS, FAILS),
             edges=(0.02,),
         ),
         configs=merge_configs,

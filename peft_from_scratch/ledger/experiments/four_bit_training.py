@@ -33,7 +33,7 @@ from ...models.load import load_model
 from ...nf4 import NF4Linear
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
-from ..claim import Claim, Measured, Rule
+from ..claim import LARGE_HOLDS, SMALL_HOLDS, Claim, Measured, Rule
 from ..intervals import paired
 from ..rates import search
 from ..runs import Run, matches
@@ -244,7 +244,7 @@ CLAIMS = (
         rule=Rule(
             words=f"Test loss of QLoRA minus that of LoRA, r = 8; {SETTING}",
             unit="nats per token",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(0.02, 0.1),
         ),
         configs=configs,
@@ -275,7 +275,7 @@ CLAIMS = (
                 f"minus that of QLoRA, trained beside four bits; {SETTING}"
             ),
             unit="%",
-            verdicts=("does not hold here", "holds when", "holds"),
+            verdicts=LARGE_HOLDS,
             edges=(10.0, 50.0),
         ),
         configs=configs,

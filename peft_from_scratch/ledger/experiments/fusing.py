@@ -17,7 +17,7 @@ from ...kernels.cases import DTYPES, RANKS, SHAPES
 from ...kernels.count import in_three, unfused
 from ...kernels.lora import columns_of, tiles_for
 from ...kernels.roofline import DEVICES, bound, counts_of
-from ..claim import BASES, Claim, Measured, Rule
+from ..claim import BASES, LARGE_HOLDS, Claim, Measured, Rule
 from ..runs import Run
 
 DTYPE = "bf16"
@@ -122,7 +122,7 @@ CLAIMS = (
                 "datasheets. A bound, counted from our launches; no time"
             ),
             unit="%",
-            verdicts=("does not hold here", "holds when", "holds"),
+            verdicts=LARGE_HOLDS,
             edges=(10.0, 90.0),
         ),
         configs=lambda scale: [config()],

@@ -18,7 +18,7 @@ from ...comparison.timing import step_seconds
 from ...methods import houlsby, lora
 from ...models.load import load_model
 from .. import runs
-from ..claim import Claim, Measured, Rule
+from ..claim import LARGE_HOLDS, Claim, Measured, Rule
 from ..runs import Run
 from .finetune import randomize
 
@@ -142,7 +142,7 @@ CLAIMS = (
                 "sequence, median of the rounds"
             ),
             unit="x",
-            verdicts=("does not hold here", "holds when", "holds"),
+            verdicts=LARGE_HOLDS,
             edges=(1.0, 1.1),
         ),
         configs=configs,

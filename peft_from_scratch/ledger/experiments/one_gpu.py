@@ -30,7 +30,7 @@ from ...methods import lora, qlora
 from ...models.load import load_model
 from ...training.loss import accumulate_gradients
 from .. import runs
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import COMPUTED, Claim, Invalid, Measured, Rule
 from ..runs import Run, matches
 from .constants import by_formula
 from .counting import SHAPES
@@ -233,7 +233,7 @@ CLAIMS = (
                 "trains at 512 tokens; less than 64 are of no use"
             ),
             unit="tokens",
-            verdicts=("computed",),
+            verdicts=(COMPUTED,),
             edges=(),
         ),
         configs=configs,

@@ -39,7 +39,7 @@ from ...models.load import load_model
 from ...paged import PagedAdamW
 from ...training.loss import accumulate_gradients
 from .. import runs
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import COMPUTED, Claim, Invalid, Measured, Rule
 from ..runs import Run, matches
 
 SEEDS = (0, 1, 2)
@@ -248,7 +248,7 @@ CLAIMS = (
                 "ever exceed their budget"
             ),
             unit="%",
-            verdicts=("computed",),
+            verdicts=(COMPUTED,),
             edges=(),
         ),
         configs=configs,

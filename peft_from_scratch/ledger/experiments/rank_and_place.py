@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ...common.statistics import over_seeds
-from ..claim import Claim, Measured, Rule
+from ..claim import LARGE_HOLDS, SMALL_HOLDS, Claim, Measured, Rule
 from ..intervals import paired
 from ..rates import at_best, tuned
 from ..runs import Run, matches
@@ -167,7 +167,7 @@ CLAIMS = (
                 "of parameters; the learning rate searched for each, mean over seeds"
             ),
             unit="%",
-            verdicts=("does not hold here", "holds when", "holds"),
+            verdicts=LARGE_HOLDS,
             edges=(50.0, 90.0),
         ),
         configs=place_configs,
@@ -196,7 +196,7 @@ CLAIMS = (
                 "and rows"
             ),
             unit="nats per token",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(0.05, 0.2),
         ),
         configs=rank_configs,

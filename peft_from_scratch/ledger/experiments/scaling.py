@@ -16,7 +16,7 @@ from ...core.adapter import adapters
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
 from ...training.batch import batch_of
-from ..claim import Claim, Measured, Rule
+from ..claim import FAILS, HOLDS_WHEN, LARGE_HOLDS, SMALL_HOLDS, Claim, Measured, Rule
 from ..intervals import paired
 from ..rates import at_best, tuned
 from ..runs import Run, matches
@@ -249,13 +249,7 @@ CLAIMS = (
                 "modules, then over seeds"
             ),
             unit="(exponent)",
-            verdicts=(
-                "does not hold here",
-                "holds when",
-                "holds",
-                "holds when",
-                "does not hold here",
-            ),
+            verdicts=(*LARGE_HOLDS, HOLDS_WHEN, FAILS),
             edges=(-0.25, -0.1, 0.1, 0.25),
         ),
         configs=size_configs,
@@ -285,7 +279,7 @@ CLAIMS = (
                 "over seeds and rows"
             ),
             unit="nats per token",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(0.02, 0.1),
         ),
         configs=alpha_configs,
@@ -313,7 +307,7 @@ CLAIMS = (
                 "own searched rate; alpha = 16, paired over seeds and rows"
             ),
             unit="nats per token",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(0.02, 0.1),
         ),
         configs=transfer_configs,

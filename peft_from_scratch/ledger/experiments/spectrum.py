@@ -25,7 +25,7 @@ from ...core.targets import kinds, projections
 from ...models.load import load_model
 from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import SMALL_HOLDS, Claim, Invalid, Measured, Rule
 from ..runs import Run
 from . import finetune
 
@@ -284,7 +284,7 @@ CLAIMS = (
                 "seeds; valid only if the update beats a random one of its norm"
             ),
             unit="%",
-            verdicts=("holds", "holds when", "does not hold here"),
+            verdicts=SMALL_HOLDS,
             edges=(10.0, 30.0),
         ),
         configs=configs,

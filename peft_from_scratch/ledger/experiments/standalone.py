@@ -26,7 +26,7 @@ from ...files import exchange
 from ...methods import full, lora
 from ...models.load import load_model
 from .. import runs
-from ..claim import Claim, Measured, Rule
+from ..claim import FAILS, HOLDS, Claim, Measured, Rule
 from ..runs import Run
 from .finetune import randomize
 
@@ -238,7 +238,7 @@ CLAIMS = (
                 "logits; and every task costs the same bytes"
             ),
             unit="checks failed",
-            verdicts=("holds", "does not hold here"),
+            verdicts=(HOLDS, FAILS),
             edges=(0.0,),
         ),
         configs=lambda scale: [config(scale)],

@@ -26,7 +26,7 @@ from ...training.batch import batch_of
 from ...training.config import TrainConfig, learning_rate, rows_of_step
 from ...training.loss import accumulate_gradients
 from .. import runs
-from ..claim import Claim, Invalid, Measured, Rule
+from ..claim import FAILS, HOLDS, Claim, Invalid, Measured, Rule
 from ..runs import Run
 from .finetune import chosen_rows, item_losses, randomize
 
@@ -196,7 +196,7 @@ CLAIMS = (
                 "gets a gradient"
             ),
             unit="(of a logit)",
-            verdicts=("holds", "does not hold here"),
+            verdicts=(HOLDS, FAILS),
             edges=(0.0,),
         ),
         configs=configs,
