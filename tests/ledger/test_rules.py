@@ -358,8 +358,8 @@ def test_t1_is_counted():
     assert judgement.verdict == "computed"
     assert judgement.measured == pytest.approx(100 * 8 / 12)
     assert (
-        "25 positions of a prefix and 164 of a prompt on Llama-7B"
-        in judgement.say_instead
+        "On Llama-7B, a prefix stays below its bound up to 25 positions, and a prompt "
+        "up to 164 vectors" in judgement.say_instead
     )
 
 
