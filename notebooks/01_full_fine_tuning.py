@@ -864,7 +864,7 @@ lesson.measured("1.5", spans["far, 1,600 examples: both train only the matrices"
 # %% [markdown]
 # If both methods train only the matrices, full fine-tuning's lead on the far task falls
 # from 0.207 to 0.033 (-0.036 to 0.103). If both train all parts, LoRA leads by `0.169`
-# (`0.001` to `0.337`). So the lead came from what trains, not from the rank.
+# (`0.001` to `0.337`). So most of the lead came from what trains, not from the rank.
 #
 # **Live**: the smaller number, with two new seeds, 25 optimizer steps and 100 near
 # examples: too few to reach the shipped one.
