@@ -1,9 +1,8 @@
-"""What four bits save and cost, in bytes, calls and copies: for lessons to show.
+"""What four bits save and cost, in bytes and steps: for lessons to show.
 
 steps = Steps(base, method, task, …)      a run that can be watched step by step
 held(model)                               bytes by what holds them
 kept(product, x)                          bytes that autograd keeps for backward
-dequantized(step)                         how often a step dequantizes a weight
 """
 
 import time
@@ -19,7 +18,6 @@ from ..core.adapter import trainable
 from ..ledger.intervals import nested_bootstrap, over_seeds
 from ..memory.meter import Memory, measure_step
 from ..models.load import load_model
-from ..nf4 import NF4Linear
 from ..tasks.task import load_task
 from ..tasks.templates import encode_rows
 from ..training.batch import batch_of
@@ -116,17 +114,6 @@ def kept(product: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         product(x)
     return sum(sizes.values())
-
-
-def dequantized(step: Callable[[], object]) -> int:
-    """How many times a step dequantizes a weight, over all weights in four bits."""
-    layers: list[NF4Linear] = []
-    NF4Linear.on_dequantize.append(layers.append)
-    try:
-        step()
-    finally:
-        NF4Linear.on_dequantize.remove(layers.append)
-    return len(layers)
 
 
 def span(rows) -> tuple[float, float, float]:

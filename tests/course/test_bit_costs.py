@@ -46,24 +46,6 @@ def test_kept_counts_what_a_product_leaves_behind():
     assert bit_costs.kept(lambda x: (x * x).sum(), x) == 0  # x itself is the caller's
 
 
-def counting_ends_with_the_step():
-    try:
-        bit_costs.dequantized(lambda: None)
-        assert not pfs.nf4.NF4Linear.on_dequantize
-    finally:
-        pfs.nf4.NF4Linear.on_dequantize.clear()
-
-
-def test_a_step_dequantizes_twice_but_below_where_nothing_learns():
-    run = steps()
-    layers = sum(isinstance(m, pfs.nf4.NF4Linear) for m in run.model.modules())
-    assert bit_costs.dequantized(run.step) == 2 * layers - 3  # q, k, v of the first
-    assert bit_costs.dequantized(lambda: None) == 0
-    counting_ends_with_the_step()
-    whole = pfs.nf4.NF4Linear(pfs.nf4.quantize(torch.eye(8)))
-    assert torch.equal(whole(torch.eye(8)), torch.eye(8))
-
-
 def test_steps_train_on_the_rows_in_their_order():
     one, other = steps(seed=3), steps(seed=3)
     for run in (one, other):
@@ -123,12 +105,6 @@ BUGS = {
         "storage._cdata != x.untyped_storage()._cdata",
         "True",
         test_kept_counts_what_a_product_leaves_behind,
-    ),
-    "dequantizations are counted for ever": Bug(
-        bit_costs.dequantized,
-        "NF4Linear.on_dequantize.remove(layers.append)",
-        "pass",
-        counting_ends_with_the_step,
     ),
     "the same batch again": Bug(
         bit_costs.Steps.step,

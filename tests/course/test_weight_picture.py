@@ -1,6 +1,7 @@
 """When a dequantized weight exists: what was traced is what was done, and is drawn."""
 
 import pytest
+import torch
 from figure_overlaps import assert_apart
 from planting import Bug, each_is_caught, law
 from torch import nn
@@ -90,7 +91,32 @@ def test_nothing_to_draw_is_refused():
         picture([], title="When")
 
 
+def counting_ends_with_the_step():
+    try:
+        traced(nn.Identity(), lambda: None)
+        assert not pfs.nf4.NF4Linear.on_dequantize
+    finally:
+        pfs.nf4.NF4Linear.on_dequantize.clear()
+
+
+def test_a_step_dequantizes_twice_but_below_where_nothing_learns():
+    small = run()
+    layers = sum(isinstance(m, pfs.nf4.NF4Linear) for m in small.model.modules())
+    calls = traced(small.model, small.step)
+    assert len(calls) == 2 * layers - 3  # q, k, v of the first
+    assert traced(small.model, lambda: None) == []
+    counting_ends_with_the_step()
+    whole = pfs.nf4.NF4Linear(pfs.nf4.quantize(torch.eye(8)))
+    assert torch.equal(whole(torch.eye(8)), torch.eye(8))
+
+
 BUGS = {
+    "dequantizations are counted for ever": Bug(
+        weight_picture.traced,
+        "NF4Linear.on_dequantize.remove(layers.append)",
+        "pass",
+        counting_ends_with_the_step,
+    ),
     "the wrong name": Bug(
         weight_picture.traced,
         '.removesuffix(".base")',

@@ -257,8 +257,6 @@ def test_every_test_that_the_gotchas_name_exists():
 
 # Participles say that something happened to a value, and not what it is.
 EMPTY_NAMES = {"found", "made", "held", "told", "said"}
-# An argument of an exercise has the name that its text gives it.
-OF_AN_EXERCISE = {"lora_from_scratch.py": {"held"}}
 
 
 def names_of_values(tree):
@@ -274,5 +272,5 @@ def names_of_values(tree):
 def test_values_are_named_for_what_they_are(folder):
     for path in (ROOT / folder).rglob("*.py"):
         names = set(names_of_values(ast.parse(path.read_text("utf-8"))))
-        empty = names & EMPTY_NAMES - OF_AN_EXERCISE.get(path.name, set())
+        empty = names & EMPTY_NAMES
         assert not empty, f"{path.relative_to(ROOT)} calls a value {empty}"
