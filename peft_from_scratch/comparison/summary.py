@@ -34,7 +34,7 @@ def summary(
     first = next(iter(measured.values()))[0]
     test = setup.task.test.select(range(plan.rows))
     clusters = setup.task.clusters(test.to_list())
-    rows, pairs = compared(measured)  # by rows: see background.clustered
+    rows, pairs = compared(measured, clusters)
     searched = [setting for setting in settings.values() if setting.file]
     return {
         "base": plan.base,

@@ -14,11 +14,12 @@ What the splits have in common, and what not:
                  cities, which only validation or only test has, so that copying is
                  tested and not recall
 
-A fourth split is for the search of settings. It is made as the test is, a quarter of
-its words its own, but from a longer list of them: which new words a method gets right
-differs so much from word to word that a few of them would choose the setting. The
-validation rows cannot: their new words are so few that most settings come near to all
-right.
+Two more splits are made as the test is, a quarter of their words their own, but from
+longer lists of them: "search", on which settings are searched, and "final", on which
+the comparison scores all methods. Which new words a method gets right differs so much
+from word to word that a few of them would choose the setting, or the winner. Rows that
+share a new word are right or wrong together (`clusters`): the 300 rows of the test have
+17 new words, too few draws to speak of other words.
 """
 
 import json
@@ -31,8 +32,8 @@ from ..common.records import unique
 
 INSTRUCTION = "Reply with the order as JSON: customer, items, city, day."
 SIZES = {"train": 600, "validation": 100, "test": 300}
-SEARCH_ROWS = 150
-OWN_WORDS = {"validation": 0.25, "test": 0.25, "search": 0.25}  # share of all words
+LATER = {"search": 150, "final": 300}  # drawn after SIZES, each by dice of its own
+OWN_WORDS = 0.25  # share of the words of a split that has some of its own
 
 CUSTOMERS = {
     "shared": "Ada Ben Carla Dario Elif Fatima Goran Hana Ines Jonas Kofi Leila Marek "
@@ -44,6 +45,11 @@ CUSTOMERS = {
     "Ulrike Yelena Agnes Baraka Camille Dmitri Edith Felipe Gita Hamza Ilse Jorge "
     "Kenji Ludmila Miriam Nikolai Oskar Paola Rafael Sigrid Tomas Ursula Valentin "
     "Wiktor Xenia Yuki Zainab Aroha Birgit Conrad",
+    "final": "Adrian Beatriz Carmen Daniel Elena Fabio Gloria Henrik Isabel Jasper "
+    "Katya Leonie Mikael Nora Olivia Petra Quentin Ramona Simone Tariq Uma Viktor "
+    "Wendy Ximena Yolanda Zacharias Amina Boris Clara Duncan Erika Florian Giulia "
+    "Harriet Imran Jolanda Kasper Lucia Magnus Nikita Otto Pilar Roland Selma Tobias "
+    "Violet Werner Zelda",
 }
 CITIES = {
     "shared": "Oslo Lima Cairo Porto Riga Turin Quito Delhi Seoul Dakar Perth Bergen "
@@ -53,6 +59,9 @@ CITIES = {
     "search": "Adelaide Bogota Hobart Krakow Manila Mombasa Tallinn Vienna Antwerp "
     "Brisbane Cork Dresden Lagos Lisbon Madrid Naples Ottawa Prague Rabat Santiago "
     "Sofia Tbilisi Toronto Utrecht",
+    "final": "Amsterdam Barcelona Cologne Dublin Edinburgh Florence Geneva Helsinki "
+    "Istanbul Jakarta Karachi London Marseille Nantes Odessa Palermo Rotterdam Seville "
+    "Trieste Uppsala Valencia Warsaw Yokohama Zurich Aarhus Bremen Caracas Durban",
 }
 ITEMS = {
     "shared": "lamp rope candle kettle blanket ladder bucket hammer basket mirror "
@@ -63,6 +72,12 @@ ITEMS = {
     "search": "barrel blender compass curtain hatchet needle pitcher ribbon suitcase "
     "bicycle broom bugle cradle cushion drawer flute funnel globe goblet hinge ladle "
     "magnet napkin poster rake sieve stool towel trolley vase violin wallet",
+    "final": "anchor apron badge balloon bell bowl bracelet button cabinet calendar "
+    "camera carton chisel coat coin collar comb cork crayon cupboard desk doll doorbell "
+    "envelope eraser fan flag flask folder fork frame glove guitar hairbrush hat hook "
+    "iron jar jug keyboard kite lock mattress mop mug necklace notebook oven pan plate "
+    "pump quilt razor rug scooter shirt sofa stamp table tray tripod umbrella wagon "
+    "whisk wig yoyo zipper",
 }
 AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -85,12 +100,13 @@ PATTERNS = (
 
 
 def rows(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """The four splits as {"prompt", "completion"} rows; the same for the same seed."""
+    """The five splits as {"prompt", "completion"} rows; the same for the same seed."""
     random = Random(f"orders {seed}")
     taken = set()
     splits = {split: _split(random, split, n, taken) for split, n in SIZES.items()}
-    searched = _split(Random(f"orders search {seed}"), "search", SEARCH_ROWS, taken)
-    return splits | {"search": searched}
+    for split, n in LATER.items():
+        splits[split] = _split(Random(f"orders {split} {seed}"), split, n, taken)
+    return splits
 
 
 def _split(random, split, size, taken) -> list[dict[str, str]]:
@@ -120,7 +136,7 @@ def _order(random, split) -> dict:
 
 def _word(random, words, split) -> str:
     """One of the shared words, or at times one that only this split has."""
-    own = split in words and random.random() < OWN_WORDS[split]
+    own = split in words and random.random() < OWN_WORDS
     return random.choice(words[split if own else "shared"].split())
 
 

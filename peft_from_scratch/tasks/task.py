@@ -33,7 +33,7 @@ class TaskModule(Protocol):
     INSTRUCTION: str  # one sentence for every row; "" for none
 
     def rows(self, seed: int = 0) -> Splits:
-        """train, validation and test, and perhaps search: see Task.
+        """train, validation and test, and perhaps search and final: see Task.
 
         The same rows in the same order for the same seed.
         """
@@ -89,6 +89,7 @@ class Task:
     validation: Dataset
     test: Dataset
     search: Dataset  # to search settings on; a task without such rows has validation's
+    final: Dataset  # the comparison's test; a task without such rows has test's
     score: Callable[[str, str], scorers.Score]  # (answer, completion) -> is it right?
     # A name for each row: rows of one name are right or wrong together, so that an
     # interval counts them as one draw.
@@ -182,6 +183,7 @@ def shuffled(splits: Splits, seed: int) -> Splits:
 def _task(name, instruction, splits, score, clusters=jsonl.clusters) -> Task:
     data = {split: _data(rows) for split, rows in splits.items()}
     data.setdefault("search", data["validation"])
+    data.setdefault("final", data["test"])
     return Task(name, instruction, **data, score=score, clusters=clusters)
 
 

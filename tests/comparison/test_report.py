@@ -453,7 +453,7 @@ def test_the_page_says_how_many_clusters_its_rows_are():
     alone = [result, result | {"clusters_tested": 100}]
     assert not any("cluster" in line for r in alone for line in background.certainty(r))
     words = " ".join(background.certainty(result | {"clusters_tested": 60}))
-    assert "The 100 test rows are 60 clusters" in words and "too narrow" in words
+    assert "count such rows as one: the 100 rows are 60 clusters." in words
 
 
 def test_several_seeds_show_a_digit_more():
