@@ -22,7 +22,7 @@ BYTES = architectures.byte_tokenizer()  # a token a byte: most characters need s
 
 
 def pieces(text, stop=(), tokenizer=BYTES):
-    """(pieces, whether a stop text ended it) of a text's tokens, one after the other."""
+    """(pieces of a text's tokens, whether a stop text ended it)"""
     made = Text(tokenizer, stop)
     out = []
     for token in tokenizer(text, add_special_tokens=False).input_ids:
