@@ -29,7 +29,7 @@ from torch import nn
 from ..common.check import one_of, whole
 from ..core.decoder import positions
 from ..training.packing import window
-from .batch import Batch, Version
+from .batch import Batch
 from .cache import RowCache, layers_of, refuse_unfit
 from .pool import AdapterPool, PoolFull
 from .requests import Closed, Listener, QueueFull, Request, Token
@@ -49,12 +49,13 @@ class Engine:
         rows      answers that are written at the same time
         queue     requests that may wait besides
         piece     tokens of a prompt that are read in one turn
+        longest   tokens of prompt and answer, at most
         policy    "fair" between tenants, or "first come"
         patience  seconds after which a request is not overtaken any more
     Raises   ValueError   an argument out of its range; a model that cannot read rows of
              different lengths together
-    Memory   keys and values of rows + 1 places (RowCache), a copy of the adapter of
-             each row (Batch)
+    Memory   keys and values of rows + 1 places, each as long as the longest row
+             (RowCache), and a copy of the adapter of each row (Batch)
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Engine:
         rows: int = 16,
         queue: int = 64,
         piece: int = 64,
+        longest: int = 2048,
         policy: str = "fair",
         patience: float = 2.0,
     ):
-        for name, value in (("rows", rows), ("queue", queue), ("piece", piece)):
+        sizes = {"rows": rows, "queue": queue, "piece": piece, "longest": longest}
+        for name, value in sizes.items():
             whole(name, value, 1)
         one_of("policy", policy, POLICIES)
         model.eval()
@@ -77,7 +80,7 @@ class Engine:
         self.model, self.tokenizer, self.pool = model, tokenizer, pool
         self.rows, self.queue, self.piece, self.patience = rows, queue, piece, patience
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.limit = min(positions(model) or window(model), window(model))
+        self.limit = min(positions(model) or longest, window(model), longest)
         self.failed: str | None = None
         self._waiting = Waiting(policy)
         self._numbers = count()
@@ -85,7 +88,7 @@ class Engine:
         self._closing: float | None = None  # when those that still run are ended
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
         self._loader = ThreadPoolExecutor(1, "adapters")
-        self._loads: dict[str, Future] = {}
+        self._load: tuple[str, Future] | None = None  # read in the background
         self._pace = 0.0  # seconds a token takes, lately
         self._start_over()
 
@@ -135,8 +138,8 @@ class Engine:
         if len(prompt) + request.max_tokens > self.limit:
             raise ValueError(
                 f"the prompt's {len(prompt)} tokens and max_tokens="
-                f"{request.max_tokens} are more than the {self.limit:.0f} that this "
-                "model can read: shorten one of them"
+                f"{request.max_tokens} are more than the {self.limit} that are "
+                "read here: shorten one of them"
             )
 
     def _retry_after(self) -> int:
@@ -154,6 +157,8 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(seconds + 5)
+        else:
+            self._end_all("cancelled", None)
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -225,21 +230,25 @@ class Engine:
                 self._leave(ticket, why)
 
     def _admit(self) -> None:
-        """Let the next request take the place in which prompts are read."""
-        if self._reader is not None or len(self._running) >= self.rows:
-            return
-        self._notice_loads()
-        for ticket in self._candidates():
+        """Let the next request take the place in which prompts are read.
+
+        And have the next adapter that is not in memory read meanwhile: one at a time,
+        so that none leaves before it was used.
+        """
+        self._notice_load()
+        if self._reader is None and len(self._running) < self.rows:
+            any(self._begins(ticket) for ticket in self._candidates())
+        missing = (t.request.adapter for t in self._candidates() if self._misses(t))
+        if self._load is None and (name := next(missing, None)):
+            self._load = name, self._loader.submit(self._fetch, name)
+
+    def _misses(self, ticket: Ticket) -> bool:
+        """Whether its adapter is not in memory."""
+        try:
             name = ticket.request.adapter
-            if name is None:
-                self._begin(ticket, None)
-                return
-            if self._is_ready(ticket) and (version := self._acquired(ticket)):
-                self._begin(ticket, version)
-                return
-            if ticket.blocked is None:
-                ticket.blocked = time.monotonic()
-            self._fetch(name)
+            return name is not None and not self.pool.is_resident(name)
+        except KeyError:  # removed in the meantime: the next turn refuses it
+            return False
 
     def _candidates(self) -> list[Ticket]:
         """Those that may be next: one alone, once it has waited for too long."""
@@ -248,43 +257,54 @@ class Engine:
             return [first]
         return self._waiting.in_order()
 
-    def _is_ready(self, ticket: Ticket) -> bool:
-        try:
-            return self.pool.is_resident(ticket.request.adapter)
-        except KeyError as error:
-            self._refuse(ticket, error)
-            return False
-
-    def _acquired(self, ticket: Ticket) -> Version | None:
-        try:
-            fetched = ticket.blocked is not None
-            return self.pool.acquire(ticket.request.adapter, fetched=fetched)
-        except PoolFull:
-            return None
-        except (KeyError, ValueError, OSError) as error:
-            self._refuse(ticket, error)
-            return None
+    def _begins(self, ticket: Ticket) -> bool:
+        """Begin with a request, unless it has to wait for its adapter."""
+        name, version = ticket.request.adapter, None
+        if name is not None:
+            try:
+                if self.pool.is_resident(name):
+                    fetched = ticket.blocked is not None
+                    version = self.pool.acquire(name, fetched=fetched)
+            except (KeyError, ValueError, OSError) as error:
+                self._refuse(ticket, error)
+                return False
+            if version is None:
+                ticket.blocked = ticket.blocked or time.monotonic()
+                return False
+        self._waiting.take(ticket)
+        self._waiting.count(ticket.request.tenant, len(ticket.request.prompt))
+        if not self._running:
+            self._start_over()  # a cache that one long prompt made large is small again
+        ticket.version, self._reader = version, ticket
+        self._cache.lengths[len(self._running)] = 0
+        return True
 
     def _fetch(self, name: str) -> None:
-        """Have an adapter read in the background, if it is not being read already."""
-        if name in self.pool and name not in self._loads:
-            self._loads[name] = self._loader.submit(self._load, name)
-
-    def _load(self, name: str) -> None:
         try:
             self.pool.fetch(name)
         finally:
             with self._changed:
                 self._changed.notify()
 
-    def _notice_loads(self) -> None:
-        """Forget what is read, and refuse the requests for what cannot be read."""
-        for name in [n for n, future in self._loads.items() if future.done()]:
-            error = self._loads.pop(name).exception()
-            if error is not None and not isinstance(error, PoolFull):
-                for ticket in list(self._waiting.tickets):
-                    if ticket.request.adapter == name:
-                        self._refuse(ticket, error)
+    def _notice_load(self) -> None:
+        """Forget the adapter that was read once it is in use, or nobody wants it.
+
+        If it could not be read, the requests for it are refused.
+        """
+        if self._load is None or not self._load[1].done():
+            return
+        name, future = self._load
+        wanting = [t for t in self._waiting.tickets if t.request.adapter == name]
+        error = future.exception()
+        if error is not None and not isinstance(error, PoolFull):
+            for ticket in wanting:
+                self._refuse(ticket, error)
+        used = any(t.request.adapter == name for t in self._at_work())
+        if error is not None or used or not any(map(self._is_ready, wanting)):
+            self._load = None
+
+    def _is_ready(self, ticket: Ticket) -> bool:
+        return ticket.request.adapter in self.pool and not self._misses(ticket)
 
     def _refuse(self, ticket: Ticket, error: BaseException) -> None:
         """End a request whose adapter cannot be had; paths stay in the log."""
@@ -293,12 +313,6 @@ class Engine:
         self._waiting.take(ticket)
         gone = f"the adapter {name!r} was removed, or its folder changed or broke"
         ticket.end("error", error=f"{gone}: it has to be added again")
-
-    def _begin(self, ticket: Ticket, version: Version | None) -> None:
-        self._waiting.take(ticket)
-        self._waiting.count(ticket.request.tenant, len(ticket.request.prompt))
-        ticket.version, self._reader = version, ticket
-        self._cache.lengths[len(self._running)] = 0
 
     # ------------------------------------------------------------- Through the model
 

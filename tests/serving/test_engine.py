@@ -257,6 +257,24 @@ def a_request_is_not_overtaken_for_ever(folder):
     assert ends.index("b") <= 4 and Counter(ends) == {"a": 9, "b": 1}
 
 
+def test_an_adapter_that_was_read_is_used_before_it_leaves(folder):
+    """Eight adapters for a pool of two: each is read once for its two requests."""
+    engine, _ = engine_of(folder, fit=2, kinds="abcdefgh", rows=2)
+    for card in engine.pool.cards():
+        card.content = None
+    before = engine.pool.counters.loads
+    pieces = [[] for _ in range(16)]
+    for name, its in zip("aabbccddeeffgghh", pieces, strict=True):
+        engine.submit(asking([5, 6], name, 3), its.append)
+    for _ in range(20_000):
+        if all(its and its[-1].reason for its in pieces):
+            break
+        if not engine.turn():
+            time.sleep(0.001)
+    assert {its[-1].reason for its in pieces} == {"length"}
+    assert engine.pool.counters.loads - before == 8
+
+
 def test_requests_of_resident_adapters_go_first(folder):
     """With much patience, one whose adapter has no room waits for the others."""
     engine, _ = engine_of(folder, fit=1, kinds="ab", rows=2, patience=1000)
@@ -329,18 +347,17 @@ def test_drawn_answers_repeat_with_their_seed(folder):
     assert first == again and first[0] == first[2] != first[1]
 
 
-def test_a_failing_pass_ends_its_rows_and_nothing_else(folder):
+def test_a_failing_pass_ends_its_rows_and_nothing_else(folder, monkeypatch):
     engine, folders = engine_of(folder, kinds="ab", rows=4)
     forward, fail = RowCache.forward, [True]
 
-    class Broken(RowCache):
-        def forward(self, model, first, tokens):
-            if fail and len(tokens) == 2:
-                fail.clear()
-                raise RuntimeError("a cosmic ray")
-            return forward(self, model, first, tokens)
+    def broken(self, model, first, tokens):
+        if fail and len(tokens) == 2:
+            fail.clear()
+            raise RuntimeError("a cosmic ray")
+        return forward(self, model, first, tokens)
 
-    engine._cache.__class__ = Broken
+    monkeypatch.setattr(RowCache, "forward", broken)
     requests = [asking([5, 6], name, 6) for name in ("a", "b", "a")]
     pieces = [[] for _ in requests]
     for request, its in zip(requests[:2], pieces, strict=False):
