@@ -768,7 +768,7 @@ for both in (False, True):
 # You choose the weights of each tensor. Many choices, such as all zeros, would hide a
 # fault. Yours must expose wrong constants, wrong or NaN weights, lost signs, and
 # weights in another order. A difference below `1e-5` of the largest weight is rounding,
-# and no fault. If `theirs` returns zeros for vectors alone, for example, then the shapes
+# and no fault. If `theirs` returns zeros for vectors alone, for example, the shapes
 # `[(4, 64), (256,)]` give `[(256,)]`.
 #
 # <details><summary>Hint one: a question</summary>
