@@ -29,8 +29,8 @@
 # - build a control, a run that tests your explanation of a result, and make it fair;
 # - pad a batch of prompts so that the answers stay right.
 #
-# **Only ten minutes?** Write `start("00", quick=True)` below, and run the cells in turn
-# down to "The control". Leave out the exercises.
+# **Only ten minutes?** Write `start("00", quick=True)` below, and run the cells in
+# turn. Stop before the section "The control", and leave out the exercises.
 
 # %%
 from peft_from_scratch.course import start
@@ -63,9 +63,9 @@ lesson = start("00")
 #
 # - **Zero-shot** gives one sentence of instruction; **few-shot** adds solved examples.
 # - **Full fine-tuning** trains all parameters.
-# - **LoRA** trains small matrices in parallel with all those of a layer ("all linear").
-#   **QLoRA** also stores the model in four bits per parameter, with our code or with
-#   bitsandbytes, another library.
+# - **LoRA** adds two small matrices to each matrix of a layer ("all linear"), and
+#   trains only these. **QLoRA** also stores the model in four bits per parameter, with
+#   our code or with bitsandbytes, another library.
 # - **Bottleneck adapters** are small networks inside each layer.
 # - **Prompt tuning** trains vectors prepended to the prompt, and **prefix tuning** such
 #   vectors for each layer.
@@ -107,11 +107,11 @@ lesson.show(
 #   letters, not the overlap of bars.
 # - Methods that train equally many parameters are drawn side by side.
 #
-# No other method beats those with an a. The sentence below the figure counts the six
-# methods that this library trains. It leaves out bitsandbytes, which is another
-# library. Each method has the settings, such as its learning rate, that won in trial
-# runs on sentences that are neither trained on nor tested. The next cell shows one
-# sentence, with two answers.
+# The letter a marks the best method, and all that are not told apart from it. The
+# sentence below the figure leaves out bitsandbytes, which is another library. So it
+# counts six fine-tuned methods, where the figure shows seven. Each method has the
+# settings, such as its learning rate, that won in trial runs on sentences that are
+# neither trained on nor tested. The next cell shows one sentence, with two answers.
 
 # %%
 ways = {row["key"]: row["samples"] for row in compared["rows"]}
@@ -763,8 +763,8 @@ def my_padding(prompts, pad):
 checks.padding(my_padding)
 
 # %% [markdown]
-# The next cell pads on the left. The argument `0` of the library's function says that
-# no vectors of prefix tuning come before the prompt.
+# The next cell pads on the left. (The `0` in `left_pad(prompts, 0, pad)` says that no
+# vectors of prefix tuning come before the prompts.)
 
 # %%
 padding = lesson.mine(my_padding, lambda prompts, pad: left_pad(prompts, 0, pad))
@@ -830,9 +830,9 @@ print(f"{model.num_parameters():,} parameters, as before LoRA")
 #
 # The methods of this course differ in *where* they add or change parameters. The next
 # figure shows all of them. **DoRA** is LoRA that also trains the norm of each row of
-# $W$. **PiSSA** is LoRA whose $BA$ is initialized to the closest approximation of $W$;
-# this part is subtracted from the frozen $W$, so that the sum is as before. **IA3** and
-# **BitFit** train only vectors.
+# $W$. **PiSSA** is LoRA with another initialization: $BA$ is the matrix of rank $r$
+# that is closest to $W$. It is subtracted from the frozen $W$, so that the sum is as
+# before. **IA3** and **BitFit** train only vectors.
 
 # %%
 lesson.show(
@@ -845,10 +845,11 @@ lesson.show(
 # %% [markdown]
 # ## Verdict cards
 #
-# Later lessons test textbook claims. A **verdict card** shows the claim, the verdict, a
-# number with its interval, and what to remember, after "So:". A rule, written before
-# the runs, turns the interval into a verdict. Take an invented claim: "LoRA's score,
-# minus that of full fine-tuning, is at least `-5` percentage points."
+# Later lessons test textbook claims. A **verdict card** shows the claim, the verdict,
+# and a number with its interval. It ends with a sentence to remember, which begins with
+# "So:". A rule, written before the runs, turns the interval into a verdict. Take an
+# invented claim: "LoRA's score, minus that of full fine-tuning, is at least `-5`
+# percentage points."
 #
 # | interval of this difference | verdict |
 # |---|---|
@@ -982,11 +983,11 @@ lesson.show(
 #
 # ## Limits
 #
-# - **One control.** The control has the size of the update and its values. It does not
-#   rule out that other updates of this size help, too.
+# - **One control.** The shuffled update is as large as LoRA's, and it does not help.
+#   One such update cannot show that no other of this size would help.
 # - **Not shown:** that LoRA is as good as full fine-tuning, or that the model forgot
 #   nothing. One seed, one task and twenty rows of a small model cannot show that.
-# - **The paper's figure.** LoRA's authors trained `10,000` times fewer parameters than
+# - **The paper's number.** LoRA's authors trained `10,000` times fewer parameters than
 #   full fine-tuning on GPT-3; here it is `55` times fewer.
 #
 # ## Your guesses

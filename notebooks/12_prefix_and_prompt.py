@@ -216,9 +216,10 @@ print(f"the cache holds {cache.get_seq_length()} positions for {t} tokens")
 lesson.control("Padding changes no logit, if positions are right.", changes[1] < 1e-3)
 
 # %% [markdown]
-# Without positions, a logit changes by several units: the padding now lies between $P$
-# and the text. SmolLM2 has **rotary positions**: an attention score depends on the
-# distance between query and key.
+# In the padded row, 24 places of padding lie between $P$ and the text. Without
+# positions, this moves the text away from $P$, and a logit changes by several units.
+# With them it does not. SmolLM2 has **rotary positions**: an attention score depends on
+# the distance between query and key.
 #
 # The last line shows the running cost. The **cache** keeps keys and values for later
 # tokens; here 12 tokens take 28 positions, in every layer and for every row.
@@ -442,9 +443,11 @@ pfs.remove(model)
 # ### Claim T1, computed
 #
 # This course tests claims of a textbook. T1: *Prefix tuning trains less than 0.1 % of
-# the parameters, prompt tuning less than `0.01` %.* This is arithmetic, so the
-# **verdict** on its **card** is "computed". The claim names no model and no length, so
-# our rule does. Predict how long a prefix may be on SmolLM2.
+# the parameters, prompt tuning less than `0.01` %.* This is arithmetic: no run could
+# have given another answer. So the **card** below, which sums up the claim, has the
+# **verdict** "computed". The claim names no model and no length. Our **rule**, the text
+# that says how a claim is judged, names both. Predict how long a prefix may be on
+# SmolLM2.
 
 # %%
 lesson.rule("T1")
@@ -543,8 +546,9 @@ def train(P, steps=50):
 lesson.predict("12.2", low=None, high=None, unit="times the test loss of the text one")
 
 # %% [markdown]
-# **The control** asks whether any vectors would help. The last lines of the next cell
-# assert that untrained vectors make the loss *worse*.
+# **The control** asks whether it takes training, or whether random vectors help as
+# well. The last lines of the next cell assert that untrained vectors make the loss
+# *worse*.
 
 # %%
 table = tiny.get_input_embeddings().weight.detach()
@@ -702,8 +706,9 @@ lesson.control("The choice keeps the limit.", validation_loss(kept) <= whole + L
 #
 # The rules ask which test loss each method *reaches* on `tiny`, with the same rows and
 # optimizer steps, not what it *can* express. Each rule averages a difference, in nats,
-# over three tasks. The **band** with this average gives the verdict. **Holds when**
-# means true under a condition, which the card names.
+# over three tasks. It divides the possible values into **bands**, one for each verdict,
+# and the band with the average gives the verdict. **Holds when** means true under a
+# condition, which the card names.
 #
 # For each task, a search chose each method's learning rate, and the initialization of
 # prefix and prompt. Runs with the same seed see the same rows, so their losses are
@@ -773,7 +778,8 @@ lesson.verdict("T2", guess="12.3")
 # On `tiny`, prefer the prefix if you can afford eight times as many parameters. Its
 # size is a **confound**: size alone could explain the lower loss. A prompt of `128`
 # vectors, as large as the prefix, would decide; it was not run. Speed explains a part
-# of the difference, as the line with 300 optimizer steps shows.
+# of the difference: three times as many optimizer steps help the prompt, as the line
+# with 300 steps shows.
 #
 # The next cell compares both methods with LoRA, task by task, five seeds each.
 
@@ -794,7 +800,8 @@ lesson.live("T3", *nested_bootstrap([np.subtract(better, items["lora"])]), scale
 lesson.verdict("T3", guess="12.4")
 
 # %% [markdown]
-# For SmolLM2, the letters of the opening table answer, with three seeds of one task.
+# For SmolLM2, look at the letters of the opening table: they compare LoRA with the
+# prefix and with the prompt, on one task with three seeds.
 #
 # On `tiny`, use LoRA for new words or a new language. On `gap-1`, both intervals
 # contain zero, so five seeds do not tell which is ahead. LoRA's lead has four possible
