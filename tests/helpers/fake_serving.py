@@ -1,11 +1,17 @@
-"""A stand-in for the engine and the pool: what it writes, a test decides."""
+"""A stand-in for the engine and the pool: what it writes, a test decides.
+
+    python tests/helpers/fake_serving.py serve --adapters DIR …
+
+is the command line with both in place of the real ones, and half a second a piece.
+"""
 
 import queue
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from peft_from_scratch.serving.requests import Closed, Piece, QueueFull, Token
 
@@ -87,9 +93,15 @@ class FakeEngine:
 
     def close(self, seconds):
         self.closed = True
+        end = time.monotonic() + seconds
+        while self.go.is_set() and self.running and time.monotonic() < end:
+            time.sleep(0.005)
+        self.go.set()
+        for ticket in self.tickets:
+            ticket.cancel()
         self._queue.put(None)
         if self._thread.is_alive():
-            self._thread.join(seconds + 5)
+            self._thread.join(5)
 
     def submit(self, request, listener):
         if self.closed:
@@ -139,3 +151,31 @@ def wait_for(condition, seconds=5.0):
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
     return bool(condition())
+
+
+def main():
+    """The command line with stand-ins, slow enough for a signal to come in between."""
+    from peft_from_scratch.cli.command_line import main
+
+    def slowly(request):
+        for piece in words(request):
+            time.sleep(0.5)
+            yield piece
+
+    def engine_for(model, tokenizer, pool, rows, queue):
+        engine = FakeEngine(pool, queue)
+        engine.pieces = slowly
+        return engine
+
+    for name, member, value in (
+        ("engine", "Engine", engine_for),
+        ("pool", "AdapterPool", lambda model, budget_bytes: FakePool()),
+    ):
+        module = ModuleType(name)
+        setattr(module, member, value)
+        sys.modules[f"peft_from_scratch.serving.{name}"] = module
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
