@@ -45,6 +45,7 @@ MEMBERS = lazy.homes(
         "files.exchange": ("load", "save"),
         "models.load": ("load_model",),
         "paged": ("PagedAdamW",),
+        "serving.pool": ("AdapterPool",),
     }
 )
 

@@ -40,21 +40,20 @@ def serve(options) -> None:
             f'{error.name} is missing: pip install "peft-from-scratch[serve]"'
         ) from None
     keys = None if options.keys is None else read_keys(options.keys)
-    from ..core.decoder import positions
     from ..models.load import AUTO, describe, load_model
     from ..serving.engine import Engine
     from ..serving.pool import AdapterPool
 
     dtype = options.dtype or AUTO
     model, tokenizer = load_model(options.base, device=options.device, dtype=dtype)
-    pool = AdapterPool(model, budget_bytes=budget)
+    pool = AdapterPool(model, budget_bytes=budget, root=folder)
     engine = Engine(model, tokenizer, pool, rows=options.rows, queue=options.queue)
     settings = Options(
         base=Path(options.base).name if Path(options.base).is_dir() else options.base,
         adapters=folder,
         allow_loading=options.allow_loading,
         keys=keys,
-        positions=positions(model),
+        positions=engine.limit,
         queue=options.queue,
         timeout=options.timeout,
     )

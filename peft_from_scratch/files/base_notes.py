@@ -88,16 +88,32 @@ def warning_of_bits(
         source  of the adapter, for the text
     Returns  the text; None where the weights are the same, or the file does not say
     """
-    note, here = notes.get(BASE_BITS), base_bits(model)
+    here = base_bits(model)
+    text, bits = other_bits(here, notes, source), read_bits(notes.get(BASE_BITS))
+    if text is None or here:
+        return text
+    error = base_error(model, **bits)
+    return (
+        f"{text}: they differ by {error.weight:.1%} of their norm, which is "
+        f"{error.update:.2g} times that of the update. For the model that was "
+        "trained, nf4.quantize_model() first"
+    )
+
+
+def other_bits(
+    here: str | None, notes: Mapping[str, str], source: object
+) -> str | None:
+    """That an adapter was trained beside other bits than these; None where it was not.
+
+    Args
+        here  the base's bits, as base_bits says them
+    """
+    note = notes.get(BASE_BITS)
     bits = read_bits(note)
     trained = f"the adapter from {source} was trained beside weights in"
     if bits and not here:
-        error = base_error(model, **bits)
         return (
-            f"{trained} four bits ({shortened(note)}), and this model has them in "
-            f"full: they differ by {error.weight:.1%} of their norm, which is "
-            f"{error.update:.2g} times that of the update. For the model that was "
-            "trained, nf4.quantize_model() first"
+            f"{trained} four bits ({shortened(note)}), and this model has them in full"
         )
     if bits and bits != read_bits(here):
         return (

@@ -123,11 +123,8 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     adapter.refuse_synchronized(model)
     model = unwrapped(model)
     _refuse_empty(model)
-    base_notes.refuse_other_vocabulary(model, file.notes)
-    file = _without_module(model, file)
-    plan = _plan(model, file)
+    file, plan = fitting(model, file)
     parameters = _parameters(file.format, plan.adapters, _base_params(model, plan))
-    _refuse_misfits(model, file, parameters)
     before = _probe(model)
     names = adapter.apply(model, plan)
     try:
@@ -144,6 +141,23 @@ def _load(model: nn.Module, file: AdapterFile) -> list[str]:
     if text := base_notes.warning_of_bits(model, file.notes, file.folder):
         _warn(text)
     return names
+
+
+def fitting(model: nn.Module, file: AdapterFile) -> tuple[AdapterFile, adapter.Plan]:
+    """The file under the model's names, and the injection that it asks for.
+
+    Both are checked against each other, tensor by tensor. A model without numbers (on
+    meta) does as well, but for a file that holds copies of the model's own weights.
+
+    Returns  the plan's adapters have random values, as before a training
+    Raises   ValueError   as load(); the model is as it was
+    """
+    base_notes.refuse_other_vocabulary(model, file.notes)
+    file = _without_module(model, file)
+    plan = _plan(model, file)
+    parameters = _parameters(file.format, plan.adapters, _base_params(model, plan))
+    _refuse_misfits(model, file, parameters)
+    return file, plan
 
 
 def _refuse_empty(model: nn.Module) -> None:
@@ -342,7 +356,8 @@ def _is_of_base(model, key, tensor) -> bool:
     for now, before in adapter.original_names(model).items():
         if before == name:
             parameter = model.get_parameter(now)
-            return torch.equal(parameter.cpu(), tensor.to(parameter.dtype))
+            same = tensor.to(parameter.dtype)
+            return not parameter.is_meta and torch.equal(parameter.cpu(), same)
     return False
 
 

@@ -51,11 +51,6 @@ class Answer:
             "model": body.model,
             "system_fingerprint": None,
         }
-        metrics.live.add(self)
-
-    @property
-    def running(self) -> bool:
-        return any(choice.tokens for choice in self.choices)
 
     def listener(self) -> Listener:
         """That of the next choice."""
@@ -70,7 +65,6 @@ class Answer:
 
     def end(self) -> None:
         """Nobody reads on: what still runs is cancelled."""
-        self.metrics.live.discard(self)
         for ticket in self.tickets:
             ticket.cancel()
 

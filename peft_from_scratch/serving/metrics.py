@@ -16,13 +16,10 @@ IN_USE = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
 
 
 class Metrics:
-    """A registry of its own; its gauges read engine and pool when they are asked.
-
-    live  the answers that are on their way
-    """
+    """A registry of its own; its gauges read engine and pool when they are asked."""
 
     def __init__(self, engine, pool):
-        self.engine, self.pool, self.live, self.tokens = engine, pool, set(), Counter()
+        self.engine, self.pool, self.tokens = engine, pool, Counter()
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.first_token = self._seconds("time_to_first_token")
@@ -60,10 +57,7 @@ class Metrics:
         for name, value in list(self.tokens.items()):
             tokens.add_metric([name], value)
         yield tokens
-        used = {True: set(), False: set()}
-        for answer in list(self.live):
-            used[answer.running].add(answer.adapter)
-        running, waiting = (",".join(sorted(used[k] - {None})) for k in (True, False))
+        running, waiting = (",".join(sorted(names)) for names in engine.adapters())
         room = max(1, pool.budget_bytes // max([1, *(card.bytes for card in cards)]))
         name = "vllm:lora_requests_info"  # its value is the time
         info = GaugeMetricFamily(name, "adapters in use", labels=IN_USE)

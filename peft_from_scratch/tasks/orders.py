@@ -73,11 +73,11 @@ ITEMS = {
     "bicycle broom bugle cradle cushion drawer flute funnel globe goblet hinge ladle "
     "magnet napkin poster rake sieve stool towel trolley vase violin wallet",
     "final": "anchor apron badge balloon bell bowl bracelet button cabinet calendar "
-    "camera carton chisel coat coin collar comb cork crayon cupboard desk doll doorbell "
-    "envelope eraser fan flag flask folder fork frame glove guitar hairbrush hat hook "
-    "iron jar jug keyboard kite lock mattress mop mug necklace notebook oven pan plate "
-    "pump quilt razor rug scooter shirt sofa stamp table tray tripod umbrella wagon "
-    "whisk wig yoyo zipper",
+    "camera carton chisel coat coin collar comb cork crayon cupboard desk doll "
+    "doorbell envelope eraser fan flag flask folder fork frame glove guitar hairbrush "
+    "hat hook iron jar jug keyboard kite lock mattress mop mug necklace notebook oven "
+    "pan plate pump quilt razor rug scooter shirt sofa stamp table tray tripod "
+    "umbrella wagon whisk wig yoyo zipper",
 }
 AMOUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

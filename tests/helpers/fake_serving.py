@@ -77,7 +77,7 @@ class FakeEngine:
         self.tickets, self.served, self.failed = [], {}, None
         self.go, self.pieces = threading.Event(), words
         self.go.set()
-        self.closed, self._queue = False, queue.Queue()
+        self.closed, self.limit, self._queue = False, 100, queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
@@ -87,6 +87,10 @@ class FakeEngine:
     @property
     def running(self):
         return sum(not ticket.done.is_set() for ticket in self.tickets) - self.waiting
+
+    def adapters(self):
+        open_ = [t.request.adapter for t in self.tickets if not t.done.is_set()]
+        return set(), {name for name in open_ if name}
 
     def start(self):
         self._thread.start()
@@ -169,7 +173,7 @@ def main():
 
     for name, member, value in (
         ("engine", "Engine", engine_for),
-        ("pool", "AdapterPool", lambda model, budget_bytes: FakePool()),
+        ("pool", "AdapterPool", lambda model, budget_bytes, root: FakePool()),
     ):
         module = ModuleType(name)
         setattr(module, member, value)

@@ -195,7 +195,6 @@ def a_client_that_goes_away_cancels_its_requests():
             asking.join(10)
             assert not asking.is_alive()
             assert first.cancelled.is_set() and second.cancelled.is_set()
-            assert not client.app.state.service.metrics.live
 
 
 def leave_early(client, stream, gone):
@@ -305,7 +304,7 @@ def test_the_metrics_are_those_of_engine_pool_and_answers():
         client.engine.go.clear()
         asking = threading.Thread(target=completed, args=(client, "b"))
         asking.start()
-        assert wait_for(lambda: client.app.state.service.metrics.live)
+        assert wait_for(lambda: client.engine.adapters()[1])
         waiting = client.get("/metrics").text
         client.engine.go.set()
         asking.join(10)

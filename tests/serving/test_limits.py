@@ -245,8 +245,6 @@ def a_full_queue_is_said_and_leaves_nothing_behind():
             error = refused(got, 429, "ask again in 7 s")
             assert got.headers["retry-after"] == "7" and error["code"] == "queue_full"
             assert all(ticket.cancelled.is_set() for ticket in client.engine.tickets)
-        client.engine.go.set()
-        assert not client.app.state.service.metrics.live
 
 
 def test_a_closed_engine_and_a_bug_are_errors():

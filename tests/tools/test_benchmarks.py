@@ -288,6 +288,22 @@ def test_the_lora_benchmark_compares_equal_work_in_both_dtypes(tmp_path, monkeyp
         benchmark.measure("tiny", 7, ["float32"])
 
 
+def test_the_benchmark_of_many_adapters_compares_equal_work(tmp_path, monkeypatch):
+    import many_adapters as benchmark
+
+    benchmark.main(["--model", "tiny", "--rounds", "7"])
+    result = json.loads((tmp_path / "out/many_adapters.json").read_text())
+    names = [row["name"] for row in result["steps"]]
+    assert names[0] == benchmark.BASE and len(names) == 1 + 2 * len(benchmark.COUNTS)
+    assert [row["name"] for row in result["ranks"]] == list(benchmark.RANKS)
+    assert 0 < result["apart"] < 1e-5
+    monkeypatch.setattr(benchmark, "COUNTS", (4,))
+    steps = {"ours, 4 adapters": lambda: torch.ones(3)}
+    steps["PEFT, 4 adapters"] = lambda: torch.full((3,), 0.999)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        benchmark.check_equal(steps)
+
+
 def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypatch):
     import rounding as benchmark
 
