@@ -19,7 +19,7 @@ from .requests import Sampling, Token
 NOTHING = {  # fields that are not served: values that ask for nothing
     **{"best_of": 1, "echo": False, "suffix": "", "store": False},
     **{"frequency_penalty": 0, "presence_penalty": 0, "tool_choice": "none"},
-    "response_format": {"type": "text"},
+    **{"response_format": {"type": "text"}, "service_tier": "auto"},
 }
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 LEAST = -9999.0  # logarithm of a probability of 0: JSON has no −∞
@@ -51,7 +51,7 @@ class Fields(BaseModel):
             return fields
         asked = {name: value for name, value in fields.items() if value is not None}
         for name in sorted(asked.keys() - cls.model_fields.keys()):
-            if asked[name] not in ([], {}) and asked.pop(name) != NOTHING.get(name):
+            if asked[name] not in ([], {}) and asked[name] != NOTHING.get(name):
                 words = f"{shortened(name)} is not served here: leave it out"
                 raise Refused(400, words, "unsupported_field", name[:100])
         return {name: asked[name] for name in asked.keys() & cls.model_fields.keys()}

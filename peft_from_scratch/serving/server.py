@@ -187,7 +187,8 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Response:
-        return FileResponse(Path(__file__).with_name("page.html"))
+        headers = {"X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
+        return FileResponse(Path(__file__).with_name("page.html"), headers=headers)
 
 
 def application(engine, pool, tokenizer, options: Options) -> FastAPI:

@@ -1,6 +1,9 @@
 """Answers over HTTP, whole and as events: what OpenAI's clients expect of them."""
 
+import base64
+import hashlib
 import json
+import re
 import threading
 
 import pytest
@@ -328,6 +331,24 @@ def test_the_metrics_are_those_of_engine_pool_and_answers():
     info = 'vllm:lora_requests_info{max_lora="8",running_lora_adapters="",'
     assert f'{info}waiting_lora_adapters="b"}}' in waiting
     assert f'{info}waiting_lora_adapters=""}}' in text
+
+
+def test_the_page_runs_its_own_script_only():
+    """Its policy holds the digest of the script that it has, and nothing is fetched."""
+    with serving() as client:
+        got = client.get("/")
+    assert got.headers["x-frame-options"] == "DENY"
+    (script,) = re.findall(r"<script>(.*?)</script>", got.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in got.text, "write this one into the page"
+    assert "default-src 'none'" in got.text
+    assert not re.search(
+        r"innerHTML|insertAdjacent|document\.write|localStorage", script
+    )
+    assert not re.search(r"https?://|<link|<img|@import", got.text)
+    labels = set(re.findall(r'<label for="(\w+)"', got.text))
+    fields = set(re.findall(r'<(?:input|select|textarea) id="(\w+)"', got.text))
+    assert labels == fields
 
 
 def test_labels_of_adapters_are_few():
