@@ -12,6 +12,7 @@ from pathlib import Path
 from ..common.check import number, require, whole
 
 GRACE = 10  # seconds for what still runs
+SPARE = 256  # connections besides those of answers
 UNITS = {
     "KB": 10**3,
     "MB": 10**6,
@@ -70,6 +71,7 @@ def serve(options) -> None:
         port=options.port,
         log_level="warning",
         timeout_graceful_shutdown=GRACE + 2,
+        limit_concurrency=options.rows + options.queue + SPARE,
     )
 
     class Server(uvicorn.Server):

@@ -198,6 +198,22 @@ def no_more_than_the_limit_is_read_of_a_body():
     assert error.value.status == 413 and len(read) == 4
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(door, "SECONDS", 0.05)
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/completions"},
+        **{"headers": [(b"content-type", b"Application/JSON; charset=utf-8")]},
+    }
+    with pytest.raises(protocol.Refused) as error:
+        asyncio.run(door.body_of(door.HttpRequest(scope, receive), 1000))
+    assert error.value.status == 408
+
+
 def test_a_body_of_the_limit_is_taken():
     body = json.dumps({"model": "base", "prompt": "hello"})
     with serving(body_bytes=len(body) + 1) as client:
