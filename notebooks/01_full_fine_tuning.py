@@ -624,9 +624,9 @@ lesson.measured("1.4", ratios[1])
 #
 # The textbook says that a fully fine-tuned model *can be served independently*, where
 # an adapter needs its **base**, the model that it was trained on. The claim holds if
-# none of four checks fails. The last check is that all models have one size, and all
-# adapters, too. So one tells the size of a hundred. The checks run with `tiny`, in a
-# fresh process without network.
+# none of four checks fails. The fourth compares sizes: all full models take the same
+# number of bytes, and so do all adapters. Then the size of one gives that of a hundred.
+# The checks run with `tiny`, in a fresh process without network.
 
 # %%
 alone = standalone.compute(standalone.config("tiny"))
@@ -737,7 +737,7 @@ for how in (data_size.FULL, data_size.LORA):
 #
 # Difficulty four of five, importance five of five, about twenty minutes. A **confound**
 # is something else that differs between two methods, and could also be the reason for
-# the lead. Here, a control is a pair of methods without a confound. Write
+# the lead. The control that you look for is a pair of methods without a confound. Write
 # `my_control(runs, a, b, suspect)`. `runs` has a dictionary for each method:
 #
 # | field | meaning |
@@ -755,10 +755,11 @@ for how in (data_size.FULL, data_size.LORA):
 #
 # - the set of confounds: the other settings that differ between `a` and `b`;
 # - the names of any two methods that differ in `suspect` and no other setting, with
-#   enough seeds for an interval; `None` if there are none.
+#   two seeds or more, as an interval needs; `None` if there are none.
 #
-# Decide for each field whether it is a setting, like `seeds`, or an outcome. The order
-# inside a tuple has no meaning. For example, if `"full"` trains all four parts and
+# Decide for each field whether somebody chose it before the runs (a setting, like
+# `seeds`), or whether the runs gave it (an outcome). The order inside a tuple has no
+# meaning. For example, if `"full"` trains all four parts and
 # `"LoRA"` only the matrices, with all other settings equal,
 # `my_control(runs, "full", "LoRA", "how")` is `({"parts"}, None)`. With a third method,
 # `"narrow"`, full fine-tuning of the matrices, it is `({"parts"}, ("LoRA", "narrow"))`.
@@ -826,9 +827,10 @@ print(f"a pair that differs in the rank alone: {control}")
 # Full fine-tuning also trains the embedding, norms and head. And it tried a fourth
 # learning rate, because the best of the first three was the highest.
 #
-# The rule of claim F4 compares "full, matrices" and LoRA. Both train only the matrices
-# (the **projections**; an "arm" is a method, a "row" an example). But four and three
-# learning rates were tried. The rule computes two numbers:
+# The rule of claim F4 compares "full, matrices" and LoRA. Both train only the matrices,
+# which the card below calls the **projections**; it calls a method an "arm", and an
+# example a "row". Still, four and three learning rates were tried. The rule computes
+# two numbers:
 #
 # - far: full fine-tuning's lead on the far task with 1,600 examples;
 # - near: LoRA's lead on the near task, a mean over 100 and 400 examples, plus a margin
@@ -866,8 +868,9 @@ lesson.measured("1.5", spans["far, 1,600 examples: both train only the matrices"
 # from 0.207 to 0.033 (-0.036 to 0.103). If both train all parts, LoRA leads by `0.169`
 # (`0.001` to `0.337`). So most of the lead came from what trains, not from the rank.
 #
-# **Live**: the smaller number, with two new seeds, 25 optimizer steps and 100 near
-# examples: too few to reach the shipped one.
+# **Live**: the smaller of the rule's two numbers, with two new seeds, 25 optimizer
+# steps and 100 near examples. That is too little training to come near the shipped
+# number.
 
 
 # %%

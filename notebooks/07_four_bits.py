@@ -312,9 +312,9 @@ lesson.show(figure, words)
 # **Where does 0.9677083 come from?** It is $p_{\text{last}}$, which cannot be 1, since
 # $\Phi^{-1}(1)$ is infinite. Instead, cut the distribution into $k$ equal shares, and
 # put the last value in the middle of the last share, at $p = 1 - 1/(2k)$. NF4 takes the
-# mean of two such $p$: for its sixteen values, $k = 16$, and for $k = 15$. We know of
-# no proof that the mean is best. bitsandbytes, the library that NF4 comes from, has the
-# constant in a comment.
+# mean of two such $p$: one for $k = 16$, its number of values, and one for $k = 15$. We
+# know of no text that says why 15, and of no proof that the mean is best. bitsandbytes,
+# the library that NF4 comes from, has the constant in a comment.
 #
 # ### Exercise 7.2: derive NF4, for any number of values
 #
@@ -405,7 +405,8 @@ for n in (8, 16, 32, 64):
 # error of each is large.
 #
 # Nor are the codes used equally. In the derivation, the value 1 stands for 1.848
-# standard deviations, but in a block it stands for the largest weight.
+# standard deviations. In a block, it stands for the largest weight, which is further
+# out: the next cell prints how far.
 
 # %%
 codes = nf4.quantize(plain, double=False).codes().long()
@@ -464,9 +465,9 @@ lesson.show(figure, "NF4 and the fitted values are closest together near zero.")
 #
 # The rule, written before any run, asks by how many percent NF4's error exceeds that of
 # the best values. Up to 1 %, the claim holds; above 5 %, it does not; in between, it
-# holds under a condition (`holds when`). These limits are strict. One more bit per
-# weight about halves the error, so 5 % less error is worth only `log2(1.05) = 0.07`
-# bits.
+# holds under a condition (`holds when`). These limits are narrow. One more bit per
+# weight about halves the error, so an error that is 5 % smaller saves only
+# `log2(1.05) = 0.07` bits per weight.
 #
 # Values are fitted on half of the blocks, and tested on the other half, with five
 # **seeds** of the random generator. The **control** is FP4: if it were not clearly
@@ -494,9 +495,9 @@ lesson.live("Q1", *live)
 lesson.verdict("Q1", guess="7.3")
 
 # %% [markdown]
-# NF4 is near-optimal, not optimal: the best values gain a few percent, and half of that
-# pays for keeping -1, 0 and 1. On **MiniLM**, a trained sentence encoder, they gain
-# even less. There is little reason to replace NF4's values.
+# NF4 is near-optimal, not optimal: the best values gain a few percent. They gain half
+# as much if they must include -1, 0 and 1, as NF4 does. On **MiniLM**, a trained
+# sentence encoder, they gain even less. There is little reason to replace NF4's values.
 #
 # ### NF4 or affine int4?
 #
@@ -543,8 +544,8 @@ lesson.show(figure, "Left of the crossing NF4 is ahead, right of it affine int4.
 # %% [markdown]
 # Neither format wins everywhere. With constants in 16 bits, affine int4 overtakes NF4
 # at 4.34 bits on normal weights, and at 4.40 on MiniLM; with constants in eight bits, a
-# tenth of a bit earlier. In blocks of 64 or more, take NF4; in blocks of 32 or fewer,
-# affine int4.
+# tenth of a bit earlier. NF4 takes 4.34 bits in blocks of `47` weights. So in blocks of
+# 64 or more, take NF4; in blocks of 32 or fewer, affine int4.
 #
 # ### A trap: weights that came from four bits
 #
@@ -560,8 +561,8 @@ for name, w in (("SmolLM2", smol[0]), ("MiniLM", honest[0])):
 
 # %% [markdown]
 # On SmolLM2, this format has an error of 0 %, because it finds its own values again. On
-# MiniLM it has 7.9 %. (The comparison at equal bits used affine int4, whose zero point
-# shifts the values, so that this trap did not spring there.)
+# MiniLM it has 7.9 %. (The comparison at equal bits gave affine int4 other constants,
+# in fewer bits. With those it does not find SmolLM2's own values again.)
 #
 # ## Idea three: quantize the constants, too
 #
@@ -672,10 +673,11 @@ lesson.control("Our library has the same constants.", off(q.constants(), back) <
 #
 # How the constants of $W'$ are stored appears in neither formula. To test this, we
 # switch double quantization **off**, and compare the gradients with those of a model
-# that holds the same $W'$ in `float32`. Up to 0.01 % of difference, the claim is wrong
-# as stated. The formulas say zero, so this checks the code more than the theory. The
-# **control**, a model with the original weights, must differ clearly. The run here is
-# on **tiny**, our language model of one million parameters.
+# that holds the same $W'$ in `float32`. If they differ by at most 0.01 %, gradients do
+# not need it, and the claim is wrong as stated. The formulas say zero, so this checks
+# the code more than the theory. The **control**, a model with the original weights,
+# must differ clearly. The run here is on **tiny**, our language model of one million
+# parameters.
 
 # %%
 lesson.rule("Q2")
@@ -764,10 +766,10 @@ for both in (False, True):
 # those `shapes`, in their order, that `theirs` restores wrongly.
 #
 # You choose the weights of each tensor. Many choices, such as all zeros, would hide a
-# fault. Yours must show wrong constants, wrong or NaN weights, lost signs and another
-# order of the weights. What
-# differs by less than `1e-5` of the largest weight is rounding, no fault. For example,
-# if `theirs` returns zeros for vectors alone, `[(4, 64), (256,)]` gives `[(256,)]`.
+# fault. Yours must expose wrong constants, wrong or NaN weights, lost signs, and
+# weights in another order. A difference below `1e-5` of the largest weight is rounding,
+# and no fault. If `theirs` returns zeros for vectors alone, for example, then the shapes
+# `[(4, 64), (256,)]` give `[(256,)]`.
 #
 # <details><summary>Hint one: a question</summary>
 #

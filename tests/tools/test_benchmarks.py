@@ -4,12 +4,14 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from planting import each_is_caught, law
 
 from peft_from_scratch.common.provenance import processor
+from peft_from_scratch.serving.requests import Piece
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -302,6 +304,28 @@ def test_the_benchmark_of_many_adapters_compares_equal_work(tmp_path, monkeypatc
     steps["PEFT, 4 adapters"] = lambda: torch.full((3,), 0.999)
     with pytest.raises(RuntimeError, match="logits differ"):
         benchmark.check_equal(steps)
+
+
+def test_the_benchmark_of_traffic_answers_every_request(tmp_path, monkeypatch):
+    import serving_traffic as benchmark
+
+    monkeypatch.setattr(benchmark, "MEMORY", 3)
+    benchmark.main(["--model", "tiny", "--requests", "12", "--adapters", "1,8"])
+    result = json.loads((tmp_path / "out/serving_traffic.json").read_text())
+    assert [(c["adapters"], c["traffic"]) for c in result["cells"]] == [
+        (1, "uniform"),
+        (8, "uniform"),
+        (8, "Zipf"),
+        (6, "uniform"),  # twice as many as fit
+    ]
+    assert all(cell["tokens_a_second"] > 0 for cell in result["cells"])
+    assert result["switch"]["in memory"] < result["switch"]["on disk"]
+    names = benchmark.traffic("abcdefgh", benchmark.ZIPF, 3000)
+    assert 1.5 < names.count("a") / names.count("b") < 2.7
+    engine = SimpleNamespace(turn=lambda: True)
+    engine.submit = lambda request, listen: listen(Piece(reason="error"))
+    with pytest.raises(RuntimeError, match="not all requests were answered"):
+        benchmark.answered(engine, [None])
 
 
 def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypatch):
