@@ -95,6 +95,8 @@ class Answer:
         usage = {"usage": None} if with_usage else {}
         try:
             async for i, piece in self._pieces():
+                if not (piece.text or piece.reason) and self.body.reported is None:
+                    continue  # a token whose text is not certain yet
                 choice = self._choice(i, piece, spell)
                 if self._chat:
                     role = {} if i in begun else {"role": "assistant"}

@@ -293,6 +293,19 @@ def test_an_answer_that_failed_is_an_error_and_the_server_lives(
         assert client.get("/health").status_code == 200
 
 
+def test_a_token_without_text_is_counted_and_no_event_unless_it_is_reported():
+    pieces = [
+        Piece(tokens=(Token(300, -1.0),)),
+        Piece("ab", (Token(301, -2.0),), "stop"),
+    ]
+    with serving() as client:
+        client.engine.pieces = lambda request: pieces
+        for logprobs, count in ((None, 1), (0, 2)):
+            got = events(completed(client, stream=True, logprobs=logprobs))
+            assert len(got) == count
+        assert completed(client).json()["usage"]["completion_tokens"] == 2
+
+
 def test_a_deadline_cuts_what_is_there():
     pieces = [Piece("half", (Token(300),)), Piece(reason="deadline")]
     with serving() as client:
