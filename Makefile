@@ -97,7 +97,7 @@ lock: $(READY) ## newest versions within the ranges, into constraints.txt
 	@echo 'Resolving for the oldest Python that is supported …'
 	@$(INSTALL) --quiet --dry-run --ignore-installed --report .venv/lock.json \
 	    --python-version 3.11.0 --only-binary=:all: --target .venv/lock \
-	    '.[test,lab,reference,kernels]' '$(TRITON)'
+	    '.[test,lab,reference,kernels,serve]' '$(TRITON)'
 	@{  grep '^#' constraints.txt; \
 	    $(BIN)/python -c '$(PINS)' < .venv/lock.json | grep -Ev '$(NOT_PINNED)'; \
 	} > .venv/lock.txt
@@ -120,7 +120,7 @@ $(READY): pyproject.toml constraints.txt
 	$(INSTALL) --upgrade pip==$(PIP_VERSION)
 	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) \
 	    --constraint constraints.txt torch)
-	$(INSTALL) --constraint constraints.txt --editable '.[test,lab,reference,kernels]'
+	$(INSTALL) --constraint constraints.txt --editable '.[test,lab,reference,kernels,serve]'
 	@touch $@
 
 $(MODEL): $(READY)

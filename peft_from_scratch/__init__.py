@@ -10,7 +10,7 @@ The package is a house with rooms. No import runs up this list (`make lint` hold
     models/  tasks/       base models; what is learned, and what counts as right
     training/    one plain loop, generation, evaluation
     memory/      bytes, counted and measured
-    comparison/  the main job: every method on one task
+    comparison/  serving/     the main job; many adapters on one base, over HTTP
     ledger/      the claims, their experiments, their verdicts
     course/      lessons, exercises and their checks
     cli/         the command line

@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from ..common import records
-from ..common.check import require
 from ..core.decoder import positions
 from ..files import exchange
 from ..models.load import AUTO, describe, load_model
-from ..tasks.jsonl import is_unicode
-from ..tasks.templates import TEMPLATES, encode_prompt, stop_token
+from ..tasks.manner import RECORD, recorded
+from ..tasks.plain_text import is_unicode
+from ..tasks.templates import encode_prompt, stop_token
 
 ANSWER_TOKENS = 256  # of a reply, at most
-RECORD = "training.json"  # the last file of a run: where it is, the run is finished
 
 
 def chat(options) -> None:
@@ -69,37 +67,16 @@ def _manner(options, tokenizer) -> tuple[str, str]:
     """(template, instruction): as asked for, else as in training, else the model's."""
     template, instruction = options.template, options.system
     if options.adapter and (template is None or instruction is None):
-        trained = _recorded(Path(options.adapter) / RECORD)
+        try:
+            trained = recorded(Path(options.adapter) / RECORD)
+        except ValueError as error:
+            raise ValueError(f"{error}, or say both --template and --system") from None
         template = trained[0] if template is None else template
         instruction = trained[1] if instruction is None else instruction
     if instruction and not is_unicode(instruction):
         raise ValueError(f"--system {instruction!r} is not UTF-8 text: write it anew")
     template = template or ("chat" if tokenizer.chat_template else "raw")
     return template, instruction or ""
-
-
-def _recorded(file: Path) -> tuple[str, str] | tuple[None, None]:
-    """(template, instruction) of a training record; None for both where there is none.
-
-    Raises  ValueError  a record that does not say both
-    """
-    if not file.exists():
-        return None, None
-    try:
-        record = records.read_object(file)
-        recipe, instruction = record.get("recipe"), record.get("instruction")
-        template = recipe.get("template") if isinstance(recipe, dict) else None
-        words = " or ".join(map(repr, TEMPLATES))
-        field = f"recipe.template in {file}"
-        require(template in TEMPLATES, field, template, f"allowed is {words}")
-        fine = isinstance(instruction, str) and is_unicode(instruction)
-        require(fine, f"instruction in {file}", instruction, "allowed is text")
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. It says how the adapter was spoken to in training: mend it, or "
-            "say both --template and --system"
-        ) from None
-    return template, instruction
 
 
 def _ask() -> str | None:

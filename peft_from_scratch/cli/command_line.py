@@ -1,4 +1,4 @@
-"""The command line: doctor, compare, train, chat and merge.
+"""The command line: doctor, compare, train, chat, serve and merge.
 
 Nothing here imports torch until a command runs: the tables of methods and of candidates
 import none, and other names that the library has as well (templates, bases) are written
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     _compare(commands)
     _train(commands)
     _chat(commands)
+    _serve(commands)
     _merge(commands)
     _ledger(commands)
     _work(commands)
@@ -197,6 +198,39 @@ def _chat(commands) -> None:
     _base(command)
     _dtype(command)
     command.set_defaults(run=run_chat)
+
+
+def _serve(commands) -> None:
+    command = _command(
+        commands, "serve", "an OpenAI-style server for many adapters on one base"
+    )
+    command.add_argument(
+        "--adapters",
+        required=True,
+        metavar="DIR",
+        help="folder of adapters: its subfolders, each the name of a model",
+    )
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument(
+        "--keys", metavar="FILE", help="JSON of who may ask; by default everyone"
+    )
+    command.add_argument(
+        "--allow-loading",
+        action="store_true",
+        help="let clients load and unload adapters of DIR while it serves",
+    )
+    command.add_argument(
+        "--budget", default="256MB", help="of the adapters in memory, such as 256MB"
+    )
+    command.add_argument("--rows", type=int, default=16, help="requests in a batch")
+    command.add_argument("--queue", type=int, default=64, help="requests that wait")
+    command.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for an answer, at most"
+    )
+    _base(command)
+    _dtype(command)
+    command.set_defaults(run=run_serve)
 
 
 def _merge(commands) -> None:
@@ -370,6 +404,12 @@ def run_chat(options) -> None:
     from .chat import chat
 
     chat(options)
+
+
+def run_serve(options) -> None:
+    from .serve import serve
+
+    serve(options)
 
 
 def run_merge(options) -> None:

@@ -35,6 +35,7 @@ from ..models.load import (
     pick_dtype,
 )
 from ..nf4 import dequantize_model
+from ..tasks.manner import RECORD
 from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
@@ -44,7 +45,6 @@ from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
 from ..training.precision import autocast_of, loaded_in
 from . import masks
-from .chat import RECORD
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
 TEST_ROWS = 100  # answered before and after

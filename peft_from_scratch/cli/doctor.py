@@ -27,6 +27,7 @@ OPTIONAL = {
     "bitsandbytes": "what its 4-bit formats are compared with",
     "triton": "GPU kernels",
     "jupyterlab": "the notebooks",
+    "fastapi": "serve",
 }
 OK, WRONG, NOTE = "ok", "WRONG", "note"
 

@@ -8,7 +8,7 @@ what they tell of), jsonl.py (rows of your own), messages.py (rows of several tu
 scorers.py (what counts as right on your own rows), score_file.py and score_worker.py (a
 scorer of your own, in a process of its own), templates.py (how a row becomes tokens and
 labels), conversations.py (which text of a chat template is an answer), plain_text.py
-(text stays text).
+(text stays text), manner.py (how an adapter was spoken to in training).
 """
 
 from ..common import lazy

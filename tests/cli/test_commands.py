@@ -26,7 +26,7 @@ from peft_from_scratch.comparison.plan import OF_DATA, Plan
 from peft_from_scratch.files import formats
 from peft_from_scratch.ledger.claim import BASES
 from peft_from_scratch.methods import METHODS
-from peft_from_scratch.tasks import templates
+from peft_from_scratch.tasks import manner, templates
 from peft_from_scratch.tasks.task import load_task
 from peft_from_scratch.training import evaluation
 from peft_from_scratch.training.config import TrainConfig
@@ -607,11 +607,11 @@ def test_a_broken_record_is_refused_unless_all_is_said(
 @law
 def what_a_run_left_is_never_read_as_nothing(folder):
     file = folder / "training.json"
-    assert chat._recorded(file) == (None, None)
+    assert manner.recorded(file) == (None, None)
     for content, told in BROKEN_RECORDS.items():
         file.write_text(content)
         with pytest.raises(ValueError) as refused:
-            chat._recorded(file)
+            manner.recorded(file)
         assert str(refused.value).startswith(told.format(file=file))
     whole = {"asked": "0", "answers": ["a"], "seconds": 1.0}
     file.write_text(json.dumps(whole))
@@ -626,19 +626,19 @@ def what_a_run_left_is_never_read_as_nothing(folder):
 test_a_planted_bug_is_caught = each_is_caught(
     {
         "a broken record is as none": (
-            chat._recorded,
+            manner.recorded,
             "except ValueError as error:",
             "except ValueError as error:\n        return None, None",
             what_a_run_left_is_never_read_as_nothing,
         ),
         "any template will do": (
-            chat._recorded,
+            manner.recorded,
             "require(template in TEMPLATES,",
             "require(True,",
             what_a_run_left_is_never_read_as_nothing,
         ),
         "any instruction will do": (
-            chat._recorded,
+            manner.recorded,
             "isinstance(instruction, str) and is_unicode(instruction)",
             "True",
             what_a_run_left_is_never_read_as_nothing,

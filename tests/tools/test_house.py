@@ -32,8 +32,6 @@ TARGETS = {"compare", "test", "lab", "notebooks", "bench", "lint"}
 FOR_OTHERS = {"gguf": "transformers reads SmolLM2's file with it"}
 # What `make lock` leaves out: only some platforms have these, or every one has.
 NOT_PINNED = re.compile(r"(cuda-|nvidia-|setuptools$|pip$)")
-# What the library imports where it is installed, and does without elsewhere.
-WHERE_INSTALLED = {"triton"}
 
 
 def requirements(lines):
@@ -52,6 +50,8 @@ EXTRAS = {
     for name, lines in PROJECT["optional-dependencies"].items()
 }
 DECLARED = [CORE, *EXTRAS.values()]
+# What the library imports where it is installed, and does without elsewhere.
+WHERE_INSTALLED = {"triton", *EXTRAS["serve"]}
 PINS = requirements(
     line for line in text("constraints.txt").splitlines() if not line.startswith("#")
 )

@@ -53,7 +53,8 @@ def test_set_up_happens_once_and_again_after_a_change(set_up, tmp_path):
     status, output, calls = set_up()
     assert status == 0 and "Set-up, once" in output and "Set-up is done" in output
     install, model = calls[-2:]
-    assert "constraints.txt" in install and "[test,lab,reference,kernels]" in install
+    assert "constraints.txt" in install
+    assert "[test,lab,reference,kernels,serve]" in install
     assert "prepare" in model
     assert not any("index-url" in call for call in calls)
     assert set_up()[2] == []
