@@ -366,7 +366,8 @@ lesson.measured("8.1", 100 * true.trainable / plain)
 #
 # Your machine makes a short run of `tiny` on `gap-1`, which turns sentences into
 # records like `Oslo - Friday …`. `nf4-base` is the untrained 4-bit model.
-# `qlora-frozen` has random adapters that never train. `qlora-bf16` is for claim Q5.
+# `qlora-frozen` has adapters whose A and B are both random, and never train.
+# `qlora-bf16` is for claim Q5.
 
 # %%
 lesson.rule("Q4")
@@ -407,11 +408,12 @@ lesson.verdict("Q4")
 # %% [markdown]
 # On SmolLM2, QLoRA ends 0.0185 nats above LoRA. The rule calls up to 0.02 minimal, and
 # the interval crosses that line. (The line `Shipped` above is for `tiny`. Its interval
-# contains `0`, so the minus sign may be chance.)
+# contains `0`, so the minus sign may be chance. The card's verdict is SmolLM2's.)
 #
 # Two things may bias the number. QLoRA ran with LoRA's learning rate. And our copy of
-# SmolLM2 was once stored in another 4-bit format, so NF4 rounds its weights a second
-# time (notebook 07). More seeds, free of both biases, would decide Q4 and Q4b.
+# SmolLM2 was once stored in another 4-bit format (notebook 07). So its weights are
+# rounded twice, and the damage may differ from that of a model that never was in four
+# bits. More seeds, free of both biases, would decide Q4 and Q4b.
 #
 # A share needs a damage that is clearly above zero. The cell demands that the interval
 # excludes zero, and that the damage is at least `0.005` nats.
@@ -461,9 +463,10 @@ lesson.show(
 # %% [markdown]
 # The distance from a value to the next one is a **quantization step**. $W'$ lies
 # exactly on a value, so only a move beyond half a quantization step changes the code.
-# $W_0$ lies anywhere between two values. So even a small update carries some of its
-# weights across a middle, each by a whole quantization step. On average the moves add
-# up to the update.
+# $W_0$ lies anywhere between two values. So a small update carries a few of its weights
+# across the middle between two values. If the update is 1 % of a quantization step,
+# about one weight in a hundred crosses, and it moves by a whole step. The average move
+# is then 1 % of a step again: the update.
 #
 # A merge is judged by the share of the update that is in the merged weight $W$:
 #
@@ -711,9 +714,10 @@ lesson.verdict("M4")
 #
 # The distance $\|W - (W' + \Delta W)\|$ does not predict the loss. In the shipped runs
 # of SmolLM2, the requantized merge is off by `108 %` of the update's norm. The merge
-# onto the original weights is off by `661 %`, and yet its test loss is `0.0189` nats
-# *below* that of the QLoRA before merging.
-# This merge keeps the update, and removes the rounding error of the base.
+# onto the original weights, without requantizing, is off by `661 %`. Yet its test loss
+# is `0.0189` nats *below* that of the QLoRA before merging, a mean over three seeds;
+# the one run above may differ. This merge keeps the update, and removes the rounding
+# error of the base.
 #
 # - **To leave four bits,** merge onto the dequantized weights. This is exact, and takes
 #   `3.2` times the bytes in `float32`, half of that in 16 bits. If you have the
@@ -920,7 +924,8 @@ lesson.control("PEFT and bitsandbytes compute our model.", gap < 1e-3)
 #
 # <details><summary>$W_0$ has a smaller rounding error</summary>
 #
-# No. $W'$ lies on the values and has no rounding error at all. $W_0$ has one.
+# No. Rounding $W'$ to four bits again changes nothing: it lies on the values already.
+# Rounding $W_0$ does change it.
 #
 # </details>
 # <details><summary>$W_0$ lies off the values, so some weights pass a middle</summary>

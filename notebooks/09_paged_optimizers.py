@@ -201,8 +201,9 @@ for method, model in {"full fine-tuning": ghost, "LoRA, rank 8": lora}.items():
 #
 # `PagedAdamW` is the library's paged optimizer. It takes the budget and the size of a
 # page in bytes: `256` and `64` make four slots. The cell takes three optimizer steps
-# with eight pages. A hook notes the page table after each request. The picture shows
-# the seventh request: pages 0 to 3 fill the slots, and page 4 is asked for.
+# with eight pages. A hook notes which page is in which slot, after each request. The
+# picture shows the seventh request, for page 4, when pages 0 to 3 fill the slots. (Two
+# of the six requests before it asked for a page ahead of its use.)
 
 # %%
 p = nn.Parameter(torch.randn(64))
@@ -356,11 +357,13 @@ lesson.show(figure, said.format(small.counters))
 # Pages 0 and 1 are asked for when they are used (crosses). From then on, the optimizer
 # asks for the next two pages *ahead* of their use (triangles), so that a GPU can copy
 # and compute at the same time. A page asked for ahead is requested again when it is
-# used, so there are more requests than uses. Pages 0 and 1 are updated once pages 2 and
-# 3 are in: from column 5 on they are dirty.
+# used, so there are more requests than uses. An update waits until the next two pages
+# have been asked for. So pages 0 and 1 are updated when pages 2 and 3 are in, and are
+# dirty from column 5 on.
 #
-# There are 16 faults and 8 hits. The hits are the first four uses of optimizer steps 2
-# and 3: each step begins with the pages that the step before left in the slots.
+# Counting only the 24 uses, there are 16 faults and 8 hits. The hits are the first four
+# uses of optimizer steps 2 and 3: each step begins with the pages that the step before
+# left in the slots.
 #
 # How much does the order save at other budgets? The cell counts the faults from one
 # slot to sixteen. The grey order starts over, and the other is yours, or ours.
@@ -540,8 +543,9 @@ print(f"the live run copied {copied / 1e6:.1f} MB an optimizer step, both ways")
 # {\text{bytes of one token}} \right\rfloor$$
 #
 # With `60` bytes, `44` of them fixed, and `2` bytes a token, `8` tokens fit. For short
-# sequences, the gradients of the adapters set the peak; for long ones, activations do,
-# and the peak grows along a line. So two long lengths give the bytes of one token. All
+# sequences, the peak comes at the end of the backward pass, when all gradients of the
+# adapters are there. For long ones it comes earlier, with all activations, and grows in
+# proportion to the tokens. So two long lengths give the bytes of one token. All
 # layers of Llama-65B are alike. So the cell counts 8 and 12 layers and extrapolates to
 # 80. How long is the longest sequence?
 
@@ -716,8 +720,9 @@ print(f"Paging copies {2 * parts['states'] / 25e9:.1f} s a step, at 25 GB/s")
 # %% [markdown]
 # The best change depends on the room that is left. On 48 GB, paging is best. From 54 GB
 # on, keeping half of the checkpoints on the host gains more. The threshold follows from
-# the bill. With room $R$, a factor $s$ on the bytes of a token gains more than $F$
-# freed bytes where
+# the bill. Let $R$ be the room, and $c$ the bytes of a token, so that $R / c$ tokens
+# fit. A factor $s$ on the bytes of a token makes room for $R / (s c)$ tokens, and $F$
+# freed bytes for $(R + F) / c$. The factor gains more where
 #
 # $$R \left(\frac{1}{s} - 1\right) > F$$
 #
