@@ -13,9 +13,9 @@
 # %% [markdown]
 # # A Triton LoRA kernel
 #
-# **A single kernel (a function for a GPU) adds LoRA to a matrix product and asks the
-# memory for only `3` to `13 %` more bytes. Only a clock on a GPU can tell whether this
-# saves time.**
+# **A single kernel (a function for a GPU) computes a matrix product with LoRA, and asks
+# the memory for only `3` to `13 %` more bytes than the product alone. Only a clock on a
+# GPU can tell whether this saves time.**
 #
 # **You need** notebook 04 and some PyTorch, and no GPU: kernels run on the CPU, in
 # Triton's **interpreter**. (Triton has wheels for Linux only; elsewhere, read along.)
@@ -435,7 +435,8 @@ lesson.show(figure, lora_bytes.words(widths, table))
 # %% [markdown]
 # At 4,096 columns, all versions issue 1.05 to 1.08 times the bytes of $x W^T$, because
 # this product itself reads $x$ and $W$ so often. In distinct bytes, four kernels need
-# 2.67 times as many as $x W^T$, and three 2.01 times. A real cache is between the two.
+# 2.67 times as many as $x W^T$, and three 2.01 times. With a real cache, the traffic is
+# between issued and distinct bytes.
 #
 # ### A bound on the time
 #
@@ -771,8 +772,9 @@ lesson.control("Our kernels, run twice, give equal bits.", again)
 # cuts off costs a full tile's FLOPs there.
 #
 # The least time also sets a **speed limit**: the FLOPs that $y$ needs, without repeats,
-# divided by that time. A **roofline** draws this limit against the **intensity**, the
-# FLOPs for each byte. At its corner, arithmetic and memory take equal time: for an
+# divided by that time. The line of a **roofline** is this limit, drawn against the
+# **intensity**, the FLOPs for each byte. A point is one product; it lies below the line
+# where it repeats work. At its corner, arithmetic and memory take equal time: for an
 # H100, at `295` FLOPs for each byte.
 
 # %%
@@ -780,10 +782,10 @@ lesson.show(roofline.figure(devices=[H100]), roofline.alt(devices=[H100]))
 
 # %% [markdown]
 # **The rule** counts the cases in which fusing lowers the bound on the time by 5 % or
-# more, compared with the four kernels. A case is a layer's size with a number of rows
-# (one where a model generates text), a rank and a GPU. In the printed rule, *over*
-# means "compared with", and *no time* means "no time was measured". The rule's three
-# verdicts need a measured time, so none of them applies.
+# more, compared with the four kernels. A case is a layer's size, a number of rows, a
+# rank and a GPU. (A model that generates text for one user has a single row.) In the
+# printed rule, *over* means "compared with", and *no time* means "no time was
+# measured". The rule's three verdicts need a measured time, so none of them applies.
 #
 # In how many percent of the cases is the bound so much lower? After your guess, a table
 # splits them by size and rival.

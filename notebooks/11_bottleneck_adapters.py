@@ -213,7 +213,7 @@ checks.bottleneck_forward(MyBottleneck)
 # The next cells measure the loss of `tiny`, our model of one million parameters, before
 # training. The sixteen test rows are from `gap-1`, a task with a new answer format. The
 # unit of the loss is **nats per token**. The printed gradient is the norm over all
-# trained parameters, with $b_U$, whose gradient is never zero here.
+# trained parameters. It is never zero here, since $b_U$ always has a gradient.
 #
 # Predict: by how much does the loss rise when the standard deviation is 1.0?
 
@@ -436,9 +436,9 @@ for name in ("base", "merged", "houlsby", "lora"):
 # models decode in turn: the base and the four of the first picture. Each round gives
 # one ratio, and we take the median.
 #
-# The rule, fixed before the runs, gives each range of this ratio a verdict. In the
-# middle range, "holds when", bottlenecks are slower by a tenth at most. Predict the
-# ratio for `tiny`.
+# The rule, fixed before the runs, gives each of three ranges of this ratio a verdict.
+# "Holds when" means that the claim is true under a condition, which the card names; it
+# is for bottlenecks that are slower by a tenth at most. Predict the ratio for `tiny`.
 
 # %%
 lesson.rule("A1")
@@ -693,8 +693,9 @@ lesson.measured("11.3", mean_lag)
 # Bottlenecks have the higher loss on all three tasks with this seed.
 #
 # Five stored seeds show how much the difference varies. The next cell averages it over
-# the tasks, for each seed. Let $s$ be the standard deviation of these five means. The
-# interval of your one seed is $\pm\, t\, s$, with $t \approx 2.8$ (notebook 01).
+# the tasks, for each seed. Let $s$ be the standard deviation of these five means. Your
+# machine ran one seed, which cannot show how much seeds vary. So its interval takes the
+# stored $s$: it is $\pm\, t\, s$, with $t \approx 2.8$ (notebook 01).
 
 
 # %%
@@ -728,9 +729,8 @@ lesson.show(figure, f"In nats: {lead_picture.words(spans)}.")
 # interval contains zero: bottlenecks are 0.243 nats behind with seed 0, and at most
 # 0.017 with the others.
 #
-# The next cell averages the three differences, and the ends of their intervals. (The
-# interval of a mean is usually narrower than the mean of the intervals, so this is the
-# cautious choice.)
+# The next cell averages the three differences, and the ends of their intervals. This is
+# cautious: an interval computed for the mean itself would usually be narrower.
 
 # %%
 shipped = ledger.judge(claim, "tiny")
