@@ -41,10 +41,10 @@ BUGS = {
         "",
         of(injected, "houlsby"),
     ),
-    "the ids in the place of a chunk's": Bug(
-        chunked_loss._logits,
-        ", device=H.device",
-        "",
+    "the gradients of a loss in chunks": Bug(
+        chunked_loss.ChunkedLoss.forward,
+        "torch.empty_like(H)",
+        "torch.empty(H.shape)",
         pieces.chunks_and_checkpoints_learn_as_on_the_cpu,
     ),
     "a LoRA's B": Bug(
