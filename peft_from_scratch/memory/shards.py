@@ -134,9 +134,16 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def _read_by(module: nn.Module) -> list[nn.Parameter]:
-    """What a module reads in its forward: its own, and an adapter its projection's."""
-    around = isinstance(module, Adapter) and not list(module.base.children())
-    return list(module.parameters(recurse=around))
+    """What a module reads in its forward: its own parameters.
+
+    An adapter's are all that it does not wrap, and those of a projection that it wraps,
+    whose weight it may read itself.
+    """
+    if not isinstance(module, Adapter):
+        return list(module.parameters(recurse=False))
+    around = not list(module.base.children())
+    named = module.named_parameters()
+    return [p for name, p in named if around or not name.startswith("base.")]
 
 
 def _gather(shards: list[Shard], *_) -> None:

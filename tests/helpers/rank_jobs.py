@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from architectures import build
-from model_state import largest, tokens
+from model_state import gradients, largest, loss, tokens
 from torch import nn
 
 import peft_from_scratch as pfs
@@ -164,6 +164,29 @@ def checkpointed_weights_are_the_same(stage):
         assert largest(whole_values(model), expected) < 1e-12, own
 
 
+def every_method_learns_in_stage_three():
+    """The mean of equal gradients is the gradient of the model that was not cut."""
+    from laws.core.contract import fresh  # seconds to import
+    from laws.methods.table import METHODS
+
+    for method in METHODS:
+        dtype = torch.float32 if method.prepare else WIDE
+        model, _ = fresh(method, "gpt2", steps=1, dtype=dtype)
+        model.train()
+        whole = copy.deepcopy(model)
+        zero.shard(model, timeout=20)
+        optimizer = zero.Optimizer(trains(model), 3, timeout=20)
+        expected = gradients(whole)
+        torch.manual_seed(0)
+        loss(model).backward()
+        found = {
+            name: p.zero_shard.join(optimizer.gradients[p])
+            for name, p in pfs.trainable(model).items()
+        }
+        close = 1e-12 if dtype == WIDE else 1e-5
+        assert largest(found, expected) < close, method.name
+
+
 def a_cut_model_answers_and_learns_in_chunks():
     ids = tokens(2, 9)
     batch = {"input_ids": ids, "labels": ids}
@@ -303,12 +326,12 @@ def forward_keeps_no_weight():
     for module in model.modules():
         if not list(module.children()) and list(module.parameters()):
             module.register_forward_hook(look, prepend=True)
-    loss = loss_of(model, rows_of(0))
+    total = loss_of(model, rows_of(0))
     assert len(seen) > 10 and not any(ref() is not None for ref in seen)
     shapes = {n: p.shape for n, p in language_model().named_parameters()}
     assert all(p.shape == shapes[n] for n, p in model.named_parameters())
     assert all(p.isnan().all() for p in model.parameters())
-    loss.backward()
+    total.backward()
     assert all(p.isnan().all() for p in model.parameters())
 
 

@@ -13,7 +13,7 @@ from ranks import LOST, on_ranks
 import peft_from_scratch as pfs
 from peft_from_scratch.memory import formulas
 from peft_from_scratch.memory.collectives import Ring
-from peft_from_scratch.memory.shards import Shard, _Saving, shard
+from peft_from_scratch.memory.shards import Shard, _read_by, _Saving, shard
 from peft_from_scratch.memory.zero import Optimizer
 
 
@@ -81,6 +81,11 @@ def half_precision_has_float32_masters():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_checkpointing_changes_no_weight(stage):
     on_ranks(2, jobs.checkpointed_weights_are_the_same, stage)
+
+
+@law
+def every_method_learns_in_stage_three():
+    on_ranks(2, jobs.every_method_learns_in_stage_three)
 
 
 def test_a_cut_model_answers_and_learns_in_chunks():
@@ -202,6 +207,12 @@ BUGS = {
         "if each.users and",
         "if False and",
         forward_keeps_no_weight,
+    ),
+    "only what stands in the adapter itself": (
+        _read_by,
+        "if not isinstance(module, Adapter):",
+        "if True:",
+        every_method_learns_in_stage_three,
     ),
     "elements counted for bytes": (
         Ring._exchange,
