@@ -133,6 +133,31 @@ def whole(model: nn.Module) -> Iterator[None]:
             each.release()
 
 
+def bytes_kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What this rank keeps, by its tensors' storages: formulas.zero_bytes, measured.
+
+    Returns  {"weights", "gradients", "optimizer"} in bytes, buffers left out
+    """
+    parameters = list(model.parameters())
+    parts = [p.zero_shard.values for p in parameters if hasattr(p, "zero_shard")]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients += getattr(optimizer, "gradients", {}).values()
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    kinds = zip(
+        ("weights", "gradients", "optimizer"),
+        (parameters + parts, gradients, states),
+        strict=True,
+    )
+    return {
+        kind: sum({_address(t): t.untyped_storage().nbytes() for t in tensors}.values())
+        for kind, tensors in kinds
+    }
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _read_by(module: nn.Module) -> list[nn.Parameter]:
     """What a module reads in its forward: its own parameters.
 
@@ -173,9 +198,9 @@ class _Saving:
             self.hooks.pop().__exit__()
 
     def pack(self, tensor: Tensor):
-        address = tensor.untyped_storage().data_ptr()
+        address = _address(tensor)
         for each in self.shards:
-            if each.users and each.parameter.untyped_storage().data_ptr() == address:
+            if each.users and _address(each.parameter) == address:
                 view = tensor.shape, tensor.stride(), tensor.storage_offset()
                 return each, view
         return tensor

@@ -41,9 +41,9 @@ from torch import Tensor
 from ..common import check
 from ..paged.states import check_settings
 from .collectives import RankLost, Ring
-from .shards import Shard, shard, whole
+from .shards import Shard, bytes_kept, shard, whole
 
-__all__ = ["Optimizer", "RankLost", "shard", "whole"]
+__all__ = ["Optimizer", "RankLost", "bytes_kept", "shard", "whole"]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -249,8 +249,9 @@ def _checked(params, stage: int):
         for each in params
         for tensor in (each["params"] if isinstance(each, dict) else [each])
     ]
+    places: dict[int, int] = {}
     for place, p in enumerate(tensors):
-        first = next(i for i, other in enumerate(tensors) if other is p)
+        first = places.setdefault(id(p), place)
         if first != place:
             raise ValueError(
                 f"parameter {place} of {[*p.shape]} is parameter {first} once more; it "

@@ -5,6 +5,7 @@ import os
 import time
 import weakref
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -220,29 +221,38 @@ def half_precision_has_masters(ranks):
                 assert (values[name] - p).abs().max() < 0.03, (stage, name)
         optimizer.zero_grad()
         a_backward(model, 9, parts=1)
-        assert bytes_of(model, optimizer) == expected_bytes(model, stage, 2)
+        assert zero.bytes_kept(model, optimizer) == expected_bytes(model, stage, 2)
+
+
+def groups_have_settings_of_their_own():
+    """One of them added later; the optimizer that came last is the one that learns."""
+    for stage in (1, 2, 3):
+        alone, model = chain(), chain()
+        if stage == 3:
+            zero.shard(model, timeout=20)
+        zero.Optimizer(trains(model), stage, timeout=20)  # and forgotten
+        makers = torch.optim.AdamW, partial(zero.Optimizer, stage=stage)
+        for each, make in zip((alone, model), makers, strict=True):
+            *most, last = trains(each)
+            slow = {"params": iter(most[:2]), "lr": 1e-3, "betas": (0.5, 0.9)}
+            optimizer = make([slow, {"params": most[2:]}], lr=1e-2, eps=1e-4)
+            optimizer.add_param_group({"params": [last], "weight_decay": 0.3})
+            warmer = torch.optim.lr_scheduler.LinearLR(optimizer)
+            for step in range(3):
+                optimizer.zero_grad()
+                optimizer.step(partial(_all_rows, each, step))
+                warmer.step()
+        values = whole_values(model)
+        assert largest(values, dict(alone.named_parameters())) < 1e-12, stage
+
+
+def _all_rows(model, step):
+    total = loss_of(model, rows_of(step))
+    total.backward()
+    return total
 
 
 # ------------------------------------------------------------------------------ Bytes
-
-
-def bytes_of(model, optimizer):
-    """Of every tensor that this rank keeps after backward."""
-
-    def size(tensors):
-        storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
-        return sum(t.untyped_storage().nbytes() for t in storages.values())
-
-    parameters = list(model.parameters())
-    parts = [getattr(p, "zero_shard", None) for p in parameters]
-    parts = [part.values for part in parts if part is not None]
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    gradients = [p.grad for p in parameters] + list(optimizer.gradients.values())
-    return {
-        "weights": size(parameters) + size(parts),
-        "gradients": size(gradients),
-        "optimizer": size(states),
-    }
 
 
 def expected_bytes(model, stage, itemsize=8, ranks=None):
@@ -264,7 +274,7 @@ def bytes_are_the_formulas(kinds):
             optimizer.zero_grad()
             before = optimizer.ring.sent
             a_backward(model, 1, parts=1)
-            assert bytes_of(model, optimizer) == expected_bytes(model, stage)
+            assert zero.bytes_kept(model, optimizer) == expected_bytes(model, stage)
             optimizer.step()
             sent = optimizer.ring.sent - before
             numels = [p.numel() for p in trains(model)]

@@ -35,6 +35,10 @@ def test_four_ranks_and_one():
     on_ranks(1, jobs.weights_are_one_ranks, ["chain"], [1, 2, 3])
 
 
+def test_groups_have_settings_of_their_own():
+    on_ranks(2, jobs.groups_have_settings_of_their_own)
+
+
 @law
 def bytes_are_those_of_the_formulas():
     on_ranks(2, jobs.bytes_are_the_formulas, ["chain", "lora"])
