@@ -47,12 +47,19 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dy):
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "torch.autograd.grad and backward(inputs=…) would miss the parameters "
+                "inside checkpoint(): take backward() without inputs"
+            )
         x = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         now = rng_state(ctx.device)
         set_rng_state(ctx.random, ctx.device)
-        with torch.enable_grad(), ctx.autocast:
-            y = ctx.f(*x)
-        set_rng_state(now, ctx.device)
+        try:
+            with torch.enable_grad(), ctx.autocast:
+                y = ctx.f(*x)
+        finally:
+            set_rng_state(now, ctx.device)
         pairs = [(a, b) for a, b in zip(y, dy, strict=True) if _learns(a, b)]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
@@ -63,14 +70,14 @@ def checkpoint(function: Callable, *args, **kwargs):
     """function(*args, **kwargs), of which only the arguments are kept for backward.
 
     Gradients are those without it, bit for bit where the function computes the same
-    bits twice. Parameters that the function reads get theirs by `.backward()`, and not
-    by torch.autograd.grad, since backward runs inside of backward.
+    bits twice. They come by `.backward()` alone, which runs inside of backward again.
 
     Args
         function      a layer, for example; must not write into its arguments. Tensors
                       that need a gradient must be arguments, or leaves
         args, kwargs  tensors, also in lists, tuples and dicts, and anything else
     Returns  what it returns; its floating-point tensors need a gradient
+    Raises   RuntimeError   in backward, which torch.autograd.grad has called
     Memory   the tensors among the arguments, and the state of the random generators
     Source   Chen et al., arXiv:1604.06174
     """

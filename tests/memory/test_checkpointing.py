@@ -155,7 +155,10 @@ def test_a_models_activations_shrink():
 
 @law
 def every_kind_of_argument_is_passed():
-    """Tensors in lists and dicts, by keyword, bound by partial; and other values."""
+    """Tensors in lists and dicts, by keyword, bound by partial; and other values.
+
+    Two calls share them, as layers share a prefix: what made them is passed once.
+    """
 
     def function(a, others, *, scale, table, word):
         assert word == "word" and others[1] == 3
@@ -165,14 +168,20 @@ def every_kind_of_argument_is_passed():
     leaves = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     results = []
     for run in (lambda f, *args, **kwargs: f(*args, **kwargs), checkpoint):
-        a, b, scale, t = (leaf * 1 for leaf in leaves)  # no leaves themselves
+        a, b, scale, t = (leaf.exp() for leaf in leaves)  # no leaves themselves
         table = {"t": t, "i": torch.arange(2)}
         bound = partial(function, word="word", table=table)
-        found, (total, text) = run(bound, a, [b, 3], scale=scale)
-        assert found["none"] is None and text == "text"
-        assert found["whole"].tolist() == [1, 2] and not found["whole"].requires_grad
-        loss = found["y"].square().sum() + total
-        results.append((loss, torch.autograd.grad(loss, leaves)))
+        loss = 0
+        for _ in range(2):
+            found, (total, text) = run(bound, a, [b, 3], scale=scale)
+            assert found["none"] is None and text == "text"
+            assert found["whole"].tolist() == [1, 2]
+            assert not found["whole"].requires_grad
+            loss = loss + found["y"].square().sum() + total
+        loss.backward()
+        results.append((loss, [leaf.grad for leaf in leaves]))
+        for leaf in leaves:
+            leaf.grad = None
     (one, expected), (other, ours) = results
     assert torch.equal(one, other)
     assert all(map(torch.equal, ours, expected))
@@ -200,6 +209,28 @@ def test_the_model_is_as_it_was_afterwards(enabled_before):
     assert_same(snapshot(model), before)
     after = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     assert after == functions
+
+
+def test_what_would_miss_the_parameters_is_refused():
+    block, x = Block(2), torch.randn(3, requires_grad=True)
+    for call in (
+        lambda total: torch.autograd.grad(total, x),
+        lambda total: total.backward(inputs=[x]),
+    ):
+        with pytest.raises(RuntimeError, match="would miss the parameters inside"):
+            call(checkpoint(block, x).sum())
+    fails = iter((False, True))
+
+    def function(x):
+        if next(fails):
+            raise KeyError
+        return x * torch.rand(3)
+
+    total = checkpoint(function, x).sum()
+    generator = torch.get_rng_state()
+    with pytest.raises(KeyError):
+        total.backward()
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_a_model_without_layers_is_refused():

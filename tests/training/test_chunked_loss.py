@@ -11,6 +11,7 @@ from small_runs import ROWS, TOKENIZER
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_from_scratch as pfs
+from peft_from_scratch.memory.meta_model import bill, ghost
 from peft_from_scratch.memory.meter import measure_step
 from peft_from_scratch.tasks.templates import encode_rows
 from peft_from_scratch.training import chunked_loss
@@ -148,6 +149,23 @@ def bytes_fall_as_predicted():
         for chunk in (8, 32):
             saved = plain - activations(in_chunks_of(chunk))
             assert saved == pytest.approx(3 * (tokens - chunk) - of_head, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_the_share_of_the_logits_is_what_the_page_says():
+    """Of SmolLM2's shapes, without its numbers: a third, and nine tenths."""
+    shape = dict(vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536)
+    heads = dict(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    model = ghost(LlamaConfig(**shape, **heads, tie_word_embeddings=True), "float32")
+    pfs.lora.inject(model)
+    tables, shares = 3 * 1000 * VOCABULARY * 4, []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        counted = bill(model, "fp32", length=1001)
+        shares.append(tables / counted["activations"])
+    assert round(tables / 1e6) == 590
+    assert shares == pytest.approx([1 / 3, 0.9], abs=0.02)
 
 
 @law
