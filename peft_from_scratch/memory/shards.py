@@ -92,8 +92,9 @@ def shard(model: nn.Module, group=None, timeout: float = 300.0) -> None:
         model    with its adapters; inject, load and move it first
         group, timeout   see Ring
     Raises   ValueError   no process group, or the model is cut already
-    Departs  buffers stay whole: so does a base in four bits. Read, save, merge or
-             remove within `whole(model)`; elsewhere a parameter reads as NaN
+    Departs  buffers stay whole: so does a base in four bits. Read and save parameters
+             within `whole(model)`; elsewhere they read as NaN. To merge or remove
+             adapters, load them into a model that was not cut
     """
     ring = Ring(group, timeout)
     parameters = list(model.parameters())

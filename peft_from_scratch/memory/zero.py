@@ -31,8 +31,8 @@ have float32 masters beside m and v: 12 bytes a parameter, as in mixed_adamw.py.
 Stages 1 and 2 leave a frozen base whole on every rank, since it has neither gradients
 nor states: for LoRA they save little. Stage 3 cuts the base too, and gathers it.
 
-A tensor a message is the simplest layout, and FSDP2's; DeepSpeed joins small tensors to
-buckets first, which sends as many bytes in fewer messages.
+Each tensor is cut by itself, as FSDP2 does, and is a message of its own. FSDP2 and
+DeepSpeed join tensors first: as many bytes, in fewer messages.
 """
 
 import torch
@@ -67,9 +67,11 @@ class Optimizer(torch.optim.Optimizer):
     Raises   ValueError   no process group, a stage that is not 1, 2 or 3, a parameter
                           twice, one that zero.shard has not cut, or for 1 and 2 has
              RankLost     in a step or a backward pass: another rank has failed
-    Memory   formulas.zero_bytes; while a tensor is gathered or summed, that one whole
+    Memory   formulas.zero_bytes; while a tensor is gathered, that one whole, and while
+             a gradient is summed, that one twice
     Departs  stages 1 and 2 start from rank 0's values. A gradient is moved from .grad
-             to `gradients`: clip with clip_grad_norm_ of this class
+             to `gradients`: clip with clip_grad_norm_ of this class. Of two optimizers
+             of one parameter, the later one gets its gradients
     Source   ZeRO, arXiv:1910.02054; AdamW, arXiv:1711.05101
     """
 

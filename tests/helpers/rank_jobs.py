@@ -5,6 +5,7 @@ import os
 import time
 import weakref
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -425,7 +426,7 @@ def what_cannot_be_is_refused():
 
 def a_group_is_part_of_the_ranks():
     """Ranks 1 and 2 of 3 train, by themselves."""
-    group = dist.new_group([1, 2])
+    group = dist.new_group([1, 2], timeout=timedelta(seconds=60))
     if dist.get_rank() == 0:
         with pytest.raises(ValueError, match="rank 0 is not in it"):
             Ring(group)

@@ -22,14 +22,20 @@ from tqdm import tqdm
 SLOW_TO_IMPORT = ["torch.distributed", "transformers.models.gpt2.modeling_gpt2"]
 SLOW_TO_IMPORT += ["transformers.models.llama.modeling_llama", "rank_jobs"]
 CHANGED = ("collectives", "shards", "zero", "checkpointing")  # of memory/
+START = 90  # seconds in which all ranks must have started; a busy machine takes some
 LOST = "no answer"  # of a rank that ended without one
 
 
-def on_ranks(size: int, job: Callable, *arguments, seconds: float = 60) -> list:
-    """What job(*arguments) returns on each rank, LOST where a process has died.
+def on_ranks(
+    size: int, job: Callable, *arguments, dies: int | None = None, seconds: float = 120
+) -> list:
+    """What job(*arguments) returns on each rank.
 
+    Args
+        dies     the rank that may end without an answer, which is then LOST
+        seconds  to wait for an answer
     Raises  AssertionError   where one of them does, with its traceback
-            RuntimeError     for any other error
+            RuntimeError     for any other error, and where an answer does not come
     """
     context = _context()
     with TemporaryDirectory() as folder:
@@ -45,6 +51,9 @@ def on_ranks(size: int, job: Callable, *arguments, seconds: float = 60) -> list:
         for process in processes:
             process.join(5)
             process.kill()
+    for rank, (_, result) in enumerate(answers):
+        if result == LOST and rank != dies:
+            answers[rank] = "RuntimeError", f"no answer within {seconds} s"
     for kind in (AssertionError, RuntimeError):
         for rank, (sort, text) in enumerate(answers):
             if sort == kind.__name__:
@@ -73,14 +82,14 @@ def _rank(rank, size, store, code, end, job, arguments) -> None:
     tqdm.set_lock(threading.RLock())
     for (module, name), changed in code.items():
         _function(import_module(module), name).__code__ = marshal.loads(changed)
-    dist.init_process_group(
-        "gloo",
-        init_method=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=30),
-    )
     try:
+        dist.init_process_group(
+            "gloo",
+            init_method=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=START),
+        )
         end.send(("", job(*arguments)))
     except AssertionError:
         end.send(("AssertionError", traceback.format_exc()))
