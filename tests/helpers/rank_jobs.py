@@ -171,7 +171,8 @@ def every_method_learns_in_stage_three():
     from laws.core.contract import fresh  # seconds to import
     from laws.methods.table import METHODS
 
-    for method in METHODS:
+    in_full = [m for m in METHODS if not m.prepare or m.name == "qlora"]
+    for method in in_full:
         dtype = torch.float32 if method.prepare else WIDE
         model, _ = fresh(method, "gpt2", steps=1, dtype=dtype)
         model.train()
