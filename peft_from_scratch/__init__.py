@@ -37,6 +37,7 @@ MODULES = {method.name: f"methods.{method.name}" for method in METHODS} | {
     "targets": "core.targets",
     "tasks": "tasks",
     "templates": "tasks.templates",
+    "zero": "memory.zero",
 }
 MEMBERS = lazy.homes(
     {

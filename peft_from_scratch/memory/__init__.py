@@ -6,6 +6,10 @@
     step_bill.py    one step as a bill: learning and updating, counted one by one
     mixed_adamw.py  AdamW on float32 masters of half-precision weights
     meta_model.py   a model without numbers, whose step can be counted at any size
+    checkpointing.py keeps a layer's input, and computes its activations once more
+    zero.py         ZeRO: N ranks, each with a part of states, gradients and weights
+    shards.py       a parameter in N parts, gathered where a module reads it
+    collectives.py  what the ranks send to each other, around a ring
 
 Resident memory of the process is no measurement of a step on a CPU: it depends on the
 allocator, on what ran before and on when the system takes pages back. So bytes are

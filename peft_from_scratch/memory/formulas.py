@@ -19,3 +19,61 @@ def adamw_bytes(parameters: int, tensors: int, itemsize: int = 4) -> int:
     2 · parameters · itemsize + 4 · tensors
     """
     return 2 * parameters * itemsize + STEP_BYTES * tensors
+
+
+def zero_bytes(
+    trainable: Iterable[int],
+    frozen: Iterable[int] = (),
+    *,
+    ranks: int,
+    stage: int,
+    itemsize: int = 4,
+) -> dict[str, int]:
+    """Bytes that ZeRO leaves on each rank, between backward and the optimizer's step.
+
+        weights     Ψ itemsize                 in stage 3 its parts, and a placeholder
+        gradients   Ψ itemsize                 in stages 2 and 3 its parts
+        optimizer   its parts of m and v, and of a float32 master where itemsize is 2
+        a part      ceil(numel / ranks) values of each tensor
+
+    Args
+        trainable, frozen   values of each tensor; only the trainable ones are updated
+        ranks               N
+    Returns  {"weights", "gradients", "optimizer"}; the padding is in it
+    """
+    trainable, frozen = list(trainable), list(frozen)
+    part = sum(-(-numel // ranks) for numel in trainable)
+    every, every_part = sum(trainable) + sum(frozen), 0
+    for numel in trainable + frozen:
+        every_part += -(-numel // ranks) + 1  # the placeholder that keeps its shape
+    states = 2 * max(itemsize, 4) + (4 if itemsize == 2 else 0)
+    return {
+        "weights": (every_part if stage == 3 else every) * itemsize,
+        "gradients": (part if stage > 1 else sum(trainable)) * itemsize,
+        "optimizer": part * states + STEP_BYTES * len(trainable),
+    }
+
+
+def zero_traffic(
+    trainable: Iterable[int],
+    *,
+    ranks: int,
+    stage: int,
+    itemsize: int = 4,
+    gathered: Iterable[int] = (),
+) -> int:
+    """Bytes that each rank sends in one step of ZeRO with one backward pass.
+
+        (N - 1) ceil(numel / N) itemsize     for each tensor and each time that it is
+                                             reduce-scattered or gathered
+
+    A trainable tensor is reduce-scattered once. In stages 1 and 2 it is gathered once,
+    after its update, so that all of it is 2 Ψ (N - 1) / N values. In stage 3 a tensor,
+    trainable or frozen, is gathered for forward, and for backward if backward reads it:
+    3 Ψ (N - 1) / N if all train and backward reads all.
+
+    Args
+        gathered  stage 3: the values of each tensor, once for each time it is gathered
+    """
+    moved = [*trainable] * (2 if stage < 3 else 1) + [*gathered] * (stage == 3)
+    return sum((ranks - 1) * -(-numel // ranks) * itemsize for numel in moved)

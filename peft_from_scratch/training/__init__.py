@@ -4,6 +4,7 @@ Reading order:
 
     loop.py         optimizer_steps is the loop, 25 lines to be read whole
     loss.py         cross-entropy at the labelled positions, and nowhere else
+    chunked_loss.py the same, and never all logits at once
     batch.py        examples as tensors: padded right to train, left to generate
     packing.py      rows packed behind their shared prefix: no token computed twice
     attention.py    short sequences in bfloat16 on a CPU: attention written out

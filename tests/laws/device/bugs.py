@@ -24,7 +24,7 @@ from peft_from_scratch.nf4 import NF4Linear, blocks, codes, keeping, spec
 from peft_from_scratch.nf4.double import DoubleQuantized
 from peft_from_scratch.paged import PagedAdamW
 from peft_from_scratch.paged.pages import Pager
-from peft_from_scratch.training import batch, evaluation, generation
+from peft_from_scratch.training import batch, chunked_loss, evaluation, generation
 
 
 def of(law, row, architecture="llama"):
@@ -40,6 +40,12 @@ BUGS = {
         '"device": weight.device, ',
         "",
         of(injected, "houlsby"),
+    ),
+    "the gradients of a loss in chunks": Bug(
+        chunked_loss.ChunkedLoss.forward,
+        "torch.empty_like(H)",
+        "torch.empty(H.shape)",
+        pieces.chunks_and_checkpoints_learn_as_on_the_cpu,
     ),
     "a LoRA's B": Bug(
         LoRA.__init__,

@@ -23,10 +23,12 @@ from laws.device.models import CPU, moved
 from peft_from_scratch import kernels, nf4
 from peft_from_scratch.files.combine import combine
 from peft_from_scratch.kernels import Plan, Stack
+from peft_from_scratch.memory.checkpointing import checkpointed
 from peft_from_scratch.memory.mixed_adamw import MixedAdamW
 from peft_from_scratch.methods import prefix, qlora
 from peft_from_scratch.nf4 import Affine, NF4Linear, codes, spec
 from peft_from_scratch.paged import PagedAdamW, states
+from peft_from_scratch.training.chunked_loss import summed_loss_in_chunks
 from peft_from_scratch.training.evaluation import general_losses
 
 PLACES = (DEVICE, CPU)
@@ -279,6 +281,24 @@ def _stepped(make, w):
     return {"p": parameter} | {k: moments[k].to(w.device) for k in sorted(moments)}
 
 
+def chunks_and_checkpoints_learn_as_on_the_cpu():
+    """The loss in chunks, of a model that computes its layers twice."""
+    found, expected = (_in_chunks(place) for place in PLACES)
+    for name, gradient in expected.items():
+        assert torch.allclose(moved(found)[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def _in_chunks(place):
+    model = build("llama").to(place).train()
+    torch.manual_seed(1)
+    pfs.lora.inject(model, r=4, alpha=8)
+    ids = tokens().to(place)
+    with checkpointed(model):
+        batch = {"input_ids": ids, "labels": ids}
+        summed_loss_in_chunks(model, batch, chunk=5).backward()
+    return {name: p.grad for name, p in pfs.trainable(model).items()}
+
+
 LAWS = [
     four_bits_are_the_cpus,
     the_spec_of_four_bits_is_the_cpus,
@@ -293,4 +313,5 @@ LAWS = [
     kernels_in_torch_are_the_cpus,
     optimizers_in_pages_refuse_a_device_they_do_not_know,
     optimizers_step_as_on_the_cpu,
+    chunks_and_checkpoints_learn_as_on_the_cpu,
 ]
