@@ -48,7 +48,6 @@ lesson = start("00")
 #   `raise NotImplementedError(…)`. The cell below checks it, and prints nothing if all
 #   is well. "Run all" stops at the first blank; with `start("00", quick=True)` it
 #   passes over the blanks.
-# - **Marked cells.** A cell with `NBVAL_CHECK_OUTPUT` prints the same on every machine.
 #
 # ## The result first
 #
@@ -141,8 +140,7 @@ from peft_from_scratch.course import train  # line 4
 # %%
 model, tokenizer = load_model(lesson.base)  # line 5: "smollm2"
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 total = model.num_parameters()
 print(f"{total:,} parameters")
 tokens = tokenizer("Three kettles to Lima").input_ids
@@ -153,8 +151,7 @@ print("tokens:", [tokenizer.decode(token) for token in tokens])
 # sentence and the right line of JSON. Rows in `train` are for training, and rows in
 # `test` for testing. Some names, items and cities occur only in `test`.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 task = load_task("orders")  # line 6
 print(len(task.train), "rows to learn from,", len(task.test), "to test with")
 print("instruction:", task.instruction)
@@ -308,8 +305,7 @@ lesson.show(
 # the number that decides all random draws. It also counts the parameters of one matrix,
 # `q_proj`, which is $W_q$ in the figure.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 torch.manual_seed(0)
 wrapped = lora.inject(model, r=8, alpha=16)  # line 7
 trained = sum(parameter.numel() for parameter in trainable(model).values())
@@ -388,8 +384,7 @@ W0_then = first.base.weight.clone()
 recipe = TrainConfig(steps=16, batch=4, lr=3e-3)  # line 8
 history = train(model, tokenizer, task, recipe)  # line 9
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print("the matrix W0 from above is as it was:", torch.equal(first.base.weight, W0_then))
 
 # %% [markdown]
@@ -811,8 +806,7 @@ print(*dict.fromkeys(ten), sep="\n")
 # the **logits**, the scores of every possible next token, stay the same apart from
 # rounding.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 ids = tokenizer(rows[0]["prompt"], return_tensors="pt").input_ids.to(model.device)
 with torch.no_grad():
     beside = model(ids).logits

@@ -559,8 +559,7 @@ checkpoints = ("pure bfloat16", "mixed precision")
 closest = min(bill.row_error(counts[name]["per_parameter"]) for name in checkpoints)
 lesson.live("F1", closest, closest, closest)  # value, low, high: a count is exact
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("F1")
 
 # %% [markdown]
@@ -640,8 +639,7 @@ lesson.control("The adapter's folder does not load alone.", lonely)
 failed = sum(not passed for passed in alone["checks"].values())
 lesson.live("F5", failed, failed, failed, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("F5")
 
 # %% [markdown]
@@ -891,8 +889,7 @@ for_lora = paired(live[few, data_size.FULL], live[few, data_size.LORA])
 allowed = [end + data_size.MARGIN for end in for_lora]
 lesson.live("F4", *map(min, for_full, allowed), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("F4")
 
 # %% [markdown]

@@ -176,8 +176,7 @@ for width in (512, 1024, 2048, 4096, 8192):
 counted = counting.count(4096, 4096, 16)
 lesson.live("L4", counted, low=counted, high=counted)  # a count has no interval
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L4")
 
 # %% [markdown]
@@ -315,8 +314,7 @@ lesson.control("Both zero has no gradient.", steepest["both-zero"] == 0)
 largest = moved["gaussian-zero"]
 lesson.live("L2", largest, low=largest, high=largest)  # a maximum has no interval
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L2")
 
 # %% [markdown]
@@ -810,8 +808,7 @@ for words, shuffled in (("right records", False), ("shuffled", True)):
     print(f"  rank 8 keeps {use:.0f} % of the gain")
 lesson.live("L1", *live, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L1", guess="4.1")
 
 # %% [markdown]

@@ -203,8 +203,7 @@ live = over_seeds([math.log(large / small) / math.log(64) for small, large in pa
 lesson.measured("5.1", live[0])
 lesson.live("L3", *live, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L3", guess="5.1")
 
 # %% [markdown]
@@ -335,8 +334,7 @@ for r in (4, 64):
 costs = [a - b for a, b in zip(tried[64, 1e-2], tried[64, 3e-2], strict=True)]
 lesson.live("L8", *over_seeds(costs), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L8")
 
 # %% [markdown]
@@ -426,8 +424,7 @@ for alpha, lr in ((16, 1e-2), (64, 3e-3)):
 differences = [a - b for a, b in zip(*live_losses.values(), strict=True)]
 lesson.live("L7", *over_seeds(differences), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L7")
 
 # %% [markdown]
@@ -549,8 +546,7 @@ lesson.measured("5.4", fmean(share))
 ends = [100 * end for end in wilson(sum(won), len(won))]
 lesson.live("L5", 100 * fmean(won), *ends, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L5", guess="5.4")
 
 # %% [markdown]
@@ -588,8 +584,7 @@ excess = [a - b for a, b in zip(losses[16], losses[64], strict=True)]
 lesson.measured("5.5", rank_and_place.rank_measured(ranked).value)
 lesson.live("L6", *over_seeds(excess), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("L6", guess="5.5")
 
 # %% [markdown]

@@ -490,8 +490,7 @@ lesson.control("FP4's error is 20 % above NF4's, or more.", worse > 1.2)
 lesson.measured("7.3", live[0])
 lesson.live("Q1", *live)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q1", guess="7.3")
 
 # %% [markdown]
@@ -692,8 +691,7 @@ print(f"with the original weights, they differ by {least:.0f} %, or more")
 lesson.control("Other weights change the gradients by 5 %, or more.", least > 5)
 lesson.live("Q2", max(errors), min(errors), max(errors), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q2")
 
 # %% [markdown]
@@ -733,8 +731,7 @@ wrong = counted["formula"] / 33e9 - 1, counted["whole"] / 130e9 - 1
 worse = 100 * max(map(abs, wrong))
 lesson.live("Q3", worse, worse, worse)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q3")
 
 # %% [markdown]

@@ -401,8 +401,7 @@ mended = items["lora-transplanted"] - items["qlora"]
 lesson.measured("8.2", damaged.mean())
 lesson.live("Q4", *bit_costs.span(items["qlora"] - items["lora"]), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q4")
 
 # %% [markdown]
@@ -426,8 +425,7 @@ if low > 0 and damage >= 0.005:
 else:
     print("Q4b here: no share can be given. The damage is too small or too uncertain.")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q4b")
 
 # %% [markdown]
@@ -703,8 +701,7 @@ lesson.rule("M4")
 requantized = [surveys[f"tiny, seed {s}"][1]["requantized"][2] for s in (0, 1)]
 lesson.live("M4", *bit_costs.span(requantized - items["qlora"]), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("M4")
 
 # %% [markdown]
@@ -788,8 +785,7 @@ checks.merge_choices(my_choices)
 lesson.rule("Q5")
 lesson.live("Q5", *bit_costs.span(items["qlora-bf16"] - items["qlora"]), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q5")
 
 # %% [markdown]

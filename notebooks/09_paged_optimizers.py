@@ -503,8 +503,7 @@ share = paging.absorbed(one_run)
 lesson.control("Every weight is AdamW's, bit by bit.", result["equal"])
 lesson.live("P1", share, share, share, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("P1")
 
 # %% [markdown]
@@ -675,8 +674,7 @@ lesson.show(figure, "Room for tokens: {:.2f} GB, paged {:.2f} GB".format(*room))
 lesson.measured("9.3", fits)
 lesson.live("Q6", fits, fits, fits)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("Q6")
 
 # %% [markdown]

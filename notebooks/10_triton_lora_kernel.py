@@ -827,8 +827,7 @@ found = fusing.measured([run])
 lesson.measured("10.3", found.value)
 lesson.live("K1", found.value, found.low, found.high)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("K1")
 
 # %% [markdown]

@@ -484,8 +484,7 @@ if control_passed:
 else:
     print("Control failed, so your measurement is void. No conclusion is drawn.")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("A1", guess="11.2")
 
 # %% [markdown]
@@ -738,8 +737,7 @@ low, high = shipped.interval
 print(f"three tasks, mean: {shipped.measured:+.3f} nats [{low:+.3f}, {high:+.3f}]")
 lesson.live("A2", mean_lag, mean_lag - half, mean_lag + half, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("A2", guess="11.3")
 
 # %% [markdown]

@@ -474,8 +474,7 @@ lesson.measured("12.1", longest)
 found = counting.soft_measured(cases)
 lesson.live("T1", found.value, found.low, found.high)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("T1")
 
 # %% [markdown]
@@ -770,8 +769,7 @@ lesson.measured("12.3", found.value)
 gap = nested_bootstrap([np.subtract(items["prompt"], items["prefix"])])
 lesson.live("T2", *gap, scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("T2", guess="12.3")
 
 # %% [markdown]
@@ -795,8 +793,7 @@ lesson.measured("12.4", found.value)
 better = min(items["prefix"], items["prompt"], key=fmean)
 lesson.live("T3", *nested_bootstrap([np.subtract(better, items["lora"])]), scale="tiny")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("T3", guess="12.4")
 
 # %% [markdown]

@@ -1,6 +1,6 @@
 """Notebooks: both forms agree, were run, teach in the agreed form, and read by all.
 
-`make test` runs them as well, and compares what NBVAL_CHECK_OUTPUT marks. Here stands
+`make test` runs them as well, and compares what the tag nbval-check-output marks. Here stands
 what that cannot see: the rules of notebooks/rules.py. Every rule is also shown a lesson
 that breaks it, made from the sample.
 """
@@ -99,6 +99,10 @@ def drop(text):
 def put(at, source, kind=nbformat.v4.new_code_cell):
     """A new cell behind the one that holds `at`."""
     return lambda n: n.cells.insert(holding(n, at) + 1, kind(source))
+
+
+def marked(source):
+    return nbformat.v4.new_code_cell(source, metadata={"tags": [rules.MARK]})
 
 
 def change(text, **fields):
@@ -216,8 +220,11 @@ FAULTS = {
         rules.states_only_numbers_that_cells_show,
         edit("Do exercise 90.1.", "Do exercise 90.7."),
     ),
-    "not compared": (rules.is_compared, edit(f"{rules.MARK}\n", "")),
-    "a late mark": (rules.is_compared, edit("print(2 * x)", rules.MARK)),
+    "not compared": (rules.is_compared, tag(VERDICT)),
+    "a mark for all to see": (
+        rules.is_compared,
+        edit("print(2 * x)", "# NBVAL_CHECK_OUTPUT"),
+    ),
     "two titles": (rules.has_ordered_headings, edit("## Receipt", "# Receipt")),
     "a skipped level": (rules.has_ordered_headings, edit("## Receipt", "#### Receipt")),
     "a long line": (rules.has_short_code, edit("print(2 * x)", "x" * 89)),
@@ -294,11 +301,11 @@ FAULTS = {
     "no verdict": (rules.tries_its_claims, drop(VERDICT)),
     "another's verdict": (
         rules.tries_its_claims,
-        put(LIVE, f'{rules.MARK}\nlesson.verdict("L1")'),
+        put(LIVE, 'lesson.verdict("L1")', marked),
     ),
     "a verdict that is not compared": (
         rules.tries_its_claims,
-        edit(f"{rules.MARK}\n", ""),
+        tag(VERDICT),
     ),
     "more than a verdict": (
         rules.tries_its_claims,

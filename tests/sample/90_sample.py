@@ -152,8 +152,7 @@ checks.power(MyPower)
 lesson.measured("90.1", 6)
 lesson.live("S1", 6, 6, 6)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lesson.verdict("S1", guess="90.1")
 
 # %% [markdown]
