@@ -67,8 +67,9 @@ from peft_from_scratch.course.checks import lora_from_scratch as checks
 # multiples of $u$: they have one **direction**. A matrix of rank 8 is a sum of eight
 # of these.
 #
-# Each line below adds a part of the updates to the pretrained model. A random update
-# has the **norm** of the real one, the root of the sum of its squared entries. **Test
+# Each line below adds a part of the updates to the pretrained model. A random update is
+# as large as the real one: it has the same **norm**, the root of the sum of the squared
+# entries. **Test
 # loss** is the negative logarithm of the right token's probability, averaged over
 # answers that no run has trained on. A loss of `0.04` **nats per token** means a
 # probability of about `96 %`. The **gain** is how much the whole updates lower the test
@@ -166,7 +167,8 @@ print("rank of W0 + update:", int(torch.linalg.matrix_rank(W0 + dW)))
 # next cell counts it for rank 16.
 #
 # L4 is a **claim** that this course tests. A **rule**, fixed before any run, says which
-# measured value gives which **verdict**. A count like L4 has the verdict *computed*.
+# measured value gives which **verdict**. L4 only counts
+# parameters, and no run could change the count; its verdict is called *computed*.
 # The cell compares the **live** result, computed here, with the **shipped** one, stored
 # with the course.
 
@@ -285,7 +287,7 @@ for name, pair in tried.items():
 # change no logit of SmolLM2: the largest difference must be exactly zero. Logits have
 # no unit, so the rule prints `(of a logit)` where a unit would stand. It says
 # **bit-equal** for a difference of exactly zero. The shipped runs compare eight test
-# rows, the cell below two.
+# rows, and the cell below compares two.
 #
 # Two other initializations are **controls**, whose results are known beforehand. With
 # *both random*, the logits must change. With *both zero*, there must be no gradient.
@@ -629,8 +631,8 @@ lesson.show(
 # one). For each matrix, the rule takes the rank that holds 90 % of the energy, in
 # percent of the **full rank**, the matrix's smaller side. A low value means a
 # **narrow** spectrum: a few pieces hold most of the energy. *Holds when* means: true
-# under a condition, which the card names. An update *beats* a random one if its test
-# loss is lower.
+# under a condition. The **card** below, which sums up the claim, names it. An update
+# *beats* a random one if its test loss is lower.
 #
 # The next cells fine-tune `tiny`, a model of about a million parameters, trained on
 # generated text. It turns a sentence, such as
@@ -641,8 +643,8 @@ lesson.show(
 #
 # Guess the median for `tiny`. Brackets will show its `95 %` interval. We draw as many
 # updates as there are, at random and with repeats, compute their median, and do this
-# many times (the **bootstrap**); 95 % of these medians lie inside. The live interval
-# counts the matrices of one run, the shipped one counts seeds.
+# many times (the **bootstrap**); 95 % of these medians lie inside. For the live
+# interval, the matrices of one run are drawn; for the shipped one, the seeds.
 
 # %%
 lesson.rule("L1")
@@ -819,9 +821,9 @@ lesson.verdict("L1", guess="4.1")
 # - **The unit matters.** In percent, `v_proj` needs far more than `q_proj`, because its
 #   full rank is smaller. Counted in ranks, attention needs 34 to 45, and the MLP 83 to
 #   99.
-# - **A low rank does not show that content was learned.** In `tiny`, updates for
-#   shuffled records need *less* of the full rank, and keep *more* of their gain at rank
-#   8.
+# - **A low rank does not show that content was learned.** From shuffled records, `tiny`
+#   can learn only the form. Those updates need *less* of the full rank. At rank 8 they
+#   keep *more* of what they gained on their own test records.
 # - **LoRA freezes embeddings and norm layers.** They help `tiny`, but not SmolLM2. So
 #   comparing LoRA with full fine-tuning mixes rank with the choice of parameters.
 # - **Why `tiny` needs more ranks is open**: model, task and training differ.

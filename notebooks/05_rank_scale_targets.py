@@ -71,8 +71,8 @@ lesson.show(*tuning_runs.search_grid(searches))
 # %% [markdown]
 # In the dashed column the methods differ: PiSSA has 44 rows right and LoRA+ has 25. At
 # their stars all five have 58 or 59. So the column shows the cost of a borrowed
-# learning rate. The stars do not rank the methods: the same rows chose the learning
-# rate, with one seed, and a difference of a row is chance.
+# learning rate. The stars do not rank the methods. A difference of one row is chance,
+# there was one seed, and the rows that chose the learning rates also gave these scores.
 #
 # Most runs below use `tiny`, a model of a million parameters. Its tasks turn `On Friday
 # Ada found three lamps in Oslo.` into a record. The **gap** is the distance of a task
@@ -232,7 +232,8 @@ lesson.verdict("L3", guess="5.1")
 #   the `95 %` interval of the paired differences excludes zero;
 # - else `"undecided"`.
 #
-# Leave out a seed that only one method has. At least two seeds remain.
+# At the two learning rates that you compare, leave out a seed that only one method has.
+# At least two seeds remain.
 # `over_seeds(values)` gives the mean, the low and the high end of the interval. For
 # differences `a - b` of `[-0.11, -0.09, -0.10]`, `a` wins.
 #
@@ -300,14 +301,17 @@ lesson.measured("5.2", leads[16][1][0])
 # %% [markdown]
 # At its own learning rate, rsLoRA's lead shrinks from 0.41 to 0.13 nats at rank 16, and
 # from 0.58 to 0.03 at rank 64, where nothing is decided. So most of the lead came from
-# the shared learning rate. The rest may come from the coarse search: at each rank the
-# method with the larger scale has the lower mean, and at rank 1 that is LoRA, with 16
-# against `8`. A finer search would tell whether the lead of 0.13 remains.
+# the shared learning rate. The rest may come from the coarse search. At each rank, the
+# method with the larger scale has the lower mean test loss. At rank 1, that method is
+# LoRA, with a scale of `16` against `8`. So what counts may be the scale that the
+# search reached, and not the method. A finer search would tell whether the lead of 0.13
+# remains.
 #
 # ## On trial: claim L8
 #
-# *Thanks to alpha / r, hyperparameters transfer across ranks.* The rule asks what the
-# learning rate of rank 4 costs the rank that it suits worst.
+# *Thanks to alpha / r, hyperparameters transfer across ranks.* The rule takes the
+# learning rate that was searched at rank 4 to the other ranks. It asks how much higher
+# the test loss is there than at a rank's own learning rate, for the worst of the ranks.
 
 # %%
 lesson.rule("L8")
@@ -409,10 +413,10 @@ tuned = [runs.stored(config) for config in scaling.alpha_configs("tiny")]
 lesson.show(*tuning_runs.alphas(tuned))
 
 # %% [markdown]
-# If only the product mattered, the four curves would coincide. From
-# $\alpha = 2$ to 64, alpha grows `32`-fold, but the chosen learning rate falls only
-# from 0.03 to 0.003. At $\alpha = 8$ one seed misled the search. Seed 0 chose 0.03, and
-# the other four seeds end there with a higher loss than seed 0.
+# If only the product mattered, the four curves would coincide. From $\alpha = 2$ to 64,
+# alpha grows `32`-fold, but the chosen learning rate falls only from 0.03 to 0.003. At
+# $\alpha = 8$ one seed misled the search. Seed 0 was best at 0.03, so this rate was
+# chosen. With the other four seeds, the loss at 0.03 is higher than with seed 0.
 #
 # **Live**: two alphas, with two seeds each.
 
@@ -550,10 +554,10 @@ lesson.live("L5", 100 * fmean(won), *ends, scale="tiny")
 lesson.verdict("L5", guess="5.4")
 
 # %% [markdown]
-# Use the figure: the percentage counts a difference of any size, even the tiny one on
-# `gap-0`. All linear layers have the fewest parameters, and are nowhere clearly behind
-# the better of the others. We added them after the verdict, so new runs should confirm
-# this.
+# The percentage on the card counts tasks, and a tiny difference on `gap-0` counts as
+# much as a large one. The figure shows the sizes, so decide by the figure. All linear
+# layers have the fewest parameters, and are nowhere clearly behind the better of the
+# others. We added them after the verdict, so new runs should confirm this.
 #
 # ### On trial: claim L6
 #
@@ -863,10 +867,10 @@ with TemporaryDirectory() as folder:
 #
 # ## Limits
 #
-# The controls rule out that any added parameters, or the form of an answer, explain the
-# low losses. `tiny` has layers of width `128`, but rsLoRA and LoRA+ are meant for large
-# ranks and wide layers. The rsLoRA paper reports its gains at high ranks in Llama 2,
-# which we cannot test.
+# The controls rule out two other reasons for the low losses: that untrained parameters
+# help as well, and that the form of an answer suffices. `tiny` has layers of width
+# `128`, but rsLoRA and LoRA+ are meant for large ranks and wide layers. The rsLoRA
+# paper reports its gains at high ranks in Llama 2, which we cannot test.
 #
 # ## Your guesses
 #

@@ -1,8 +1,8 @@
 """Notebooks: both forms agree, were run, teach in the agreed form, and read by all.
 
-`make test` runs them as well, and compares what the tag nbval-check-output marks. Here stands
-what that cannot see: the rules of notebooks/rules.py. Every rule is also shown a lesson
-that breaks it, made from the sample.
+`make test` runs them as well, and compares what the tag nbval-check-output marks. Here
+stands what that cannot see: the rules of notebooks/rules.py. Every rule is also shown a
+lesson that breaks it, made from the sample.
 """
 
 import copy
