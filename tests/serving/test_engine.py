@@ -22,7 +22,7 @@ from served import (
 from torch import nn
 
 from peft_from_scratch import AdapterPool, load_model
-from peft_from_scratch.files.adapter_file import WEIGHTS
+from peft_from_scratch.files.adapter_file import WEIGHTS, AdapterFile
 from peft_from_scratch.serving import cache as caching
 from peft_from_scratch.serving.cache import RowCache, RowsLayer, refuse_unfit
 from peft_from_scratch.serving.engine import Engine
@@ -273,6 +273,34 @@ def test_an_adapter_that_was_read_is_used_before_it_leaves(folder):
             time.sleep(0.001)
     assert {its[-1].reason for its in pieces} == {"length"}
     assert engine.pool.counters.loads - before == 8
+
+
+@law
+def rows_go_on_while_a_slow_folder_is_read(folder, monkeypatch):
+    """The folder is read until five turns have written their tokens."""
+    engine, _ = engine_of(folder, kinds="ab", rows=2)
+    for card in engine.pool.cards():
+        card.content = card.content if card.name == "a" else None
+    reading, written = threading.Event(), threading.Event()
+    read = AdapterFile.read.__func__
+
+    def slow(cls, path):
+        reading.set()
+        assert written.wait(30), "nobody wrote while the folder was read"
+        return read(cls, path)
+
+    monkeypatch.setattr(AdapterFile, "read", classmethod(slow))
+    pieces = [[], []]
+    engine.submit(asking([5, 6], "a", 12), pieces[0].append)
+    engine.submit(asking([5, 6], "b", 2), pieces[1].append)
+    engine.turn()
+    assert reading.wait(30)
+    for _ in range(5):
+        engine.turn()
+    assert len(tokens_of(pieces[0])) >= 6 and not pieces[1]
+    written.set()
+    run(engine, pieces, turns=100_000)
+    assert pieces[1][-1].reason == "length"
 
 
 def test_requests_of_resident_adapters_go_first(folder):

@@ -109,6 +109,14 @@ def test_bytes_that_are_no_character_come_out_in_the_end():
     assert made.end() == ""
 
 
+def test_a_prompt_that_ends_inside_a_character_does_not_come_back():
+    """The answer's text is made of the answer's tokens alone."""
+    first, second = BYTES("é", add_special_tokens=False).input_ids
+    made = Text(BYTES)  # `first` was the prompt's last token
+    text = made.push(second) + made.push(BYTES("x").input_ids[-1]) + made.end()
+    assert text.replace(BROKEN, "") == "x" and first != second
+
+
 # ------------------------------------------------------------------------- Sampling
 
 
