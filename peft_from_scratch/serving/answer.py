@@ -21,6 +21,8 @@ from .requests import Listener, Piece, Token
 NO_ANSWER = {  # reasons of a last piece: status and sentence
     "deadline": (504, "the time for this answer was over before it began"),
     "cancelled": (503, "the server is about to stop: ask again later"),
+    "removed": (404, "the adapter went away while this request waited"),
+    "unreadable": (503, "the adapter cannot be read"),
     "error": (500, "the engine could not finish this answer"),
 }
 

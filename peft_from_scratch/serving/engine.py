@@ -311,8 +311,11 @@ class Engine:
         name = ticket.request.adapter
         LOG.warning("the adapter %s cannot be read: %s", name, error)
         self._waiting.take(ticket)
-        gone = f"the adapter {name!r} was removed, or its folder changed or broke"
-        ticket.end("error", error=f"{gone}: it has to be added again")
+        if name in self.pool:
+            words = f"the folder of {name!r} has changed or broken: add it again"
+            ticket.end("unreadable", error=words)
+        else:
+            ticket.end("removed", error=f"{name!r} was removed")
 
     # ------------------------------------------------------------- Through the model
 

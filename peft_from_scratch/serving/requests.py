@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+Reason = Literal[
+    "stop",  # a stop token or stop text
+    "length",  # max_tokens
+    "cancelled",  # by its client, or by the end of the server
+    "deadline",
+    "removed",  # the adapter, while the request waited for it
+    "unreadable",  # the adapter, whose folder has changed or broken
+    "error",  # the model failed
+]
 
 
 class QueueFull(RuntimeError):
@@ -94,7 +102,7 @@ class Piece:
              text that may still follow
     tokens   chosen since the last piece
     reason   why the answer ends with this piece; None while it goes on
-    error    what went wrong, in a sentence, for the reason "error"
+    error    what went wrong, in a sentence, for the last three reasons
     version  digest of the adapter that wrote it; None for the base
     """
 

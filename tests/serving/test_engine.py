@@ -421,9 +421,22 @@ def test_an_adapter_that_broke_on_disk_ends_its_requests(folder, caplog):
     (folders["b"] / WEIGHTS).write_bytes(b"broken")
     (folders["a"] / WEIGHTS).unlink()
     pieces = served(engine, [asking([5], "b"), asking([5], "a"), asking([5])])
-    assert [its[-1].reason for its in pieces] == ["error", "length", "length"]
-    assert "added again" in pieces[0][-1].error
+    assert [its[-1].reason for its in pieces] == ["unreadable", "length", "length"]
+    assert "add it again" in pieces[0][-1].error
     assert str(folder) not in pieces[0][-1].error and str(folder) in caplog.text
+
+
+def test_an_adapter_that_is_removed_ends_the_requests_that_wait_for_it(folder):
+    engine, _ = engine_of(folder, fit=1, kinds="ab", rows=1)
+    engine.pool.release(engine.pool.acquire("a"))
+    pieces = [[], [], []]
+    for name, its in zip(("a", "b", None), pieces, strict=True):
+        engine.submit(asking([5, 6], name, 4), its.append)
+    engine.turn()
+    for name in "ab":  # the first is in use, and goes on
+        engine.pool.remove(name)
+    run(engine, pieces)
+    assert [its[-1].reason for its in pieces] == ["length", "removed", "length"]
 
 
 def test_a_thread_answers_until_it_is_closed(folder):
