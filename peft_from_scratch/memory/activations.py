@@ -1,0 +1,326 @@
+"""What a decoder layer keeps from forward to backward, tensor by tensor, as a formula.
+
+A product y = x Wᵀ needs x for the gradient of W, and W for the gradient of x. So a
+frozen W makes x superfluous, and an adapter beside it needs x again. An elementwise
+function keeps its input or its output, whether anything in it trains or not. Hence two
+conditions in the tables below. "on the path" means that something before it trains, so
+that a gradient passes through; "trains" that its own weight or adapter does.
+
+Bytes for each token of a batch. s: bytes of a value, 2 in bfloat16 and 4 in float32;
+d: hidden size; f: units in the MLP; q: heads · head size; k: kv heads · head size;
+t: tokens of the sequence.
+
+    Llama's layer                         bytes a token           kept if
+    float32 copy of x          norm       4 d      twice a layer  on the path
+    1 / rms(x)                 norm       4        twice a layer  on the path
+    x / rms(x)                 norm       s d      twice a layer  the norm trains
+    input of q, k, v           norm 1     s d                     q, k or v trains
+    rotated q; rotated k; v    attention  s (q + 2 k)             on the path
+    output, row sums           attention  s q + 4 heads           on the path
+    input of gate, up          norm 2     s d                     gate or up trains
+    gate, silu(gate), up       MLP        3 s f                   on the path
+    silu(gate) · up            MLP        s f                     down trains
+
+    GPT-2's layer
+    x; mean; 1 / deviation     LayerNorm  s (d + 2)  twice a layer  on the path
+    input of q, k, v           norm 1     s d                       c_attn trains
+    q, k, v in one tensor      attention  3 s d                     on the path
+    output, row sums           attention  s d + 4 heads             on the path
+    masks of two dropouts                 2 d                       with dropout
+    input of c_fc              norm 2     s d                       c_fc trains
+    what GELU keeps            MLP        4 s f (gelu_new), else s f  on the path
+    output of GELU             MLP        s f                       c_proj trains
+
+That is attention in one kernel (sdpa: flash attention). Written out (eager), it keeps
+heads · t probabilities for each token: in Llama's layer in float32, and once more in
+bfloat16; and its keys and values are copied for every head.
+
+What a method adds: LoRA keeps z = x Aᵀ, r values a projection. DoRA keeps its inputs in
+float32, and what W0 and B A return. A bottleneck keeps its input in float32 and its m
+units twice. A prefix makes keys and values n positions longer, repeats them for every
+head, and needs a mask. A prompt makes each row n tokens longer, and is put in and taken
+out by copies of the hidden states.
+
+Checkpointing keeps the input of each layer, s d, and makes the table's tensors again,
+for one layer at a time.
+
+The law of this file: the sum equals, to the byte, what torch hands to its saved-tensor
+hooks (tests/memory/test_activations.py).
+"""
+
+from dataclasses import dataclass, field, replace
+
+from .shapes import Shape
+
+FORMULAS = ("full", "lora", "qlora", "pissa", "dora", "houlsby", "prompt", "prefix")
+LOW_RANK = ("lora", "qlora", "pissa", "dora")
+NAMES = {  # of projections: their place in Llama's layer, and in GPT-2's
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "c_attn": "qkv",
+    "o_proj": "o",
+    "attn.c_proj": "o",
+    "gate_proj": "in",
+    "up_proj": "in",
+    "c_fc": "in",
+    "down_proj": "out",
+    "mlp.c_proj": "out",
+}
+ORDER = ("qkv", "o", "in", "out")
+SMALL = 64  # tokens: below, LoRA computes beside bfloat16 in float32 (lora_fast.FEW)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step reads, and how it computes.
+
+    itemsize   bytes of an activation's value, s
+    autocast   float32 weights and residual stream, products in bfloat16 (s = 2)
+    """
+
+    batch: int
+    length: int
+    itemsize: int
+    attention: str = "sdpa"
+    checkpointing: bool = False
+    autocast: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Trains:
+    """What trains, by its place in a layer.
+
+    method   one of FORMULAS
+    adapted  {projection of the layer: (d_out, d_in)}, of those with an adapter
+    r, m, n  rank, units of a bottleneck, trained positions
+    """
+
+    method: str
+    adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    r: int = 0
+    m: int = 0
+    n: int = 0
+
+    @property
+    def weights(self) -> bool:
+        return self.method == "full"
+
+    def at(self, place: str, itemsize: int) -> bool:
+        """Whether the input of the projections there is kept for a gradient of W."""
+        if self.method == "houlsby":
+            return False  # a bottleneck reads what the projection returns
+        if self.method == "dora" and itemsize < 4:
+            return False  # it keeps a float32 copy: _of_method
+        return self.weights or any(NAMES[name] == place for name in self.adapted)
+
+    @property
+    def begins(self) -> int:
+        """Where the path of gradients begins: -1 the embedding, else an index of ORDER.
+
+        After the first adapter of the first layer.
+        """
+        if self.method in ("full", "prompt"):
+            return -1
+        if self.method == "prefix":
+            return 0
+        return min(ORDER.index(NAMES[name]) for name in self.adapted)
+
+
+def kept(shape: Shape, step: Step, trains: Trains) -> int:
+    """Bytes that autograd keeps when a forward pass has reached the logits."""
+    step = lengthened(step, trains)
+    around = _around(shape, step, trains)
+    if step.checkpointing:
+        width = 4 if step.autocast else step.itemsize
+        return around + shape.layers * width * shape.d * step.tokens
+    first = a_layer(shape, step, trains, first=True)
+    return around + first + (shape.layers - 1) * a_layer(shape, step, trains)
+
+
+def a_layer(shape: Shape, step: Step, trains: Trains, *, first: bool = False) -> int:
+    """Bytes that one layer keeps; `first`: the one that reads the embedding."""
+    return sum(tensors(shape, step, trains, first=first).values())
+
+
+def tensors(
+    shape: Shape, step: Step, trains: Trains, *, first: bool = False
+) -> dict[str, int]:
+    """{tensor: bytes} that one layer keeps, as in the table above."""
+    begins = trains.begins if first else -1
+    kinds = {"llama": _llama, "gpt2": _gpt2}
+    rows = kinds[shape.kind](shape, step, trains, begins)
+    if trains.method == "prefix" and first and step.attention == "eager":
+        rows["k and v"] /= 2  # q has no gradient there, so that k is not needed
+    rows |= _of_method(shape, step, trains)
+    return {name: round(size * step.tokens) for name, size in rows.items() if size}
+
+
+def passing(shape: Shape, step: Step, trains: Trains) -> int:
+    """Bytes of the temporaries in one layer's backward pass, an estimate.
+
+    The gradients of the MLP's product and of its input are there together, or, in
+    Llama's RMSNorm, four float32 copies of the hidden state. Attention that is written
+    out has two gradients of its probabilities, when the MLP's tensors are gone.
+    """
+    s, d, f = step.itemsize, shape.d, shape.f
+    size = s * (f + d) if trains.weights else 2 * s * f
+    if shape.kind == "llama" and not step.checkpointing:
+        size = max(size, 16 * d)
+    if step.attention == "eager":
+        pairs, llama = shape.heads * step.length, shape.kind == "llama"
+        gone = (4 if llama else 1 + shape.gelu) * s * f
+        gone += s * pairs if llama and s < 4 else 0  # probabilities in bfloat16
+        size = max(size, 2 * (4 if llama else s) * pairs - gone)
+    return size * step.tokens
+
+
+def forward_alone(shape: Shape, step: Step) -> int:
+    """Bytes of the temporaries of a forward pass that keeps nothing, an estimate.
+
+    The residual stream, what the norm made of it, and the widest moment of the MLP (of
+    attention, where its probabilities are written out).
+    """
+    s, wide = step.itemsize, 3 if shape.kind == "llama" else 4
+    size = s * wide * shape.f
+    if step.attention == "eager":
+        pairs = shape.heads * step.length
+        size = max(size, (4 + s) * pairs + 3 * s * shape.queries)
+    return (size + 2 * s * shape.d) * step.tokens
+
+
+def lengthened(step: Step, trains: Trains) -> Step:
+    """The step with a soft prompt before every row."""
+    n = trains.n if trains.method == "prompt" else 0
+    return replace(step, length=step.length + n)
+
+
+def _llama(shape: Shape, step: Step, trains: Trains, begins: int) -> dict[str, float]:
+    """Bytes a token of Llama's layer; `begins` is Trains.begins, or -1: all of it."""
+    s, d, f = step.itemsize, shape.d, shape.f
+    wide = 4 if step.autocast else s  # of the residual stream
+    rows = {}
+    for number, place, readers in ((1, "qkv", 3), (2, "in", 2)):
+        # The first norm is on the path of the layer's input, the second of o's output.
+        if begins < (0 if number == 1 else ORDER.index("in")):
+            rows[f"x of norm {number}"] = 4 * d + 4
+        if trains.weights:
+            rows[f"x / rms of norm {number}"] = wide * d
+        if trains.at(place, s):
+            cast = step.autocast and trains.weights  # each product casts for itself
+            rows[f"input of {place}"] = readers * s * d if cast else wide * d
+    if begins <= ORDER.index("qkv"):
+        rows |= _attention(shape, step, trains)
+    elif trains.at("o", s):
+        rows["output of attention"] = s * shape.queries
+    if begins <= ORDER.index("in"):
+        rows |= {"gate": s * f, "silu(gate)": s * f, "up": s * f}
+    if trains.at("out", s):
+        rows["input of down"] = s * f
+    return rows
+
+
+def _attention(shape: Shape, step: Step, trains: Trains) -> dict[str, float]:
+    """Bytes a token of Llama's attention, between its projections."""
+    s, q, k = step.itemsize, shape.queries, shape.keys
+    longer = trains.n if trains.method == "prefix" else 0
+    more = (step.length + longer) / step.length  # positions that keys have
+    if step.attention == "sdpa":
+        return {
+            "q": s * q,
+            "k and v": 2 * s * (q if longer else k) * more,
+            "output of attention": s * q,
+            "row sums": 4 * shape.heads,
+        }
+    pairs = shape.heads * (step.length + longer)
+    return {
+        "q": s * q,
+        "k and v": 2 * s * q * more,
+        "probabilities, float32": 4 * pairs,
+        "probabilities": s * pairs if s < 4 else 0,
+        "output of attention": s * q if trains.at("o", s) else 0,
+    }
+
+
+def _gpt2(shape: Shape, step: Step, trains: Trains, begins: int) -> dict[str, float]:
+    """Bytes a token of GPT-2's layer."""
+    s, d, f, rows = step.itemsize, shape.d, shape.f, {}
+    wide = 4 if step.autocast else s
+    for number, place in ((1, "qkv"), (2, "in")):
+        if begins < (0 if number == 1 else ORDER.index("in")):
+            rows[f"x of norm {number}"] = wide * (d + 2)
+        if trains.at(place, s):
+            rows[f"input of {place}"] = s * d
+    if begins <= ORDER.index("qkv"):
+        rows |= _attention_gpt2(shape, step, trains)
+    elif trains.at("o", s):
+        rows["output of attention"] = s * d
+    if begins <= ORDER.index("in"):
+        written_out = step.autocast and shape.gelu > 1  # its power is in float32
+        rows["GELU"] = (14 if written_out else shape.gelu * s) * f
+    if trains.at("out", s):
+        rows["input of out"] = s * f
+    if shape.dropout:
+        rows["masks of dropout"] = 2 * d
+    return rows
+
+
+def _attention_gpt2(shape: Shape, step: Step, trains: Trains) -> dict[str, float]:
+    """Bytes a token of GPT-2's attention: q, k and v are views of one tensor."""
+    s, d = step.itemsize, shape.d
+    longer = trains.n if trains.method == "prefix" else 0
+    more = (step.length + longer) / step.length
+    if step.attention == "sdpa":
+        rows = {"q": s * d, "output of attention": s * d, "row sums": 4 * shape.heads}
+        if longer:  # k and v are copies, and q's tensor still has the old ones in it
+            return rows | {"k and v": 2 * s * d * (1 + more)}
+        return rows | {"k and v": 2 * s * d}
+    return {
+        "q": s * d,
+        "k and v": 2 * s * d * more,
+        "probabilities": s * shape.heads * (step.length + longer),
+        "output of attention": s * d if trains.at("o", s) else 0,
+    }
+
+
+def _of_method(shape: Shape, step: Step, trains: Trains) -> dict[str, float]:
+    """Bytes a token that the adapters of one layer keep."""
+    s, narrow = step.itemsize, step.itemsize < 4 and step.tokens >= SMALL
+    if trains.method in ("lora", "qlora", "pissa"):
+        return {"z = x Aᵀ": (s if narrow else 4) * trains.r * len(trains.adapted)}
+    if trains.method == "prefix" and step.attention == "sdpa":
+        return {"mask": s * (step.length + trains.n) / step.batch}
+    if trains.method == "dora":
+        sizes = trains.adapted.values()
+        vectors = 12 * sum(d_out for d_out, _ in sizes)  # m, its gradient's, and scale
+        return {
+            "vectors": vectors / step.tokens,
+            "z = x Aᵀ": 4 * trains.r * len(sizes),
+            "x in float32": sum(4 * d_in for _, d_in in sizes) if s < 4 else 0,
+            "W0 x": sum(s * d_out for d_out, _ in sizes),
+            "B z": sum(4 * d_out for d_out, _ in sizes),
+        }
+    if trains.method == "houlsby":
+        a_bottleneck = 4 * shape.d + 8 * trains.m
+        return {"bottlenecks": len(trains.adapted) * a_bottleneck}
+    return {}
+
+
+def _around(shape: Shape, step: Step, trains: Trains) -> int:
+    """Bytes kept outside of the layers: the last norm, rotary tables, a prompt's."""
+    s, d, T, own = step.itemsize, shape.d, step.tokens, trains.weights
+    wide = 4 if step.autocast else s
+    ids = 8 * T if own else 0  # int64: the embedding's gradient needs them
+    if trains.method == "prompt":
+        indices = 8 * T + 8 * step.batch * (step.length - trains.n)
+        ids = 2 * s * d * T + indices  # what torch.gather reads
+    if shape.kind == "gpt2":
+        positions = 8 * step.length if own else 0
+        mask = d if shape.dropout else 0
+        return ids + positions + T * (wide * (d + 2) + (s * d if own else 0) + mask)
+    norm = 4 * d + 4 + (wide * d + s * d if own else 0)
+    return ids + T * norm + 2 * wide * shape.head_dim * step.length
