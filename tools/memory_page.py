@@ -67,8 +67,8 @@ RANDOM: dict[str, PretrainedConfig] = {
     ),
 }
 ESTIMATED = {  # what accelerate's estimator is asked about: a bill of the same model
-    "smollm2": Setup(method="full", batch=2, length=128),
-    "Llama-7B": Setup(method="full", batch=1, length=2048),
+    "smollm2, full": Setup(method="full", batch=2, length=128),
+    "Llama-7B, full": Setup(method="full", batch=1, length=2048),
     "Llama-7B, QLoRA": Setup(method="qlora", batch=1, length=2048),
 }
 SEVEN = LlamaConfig(
@@ -150,9 +150,8 @@ def predicted(budget: Budget) -> dict[str, int]:
 
 
 def config_of(base: str) -> PretrainedConfig:
-    if base.startswith("Llama-7B"):
-        return SEVEN
-    return RANDOM.get(base) or read_config(base)
+    name = base.partition(",")[0]
+    return SEVEN if name == "Llama-7B" else RANDOM.get(base) or read_config(name)
 
 
 def estimated(base: str) -> dict[str, int]:
@@ -244,7 +243,7 @@ def _beside(estimates: dict) -> str:
     for name, setup in ESTIMATED.items():
         budget = bill(config_of(name), setup)
         kept = sum(budget.parts[p] for p in ("activations", "logits"))
-        words = f"{name}, {setup.batch} x {setup.length} tokens, {setup.method}"
+        words = f"{name}, {setup.batch} x {setup.length} tokens"
         theirs = max(estimates[name].values())
         figures = (theirs, budget.peak, kept)
         lines.append([words, *(f"{megabytes(n, ',.0f')}" for n in figures)])

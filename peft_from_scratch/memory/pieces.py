@@ -44,31 +44,35 @@ def pieces_of(
     step, trains, shape = step_of(setup, recipe), _trains(setup, w), shape_of(config)
     labels = setup.batch * (setup.length - 1)
     scores = min(labels, setup.chunk or labels) * config.vocab_size
+    table = recipe.gradients * w.table if setup.method == "full" else 0
+    head = table if w.head_trains else 0
+    embedding = head if w.tied else 0
+    ids = 16 * setup.batch * setup.length  # and labels, int64
     if has_formula(shape, setup, w):
         way, longer = BY_FORMULA, lengthened(step, trains)
         saved, most = kept(shape, step, trains), passing(shape, longer, trains)
         layer = a_layer(shape, longer, trains)
     else:
         way, layer = MEASURED, 0
-        saved, most = _measured(config, setup, recipe)
+        saved, worst = _measured(config, setup, recipe)
+        in_the_loss = worst < 1.02 * (saved + LOGITS * labels * config.vocab_size)
+        most = 0 if in_the_loss else max(0, worst - saved - ids - embedding)
     if setup.dtype == "autocast":
         saved += 2 * (w.projections + w.table)  # the weights' copies, in bfloat16
     own = recipe.gradients * w.own + ADAPTER.gradients * w.added
-    table = recipe.gradients * w.table if setup.method == "full" else 0
-    head = table if w.head_trains else 0
     sharded = setup.zero == 3 and setup.ranks > 1
     return Pieces(
         held=held,
         gradients=shared(own, setup, 2),
-        kept=saved + 16 * setup.batch * setup.length,  # ids and labels, int64
+        kept=saved + ids,
         layer=layer,
         again=layer if setup.checkpointing else 0,
         passing=most,
         logits=LOGITS * scores,
-        dlogits=(4 + (recipe.compute if recipe.compute < 4 else 0)) * scores,
+        dlogits=recipe.compute * scores,
         head=head,
         table=shared(table, setup, 2),
-        embedding=head if w.tied else 0,
+        embedding=embedding,
         buffer=recipe.compute * w.projection if setup.method == "qlora" else 0,
         gathered=2 * w.layer if sharded else 0,  # this one and the next
         bucket=_bucket(setup, recipe, w),
@@ -102,7 +106,7 @@ def has_formula(shape: Shape | None, setup: Setup, w: Weighed) -> bool:
 def _measured(
     config: PretrainedConfig, setup: Setup, recipe: Recipe
 ) -> tuple[int, int]:
-    """(bytes kept, temporaries of backward) of a step on the meta device."""
+    """(bytes kept, the most at one moment) of a step on the meta device."""
     unable = setup.method == "prefix"
     if unable or setup.dtype == "autocast":
         what = f"--method {setup.method}" if unable else "--dtype autocast"
@@ -114,9 +118,7 @@ def _measured(
     _, model = weigh(config, setup.method, setup.options, *where)
     if setup.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    saved, most = kept_for_backward(model, setup.batch, setup.length)
-    of_loss = LOGITS * setup.batch * (setup.length - 1) * config.vocab_size
-    return saved, max(0, most - saved) if most > 1.02 * (saved + of_loss) else 0
+    return kept_for_backward(model, setup.batch, setup.length)
 
 
 def _bucket(setup: Setup, recipe: Recipe, w: Weighed) -> int:

@@ -49,7 +49,8 @@ class Pieces:
     layer      that one layer keeps
     again      the same, where a checkpointed layer is made again; else 0
     passing    temporaries of one layer's backward pass
-    logits     at their worst moment; their gradient alone is `dlogits`
+    logits     at their worst moment
+    dlogits    the logits' gradient alone, in the dtype of activations
     head       gradient of the head's weight; 0 where it is frozen
     table      gradient of the embedding; 0 where it is frozen
     embedding  the second part of a tied weight's gradient; 0 otherwise
