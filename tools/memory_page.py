@@ -139,11 +139,11 @@ def built(base: str, dtype: str, attention: str) -> nn.Module:
 
 def predicted(budget: Budget) -> dict[str, int]:
     """The bill's figures as meter.Memory counts them."""
-    held = budget.moments["optimizer step"]
+    lasting = budget.moments["optimizer step"]
     return {
-        "weights": held["weights"] + held["adapter"],
+        "weights": lasting["weights"] + lasting["adapter"],
         "gradients": budget.parts["gradients"],
-        "optimizer": held["optimizer"] + held["master"],
+        "optimizer": lasting["optimizer"] + lasting["master"],
         "activations": timeline.activations(budget.moments),
         "peak": budget.peak,
     }

@@ -35,55 +35,59 @@ def budget(options) -> None:
             f"--zero {setup.zero} divides among several devices: say --ranks N"
         )
     config = read_config(options.config)
-    made = bill(config, setup)
-    fit = None if room is None else _fit(config, made, room)
+    predicted = bill(config, setup)
+    fit = None if room is None else _fit(config, predicted, room)
     if options.out:
-        _draw(made, options)
+        _draw(predicted, options)
     if options.json:
-        print(json.dumps(as_json(made, options.config) | _fit_json(fit), indent=1))
+        print(json.dumps(as_json(predicted, options.config) | _fit_json(fit), indent=1))
         return
-    sections = [bill_text.table(made), bill_text.bar(made), bill_text.steps(made)]
+    sections = [
+        bill_text.table(predicted),
+        bill_text.bar(predicted),
+        bill_text.steps(predicted),
+    ]
     if fit is not None:
-        sections.append(bill_text.fitting(made, *fit))
-    print("\n\n".join([*sections, bill_text.omitted(made)]))
+        sections.append(bill_text.fitting(predicted, *fit))
+    print("\n\n".join([*sections, bill_text.omitted(predicted)]))
 
 
-def as_json(made: Budget, source: str) -> dict:
+def as_json(predicted: Budget, source: str) -> dict:
     """The bill as whole numbers of bytes; see `--json` in the documentation."""
-    w, (moment, most) = made.weighed, timeline.peak(made.moments)
-    return made.parts | {
-        "total": made.total,
+    w, (moment, most) = predicted.weighed, timeline.peak(predicted.moments)
+    return predicted.parts | {
+        "total": predicted.total,
         "peak": most,
         "peak_moment": moment,
-        "low": made.low,
+        "low": predicted.low,
         "expected": most,
-        "high": made.high,
-        "range_because": list(made.because),
-        "weights_frozen": made.parts["weights"] - _own_weights(made),
-        "weights_trained": _own_weights(made),
+        "high": predicted.high,
+        "range_because": list(predicted.because),
+        "weights_frozen": predicted.parts["weights"] - _own_weights(predicted),
+        "weights_trained": _own_weights(predicted),
         "parameters": w.total,
         "parameters_active": w.active,
         "parameters_trained": w.own + w.added,
-        "transients": made.transients,
-        "timeline": {name: sum(at.values()) for name, at in made.moments.items()},
-        "activations_by": made.way,
-        "not_counted": list(made.not_counted),
-        "inputs": {"config": str(source)} | asdict(made.setup),
+        "transients": predicted.transients,
+        "timeline": {name: sum(at.values()) for name, at in predicted.moments.items()},
+        "activations_by": predicted.way,
+        "not_counted": list(predicted.not_counted),
+        "inputs": {"config": str(source)} | asdict(predicted.setup),
     }
 
 
-def _own_weights(made: Budget) -> int:
+def _own_weights(predicted: Budget) -> int:
     """Bytes of the base's weights that train, on one device."""
-    own = RECIPES[made.setup.dtype].weights * made.weighed.own
-    return shared(own, made.setup, 3)
+    own = RECIPES[predicted.setup.dtype].weights * predicted.weighed.own
+    return shared(own, predicted.setup, 3)
 
 
-def _fit(config, made: Budget, room: int) -> tuple:
+def _fit(config, predicted: Budget, room: int) -> tuple:
     cards = sorted({*(card * 10**9 for card in CARDS), room})
     return (
         room,
-        changes(config, made),
-        [(card, most_rows(config, made, card)) for card in cards],
+        changes(config, predicted),
+        [(card, most_rows(config, predicted, card)) for card in cards],
     )
 
 
@@ -101,11 +105,11 @@ def _fit_json(fit: tuple | None) -> dict:
     }
 
 
-def _draw(made: Budget, options) -> None:
+def _draw(predicted: Budget, options) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out}: the name of a .png, .svg or .pdf is needed")
     with atomic.new_file(out) as file:
-        bill_text.figure(made, str(options.config)).savefig(
+        bill_text.figure(predicted, str(options.config)).savefig(
             file, dpi=150, format=out.suffix[1:]
         )

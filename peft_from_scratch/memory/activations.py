@@ -182,14 +182,15 @@ def passing(shape: Shape, step: Step, trains: Trains) -> int:
 def forward_alone(shape: Shape, step: Step) -> int:
     """Bytes of the temporaries of a forward pass that keeps nothing, an estimate.
 
-    The residual stream, what the norm made of it, and the widest moment of the MLP (of
-    attention, where its probabilities are written out).
+    The residual stream and what the norm makes of it, with the MLP's widest moment, four
+    tensors of f units. Attention that is written out is wider where rows are long: its
+    scores are there in 16 bits and, for the softmax, twice in float32.
     """
-    s, wide = step.itemsize, 3 if shape.kind == "llama" else 4
-    size = s * wide * shape.f
+    s = step.itemsize
+    size = 4 * s * shape.f
     if step.attention == "eager":
-        pairs = shape.heads * step.length
-        size = max(size, (4 + s) * pairs + 3 * s * shape.queries)
+        scores = 10 * shape.heads * step.length
+        size = max(size, scores + 3 * s * shape.queries)
     return (size + 2 * s * shape.d) * step.tokens
 
 

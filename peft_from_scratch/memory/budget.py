@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from . import timeline
 from .activations import forward_alone
-from .pieces import BY_FORMULA, LOGITS, held_bytes, pieces_of, step_of
+from .pieces import BY_FORMULA, LOGITS, lasting_bytes, pieces_of, step_of
 from .setups import RECIPES, Setup
 from .shapes import shape_of
 from .timeline import Pieces
@@ -88,22 +88,22 @@ def bill(
     recipe = RECIPES[setup.dtype]
     if weighed is None:
         weighed, _ = weigh(config, setup.method, setup.options, recipe.base)
-    held = held_bytes(setup, recipe, weighed)
+    lasting = lasting_bytes(setup, recipe, weighed)
     if setup.phase != "train":
-        return _forward_only(config, setup, recipe, weighed, held)
-    pieces, way = pieces_of(config, setup, recipe, weighed, held)
+        return _forward_only(config, setup, recipe, weighed, lasting)
+    pieces, way = pieces_of(config, setup, recipe, weighed, lasting)
     moments = timeline.moments(pieces)
     low, high, because = _range(config, setup, recipe, weighed, pieces)
     return Budget(
         setup=setup,
         parts={
-            "weights": held["weights"],
+            "weights": lasting["weights"],
             "gradients": pieces.gradients,
-            "optimizer": held["optimizer"],
-            "master": held["master"],
+            "optimizer": lasting["optimizer"],
+            "master": lasting["master"],
             "activations": pieces.kept,
             "logits": pieces.logits,
-            "adapter": held["adapter"],
+            "adapter": lasting["adapter"],
         },
         moments=moments,
         low=low,
@@ -133,7 +133,7 @@ def _range(config, setup, recipe, w: Weighed, pieces: Pieces):
         pieces,
         update=4 * (w.own + w.added),
         logits=pieces.logits + recipe.compute * scores,
-        loading=pieces.held["weights"],
+        loading=pieces.lasting["weights"],
     )
     ends = (timeline.peak(timeline.moments(p))[1] for p in (least, most))
     return *ends, (
@@ -143,7 +143,7 @@ def _range(config, setup, recipe, w: Weighed, pieces: Pieces):
     )
 
 
-def _forward_only(config, setup, recipe, w: Weighed, held) -> Budget:
+def _forward_only(config, setup, recipe, w: Weighed, lasting) -> Budget:
     """The bill of one forward pass without saved tensors, or of generating."""
     shape, step = shape_of(config), step_of(setup, recipe)
     if shape is None:
@@ -156,7 +156,7 @@ def _forward_only(config, setup, recipe, w: Weighed, held) -> Budget:
     generating = setup.phase == "generate"
     tokens = setup.batch if generating else setup.batch * (setup.length - 1)
     narrow = recipe.compute if recipe.compute < 4 else 0
-    parts |= {"weights": held["weights"], "adapter": held["adapter"]}
+    parts |= {"weights": lasting["weights"], "adapter": lasting["adapter"]}
     parts["activations"] = forward_alone(shape, step)
     parts["logits"] = (8 + narrow) * tokens * config.vocab_size
     if generating:
@@ -165,11 +165,11 @@ def _forward_only(config, setup, recipe, w: Weighed, held) -> Budget:
     buffer = recipe.compute * w.projection if setup.method == "qlora" else 0
     cache = {"keys_and_values": parts.get("keys_and_values", 0)}
     moments = {
-        "loading": {"weights": held["weights"], "transients": w.tensor},
-        "forward": held
+        "loading": {"weights": lasting["weights"], "transients": w.tensor},
+        "forward": lasting
         | cache
         | {"activations": parts["activations"], "transients": buffer},
-        "logits": held | cache | {"logits": parts["logits"]},
+        "logits": lasting | cache | {"logits": parts["logits"]},
     }
     peak = timeline.peak(moments)[1]
     return Budget(
@@ -177,7 +177,7 @@ def _forward_only(config, setup, recipe, w: Weighed, held) -> Budget:
         parts=parts,
         moments=moments,
         low=peak,
-        high=peak + held["weights"] - min(w.tensor, held["weights"]),
+        high=peak + lasting["weights"] - min(w.tensor, lasting["weights"]),
         because=("high: a model that is loaded twice",),
         transients={"loading": w.tensor, "a dequantized weight": buffer},
         way=BY_FORMULA,

@@ -19,7 +19,7 @@ BUCKET = 500_000_000  # values: DeepSpeed's reduce_bucket_size
 BY_FORMULA, MEASURED = "formula", "measured on the meta device"
 
 
-def held_bytes(setup: Setup, recipe: Recipe, w: Weighed) -> dict[str, int]:
+def lasting_bytes(setup: Setup, recipe: Recipe, w: Weighed) -> dict[str, int]:
     """Bytes that are there at every moment of a step."""
     states = recipe.moments * w.own + ADAPTER.moments * w.added
     states += STEP_BYTES * (w.own_tensors + w.added_tensors)
@@ -38,7 +38,7 @@ def shared(size: int, setup: Setup, stage: int) -> int:
 
 
 def pieces_of(
-    config: PretrainedConfig, setup: Setup, recipe: Recipe, w: Weighed, held: dict
+    config: PretrainedConfig, setup: Setup, recipe: Recipe, w: Weighed, lasting: dict
 ) -> tuple[Pieces, str]:
     """(what the moments are put together from, how activations were had)"""
     step, trains, shape = step_of(setup, recipe), _trains(setup, w), shape_of(config)
@@ -62,7 +62,7 @@ def pieces_of(
     own = recipe.gradients * w.own + ADAPTER.gradients * w.added
     sharded = setup.zero == 3 and setup.ranks > 1
     return Pieces(
-        held=held,
+        lasting=lasting,
         gradients=shared(own, setup, 2),
         kept=saved + ids,
         layer=layer,

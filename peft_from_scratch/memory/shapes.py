@@ -11,7 +11,12 @@ the meta device: meta_model.py.
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from ..common import check
 from ..common.quiet import quiet_transformers
@@ -150,6 +155,11 @@ def _unreadable(source, where: str, error: Exception) -> str:
 def _refuse(config: PretrainedConfig, source) -> None:
     """ValueError for what no bill can be made of."""
     where = f"--config {source}"
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{where}: transformers has no causal language model of the type "
+            f"{config.model_type!r}"
+        )
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{where}: its weights are quantized already (quantization_config). Name "

@@ -5,7 +5,7 @@ activations are gone. So the step is followed, moment by moment, and its peak is
 largest sum at one of them:
 
     loading             weights, and the tensor that is being read
-    forward             what is held all the time, and all that autograd keeps
+    forward             what is there all the time, and all that autograd keeps
     loss                the same, and three float32 copies of the logits
     head's gradient     the logits' gradient becomes that of the head's weight
     backward begins     one layer's temporaries; with checkpointing, that layer again
@@ -43,7 +43,7 @@ DURING = (
 class Pieces:
     """Bytes that the moments are put together from, on one device.
 
-    held       {weights, adapter, master, optimizer}
+    lasting       {weights, adapter, master, optimizer}
     gradients  of all that trains
     kept       by autograd when the logits are there; ids and labels included
     layer      that one layer keeps
@@ -61,7 +61,7 @@ class Pieces:
     loading    what loading needs beside the weights
     """
 
-    held: dict[str, int]
+    lasting: dict[str, int]
     gradients: int
     kept: int
     layer: int
@@ -84,22 +84,23 @@ def moments(p: Pieces) -> dict[str, dict[str, int]]:
     running = p.buffer + p.gathered
     begun = p.embedding  # of a tied weight: it is not in .grad before both parts are
     return {
-        "loading": {"weights": p.held["weights"], "transients": p.loading},
-        "forward": p.held | {"activations": p.kept, "transients": running},
-        "loss": p.held | {"activations": p.kept, "logits": p.logits},
-        "head's gradient": p.held
+        "loading": {"weights": p.lasting["weights"], "transients": p.loading},
+        "forward": p.lasting | {"activations": p.kept, "transients": running},
+        "loss": p.lasting | {"activations": p.kept, "logits": p.logits},
+        "head's gradient": p.lasting
         | {"activations": p.kept, "logits": p.dlogits}
         | {"gradients": p.head - begun, "transients": begun},
-        "backward begins": p.held
+        "backward begins": p.lasting
         | {"activations": p.kept + p.again, "gradients": p.head - begun}
         | {"transients": p.passing + running + begun},
-        "first layer": p.held
+        "first layer": p.lasting
         | {"activations": p.layer, "gradients": p.gradients - p.table}
         | {"transients": p.passing + running + begun + p.bucket},
-        "backward ends": p.held
+        "backward ends": p.lasting
         | {"gradients": p.gradients - p.embedding}
         | {"transients": 2 * p.embedding + p.bucket + p.gathered},
-        "optimizer step": p.held | {"gradients": p.gradients, "transients": p.update},
+        "optimizer step": p.lasting
+        | {"gradients": p.gradients, "transients": p.update},
     }
 
 

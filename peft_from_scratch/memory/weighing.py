@@ -84,7 +84,7 @@ def weigh(
     Raises   ValueError  an option that the method does not have, or out of its range
     """
     check_options(method, options)
-    model, taken = ghost(config, dtype, attention), _taken(method, options)
+    model, taken = _built(config, dtype, attention), _taken(method, options)
     every = projections(model)
     sizes = [adapter.sizes(every[name]) for name in kinds(model)]
     counts = [d_out * d_in for d_out, d_in in sizes]
@@ -127,6 +127,17 @@ def weigh(
         adapted=_of_one_layer(model, wrapped),
         options=taken,
     ), model
+
+
+def _built(config: PretrainedConfig, dtype: str, attention: str) -> nn.Module:
+    """The model without numbers; ValueError where its sizes do not go together."""
+    try:
+        return ghost(config, dtype, attention)
+    except Exception as error:  # whatever a configuration's sizes lead to
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"transformers cannot build this {config.model_type}: {why[0]:.200}"
+        ) from None
 
 
 def _inject(model: nn.Module, method: str, options: dict) -> None:

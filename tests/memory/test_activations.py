@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import build
 from planting import Bug, each_is_caught, law
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from peft_from_scratch.core import adapter
 from peft_from_scratch.memory import activations
@@ -72,6 +73,19 @@ def formula_is_what_torch_keeps(
         assert formula == pytest.approx(real, rel=2e-3)
     else:
         assert formula == real
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
+def test_llamas_kin_keep_what_llama_keeps(kind):
+    """Mistral without its window, and Qwen2, whose q, k and v have biases."""
+    sizes = dict(hidden_size=64, intermediate_size=200, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=320)
+    config = kind(**sizes, **heads, sliding_window=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    named("full").module.inject(model)
+    ids = torch.randint(64, 320, (BATCH, LENGTH))
+    formula = kept(shape_of(config), Step(BATCH, LENGTH, 2), Trains("full"))
+    assert saved_bytes(model, ids) == formula
 
 
 @law

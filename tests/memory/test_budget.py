@@ -27,7 +27,8 @@ from peft_from_scratch.memory.shapes import read_config, shape_of
 from peft_from_scratch.memory.step_bill import step_bill
 from peft_from_scratch.methods import METHODS, named
 from peft_from_scratch.models import smollm2
-from peft_from_scratch.training.loss import accumulate_gradients
+from peft_from_scratch.models.load import load_model
+from peft_from_scratch.training.loss import accumulate_gradients, mean_loss
 
 SEVEN = LlamaConfig(
     hidden_size=4096,
@@ -172,8 +173,8 @@ def zero_divides_what_its_stage_says():
     ):
         setup = Setup(method="full", zero=stage, ranks=ranks)
         parts = bill(SEVEN, setup).parts
-        held = sum(parts[name] for name in HELD)
-        assert held == pytest.approx(whole * (kept + divided / ranks), rel=1e-5)
+        lasting = sum(parts[name] for name in HELD)
+        assert lasting == pytest.approx(whole * (kept + divided / ranks), rel=1e-5)
 
 
 @law
@@ -232,12 +233,24 @@ def a_cache_is_as_large_as_transformers_makes_it():
     assert made.parts["gradients"] == made.parts["optimizer"] == 0
 
 
-def test_evaluation_holds_no_saved_tensors():
-    model = build("llama", dtype=torch.bfloat16)
-    setup = Setup(method="lora", batch=4, length=60)
-    one = bill(model.config, dataclasses.replace(setup, phase="evaluate"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("phase", ["evaluate", "generate"])
+def test_a_forward_pass_keeps_nothing(phase, attention):
+    model, _ = load_model("tiny", device="cpu", dtype="bfloat16")
+    model.set_attn_implementation(attention)
+    pfs.lora.inject(model)
+    setup = Setup(batch=4, length=256, attention=attention)
+    one = bill(model.config, dataclasses.replace(setup, phase=phase))
+    ids = torch.randint(3, 1000, (4, 256))
+    with Meter(model) as meter, torch.no_grad():
+        if phase == "evaluate":
+            row = ids[0].tolist()
+            mean_loss(model, [(row, row)] * 4)
+        else:
+            model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
+    assert one.peak == pytest.approx(meter.memory().peak, rel=0.1)
     assert one.peak < bill(model.config, setup).peak
-    assert one.parts["optimizer"] == one.parts["master"] == 0
+    assert one.parts["optimizer"] == one.parts["gradients"] == 0
 
 
 def test_a_mixture_has_active_parameters():
@@ -283,8 +296,8 @@ def test_1_2_tb_and_350_gb_for_gpt3():
     assert 175e9 * high == pytest.approx(1.40e12, rel=1e-3)
     assert 175e9 * low < 1.2e12 < 175e9 * high
     lora = bill(GPT3, Setup(options={"r": 4, "targets": "attention"}))
-    held = sum(lora.parts[name] for name in (*HELD, "adapter"))
-    assert held / 1e9 == pytest.approx(350, rel=0.01)
+    lasting = sum(lora.parts[name] for name in (*HELD, "adapter"))
+    assert lasting / 1e9 == pytest.approx(350, rel=0.01)
 
 
 def test_130_gb_and_33_gb_for_65_billion():
@@ -376,7 +389,7 @@ BUGS = {
         a_llamas_bill_is_that_of_its_step,
     ),
     "ZeRO stage 2 divides weights": Bug(
-        pieces.held_bytes,
+        pieces.lasting_bytes,
         "recipe.weights * w.own, setup, 3)",
         "recipe.weights * w.own, setup, 2)",
         frozen_weights_are_divided_in_stage_three_only,
@@ -407,7 +420,7 @@ BUGS = {
         tied_embeddings_count_once,
     ),
     "the master copy forgotten": Bug(
-        pieces.held_bytes,
+        pieces.lasting_bytes,
         "shared(recipe.master * w.own, setup, 1) if training else 0",
         "0",
         a_llamas_bill_is_that_of_its_step,
@@ -420,8 +433,8 @@ BUGS = {
     ),
     "the optimizer's states absent until the update": Bug(
         timeline.moments,
-        '"loss": p.held',
-        '"loss": {"weights": p.held["weights"]}',
+        '"loss": p.lasting',
+        '"loss": {"weights": p.lasting["weights"]}',
         a_llamas_bill_is_that_of_its_step,
     ),
     "the change that saves least first": Bug(
