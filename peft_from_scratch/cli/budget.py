@@ -86,7 +86,7 @@ def _fit(config, predicted: Budget, room: int) -> tuple:
     cards = sorted({*(card * 10**9 for card in CARDS), room})
     return (
         room,
-        changes(config, predicted),
+        *changes(config, predicted),
         [(card, most_rows(config, predicted, card)) for card in cards],
     )
 
@@ -94,12 +94,13 @@ def _fit(config, predicted: Budget, room: int) -> tuple:
 def _fit_json(fit: tuple | None) -> dict:
     if fit is None:
         return {}
-    room, rows, cards = fit
+    room, rows, idle, cards = fit
     changed = [{"name": r.name, "peak": r.peak, "saved": r.saved} for r in rows]
     return {
         "fit": {
             "bytes": room,
             "changes": changed,
+            "changes_that_save_nothing": idle,
             "largest_batch": {str(card): most for card, most in cards},
         }
     }

@@ -182,7 +182,7 @@ def passing(shape: Shape, step: Step, trains: Trains) -> int:
 def forward_alone(shape: Shape, step: Step) -> int:
     """Bytes of the temporaries of a forward pass that keeps nothing, an estimate.
 
-    The residual stream and what the norm makes of it, with the MLP's widest moment, four
+    The residual stream, what the norm makes of it, and the MLP's widest moment: four
     tensors of f units. Attention that is written out is wider where rows are long: its
     scores are there in 16 bits and, for the softmax, twice in float32.
     """

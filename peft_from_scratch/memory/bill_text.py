@@ -56,7 +56,7 @@ def table(budget: Budget) -> str:
     ]
     for name in LETTERS:
         count = budget.parts.get(name)
-        if count is not None:
+        if count:
             lines.append(f"  {name:<16}{size(count):>12}   {NOTES[name]}")
     lines.append(f"  {'total':<16}{size(budget.total):>12}   not all at one moment")
     moment, most = peak(budget.moments)
@@ -91,11 +91,13 @@ def fitting(
     budget: Budget,
     room: int,
     rows: Sequence[Change],
+    idle: Sequence[str],
     cards: Sequence[tuple[int, int | None]],
 ) -> str:
     """Whether it fits, what single changes save, and how much fits on which card.
 
     Args
+        rows   the changes that lower the peak; idle: the names of the others
         cards  (bytes, largest batch that fits, or None where it is not known)
     """
     verdict = "fits" if budget.peak <= room else "does not fit"
@@ -106,6 +108,8 @@ def fitting(
         mark = "fits" if row.peak <= room else ""
         saved = f"{size(row.saved):>12} less, peak {size(row.peak):>12}"
         lines.append(f"  {row.name:<38}{saved}  {mark}".rstrip())
+    if idle:
+        lines.append(f"Alone, these save nothing at the peak: {', '.join(idle)}.")
     lines.append("On one card, as it is:")
     for there, batch in cards:
         fits = "fits" if budget.peak <= there else "does not fit"

@@ -49,10 +49,13 @@ def size_in_bytes(text: str) -> int:
     return int(float(parts[1]) * UNITS[unit])
 
 
-def changes(config: PretrainedConfig, budget: Budget) -> list[Change]:
-    """Every single change that lowers the peak, the one that saves most first."""
+def changes(config: PretrainedConfig, budget: Budget) -> tuple[list[Change], list[str]]:
+    """The single changes that lower the peak, and the names of those that do not.
+
+    Returns  (changes, the one that saves most first; names)
+    """
     known = {_key(budget.setup): budget.weighed}
-    rows = []
+    rows, idle = [], []
     for name, setup in _candidates(budget.setup):
         try:
             peak = bill(config, setup, _weighed(config, setup, known)).peak
@@ -60,7 +63,9 @@ def changes(config: PretrainedConfig, budget: Budget) -> list[Change]:
             continue  # a model that this change is impossible for
         if peak < budget.peak:
             rows.append(Change(name, setup, peak, budget.peak - peak))
-    return sorted(rows, key=lambda row: -row.saved)
+        else:
+            idle.append(name)
+    return sorted(rows, key=lambda row: -row.saved), idle
 
 
 def most_rows(config: PretrainedConfig, budget: Budget, room: int) -> int | None:
