@@ -111,6 +111,6 @@ def _draw(predicted: Budget, options) -> None:
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out}: the name of a .png, .svg or .pdf is needed")
     with atomic.new_file(out) as file:
-        bill_text.figure(predicted, str(options.config)).savefig(
+        bill_text.figure(predicted, Path(options.config).name).savefig(
             file, dpi=150, format=out.suffix[1:]
         )

@@ -12,7 +12,9 @@ And the bill of a step that nobody has taken yet, predicted from a config.json:
     setups.py       what is asked for: method, recipe of dtypes, batch, devices
     shapes.py       the sizes in a configuration
     weighing.py     what a method trains and leaves frozen, counted without numbers
+    steps.py        what a step reads, and what trains in it
     activations.py  what a layer keeps for backward, tensor by tensor, as a formula
+    temporaries.py  what comes and goes inside a layer, estimated
     pieces.py       the bytes that the moments of a step are put together from
     timeline.py     the moments of a step, and which of them is the peak
     budget.py       the bill

@@ -48,87 +48,9 @@ The law of this file: the sum equals, to the byte, what torch hands to its saved
 hooks (tests/memory/test_activations.py).
 """
 
-from dataclasses import dataclass, field, replace
-
+from ..methods.lora_fast import FEW
 from .shapes import Shape
-
-FORMULAS = ("full", "lora", "qlora", "pissa", "dora", "houlsby", "prompt", "prefix")
-LOW_RANK = ("lora", "qlora", "pissa", "dora")
-NAMES = {  # of projections: their place in Llama's layer, and in GPT-2's
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "c_attn": "qkv",
-    "o_proj": "o",
-    "attn.c_proj": "o",
-    "gate_proj": "in",
-    "up_proj": "in",
-    "c_fc": "in",
-    "down_proj": "out",
-    "mlp.c_proj": "out",
-}
-ORDER = ("qkv", "o", "in", "out")
-SMALL = 64  # tokens: below, LoRA computes beside bfloat16 in float32 (lora_fast.FEW)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one training step reads, and how it computes.
-
-    itemsize   bytes of an activation's value, s
-    autocast   float32 weights and residual stream, products in bfloat16 (s = 2)
-    """
-
-    batch: int
-    length: int
-    itemsize: int
-    attention: str = "sdpa"
-    checkpointing: bool = False
-    autocast: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-
-@dataclass(frozen=True)
-class Trains:
-    """What trains, by its place in a layer.
-
-    method   one of FORMULAS
-    adapted  {projection of the layer: (d_out, d_in)}, of those with an adapter
-    r, m, n  rank, units of a bottleneck, trained positions
-    """
-
-    method: str
-    adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    r: int = 0
-    m: int = 0
-    n: int = 0
-
-    @property
-    def weights(self) -> bool:
-        return self.method == "full"
-
-    def at(self, place: str, itemsize: int) -> bool:
-        """Whether the input of the projections there is kept for a gradient of W."""
-        if self.method == "houlsby":
-            return False  # a bottleneck reads what the projection returns
-        if self.method == "dora" and itemsize < 4:
-            return False  # it keeps a float32 copy: _of_method
-        return self.weights or any(NAMES[name] == place for name in self.adapted)
-
-    @property
-    def begins(self) -> int:
-        """Where the path of gradients begins: -1 the embedding, else an index of ORDER.
-
-        After the first adapter of the first layer.
-        """
-        if self.method in ("full", "prompt"):
-            return -1
-        if self.method == "prefix":
-            return 0
-        return min(ORDER.index(NAMES[name]) for name in self.adapted)
+from .steps import ORDER, Step, Trains, lengthened
 
 
 def kept(shape: Shape, step: Step, trains: Trains) -> int:
@@ -158,46 +80,6 @@ def tensors(
         rows["k and v"] /= 2  # q has no gradient there, so that k is not needed
     rows |= _of_method(shape, step, trains)
     return {name: round(size * step.tokens) for name, size in rows.items() if size}
-
-
-def passing(shape: Shape, step: Step, trains: Trains) -> int:
-    """Bytes of the temporaries in one layer's backward pass, an estimate.
-
-    The gradients of the MLP's product and of its input are there together, or, in
-    Llama's RMSNorm, four float32 copies of the hidden state. Attention that is written
-    out has two gradients of its probabilities, when the MLP's tensors are gone.
-    """
-    s, d, f = step.itemsize, shape.d, shape.f
-    size = s * (f + d) if trains.weights else 2 * s * f
-    if shape.kind == "llama" and not step.checkpointing:
-        size = max(size, 16 * d)
-    if step.attention == "eager":
-        pairs, llama = shape.heads * step.length, shape.kind == "llama"
-        gone = (4 if llama else 1 + shape.gelu) * s * f
-        gone += s * pairs if llama and s < 4 else 0  # probabilities in bfloat16
-        size = max(size, 2 * (4 if llama else s) * pairs - gone)
-    return size * step.tokens
-
-
-def forward_alone(shape: Shape, step: Step) -> int:
-    """Bytes of the temporaries of a forward pass that keeps nothing, an estimate.
-
-    The residual stream, what the norm makes of it, and the MLP's widest moment: four
-    tensors of f units. Attention that is written out is wider where rows are long: its
-    scores are there in 16 bits and, for the softmax, twice in float32.
-    """
-    s = step.itemsize
-    size = 4 * s * shape.f
-    if step.attention == "eager":
-        scores = 10 * shape.heads * step.length
-        size = max(size, scores + 3 * s * shape.queries)
-    return (size + 2 * s * shape.d) * step.tokens
-
-
-def lengthened(step: Step, trains: Trains) -> Step:
-    """The step with a soft prompt before every row."""
-    n = trains.n if trains.method == "prompt" else 0
-    return replace(step, length=step.length + n)
 
 
 def _llama(shape: Shape, step: Step, trains: Trains, begins: int) -> dict[str, float]:
@@ -290,7 +172,7 @@ def _attention_gpt2(shape: Shape, step: Step, trains: Trains) -> dict[str, float
 
 def _of_method(shape: Shape, step: Step, trains: Trains) -> dict[str, float]:
     """Bytes a token that the adapters of one layer keep."""
-    s, narrow = step.itemsize, step.itemsize < 4 and step.tokens >= SMALL
+    s, narrow = step.itemsize, step.itemsize < 4 and step.tokens >= FEW
     if trains.method in ("lora", "qlora", "pissa"):
         return {"z = x Aᵀ": (s if narrow else 4) * trains.r * len(trains.adapted)}
     if trains.method == "prefix" and step.attention == "sdpa":

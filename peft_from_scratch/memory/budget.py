@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 from . import timeline
-from .activations import forward_alone
 from .pieces import BY_FORMULA, LOGITS, lasting_bytes, pieces_of, step_of
 from .setups import RECIPES, Setup
 from .shapes import shape_of
+from .temporaries import forward_alone
 from .timeline import Pieces
 from .weighing import Weighed, prefix_values, weigh
 
@@ -197,8 +197,8 @@ def _not_counted(config, setup: Setup, w: Weighed) -> tuple[str, ...]:
         )
     if getattr(config, "resid_pdrop", 0) or getattr(config, "attention_dropout", 0):
         lines.append(
-            "dropout on a CPU, whose masks are as wide as what they mask, and where "
-            "attention with dropout keeps probabilities"
+            "dropout on a CPU, whose masks are as wide as what they mask and where "
+            "attention with dropout keeps probabilities; and its masks of those in eager"
         )
     if w.active < w.total:
         lines.append("uneven loads of experts: tokens are taken to spread evenly")

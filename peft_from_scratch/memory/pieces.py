@@ -6,11 +6,13 @@ activations.py; ZeRO's divisions are made here.
 
 from transformers import PretrainedConfig
 
-from .activations import FORMULAS, Step, Trains, a_layer, kept, lengthened, passing
+from .activations import a_layer, kept
 from .formulas import STEP_BYTES
 from .meta_model import kept_for_backward
 from .setups import ADAPTER, Recipe, Setup
 from .shapes import Shape, shape_of
+from .steps import FORMULAS, Step, Trains, lengthened
+from .temporaries import passing
 from .timeline import Pieces
 from .weighing import Weighed, weigh
 

@@ -20,9 +20,9 @@ from ..common import check
 from ..core import adapter
 from ..core.targets import kinds, layers_of, projections
 from ..methods import named
-from .activations import NAMES
 from .formulas import nf4_bytes
 from .meta_model import ghost
+from .steps import NAMES
 
 OPTIONS = ("r", "m", "n", "targets")  # of the methods' inject
 AS_LORA = ("qlora", "dora", "pissa")

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from peft_from_scratch.core import adapter
 from peft_from_scratch.memory import activations
-from peft_from_scratch.memory.activations import NAMES, Step, Trains, a_layer, kept
+from peft_from_scratch.memory.activations import a_layer, kept
 from peft_from_scratch.memory.shapes import shape_of
+from peft_from_scratch.memory.steps import NAMES, Step, Trains, lengthened
 from peft_from_scratch.methods import named
 
 BATCH, LENGTH = 2, 70  # with fewer than 64 tokens, LoRA computes otherwise
@@ -177,7 +178,7 @@ BUGS = {
         activations._gpt2, "shape.gelu * s", "s", gpt2_is_exact
     ),
     "a prompt of no tokens": Bug(
-        activations.lengthened, "step.length + n", "step.length", prompt_is_exact
+        lengthened, "step.length + n", "step.length", prompt_is_exact
     ),
     "a prefix without its mask": Bug(
         activations._of_method,
