@@ -14,7 +14,17 @@ from ..memory.shapes import read_config
 from ..memory.weighing import OPTIONS
 from .commands import given
 
-ASKED = ("method", "dtype", "batch", "attention", "chunk", "zero", "ranks", "phase")
+ASKED = (
+    "method",
+    "dtype",
+    "batch",
+    "attention",
+    "chunk",
+    "zero",
+    "ranks",
+    "device",
+    "phase",
+)
 
 
 def budget(options) -> None:

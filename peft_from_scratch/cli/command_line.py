@@ -241,6 +241,11 @@ def _budget(commands) -> None:
     command.add_argument(
         "--chunk", type=int, metavar="TOKENS", help="logits of so many tokens at a time"
     )
+    command.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="that trains; cuda, the default. On a CPU, dropout keeps more",
+    )
     command.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO")
     command.add_argument("--ranks", type=int, help="devices of the run (1)")
     _sizes(command)

@@ -26,14 +26,16 @@ t: tokens of the sequence.
     input of q, k, v           norm 1     s d                       c_attn trains
     q, k, v in one tensor      attention  3 s d                     on the path
     output, row sums           attention  s d + 4 heads             on the path
-    masks of two dropouts                 2 d                       with dropout
+    masks of two dropouts                 2 d; 2 s d on a CPU       with dropout
     input of c_fc              norm 2     s d                       c_fc trains
     what GELU keeps            MLP        4 s f (gelu_new), else s f  on the path
     output of GELU             MLP        s f                       c_proj trains
 
 That is attention in one kernel (sdpa: flash attention). Written out (eager), it keeps
 heads · t probabilities for each token: in Llama's layer in float32, and once more in
-bfloat16; and its keys and values are copied for every head.
+bfloat16; and its keys and values are copied for every head. With dropout there are two
+more of them, the mask and what it leaves. On a CPU no kernel has dropout: GPT-2's
+attention is then written out with sdpa, too, and in float32.
 
 What a method adds: LoRA keeps z = x Aᵀ, r values a projection. DoRA keeps its inputs in
 float32, and what W0 and B A return. A bottleneck keeps its input in float32 and its m
@@ -148,7 +150,7 @@ def _gpt2(shape: Shape, step: Step, trains: Trains, begins: int) -> dict[str, fl
     if trains.at("out", s):
         rows["input of out"] = s * f
     if shape.dropout:
-        rows["masks of dropout"] = 2 * d
+        rows["masks of dropout"] = 2 * step.mask * d
     return rows
 
 
@@ -157,6 +159,14 @@ def _attention_gpt2(shape: Shape, step: Step, trains: Trains) -> dict[str, float
     s, d = step.itemsize, shape.d
     longer = trains.n if trains.method == "prefix" else 0
     more = (step.length + longer) / step.length
+    pairs = shape.heads * (step.length + longer)
+    if step.attention == "sdpa" and step.device == "cpu" and shape.dropped:
+        return {
+            "q": 4 * d,
+            "k and v": 8 * d * more,
+            "probabilities": 12 * pairs,
+            "output of attention": s * d if trains.at("o", s) else 0,
+        }
     if step.attention == "sdpa":
         rows = {"q": s * d, "output of attention": s * d, "row sums": 4 * shape.heads}
         if longer:  # k and v are copies, and q's tensor still has the old ones in it
@@ -165,7 +175,7 @@ def _attention_gpt2(shape: Shape, step: Step, trains: Trains) -> dict[str, float
     return {
         "q": s * d,
         "k and v": 2 * s * d * more,
-        "probabilities": s * shape.heads * (step.length + longer),
+        "probabilities": (s + (s + step.mask if shape.dropped else 0)) * pairs,
         "output of attention": s * d if trains.at("o", s) else 0,
     }
 
@@ -203,7 +213,7 @@ def _around(shape: Shape, step: Step, trains: Trains) -> int:
         ids = 2 * s * d * T + indices  # what torch.gather reads
     if shape.kind == "gpt2":
         positions = 8 * step.length if own else 0
-        mask = d if shape.dropout else 0
+        mask = step.mask * d if shape.dropout and trains.begins < 0 else 0
         return ids + positions + T * (wide * (d + 2) + (s * d if own else 0) + mask)
     norm = 4 * d + 4 + (wide * d + s * d if own else 0)
     return ids + T * norm + 2 * wide * shape.head_dim * step.length

@@ -195,11 +195,8 @@ def _not_counted(config, setup: Setup, w: Weighed) -> tuple[str, ...]:
         lines.append(
             "the 16-bit base, where the model is loaded whole before it is quantized"
         )
-    if getattr(config, "resid_pdrop", 0) or getattr(config, "attention_dropout", 0):
-        lines.append(
-            "dropout on a CPU, whose masks are as wide as what they mask and where "
-            "attention with dropout keeps probabilities; and its masks of those in eager"
-        )
+    if getattr(config, "attention_dropout", 0):
+        lines.append("dropout in attention (attention_dropout)")
     if w.active < w.total:
         lines.append("uneven loads of experts: tokens are taken to spread evenly")
     return tuple(lines)

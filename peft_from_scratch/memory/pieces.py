@@ -91,6 +91,7 @@ def step_of(setup: Setup, recipe: Recipe) -> Step:
         setup.attention,
         setup.checkpointing,
         setup.dtype == "autocast",
+        setup.device,
     )
 
 

@@ -17,6 +17,7 @@ from ..methods import METHODS
 
 PHASES = ("train", "generate", "evaluate")
 ATTENTIONS = ("sdpa", "eager")
+DEVICES = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Setup:
     attention         "sdpa": no (t, t) matrix; "eager": probabilities are kept
     chunk             label tokens whose logits are there at a time; None: all
     zero, ranks       ZeRO's stage, over how many devices
+    device            "cuda" or "cpu": what dropout keeps differs
     phase             "train", "generate" (keys and values), "evaluate" (one forward)
     """
 
@@ -62,6 +64,7 @@ class Setup:
     chunk: int | None = None
     zero: int = 0
     ranks: int = 1
+    device: str = "cuda"
     phase: str = "train"
     options: dict = field(default_factory=dict)
 
@@ -69,6 +72,7 @@ class Setup:
         check.one_of("method", self.method, [m.name for m in METHODS])
         check.one_of("dtype", self.dtype, RECIPES)
         check.one_of("attention", self.attention, ATTENTIONS)
+        check.one_of("device", self.device, DEVICES)
         check.one_of("phase", self.phase, PHASES)
         check.whole("batch", self.batch, 1, 2**20, of="rows")
         check.whole("length", self.length, 2, 2**24, of="tokens")

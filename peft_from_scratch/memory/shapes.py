@@ -47,6 +47,7 @@ class Shape:
     heads       of the queries; kv_heads those of keys and values; each of head_dim
     vocabulary  rows of the embedding, and of the head
     dropout     share of residual activations that training drops: GPT-2's resid_pdrop
+    dropped     the same of attention's probabilities: GPT-2's attn_pdrop
     gelu        tensors of f units that the activation keeps for backward (see
                 activations.py)
     """
@@ -60,6 +61,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     dropout: float = 0.0
+    dropped: float = 0.0
     gelu: int = 1
 
     @property
@@ -126,6 +128,7 @@ def shape_of(config: PretrainedConfig) -> Shape | None:
             config.n_embd // config.n_head,
             config.vocab_size,
             config.resid_pdrop,
+            config.attn_pdrop,
             kept[config.activation_function],
         )
     return None

@@ -25,6 +25,7 @@ class Step:
 
     itemsize   bytes of an activation's value, s
     autocast   float32 weights and residual stream, products in bfloat16 (s = 2)
+    device     "cuda" or "cpu": dropout keeps more on a CPU
     """
 
     batch: int
@@ -33,10 +34,16 @@ class Step:
     attention: str = "sdpa"
     checkpointing: bool = False
     autocast: bool = False
+    device: str = "cuda"
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    @property
+    def mask(self) -> int:
+        """Bytes of a value's place in a mask of dropout."""
+        return self.itemsize if self.device == "cpu" else 1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import build
 from planting import Bug, each_is_caught, law
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
 from peft_from_scratch.core import adapter
 from peft_from_scratch.memory import activations
@@ -74,6 +74,30 @@ def formula_is_what_torch_keeps(
         assert formula == pytest.approx(real, rel=2e-3)
     else:
         assert formula == real
+
+
+@law
+@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def dropout_on_a_cpu_keeps_masks_and_probabilities(
+    attention="sdpa", dtype=torch.bfloat16, name="full"
+):
+    sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=320)
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    assert config.resid_pdrop and config.attn_pdrop and config.embd_pdrop
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention
+    )
+    named(name).module.inject(model)
+    adapted = {} if name == "full" else dict.fromkeys(PROJECTIONS_OF_GPT2, (0, 0))
+    trains = Trains(name, adapted, 8 if adapted else 0)
+    step = Step(BATCH, LENGTH, dtype.itemsize, attention, device="cpu")
+    ids = torch.randint(64, 320, (BATCH, LENGTH))
+    assert saved_bytes(model, ids) == kept(shape_of(config), step, trains)
+
+
+PROJECTIONS_OF_GPT2 = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")
 
 
 @pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
@@ -176,6 +200,12 @@ BUGS = {
     ),
     "GELU keeps its input alone": Bug(
         activations._gpt2, "shape.gelu * s", "s", gpt2_is_exact
+    ),
+    "masks of dropout forgotten": Bug(
+        activations._gpt2,
+        "2 * step.mask * d",
+        "0",
+        dropout_on_a_cpu_keeps_masks_and_probabilities,
     ),
     "a prompt of no tokens": Bug(
         lengthened, "step.length + n", "step.length", prompt_is_exact
