@@ -1,4 +1,4 @@
-"""The command line: doctor, compare, train, chat, serve and merge.
+"""The command line: doctor, compare, train, chat, serve, merge, budget, ledger, work.
 
 Nothing here imports torch until a command runs: the tables of methods and of candidates
 import none, and other names that the library has as well (templates, bases) are written
@@ -20,6 +20,7 @@ OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load
 RESUMABLE = ("compare", "train", "ledger")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
+RECIPES = ("mixed", "float32", "autocast", "bf16-pure")  # of a memory bill
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     _chat(commands)
     _serve(commands)
     _merge(commands)
+    _budget(commands)
     _ledger(commands)
     _work(commands)
     return top
@@ -177,11 +179,8 @@ def _train(commands) -> None:
     _max_tokens(command)
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--r", type=int, help="rank (lora and its kin)")
-    command.add_argument("--alpha", type=float, help="scale is alpha / r (the same)")
-    command.add_argument("--targets", help="preset or name (the same, and ia3)")
-    command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
-    command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
+    command.add_argument("--alpha", type=float, help="scale is alpha / r (lora's kin)")
+    _sizes(command)
     _base(command)
     _dtype(command)
     command.set_defaults(run=run_train)
@@ -241,6 +240,65 @@ def _merge(commands) -> None:
     command.add_argument("--out", required=True, help="new folder for the merged model")
     _base(command)
     command.set_defaults(run=run_merge)
+
+
+def _budget(commands) -> None:
+    command = _command(
+        commands, "budget", "the memory bill of a training step, from a config.json"
+    )
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="a folder with a config.json, or the file; tiny, smollm2, or a hub id "
+        "whose configuration was fetched before: nothing is downloaded",
+    )
+    names = [method.name for method in METHODS]
+    command.add_argument("--method", choices=names, default="lora")
+    command.add_argument(
+        "--dtype",
+        choices=RECIPES,
+        help="of what the base trains; mixed, the default: bfloat16 weights and "
+        "gradients, float32 master copy and AdamW states, 16 bytes a parameter. "
+        "Adapters are float32 in each",
+    )
+    command.add_argument("--batch", type=int, help="rows of a micro-batch (1)")
+    command.add_argument("--seq", type=int, default=512, help="tokens of a row (512)")
+    command.add_argument(
+        "--attention",
+        choices=("sdpa", "eager"),
+        help="sdpa, the default: in one kernel; eager keeps tokens² probabilities",
+    )
+    command.add_argument(
+        "--checkpointing", action="store_true", help="compute each layer twice"
+    )
+    command.add_argument(
+        "--chunk", type=int, metavar="TOKENS", help="logits of so many tokens at a time"
+    )
+    command.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="that trains; cuda, the default. On a CPU, dropout keeps more",
+    )
+    command.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO")
+    command.add_argument("--ranks", type=int, help="devices of the run (1)")
+    _sizes(command)
+    command.add_argument(
+        "--phase",
+        choices=("train", "generate", "evaluate"),
+        help="a training step, the default; keys and values of generating; one forward "
+        "pass",
+    )
+    command.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="16GB for example: does it fit, and which change saves most",
+    )
+    command.add_argument(
+        "--json", action="store_true", help="one JSON object, in bytes"
+    )
+    command.add_argument("--out", metavar="FILE.png", help="draw the timeline")
+    command.set_defaults(run=run_budget)
 
 
 def _ledger(commands) -> None:
@@ -308,6 +366,14 @@ def _own_rows(command) -> None:
         "--completion", help=f"{of_data_sets}the column of the completions"
     )
     command.add_argument("--config", help=f"{of_data_sets}one of its configurations")
+
+
+def _sizes(command) -> None:
+    """Sizes of what is injected, which the methods have or have not."""
+    command.add_argument("--r", type=int, help="rank (lora and its kin)")
+    command.add_argument("--targets", help="preset or name (the same, and ia3)")
+    command.add_argument("--m", type=int, help="units of a bottleneck (houlsby)")
+    command.add_argument("--n", type=int, help="trained positions (prefix, prompt)")
 
 
 def _max_tokens(command) -> None:
@@ -416,6 +482,12 @@ def run_merge(options) -> None:
     from .commands import merge_to_folder
 
     merge_to_folder(options)
+
+
+def run_budget(options) -> None:
+    from .budget import budget
+
+    budget(options)
 
 
 def run_ledger(options) -> None:

@@ -1,5 +1,6 @@
-"""Parameters of a LoRA and bytes of AdamW, by formula: no model is needed."""
+"""Parameters of a LoRA, bytes of AdamW and of NF4, by formula: no model is needed."""
 
+import math
 from collections.abc import Iterable
 
 STEP_BYTES = 4  # torch's AdamW counts the steps of each tensor in a float32 scalar
@@ -77,3 +78,14 @@ def zero_traffic(
     """
     moved = [*trainable] * (2 if stage < 3 else 1) + [*gathered] * (stage == 3)
     return sum((ranks - 1) * -(-numel // ranks) * itemsize for numel in moved)
+
+
+def nf4_bytes(values: int, block: int = 64, double: bool = True) -> int:
+    """Bytes of a tensor in NF4: two codes a byte, and a constant for each block.
+
+    ⌈n / 2⌉ + 4 ⌈n / block⌉                                  with float32 constants
+    ⌈n / 2⌉ + ⌈n / block⌉ + 4 ⌈blocks / 256⌉ + 4             double: constants in 8 bits
+    """
+    blocks = math.ceil(values / block)
+    constants = blocks + 4 * math.ceil(blocks / 256) + 4 if double else 4 * blocks
+    return math.ceil(values / 2) + constants

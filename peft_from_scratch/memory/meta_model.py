@@ -14,30 +14,44 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
 
 from ..core.adapter import trainable
 from ..models.load import pick_dtype
 from ..training.loss import logits_at, widened
+from .meter import Meter
 from .step_bill import optimizer_class, step_bill
 
 ATTENTION = "peft_from_scratch.ghost"  # its name among transformers' kinds of attention
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def ghost(config: PretrainedConfig, dtype: str | torch.dtype = "bfloat16") -> nn.Module:
+def ghost(
+    config: PretrainedConfig,
+    dtype: str | torch.dtype = "bfloat16",
+    attention: str = "sdpa",
+) -> nn.Module:
     """A causal language model of this configuration, without numbers.
 
     Args
-        config  of any model of transformers, model.config for example; not changed
-        dtype   of the weights that it would have
+        config     of any model of transformers, model.config for example; not changed
+        dtype      of the weights that it would have
+        attention  "sdpa": in a kernel, without a (t, t) matrix; "eager": with one
     Memory   none, but for the modules themselves
     """
     AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)  # it is causal
     config = copy.deepcopy(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, dtype=pick_dtype(dtype), attn_implementation=ATTENTION
+            config,
+            dtype=pick_dtype(dtype),
+            attn_implementation=ATTENTION if attention == "sdpa" else attention,
         )
 
 
@@ -63,13 +77,51 @@ def bill(model: nn.Module, recipe: str, *, batch: int = 1, length: int = 64) -> 
     return counted
 
 
+def kept_for_backward(model: nn.Module, batch: int, length: int) -> tuple[int, int]:
+    """Bytes of activations of an injected ghost: what forward keeps, and the most.
+
+    Returns  what torch hands to its saved-tensor hooks until the logits are there,
+             parameters left out; and the most of activations, logits and all temporary
+             tensors at one moment of forward and backward
+    Raises   ValueError  a model that cannot run without numbers, with the reason
+    """
+    ids = torch.empty(batch, length, dtype=torch.long, device="meta")
+    own = [*model.parameters(), *model.buffers()]
+    own = {tensor.untyped_storage()._cdata for tensor in own}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _logits(model, ids)
+        with Meter(model) as meter:
+            _loss(model, ids).backward()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()[0][:120]
+        raise ValueError(
+            f"{type(model).__name__} cannot take a step without numbers ({why})"
+        ) from None
+    for parameter in model.parameters():
+        parameter.grad = None
+    return sum(s.nbytes() for s in kept.values()), meter.memory().activations
+
+
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    # transformers would read the values of a mask that it has to make; it leaves one
-    # with four sides as it is, and _attend does not look at it.
-    mask = torch.empty(1, 1, 1, 1, device="meta")
-    logits = logits_at(model, ids, slice(None, -1), attention_mask=mask)
-    targets = ids[:, 1:].flatten()
+    logits, targets = _logits(model, ids), ids[:, 1:].flatten()
     return F.cross_entropy(widened(logits.flatten(0, 1)), targets, reduction="sum")
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    # Where transformers gets no mask, it looks into the position ids for packed rows,
+    # and these have no values.
+    mask = torch.ones_like(ids)
+    return logits_at(model, ids, slice(None, -1), attention_mask=mask)
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **_):

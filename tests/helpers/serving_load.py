@@ -324,7 +324,7 @@ class Load:
         async with where as got:
             async for _ in got.aiter_lines():
                 break
-        self.report.statuses["vanished"] += 1
+        self.report.statuses["vanished 200"] += 1
 
     @staticmethod
     def _cut(file: Path) -> None:

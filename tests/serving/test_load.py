@@ -30,5 +30,5 @@ def test_a_server_under_load_crosses_and_loses_nothing(tmp_path):
         statuses = {status for kind, status in seen if kind == what}
         assert statuses and statuses <= {expected, *expected}, (what, told)
     assert {status for what, status in seen if what == "load"} <= {"200", "503"}, told
-    assert report.statuses["load 200"] > 0 and report.statuses["vanished"] > 0, told
+    assert report.statuses["load 200"] > 0 and report.statuses["vanished 200"] > 0, told
     assert all(report.seconds.values()), told
