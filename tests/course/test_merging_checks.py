@@ -16,11 +16,11 @@ LESSON = lesson(build.FOLDER / "06_merging.py")
 
 TOLD = {  # exercise: {mutant: what its learner must read}
     "6.1": {
-        "always merged": "two of the ways are taken for each other",
+        "always merged": "the base itself has to be a candidate",
         "always none of these": "the candidate is not rounded to W's dtype",
         "nothing is left over": "nearly none of BA",
         "the usual tolerance": "a tolerance that is wider than the update",
-        "no candidate is rounded": "is not rounded to W's dtype",
+        "no candidate is rounded": "or it is not rounded",
         "equal bits": "may have computed in float32",
         "twice is no candidate": "2 · scale · BA is no candidate",
         "a lost scale is no candidate": "BA without the scale is no candidate",
@@ -38,15 +38,16 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "the mean": "the mean in place of the sum",
         "the first alone": "only the first adapter",
         "the sides are swapped": "A and B are swapped",
-        "a dense sum": "the sum of the ranks is enough",
+        "a dense sum": "you return a dense sum",
         "the product": "return A, B",
         "in double precision": "a dtype of your own",
     },
     "6.3": {
         "in place, still tied": "the embedding was changed too",
-        "in place, untied": "the embedding was changed too",
+        "in place, untied": "which is written once",
         "nothing is saved": "the model is changed, and never saved",
-        "the model is not changed": "the update is lost",
+        "the model is not changed": "which is written once",
+        "tied, and not changed": "the update is lost",
         "no scale": "the scale is missing",
         "twice": "there twice",
         "subtracted": "the sign of the update",

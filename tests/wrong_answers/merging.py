@@ -212,6 +212,7 @@ MUTANTS = {
         "the config still ties": export(untie="pass"),
         "nothing is saved": export(save="pass"),
         "the model is not changed": export(change="pass"),
+        "tied, and not changed": export(change="pass", untie="pass"),
         "no scale": head_of("head.weight.detach() + B @ A"),
         "twice": head_of("head.weight.detach() + 2 * scale * B @ A"),
         "subtracted": head_of("head.weight.detach() - scale * B @ A"),

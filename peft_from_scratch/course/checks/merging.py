@@ -126,7 +126,8 @@ _LIKELY = {  # (expected, got): the likely mistake
     "nearly none of BA, and has changed W all the same",
     (TWICE, OTHER): "2 · scale · BA is no candidate, or it is not rounded",
     (NO_SCALE, OTHER): "BA without the scale is no candidate, or it is not rounded",
-    (TWICE, MERGED): "the size of the update is not compared, only its direction",
+    (TWICE, MERGED): "a tolerance that is wider than the update, or one that looks at "
+    "its direction alone",
     (NO_SCALE, MERGED): "the scale is left out of your candidate: what you call merged "
     "is BA",
     (MERGED, NO_SCALE): "the scale is left out of your candidate, or the two names are "
@@ -232,12 +233,11 @@ def _two_factors(answer, adapters: Adapters, where: str) -> tuple[Tensor, Tensor
     k = A.shape[0] if A.ndim == 2 else 0
     if shapes != ((k, d_in), (d_out, k)) or k > most:
         likely = "A has k rows and B has k columns"
-        if shapes == ((d_out, k), (k, d_in)) or shapes[::-1] == ((k, d_in), (d_out, k)):
+        rows = B.shape[0] if B.ndim == 2 else 0
+        if shapes == ((k, d_in), (d_out, k)):
+            likely = "the sum of the ranks is enough: you return a dense sum"
+        elif shapes == ((d_out, rows), (rows, d_in)):
             likely = "A and B are swapped"
-        elif shapes == ((k, d_in), (d_out, k)):
-            likely = (
-                "the sum of the ranks is enough: a dense sum has all rows of the weight"
-            )
         raise Wrong(
             f"the shapes of A and B, {where}\n  expected  (k, {d_in}) and "
             f"({d_out}, k), k at most {most}\n  got       {shapes[0]} and {shapes[1]}\n"
@@ -414,12 +414,20 @@ def _exported(my_export: Callable, case: Tied, place: Path) -> tuple[Tensor, boo
     shutil.move(first, second)  # nothing but the files may count
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(second)
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                second, output_loading_info=True
+            )
             config = AutoConfig.from_pretrained(second)
     except (OSError, ValueError, RuntimeError) as error:
         raise Wrong(
             f"{case.name}: from_pretrained(folder) failed: {error}\nLikely mistake: "
             "save the whole model by model.save_pretrained(folder)"
         ) from None
+    if missing := sorted(report["missing_keys"]):
+        raise Wrong(
+            f"{case.name}: the file holds no {missing[0]}, which transformers then "
+            "draws at random\nLikely mistake: the config says that nothing is tied, "
+            "but head and embedding still were one tensor, which is written once"
+        )
     with torch.no_grad():
         return loaded.eval()(case.ids).logits.float(), config.tie_word_embeddings
