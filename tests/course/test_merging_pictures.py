@@ -33,7 +33,8 @@ def every_error_is_drawn_at_its_place():
 @law
 def the_words_have_the_means():
     words = pictures.errors_in_words(ROWS)
-    assert words.startswith("float32 5.5e-05 %; bfloat16 1.1 %; ")
+    control = "a random update (control) 115 %"
+    assert words == f"float32 5.5e-05 %; bfloat16 1.1 %; {control}"
 
 
 @law

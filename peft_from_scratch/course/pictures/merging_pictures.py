@@ -137,7 +137,8 @@ def errors(
 def errors_in_words(rows: Mapping[str, Sequence[float]]) -> str:
     """ "label 0.86 %; …": the mean of each row."""
     means = {label: sum(row) / len(row) for label, row in rows.items()}
-    return "; ".join(f"{label} {mean:.2g} %" for label, mean in means.items())
+    texts = {n: f"{mean:.{2 if mean < 10 else 3}g}" for n, mean in means.items()}
+    return "; ".join(f"{label} {text} %" for label, text in texts.items())
 
 
 # Products -----------------------------------------------------------------------------
