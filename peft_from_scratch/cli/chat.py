@@ -75,8 +75,21 @@ def _manner(options, tokenizer) -> tuple[str, str]:
         instruction = trained[1] if instruction is None else instruction
     if instruction and not is_unicode(instruction):
         raise ValueError(f"--system {instruction!r} is not UTF-8 text: write it anew")
-    template = template or ("chat" if tokenizer.chat_template else "raw")
-    return template, instruction or ""
+    return template or _usual(tokenizer), instruction or ""
+
+
+def stop_of(adapter: str, tokenizer) -> int:
+    """The token that ended each answer in the adapter's training.
+
+    Raises  ValueError  a record that is broken; see tasks/manner.py
+    """
+    template, _ = recorded(Path(adapter) / RECORD)
+    return stop_token(tokenizer, template or _usual(tokenizer))
+
+
+def _usual(tokenizer) -> str:
+    """The template for whoever says none."""
+    return "chat" if tokenizer.chat_template else "raw"
 
 
 def _ask() -> str | None:

@@ -45,6 +45,7 @@ from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
 from ..training.precision import autocast_of, loaded_in
 from . import masks
+from .chat import stop_of
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
 TEST_ROWS = 100  # answered before and after
@@ -122,7 +123,11 @@ def fine_tune(options) -> None:
 
 
 def merge_to_folder(options) -> None:
-    """Fold an adapter into its base and write a model that needs no adapter code."""
+    """Fold an adapter into its base and write a model that needs no adapter code.
+
+    Its generation config ends answers where they ended in training: a base model's own
+    end token is often another one than that of the chat template.
+    """
     out = Path(options.out)
     if out.exists():
         raise FileExistsError(f"{out} is there already; name a new folder")
@@ -130,6 +135,8 @@ def merge_to_folder(options) -> None:
     names = exchange.load_as_trained(model, options.adapter)
     errors = merge(model)
     dequantize_model(model)  # what was in four bits and had no adapter
+    if tokenizer.chat_template or tokenizer.eos_token_id is not None:
+        _end_at(model, stop_of(options.adapter, tokenizer))
     with atomic.new_folder(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -138,6 +145,15 @@ def merge_to_folder(options) -> None:
         f"merged {len(names)} modules; rounding lost {worst:.1e} of the change at most"
     )
     print(f"{out} is a whole model: load it with transformers, or --base {out}")
+
+
+def _end_at(model, stop: int) -> None:
+    """Let generate() end an answer at this token, too."""
+    config = model.generation_config
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if stop not in ends:
+        config.eos_token_id = [*ends, stop]
 
 
 def given(options, *names: str) -> dict:

@@ -20,7 +20,7 @@ MODULES = {  # room -> modules of it that lessons use
     "comparison": ("figures", "findings"),
     "course": ("bit_costs", "cards", "lesson", "memory_plan"),
     "course.pictures": (
-        *("merge_picture", "weight_picture"),
+        *("merge_picture", "merging_pictures", "weight_picture"),
         *("access_picture", "bfloat16_picture", "bottleneck_pictures"),
         *("code_books", "gpu_pictures"),
         *("rounding_pictures", "storage_pictures"),
@@ -31,8 +31,9 @@ MODULES = {  # room -> modules of it that lessons use
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "finetune"),
         *("formats", "fusing", "latency", "one_gpu", "paging", "rank_and_place"),
-        *("scaling", "spectrum", "standalone", "starts"),
+        *("merged_time", "merging", "scaling", "spectrum", "standalone", "starts"),
     ),
+    "files": ("combine",),
     "memory": ("formulas", "meta_model", "meter"),
     "models": ("minilm",),
     "plotting": ("curves", "roofline"),
@@ -40,7 +41,7 @@ MODULES = {  # room -> modules of it that lessons use
 NAMES = {  # module -> names in it that lessons use
     "common.quiet": ("quiet_transformers",),
     "comparison.timing": ("step_seconds",),
-    "core.adapter": ("adapters",),
+    "core.adapter": ("adapters", "disabled"),
     "core.counting": ("count",),
     "course.lesson": ("start",),
     "ledger.claim": ("Claim", "Rule"),

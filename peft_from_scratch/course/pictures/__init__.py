@@ -13,5 +13,6 @@ holds memory during an optimizer step), lead_picture.py (paired differences with
 intervals), soft_prompt_pictures.py (a prompt before a padded batch, attention with a
 prefix, what each vector is worth), bottleneck_pictures.py (a bottleneck and a LoRA at
 one projection, times of a decoding step), weight_picture.py (when a dequantized weight
-exists), merge_picture.py (what rounding keeps of an update).
+exists), merge_picture.py (what rounding keeps of an update), merging_pictures.py (one
+product for three, errors on a logarithmic axis, cross terms of added factors).
 """
