@@ -35,7 +35,7 @@ from ..runs import Run
 
 SEEDS = (0, 1, 2)  # the whole measurement, again
 ROWS, COUNTS = 16, (1, 2, 4, 8, 16)  # adapters among the rows
-RANK, SIZE = 8, 0.02  # standard deviation of A and B
+RANK, SIZE = 8, 0.1  # standard deviation of A and B
 ROUNDS, STEPS, PROMPT = 7, 8, 32  # decoding steps in a turn; tokens behind each row
 CLOSE, FAR = 1e-4, 1e-2  # of the logits' norm: equal; told apart
 STEADY = 1.1  # the largest ratio of the base to its copy
