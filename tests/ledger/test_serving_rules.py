@@ -10,6 +10,7 @@ from planting import Bug, each_is_caught, law
 
 from peft_from_scratch import lora
 from peft_from_scratch.core.adapter import adapters
+from peft_from_scratch.ledger import runs
 from peft_from_scratch.ledger.experiments import finetune, many_adapters, wrong_cache
 from peft_from_scratch.serving.batch import Slots
 from peft_from_scratch.tasks.templates import IGNORED
@@ -222,6 +223,30 @@ def own_keys_and_values_change_nothing_and_others_do():
     assert max(result["error"]["own"].values()) < 1e-5
     assert min(result["error"]["other"].values()) > 0.01
     assert sum(result["whole"]["other"]) > 0 == sum(result["whole"]["own"])
+
+
+def test_times_are_relative_round_by_round():
+    seconds = {"a": [1.0, 2.0, 4.0, 1.0, 1.0, 1.0], "b": [2.0, 4.0, 8.0, 2.0, 2.0, 3.0]}
+    assert many_adapters.relative(seconds, "a") == {"b": (2.0, 2.0, 3.0)}
+
+
+def test_the_points_of_the_figures_are_what_is_judged():
+    for config in many_adapters.configs("tiny"):
+        runs.write(config, timed()(config))
+    m3 = [runs.stored(c) for c in many_adapters.configs("tiny")]
+    points = {way: many_adapters.throughput(m3, way) for way in ("gather", "loop")}
+    assert points["gather"][0] == points["loop"][0] == (1, 100, 100, 100)
+    assert points["gather"][-1][1:] == pytest.approx([100 / 1.2] * 3)
+    assert points["loop"][-1] == pytest.approx((16, *[100 / 9] * 3))
+    for config in wrong_cache.configs("tiny"):
+        runs.write(config, cached(20.0 + 10 * (config["seed"] % 2))(config))
+    y2 = [runs.stored(c) for c in wrong_cache.configs("tiny")]
+    points = wrong_cache.by_share([run.result for run in y2], "other task")
+    expected = wrong_cache.measured(y2)
+    assert points[-1] == (100, expected.value, expected.low, expected.high)
+    assert points[0] == (25, 0, 0, 0)
+    (_, mean, low, high) = wrong_cache.by_share([y2[0].result], "other task")[-1]
+    assert (mean, low, high) == (20, 20, 20)
 
 
 BUGS = {

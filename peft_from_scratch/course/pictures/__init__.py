@@ -13,5 +13,6 @@ holds memory during an optimizer step), lead_picture.py (paired differences with
 intervals), soft_prompt_pictures.py (a prompt before a padded batch, attention with a
 prefix, what each vector is worth), bottleneck_pictures.py (a bottleneck and a LoRA at
 one projection, times of a decoding step), weight_picture.py (when a dequantized weight
-exists), merge_picture.py (what rounding keeps of an update).
+exists), merge_picture.py (what rounding keeps of an update), serving_pictures.py (ways
+to compute a batch with many adapters, a batch over time, a pool, a foreign cache).
 """

@@ -239,6 +239,29 @@ def ratio(all_runs: Sequence[Run], name: str, other: str) -> tuple[float, float,
     )
 
 
+def throughput(all_runs: Sequence[Run], way: str) -> list[tuple[float, ...]]:
+    """[(adapters, throughput in % of that with one, low, high), …] of gather or loop.
+
+    Args
+        way  "gather" or "loop"
+    """
+    points = []
+    for count in COUNTS:
+        name = f"{way if count > 1 else 'gather'} {count}"
+        shares = (100 * each for each in ratio(all_runs, "gather 1", name))
+        points.append((count, *shares))
+    return points
+
+
+def relative(seconds: Mapping[str, Sequence[float]], to: str) -> dict[str, tuple]:
+    """{name: (ratio, low, high)} of the others' times to this one's, round by round."""
+    return {
+        name: of_median([a / b for a, b in zip(own, seconds[to], strict=True)])
+        for name, own in seconds.items()
+        if name != to
+    }
+
+
 def measured(all_runs: Sequence[Run]) -> Measured:
     """Throughput with the most adapters, in % of that with one adapter for all rows."""
     apart = max(run.result["apart"] for run in all_runs)

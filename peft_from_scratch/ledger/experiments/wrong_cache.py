@@ -174,6 +174,23 @@ def changed(
     return mean, min(seeds[0], items[0]), max(seeds[1], items[1])
 
 
+def by_share(results: Sequence[Mapping], who: str) -> list[tuple[float, ...]]:
+    """[(% of the prompt that is cached, % of the tokens that change, low, high), …]
+
+    Of compute's results, one a seed; the interval as that of `changed`, and over rows
+    alone where there is one seed.
+    """
+    points = []
+    for share in results[0]["changed"][who]:
+        rows = [_per_cent(r["changed"][who][share], r["tokens"]) for r in results]
+        mean, *ends = nested_bootstrap(rows)
+        if len(rows) > 1:
+            _, low, high = over_seeds([fmean(each) for each in rows])
+            ends = min(low, ends[0]), max(high, ends[1])
+        points.append((int(share), mean, *ends))
+    return points
+
+
 def measured(all_runs: Sequence[Run]) -> Measured:
     """% of the tokens that change with another task's cache of the whole prompt."""
     for run in all_runs:
