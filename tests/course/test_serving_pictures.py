@@ -157,6 +157,14 @@ def words_have_their_reader_and_changes_are_marked():
     assert got[3:] == [Token("x", None), Token("y", None, True)]
 
 
+def test_a_token_without_a_text_is_shown_as_the_end_of_a_line():
+    class Tokenizer:
+        def decode(self, ids):
+            return [" Lima", "\n"][ids[0]]
+
+    assert pictures.words_of(Tokenizer())([0, 1, 0]) == ["Lima", "\u21b5", "Lima"]
+
+
 def test_long_rows_of_tokens_are_wrapped():
     row = [Token("word", "a")] * 40
     lines = pictures._wrapped(row, 5.0)
