@@ -491,8 +491,8 @@ for load in (0.0, 0.1, 1.0, 10.0):
 # adapter at the key and value projections, and in every layer below, changes them. The
 # same prompt has other keys and values under each adapter.
 #
-# The next cell reads a prompt under adapter `gap-1`, keeps the cache of all but its last
-# token, and lets `gap-2` go on from there. The tokens themselves are the same.
+# The next cell reads a prompt under adapter `gap-1`, keeps the cache of all but its
+# last token, and lets `gap-2` go on from there. The tokens themselves are the same.
 
 
 # %%
