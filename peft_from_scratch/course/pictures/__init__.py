@@ -14,5 +14,7 @@ intervals), soft_prompt_pictures.py (a prompt before a padded batch, attention w
 prefix, what each vector is worth), bottleneck_pictures.py (a bottleneck and a LoRA at
 one projection, times of a decoding step), weight_picture.py (when a dequantized weight
 exists), merge_picture.py (what rounding keeps of an update), merging_pictures.py (one
-product for three, errors on a logarithmic axis, cross terms of added factors).
+product for three, errors on a logarithmic axis, cross terms of added factors),
+serving_pictures.py (ways to compute a batch with many adapters, a batch over time, a
+pool, a foreign cache).
 """
