@@ -709,13 +709,13 @@ QLORA = {
         partial(beside.an_adapter_brings_its_bits_along, method="qlora"),
     ),
     "other bits are not noticed": Bug(
-        base_notes.warning_of_bits,
+        base_notes.other_bits,
         "if bits and bits != read_bits(here):",
         "if False:",
         beside.a_file_of_other_bits_warns,
     ),
     "the warning is given to a base in four bits, too": Bug(
-        base_notes.warning_of_bits,
+        base_notes.other_bits,
         "if bits and not here:",
         "if bits:",
         beside.a_file_of_four_bits_warns_on_a_base_in_full,
