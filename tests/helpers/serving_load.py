@@ -253,8 +253,9 @@ class Load:
                     break
                 if line.startswith("data: "):
                     event = json.loads(line[6:])
-                    if "error" in event:
-                        return 500, "", None
+                    if "error" in event:  # its status was sent before
+                        code = event["error"]["code"]
+                        return {"removed": 404}.get(code, 500), "", None
                     text += event["choices"][0]["text"]
                     ended |= event["choices"][0]["finish_reason"] is not None
                     digest = event["system_fingerprint"]
