@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from .theme import SMALL, Theme
+from .theme import SMALL, Theme, readable
 
 APART = 0.15  # inches between two points that would otherwise cover each other
 
@@ -161,3 +162,51 @@ def spread(places: Sequence[float], apart: float) -> list[float]:
     means = [mean for mean, members in pools for _ in range(members)]
     moved = {index: means[i] + i * apart for i, index in enumerate(order)}
     return [moved[index] for index in range(len(places))]
+
+
+# Parts of a diagram -------------------------------------------------------------------
+
+
+def path(
+    axes: Axes,
+    places: Sequence[tuple[float, float]],
+    theme: Theme,
+    first: str = "",
+    last: str = "",
+    *,
+    gap: float = 0.15,
+    size: float = 10,
+) -> None:
+    """Lines through places, an arrow at the end, names at both ends.
+
+    Args
+        gap, size  of the last name: its distance from the arrow, and its font
+    """
+    xs, ys = zip(*places, strict=True)
+    axes.plot(xs[:-1], ys[:-1], color=theme.muted, linewidth=1.2, zorder=1)
+    arrow = {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.2}
+    arrow |= {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 10}
+    axes.annotate("", places[-1], places[-2], arrowprops=arrow, zorder=1)
+    (x, y), (end, level) = places[0], places[-1]
+    axes.text(x - 0.15, y, first, size=10, ha="right", va="center")
+    axes.text(end + gap, level, last, size=size, ha="left", va="center")
+
+
+def box(
+    axes: Axes,
+    x: float,
+    y: float,
+    name: str,
+    color: str,
+    theme: Theme,
+    *,
+    tall: float,
+    wide: float,
+) -> None:
+    """A box with rounded corners around (x, y), its name inside."""
+    edge = {"facecolor": color, "edgecolor": theme.ink, "linewidth": 0.7, "zorder": 3}
+    shape = "round,pad=0,rounding_size=0.1"
+    corner = x - wide / 2, y - tall / 2
+    axes.add_patch(FancyBboxPatch(corner, wide, tall, boxstyle=shape, **edge))
+    ink = readable(color)
+    axes.text(x, y, name, size=10, ha="center", va="center", color=ink, zorder=4)

@@ -238,9 +238,11 @@ class Engine:
         self._notice_load()
         if self._reader is None and len(self._running) < self.rows:
             any(self._begins(ticket) for ticket in self._candidates())
-        missing = (t.request.adapter for t in self._candidates() if self._misses(t))
-        if self._load is None and (name := next(missing, None)):
-            self._load = name, self._loader.submit(self._fetch, name)
+        if self._load is None:
+            ticket = next(filter(self._misses, self._candidates()), None)
+            if ticket is not None:
+                name = ticket.request.adapter
+                self._load = name, self._loader.submit(self._fetch, name)
 
     def _misses(self, ticket: Ticket) -> bool:
         """Whether its adapter is not in memory."""

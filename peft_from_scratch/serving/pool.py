@@ -153,7 +153,7 @@ class AdapterPool:
         _refuse_bad_name(name)
         folder = self._inside(folder)
         with self._reading:
-            version = self._read(name, folder)
+            version = self._read(name, folder, digest_of(folder))
             if _changes_nothing(version):
                 text = f"the adapter from {folder} changes nothing: it is untrained"
                 warnings.warn(text, stacklevel=2)
@@ -232,8 +232,7 @@ class AdapterPool:
             return self._read_again(name, entry)
 
     def _read_again(self, name: str, entry: Entry) -> Version:
-        version = self._read(name, entry.folder)
-        _refuse_changed(entry, version.digest)
+        version = self._read(name, entry.folder, entry.digest)
         with self._lock:
             if self._entries.get(name) is not entry:
                 raise KeyError(f"{name!r} was removed while it was read")
@@ -347,16 +346,19 @@ class AdapterPool:
                 )
         return folder
 
-    def _read(self, name: str, folder: Path) -> Version:
-        """A folder's content, checked against the model."""
-        before = digest_of(folder)
+    def _read(self, name: str, folder: Path, digest: str) -> Version:
+        """A folder's content, checked against the model.
+
+        Args
+            digest  of the folder just before
+        """
         self._refuse_large(folder / WEIGHTS)
         file = AdapterFile.read(folder)
-        if digest_of(folder) != before:
+        if digest_of(folder) != digest:
             raise ValueError(f"{folder} was written to while it was read: add it again")
         if text := base_notes.other_bits(self._bits, file.notes, folder):
             warnings.warn(text, stacklevel=3)
-        return Version(name, before, self._layers(file))
+        return Version(name, digest, self._layers(file))
 
     def _refuse_large(self, file: Path) -> None:
         """ValueError for a file whose content cannot fit, before it is in memory.

@@ -13,23 +13,20 @@ import asyncio
 import json
 import random
 import shutil
-import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
 
 import httpx
 import torch
-import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from loopback import listening
 from served import adapter_folder
 
 from peft_from_scratch import load, load_model, remove
@@ -169,24 +166,6 @@ class Shelf:
         folder = self.root / name
         replace(self.first, tensors=tensors).write(folder)
         return self.reference.note(folder)
-
-
-@contextmanager
-def listening(app):
-    """A uvicorn server on a free port of this machine; its address."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        place.listen(256)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([place],))
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{place.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 class Load:

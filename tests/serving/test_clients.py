@@ -1,15 +1,11 @@
 """A real server: OpenAI's stock client, and schemathesis against its description."""
 
-import socket
-import threading
-from contextlib import contextmanager
-
 import openai
 import pytest
 import schemathesis
-import uvicorn
 from fake_serving import FakeEngine, FakePool, wait_for
 from hypothesis import HealthCheck, given, settings
+from loopback import listening
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from test_answers import HELLO, TOKENIZER
@@ -24,25 +20,6 @@ FEW = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-
-
-@contextmanager
-def listening(app):
-    """A uvicorn server on a free port of this machine; its address."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        place.listen()
-        address = f"http://127.0.0.1:{place.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([place],))
-        thread.start()
-        try:
-            assert wait_for(lambda: server.started, 10)
-            yield address
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
 
 
 def test_the_stock_client_completes_chats_streams_lists_and_is_refused():

@@ -8,19 +8,22 @@ Gray belongs to the frozen model and to controls; color is what trains.
 """
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyBboxPatch
+from matplotlib.patches import Circle
 
-from ...plotting.draw import frame, legend, point
-from ...plotting.theme import BLUE, GREY, LIGHT, SMALL, Theme, look, readable, style
+from ...plotting.draw import box, frame, legend, path, point
+from ...plotting.theme import BLUE, GREY, LIGHT, SMALL, Theme, look, style
 
 FOOT, AXIS, ROW = 0.1, 0.55, 0.52  # inches: under a picture, under an axis, of a row
 ACROSS, DOWN = 21.0, 6.6  # units of the picture of a projection
 RIGHT = 11.0  # where its second half begins
 MAIN, SIDE = 1.9, 4.2  # heights of the frozen path and of the path that trains
 Interval = tuple[float, float, float]  # value, low, high
+_path = partial(path, gap=0.1, size=9)
+_box = partial(box, tall=1.1, wide=1.1)
 
 
 # At one projection --------------------------------------------------------------------
@@ -72,27 +75,6 @@ def _bottleneck(axes: Axes, theme: Theme) -> None:
         "D waits until y is there.\nThe bend in \N{GREEK SMALL LETTER SIGMA} prevents"
     )
     axes.text(left, 5.2, words + " merging.", size=SMALL, va="top")
-
-
-def _path(axes: Axes, places: list, theme: Theme, first="", last="") -> None:
-    """Lines through places, an arrow at the end, names at both ends."""
-    xs, ys = zip(*places, strict=True)
-    axes.plot(xs[:-1], ys[:-1], color=theme.muted, linewidth=1.2, zorder=1)
-    arrow = {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.2}
-    arrow |= {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 10}
-    axes.annotate("", places[-1], places[-2], arrowprops=arrow, zorder=1)
-    (x, y), (end, level) = places[0], places[-1]
-    axes.text(x - 0.15, y, first, size=10, ha="right", va="center")
-    axes.text(end + 0.1, level, last, size=9, ha="left", va="center")
-
-
-def _box(axes, x, y, name, color, theme, *, tall=1.1, wide=1.1) -> None:
-    look = {"facecolor": color, "edgecolor": theme.ink, "linewidth": 0.7, "zorder": 3}
-    shape = "round,pad=0,rounding_size=0.1"
-    corner = x - wide / 2, y - tall / 2
-    axes.add_patch(FancyBboxPatch(corner, wide, tall, boxstyle=shape, **look))
-    ink = readable(color)
-    axes.text(x, y, name, size=10, ha="center", va="center", color=ink, zorder=4)
 
 
 def _plus(axes: Axes, x: float, theme: Theme) -> None:

@@ -8,12 +8,13 @@ Gray belongs to what is frozen and to controls; orange to what nobody wanted.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
-from ...plotting.draw import frame, point
+from ...plotting.draw import box, frame, path, point
 from ...plotting.theme import (
     BLUE,
     GREY,
@@ -33,6 +34,7 @@ MAIN, SIDE = 1.9, 4.1  # heights of the frozen path, and of the one that trained
 BOXES, TALL = 24.0, 8.2  # units of the picture of products, across and down
 CELL = 2.0  # units of a product's square
 OWN = (BLUE, PURPLE)  # of the first adapter, and of the second
+_box = partial(box, tall=1.2, wide=1.4)
 
 
 # One product --------------------------------------------------------------------------
@@ -48,8 +50,8 @@ def one_product(*, width: float = 7.4, theme: Theme = LIGHT) -> Figure:
         _blank(axes, ACROSS, DOWN)
         color = look("lora")[0]
         axes.text(0, 0.4, "Unmerged: three products", weight="bold", size=9)
-        _path(axes, [(0.6, MAIN), (8.6, MAIN)], theme, "$x$", "$h$")
-        _path(axes, [(1.4, MAIN), (1.4, SIDE), (6.8, SIDE), (6.8, MAIN + 0.4)], theme)
+        path(axes, [(0.6, MAIN), (8.6, MAIN)], theme, "$x$", "$h$")
+        path(axes, [(1.4, MAIN), (1.4, SIDE), (6.8, SIDE), (6.8, MAIN + 0.4)], theme)
         _box(axes, 4.1, MAIN, "$W_0$", theme.faint, theme)
         _box(axes, 2.9, SIDE, "$A$", color, theme, tall=0.9)
         _box(axes, 5.1, SIDE, "$s B$", color, theme, tall=0.9)
@@ -57,7 +59,7 @@ def one_product(*, width: float = 7.4, theme: Theme = LIGHT) -> Figure:
             "boxstyle": "circle,pad=0.15", "fc": theme.paper, "ec": theme.ink,
         })  # fmt: skip
         axes.text(12, 0.4, "Merged: one product", weight="bold", size=9)
-        _path(axes, [(12.6, MAIN), (20.6, MAIN)], theme, "$x$", "$h$")
+        path(axes, [(12.6, MAIN), (20.6, MAIN)], theme, "$x$", "$h$")
         _box(axes, 16.4, MAIN, "$W_0 + s B A$", color, theme, wide=4.6)
         words = "Same shape and bytes as W0,\nrounded once to its number format."
         axes.text(12.6, SIDE, words, size=SMALL, va="center")
@@ -69,27 +71,6 @@ def _blank(axes: Axes, across: float, down: float) -> None:
     axes.set(aspect="equal", anchor="NW")
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _path(axes: Axes, places: list, theme: Theme, first="", last="") -> None:
-    """Lines through places, an arrow at the end, names at both ends."""
-    xs, ys = zip(*places, strict=True)
-    axes.plot(xs[:-1], ys[:-1], color=theme.muted, linewidth=1.2, zorder=1)
-    arrow = {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.2}
-    arrow |= {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 10}
-    axes.annotate("", places[-1], places[-2], arrowprops=arrow, zorder=1)
-    (x, y), (end, level) = places[0], places[-1]
-    axes.text(x - 0.15, y, first, size=10, ha="right", va="center")
-    axes.text(end + 0.15, level, last, size=10, ha="left", va="center")
-
-
-def _box(axes, x, y, name, color, theme, *, tall=1.2, wide=1.4) -> None:
-    edge = {"facecolor": color, "edgecolor": theme.ink, "linewidth": 0.7, "zorder": 3}
-    shape = "round,pad=0,rounding_size=0.1"
-    corner = x - wide / 2, y - tall / 2
-    axes.add_patch(FancyBboxPatch(corner, wide, tall, boxstyle=shape, **edge))
-    ink = readable(color)
-    axes.text(x, y, name, size=10, ha="center", va="center", color=ink, zorder=4)
 
 
 # How far off --------------------------------------------------------------------------
