@@ -244,6 +244,12 @@ def test_no_file_is_large_or_names_a_private_path():
         assert not found, f"{name}: {data[found.start() :][:60]}"
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by name alone, and refuses the second one."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_test_that_the_gotchas_name_exists():
     written = {
         found
