@@ -34,8 +34,8 @@ def serve(options) -> None:
     try:
         import uvicorn
 
-        from ..serving.keys import read_keys
-        from ..serving.server import Options, application
+        from ..serving.http.keys import read_keys
+        from ..serving.http.server import Options, application
     except ModuleNotFoundError as error:
         raise ValueError(
             f'{error.name} is missing: pip install "peft-from-scratch[serve]"'

@@ -32,9 +32,9 @@ from served import adapter_folder
 from peft_from_scratch import load, load_model, remove
 from peft_from_scratch.files.adapter_file import WEIGHTS, AdapterFile
 from peft_from_scratch.serving.engine import Engine
-from peft_from_scratch.serving.keys import Keys
+from peft_from_scratch.serving.http.keys import Keys
+from peft_from_scratch.serving.http.server import Options, application
 from peft_from_scratch.serving.pool import AdapterPool, digest_of
-from peft_from_scratch.serving.server import Options, application
 
 NEAR = 1e-3  # of the largest logit: a token that rounding may choose
 ADMIN, SHOP, OTHER = ("admin" * 4, "shop" * 5, "other" * 4)

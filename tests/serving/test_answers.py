@@ -13,10 +13,10 @@ from planting import each_is_caught, law
 from transformers import AutoTokenizer
 
 from peft_from_scratch.models import tiny
-from peft_from_scratch.serving import answer, prompts, server
-from peft_from_scratch.serving.metrics import NAMES, Metrics
+from peft_from_scratch.serving.http import answer, prompts, server
+from peft_from_scratch.serving.http.metrics import NAMES, Metrics
+from peft_from_scratch.serving.http.server import Options, application
 from peft_from_scratch.serving.requests import Piece, Sampling, Token
-from peft_from_scratch.serving.server import Options, application
 from peft_from_scratch.tasks.templates import encode_prompt, stop_token
 
 TOKENIZER = AutoTokenizer.from_pretrained(tiny.folder())

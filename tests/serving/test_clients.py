@@ -10,8 +10,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from test_answers import HELLO, TOKENIZER
 
-from peft_from_scratch.serving.keys import Keys
-from peft_from_scratch.serving.server import Options, application
+from peft_from_scratch.serving.http.keys import Keys
+from peft_from_scratch.serving.http.server import Options, application
 
 KEY = "shop-0123456789abcdef"
 FEW = settings(

@@ -8,8 +8,8 @@ import pytest
 from planting import Bug, each_is_caught, law
 from test_answers import HELLO, chatted, completed, serving
 
-from peft_from_scratch.serving import door, keys, protocol, server
-from peft_from_scratch.serving.keys import Keys, read_keys
+from peft_from_scratch.serving.http import door, keys, protocol, server
+from peft_from_scratch.serving.http.keys import Keys, read_keys
 from peft_from_scratch.serving.requests import Closed
 
 JSON = {"content-type": "application/json"}

@@ -7,10 +7,10 @@ from planting import each_is_caught, law
 from served import adapter_folder, asking, greedy
 
 from peft_from_scratch import load_model
-from peft_from_scratch.serving import server
 from peft_from_scratch.serving.engine import Engine
+from peft_from_scratch.serving.http import server
+from peft_from_scratch.serving.http.server import Options, application
 from peft_from_scratch.serving.pool import AdapterPool
-from peft_from_scratch.serving.server import Options, application
 
 PROMPT = [300, 17, 512, 44, 90]
 

@@ -328,6 +328,21 @@ def test_the_benchmark_of_traffic_answers_every_request(tmp_path, monkeypatch):
         benchmark.answered(engine, [None])
 
 
+def test_the_benchmark_of_fairness_counts_turns_and_draws_them(tmp_path):
+    import fair_sharing as benchmark
+
+    benchmark.main(["--model", "tiny", "--turns", "150"])
+    result = json.loads((tmp_path / "out/fair_sharing.json").read_text())
+    fair, first_come, alone = result["cells"]
+    assert [cell["policy"] for cell in result["cells"]] == list(benchmark.COLORS)
+    assert fair["hot_share"] < 0.5 < first_come["hot_share"] < 1
+    assert alone["hot_share"] == 0 == benchmark.at(alone["quiet_waits"], 0.5)
+    assert benchmark.at(fair["quiet_waits"], 0.95) < benchmark.at(
+        first_come["quiet_waits"], 0.05
+    )
+    assert "(first come)" in (tmp_path / "out/fair_sharing.svg").read_text()
+
+
 def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypatch):
     import rounding as benchmark
 

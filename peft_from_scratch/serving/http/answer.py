@@ -14,9 +14,9 @@ from contextlib import suppress
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from ..requests import Listener, Piece, Token
 from .metrics import Metrics
 from .protocol import Asked, Chat, Refused, chat_logprobs, completion_logprobs
-from .requests import Listener, Piece, Token
 
 NO_ANSWER = {  # reasons of a last piece: status and sentence
     "deadline": (504, "the time for this answer was over before it began"),

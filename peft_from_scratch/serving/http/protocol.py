@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..common.check import shortened
-from .requests import Sampling, Token
+from ...common.check import shortened
+from ..requests import Sampling, Token
 
 NOTHING = {  # fields that are not served: values that ask for nothing
     **{"best_of": 1, "echo": False, "suffix": "", "store": False},

@@ -4,9 +4,9 @@ import copy
 import threading
 from pathlib import Path
 
-from ..tasks.manner import RECORD, recorded
-from ..tasks.plain_text import plain
-from ..tasks.templates import encode_prompt, stop_token
+from ...tasks.manner import RECORD, recorded
+from ...tasks.plain_text import plain
+from ...tasks.templates import encode_prompt, stop_token
 from .protocol import Asked, Chat, Refused
 
 

@@ -21,14 +21,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from ..tasks.manner import RECORD, recorded
+from ...tasks.manner import RECORD, recorded
+from ..requests import Closed, QueueFull, Request
 from .answer import Answer, Events
 from .door import Door, admin_only, inside
 from .keys import Key, Keys
 from .metrics import Metrics
 from .prompts import Prompts
 from .protocol import Asked, Chat, Completion, Load, Refused, Unload
-from .requests import Closed, QueueFull, Request
 
 LIMITS = {Completion: 16, Chat: 256}  # tokens of an answer where none are asked for
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..common import records
-from ..common.check import about, require
+from ...common import records
+from ...common.check import about, require
 
 KEY = "allowed are 16 or more characters of ASCII without spaces"
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from ..common import records
+from ...common import records
 from .keys import Key, Keys
 from .protocol import Refused
 
