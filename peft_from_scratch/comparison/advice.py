@@ -13,6 +13,8 @@ from .apart import better, leaders, measured, own, pair, told_apart
 from .background import settings_of
 from .columns import found, percent
 
+FORGETS = 0.1  # nats a token on general text: tokens there about 10 % less probable
+
 
 def advice(result: dict) -> list[str]:
     """What to do with these rows, as sentences of one paragraph."""
@@ -24,6 +26,7 @@ def advice(result: dict) -> list[str]:
     return [
         *say(result, row, rows),
         *_undecided(result, row, rows),
+        *_forgets(result, row, rows),
         f"Settings of {_name(row)}: {settings_of(row)}.",
     ]
 
@@ -164,6 +167,37 @@ def _undecided(result: dict, row: dict, rows: list[dict]) -> list[str]:
         f"Undecided is not equal: the 95 % interval of {_name(top)} minus {_name(row)} "
         f"is {low} to {high} points."
     ]
+
+
+def _forgets(result: dict, row: dict, rows: list[dict]) -> list[str]:
+    """What the advised row lost on general text, and which equal one lost the least.
+
+    Said where the loss there certainly rose by more than FORGETS.
+    """
+    low, high = _forgetting(row)
+    if low is None or low <= FORGETS:
+        return []
+    lost = (
+        f"What it learned before suffers: the loss on general text rose by {low:.2f} "
+        f"to {high:.2f} nats a token"
+    )
+    spared = [
+        other
+        for other in rows
+        if other.get("trainable")
+        and not told_apart(result, row["key"], other["key"])
+        and None not in _forgetting(other)
+        and _forgetting(other)[1] < low
+    ]
+    if not spared:
+        return [f"{lost}."]
+    least = min(spared, key=lambda other: _forgetting(other)[1])
+    ends = " to ".join(f"{end:.2f}" for end in _forgetting(least))
+    return [f"{lost}; with {_name(least)}, which is not told apart from it, by {ends}."]
+
+
+def _forgetting(row: dict) -> tuple[float | None, float | None]:
+    return tuple(found(row, "forgetting", end) for end in ("low", "high"))
 
 
 def _name(row: dict) -> str:

@@ -128,8 +128,9 @@ def _differs(
 ) -> str | None:
     """The search's base, task, steps and batch, where they are not this plan's."""
     now = {"steps": plan.steps_of(candidate), "batch": plan.batch}
-    ours, theirs = [f"{plan.base}/{plan.task}"], [searched_on]
-    if searched_on == ours[0]:
+    ours, theirs = [f"{plan.base}/{Path(plan.task).name}"], [searched_on]
+    if searched_on == f"{plan.base}/{plan.task}":
+        theirs = ours.copy()
         ours.append(f"scorer {plan.scorer}")
         theirs.append(f"scorer {search.get('scorer')}")
     for name in ("steps", "batch") if candidate.trains else ():

@@ -586,7 +586,7 @@ def test_a_search_is_kept_run_by_run_and_then_used(plan, monkeypatch):
 
 
 def test_a_task_without_a_search_takes_the_donors_and_says_so(base, tmp_path):
-    plan = Plan(base=base, task="rows.jsonl", out=str(tmp_path))
+    plan = Plan(base=base, task=str(tmp_path / "rows.jsonl"), out=str(tmp_path))
     warning = tuning.settings_for(plan, CANDIDATE["lora"]).warning
     assert warning == f"searched on {tuning.FALLBACK_SEARCH}, not on {base}/rows.jsonl"
 

@@ -266,6 +266,33 @@ def test_the_cheaper_of_two_that_are_not_told_apart_is_advised_and_why():
     assert advice(result)[0].startswith("Fine-tune with Full fine-tuning")
 
 
+@law
+def what_the_advised_method_forgets_is_told_with_the_equal_one_that_spares_most():
+    scores = {"few-shot": 50, "lora": 70, "full": 75, "dora": 71, "pissa": 90}
+    apart_pairs = {("few-shot", key) for key in ("lora", "full", "dora")}
+    seconds = {"lora": 10, "full": 40, "dora": 50, "pissa": 60}
+    result = invented(scores, apart_pairs, seconds)
+    lost = {"lora": (0.3, 0.4), "full": (0.0, 0.05), "dora": (0.1, 0.2)}
+    for row in result["rows"]:
+        low, high = lost.get(row["key"], (0.0, 0.01))
+        row["forgetting"] = {"change": (low + high) / 2, "low": low, "high": high}
+    for pair in result["pairs"]:  # PiSSA is told apart from all others, and loses
+        if "pissa" in (pair["of"], pair["over"]):
+            turn = -1 if pair["of"] == "pissa" else 1
+            pair |= {"difference": 0.2 * turn, "low": 0.2 * turn - 0.05}
+            pair |= {"high": 0.2 * turn + 0.05, "apart": True}
+    assert (
+        "the loss on general text rose by 0.30 to 0.40 nats a token; with Full "
+        "fine-tuning, which is not told apart from it, by 0.00 to 0.05."
+    ) in " ".join(advice(result))
+    by_key = {row["key"]: row for row in result["rows"]}
+    by_key["full"]["forgetting"]["high"] = 0.35
+    by_key["dora"]["forgetting"]["high"] = 0.35
+    assert "0.30 to 0.40 nats a token." in " ".join(advice(result))
+    by_key["lora"]["forgetting"]["low"] = 0.05  # perhaps nothing was lost
+    assert "general text" not in " ".join(advice(result))
+
+
 def test_prompting_is_advised_where_no_training_is_shown_to_pay():
     scores = {"zero-shot": 10, "few-shot": 50, "lora": 60}
     result = invented(scores, {("zero-shot", "few-shot"), ("zero-shot", "lora")}, {})
@@ -343,6 +370,24 @@ BUGS = {
         "paid = [row for row in first if",
         "paid = [row for row in first if 1 or",
         test_training_must_pay,
+    ),
+    "another that forgets as much is named": Bug(
+        advising._forgets,
+        "and _forgetting(other)[1] < low",
+        "",
+        what_the_advised_method_forgets_is_told_with_the_equal_one_that_spares_most,
+    ),
+    "a method that loses is named": Bug(
+        advising._forgets,
+        'and not told_apart(result, row["key"], other["key"])',
+        "",
+        what_the_advised_method_forgets_is_told_with_the_equal_one_that_spares_most,
+    ),
+    "forgetting is told where it is none": Bug(
+        advising._forgets,
+        "low <= FORGETS",
+        "low <= 0",
+        what_the_advised_method_forgets_is_told_with_the_equal_one_that_spares_most,
     ),
     "prompting is never advised": Bug(
         choice,
