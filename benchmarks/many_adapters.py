@@ -10,7 +10,9 @@ projection. A step decodes one token a row:
     PEFT, 1 / 4 / 16 adapters    its mixed batch, adapter_names=[…]
 
 Both sides must give the same logits before a clock runs. Then the rank tax: fifteen
-rows of rank 4 beside one of rank 64, against sixteen of rank 4 and of rank 64.
+rows of rank 4 beside one of rank 64, against sixteen of rank 4 and of rank 64. At last
+one row alone, as a server's users notice it: the time to its first token, behind a
+prompt of PROMPT tokens, and for each later one, with an adapter over without, minus 1.
 
 side_by_side.py has the clocks and the ratios.
 """
@@ -31,7 +33,7 @@ from peft_from_scratch import AdapterPool, load_model, lora, remove, save, train
 from peft_from_scratch.common.provenance import package_version, provenance
 from peft_from_scratch.serving.batch import Batch
 
-ROWS, BEHIND, SEED = 16, 64, 0
+ROWS, BEHIND, PROMPT, SEED = 16, 64, 256, 0
 COUNTS = (1, 4, 16)  # adapters among the rows
 BASE = "the base"
 TARGET = 1.25  # of the base's time, at most, with sixteen adapters
@@ -53,11 +55,9 @@ def adapter(model: nn.Module, folder: Path, seed: int, r: int = 8) -> Path:
     return folder
 
 
-def step_of(model: nn.Module, **options) -> Callable[[], torch.Tensor]:
+def step_of(model: nn.Module, rows=ROWS, **options) -> Callable[[], torch.Tensor]:
     """A function that decodes one token a row, each behind the same BEHIND ones."""
-    dice = torch.Generator().manual_seed(SEED)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (ROWS, BEHIND + 1), generator=dice)
+    ids = _ids(model, rows, BEHIND + 1)
     with torch.no_grad():
         cache = model(input_ids=ids[:, :-1], use_cache=True, **options).past_key_values
 
@@ -71,11 +71,28 @@ def step_of(model: nn.Module, **options) -> Callable[[], torch.Tensor]:
     return run
 
 
-def ours(model: nn.Module, pool: AdapterPool, names: list[str]) -> Callable:
-    """A step of a gathered batch, which is put together once."""
+def first_token_of(model: nn.Module) -> Callable[[], torch.Tensor]:
+    """A function that reads one row's prompt, up to the logits of its first token."""
+    ids = _ids(model, 1, PROMPT)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+    return run
+
+
+def _ids(model: nn.Module, rows: int, tokens: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(SEED)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (rows, tokens), generator=dice)
+
+
+def ours(model, pool: AdapterPool, names: list[str], work=step_of) -> Callable:
+    """Work of a gathered batch, which is put together once."""
     batch = Batch([pool.acquire(name) for name in names])
     with pool.slots.using(batch):
-        step = step_of(model)
+        step = work(model)
 
     def run() -> torch.Tensor:
         with pool.slots.using(batch):
@@ -134,10 +151,14 @@ def measure(base: str, rounds: int, folder: Path) -> dict:
         rows = assigned(list(folders)[:count])
         steps[f"ours, {_adapters(count)}"] = ours(model, pool, rows)
         steps[f"PEFT, {_adapters(count)}"] = step_of(theirs, adapter_names=rows)
-    apart, take = check_equal(steps), partial(side_by_side.take_turns, rounds=rounds)
-    times = take(steps, device=torch.device("cpu"))
+    apart, turns = check_equal(steps), side_by_side.take_turns
+    take = partial(turns, rounds=rounds, device=torch.device("cpu"))
+    times = take(steps)
     del steps, theirs
-    taxed = take(_of_ranks(model, plain, pool, folder), device=torch.device("cpu"))
+    alone = {
+        name: take(_alone(model, plain, pool, work)) for name, work in USERS.items()
+    }
+    taxed = take(_of_ranks(model, plain, pool, folder))
     return {
         "benchmark": "many_adapters",
         "base": base,
@@ -148,9 +169,21 @@ def measure(base: str, rounds: int, folder: Path) -> dict:
         "apart": apart,
         "steps": side_by_side.table(times, BASE),
         "ranks": side_by_side.table(taxed, next(iter(RANKS))),
+        "alone": {
+            name: side_by_side.table(times, BASE) for name, times in alone.items()
+        },
         "peft": package_version("peft"),
         "provenance": provenance(seed=SEED, device=torch.device("cpu")),
     }
+
+
+USERS = {"first token": first_token_of, "later token": partial(step_of, rows=1)}
+ONE = "one adapter"
+
+
+def _alone(model, plain, pool: AdapterPool, work: Callable) -> dict[str, Callable]:
+    """One row's work without an adapter and with one."""
+    return {BASE: work(plain), ONE: ours(model, pool, ["a0"], work)}
 
 
 def _of_ranks(model, plain, pool: AdapterPool, folder: Path) -> dict[str, Callable]:
@@ -178,7 +211,18 @@ def report(result: dict) -> str:
             f"{most}: {side_by_side.verdict(ratio, TARGET)}",
             "",
             *side_by_side.lines(result["ranks"], result["rounds"]),
+            "",
+            *(_slowdown(name, rows) for name, rows in result["alone"].items()),
         ]
+    )
+
+
+def _slowdown(name: str, rows: list[dict]) -> str:
+    (row,) = [row for row in rows if row["name"] == ONE]
+    low, middle, high = (row[key] - 1 for key in ("low", "ratio", "high"))
+    return (
+        f"one row, {name}: slower by {middle:.0%} with an adapter "
+        f"({low:.0%} to {high:.0%})"
     )
 
 
