@@ -5,6 +5,10 @@ methods that no other is told to beat, which are not told apart from each other,
 cheapest is advised. Cost is, in this order: any training, examples before each prompt,
 the seconds of training. Training must pay: where no way of prompting is among these
 methods, the advised one is told to beat every way of prompting.
+
+With few rows, all may be among these methods, and yet prompting got nothing right. So
+training that beats every way of prompting by its own 95 % intervals, and not by those
+that allow for the number of pairs, is advised with a "probably".
 """
 
 from math import inf
@@ -36,7 +40,7 @@ def choice(result: dict) -> dict | None:
     rows = own(measured(result))
     first = leaders(result, rows)
     if any(not row.get("trainable") for row in first):
-        return min(first, key=cost)
+        return min(_leaning(result, first, rows) or first, key=cost)
     paid = [row for row in first if _beats_prompting(result, row, rows)]
     return min(paid or first[:1], key=cost, default=None)
 
@@ -57,6 +61,23 @@ def _prompting(rows: list[dict]) -> list[dict]:
 
 def _beats_prompting(result: dict, row: dict, rows: list[dict]) -> bool:
     return all(better(result, row["key"], p["key"]) for p in _prompting(rows))
+
+
+def _leaning(result: dict, first: list[dict], rows: list[dict]) -> list[dict]:
+    """Of these, the trained rows that beat prompting by their intervals alone."""
+    prompting = [row["key"] for row in _prompting(rows)]
+    return [
+        row
+        for row in first
+        if row.get("trainable")
+        and all(_gain(result, row["key"], key) > 0 for key in prompting)
+    ]
+
+
+def _gain(result: dict, of: str, over: str) -> float:
+    """The low end of the 95 % interval of one score minus the other."""
+    compared = pair(result, of, over)
+    return compared["low"] if compared else -inf
 
 
 # Prompt ------------------------------------------------------------------------------
@@ -114,6 +135,8 @@ def _paid(result: dict, row: dict, rows: list[dict]) -> str:
     prompting = _prompting(rows)
     if not prompting:
         return f"Fine-tune with {_name(row)}. Prompting was not measured."
+    if any(p in leaders(result, rows) for p in prompting):
+        return _probably(result, row, prompting[0])
     if not _beats_prompting(result, row, rows):
         return (
             f"Fine-tune with {_name(row)}. Every way of prompting is beaten, though "
@@ -124,6 +147,18 @@ def _paid(result: dict, row: dict, rows: list[dict]) -> str:
     return (
         f"Fine-tune with {_name(row)}: it is better than {_name(prompting[0])}, by "
         f"{low} to {high} points."
+    )
+
+
+def _probably(result: dict, row: dict, prompting: dict) -> str:
+    """The row is ahead of prompting, but only by the interval of this one pair."""
+    gain = pair(result, row["key"], prompting["key"])
+    low, high = (percent(row, gain[end]) for end in ("low", "high"))
+    return (
+        f"Probably fine-tune with {_name(row)}: by itself, its 95 % interval is {low} "
+        f"to {high} points above {_name(prompting)}. Allowing for all "
+        f"{len(result['pairs'])} pairs of methods, that is undecided: more than "
+        f"{result['rows_tested']} test rows would tell."
     )
 
 
