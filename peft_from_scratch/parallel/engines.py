@@ -1,0 +1,63 @@
+"""The engines by their names on the command line, and what none of them can do."""
+
+from importlib.util import find_spec
+
+from torch import nn
+
+from ..common import check
+from ..training.config import TrainConfig
+from ..training.state import Engine
+from .fsdp2 import FSDP2
+from .zero_engine import Zero
+
+NAMES = ("zero", "fsdp2", "deepspeed")
+
+
+def engine_of(name: str, stage: int | None = None) -> Engine:
+    """The engine of this name.
+
+    Args
+        stage  of ZeRO; None: 1 for zero, 2 for deepspeed. FSDP2 has none
+    Raises   ValueError  no such engine, a stage that it has not, or it is not installed
+    """
+    check.one_of("engine", name, NAMES)
+    if name == "zero":
+        return Zero(1 if stage is None else stage)
+    if name == "fsdp2":
+        if stage is not None:
+            raise ValueError(
+                f"stage={stage}: fsdp2 has no stages, it cuts weights, gradients and "
+                "states, as ZeRO's stage 3 does; leave --stage out"
+            )
+        return FSDP2()
+    refuse_missing_deepspeed()
+    from .deepspeed import DeepSpeed
+
+    return DeepSpeed(2 if stage is None else stage)
+
+
+def refuse_missing_deepspeed() -> None:
+    """ValueError where DeepSpeed is not installed."""
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine='deepspeed' needs DeepSpeed, which is not installed: pip install "
+            "'peft-from-scratch[deepspeed]', or use --engine zero or fsdp2"
+        )
+
+
+def refuse_recipe(config: TrainConfig, ranks: int) -> None:
+    """ValueError for a recipe that cannot be divided among so many ranks."""
+    parts = config.accumulate * ranks
+    check.require(
+        config.batch % parts == 0,
+        "batch",
+        config.batch,
+        f"allowed is a multiple of {parts}, of accumulate={config.accumulate} times "
+        f"{ranks} ranks, so that each has equally many rows of each micro-batch",
+    )
+    check.require(
+        config.paged is None,
+        "paged",
+        config.paged,
+        "an engine cuts the optimizer's states itself; leave paged out",
+    )
