@@ -20,6 +20,7 @@ OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load
 RESUMABLE = ("compare", "train", "ledger")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
+ENGINES = ("zero", "fsdp2", "deepspeed")  # of parallel/
 RECIPES = ("mixed", "float32", "autocast", "bf16-pure")  # of a memory bill
 
 
@@ -183,6 +184,19 @@ def _train(commands) -> None:
     _sizes(command)
     _base(command)
     _dtype(command)
+    command.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="train on several ranks: our own ZeRO, torch's fully_shard, or DeepSpeed",
+    )
+    command.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), help="of ZeRO (zero: 1, deepspeed: 2)"
+    )
+    command.add_argument(
+        "--ranks",
+        type=int,
+        help="processes to start on this machine; on several machines torchrun does",
+    )
     command.set_defaults(run=run_train)
 
 
@@ -462,8 +476,18 @@ def seeds_in(text: str) -> tuple[int, ...]:
 
 def run_train(options) -> None:
     from .commands import fine_tune
+    from .ranks import fine_tune_on_ranks
 
-    fine_tune(options)
+    asked = options.engine or options.stage or options.ranks or several_ranks()
+    if asked and options.show_masks is None:
+        fine_tune_on_ranks(options)
+    else:
+        fine_tune(options)
+
+
+def several_ranks() -> bool:
+    """Whether torchrun, or train itself, started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def run_chat(options) -> None:

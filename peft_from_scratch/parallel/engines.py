@@ -2,8 +2,6 @@
 
 from importlib.util import find_spec
 
-from torch import nn
-
 from ..common import check
 from ..training.config import TrainConfig
 from ..training.state import Engine
@@ -31,7 +29,7 @@ def engine_of(name: str, stage: int | None = None) -> Engine:
             )
         return FSDP2()
     refuse_missing_deepspeed()
-    from .deepspeed import DeepSpeed
+    from .deepspeed_engine import DeepSpeed
 
     return DeepSpeed(2 if stage is None else stage)
 

@@ -128,8 +128,8 @@ def _killed(rank: int, ranks: int, code: int | None) -> str:
         with suppress(ValueError):
             how = signal.Signals(-code).name
     return (
-        f"rank {rank} of {ranks} was ended from outside ({how}; a system without memory "
-        "does that, for example), and the other ranks were stopped"
+        f"rank {rank} of {ranks} was ended from outside ({how}, as by a system that is "
+        "out of memory), and the other ranks were stopped"
     )
 
 

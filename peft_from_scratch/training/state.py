@@ -59,7 +59,7 @@ class TrainState:
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """The trainable weights, whole; rank 0 alone has them, and all ranks call it."""
+        """The trainable weights, whole, on rank 0; all ranks call it."""
         return dict(self.trainable)
 
     def copies(self) -> dict[str, Tensor]:
