@@ -7,14 +7,14 @@ Every rank trains its share of each batch with the same loop, training/loop.py, 
 ranks take one optimizer step together. Who cuts what, and who sends what to whom, is
 the engine's affair: an engine is what `train(..., engine=…)` takes.
 
-    group.py        the ranks of this run: sums over them, and waiting for one another
-    state.py        what the loop asks, answered by one rank of several
-    twin.py         the copy of a model that an engine takes apart
-    zero_engine.py  Zero(stage): our own ZeRO, memory/zero.py
-    fsdp2.py        FSDP2(): torch's fully_shard
-    deepspeed.py    DeepSpeed(stage): DeepSpeed, where it is installed
-    engines.py      their names on the command line, and what none of them can do
-    launch.py       starts the ranks on this machine, and says which one has failed
+    group.py             the ranks of this run: sums over them, waiting for one another
+    state.py             what the loop asks, answered by one rank of several
+    twin.py              the copy of a model that an engine takes apart
+    zero_engine.py       Zero(stage): our own ZeRO, memory/zero.py
+    fsdp2.py             FSDP2(): torch's fully_shard
+    deepspeed_engine.py  DeepSpeed(stage): DeepSpeed, where it is installed
+    engines.py           their names on the command line
+    launch.py            starts the ranks on this machine, and says which one has failed
 
 Read state.py first, then zero_engine.py. docs/many_devices.md says how to start 8 and
 64 ranks, and what was measured.

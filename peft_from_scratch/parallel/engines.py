@@ -1,9 +1,8 @@
-"""The engines by their names on the command line, and what none of them can do."""
+"""The engines by their names on the command line."""
 
 from importlib.util import find_spec
 
 from ..common import check
-from ..training.config import TrainConfig
 from ..training.state import Engine
 from .fsdp2 import FSDP2
 from .zero_engine import Zero
@@ -41,21 +40,3 @@ def refuse_missing_deepspeed() -> None:
             "engine='deepspeed' needs DeepSpeed, which is not installed: pip install "
             "'peft-from-scratch[deepspeed]', or use --engine zero or fsdp2"
         )
-
-
-def refuse_recipe(config: TrainConfig, ranks: int) -> None:
-    """ValueError for a recipe that cannot be divided among so many ranks."""
-    parts = config.accumulate * ranks
-    check.require(
-        config.batch % parts == 0,
-        "batch",
-        config.batch,
-        f"allowed is a multiple of {parts}, of accumulate={config.accumulate} times "
-        f"{ranks} ranks, so that each has equally many rows of each micro-batch",
-    )
-    check.require(
-        config.paged is None,
-        "paged",
-        config.paged,
-        "an engine cuts the optimizer's states itself; leave paged out",
-    )

@@ -27,7 +27,7 @@ from ..training.config import TrainConfig
 from ..training.state import TrainState, new_state
 from . import twin
 from .group import Group
-from .state import RankState
+from .state import RankState, refuse_recipe
 
 
 class FSDP2State(RankState):
@@ -77,7 +77,9 @@ class FSDP2:
         self, model: nn.Module, state: TrainState, config: TrainConfig
     ) -> Iterator[tuple[nn.Module, FSDP2State]]:
         twin.refuse_packed(model, "FSDP2")
-        group, theirs = Group(), twin.twin(model)
+        group = Group()
+        refuse_recipe(config, group.ranks)
+        theirs = twin.twin(model)
         for p in theirs.parameters():
             dist.broadcast(p.data, src=0)
         cut(theirs)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common import check
 from ..training.batch import Row
 from ..training.config import TrainConfig
 from ..training.state import TrainState
@@ -74,3 +75,21 @@ class RankState(TrainState):
             if keep:
                 gathered[name] = whole.to("cpu", copy=True)
         return gathered
+
+
+def refuse_recipe(config: TrainConfig, ranks: int) -> None:
+    """ValueError for a recipe that cannot be divided among so many ranks."""
+    parts = config.accumulate * ranks
+    check.require(
+        config.batch % parts == 0,
+        "batch",
+        config.batch,
+        f"allowed is a multiple of {parts}, of accumulate={config.accumulate} times "
+        f"{ranks} ranks, so that each has equally many rows of each micro-batch",
+    )
+    check.require(
+        config.paged is None,
+        "paged",
+        config.paged,
+        "an engine cuts the optimizer's states itself; leave paged out",
+    )

@@ -20,7 +20,7 @@ from ..training.config import TrainConfig
 from ..training.state import TrainState, new_state
 from . import twin
 from .group import Group
-from .state import RankState
+from .state import RankState, refuse_recipe
 
 
 class ZeroState(RankState):
@@ -49,7 +49,9 @@ class Zero:
     Args
         stage    1, 2 or 3
         timeout  seconds to wait for another rank's message
-    Raises   ValueError  in train(): see engines.refuse; RankLost: another rank failed
+    Raises   ValueError  in train(): a batch that cannot be divided, paged states; in
+                         stage 3 packed weights
+             RankLost    another rank has failed
     """
 
     stage: int = 1
@@ -62,7 +64,9 @@ class Zero:
     def __call__(
         self, model: nn.Module, state: TrainState, config: TrainConfig
     ) -> Iterator[tuple[nn.Module, ZeroState]]:
-        group, theirs = Group(), twin.twin(model)
+        group = Group()
+        refuse_recipe(config, group.ranks)
+        theirs = twin.twin(model)
         if self.stage == 3:
             twin.refuse_packed(model, "ZeRO's stage 3")
             twin.lend(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_state import largest
-from small_runs import ROWS, adapted, recipe, run
+from small_runs import adapted, recipe, run
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +23,9 @@ from peft_from_scratch.training.checkpoint import checkpoints
 from peft_from_scratch.training.state import new_state
 
 WIDE = torch.float64
+# Rounding alone differs. AdamW divides by the root of v: of a gradient that is only
+# rounding, as that of GPT-2's key biases is, it makes updates of 1e-11.
+CLOSE = 1e-9
 # Four rows in two micro-batches: one row a rank, of very different label tokens.
 SETTINGS = recipe(batch=4, steps=6, validate_every=3, checkpoint_every=1)
 
@@ -60,7 +63,7 @@ def apart(ours, theirs):
     )
 
 
-def trains_as_one_rank(engine, stage, method, dtype=WIDE, most=1e-12):
+def trains_as_one_rank(engine, stage, method, dtype=WIDE, most=CLOSE):
     expected, model = one_rank(method, dtype), model_of(method, dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     history = run(model, SETTINGS, engine=engine_of(engine, stage))
@@ -94,7 +97,7 @@ def go_on(engine, stage, method, folder):
     history = run(model, SETTINGS, checkpoints=folder, **chosen)
     assert history.resumed_from == 3
     distance = apart(end_of(model, history), one_rank(method))
-    assert distance < 1e-12, distance
+    assert distance < CLOSE, distance
 
 
 def only_rank_0_writes(folder):
@@ -157,7 +160,8 @@ def fsdp2_bytes_are_the_formulas(method):
     shapes = {n: p.shape for n, p in model.named_parameters()}
     trains = [shapes[n] for n, p in model.named_parameters() if p.requires_grad]
     frozen = [shapes[n] for n, p in model.named_parameters() if not p.requires_grad]
-    with FSDP2()(model, new_state(model, SETTINGS), SETTINGS) as (theirs, state):
+    settings = recipe(batch=4, accumulate=1)
+    with FSDP2()(model, new_state(model, settings), settings) as (theirs, state):
         for _ in range(2):
             state.optimizer.zero_grad()
             theirs(torch.tensor([[5, 6, 7, 8]])).logits.square().mean().backward()
@@ -168,19 +172,6 @@ def fsdp2_bytes_are_the_formulas(method):
         )
         assert kept == expected, (kept, expected)
     assert set(trainable(model)) <= set(shapes)
-
-
-# ------------------------------------------------------------------ of launch, no group
-
-
-def dies(rank, how):
-    """A rank that ends early; the other one waits for it."""
-    with join(30) as group:
-        if group.rank == rank:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("r=0: allowed is a whole number from 1 on")
-        return group.total(1)
 
 
 def is_killed_in_training(folder):
@@ -194,11 +185,3 @@ def is_killed_in_training(folder):
         model = model_of("lora")
         engine = engine_of("zero", 2)
         run(model, SETTINGS, checkpoints=folder, on_step=look, engine=engine)
-
-
-def shares(values):
-    with join(30) as group:
-        return group.rank, group.total(values[group.rank])
-
-
-assert len(ROWS) == 8
