@@ -327,6 +327,12 @@ def _ledger(commands) -> None:
         help="make the runs that are missing first",
     )
     command.add_argument(
+        "--shard",
+        metavar="i/N",
+        help="with --run: worker i of N, counted from 0, makes its part of them, and "
+        "judges nothing",
+    )
+    command.add_argument(
         "--base", choices=BASES, help="for this base model only; by default for both"
     )
     command.set_defaults(run=run_ledger)
@@ -520,6 +526,9 @@ def run_ledger(options) -> None:
     ids = options.ids or list(verdicts.CLAIMS)
     claims = [verdicts.claim(id) for id in ids]  # an unknown one is said before any run
     bases = (options.base,) if options.base else BASES
+    if options.shard is not None:
+        _make_part(options, ids, bases)
+        return
     if options.make_runs:
         verdicts.make_runs(ids, bases)
     rows = verdicts.rows()
@@ -530,6 +539,20 @@ def run_ledger(options) -> None:
     if verdicts.write(rows):
         change = "is written anew: the runs say something else than it did"
         print(f"\n{verdicts.FILE} {change}")
+
+
+def _make_part(options, ids, bases) -> None:
+    """One worker's part of the runs; the verdicts are for whoever has all of them."""
+    from ..ledger import verdicts
+    from ..ledger.workers import part_of
+
+    mine = part_of(options.shard)
+    if not options.make_runs:
+        raise ValueError(f"--shard {options.shard} divides runs to make: add --run")
+    verdicts.make_runs(ids, bases, mine)
+    judged = [verdicts.judge(verdicts.claim(id), base) for id in ids for base in bases]
+    left = sum(len(each.missing) for each in judged)
+    print(f"worker {options.shard} is done; {left} runs are missing, of other workers")
 
 
 def run_work(options) -> None:

@@ -121,8 +121,8 @@ def _code() -> dict[tuple[str, str], bytes]:
 
 def _note(code: dict, module, value) -> None:
     value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else 0
-    of_source = inspect.isfunction(value) and value.__code__.co_filename != "<string>"
-    if of_source and value.__module__ == module.__name__:
+    written = inspect.isfunction(value) and "<locals>" not in value.__qualname__
+    if written and value.__module__ == module.__name__:
         code[module.__name__, value.__qualname__] = marshal.dumps(value.__code__)
 
 
