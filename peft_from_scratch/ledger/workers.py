@@ -26,8 +26,8 @@ def part_of(shard: str) -> Callable[[dict], bool]:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(
-            f"--shard {shard}: allowed is i/N, worker i of N: 0/8 is the first of eight, "
-            "7/8 the last"
+            f"--shard {shard}: allowed is i/N, worker i of N, such as 0/8 and up to "
+            "7/8 for eight workers"
         )
     index, workers = int(match[1]), int(match[2])
 

@@ -179,10 +179,10 @@ BUGS = {
         "pass",
         fsdp2_trains_as_one_rank,
     ),
-    "the norm of one's own part": (
+    "no clipping under FSDP2": (
         FSDP2State.clip,
-        "norm.full_tensor() if",
-        "norm.to_local() if",
+        "nn.utils.clip_grad_norm_(parameters, max_norm)",
+        "nn.utils.get_total_norm([p.grad for p in parameters])",
         fsdp2_trains_as_one_rank,
     ),
     "moments that start again": (
