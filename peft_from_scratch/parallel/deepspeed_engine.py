@@ -13,6 +13,7 @@ functions for whole tensors (safe_get_full_…), and load on any number.
 Source   DeepSpeed 0.19; ZeRO, arXiv:1910.02054
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -143,6 +144,8 @@ class DeepSpeed:
             engine.destroy()
 
     def _engine(self, model: nn.Module, config: TrainConfig, ranks: int):
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported
         import deepspeed
 
         parameters = [p for p in model.parameters() if p.requires_grad]
