@@ -9,7 +9,6 @@ DeepSpeed is left out where it is not installed.
     kept    weights, gradients and optimizer states of rank 0, by the storages of its
             tensors, after backward and with the states there: formulas.zero_bytes, and
             formulas.fsdp2_bytes of FSDP2, which cuts by rows
-    live    all tensors of rank 0 at that moment, whatever they are for
     sent    by rank 0 in the step, by our own ZeRO: formulas.zero_traffic. For stage 3
             the formula counts every weight twice, for forward and for backward.
             Backward reads no embedding, and no weight that no gradient passes through;
@@ -23,7 +22,6 @@ No time is measured: ranks that share the cores of one machine say nothing of it
 busy machine changes no number, and --rounds and --allow-load have no effect on them.
 """
 
-import gc
 import multiprocessing
 import os
 import sys
@@ -66,7 +64,7 @@ def counted(base: str, engine: str, stage: int | None, method: str, dtype: str) 
     }
     torch.manual_seed(SEED + dist.get_rank())
     ids = torch.randint(3, model.config.vocab_size, (1, LENGTH))
-    kept, live, sent = STEPS[engine](model, stage, ids)
+    kept, sent = STEPS[engine](model, stage, ids)
     trains, frozen = (
         [*map(torch.Size.numel, map(torch.Size, s))] for s in shapes.values()
     )
@@ -86,7 +84,6 @@ def counted(base: str, engine: str, stage: int | None, method: str, dtype: str) 
         "frozen": sum(frozen),
         "kept": kept,
         "kept_formula": expected,
-        "live": live,
     }
     if engine == "zero":
         row["sent"] = sent
@@ -97,7 +94,7 @@ def counted(base: str, engine: str, stage: int | None, method: str, dtype: str) 
 
 
 def of_zero(model: nn.Module, stage: int, ids) -> tuple:
-    """(kept, live, sent) of a step of our own ZeRO, the second, which finds states."""
+    """(kept, sent) of a step of our own ZeRO, the second, which finds states."""
     if stage == 3:
         zero.shard(model)
     optimizer = zero.Optimizer(pfs.trainable(model).values(), stage)
@@ -105,25 +102,25 @@ def of_zero(model: nn.Module, stage: int, ids) -> tuple:
         optimizer.zero_grad()
         before = optimizer.ring.sent
         model(ids, labels=ids, use_cache=False).loss.backward()
-        kept, live = zero.bytes_kept(model, optimizer), live_bytes()
+        kept = zero.bytes_kept(model, optimizer)
         optimizer.step()
-    return kept, live, optimizer.ring.sent - before
+    return kept, optimizer.ring.sent - before
 
 
 def of_fsdp2(model: nn.Module, stage: None, ids) -> tuple:
-    """(kept, live, None) of torch's fully_shard."""
+    """(kept, None) of torch's fully_shard."""
     fsdp2.cut(model)
     optimizer = torch.optim.AdamW(pfs.trainable(model).values())
     for _ in range(2):
         optimizer.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
-        kept, live = zero.bytes_kept(model, optimizer), live_bytes()
+        kept = zero.bytes_kept(model, optimizer)
         optimizer.step()
-    return kept, live, None
+    return kept, None
 
 
 def of_deepspeed(model: nn.Module, stage: int, ids) -> tuple:
-    """(kept, live, None) of DeepSpeed."""
+    """(kept, None) of DeepSpeed."""
     import deepspeed
 
     parameters = list(pfs.trainable(model).values())
@@ -133,7 +130,7 @@ def of_deepspeed(model: nn.Module, stage: int, ids) -> tuple:
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 0,
-            "reduce_bucket_size": 2**16,  # a buffer of so many values is in `live`
+            "reduce_bucket_size": 2**16,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -147,10 +144,10 @@ def of_deepspeed(model: nn.Module, stage: int, ids) -> tuple:
     )[0]
     for _ in range(2):
         engine.backward(engine(ids, labels=ids, use_cache=False).loss)
-        kept, live = kept_by_deepspeed(engine), live_bytes()
+        kept = kept_by_deepspeed(engine)
         engine.step()
     engine.destroy()
-    return kept, live, None
+    return kept, None
 
 
 STEPS = {"zero": of_zero, "fsdp2": of_fsdp2, "deepspeed": of_deepspeed}
@@ -190,15 +187,6 @@ def bytes_of(tensors) -> int:
         storage = local.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that are there, by the garbage collector's list."""
-    gc.collect()
-    alive = [
-        each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)
-    ]
-    return bytes_of(alive)
 
 
 def _estimated(row: dict) -> dict:
@@ -251,11 +239,11 @@ def on(ranks: int, base: str) -> list[dict]:
 
 def lines(rows: list[dict]) -> list[str]:
     """The counts as a table, for a terminal."""
-    heads = [*KINDS, "kept", "formula", "live", "sent", "formula"]
+    heads = [*KINDS, "kept", "formula", "sent", "formula"]
     table = [f"{'bytes of rank 0':44}" + "".join(f"{head:>12}" for head in heads)]
     for row in rows:
         kept, formula = row["kept"], sum(row["kept_formula"].values())
-        figures = [*kept.values(), sum(kept.values()), formula, row["live"]]
+        figures = [*kept.values(), sum(kept.values()), formula]
         figures += [row[key] for key in ("sent", "sent_formula") if key in row]
         stage = f", stage {row['stage']}" if row["stage"] else ""
         name = f"{row['engine']}{stage}, {row['method']} in {row['dtype']}"
