@@ -484,8 +484,9 @@ def run_train(options) -> None:
     from .commands import fine_tune
     from .ranks import fine_tune_on_ranks
 
-    asked = options.engine or options.stage or options.ranks or several_ranks()
-    if asked and options.show_masks is None:
+    asked = options.engine, options.stage, options.ranks
+    several = any(each is not None for each in asked) or several_ranks()
+    if several and options.show_masks is None:
         fine_tune_on_ranks(options)
     else:
         fine_tune(options)

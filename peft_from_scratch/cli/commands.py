@@ -67,7 +67,7 @@ def fine_tune(options, engine: Engine = alone, group: Group | None = None) -> No
     wait for its answers, and train.
     """
     first = group is None or group.rank == 0
-    config, out = _config(options), _out(options)
+    config, out = train_config(options), _out(options)
     task = load_task(options.data, **given(options, *OF_DATA))
     dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
     method, of_base = options.method, dtype_name(dtype)
@@ -177,7 +177,8 @@ def given(options, *names: str) -> dict:
 # ------------------------------------------------------------------------- train
 
 
-def _config(options) -> TrainConfig:
+def train_config(options) -> TrainConfig:
+    """The recipe that the options ask for."""
     lr = named(options.method).lr if options.lr is None else options.lr
     return TrainConfig(
         steps=options.steps,

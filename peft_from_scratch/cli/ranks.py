@@ -12,13 +12,15 @@ from ..common import check
 from ..parallel.engines import NAMES, engine_of
 from ..parallel.group import is_rank, join
 from ..parallel.launch import RankFailed, launch
-from .commands import fine_tune
+from ..parallel.state import refuse_recipe
+from .commands import fine_tune, train_config
 
 
 def fine_tune_on_ranks(options) -> None:
     """fine_tune on --ranks new processes, or on this one of those that there are.
 
-    Raises  ValueError  no engine, ranks that torchrun has started otherwise
+    Raises  ValueError  no engine, a recipe that so many ranks cannot share, other ranks
+                        than torchrun has started
             RankFailed  a rank was killed; the same command goes on
     """
     if options.engine is None:
@@ -26,9 +28,13 @@ def fine_tune_on_ranks(options) -> None:
             "several ranks, or a stage of ZeRO, and no engine: say --engine "
             + " or ".join(NAMES)
         )
-    engine_of(options.engine, options.stage)  # what is wrong is said before any start
+    # What is wrong is said before any start.
+    engine_of(options.engine, options.stage)
+    asked = 1 if options.ranks is None else options.ranks
+    there = int(os.environ["WORLD_SIZE"]) if is_rank() else asked
+    check.whole("--ranks", there, 1, of="processes")
+    refuse_recipe(train_config(options), there)
     if is_rank():
-        there = int(os.environ["WORLD_SIZE"])
         check.require(
             options.ranks in (None, there),
             "--ranks",
@@ -38,7 +44,7 @@ def fine_tune_on_ranks(options) -> None:
         of_this_rank(options)
         return
     try:
-        launch(of_this_rank, options, ranks=options.ranks or 1)
+        launch(of_this_rank, options, ranks=there)
     except RankFailed as error:
         raise RankFailed(
             f"{error}. The same command goes on from the newest checkpoint in "
