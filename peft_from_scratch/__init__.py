@@ -11,6 +11,7 @@ The package is a house with rooms. No import runs up this list (`make lint` hold
     training/    one plain loop, generation, evaluation
     memory/      bytes, counted and measured
     comparison/  serving/     the main job; many adapters on one base, over HTTP
+    parallel/    several processes train one model: our ZeRO, FSDP2, DeepSpeed
     ledger/      the claims, their experiments, their verdicts
     course/      lessons, exercises and their checks
     cli/         the command line

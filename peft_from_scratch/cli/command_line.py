@@ -20,6 +20,7 @@ OF_DATA = ("prompt", "completion", "config", "scorer", "instruction")  # of load
 RESUMABLE = ("compare", "train", "ledger")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
+ENGINES = ("zero", "fsdp2", "deepspeed")  # of parallel/
 RECIPES = ("mixed", "float32", "autocast", "bf16-pure")  # of a memory bill
 
 
@@ -183,6 +184,19 @@ def _train(commands) -> None:
     _sizes(command)
     _base(command)
     _dtype(command)
+    command.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="train on several ranks: our own ZeRO, torch's fully_shard, or DeepSpeed",
+    )
+    command.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), help="of ZeRO (zero: 1, deepspeed: 2)"
+    )
+    command.add_argument(
+        "--ranks",
+        type=int,
+        help="processes to start on this machine; on several machines torchrun does",
+    )
     command.set_defaults(run=run_train)
 
 
@@ -311,6 +325,12 @@ def _ledger(commands) -> None:
         dest="make_runs",  # `run` is the command's own function
         action="store_true",
         help="make the runs that are missing first",
+    )
+    command.add_argument(
+        "--shard",
+        metavar="i/N",
+        help="with --run: worker i of N, counted from 0, makes its part of them, and "
+        "judges nothing",
     )
     command.add_argument(
         "--base", choices=BASES, help="for this base model only; by default for both"
@@ -462,8 +482,19 @@ def seeds_in(text: str) -> tuple[int, ...]:
 
 def run_train(options) -> None:
     from .commands import fine_tune
+    from .ranks import fine_tune_on_ranks
 
-    fine_tune(options)
+    asked = options.engine, options.stage, options.ranks
+    several = any(each is not None for each in asked) or several_ranks()
+    if several and options.show_masks is None:
+        fine_tune_on_ranks(options)
+    else:
+        fine_tune(options)
+
+
+def several_ranks() -> bool:
+    """Whether torchrun, or train itself, started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def run_chat(options) -> None:
@@ -496,6 +527,9 @@ def run_ledger(options) -> None:
     ids = options.ids or list(verdicts.CLAIMS)
     claims = [verdicts.claim(id) for id in ids]  # an unknown one is said before any run
     bases = (options.base,) if options.base else BASES
+    if options.shard is not None:
+        _make_part(options, ids, bases)
+        return
     if options.make_runs:
         verdicts.make_runs(ids, bases)
     rows = verdicts.rows()
@@ -506,6 +540,20 @@ def run_ledger(options) -> None:
     if verdicts.write(rows):
         change = "is written anew: the runs say something else than it did"
         print(f"\n{verdicts.FILE} {change}")
+
+
+def _make_part(options, ids, bases) -> None:
+    """One worker's part of the runs; the verdicts are for whoever has all of them."""
+    from ..ledger import verdicts
+    from ..ledger.workers import part_of
+
+    mine = part_of(options.shard)
+    if not options.make_runs:
+        raise ValueError(f"--shard {options.shard} divides runs to make: add --run")
+    verdicts.make_runs(ids, bases, mine)
+    judged = [verdicts.judge(verdicts.claim(id), base) for id in ids for base in bases]
+    left = sum(len(each.missing) for each in judged)
+    print(f"worker {options.shard} is done; {left} runs are missing, of other workers")
 
 
 def run_work(options) -> None:

@@ -35,6 +35,7 @@ from ..models.load import (
     pick_dtype,
 )
 from ..nf4 import dequantize_model
+from ..parallel.group import Group
 from ..tasks.manner import RECORD
 from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
@@ -44,6 +45,7 @@ from ..training.evaluation import Answers
 from ..training.fitting import encode_task, row_limit
 from ..training.loop import train
 from ..training.precision import autocast_of, loaded_in
+from ..training.state import Engine, alone
 from . import masks
 from .chat import stop_of
 
@@ -52,7 +54,7 @@ TEST_ROWS = 100  # answered before and after
 BEFORE, AFTER = "answers-before.json", "answers-after.json"  # beside the checkpoints
 
 
-def fine_tune(options) -> None:
+def fine_tune(options, engine: Engine = alone, group: Group | None = None) -> None:
     """Fine-tune on the rows of `options.data`; adapter and record go to a folder.
 
     Writes the adapter in PEFT's layout, training.png and training.json (recipe,
@@ -60,8 +62,12 @@ def fine_tune(options) -> None:
     again, it goes on from the newest of them. All that can be wrong with the arguments
     and the rows is found before the first answer and the first step. With
     --show-masks, which needs no folder, the rows are shown instead.
+
+    On several ranks (cli/ranks.py) rank 0 answers, writes and shows; the other ranks
+    wait for its answers, and train.
     """
-    config, out = _config(options), _out(options)
+    first = group is None or group.rank == 0
+    config, out = train_config(options), _out(options)
     task = load_task(options.data, **given(options, *OF_DATA))
     dtype = pick_dtype(options.dtype or AUTO, pick_device(options.device))
     method, of_base = options.method, dtype_name(dtype)
@@ -98,8 +104,11 @@ def fine_tune(options) -> None:
             keep=checkpoints / keep,
         )
 
-    with _base_alone(model):
-        before = answer(BEFORE)
+    if first:
+        with _base_alone(model):
+            before = answer(BEFORE)
+    if group is not None:
+        group.meet()
     history = train(
         model,
         tokenizer,
@@ -107,7 +116,11 @@ def fine_tune(options) -> None:
         config,
         encoded=(encoded["train"], encoded["validation"]),
         checkpoints=checkpoints,
+        progress=first,
+        engine=engine,
     )
+    if not first:
+        return
     print(history.packing)
     after = answer(AFTER)
     exchange.save(model, out)
@@ -164,7 +177,8 @@ def given(options, *names: str) -> dict:
 # ------------------------------------------------------------------------- train
 
 
-def _config(options) -> TrainConfig:
+def train_config(options) -> TrainConfig:
+    """The recipe that the options ask for."""
     lr = named(options.method).lr if options.lr is None else options.lr
     return TrainConfig(
         steps=options.steps,

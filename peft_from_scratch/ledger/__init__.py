@@ -3,6 +3,7 @@
 claim.py       a claim, and the rule that decides it
 rule_hash.py   the hash of what a rule computes, and not of how it is written
 runs.py        runs, kept by the hash of their configuration
+workers.py     many workers make them together, without a word to each other
 experiments/   one file an experiment
 rates.py       the same search of the learning rate for every method
 intervals.py   intervals over runs that are paired by seed and row

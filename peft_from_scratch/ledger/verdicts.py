@@ -13,7 +13,7 @@ import json
 import math
 import pkgutil
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -208,27 +208,35 @@ def write(rows: Sequence[dict], file: Path | None = None) -> bool:
     return True
 
 
-def make_runs(ids: Iterable[str], scales: Iterable[str] = BASES) -> None:
-    """Make every run that these claims lack; each is stored as soon as it is done."""
+def make_runs(
+    ids: Iterable[str],
+    scales: Iterable[str] = BASES,
+    mine: Callable[[dict], bool] | None = None,
+) -> None:
+    """Make every run that these claims lack; each is stored as soon as it is done.
+
+    Args
+        mine  whether a configuration is this worker's (workers.part_of); None: all are
+    """
     for id in ids:
         for scale in scales:
-            _make_runs(claim(id), scale)
+            _make_runs(claim(id), scale, mine or (lambda config: True))
 
 
-def _make_runs(claim: Claim, scale: str) -> None:
-    judgement = judge(claim, scale)
-    if not judgement.missing:
+def _make_runs(claim: Claim, scale: str, mine: Callable[[dict], bool]) -> None:
+    missing = list(filter(mine, judge(claim, scale).missing))
+    if not missing:
         return
-    done = len(claim.configs(scale)) - len(judgement.missing)
-    total = done + len(judgement.missing)
+    done = sum(mine(config) for config in claim.configs(scale)) - len(missing)
+    total = done + len(missing)
     with bar(f"{claim.id} on {scale}", "run", total, done=done) as progress_bar:
-        while judgement.missing:
-            for config in judgement.missing:
+        while missing:
+            for config in missing:
                 runs.result(config, lambda config=config: experiments.compute(config))
                 progress_bar.update()
             # A search asks for more, as results come in.
-            judgement = judge(claim, scale)
-            progress_bar.total += len(judgement.missing)
+            missing = list(filter(mine, judge(claim, scale).missing))
+            progress_bar.total += len(missing)
 
 
 def table(rows: Sequence[dict], scales: Sequence[str] = BASES) -> str:

@@ -1,7 +1,7 @@
 """Parameters of a LoRA, bytes of AdamW and of NF4, by formula: no model is needed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 STEP_BYTES = 4  # torch's AdamW counts the steps of each tensor in a float32 scalar
 
@@ -52,6 +52,39 @@ def zero_bytes(
         "weights": (every_part if stage == 3 else every) * itemsize,
         "gradients": (part if stage > 1 else sum(trainable)) * itemsize,
         "optimizer": part * states + STEP_BYTES * len(trainable),
+    }
+
+
+def fsdp2_bytes(
+    trainable: Iterable[Sequence[int]],
+    frozen: Iterable[Sequence[int]] = (),
+    *,
+    rank: int = 0,
+    ranks: int,
+    itemsize: int = 4,
+) -> dict[str, int]:
+    """Bytes that FSDP2 leaves on a rank, between backward and the optimizer's step.
+
+    A tensor is cut by rows: rank r has rows r c to (r + 1) c of it, c = ceil(rows / N),
+    as far as there are so many. torch keeps weights padded to c rows on every rank, and
+    gradients and states as they are.
+
+    Args
+        trainable, frozen   shape of each tensor
+        rank                the rank that is counted; rank 0 has the most
+        ranks               N
+    Returns  {"weights", "gradients", "optimizer"}
+    """
+    own = padded = tensors = 0
+    for shape in trainable:
+        row, c = math.prod(shape[1:]), -(-shape[0] // ranks)
+        own += row * min(max(shape[0] - rank * c, 0), c)
+        padded, tensors = padded + row * c, tensors + 1
+    padded += sum(math.prod(s[1:]) * -(-s[0] // ranks) for s in frozen)
+    return {
+        "weights": padded * itemsize,
+        "gradients": own * itemsize,
+        "optimizer": 2 * own * max(itemsize, 4) + STEP_BYTES * tensors,
     }
 
 

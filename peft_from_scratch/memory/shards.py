@@ -14,7 +14,7 @@ is read twice, or recomputed by gradient checkpointing, needs no code of its own
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -137,6 +137,8 @@ def whole(model: nn.Module) -> Iterator[None]:
 def bytes_kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What this rank keeps, by its tensors' storages: formulas.zero_bytes, measured.
 
+    Or formulas.fsdp2_bytes, of a model that torch's fully_shard has cut.
+
     Returns  {"weights", "gradients", "optimizer"} in bytes, buffers left out
     """
     parameters = list(model.parameters())
@@ -149,10 +151,16 @@ def bytes_kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         (parameters + parts, gradients, states),
         strict=True,
     )
-    return {
-        kind: sum({_address(t): t.untyped_storage().nbytes() for t in tensors}.values())
-        for kind, tensors in kinds
-    }
+    return {kind: _bytes(map(_local, tensors)) for kind, tensors in kinds}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({_address(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, as FSDP2 has them; else the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _address(tensor: Tensor) -> int:

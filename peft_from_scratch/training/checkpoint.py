@@ -65,11 +65,16 @@ def configuration(
 
 
 def save(state: TrainState, folder: Path, settings: dict) -> Path:
-    """Write the run as it stands after a step; older checkpoints go afterwards."""
-    target = Path(folder) / f"step-{state.history.steps:06d}"
+    """Write the run as it stands after a step; older checkpoints go afterwards.
+
+    All ranks call it, and rank 0 writes: what any number of ranks can resume.
+    """
+    target, files = Path(folder) / f"step-{state.history.steps:06d}", _files(state)
+    if state.rank > 0:  # it has given its parts to rank 0
+        return target
     with atomic.new_folder(target) as new:
         checks = {}
-        for name, tensors in _files(state).items():
+        for name, tensors in files.items():
             file = new / f"{name}.safetensors"
             save_file({key: _compact(t) for key, t in tensors.items()}, file)
             checks[name] = file_crc(file)
@@ -94,6 +99,16 @@ def resume(state: TrainState, folder: Path, settings: dict) -> bool:
     Raises   ValueError    the folder belongs to a run of another configuration, or to
              somebody else; the message says which, and the run is as it was
     """
+    with state.rank_0_first():
+        newest = _newest(folder, settings)
+    if newest is None:
+        return False
+    _restore(state, *newest)
+    return True
+
+
+def _newest(folder: Path, settings: dict) -> tuple[Files, dict] | None:
+    """(files, history) of the newest checkpoint that can be read; see resume."""
     _refuse_strangers(folder)
     atomic.sweep(folder)
     for path in reversed(checkpoints(folder)):
@@ -104,13 +119,12 @@ def resume(state: TrainState, folder: Path, settings: dict) -> bool:
             warnings.warn(
                 f"{path} cannot be read ({error}) and is {aside.name} now; the one "
                 "before it is used",
-                stacklevel=3,
+                stacklevel=4,
             )
             continue
         _refuse_other(folder, record["configuration"], settings)
-        _restore(state, files, record["history"])
-        return True
-    return False
+        return files, record["history"]
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -151,7 +165,7 @@ def _record_crc(record: dict) -> int:
 
 def _files(state: TrainState) -> Files:
     return {
-        "trainable": state.trainable,
+        "trainable": state.weights(),
         "optimizer": {
             f"{name}.{key}": value
             for name, moments in state.moments().items()
@@ -164,13 +178,11 @@ def _files(state: TrainState) -> Files:
 
 def _restore(state: TrainState, files: Files, history: dict) -> None:
     state.load_weights(files["trainable"])
-    index = {name: i for i, name in enumerate(state.trainable)}
     moments = {}
     for key, value in files["optimizer"].items():
         name, _, kind = key.rpartition(".")
-        moments.setdefault(index[name], {})[kind] = value
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        moments.setdefault(name, {})[kind] = value
+    state.load_moments(moments)
     state.best = files["best"]
     state.history = History(**history)
     state.history.validation = [tuple(each) for each in history["validation"]]

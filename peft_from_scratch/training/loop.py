@@ -33,7 +33,7 @@ from .guards import (
 from .loss import mean_loss, micro_batch_loss
 from .packing import Packing, packing_for
 from .precision import autocast
-from .state import TrainState, new_state
+from .state import Engine, TrainState, alone, new_state
 
 
 def optimizer_steps(
@@ -52,20 +52,21 @@ def optimizer_steps(
     Yields   the history, after each step
     Raises   Diverged, RuntimeError  see train(); the weights are those before the step
     """
-    parameters, optimizer = list(state.trainable.values()), state.optimizer
-    history = state.history
+    history, optimizer = state.history, state.optimizer
     while not history.finished(config.steps):
         start, step, total = time.perf_counter(), history.steps, 0.0
+        state.begin_step(config)
         batches = [packing.batch(rows) for rows in micro_batches_of(step)]
-        step_tokens = sum(map(label_tokens, batches))
+        step_tokens = state.total(sum(map(label_tokens, batches)))  # of all ranks
         for batch in batches:
             with autocast(config, state.device):
                 part = micro_batch_loss(model, batch, step_tokens)  # sum / step_tokens
-            part.backward()
+            state.backward(part)
             total += part.detach()
         max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()  # the one before
-        loss, lr = total.item(), learning_rate(config, step)  # nats per label token
+        norm = state.clip(max_norm)  # the one before
+        loss = state.total(total.item())  # nats per label token
+        lr = learning_rate(config, step)
         refuse_not_finite(loss, norm, step=step + 1, steps=config.steps, lr=lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"]  # ratio: LoRA+ trains B at a higher rate
@@ -85,6 +86,7 @@ def train(
     checkpoints: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[History], object] | None = None,
+    engine: Engine = alone,
 ) -> History:
     """Train the injected adapters of `model` on the rows of `task`.
 
@@ -97,6 +99,8 @@ def train(
                      to bit-identical weights (same machine, same number of threads)
         progress     show a bar with loss and time left, in a terminal or a notebook
         on_step      called with the history after every step
+        engine       who takes the steps: this process alone, or one of parallel/, which
+                     every rank calls with the same arguments
     Returns  History. Training flags and random generators are as the caller had them
     Raises   Diverged           a loss or gradient that is not finite; the weights are
                                 those before that step (of a validation: after it)
@@ -109,9 +113,13 @@ def train(
     state = new_state(model, config)
     rows, validation = encoded or encode_splits(tokenizer, task, config)
     settings = checkpoint.configuration(model, config, (rows, validation))
-    of_step = partial(micro_batches, rows, config)
     packing = packing_for(model, [*rows, *validation])
+
+    def of_step(step: int) -> list[list[Row]]:
+        return state.share(micro_batches(rows, config, step))
+
     with (
+        engine(model, state, config) as (model, state),
         written_out(model, config, packing, [*rows, *validation], of_step(0)),
         scoped.mode(model, training=True),
         scoped.seeded(config.seed, state.device),
@@ -120,19 +128,20 @@ def train(
     ):
         if checkpoints:
             checkpoint.resume(state, checkpoints, settings)
-        history, parameters = state.history, state.trainable
+        history = state.history
         history.packing = packing.described(of_step(0))
         start = time.perf_counter() - history.seconds
-        before = fingerprints(parameters) if history.steps < MOVED_AFTER else {}
+        young = history.steps < MOVED_AFTER
+        before = fingerprints(state.weights()) if young else {}
         steps, done = config.steps, history.steps
         with bar("train", "step", steps, done=done, shown=progress) as shown:
             for history in optimizer_steps(model, state, config, of_step, packing):
                 if history.steps == MOVED_AFTER:
-                    refuse_unmoved(parameters, state.moments(), before)
+                    refuse_unmoved(state.weights(), state.moments(), before)
                 if _due(config.validate_every, history, config):
                     _validate(model, state, validation, config, packing)
                 history.seconds = time.perf_counter() - start
-                stop = pressed.is_set()
+                stop = state.total(pressed.is_set()) > 0  # on any rank
                 due = stop or _due(config.checkpoint_every, history, config)
                 if checkpoints and due:
                     checkpoint.save(state, checkpoints, settings)
@@ -149,8 +158,8 @@ def train(
                     raise KeyboardInterrupt(
                         f"stopped after step {history.steps}; {rest}"
                     )
-    if config.patience:
-        state.load_weights(state.best)
+        if config.patience:
+            state.load_weights(state.best)
     return history
 
 
@@ -199,6 +208,7 @@ def _validate(
     size = config.batch // config.accumulate
     with autocast(config, state.device):
         loss = mean_loss(model, rows, batch=size, collate=packing.batch)
+    loss = state.total(loss) / state.ranks  # one number, whatever each rank has rounded
     if not math.isfinite(loss):
         raise Diverged(
             f"step {history.steps} of {config.steps}, learning rate "

@@ -164,7 +164,7 @@ def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
 def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, data):
     for method in METHODS:
         command = training(base, data, "out", "--method", method.name)
-        recipe = commands._config(command_line.parser().parse_args(command))
+        recipe = commands.train_config(command_line.parser().parse_args(command))
         assert recipe.lr == method.lr and recipe.max_tokens == TrainConfig.max_tokens
 
 

@@ -21,7 +21,15 @@ from tqdm import tqdm
 
 SLOW_TO_IMPORT = ["torch.distributed", "transformers.models.gpt2.modeling_gpt2"]
 SLOW_TO_IMPORT += ["transformers.models.llama.modeling_llama", "rank_jobs"]
-CHANGED = ("collectives", "shards", "zero", "checkpointing")  # of memory/
+SLOW_TO_IMPORT += ["engine_jobs"]
+CHANGED = [
+    *(f"memory.{name}" for name in ("collectives", "shards", "zero", "checkpointing")),
+    *(
+        f"parallel.{name}"
+        for name in ("state", "group", "twin", "zero_engine", "fsdp2")
+    ),
+    *(f"training.{name}" for name in ("loop", "checkpoint", "state")),
+]
 START = 90  # seconds in which all ranks must have started; a busy machine takes some
 LOST = "no answer"  # of a rank that ended without one
 
@@ -103,7 +111,7 @@ def _code() -> dict[tuple[str, str], bytes]:
     """{(module, name): code} of every function of the modules in CHANGED."""
     code = {}
     for name in CHANGED:
-        module = import_module(f"peft_from_scratch.memory.{name}")
+        module = import_module(f"peft_from_scratch.{name}")
         for owner in [module, *vars(module).values()]:
             if getattr(owner, "__module__", module.__name__) == module.__name__:
                 for each in vars(owner).values() if hasattr(owner, "__dict__") else ():
@@ -113,7 +121,8 @@ def _code() -> dict[tuple[str, str], bytes]:
 
 def _note(code: dict, module, value) -> None:
     value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else 0
-    if inspect.isfunction(value) and value.__module__ == module.__name__:
+    written = inspect.isfunction(value) and "<locals>" not in value.__qualname__
+    if written and value.__module__ == module.__name__:
         code[module.__name__, value.__qualname__] = marshal.dumps(value.__code__)
 
 

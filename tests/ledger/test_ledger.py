@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from planting import assert_caught, law
 
 from peft_from_scratch.cli import command_line
+from peft_from_scratch.cli.command_line import main
 from peft_from_scratch.ledger import experiments, runs
 from peft_from_scratch.ledger import verdicts as ledger
 from peft_from_scratch.ledger.claim import (
@@ -288,6 +289,37 @@ def test_missing_runs_are_made_once_and_a_search_may_ask_for_more(store, monkeyp
         ledger.make_runs(["Z1"])
     assert computed == [("tiny", 0), ("tiny", 7), ("smollm2", 0), ("smollm2", 7)]
     assert ledger.row(ledger.claim("Z1"))["verdict"] == "holds"
+
+
+def test_workers_share_the_runs_and_none_is_made_twice(store, monkeypatch, capsys):
+    """Each run by one worker, and a search's second run by whoever it belongs to."""
+
+    def configs(scale):
+        first = [{"experiment": "z", "base": scale, "seed": seed} for seed in range(9)]
+        if any(runs.stored(each) is None for each in first):
+            return first
+        return [*first, {"experiment": "z", "base": scale, "seed": "more"}]
+
+    computed = []
+
+    def compute(config):
+        computed.append((config["base"], config["seed"]))
+        return {"value": 7}
+
+    monkeypatch.setattr(experiments, "compute", compute)
+    monkeypatch.setitem(ledger.CLAIMS, "Z1", made(configs=configs))
+    shares = []
+    for shard in [f"{worker}/3" for worker in (2, 0, 1)] * 2:
+        before = len(computed)
+        main(["ledger", "Z1", "--run", "--shard", shard])
+        shares.append(len(computed) - before)
+    assert len(computed) == len(set(computed)) == 20
+    assert all(shares[:3]) and sum(shares) == 20
+    assert "worker 1/3 is done; 0 runs are missing" in capsys.readouterr().out
+    for shard in ("3/3", "a", "1/0", "1/3/", "1"):
+        assert main(["ledger", "Z1", "--run", "--shard", shard]) == 1
+    assert main(["ledger", "Z1", "--shard", "0/3"]) == 1
+    assert "add --run" in capsys.readouterr().err
 
 
 def test_a_new_claim_is_one_file(tmp_path, monkeypatch):

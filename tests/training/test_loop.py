@@ -34,6 +34,7 @@ from peft_from_scratch.training.config import (
     learning_rate,
     rows_of_step,
 )
+from peft_from_scratch.training.state import TrainState
 
 ENCODED = encode_rows(TOKENIZER, TASK.instruction, ROWS, template="chat")
 CPU = torch.device("cpu")
@@ -576,13 +577,13 @@ BUGS = {
         looking_at_the_validation_rows_changes_nothing,
     ),
     "clipping after the step": (
-        loop.optimizer_steps,
+        TrainState.clip,
         "nn.utils.clip_grad_norm_(parameters, max_norm).item()",
         "1.0",
         training_equals_a_plain_loop,
     ),
     "each tensor clipped by itself": (
-        loop.optimizer_steps,
+        TrainState.clip,
         "nn.utils.clip_grad_norm_(parameters, max_norm).item()",
         "max(nn.utils.clip_grad_norm_([p], max_norm).item() for p in parameters)",
         training_equals_a_plain_loop,
