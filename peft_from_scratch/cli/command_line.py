@@ -176,6 +176,24 @@ def _train(commands) -> None:
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
     )
+    command.add_argument(
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="compute each layer twice, for fewer bytes of activations",
+    )
+    command.add_argument(
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="logits of so many label tokens at a time, for fewer bytes",
+    )
+    command.add_argument(
+        "--buckets",
+        type=int,
+        metavar="N",
+        help="divide the rows by length into N groups; a step's rows come from one",
+    )
     _max_tokens(command)
     command.add_argument("--template", choices=TEMPLATES, default="chat")
     command.add_argument("--seed", type=int, default=0)

@@ -20,9 +20,12 @@ from ..common import scoped
 from ..common.progress import bar
 from ..tasks.templates import encode_rows
 from . import checkpoint
+from .abilities import refuse_unable
 from .attention import written_out
 from .batch import Row, label_tokens
+from .chunked_loss import loss_of
 from .config import History, TrainConfig, learning_rate, rows_of_step
+from .gradient_checkpointing import recomputed
 from .guards import (
     MOVED_AFTER,
     Diverged,
@@ -53,14 +56,14 @@ def optimizer_steps(
     Raises   Diverged, RuntimeError  see train(); the weights are those before the step
     """
     parameters, optimizer = list(state.trainable.values()), state.optimizer
-    history = state.history
+    history, summed = state.history, loss_of(config.chunk)  # at once, or in chunks
     while not history.finished(config.steps):
         start, step, total = time.perf_counter(), history.steps, 0.0
         batches = [packing.batch(rows) for rows in micro_batches_of(step)]
         step_tokens = sum(map(label_tokens, batches))
         for batch in batches:
             with autocast(config, state.device):
-                part = micro_batch_loss(model, batch, step_tokens)  # sum / step_tokens
+                part = micro_batch_loss(model, batch, step_tokens, summed)
             part.backward()
             total += part.detach()
         max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
@@ -101,18 +104,21 @@ def train(
     Raises   Diverged           a loss or gradient that is not finite; the weights are
                                 those before that step (of a validation: after it)
              RuntimeError       a trainable tensor that three steps did not move
-             ValueError         no adapter, no rows, a row that is too long, or a folder
+             ValueError         no adapter, no rows, a row that is too long, a recipe
+                                that the model cannot follow (abilities.py), or a folder
                                 with the checkpoints of another run
              KeyboardInterrupt  on Ctrl-C, once the step is done and its checkpoint
                                 written; a second Ctrl-C does not wait
     """
     state = new_state(model, config)
+    refuse_unable(model, config)
     rows, validation = encoded or encode_splits(tokenizer, task, config)
     settings = checkpoint.configuration(model, config, (rows, validation))
     of_step = partial(micro_batches, rows, config)
     packing = packing_for(model, [*rows, *validation])
     with (
         written_out(model, config, packing, [*rows, *validation], of_step(0)),
+        recomputed(model, config.checkpointing),
         scoped.mode(model, training=True),
         scoped.seeded(config.seed, state.device),
         scoped.held_ctrl_c() as pressed,
@@ -176,7 +182,8 @@ def encode_splits(tokenizer, task, config: TrainConfig) -> tuple[list[Row], list
 
 def micro_batches(rows: list[Row], config: TrainConfig, step: int) -> list[list[Row]]:
     """The rows of optimizer step number `step`, in `config.accumulate` equal parts."""
-    chosen = [rows[i] for i in rows_of_step(config, step, len(rows))]
+    lengths = [len(ids) for ids, _ in rows] if config.buckets > 1 else None
+    chosen = [rows[i] for i in rows_of_step(config, step, len(rows), lengths)]
     size = config.batch // config.accumulate
     return [chosen[i : i + size] for i in range(0, config.batch, size)]
 
@@ -198,7 +205,13 @@ def _validate(
     history = state.history
     size = config.batch // config.accumulate
     with autocast(config, state.device):
-        loss = mean_loss(model, rows, batch=size, collate=packing.batch)
+        loss = mean_loss(
+            model,
+            rows,
+            batch=size,
+            collate=packing.batch,
+            summed=loss_of(config.chunk),
+        )
     if not math.isfinite(loss):
         raise Diverged(
             f"step {history.steps} of {config.steps}, learning rate "

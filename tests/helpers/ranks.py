@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 SLOW_TO_IMPORT = ["torch.distributed", "transformers.models.gpt2.modeling_gpt2"]
 SLOW_TO_IMPORT += ["transformers.models.llama.modeling_llama", "rank_jobs"]
-CHANGED = ("collectives", "shards", "zero", "checkpointing")  # of memory/
+CHANGED = ("memory.collectives", "memory.shards", "memory.zero")
+CHANGED += ("training.gradient_checkpointing",)
 START = 90  # seconds in which all ranks must have started; a busy machine takes some
 LOST = "no answer"  # of a rank that ended without one
 
@@ -103,7 +104,7 @@ def _code() -> dict[tuple[str, str], bytes]:
     """{(module, name): code} of every function of the modules in CHANGED."""
     code = {}
     for name in CHANGED:
-        module = import_module(f"peft_from_scratch.memory.{name}")
+        module = import_module(f"peft_from_scratch.{name}")
         for owner in [module, *vars(module).values()]:
             if getattr(owner, "__module__", module.__name__) == module.__name__:
                 for each in vars(owner).values() if hasattr(owner, "__dict__") else ():

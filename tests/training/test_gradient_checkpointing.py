@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils import checkpoint as torchs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_from_scratch.memory.checkpointing import (
+from peft_from_scratch.memory.meter import measure_step
+from peft_from_scratch.training.gradient_checkpointing import (
     Checkpoint,
     checkpoint,
     checkpointed,
 )
-from peft_from_scratch.memory.meter import measure_step
 
 BY_NAME = {method.name: method for method in METHODS}
 # Random Llama, Qwen and Gemma models are not fp64 inside, nor is a base in four bits.
