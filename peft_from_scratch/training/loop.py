@@ -23,6 +23,7 @@ from . import checkpoint
 from .abilities import refuse_unable
 from .attention import written_out
 from .batch import Row, label_tokens
+from .buckets import saved_padding
 from .chunked_loss import loss_of
 from .config import History, TrainConfig, learning_rate, rows_of_step
 from .gradient_checkpointing import recomputed
@@ -128,6 +129,7 @@ def train(
             checkpoint.resume(state, checkpoints, settings)
         history, parameters = state.history, state.trainable
         history.packing = packing.described(of_step(0))
+        history.packing += saved_padding(packing, config, partial(micro_batches, rows))
         start = time.perf_counter() - history.seconds
         before = fingerprints(parameters) if history.steps < MOVED_AFTER else {}
         steps, done = config.steps, history.steps
@@ -182,8 +184,11 @@ def encode_splits(tokenizer, task, config: TrainConfig) -> tuple[list[Row], list
 
 def micro_batches(rows: list[Row], config: TrainConfig, step: int) -> list[list[Row]]:
     """The rows of optimizer step number `step`, in `config.accumulate` equal parts."""
-    lengths = [len(ids) for ids, _ in rows] if config.buckets > 1 else None
+    bucketed = config.buckets > 1
+    lengths = [len(ids) for ids, _ in rows] if bucketed else None
     chosen = [rows[i] for i in rows_of_step(config, step, len(rows), lengths)]
+    if bucketed:  # which rows stand together changes no gradient
+        chosen.sort(key=lambda row: len(row[0]))
     size = config.batch // config.accumulate
     return [chosen[i : i + size] for i in range(0, config.batch, size)]
 
