@@ -79,7 +79,8 @@ def _advice(error: str) -> str | None:
     if "did not move" in error:
         return "On the command line: try a larger --lr"
     if "out of memory" in error or "can't allocate memory" in error:
-        return "Try a smaller --batch, or a larger --accumulate"
+        saving = "train also takes --checkpointing, and --chunk 256"
+        return f"Try a smaller --batch, or a larger --accumulate; {saving}"
     return None
 
 
