@@ -34,6 +34,12 @@ def refuse_unable(model: nn.Module, config: TrainConfig) -> None:
 
 @torch.no_grad()
 def _refuse_chunks(model: nn.Module) -> None:
+    if type(model).__name__ == "OptimizedModule":  # of torch.compile
+        raise ValueError(
+            f"this {type(unwrapped(model)).__name__} is compiled, and nothing comes "
+            "out between its layers and its head, where a loss is cut in chunks. "
+            "Train the model itself, or leave chunk at None"
+        )
     weight = unwrapped(model).get_input_embeddings().weight
     ids = torch.arange(2 * TOKENS, device=weight.device).view(2, TOKENS) % len(weight)
     batch = {"input_ids": ids, "labels": ids}

@@ -244,6 +244,16 @@ def what_a_model_cannot_is_refused_by_name(monkeypatch):
             run(model, recipe(chunk=5))
 
 
+def test_a_compiled_model_runs_its_layers_twice_and_has_no_chunks():
+    ends = []
+    for changes in ({}, WAYS["checkpointing"]):
+        model = torch.compile(adapted(dropout=0), backend="eager")
+        ends.append(figures(run(model, recipe(steps=3, warmup=0, **changes))))
+    assert largest(ends[1], ends[0]) < 1e-6
+    with refused(model, "this LlamaForCausalLM is compiled", "chunk at None"):
+        run(model, recipe(chunk=5))
+
+
 def _no_layers(model):
     raise ValueError("this model has no decoder layers")
 
