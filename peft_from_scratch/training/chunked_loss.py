@@ -23,7 +23,7 @@ softcap, an adapter on the head. It runs on a chunk as if its rows came from the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -105,8 +105,7 @@ class ChunkedLoss(torch.autograd.Function):
                 H_c = H_c.detach().requires_grad_()
                 part = loss(H_c, targets_c)
             total += part.detach()
-            with _without_autocast(H.device):  # where a loop calls backward
-                here, *others = torch.autograd.grad(part, (H_c, *W), allow_unused=True)
+            here, *others = torch.autograd.grad(part, (H_c, *W), allow_unused=True)
             dH_c.copy_(here)
             pairs = zip(dW, others, strict=True)
             dW = [sum_of if g is None else sum_of.add_(g) for sum_of, g in pairs]
@@ -118,14 +117,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, above):
         dH, *dW = ctx.saved_tensors
         return None, None, None, above * dH, *(above * each for each in dW)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, products are computed in the dtype of their factors."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _of_layers(model: nn.Module, batch: Batch) -> ModelOutput:

@@ -100,6 +100,22 @@ def test_an_adapter_on_the_head_trains():
     assert largest(learned(model, in_chunks_of(5)), expected) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma"])
+def test_one_chunk_under_autocast_has_the_bits_of_no_chunk(architecture):
+    """Although its backward runs inside autocast, and the plain one outside of it."""
+    model = build(architecture)
+    pfs.full.inject(model)
+    results = []
+    for loss in (summed_loss, in_chunks_of(100)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            total = loss(model, a_batch())
+        total.backward()
+        gradients = {n: p.grad.clone() for n, p in pfs.trainable(model).items()}
+        results.append(gradients | {"loss": total.detach()})
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_packed_rows(method):
     model, _ = fresh(BY_NAME[method], "llama", steps=1)
