@@ -54,7 +54,5 @@ def step_bill(
         "optimizer": updating.optimizer,
         "activations": learning.activations,
         "temporaries": updating.activations,
-        "peak": max(
-            learning.peak + updating.optimizer, lasting + updating.activations
-        ),
+        "peak": max(learning.peak + updating.optimizer, lasting + updating.activations),
     }
