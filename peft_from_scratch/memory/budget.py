@@ -196,6 +196,11 @@ def _not_counted(config, setup: Setup, w: Weighed) -> tuple[str, ...]:
         lines.append(
             "the 16-bit base, where the model is loaded whole before it is quantized"
         )
+    if setup.method == "qlora" and w.active < w.total:
+        lines.append(
+            "experts in four bits: a layer has them in one stacked tensor, which stays "
+            "as it is"
+        )
     if getattr(config, "attention_dropout", 0):
         lines.append("dropout in attention (attention_dropout)")
     if w.active < w.total:

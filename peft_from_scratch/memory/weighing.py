@@ -10,6 +10,7 @@ methods read values when they are injected, which a model without numbers has no
 """
 
 import inspect
+import re
 import warnings
 from dataclasses import dataclass, field
 
@@ -196,12 +197,13 @@ def _idle_experts(model: nn.Module, config: PretrainedConfig) -> int:
     )
     if not chosen or not experts or chosen >= experts:
         return 0
-    stacked = [
+    of_experts = [
         p.numel()
         for name, p in model.named_parameters()
-        if p.dim() == 3 and len(p) == experts and "experts" in name
+        if re.search(r"\bexperts\.\d+\.", name)  # a module each, or stacked
+        or (p.dim() == 3 and len(p) == experts and "experts" in name)
     ]
-    return sum(stacked) * (experts - chosen) // experts
+    return sum(of_experts) * (experts - chosen) // experts
 
 
 def _of_one_layer(model: nn.Module, wrapped: dict) -> dict | None:
