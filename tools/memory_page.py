@@ -185,7 +185,7 @@ def _drawn(cells: list[dict]) -> str:
         "step was first taken, and by today's formulas:\n\n"
         + markdown(("model", "step", "activations", "peak", "today"), lines)
         + "\n\nWhat was refused:\n\n"
-        + markdown(("model", "step", "because"), [_refused(c) for c in refused])
+        + markdown(("steps", "because", "of"), _refused(refused))
     )
 
 
@@ -199,8 +199,16 @@ def _missed(cell: dict) -> list[str]:
     return [*_about(cell), *ends, ", ".join(f"{now[r]:+.1f}" for r in ROWS[3:])]
 
 
-def _refused(cell: dict) -> list[str]:
-    return [*_about(cell), cell["first"]["refused"].partition(" (")[0]]
+def _refused(cells: list[dict]) -> list[list]:
+    """How many steps were refused by each sentence, and of which models."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        said = cell["first"]["refused"].partition("; ")[0].partition(" (")[0]
+        groups.setdefault(said, []).append(cell["base"])
+    return [
+        [len(bases), said, ", ".join(dict.fromkeys(bases))]
+        for said, bases in groups.items()
+    ]
 
 
 def _about(cell: dict) -> list[str]:

@@ -60,7 +60,7 @@ def table(budget: Budget) -> str:
     for name in LETTERS:
         count = budget.parts.get(name)
         if count:
-            lines.append(f"  {name:<16}{size(count):>12}   {NOTES[name]}")
+            lines.append(f"  {words(name):<16}{size(count):>12}   {NOTES[name]}")
     lines.append(f"  {'total':<16}{size(budget.total):>12}   not all at one moment")
     moment, most = peak(budget.moments)
     lines.append(f"  {'peak':<16}{size(most):>12}   {moment}")
@@ -131,17 +131,25 @@ def figure(budget: Budget, name: str) -> Figure:
     """The timeline as bars, a moment each."""
     moment, most = peak(budget.moments)
     setup = budget.setup
+    phase = "" if setup.phase == "train" else f"{setup.phase}, "
     return curves.bars(
-        {label: _positive(at) for label, at in budget.moments.items()},
-        kinds={part: COLORS[part] for part in LETTERS},
+        {
+            f"{label}, the peak" if label == moment else label: _positive(at)
+            for label, at in budget.moments.items()
+        },
+        kinds={words(part): COLORS[part] for part in LETTERS},
         title=f"{name}, {setup.method}: {size(most)} at the peak, {moment}",
-        subtitle=f"{setup.dtype}, batch {setup.batch}, {setup.length} tokens; "
+        subtitle=f"{phase}{setup.dtype}, batch {setup.batch}, {setup.length} tokens; "
         f"activations: {budget.way}.",
     )
 
 
 def _positive(at: dict[str, int]) -> dict[str, int]:
-    return {part: count for part, count in at.items() if count > 0}
+    return {words(part): count for part, count in at.items() if count > 0}
+
+
+def words(part: str) -> str:
+    return part.replace("_", " ")
 
 
 def _bar(at: dict[str, int], most: int, width: int = WIDTH) -> str:
@@ -156,5 +164,5 @@ def _bar(at: dict[str, int], most: int, width: int = WIDTH) -> str:
 def _legend(moments) -> str:
     used = {part for at in moments for part, count in at.items() if count > 0}
     return "  ".join(
-        f"{letter} {part}" for part, letter in LETTERS.items() if part in used
+        f"{letter} {words(part)}" for part, letter in LETTERS.items() if part in used
     )

@@ -88,7 +88,8 @@ def bill(
     """
     recipe = RECIPES[setup.dtype]
     if weighed is None:
-        weighed, _ = weigh(config, setup.method, setup.options, recipe.base)
+        how = recipe.base, setup.attention
+        weighed, _ = weigh(config, setup.method, setup.options, *how)
     lasting = lasting_bytes(setup, recipe, weighed)
     if setup.phase not in LEARNING:
         return _forward_only(config, setup, recipe, weighed, lasting)

@@ -133,5 +133,6 @@ def _weighed(config: PretrainedConfig, setup: Setup, known: dict) -> Weighed:
     """What this method trains, counted once for each method and dtype."""
     key = _key(setup)
     if key not in known:
-        known[key], _ = weigh(config, key[0], setup.options, key[2])
+        how = key[2], setup.attention
+        known[key], _ = weigh(config, key[0], setup.options, *how)
     return known[key]

@@ -6,7 +6,7 @@ activations.py; ZeRO's divisions are made here.
 
 from transformers import PretrainedConfig
 
-from .activations import a_layer, kept
+from .activations import a_layer, kept, of_dora
 from .formulas import STEP_BYTES
 from .meta_model import kept_for_backward
 from .setups import ADAPTER, LEARNING, Recipe, Setup
@@ -64,6 +64,10 @@ def pieces_of(
     else:
         way, layer = MEASURED, 0
         saved, worst = _measured(config, setup, recipe)
+        if setup.method == "dora" and not setup.checkpointing:
+            d_out, d_in = w.widths  # what DoRA keeps besides LoRA: activations.py
+            more = of_dora(d_out, d_in, recipe.compute) * step.tokens + 12 * d_out
+            saved, worst = saved + more, worst + more
         every = setup.rows * (setup.length - 1) * config.vocab_size
         in_the_loss = worst < 1.02 * (saved + LOGITS * every)
         most = 0 if in_the_loss else max(0, worst - saved - ids - embedding)
@@ -123,7 +127,8 @@ def _measured(
         what = f"--method {setup.method}" if unable else "--dtype autocast"
         raise ValueError(
             f"{what} has a formula for layers like Llama's and GPT-2's, and cannot be "
-            f"measured without numbers; {config.model_type} has other layers"
+            f"measured without numbers; {config.model_type} with --method "
+            f"{setup.method} has no formula"
         )
     where = recipe.base, setup.attention
     _, model = weigh(config, setup.method, setup.options, *where)
