@@ -8,8 +8,9 @@ layers, a: heads, V: words, f: units of the MLP over h.
     DeepSpeed, ZeRO-2   2 P + 18 P / N       without offloading
     DeepSpeed, ZeRO-3   4 · (parameters of the largest module) + 18 P / N
     EleutherAI       P (w + 4 + 12) + s b h L (16 w + 2 + (2 w + 1) a s / h)
-                     with w bytes a value: 2, or 4 without mixed precision; with
-                     checkpointing the term of a s / h is left out;
+                     with w bytes a value: 2, or 4 without mixed precision, where its
+                     option for low precision says so; with checkpointing the term of
+                     a s / h is left out;
                      P = 2 V h + s h + 8 h L + 2 h + 2 (1 + g) L h² + 3 L h² f
                      for an MLP of three projections, g: kv heads over heads
 

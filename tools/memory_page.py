@@ -221,10 +221,11 @@ def _phases(cells: list[dict]) -> str:
     lines = []
     for cell in cells:
         s = Setup(**cell["setup"])
-        real, budget = cell["measured"]["peak"], bill(config_of(cell["base"]), s)
-        error = f"{100 * (budget.peak / real - 1):+.1f}"
+        budget, real = bill(config_of(cell["base"]), s), cell["measured"]["peak"]
+        peak = memory_phases.predicted(budget)
+        error = f"{100 * (peak / real - 1):+.1f}"
         about = (s.phase, s.method, _recipe(s), s.labels or "all", s.group or "")
-        lines.append([*about, megabytes(real), megabytes(budget.peak), error])
+        lines.append([*about, megabytes(real), megabytes(peak), error])
     heads = ("phase", "method", "step", "labels", "group", "measured", "predicted")
     return markdown((*heads, "error, %"), lines)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_from_scratch.core.adapter import disabled
+from peft_from_scratch.memory.budget import Budget
 from peft_from_scratch.memory.meter import Meter
 from peft_from_scratch.memory.setups import GROUP, Setup
 from peft_from_scratch.methods import named
@@ -68,7 +69,7 @@ def evaluate(model, ids: Tensor, setup: Setup, *_) -> None:
     """The losses of all rows, where nothing is kept for a gradient."""
     model.eval()
     with torch.no_grad():
-        token_losses(model, {"input_ids": ids, "labels": ids})
+        token_losses(model, _labelled(ids, setup))
 
 
 def generate(model, ids: Tensor, setup: Setup, *_) -> Tensor:
@@ -92,7 +93,7 @@ def generate(model, ids: Tensor, setup: Setup, *_) -> Tensor:
 def dpo(model, ids: Tensor, setup: Setup, optimizer, asks: Callable) -> None:
     """-log sigmoid(β (log-ratio of the chosen answer - that of the rejected one))."""
     rows = torch.cat([ids, ids.flip(1)])  # chosen ones, then rejected ones
-    batch = {"input_ids": rows, "labels": rows}
+    batch = _labelled(rows, setup)
     reference = asks(batch).sum(1)
     model.train()
     ratios = reference - token_losses(model, batch)[0].sum(1)  # losses are -log p
@@ -103,9 +104,7 @@ def dpo(model, ids: Tensor, setup: Setup, optimizer, asks: Callable) -> None:
 def group(model, ids: Tensor, setup: Setup, optimizer, asks: Callable) -> None:
     """A policy's step on answers that it sampled, with the KL to its reference."""
     rows = generate(model, ids, setup)
-    labels = rows.clone()
-    labels[:, : setup.prompt] = IGNORED
-    batch = {"input_ids": rows, "labels": labels}
+    batch = _labelled(rows, setup)
     rewards = torch.arange(len(rows)).view(setup.batch, -1).float()
     spread = rewards - rewards.mean(1, keepdim=True)
     advantages = (spread / rewards.std(1, keepdim=True)).view(-1, 1)
@@ -115,6 +114,20 @@ def group(model, ids: Tensor, setup: Setup, optimizer, asks: Callable) -> None:
     ratio = (now - now.detach()).exp().clamp(1 - CLIP, 1 + CLIP)
     divergence = (reference - now).exp() - (reference - now) - 1
     _update((BETA * divergence - ratio * advantages).mean(), optimizer)
+
+
+def _labelled(rows: Tensor, setup: Setup) -> dict[str, Tensor]:
+    """A batch whose rows have labels at their last tokens, or at all."""
+    labels = rows.clone()
+    if setup.labels:
+        labels[:, : setup.prompt] = IGNORED
+    return {"input_ids": rows, "labels": labels}
+
+
+def predicted(budget: Budget) -> int:
+    """The bill's peak when the model is there: loading is no part of the step."""
+    at = {name: sum(now.values()) for name, now in budget.moments.items()}
+    return max(size for name, size in at.items() if name != "loading")
 
 
 def _reference(model: nn.Module, reference: nn.Module | None) -> Callable:
