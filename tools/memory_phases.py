@@ -118,9 +118,10 @@ def group(model, ids: Tensor, setup: Setup, optimizer, asks: Callable) -> None:
 
 def _labelled(rows: Tensor, setup: Setup) -> dict[str, Tensor]:
     """A batch whose rows have labels at their last tokens, or at all."""
+    if not setup.labels:
+        return {"input_ids": rows, "labels": rows}
     labels = rows.clone()
-    if setup.labels:
-        labels[:, : setup.prompt] = IGNORED
+    labels[:, : setup.prompt] = IGNORED
     return {"input_ids": rows, "labels": labels}
 
 
