@@ -1,183 +1,110 @@
 """docs/memory_budget.md: predicted bills beside measured ones, never typed.
 
-    python -m tools.memory_page --measure    takes the steps again (a minute)
+    python -m tools.memory_page --measure    takes the steps that are not there yet
     python -m tools.memory_page              writes the page from what was measured
 
-A measured cell is one real step on a CPU, which memory/meter.py follows tensor by
-tensor: forward, backward and the optimizer's update, with the states already there.
-accelerate's estimator gets the same models; it is asked as `accelerate estimate-memory`
-asks it.
+memory_cells.py takes the steps, memory_held_out.py has those that no formula was
+written beside, memory_phases.py those of other phases, and memory_estimators.py what
+other estimators say. data/results/memory_budget.json keeps what was measured, and, of
+the held-out steps, what was predicted when they were taken for the first time.
 """
 
 import argparse
-import itertools
 import json
-from contextlib import nullcontext
-
-import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from collections.abc import Sequence
 
 from peft_from_scratch.common import atomic, provenance
 from peft_from_scratch.common.marks import between_marks, markdown
-from peft_from_scratch.common.quiet import quiet_transformers
 from peft_from_scratch.common.units import megabytes
-from peft_from_scratch.memory import timeline
-from peft_from_scratch.memory.budget import Budget, bill
-from peft_from_scratch.memory.meta_model import ghost
-from peft_from_scratch.memory.meter import Meter
-from peft_from_scratch.memory.mixed_adamw import MixedAdamW
-from peft_from_scratch.memory.setups import RECIPES, Setup
-from peft_from_scratch.memory.shapes import read_config
-from peft_from_scratch.memory.step_bill import step_bill
-from peft_from_scratch.methods import named
-from peft_from_scratch.models.load import load_model
-from peft_from_scratch.training.loss import accumulate_gradients
+from peft_from_scratch.memory.budget import bill
+from peft_from_scratch.memory.setups import Setup
+
+from . import memory_cells, memory_estimators, memory_held_out, memory_phases
+from .memory_cells import ROWS, config_of, predicted
 
 PAGE = provenance.ROOT / "docs" / "memory_budget.md"
 RESULT = provenance.ROOT / "data" / "results" / "memory_budget.json"
-ROWS = ("weights", "gradients", "optimizer", "activations", "peak")
-METHODS = ("full", "lora", "dora", "qlora", "houlsby", "prefix", "prompt", "ia3")
-WAYS = ({}, dict(checkpointing=True), dict(attention="eager"))
-SMALL = dict(vocab_size=5000, bos_token_id=1, eos_token_id=2)
-RANDOM: dict[str, PretrainedConfig] = {
-    "GPT-2 (4 layers, random)": GPT2Config(
-        **SMALL,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    ),
-    "Qwen3 (4 layers, random)": Qwen3Config(
-        **SMALL,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-    ),
-}
-ESTIMATED = {  # what accelerate's estimator is asked about: a bill of the same model
-    "smollm2, full": Setup(method="full", batch=2, length=128),
-    "Llama-7B, full": Setup(method="full", batch=1, length=2048),
-    "Llama-7B, QLoRA": Setup(method="qlora", batch=1, length=2048),
-}
-SEVEN = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    vocab_size=32_000,
-)
+GOALS = dict.fromkeys(ROWS[:3], 5.0) | dict.fromkeys(ROWS[3:], 10.0)  # %
+KINDS = ("cells", "held_out", "phases")
+COMPARED = ("full", "lora", "qlora")  # with other estimators
 
 
-def cells() -> list[tuple[str, Setup]]:
-    """(base, Setup) of every measurement."""
-    tiny = [
-        Setup(method=method, dtype=dtype, batch=4, length=length, **way)
-        for method, dtype, length, way in itertools.product(
-            METHODS, ("float32", "mixed"), (64, 256), WAYS
-        )
-    ]
-    for dtype in ("autocast", "bf16-pure"):
-        tiny.append(Setup(method="full", dtype=dtype, batch=4, length=256))
-    real = [Setup(method=m, batch=2, length=128) for m in ("full", "lora", "qlora")]
-    others = [Setup(method=m, batch=4, length=128) for m in ("full", "lora")]
-    return [
-        *(("tiny", setup) for setup in tiny),
-        *(("smollm2", setup) for setup in real),
-        *((name, setup) for name in RANDOM for setup in others),
-    ]
+def measure(before: dict, kinds: Sequence[str] = KINDS) -> dict:
+    """What was measured before, and the steps that are not there yet.
 
-
-def measured(base: str, setup: Setup) -> dict[str, int]:
-    """Bytes of one real step: weights, gradients, optimizer, activations, peak."""
-    torch.manual_seed(0)
-    recipe = RECIPES[setup.dtype]
-    model = built(base, recipe.base, setup.attention)
-    with quiet_transformers():
-        named(setup.method).module.inject(model, **setup.options)
-        if setup.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = recipe.master and named(setup.method).own_weights
-    optimizer = (MixedAdamW if masters else torch.optim.AdamW)(trained, lr=1e-5)
-    ids = torch.randint(3, model.config.vocab_size, (setup.batch, setup.length))
-    half = torch.autocast("cpu", torch.bfloat16)
-    model.train()
-
-    def learn():
-        with half if setup.dtype == "autocast" else nullcontext():
-            accumulate_gradients(model, [{"input_ids": ids, "labels": ids}])
-
-    step = step_bill(model, learn, optimizer)
-    with Meter(model) as updating:  # again, now that the states are there
-        optimizer.step()
-    step["peak"] = max(step["peak"], updating.memory().peak)
-    return {row: step[row] for row in ROWS}
-
-
-def built(base: str, dtype: str, attention: str) -> nn.Module:
-    """A model with numbers: a named base, or a random one of RANDOM."""
-    if base in RANDOM:
-        return AutoModelForCausalLM.from_config(
-            RANDOM[base], dtype=getattr(torch, dtype), attn_implementation=attention
-        )
-    model, _ = load_model(base, device="cpu", dtype=dtype)
-    model.set_attn_implementation(attention)
-    return model
-
-
-def predicted(budget: Budget) -> dict[str, int]:
-    """The bill's figures as meter.Memory counts them."""
-    lasting = budget.moments["optimizer step"]
-    return {
-        "weights": lasting["weights"] + lasting["adapter"],
-        "gradients": budget.parts["gradients"],
-        "optimizer": lasting["optimizer"] + lasting["master"],
-        "activations": timeline.activations(budget.moments),
-        "peak": budget.peak,
+    Args
+        kinds  of KINDS, those whose steps are taken now
+    """
+    takes = {
+        "cells": (memory_cells.cells, _taken),
+        "held_out": (memory_held_out.cells, _held_out),
+        "phases": (memory_phases.cells, _phase),
     }
-
-
-def config_of(base: str) -> PretrainedConfig:
-    name = base.partition(",")[0]
-    return SEVEN if name == "Llama-7B" else RANDOM.get(base) or read_config(name)
-
-
-def estimated(base: str) -> dict[str, int]:
-    """accelerate's figures for training in bfloat16, from its own functions."""
-    from accelerate.commands.estimate import estimate_training_usage
-    from accelerate.utils import calculate_maximum_sizes
-
-    size, _ = calculate_maximum_sizes(ghost(config_of(base), "float32"))
-    return estimate_training_usage(size, "bfloat16")
-
-
-def measure() -> dict:
-    """All cells, with where they were measured."""
-    return {
-        "provenance": provenance.provenance(seed=0),
-        "cells": [
-            {"base": base, "setup": vars(setup), "measured": measured(base, setup)}
-            for base, setup in cells()
-        ],
-        "accelerate": {base: estimated(base) for base in ESTIMATED},
+    result = before | {"provenance": provenance.provenance(seed=0)}
+    for kind in kinds:
+        listed, take = takes[kind]
+        known = {_key(cell): cell for cell in before.get(kind, ())}
+        result[kind] = []
+        for base, setup in listed():
+            cell = {"base": base, "setup": vars(setup)}
+            cell = known.get(_key(cell), cell)
+            result[kind].append(cell if "measured" in cell else cell | take(cell))
+    asked = {
+        f"{base}, {setup.dtype}": (base, setup.dtype)
+        for base, setup in memory_cells.cells()
+        if _compared_with_others(base, setup)
     }
+    result["accelerate"] = {
+        name: memory_estimators.accelerate(config_of(base), dtype)
+        for name, (base, dtype) in asked.items()
+    }
+    return result
+
+
+def _key(cell: dict) -> str:
+    return json.dumps([cell["base"], vars(Setup(**cell["setup"]))], sort_keys=True)
+
+
+def _taken(cell: dict) -> dict:
+    setup = Setup(**cell["setup"])
+    return {"measured": memory_cells.measured(cell["base"], setup)}
+
+
+def _phase(cell: dict) -> dict:
+    setup = Setup(**cell["setup"])
+    return {"measured": {"peak": memory_phases.measured(cell["base"], setup)}}
+
+
+def _held_out(cell: dict) -> dict:
+    """A held-out step: predicted for the first time, and then measured."""
+    first = cell.get("first") or today(cell)
+    try:
+        return {"first": first} | _taken(cell)
+    except ValueError as error:  # BitFit, where a model has no biases
+        return {"first": first, "impossible": str(error)}
+
+
+def today(cell: dict) -> dict:
+    """{"predicted": bytes, "way": …} by today's formulas, or {"refused": sentence}."""
+    try:
+        budget = bill(config_of(cell["base"]), Setup(**cell["setup"]))
+    except ValueError as error:
+        return {"refused": str(error)}
+    return {"predicted": predicted(budget), "way": budget.way}
+
+
+def compared(cell: dict, said: dict | None = None) -> dict:
+    """A cell with a bill, today's if no other is given, and its errors in %."""
+    said = said or today(cell)
+    figures = said["predicted"]
+    errors = {r: 100 * (figures[r] / cell["measured"][r] - 1) for r in ROWS}
+    about = {"base": cell["base"], "setup": Setup(**cell["setup"]), "way": said["way"]}
+    return about | {"figures": figures, "errors": errors}
 
 
 def tables(result: dict) -> str:
     """All that is between the marks."""
-    rows = [_compared(cell) for cell in result["cells"]]
+    rows = [compared(cell) for cell in result["cells"]]
     torch_version = result["provenance"]["packages"]["torch"]
     parts = (
         f"{len(rows)} steps, torch {torch_version}. The largest error of all: "
@@ -188,20 +115,17 @@ def tables(result: dict) -> str:
         "### tiny",
         "The largest error of each group, in %; 4 rows of 64 and of 256 tokens:",
         _grouped([row for row in rows if row["base"] == "tiny"]),
-        "### Beside accelerate's estimator",
-        _beside(result["accelerate"]),
+        "### Held-out steps",
+        _drawn(result["held_out"]),
+        "### Evaluation, generation, DPO, group sampling",
+        "The peak of a whole step, tiny, in MB; `labels` as `--labels`:",
+        _phases(result["phases"]),
+        "### Beside other estimators",
+        "The measured peak of the same steps, and how far each is from it, in %:",
+        _beside(result),
+        markdown(("estimator", "leaves out"), memory_estimators.LEAVES_OUT.items()),
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _compared(cell: dict) -> dict:
-    """A cell with the bill of today's formulas, and its errors in %."""
-    setup = Setup(**cell["setup"])
-    budget = bill(config_of(cell["base"]), setup)
-    figures = predicted(budget)
-    errors = {r: 100 * (figures[r] / cell["measured"][r] - 1) for r in ROWS}
-    about = {"base": cell["base"], "setup": setup, "way": budget.way}
-    return about | {"figures": figures, "errors": errors}
 
 
 def worst(rows: list[dict]) -> str:
@@ -213,7 +137,7 @@ def worst(rows: list[dict]) -> str:
 def _detailed(rows: list[dict]) -> str:
     lines = [
         [
-            *(row["base"], row["setup"].method, row["way"]),
+            *(row["base"], row["setup"].method, _recipe(row["setup"]), row["way"]),
             *(
                 f"{megabytes(row['figures'][r])} ({row['errors'][r]:+.1f})"
                 for r in ROWS
@@ -221,7 +145,11 @@ def _detailed(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return markdown(("base", "method", "activations by", *ROWS), lines)
+    return markdown(("base", "method", "step", "activations by", *ROWS), lines)
+
+
+def _recipe(setup: Setup) -> str:
+    return f"{setup.dtype}, {setup.batch} x {setup.length}"
 
 
 def _grouped(rows: list[dict]) -> str:
@@ -238,17 +166,93 @@ def _grouped(rows: list[dict]) -> str:
     return markdown(("method", "dtype", "way", *ROWS), lines)
 
 
-def _beside(estimates: dict) -> str:
+def _drawn(cells: list[dict]) -> str:
+    """Held-out steps: how many were within the goals, and each that was not."""
+    possible = [c for c in cells if "measured" in c]
+    refused = [c for c in possible if "refused" in c["first"]]
+    billed = [c for c in possible if "predicted" in c["first"]]
+    rows = [compared(c, c["first"]) for c in billed]
+    missed = [c for c, row in zip(billed, rows, strict=True) if misses(row)]
+    within = {r: sum(abs(row["errors"][r]) <= GOALS[r] for row in rows) for r in ROWS}
+    counts = ", ".join(f"{name} {count}" for name, count in within.items())
+    lines = [_missed(c) for c in missed]
+    return (
+        f"{len(cells)} steps were drawn; {len(cells) - len(possible)} of them are "
+        "impossible (BitFit on a model without biases), and the bill refused "
+        f"{len(refused)} others. Of the {len(rows)} with a bill, so many were within "
+        f"the goals (5 % for the first three rows, 10 % for the others): {counts}. The "
+        f"largest errors: {worst(rows)}. Those outside, with the error in % when the "
+        "step was first taken, and by today's formulas:\n\n"
+        + markdown(("model", "step", "activations", "peak", "today"), lines)
+        + "\n\nWhat was refused:\n\n"
+        + markdown(("steps", "because", "of"), _refused(refused))
+    )
+
+
+def misses(row: dict) -> bool:
+    return any(abs(row["errors"][name]) > most for name, most in GOALS.items())
+
+
+def _missed(cell: dict) -> list[str]:
+    first, now = (compared(cell, said)["errors"] for said in (cell["first"], None))
+    ends = [f"{first[r]:+.1f}" for r in ROWS[3:]]
+    return [*_about(cell), *ends, ", ".join(f"{now[r]:+.1f}" for r in ROWS[3:])]
+
+
+def _refused(cells: list[dict]) -> list[list]:
+    """How many steps were refused by each sentence, and of which models."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        said = cell["first"]["refused"].partition("; ")[0].partition(" (")[0]
+        groups.setdefault(said, []).append(cell["base"])
+    return [
+        [len(bases), said, ", ".join(dict.fromkeys(bases))]
+        for said, bases in groups.items()
+    ]
+
+
+def _about(cell: dict) -> list[str]:
+    s = Setup(**cell["setup"])
+    more = ", checkpointing" if s.checkpointing else ""
+    return [cell["base"], f"{s.method}, {_recipe(s)}, {s.attention}{more}"]
+
+
+def _phases(cells: list[dict]) -> str:
     lines = []
-    for name, setup in ESTIMATED.items():
-        budget = bill(config_of(name), setup)
-        kept = sum(budget.parts[p] for p in ("activations", "logits"))
-        words = f"{name}, {setup.batch} x {setup.length} tokens"
-        theirs = max(estimates[name].values())
-        figures = (theirs, budget.peak, kept)
-        lines.append([words, *(f"{megabytes(n, ',.0f')}" for n in figures)])
-    heads = ("accelerate, bf16: largest", "our peak", "of it activations and logits")
-    return markdown(("model", *(f"{head}, MB" for head in heads)), lines)
+    for cell in cells:
+        s = Setup(**cell["setup"])
+        budget, real = bill(config_of(cell["base"]), s), cell["measured"]["peak"]
+        peak = memory_phases.predicted(budget)
+        error = f"{100 * (peak / real - 1):+.1f}"
+        about = (s.phase, s.method, _recipe(s), s.labels or "all", s.group or "")
+        lines.append([*about, megabytes(real), megabytes(peak), error])
+    heads = ("phase", "method", "step", "labels", "group", "measured", "predicted")
+    return markdown((*heads, "error, %"), lines)
+
+
+def _compared_with_others(base: str, s: Setup) -> bool:
+    plain = s.attention == "sdpa" and not s.checkpointing
+    usual = s.dtype in ("float32", "mixed") and s.method in COMPARED
+    return base in ("tiny", "smollm2") and plain and usual
+
+
+def _beside(result: dict) -> str:
+    lines = []
+    for cell in result["cells"]:
+        base, s = cell["base"], Setup(**cell["setup"])
+        if not _compared_with_others(base, s):
+            continue
+        config, real = config_of(base), cell["measured"]["peak"]
+        ours, of_accelerate = (
+            bill(config, s),
+            result["accelerate"][f"{base}, {s.dtype}"],
+        )
+        theirs = memory_estimators.all_of_them(config, s, ours.weighed, of_accelerate)
+        off = [f"{100 * (n / real - 1):+,.0f}" for n in theirs.values()]
+        here = f"{100 * (ours.peak / real - 1):+.1f}"
+        lines.append([base, s.method, _recipe(s), megabytes(real), here, *off])
+    heads = ("base", "method", "step", "measured, MB", "this bill")
+    return markdown((*heads, *memory_estimators.LEAVES_OUT), lines)
 
 
 def write(result: dict) -> None:
@@ -259,11 +263,19 @@ def write(result: dict) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--measure", action="store_true", help="take the steps again")
-    if options.parse_args().measure:
+    options.add_argument(
+        "--measure",
+        nargs="*",
+        choices=KINDS,
+        help="take the steps that are not there yet, of these kinds or of all",
+    )
+    kinds = options.parse_args().measure
+    result = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
+    if kinds is not None:
+        result = measure(result, kinds or KINDS)
         with atomic.new_file(RESULT) as partial:
-            partial.write_text(json.dumps(measure(), indent=1) + "\n")
-    write(json.loads(RESULT.read_text("utf-8")))
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+    write(result)
 
 
 if __name__ == "__main__":

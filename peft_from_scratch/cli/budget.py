@@ -18,12 +18,14 @@ ASKED = (
     "method",
     "dtype",
     "batch",
+    "labels",
     "attention",
     "chunk",
     "zero",
     "ranks",
     "device",
     "phase",
+    "group",
 )
 
 

@@ -22,6 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BASES = ("tiny", "smollm2")  # the bases that claims are judged at
 ENGINES = ("zero", "fsdp2", "deepspeed")  # of parallel/
 RECIPES = ("mixed", "float32", "autocast", "bf16-pure")  # of a memory bill
+PHASES = ("train", "evaluate", "generate", "dpo", "group")  # of the same
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,8 +296,18 @@ def _budget(commands) -> None:
         "gradients, float32 master copy and AdamW states, 16 bytes a parameter. "
         "Adapters are float32 in each",
     )
-    command.add_argument("--batch", type=int, help="rows of a micro-batch (1)")
+    command.add_argument(
+        "--batch",
+        type=int,
+        help="rows of a micro-batch (1); pairs with --phase dpo, prompts with group",
+    )
     command.add_argument("--seq", type=int, default=512, help="tokens of a row (512)")
+    command.add_argument(
+        "--labels",
+        type=int,
+        metavar="TOKENS",
+        help="of a row, those that have a label or are sampled; all but the first",
+    )
     command.add_argument(
         "--attention",
         choices=("sdpa", "eager"),
@@ -318,9 +329,16 @@ def _budget(commands) -> None:
     _sizes(command)
     command.add_argument(
         "--phase",
-        choices=("train", "generate", "evaluate"),
-        help="a training step, the default; keys and values of generating; one forward "
-        "pass",
+        choices=PHASES,
+        help="a training step, the default; one forward pass; generating, with its "
+        "keys and values; a step of DPO; sampling a group of answers and learning from "
+        "them",
+    )
+    command.add_argument(
+        "--group",
+        type=int,
+        metavar="ANSWERS",
+        help="to a prompt, with --phase group (8)",
     )
     command.add_argument(
         "--fit",

@@ -20,6 +20,7 @@ And the bill of a step that nobody has taken yet, predicted from a config.json:
     temporaries.py  what comes and goes inside a layer, estimated
     pieces.py       the bytes that the moments of a step are put together from
     timeline.py     the moments of a step, and which of them is the peak
+    phases.py       evaluation, generation, DPO, groups: what comes before a step
     budget.py       the bill
     changes.py      what fits, and which single change saves most
     bill_text.py    the bill as text and as a figure

@@ -193,14 +193,20 @@ def _of_method(shape: Shape, step: Step, trains: Trains) -> dict[str, float]:
         return {
             "vectors": vectors / step.tokens,
             "z = x Aᵀ": 4 * trains.r * len(sizes),
-            "x in float32": sum(4 * d_in for _, d_in in sizes) if s < 4 else 0,
-            "W0 x": sum(s * d_out for d_out, _ in sizes),
-            "B z": sum(4 * d_out for d_out, _ in sizes),
+            "x, W0 x and B z": sum(of_dora(*size, s) for size in sizes),
         }
     if trains.method == "houlsby":
         a_bottleneck = 4 * shape.d + 8 * trains.m
         return {"bottlenecks": len(trains.adapted) * a_bottleneck}
     return {}
+
+
+def of_dora(d_out: int, d_in: int, s: int) -> int:
+    """Bytes a token that DoRA keeps of a projection: its input in float32, W0 x, B z.
+
+    In float32 the input is there already, as LoRA keeps it.
+    """
+    return (4 * d_in if s < 4 else 0) + s * d_out + 4 * d_out
 
 
 def _around(shape: Shape, step: Step, trains: Trains) -> int:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from ..common.units import GB, MB
 from ..plotting import curves
-from ..plotting.theme import AMBER, RED, TAN
+from ..plotting.theme import AMBER, ASH, RED, TAN
 from .budget import Budget
 from .changes import Change
 from .timeline import peak
@@ -18,6 +18,7 @@ LETTERS = {  # of the bar, in the order of stacking
     "gradients": "G",
     "master": "M",
     "optimizer": "O",
+    "reference": "R",
     "activations": "a",
     "logits": "l",
     "keys_and_values": "k",
@@ -27,6 +28,7 @@ COLORS = curves.HOLDERS | {
     "adapter": RED,
     "logits": AMBER,
     "keys_and_values": TAN,
+    "reference": ASH,
     "transients": "#e1e4e8",
 }
 NOTES = {
@@ -35,6 +37,7 @@ NOTES = {
     "gradients": "of what trains",
     "master": "float32 copy of trained half-precision weights",
     "optimizer": "AdamW's m and v",
+    "reference": "what trains of the base, as it was before",
     "activations": "kept from forward to backward",
     "logits": "and their gradient, at the worst moment of the loss",
     "keys_and_values": "the cache of all positions",
@@ -57,12 +60,13 @@ def table(budget: Budget) -> str:
     for name in LETTERS:
         count = budget.parts.get(name)
         if count:
-            lines.append(f"  {name:<16}{size(count):>12}   {NOTES[name]}")
+            lines.append(f"  {words(name):<16}{size(count):>12}   {NOTES[name]}")
     lines.append(f"  {'total':<16}{size(budget.total):>12}   not all at one moment")
     moment, most = peak(budget.moments)
     lines.append(f"  {'peak':<16}{size(most):>12}   {moment}")
-    ends = f"{size(budget.low)} to {size(budget.high)}"
-    lines.append(f"  {'':<16}{'':>12}   {ends} by implementation")
+    ends = {"low": budget.low, "expected": most, "high": budget.high}
+    lines.append("Peak, by implementation:")
+    lines += [f"  {name:<16}{size(end):>12}" for name, end in ends.items()]
     lines += [f"    {reason}" for reason in budget.because]
     lines.append(f"Activations: {budget.way}.")
     return "\n".join(lines)
@@ -127,17 +131,25 @@ def figure(budget: Budget, name: str) -> Figure:
     """The timeline as bars, a moment each."""
     moment, most = peak(budget.moments)
     setup = budget.setup
+    phase = "" if setup.phase == "train" else f"{setup.phase}, "
     return curves.bars(
-        {label: _positive(at) for label, at in budget.moments.items()},
-        kinds={part: COLORS[part] for part in LETTERS},
+        {
+            f"{label}, the peak" if label == moment else label: _positive(at)
+            for label, at in budget.moments.items()
+        },
+        kinds={words(part): COLORS[part] for part in LETTERS},
         title=f"{name}, {setup.method}: {size(most)} at the peak, {moment}",
-        subtitle=f"{setup.dtype}, batch {setup.batch}, {setup.length} tokens; "
+        subtitle=f"{phase}{setup.dtype}, batch {setup.batch}, {setup.length} tokens; "
         f"activations: {budget.way}.",
     )
 
 
 def _positive(at: dict[str, int]) -> dict[str, int]:
-    return {part: count for part, count in at.items() if count > 0}
+    return {words(part): count for part, count in at.items() if count > 0}
+
+
+def words(part: str) -> str:
+    return part.replace("_", " ")
 
 
 def _bar(at: dict[str, int], most: int, width: int = WIDTH) -> str:
@@ -152,5 +164,5 @@ def _bar(at: dict[str, int], most: int, width: int = WIDTH) -> str:
 def _legend(moments) -> str:
     used = {part for at in moments for part, count in at.items() if count > 0}
     return "  ".join(
-        f"{letter} {part}" for part, letter in LETTERS.items() if part in used
+        f"{letter} {words(part)}" for part, letter in LETTERS.items() if part in used
     )

@@ -19,17 +19,17 @@ The parts add up to a total. They are not all there at one moment: the peak, whi
 to fit, is the largest moment of the step (timeline.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from . import timeline
-from .pieces import BY_FORMULA, LOGITS, lasting_bytes, pieces_of, step_of
-from .setups import RECIPES, Setup
-from .shapes import shape_of
-from .temporaries import forward_alone
+from .phases import Moments, before_learning
+from .pieces import BY_FORMULA, LOGITS, lasting_bytes, pieces_of
+from .setups import LEARNING, RECIPES, Setup
 from .timeline import Pieces
-from .weighing import Weighed, prefix_values, weigh
+from .weighing import Weighed, weigh
 
 NOT_COUNTED = (
     "CUDA's context and libraries, and workspaces inside kernels",
@@ -44,7 +44,8 @@ class Budget:
     """A bill. Bytes on one device.
 
     parts          {weights, gradients, optimizer, master, activations, logits,
-                   adapter}; keys_and_values as well where answers are generated
+                   adapter}; keys_and_values as well where answers are generated,
+                   reference where DPO or group sampling needs a second model
     moments        {moment: {part: bytes}}: timeline.py
     low, high      the peak where implementations differ: `because` says in what
     transients     {what: bytes} of temporaries
@@ -87,13 +88,20 @@ def bill(
     """
     recipe = RECIPES[setup.dtype]
     if weighed is None:
-        weighed, _ = weigh(config, setup.method, setup.options, recipe.base)
+        how = recipe.base, setup.attention
+        weighed, _ = weigh(config, setup.method, setup.options, *how)
     lasting = lasting_bytes(setup, recipe, weighed)
-    if setup.phase != "train":
+    if setup.phase not in LEARNING:
         return _forward_only(config, setup, recipe, weighed, lasting)
     pieces, way = pieces_of(config, setup, recipe, weighed, lasting)
-    moments = timeline.moments(pieces)
-    low, high, because = _range(config, setup, recipe, weighed, pieces)
+
+    def moments_of(pieces: Pieces) -> Moments:
+        learning = timeline.moments(pieces)
+        first = before_learning(config, setup, recipe, weighed, pieces.lasting)
+        return {"loading": learning["loading"]} | first | learning
+
+    moments = moments_of(pieces)
+    low, high, because = _range(recipe, weighed, pieces, moments_of)
     return Budget(
         setup=setup,
         parts={
@@ -104,6 +112,7 @@ def bill(
             "activations": pieces.kept,
             "logits": pieces.logits,
             "adapter": lasting["adapter"],
+            **_of_phase(lasting, moments),
         },
         moments=moments,
         low=low,
@@ -125,19 +134,31 @@ def bill(
     )
 
 
-def _range(config, setup, recipe, w: Weighed, pieces: Pieces):
+def _of_phase(lasting: dict, moments: Moments) -> dict[str, int]:
+    """What DPO and group sampling have besides: a reference, keys and values."""
+    cache = max(at.get("keys_and_values", 0) for at in moments.values())
+    more = {"reference": lasting["reference"], "keys_and_values": cache}
+    return {part: size for part, size in more.items() if size}
+
+
+def _range(recipe, w: Weighed, pieces: Pieces, moments_of: Callable):
     """(low, high, what makes the difference)"""
+    lasting = pieces.lasting
     scores = pieces.logits // LOGITS
-    least = replace(pieces, update=0, logits=recipe.compute * scores)
+    alone = lasting | {"reference": 0}
+    fused = recipe.compute * scores
+    least = replace(pieces, lasting=alone, update=0, logits=fused)
     most = replace(
         pieces,
         update=4 * (w.own + w.added),
         logits=pieces.logits + recipe.compute * scores,
-        loading=pieces.lasting["weights"],
+        loading=lasting["weights"] + lasting["reference"],
     )
-    ends = (timeline.peak(timeline.moments(p))[1] for p in (least, most))
+    ends = (timeline.peak(moments_of(p))[1] for p in (least, most))
+    read = ", and what the reference says, computed beforehand"
     return *ends, (
-        "low: a fused optimizer, and a fused loss without float32 logits",
+        "low: a fused optimizer, and a fused loss without float32 logits"
+        + (read if lasting["reference"] else ""),
         "high: an optimizer that updates all tensors at once (foreach), a loss that "
         "keeps the model's logits, and a model that is loaded twice",
     )
@@ -145,33 +166,14 @@ def _range(config, setup, recipe, w: Weighed, pieces: Pieces):
 
 def _forward_only(config, setup, recipe, w: Weighed, lasting) -> Budget:
     """The bill of one forward pass without saved tensors, or of generating."""
-    shape, step = shape_of(config), step_of(setup, recipe)
-    if shape is None:
-        raise ValueError(
-            f"--phase {setup.phase} has formulas for layers like Llama's and GPT-2's; "
-            f"{config.model_type} has none here. --phase train is measured"
-        )
-    longer = w.options.get("n", 0)
+    first = before_learning(config, setup, recipe, w, lasting)
+    moments = {"loading": timeline.loading(lasting, w.tensor)} | first
     parts = dict.fromkeys(("gradients", "optimizer", "master"), 0)
-    generating = setup.phase == "generate"
-    tokens = setup.batch if generating else setup.batch * (setup.length - 1)
-    narrow = recipe.compute if recipe.compute < 4 else 0
     parts |= {"weights": lasting["weights"], "adapter": lasting["adapter"]}
-    parts["activations"] = forward_alone(shape, step)
-    parts["logits"] = (8 + narrow) * tokens * config.vocab_size
-    if generating:
-        places = setup.batch * (setup.length + longer)
-        parts["keys_and_values"] = places * recipe.compute * prefix_values(config, 1)
-    buffer = recipe.compute * w.projection if setup.method == "qlora" else 0
-    cache = {"keys_and_values": parts.get("keys_and_values", 0)}
-    moments = {
-        "loading": {"weights": lasting["weights"], "transients": w.tensor},
-        "forward": lasting
-        | cache
-        | {"activations": parts["activations"], "transients": buffer},
-        "logits": lasting | cache | {"logits": parts["logits"]},
-    }
+    for part in ("activations", "logits", "keys_and_values"):
+        parts[part] = max(at.get(part, 0) for at in first.values())
     peak = timeline.peak(moments)[1]
+    transients = max(at.get("transients", 0) for at in first.values())
     return Budget(
         setup=setup,
         parts=parts,
@@ -179,7 +181,7 @@ def _forward_only(config, setup, recipe, w: Weighed, lasting) -> Budget:
         low=peak,
         high=peak + lasting["weights"] - min(w.tensor, lasting["weights"]),
         because=("high: a model that is loaded twice",),
-        transients={"loading": w.tensor, "a dequantized weight": buffer},
+        transients={"loading": w.tensor, "in a pass": transients},
         way=BY_FORMULA,
         weighed=w,
         not_counted=_not_counted(config, setup, w),
@@ -194,6 +196,11 @@ def _not_counted(config, setup: Setup, w: Weighed) -> tuple[str, ...]:
     if setup.method == "qlora":
         lines.append(
             "the 16-bit base, where the model is loaded whole before it is quantized"
+        )
+    if setup.method == "qlora" and w.active < w.total:
+        lines.append(
+            "experts in four bits: a layer has them in one stacked tensor, which stays "
+            "as it is"
         )
     if getattr(config, "attention_dropout", 0):
         lines.append("dropout in attention (attention_dropout)")

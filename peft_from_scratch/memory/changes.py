@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from .budget import Budget, bill
 from .pieces import MEASURED
-from .setups import RECIPES, Setup
+from .setups import GROUP, LEARNING, RECIPES, Setup
 from .weighing import Weighed, weigh
 
 CARDS = (8, 16, 24, 48, 80)  # GB
@@ -91,10 +91,10 @@ def most_rows(config: PretrainedConfig, budget: Budget, room: int) -> int | None
 
 def _candidates(s: Setup) -> Iterator[tuple[str, Setup]]:
     """(name, changed setup) of all that can be changed alone."""
-    if s.phase == "train":
+    if s.phase in LEARNING:
         if not s.checkpointing:
             yield "gradient checkpointing", replace(s, checkpointing=True)
-        if s.chunk is None and s.batch * s.length > CHUNK:
+        if s.chunk is None and s.label_tokens > CHUNK:
             words = f"the loss in chunks of {CHUNK} tokens"
             yield words, replace(s, chunk=CHUNK)
         if s.method == "full":
@@ -113,10 +113,15 @@ def _candidates(s: Setup) -> Iterator[tuple[str, Setup]]:
     if s.dtype == "mixed" and s.method in ("full", "bitfit"):
         words = "no float32 master copy (bf16-pure)"
         yield words, replace(s, dtype="bf16-pure")
+    if s.phase == "group" and (s.group or GROUP) > 1:
+        answers = (s.group or GROUP) // 2
+        yield f"half the answers ({answers})", replace(s, group=answers)
     if s.batch > 1:
         yield f"half the batch ({s.batch // 2})", replace(s, batch=s.batch // 2)
     if s.length > 128:
-        yield f"half the length ({s.length // 2})", replace(s, length=s.length // 2)
+        labels = s.labels and max(1, s.labels // 2)
+        shorter = replace(s, length=s.length // 2, labels=labels)
+        yield f"half the length ({s.length // 2})", shorter
 
 
 def _key(setup: Setup) -> tuple:
@@ -128,5 +133,6 @@ def _weighed(config: PretrainedConfig, setup: Setup, known: dict) -> Weighed:
     """What this method trains, counted once for each method and dtype."""
     key = _key(setup)
     if key not in known:
-        known[key], _ = weigh(config, key[0], setup.options, key[2])
+        how = key[2], setup.attention
+        known[key], _ = weigh(config, key[0], setup.options, *how)
     return known[key]

@@ -6,10 +6,10 @@ activations.py; ZeRO's divisions are made here.
 
 from transformers import PretrainedConfig
 
-from .activations import a_layer, kept
+from .activations import a_layer, kept, of_dora
 from .formulas import STEP_BYTES
 from .meta_model import kept_for_backward
-from .setups import ADAPTER, Recipe, Setup
+from .setups import ADAPTER, LEARNING, Recipe, Setup
 from .shapes import Shape, shape_of
 from .steps import FORMULAS, Step, Trains, lengthened
 from .temporaries import passing
@@ -22,13 +22,20 @@ BY_FORMULA, MEASURED = "formula", "measured on the meta device"
 
 
 def lasting_bytes(setup: Setup, recipe: Recipe, w: Weighed) -> dict[str, int]:
-    """Bytes that are there at every moment of a step."""
+    """Bytes that are there at every moment of a step.
+
+    The reference of DPO and of group sampling is the base with its adapters off. Where
+    the base itself trains, what trains is there once more, as it was.
+    """
     states = recipe.moments * w.own + ADAPTER.moments * w.added
     states += STEP_BYTES * (w.own_tensors + w.added_tensors)
-    training = setup.phase == "train"
+    training = setup.phase in LEARNING
+    reads = setup.phase in ("dpo", "group")
+    reference = recipe.weights * w.own if reads else 0
     return {
         "weights": shared(w.frozen + recipe.weights * w.own, setup, 3),
         "adapter": shared(ADAPTER.weights * w.added, setup, 3),
+        "reference": shared(reference, setup, 3),
         "master": shared(recipe.master * w.own, setup, 1) if training else 0,
         "optimizer": shared(states, setup, 1) if training else 0,
     }
@@ -44,13 +51,13 @@ def pieces_of(
 ) -> tuple[Pieces, str]:
     """(what the moments are put together from, how activations were had)"""
     step, trains, shape = step_of(setup, recipe), _trains(setup, w), shape_of(config)
-    labels = setup.batch * (setup.length - 1)
+    labels = setup.label_tokens
     scores = min(labels, setup.chunk or labels) * config.vocab_size
     table = recipe.gradients * w.table if setup.method == "full" else 0
     head = table if w.head_trains else 0
     embedding = head if w.tied else 0
     rows, summed = in_chunks(config, setup, recipe, labels, head)
-    ids = 16 * setup.batch * setup.length  # and labels, int64
+    ids = 16 * setup.rows * setup.length  # and labels, int64
     if has_formula(shape, setup, w):
         way, longer = BY_FORMULA, lengthened(step, trains)
         saved, most = kept(shape, step, trains), passing(shape, longer, trains)
@@ -58,7 +65,12 @@ def pieces_of(
     else:
         way, layer = MEASURED, 0
         saved, worst = _measured(config, setup, recipe)
-        in_the_loss = worst < 1.02 * (saved + LOGITS * labels * config.vocab_size)
+        if setup.method == "dora" and not setup.checkpointing:
+            d_out, d_in = w.widths  # what DoRA keeps besides LoRA: activations.py
+            more = of_dora(d_out, d_in, recipe.compute) * step.tokens + 12 * d_out
+            saved, worst = saved + more, worst + more
+        every = setup.rows * (setup.length - 1) * config.vocab_size
+        in_the_loss = worst < 1.02 * (saved + LOGITS * every)
         most = 0 if in_the_loss else max(0, worst - saved - ids - embedding)
     if setup.dtype == "autocast":
         saved += 2 * (w.projections + w.table)  # the weights' copies, in bfloat16
@@ -104,7 +116,7 @@ def in_chunks(
 
 def step_of(setup: Setup, recipe: Recipe) -> Step:
     return Step(
-        setup.batch,
+        setup.rows,
         setup.length,
         recipe.compute,
         setup.attention,
@@ -134,13 +146,14 @@ def _measured(
         what = f"--method {setup.method}" if unable else "--dtype autocast"
         raise ValueError(
             f"{what} has a formula for layers like Llama's and GPT-2's, and cannot be "
-            f"measured without numbers; {config.model_type} has other layers"
+            f"measured without numbers; {config.model_type} with --method "
+            f"{setup.method} has no formula"
         )
     where = recipe.base, setup.attention
     _, model = weigh(config, setup.method, setup.options, *where)
     if setup.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return kept_for_backward(model, setup.batch, setup.length)
+    return kept_for_backward(model, setup.rows, setup.length)
 
 
 def _bucket(setup: Setup, recipe: Recipe, w: Weighed) -> int:

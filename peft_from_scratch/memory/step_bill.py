@@ -2,7 +2,12 @@
 
 A step is followed twice by a Meter: while it learns (forward and backward), and while
 the optimizer updates the weights. The optimizer's states appear in that first update;
-in every later step they are there from the beginning, and so the bill's peak has them.
+in every later step they are there from the beginning, and so the bill's peak has them,
+in learning and in updating.
+
+The first update alone would say too little. MixedAdamW makes the states of a parameter
+when it comes to it, and a model's largest parameter, the embedding, comes first: its
+temporaries are gone before the other states are there. In the second update they meet.
 """
 
 from collections.abc import Callable
@@ -42,11 +47,12 @@ def step_bill(
     with Meter(model) as updating:
         optimizer.step()
     learning, updating = learning.memory(), updating.memory()
+    lasting = updating.weights + updating.gradients + updating.optimizer
     return {
         "weights": learning.weights,
         "gradients": learning.gradients,
         "optimizer": updating.optimizer,
         "activations": learning.activations,
         "temporaries": updating.activations,
-        "peak": max(learning.peak + updating.optimizer, updating.peak),
+        "peak": max(learning.peak + updating.optimizer, lasting + updating.activations),
     }

@@ -24,6 +24,7 @@ PARTS = (
     "adapter",
     "master",
     "optimizer",
+    "reference",
     "gradients",
     "activations",
     "logits",
@@ -43,7 +44,7 @@ DURING = (
 class Pieces:
     """Bytes that the moments are put together from, on one device.
 
-    lasting       {weights, adapter, master, optimizer}
+    lasting    {weights, adapter, master, optimizer, reference}
     gradients  of all that trains
     kept       by autograd when the logits are there; ids and labels included
     layer      that one layer keeps
@@ -86,7 +87,7 @@ def moments(p: Pieces) -> dict[str, dict[str, int]]:
     running = p.buffer + p.gathered
     begun = p.embedding  # of a tied weight: it is not in .grad before both parts are
     return {
-        "loading": {"weights": p.lasting["weights"], "transients": p.loading},
+        "loading": loading(p.lasting, p.loading),
         "forward": p.lasting | {"activations": p.kept, "transients": running},
         "loss": p.lasting
         | {"activations": p.kept, "logits": p.logits, "transients": p.summed},
@@ -105,6 +106,12 @@ def moments(p: Pieces) -> dict[str, dict[str, int]]:
         "optimizer step": p.lasting
         | {"gradients": p.gradients, "transients": p.update},
     }
+
+
+def loading(lasting: dict[str, int], more: int) -> dict[str, int]:
+    """What is there when the model is loaded; more: beside the weights."""
+    there = {part: lasting[part] for part in ("weights", "reference")}
+    return there | {"transients": more}
 
 
 def peak(steps: dict[str, dict[str, int]]) -> tuple[str, int]:

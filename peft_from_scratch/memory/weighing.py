@@ -10,6 +10,7 @@ methods read values when they are injected, which a model without numbers has no
 """
 
 import inspect
+import re
 import warnings
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from ..core import adapter
 from ..core.targets import kinds, layers_of, projections
 from ..methods import named
 from .formulas import nf4_bytes
-from .meta_model import ghost
+from .meta_model import ATTENTION, ghost
 from .steps import NAMES
 
 OPTIONS = ("r", "m", "n", "targets")  # of the methods' inject
@@ -46,6 +47,7 @@ class Weighed:
                   tied, whether it is the embedding's
     total, active parameters, and those that one token uses (fewer in a mixture)
     adapted       {projection: (d_out, d_in)} of one layer; None where layers differ
+    widths        (d_out, d_in) of all that has an adapter, summed up
     options       r, m, n as they are
     """
 
@@ -65,6 +67,7 @@ class Weighed:
     total: int
     active: int
     adapted: dict[str, tuple[int, int]] | None
+    widths: tuple[int, int] = (0, 0)
     options: dict[str, int] = field(default_factory=dict)
 
 
@@ -125,6 +128,7 @@ def weigh(
         total=total,
         active=total - _idle_experts(model, config),
         adapted=_of_one_layer(model, wrapped),
+        widths=_widths(wrapped),
         options=taken,
     ), model
 
@@ -133,6 +137,13 @@ def _built(config: PretrainedConfig, dtype: str, attention: str) -> nn.Module:
     """The model without numbers; ValueError where its sizes do not go together."""
     try:
         return ghost(config, dtype, attention)
+    except KeyError as error:
+        if ATTENTION not in str(error):
+            raise
+        raise ValueError(
+            f"{config.model_type} has its kinds of attention inside the model, and in "
+            "one kernel it cannot run without numbers: --attention eager can"
+        ) from None
     except Exception as error:  # whatever a configuration's sizes lead to
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
@@ -196,12 +207,19 @@ def _idle_experts(model: nn.Module, config: PretrainedConfig) -> int:
     )
     if not chosen or not experts or chosen >= experts:
         return 0
-    stacked = [
+    of_experts = [
         p.numel()
         for name, p in model.named_parameters()
-        if p.dim() == 3 and len(p) == experts and "experts" in name
+        if re.search(r"\bexperts\.\d+\.", name)  # a module each, or stacked
+        or (p.dim() == 3 and len(p) == experts and "experts" in name)
     ]
-    return sum(stacked) * (experts - chosen) // experts
+    return sum(of_experts) * (experts - chosen) // experts
+
+
+def _widths(wrapped: dict) -> tuple[int, int]:
+    bases = [getattr(module, "base", None) for module in wrapped.values()]
+    shapes = [adapter.sizes(base) for base in bases if hasattr(base, "weight")]
+    return sum(d_out for d_out, _ in shapes), sum(d_in for _, d_in in shapes)
 
 
 def _of_one_layer(model: nn.Module, wrapped: dict) -> dict | None:

@@ -276,7 +276,7 @@ def bars(
             axes.text(0, i - 0.26, total, size=SMALL)
         axes.set_ylim(len(rows) - 0.5, -0.65)
         axes.set_yticks([])
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.03 * max(sums.values()) / size)  # room for the longest
         axes.set_xlabel(f"{unit} (10{str(powers[unit]).translate(raised)} bytes)")
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.grid(axis="x")

@@ -126,7 +126,8 @@ def stack(axes: Axes, y: float, sizes: dict[str, float], looks: dict, theme: The
 
 def name_stacks(axes: Axes, names: Sequence[str]) -> None:
     """The legend of what bars are stacked from, over them, in a line if it fits."""
-    for columns in range(len(names), 0, -1):
+    even = (-(-len(names) // lines) for lines in range(1, len(names) + 1))
+    for columns in even:  # in two lines, half of them each
         box = axes.legend(
             handles=axes.containers[: len(names)],
             labels=list(names),

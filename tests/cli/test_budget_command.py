@@ -70,6 +70,13 @@ def test_options_arrive(folder, capsys):
     assert fewer["activations"] < plain["activations"]
     fewer = answered(capsys, *config, "--zero", "3", "--ranks", "4")
     assert fewer["weights"] < plain["weights"] / 3
+    fewer = answered(capsys, *config, "--labels", "100")
+    assert fewer["logits"] * 511 == plain["logits"] * 100
+    pairs = answered(capsys, *config, "--phase", "dpo", "--method", "full")
+    assert pairs["reference"] == 2 * pairs["parameters"]
+    call = (*config, "--phase", "group", "--labels", "100", "--group")
+    four, two = (answered(capsys, *call, answers) for answers in ("4", "2"))
+    assert four["keys_and_values"] == 2 * two["keys_and_values"]
     cache = answered(capsys, *config, "--phase", "generate")
     assert cache["keys_and_values"] == 512 * 2 * 2 * 64 * 2
     assert cache["optimizer"] == cache["gradients"] == 0
@@ -90,7 +97,8 @@ def test_fit_says_what_fits_and_what_saves_most(folder, capsys):
 def test_text_has_table_bar_timeline_and_what_is_not_counted(folder, capsys):
     assert main(["budget", "--config", str(folder)]) == 0
     text = capsys.readouterr().out
-    for words in ("weights", "logits", "<- peak", "At the peak", "Not counted:"):
+    parts = ("weights", "logits", "<- peak", "At the peak", "Not counted:")
+    for words in (*parts, "low", "expected", "high"):
         assert words in text
     assert text.isascii()
 
@@ -112,6 +120,8 @@ def test_out_draws_and_refuses_another_suffix(folder, capsys):
         (["--config", "tiny", "--zero", "2"], "say --ranks N"),
         (["--config", "tiny", "--fit", "much"], "a size above 0"),
         (["--config", "tiny", "--batch", "0"], "batch=0"),
+        (["--config", "tiny", "--labels", "512"], "labels=512"),
+        (["--config", "tiny", "--group", "4"], "is for --phase group"),
         (["--config", "tiny", "--method", "bitfit"], "has no bias"),
     ],
 )
@@ -124,3 +134,4 @@ def test_a_refusal_is_one_sentence(arguments, words, capsys):
 
 def test_the_parser_knows_the_librarys_recipes():
     assert set(command_line.RECIPES) == set(setups.RECIPES)
+    assert set(command_line.PHASES) == set(setups.PHASES)

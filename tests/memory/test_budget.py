@@ -63,9 +63,6 @@ def real_step(architecture, setup):
     model.train()
     rows = [{"input_ids": ids, "labels": ids}]
     step = step_bill(model, lambda: accumulate_gradients(model, rows), optimizer)
-    with Meter(model) as updating:  # again, now that all states are there
-        optimizer.step()
-    step["peak"] = max(step["peak"], updating.memory().peak)
     return step, model
 
 
@@ -261,6 +258,18 @@ def test_a_mixture_has_active_parameters():
     idle = sizes["num_hidden_layers"] * 6 * an_expert
     assert made.weighed.total - made.weighed.active == idle
     assert made.way == pieces.MEASURED
+    four = bill(config, Setup(method="qlora", length=64))
+    assert any("experts in four bits" in line for line in four.not_counted)
+    apart = torch.nn.ModuleDict({"experts": torch.nn.ModuleList()})
+    apart["experts"].extend(torch.nn.Linear(8, 8, bias=False) for _ in range(8))
+    assert weighing._idle_experts(apart, config) == 6 * 64  # a module each
+
+
+@law
+def doras_activations_are_counted_where_they_are_measured():
+    setup = Setup(method="dora", batch=4, length=64)
+    assert bill(CONFIGS["qwen"](), setup).way == pieces.MEASURED
+    assert_predicted("qwen", setup, 0.05)
 
 
 # Published figures, with the assumptions that make each true --------------------------
@@ -443,6 +452,12 @@ BUGS = {
         "-row.saved",
         "row.saved",
         changes_are_bills_and_the_best_is_first,
+    ),
+    "DoRA measured as LoRA": Bug(
+        pieces.pieces_of,
+        "saved, worst = saved + more, worst + more",
+        "pass",
+        doras_activations_are_counted_where_they_are_measured,
     ),
     "a measurement without the loss": Bug(
         meta_model.kept_for_backward,

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from peft_from_scratch import full, lora
 from peft_from_scratch.ledger.experiments import bill
 from peft_from_scratch.memory import meta_model as ghost
-from peft_from_scratch.memory.step_bill import step_bill
+from peft_from_scratch.memory.meter import Meter
+from peft_from_scratch.memory.step_bill import optimizer_class, step_bill
 
 # Gemma's attention has softcaps, GPT-2 and OPT have a step of their own for a mask that
 # a caller made: the ghost is held to the architectures that it is used for.
@@ -66,6 +67,25 @@ def a_bill_has_every_part():
     assert found["temporaries"] == 3 * n
     assert found["activations"] > 10 * n
     assert found["peak"] >= found["activations"] + 2 * n  # the weight and its state
+
+
+@law
+def a_peak_is_that_of_a_later_step():
+    """Few tokens, and a large embedding first: the update decides."""
+    for recipe in bill.RECIPES:
+        dtype = torch.float32 if recipe == "fp32" else torch.bfloat16
+        model = torch.nn.Sequential(torch.nn.Linear(64, 576), torch.nn.Linear(576, 8))
+        model.to(dtype)
+        optimizer = optimizer_class(recipe)(model.parameters(), lr=1e-3)
+        x = torch.ones(1, 64, dtype=dtype)
+
+        def learn(model=model, x=x):
+            model(x).sum().backward()
+
+        counted = step_bill(model, learn, optimizer)
+        with Meter(model) as later:
+            optimizer.step()
+        assert counted["peak"] == later.memory().peak
 
 
 @pytest.mark.parametrize("recipe", bill.RECIPES)
@@ -140,6 +160,11 @@ MUTANTS = {
         '"temporaries": updating.activations',
         '"temporaries": 0',
     ),
+    "the first update's peak": (
+        step_bill,
+        "lasting + updating.activations",
+        "updating.peak",
+    ),
     "no optimizer in the peak": (
         step_bill,
         "learning.peak + updating.optimizer",
@@ -152,4 +177,6 @@ MUTANTS = {
 def test_mutants_are_caught(mutant):
     function, right, wrong = MUTANTS[mutant]
     law = a_bill_has_every_part if function is step_bill else agrees
+    if mutant == "the first update's peak":
+        law = a_peak_is_that_of_a_later_step
     assert_caught(function, right, wrong, law)
