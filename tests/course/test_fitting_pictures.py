@@ -98,8 +98,11 @@ def test_the_lines_are_what_was_predicted(seen):
     assert [line.get_ydata()[0] * 1e9 for line in lines] == pytest.approx(
         list(bytes_.values())
     )
-    assert [line.get_xdata()[0] for line in lines] == list(seen.starts.values())
-    assert any(text.get_text() == "loss: peak" for text in axes.texts)
+    assert [line.get_xdata()[0] for line in lines] == [0, 1, 2, 3]
+    at = pictures.places(seen)
+    assert [at[start] for start in seen.starts.values()] == [0, 1, 2, 3]
+    assert at[-1] == 4 and (np.diff(at) > 0).all()
+    assert any(text.get_text() == "loss: the peak" for text in axes.texts)
     assert_apart(figure)
 
 

@@ -118,7 +118,7 @@ P = 10**6
 
 
 def kept(stage=None, off=0.0, extra=0):
-    """A result in which a rank keeps what the formula says, of another stage if asked."""
+    """A result whose ranks keep what the formula says, of another stage if asked."""
 
     def result_of(config):
         itemsize = zero_ranks.ITEMSIZE[config["recipe"]]

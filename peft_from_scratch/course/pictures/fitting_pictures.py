@@ -124,64 +124,54 @@ def over_time(
     *,
     title: str,
     subtitle: str = "",
+    top: float | None = None,
     width: float = 7.4,
     theme: Theme = LIGHT,
 ) -> Figure:
     """Bytes during a step, stacked by who holds them, and what was predicted.
 
+    The four moments are equally wide, since the loss, a spike, has few events.
+
     Args
-        bytes_  {moment: predicted bytes}, drawn as a line over the moment
+        bytes_  {moment: predicted bytes}, drawn as a dashed line over the moment
+        top     bytes at the upper end of the axis; None: as the step needs
     """
     edge = {"edgecolor": theme.ink, "linewidth": 0.5}
     handles = [Patch(facecolor=c, label=name, **edge) for name, c in LAYERS.values()]
-    handles.append(point((RED, ""), theme, linestyle="--", label="predicted"))
     with style(theme):
         room = legend(frame("", "", width, 1, FOOT, theme)[0], handles)
         figure, axes = frame(title, subtitle, width, 2.6, FOOT + room, theme)
         legend(figure, handles)
         rows = [seen.series[kind] / GB for kind in LAYERS]
         colors = [color for _, color in LAYERS.values()]
-        axes.stackplot(np.arange(len(rows[0])), *rows, colors=colors, linewidth=0)
-        top = 1.28 * max(seen.total.max(), *bytes_.values()) / GB
-        axes.set(xlim=(0, len(rows[0]) - 1), ylim=(0, top))
-        axes.set_xlabel("Moments: tensors allocated or freed so far, count")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.stackplot(places(seen), *rows, colors=colors, linewidth=0)
+        top = top or 1.2 * max(seen.total.max(), *bytes_.values())
+        axes.set(xlim=(0, len(MOMENTS)), ylim=(0, top / GB), xticks=[])
+        axes.set_xlabel("Order in which tensors are allocated and freed, no scale")
         name_y(axes, "Memory, GB (10⁹ bytes)")
         _name_moments(axes, seen, bytes_, theme)
     return figure
 
 
+def places(seen: Followed) -> np.ndarray:
+    """Where each event is drawn: moment i is between i and i + 1."""
+    starts = [*seen.starts.values(), len(seen.total) - 1]
+    return np.interp(np.arange(len(seen.total)), starts, np.arange(len(starts)))
+
+
 def _name_moments(axes: Axes, seen: Followed, bytes_: Mapping, theme: Theme) -> None:
     """A border between two moments, their names on top, and the predicted lines."""
-    ends = [*list(seen.starts.values())[1:], len(seen.total) - 1]
-    top, most = axes.get_ylim()[1], max(seen.peaks(), key=seen.peaks().get)
-    texts = []
-    for (name, start), end in zip(seen.starts.items(), ends, strict=True):
-        if start:
-            border = {"color": theme.ink, "linewidth": 0.8, "gid": "moment"}
-            axes.axvline(start, ymax=0.86, **border)
+    high, most = axes.get_ylim()[1], max(seen.peaks(), key=seen.peaks().get)
+    for i, name in enumerate(seen.starts):
+        if i:
+            axes.axvline(i, color=theme.muted, linewidth=0.8, gid="moment")
         weight = "bold" if name == most else "normal"
         spot = {"ha": "center", "va": "top", "size": SMALL, "weight": weight}
-        words = f"{name}: peak" if name == most else name
-        texts.append(axes.text((start + end) / 2, 0.97 * top, words, **spot))
+        words = f"{name}: the peak" if name == most else name
+        axes.text(i + 0.5, 0.97 * high, words, **spot)
         level = [bytes_[name] / GB] * 2
         dashed = {"linestyle": "--", "linewidth": 1.6, "gid": "predicted"}
-        axes.add_line(point((RED, ""), theme, [start, end], level, **dashed))
-    _step_aside(axes, texts)
-
-
-def _step_aside(axes: Axes, texts: list) -> None:
-    """Names that would lie over their left neighbor go one line down."""
-    high = 1.3 * texts[0].get_window_extent().height / axes.bbox.height
-    down = high * axes.get_ylim()[1]
-    before = None
-    for text in texts:
-        box = text.get_window_extent()
-        if before is not None and box.x0 < before.x1 + 4 and box.y1 > before.y0:
-            x, y = text.get_position()
-            text.set_position((x, y - down))
-            box = text.get_window_extent()
-        before = box
+        axes.add_line(point((RED, ""), theme, [i, i + 1], level, **dashed))
 
 
 def table(seen: Followed, bytes_: Mapping[str, int]) -> str:
@@ -260,6 +250,7 @@ def ways(layers: int) -> dict[str, list[tuple[int, set[int], set[int]]]]:
 
 ROWS = {"weights": 2, "gradients": 2, "optimizer": 12}  # bytes a parameter
 NAMES = {"weights": "weights", "gradients": "gradients", "optimizer": "states"}
+KINDS = {name: HOLDERS[kind] for kind, name in NAMES.items()}  # for curves.bars
 CUT = {"weights": 3, "gradients": 2, "optimizer": 1}  # the stage that begins to cut
 
 
