@@ -41,7 +41,8 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "whole gradients are sent": "one part in a hop",
         "the next part": "updates part",
         "rank 0 updates all": "once for each rank",
-        "no update": "nothing was updated",
+        "no update": "called for the ranks []",
+        "the gradients are ignored": "nothing was updated",
         "the padding stays": "the padding was left on",
         "one rank's weights": "the new weights of every rank",
         "no wire": "a rank knows what it holds",
@@ -49,7 +50,7 @@ TOLD = {  # exercise: {mutant: what its learner must read}
         "gradients are changed": "was changed",
     },
     "2.4": {
-        "the sum of all": "not one moment",
+        "the sum of all": "the peak is one moment",
         "the dearest first": "start with the cheapest",
         "never None": "no single change fits",
         "less than the room": "a peak as large as the room fits",

@@ -245,6 +245,9 @@ MUTANTS = {
             "parts[r][i] / N) for i in range(N)])"
         ),
         "no update": zero(update="pass"),
+        "the gradients are ignored": zero(
+            update="update(r, whole[r][r].clone(), parts[r][r] / N)"
+        ),
         "the padding stays": zero(back="[w.view(-1) for w in whole]"),
         "one rank's weights": zero(back="whole[0].view(-1)[:size]"),
         "rounded down": zero(n="max(1, size // N)"),
