@@ -56,7 +56,7 @@ from peft_from_scratch.course.checks import fitting_it as checks
 #
 # Out of memory is the error that ends most first attempts at fine-tuning. To mend it,
 # you need to know *when* memory runs out. We train a LoRA of rank `16` on SmolLM2, on
-# one row of `256` tokens, in `float32`. The weights take 0.54 GB.
+# one row of `256` tokens, in `float32`. The weights take `0.54` GB.
 #
 # The project's command `budget` predicts the bytes of a step from the model's
 # configuration, before any weight is loaded. The next cells let it predict, and then
@@ -240,7 +240,7 @@ lesson.show(
 # takes as many for the gradient of the inputs, and as many again for the gradient of
 # the weights, which LoRA leaves out for the frozen ones. So one more forward makes a
 # step `1.33` times as long, or `1.5` times with LoRA. For example, with 4 layers,
-# $k = 10$ and $i = 1$, the bytes fall from 40 to 14.
+# $k = 10$ and $i = 1$, the bytes fall from `40` to `14`.
 #
 # In torch, a function with a backward of its own is a `torch.autograd.Function`. What
 # `forward` of such a function computes is not recorded. A dozen lines are enough:
@@ -508,7 +508,7 @@ lesson.verdict("F2", guess="2.4")
 
 # %% [markdown]
 # In short steps the peak is in the update, where AdamW has temporaries of its own and
-# no activation is left. There, checkpointing saves nothing. On 1,024 tokens it saves
+# no activation is left. There, checkpointing saves nothing. On `1,024` tokens it saves
 # 22 % of SmolLM2's peak. The deeper the model, the more it is worth: from 4 to 32
 # layers, activations grow from 9.7 to 54.0 MB, and checkpointed from 3.7 to 5.5.
 #

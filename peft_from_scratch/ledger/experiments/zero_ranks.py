@@ -386,8 +386,8 @@ CLAIMS = (
         say_instead={"holds": FACTOR, "does not hold here": FACTOR},
         so={
             "holds": (
-                "A rank of stage 2 keeps 2 P + {factor} P / N bytes. An estimator that "
-                "says 18 counts float32 gradients, which other code holds."
+                "A rank of stage 2 keeps 2 P + {factor} P / N bytes. Who says 18 "
+                "counts float32 gradients besides."
             ),
             "does not hold here": (
                 "A rank of stage 2 keeps 2 P + {factor} P / N bytes here: "
