@@ -266,9 +266,9 @@ class Again(torch.autograd.Function):
 # %% [markdown]
 # ### Two real bugs
 #
-# transformers lets us put any such function around its decoder layers. The next cell
-# does so in `tiny`, our model of one million parameters, and compares gradients with
-# those of the plain model: full fine-tuning, LoRA, and LoRA with dropout.
+# transformers lets us put any such function around its decoder layers. The next cells
+# do so in `tiny`, our model of one million parameters, with a LoRA that has dropout.
+# They compare its gradients with those of the same model without checkpointing.
 
 
 # %%
@@ -402,6 +402,8 @@ for name, way in (("without", None), ("yours", recompute), ("torch's", theirs)):
 checkpoint_layers(small, None)
 
 # %% [markdown]
+# The gradients are the same to the bit, with 1.48 MB of activations in place of 5.08.
+#
 # Now both remedies together, on SmolLM2: your checkpoint around its layers, and the
 # library's loss in chunks.
 
@@ -459,7 +461,7 @@ lesson.measured("2.3", recomputing.slower(timed["lora"]["seconds"])[0])
 #
 # So the rule asks for something that can come out either way: from how many tokens on
 # does checkpointing save a tenth of the whole step's peak? It is **void** if weights,
-# gradients or states change by a byte, or if the gradients do.
+# gradients or states take other bytes, or if the gradients are others.
 
 # %%
 lesson.rule("F2")
@@ -513,7 +515,7 @@ lesson.verdict("F2", guess="2.4")
 # layers, activations grow from 9.7 to 54.0 MB, and checkpointed from 3.7 to 5.5.
 #
 # On `tiny`, the verdict is undecided: the tenth begins between 64 and 128 tokens, and
-# the rule's limit is 64. Nowhere does checkpointing touch the textbook's 112 GB.
+# the rule's limit is 64. In no run did checkpointing change a row of the 112 GB.
 #
 # ## Idea four: fewer rows at a time
 #
@@ -566,6 +568,10 @@ for name, losses in steps.items():
 lesson.control("Divided by N, the parts add up.", off["in parts, divided by N"] < 1e-4)
 
 # %% [markdown]
+# Divided by $N$, the parts add up to the gradient of the whole, with 3.9 MB of
+# activations in place of 13.1. The mean of means is off by 48.3 % of the gradient's
+# norm, and no error is raised.
+#
 # ## Idea five: ZeRO, a part for each rank
 #
 # Several GPUs often train one model in **data parallel**: each process, called a
@@ -600,10 +606,10 @@ lesson.show(
 # 3. **All-gather**: every rank gets all new parts.
 #
 # The ranks stand in a ring. In each **hop**, every rank sends one part to the next rank
-# and receives one from the rank before. Reduce-scatter takes $N - 1$ hops: in hop $h$,
-# rank $r$ sends part $r - h$ and adds what comes to part $r - h - 1$ (both modulo $N$).
-# All-gather takes $N - 1$ hops, too: in hop $h = 0, 1, \dots$, rank $r$ sends part
-# $r - h$ and puts what comes in place of part $r - h - 1$.
+# and receives one from the rank before. Reduce-scatter takes $N - 1$ hops: in hop
+# $h = 1, 2, \dots$, rank $r$ sends part $r - h$ and adds what comes to part $r - h - 1$
+# (both modulo $N$). All-gather takes $N - 1$ hops, too: in hop $h = 0, 1, \dots$, rank
+# $r$ sends part $r - h$ and puts what comes in place of part $r - h - 1$.
 #
 # ### Exercise 2.3: a step of ZeRO
 #
