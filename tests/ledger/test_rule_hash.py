@@ -328,7 +328,7 @@ def changed(before):
 
 
 # What these measure is counted, or is the worst of some runs: no interval is computed.
-COUNTED = {"F1", "F5", "L2", "L4", "Q2", "Q3", "P1", "Q6", "K1", "T1"}
+COUNTED = {"F1", "F5", "L2", "L4", "Q2", "Q3", "P1", "Q6", "K1", "T1", "F3", "Y3"}
 
 
 def test_the_level_of_confidence_is_part_of_every_rule_with_an_interval(monkeypatch):

@@ -16,5 +16,6 @@ one projection, times of a decoding step), weight_picture.py (when a dequantized
 exists), merge_picture.py (what rounding keeps of an update), merging_pictures.py (one
 product for three, errors on a logarithmic axis, cross terms of added factors),
 serving_pictures.py (ways to compute a batch with many adapters, a batch over time, a
-pool, a foreign cache).
+pool, a foreign cache), fitting_pictures.py (the moments of a step beside the predicted
+ones, what layers keep with checkpointing, what ranks keep under ZeRO).
 """
