@@ -16,6 +16,8 @@ Sources  llama.cpp's convert_hf_to_gguf.py for what a file needs, and the consta
          the library gguf for the names
 """
 
+import errno
+import os
 from pathlib import Path
 
 import torch
@@ -79,6 +81,11 @@ def write(planned: GGUFWriter, file: Path) -> None:
             planned.write_header_to_file(new)
             planned.write_kv_data_to_file()
             planned.write_tensors_to_file()
+        except OSError as error:
+            if error.errno is None:  # numpy counts what was written, and not why
+                full = errno.ENOSPC
+                raise OSError(full, os.strerror(full)) from None
+            raise
         finally:
             planned.close()
 

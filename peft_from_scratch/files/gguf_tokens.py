@@ -83,6 +83,7 @@ def _content(tokenizer) -> dict:
     whole = set(pre_tokenizers.ByteLevel.alphabet()) <= core["vocab"].keys()
     fine = {
         "normalizer": content["normalizer"] is None,
+        "merges": len(core["merges"]) > 0,  # llama.cpp takes no vocabulary without
         "unk_token": core["unk_token"] is None or whole,  # no byte is unknown
         **{option: not core.get(option) for option in PLAIN},
     }
