@@ -271,7 +271,20 @@ def _merge(commands) -> None:
         commands, "merge", "fold an adapter into its base, save the model"
     )
     command.add_argument("--adapter", required=True, help="folder of a saved adapter")
-    command.add_argument("--out", required=True, help="new folder for the merged model")
+    command.add_argument("--out", help="new folder for the merged model")
+    command.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="new GGUF file with the merged model and its tokenizer, which llama.cpp "
+        "runs: a Llama such as smollm2 or tiny, with a byte-level BPE. transformers "
+        "reads it back to the same logits; anything else is refused and stays a folder",
+    )
+    command.add_argument(
+        "--gguf-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the matrices in the GGUF file; float32 is exact and the largest",
+    )
     _base(command)
     command.set_defaults(run=run_merge)
 

@@ -24,7 +24,7 @@ from ..comparison.plan import OF_DATA
 from ..core import adapter
 from ..core.counting import count
 from ..core.merge import merge
-from ..files import exchange
+from ..files import exchange, gguf_file
 from ..methods import named
 from ..models.load import (
     AUTO,
@@ -141,26 +141,40 @@ def fine_tune(options, engine: Engine = alone, group: Group | None = None) -> No
 def merge_to_folder(options) -> None:
     """Fold an adapter into its base and write a model that needs no adapter code.
 
-    Its generation config ends answers where they ended in training: a base model's own
-    end token is often another one than that of the chat template.
+    A folder for transformers (--out), a GGUF file for llama.cpp (--gguf), or both. What
+    either cannot hold is refused before one of them is written. Answers end where they
+    ended in training: a base model's own end token is often another one than that of
+    the chat template.
     """
-    out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; name a new folder")
+    out, file = _new(options.out, "folder"), _new(options.gguf, "file")
+    if out is file is None:
+        raise ValueError("name a folder with --out, a GGUF file with --gguf, or both")
     model, tokenizer = load_model(options.base, device=options.device)
     names = exchange.load_as_trained(model, options.adapter)
     errors = merge(model)
     dequantize_model(model)  # what was in four bits and had no adapter
     if tokenizer.chat_template or tokenizer.eos_token_id is not None:
         _end_at(model, stop_of(options.adapter, tokenizer))
-    with atomic.new_folder(out) as folder, quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    planned = file and gguf_file.plan(model, tokenizer, dtype=options.gguf_dtype)
     worst = max(errors.values(), default=0.0)
     print(
         f"merged {len(names)} modules; rounding lost {worst:.1e} of the change at most"
     )
-    print(f"{out} is a whole model: load it with transformers, or --base {out}")
+    if out:
+        with atomic.new_folder(out) as folder, quiet_transformers():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        print(f"{out} is a whole model: load it with transformers, or --base {out}")
+    if planned:
+        gguf_file.write(planned, file)
+        print(f"{file} is a whole model in {options.gguf_dtype}: llama-cli -m {file}")
+
+
+def _new(path: str | None, kind: str) -> Path | None:
+    """The path; FileExistsError where something is there already."""
+    if path and Path(path).exists():
+        raise FileExistsError(f"{path} is there already; name a new {kind}")
+    return Path(path) if path else None
 
 
 def _end_at(model, stop: int) -> None:

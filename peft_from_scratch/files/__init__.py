@@ -3,7 +3,7 @@
 A folder may come from a stranger. It is hostile until proven otherwise: no pickle, no
 code, and every name, shape and value is checked before a model changes. Each layout is
 one that other programs read: Hugging Face PEFT's for adapters, bitsandbytes' for models
-in four bits.
+in four bits, llama.cpp's for whole models in one file.
 
     untrusted.py      JSON and safetensors of a stranger: the content, or a ValueError
     patterns.py       the regexes of a file, matched within a time limit
@@ -15,6 +15,8 @@ in four bits.
     combine.py        several LoRA folders into one, without a model
     pretrained.py     a base model's folder, if no tensor in it is missing
     quantized.py      a model in four bits, and its folder
+    gguf_tokens.py    a tokenizer as a GGUF file has it
+    gguf_file.py      a merged model and its tokenizer in one GGUF file, for llama.cpp
 
 Reading order: from top to bottom.
 """

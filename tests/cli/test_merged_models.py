@@ -58,8 +58,8 @@ def trained(base, folder):
 
 
 def merged(base, adapter, out):
-    options = Namespace(base=str(base), adapter=str(adapter), out=str(out), device=None)
-    commands.merge_to_folder(options)
+    paths = dict(base=str(base), adapter=str(adapter), out=str(out))
+    commands.merge_to_folder(Namespace(**paths, gguf=None, device=None))
     return AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
 
 

@@ -28,8 +28,6 @@ LARGEST = 5_000_000  # bytes of a file in git
 COMMAND = r"(?:`|^ {4,}|&& )make (?:\w+=\S+ )*(\w+)|^make (\w+)$"
 TARGETS = {"compare", "test", "lab", "notebooks", "bench", "lint"}
 
-# A dependency that the library needs and does not import itself.
-FOR_OTHERS = {"gguf": "transformers reads SmolLM2's file with it"}
 # What `make lock` leaves out: only some platforms have these, or every one has.
 NOT_PINNED = re.compile(r"(cuda-|nvidia-|setuptools$|pip$)")
 
@@ -164,7 +162,7 @@ def test_the_library_imports_what_it_declares_and_declares_what_it_imports():
     found = imported("peft_from_scratch")
     undeclared = found.keys() - CORE.keys() - WHERE_INSTALLED
     assert not undeclared, {name: found[name] for name in undeclared}
-    assert CORE.keys() - found.keys() == FOR_OTHERS.keys()
+    assert not CORE.keys() - found.keys()
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks", "notebooks"])
