@@ -800,8 +800,8 @@ sizes = {"SmolLM2's": (576, 1536), "4096 x 4096": (4096,)}
 four, three = (np.array(run.result[how]) for how in ("in_four", "in_three"))
 lesson.control("Three kernels have no larger bound than four.", (three <= four).all())
 rows, width = np.array(config["shapes"]).T[:2]
-rest = "cases with 5 % or more, of 4,096, 16 or 1 rows"
-print(f"{'fusing saves':21} {'%, at 4,096 rows':17}   {rest}")
+rest = "cases of all rows with 5 % or more"
+print(f"{'fusing saves':27} {'%, 4,096 rows':15}   {rest}")
 for size, here in sizes.items():
     for rival, each in {"four": four, "three": three}.items():
         every = each[np.isin(width, here)]

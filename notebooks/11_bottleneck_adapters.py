@@ -84,7 +84,7 @@ times = {
 figure = bottleneck_pictures.ratios(
     times,
     title="Unmerged adapters slow SmolLM2 down; a merged LoRA does not",
-    subtitle="Median of 21 repetitions, with its 95 % interval. Gray is the control.",
+    subtitle="Median of 21 rounds, with its 95 % interval. Gray is the control.",
     control=[labels["again"]],
 )
 lesson.show(figure, bottleneck_pictures.ratios_in_words(times) + ".")
@@ -384,7 +384,7 @@ d, m = model.config.hidden_size, latency.SIZES["smollm2"]["m"]
 work = {"the layer itself": frozen, "+ LoRA": budget, "+ bottlenecks": 4 * m * d}
 for label, entries in work.items():
     share = 100 * entries / frozen
-    print(f"{label:17} {2 * entries:9,} operations a token; layer: {share:5.1f} %")
+    print(f"{label:17} {2 * entries:9,} operations, {share:5.1f} % of the layer's")
 
 # %% [markdown]
 # Each adapter adds 2.3 % of the arithmetic, but the first picture shows several times
