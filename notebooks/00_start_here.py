@@ -446,7 +446,7 @@ for module in adapters(model).values():
     kept.append(100 * ((B2 @ A2).norm() / (B @ A).norm()).item())
 kept.sort()
 shares = f"{kept[0]:.0f} to {kept[-1]:.0f} %, median {kept[len(kept) // 2]:.0f} %"
-print(f"norm of BA after shuffling, of that before: {shares}")
+print(f"norm of BA after shuffling, in % of the norm before: {shares}")
 
 # %% [markdown]
 # The median matrix keeps 96 % of its norm, and one keeps only 73 %. If the shuffled
@@ -455,7 +455,7 @@ print(f"norm of BA after shuffling, of that before: {shares}")
 #
 # ### Exercise 0.3: a fair control
 #
-# Difficulty four of five, importance five of five, about fifteen minutes.
+# Difficulty three of five, importance five of five, about fifteen minutes.
 #
 # Write `my_control(A, B, order_A, order_B)`. It returns a pair `(A2, B2)` of the same
 # shapes, `A2 (r, d_in)` and `B2 (d_out, r)`, such that

@@ -285,9 +285,8 @@ for name, pair in tried.items():
 # *With $A$ Gaussian and $B$ zero, training starts from exactly the pretrained weights.*
 # A **logit** is the score of a possible next token. Before its first step, LoRA may
 # change no logit of SmolLM2: the largest difference must be exactly zero. Logits have
-# no unit, so the rule prints `(of a logit)` where a unit would stand. It says
-# **bit-equal** for a difference of exactly zero. The shipped runs compare eight test
-# rows, and the cell below compares two.
+# no unit, so `(of a logit)` stands where a unit would. The shipped runs compare eight
+# test rows, and the cell below compares two.
 #
 # Two other initializations are **controls**, whose results are known beforehand. With
 # *both random*, the logits must change. With *both zero*, there must be no gradient.
@@ -631,8 +630,8 @@ lesson.show(
 # one). For each matrix, the rule takes the rank that holds 90 % of the energy, in
 # percent of the **full rank**, the matrix's smaller side. A low value means a
 # **narrow** spectrum: a few pieces hold most of the energy. *Holds when* means: true
-# under a condition. The **card** below, which sums up the claim, names it. An update
-# *beats* a random one if its test loss is lower.
+# under a condition, which the **verdict card** below names. An update *beats* a random
+# one if its test loss is lower.
 #
 # The next cells fine-tune `tiny`, a model of about a million parameters, trained on
 # generated text. It turns a sentence, such as
@@ -798,9 +797,10 @@ lesson.show(figure, low_rank.kept_in_words(full, rank=8))
 
 # %%
 sides = {n.rpartition(".")[2]: min(layers[n].base.weight.shape) for n in names}
+print("SmolLM2, the rank that holds 90 % of the energy: in % of the full rank, counted")
 for kind, side in sides.items():
     share = median(s for run in full for s in run.result["shares"][kind])
-    print(f"{kind:9} {share:4.1f} % of {side}: rank {share * side / 100:3.0f}")
+    print(f"  {kind:9} {share:4.1f} % of {side}, that is {share * side / 100:3.0f}")
 stored = [runs.stored(config) for config in spectrum.configs("tiny")]
 for words, shuffled in (("right records", False), ("shuffled", True)):
     group = [r for r in stored if ("random" in r.config["task"]) == shuffled]

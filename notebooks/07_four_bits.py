@@ -319,11 +319,11 @@ lesson.show(figure, words)
 # ### Exercise 7.2: derive NF4, for any number of values
 #
 # Difficulty four of five, importance five of five, about twenty minutes. Write the
-# construction above for `n` values, and for any distribution that is symmetric around
-# zero. `n` is even, and 4 at least. `quantile` takes one number `p` and returns one
-# number. Return the values, `(n,)` in `float32` or `float64`, rising: `n / 2` from -1
-# to 0 and `n / 2 + 1` from 0 to 1, which share the zero. For example, `n=4` and the
-# quantile `2 * p - 1` give `[-1, 0, 0.5, 1]`.
+# construction above for `n` values, with `k = n` and `k = n - 1`, and for any
+# distribution that is symmetric around zero. `n` is even, and 4 at least. `quantile`
+# takes one number `p` and returns one number. Return the values, `(n,)` in `float32` or
+# `float64`, rising: `n / 2` from -1 to 0 and `n / 2 + 1` from 0 to 1, which share the
+# zero. For example, `n=4` and the quantile `2 * p - 1` give `[-1, 0, 0.5, 1]`.
 #
 # <details><summary>Hint one: a question</summary>
 #
@@ -388,7 +388,7 @@ own = values_for(16, lambda p: laplace.icdf(torch.tensor(p)).item()).float()
 theirs, ours = (off(heavy, restored(heavy, 64, book)) for book in (own, NF4))
 print(f"on Laplace weights: Laplace values {theirs:.2f} %, NF4 {ours:.2f} %")
 lesson.measured("7.2", 100 * theirs / ours)
-print("\nerror on normal weights [last gap between values]")
+print("\nerror on normal weights [distance of the two largest values]")
 for n in (8, 16, 32, 64):
     pair = values_for(n, normal.inv_cdf).float(), torch.linspace(-1, 1, n)
     errors = [off(plain, restored(plain, 64, book)) for book in pair]

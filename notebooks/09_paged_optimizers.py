@@ -307,8 +307,8 @@ lesson.predict("9.2", low=None, high=None, unit="% faults at half of the pages")
 # updates the pages. All slots are empty at first, and LRU decides who leaves. Find an
 # order with the fewest faults over all steps. All such orders are accepted.
 #
-# For example, `my_order(3, 2, 2)` may return `[[0, 1, 2], [1, 2, 0]]`. It has four
-# faults, which is the minimum. `[[0, 1, 2], [0, 1, 2]]` has six.
+# For example, `my_order(3, 2, 2)` must return an order with four faults, the minimum.
+# `[[0, 1, 2], [0, 1, 2]]` has six.
 #
 # <details><summary>Hint one: a question</summary>
 #

@@ -783,9 +783,8 @@ lesson.show(roofline.figure(devices=[H100]), roofline.alt(devices=[H100]))
 # %% [markdown]
 # **The rule** counts the cases in which fusing lowers the bound on the time by 5 % or
 # more, compared with the four kernels. A case is a layer's size, a number of rows, a
-# rank and a GPU. (A model that generates text for one user has a single row.) In the
-# printed rule, *over* means "compared with", and *no time* means "no time was
-# measured". The rule's three verdicts need a measured time, so none of them applies.
+# rank and a GPU. (A model that generates text for one user has a single row.) The
+# rule's three verdicts need a measured time, so none of them applies.
 #
 # In how many percent of the cases is the bound so much lower? After your guess, a table
 # splits them by size and rival.
@@ -801,8 +800,8 @@ sizes = {"SmolLM2's": (576, 1536), "4096 x 4096": (4096,)}
 four, three = (np.array(run.result[how]) for how in ("in_four", "in_three"))
 lesson.control("Three kernels have no larger bound than four.", (three <= four).all())
 rows, width = np.array(config["shapes"]).T[:2]
-rest = "5 % or more, with 4,096, 16 or 1 rows"
-print(f"{'fusing saves':25} {'% at 4,096 rows':15}   {rest}")
+rest = "cases of all rows with 5 % or more"
+print(f"{'fusing saves':27} {'%, 4,096 rows':15}   {rest}")
 for size, here in sizes.items():
     for rival, each in {"four": four, "three": three}.items():
         every = each[np.isin(width, here)]
@@ -820,7 +819,8 @@ print(f"4096 x 4096, rank 64, against three: {r64.min():.1f} to {r64.max():.1f} 
 # three kernels on all six GPUs.
 #
 # The next cell prints the share over all cases, three quarters of which have SmolLM2's
-# sizes. `Shipped` is the verdict on K1 that is stored with the course.
+# sizes. Below it stands the verdict of the **shipped runs**, which come with the
+# course.
 
 # %%
 found = fusing.measured([run])

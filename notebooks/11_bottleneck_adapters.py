@@ -384,7 +384,7 @@ d, m = model.config.hidden_size, latency.SIZES["smollm2"]["m"]
 work = {"the layer itself": frozen, "+ LoRA": budget, "+ bottlenecks": 4 * m * d}
 for label, entries in work.items():
     share = 100 * entries / frozen
-    print(f"{label:17} {2 * entries:9,} operations a token, {share:5.1f} % of them")
+    print(f"{label:17} {2 * entries:9,} operations, {share:5.1f} % of the layer's")
 
 # %% [markdown]
 # Each adapter adds 2.3 % of the arithmetic, but the first picture shows several times
@@ -469,8 +469,7 @@ print("the control", "passed" if control_passed else "failed: this run is void")
 # %% [markdown]
 # Live timing is noisy, so the verdict rests on runs **stored** with the course: three
 # repeats of seven rounds. The next cell computes the ratio of A1 from them, for both
-# models. It compares your ratio ("here") with the stored one ("Shipped") only if your
-# control passed.
+# models. It shows your ratio beside the stored one only if your control passed.
 
 # %%
 for scale in ("smollm2", "tiny"):
@@ -562,7 +561,8 @@ for sigma in (F.gelu, plain):
 # `W0` is `(d, d_in)`, `D` `(m, d)`, `b_D` `(m,)`, `U` `(d, m)` and `b_U` `(d,)`. The
 # projection's bias `b` is `(d,)`, or `None` if it has none. `sigma` takes a tensor of
 # any shape and works entry by entry. All is `torch.float64`. The check tries several
-# `sigma`. Some of them are linear except in a small part of their range.
+# `sigma`. Some of them are linear except in a part of their range, one unit wide or
+# more.
 #
 # Example: all sizes are one, `W0` is 2, `b` 1, `D` 3, `b_D` 0, `U` 1, `b_U` 0, and
 # $\sigma(z) = z/2$. Then $h = y + 1.5 y$ with $y = 2x + 1$, so `B @ A` is 3 and `bias`
@@ -654,9 +654,9 @@ for pair in comparison["pairs"]:
 # The rule of A2 covers `tiny` only. We test one meaning of the claim: with equal
 # parameters and optimizer steps, does LoRA reach a lower test loss? Predict the test
 # loss of bottlenecks minus LoRA's, averaged over three tasks: a new format (`gap-1`),
-# new words (`gap-2`) and a new language (`gap-3`). In the rule, **paired** means that
-# losses are subtracted row by row, for the same **seed**. A seed fixes the training
-# rows, their order and the initialization.
+# new words (`gap-2`) and a new language (`gap-3`). The runs are **paired**: losses are
+# subtracted row by row, for the same **seed**. A seed fixes the training rows, their
+# order and the initialization.
 
 # %%
 lesson.rule("A2")

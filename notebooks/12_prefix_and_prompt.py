@@ -787,7 +787,7 @@ for each in tasks:
         gap = paired(best[name, each], best["lora", each])
         print(f"{each}, {name} minus LoRA:", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gap))
 found = challengers.soft_measured(every)
-print(f"prefix as large as LoRA minus LoRA, three tasks: {found.figures['large']}")
+print(f"a prefix as large as LoRA, minus LoRA; three tasks: {found.figures['large']}")
 print(f"gap-2, prefix (300 steps) minus LoRA (100): {found.figures['longer']}")
 lesson.measured("12.4", found.value)
 better = min(items["prefix"], items["prompt"], key=fmean)

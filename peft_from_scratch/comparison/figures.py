@@ -230,7 +230,7 @@ def training_curve(
     with style(theme):
         figure, axes = frame(
             findings.training(history),
-            "Thin line: the rows of each step." + validated,
+            "Line: the rows of each optimizer step." + validated,
             width,
             2.6,
             FOOT,

@@ -88,7 +88,9 @@ def _together(result: dict, rows: list[dict]) -> str:
     many = number(len(rows))
     if not result.get("pairs"):
         return f"{many} methods reach {rates}"
-    return f"{many} methods reach {rates} and are not told apart"
+    shared = set.intersection(*(set(row.get("letters", "")) for row in rows))
+    which = f" (letter {min(shared)})" if shared else ""
+    return f"{many} methods{which} reach {rates} and are not told apart"
 
 
 def peak_memory(result: dict) -> str:

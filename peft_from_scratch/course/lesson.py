@@ -24,16 +24,33 @@ from matplotlib.figure import Figure
 
 from ..comparison import estimate
 from ..ledger import verdicts
-from ..ledger.claim import BASES, NOT_RUN, UNDECIDED
+from ..ledger.claim import BASES, HOLDS_WHEN, NOT_RUN, UNDECIDED
 from ..models import load
 from . import cards, checks, guesses
 from .guesses import Guess
-from .verdict_card import WIDTH, VerdictCard, concerns_no_base, figure_of
+from .verdict_card import (
+    NAMED,
+    WIDTH,
+    VerdictCard,
+    concerns_no_base,
+    figure_of,
+    sentence,
+    unit_of,
+)
 
 BASE, VARIABLE = "smollm2", "PFS_MODEL"
 GUESS = (
     "Put two numbers in place of None, the ends of a range that you are nine tenths "
     "sure of, and run this cell again ({unit})"
+)
+# Said once in a lesson, where the reader meets the word first.
+OF_CONTROLS = (
+    "(A control is what must be so if a measurement means anything. One that fails "
+    "stops the lesson.)"
+)
+OF_SHIPPED = (
+    "(Shipped runs were made earlier and come with the course. The verdict rests on "
+    "them alone. Brackets hold an interval.)"
 )
 EQUAL = 0.01  # relative difference of a count that another machine may make
 LATE, LARGE, SLACK = 2, 1.25, 100_000_000  # times the card's seconds; bytes, and more
@@ -84,6 +101,7 @@ class Lesson:
         self.card = cards.read().get(number)
         self.product = cards.product_seconds(self.device)
         self.guesses: dict[str, Guess] = {}
+        self._explained: set[str] = set()
 
     def __str__(self):
         threads = cards.threads(torch.get_num_threads())
@@ -174,9 +192,9 @@ class Lesson:
         passed = checks.has_passed(answer)
         name = getattr(answer, "__name__", "answer")
         if passed:
-            print(f"Your {name} does the work from here on.")
+            print(f"{name} has passed its check: the lesson uses it from here on.")
         else:
-            print(f"Your {name} has not passed its check: the lesson's own one works.")
+            print(f"{name} has not passed its check: the lesson uses its own one.")
         return answer if passed else otherwise
 
     # ------------------------------------------------------------------- figures
@@ -194,7 +212,7 @@ class Lesson:
     # -------------------------------------------------------------------- claims
 
     def control(self, words: str, holds: bool) -> None:
-        """Say that a control holds.
+        """Say that a control holds; the first time also what a control is.
 
         Args
             words  what must be so if the measurement means anything: a sentence
@@ -206,6 +224,7 @@ class Lesson:
             "lesson or the library is broken here"
         )
         print(f"Control: {words} So it is.")
+        self._explain(OF_CONTROLS)
 
     def live(
         self, id: str, measured: float, low: float, high: float, scale=None
@@ -223,20 +242,23 @@ class Lesson:
         scale = scale or self.base
         measured, low, high = float(measured), float(low), float(high)
         rule = verdicts.claim(id).rule
-        verdict = rule.verdict(measured, low, high)
+        verdict, unit = rule.verdict(measured, low, high), unit_of(rule)
         row = self._shipped(id)
         where = "" if concerns_no_base(row) else f", on {scale}"
-        print(f"{id} here{where}: {_between(measured, low, high)} {rule.unit}")
+        print(f"{id} in this run{where}: {_between(measured, low, high)} {unit}")
         if scale not in BASES:
             print(f"  Shipped runs are of {' and '.join(BASES)}: nothing to compare.")
             return
         shipped = row["scales"][scale]
         if shipped["measured"] is None:
-            print(f"  Shipped: {shipped['verdict']}")
+            print(f"  Shipped runs: {shipped['verdict']}")
             assert shipped["verdict"] != NOT_RUN, f"{id} was not run on {scale}"
             return
         ends = shipped["interval"] or [shipped["measured"]] * 2
-        print(f"  Shipped: {_between(shipped['measured'], *ends)} {rule.unit}")
+        print(f"  Shipped runs: {_between(shipped['measured'], *ends)} {unit}")
+        if where and row["scale"] != scale:
+            print(f"  The verdict rests on the shipped runs of {NAMED[row['scale']]}.")
+        self._explain(OF_SHIPPED)
         decided = {verdict, shipped["verdict"]} - {UNDECIDED}
         same = len(decided) <= 1
         if rule.computed:
@@ -249,22 +271,26 @@ class Lesson:
         )
 
     def rule(self, id: str) -> None:
-        """Print the rule of a claim: what is measured, part by part, and its bands."""
-        rule = verdicts.claim(id).rule
-        print(f"{id}, the rule. What is measured:")
-        for part in rule.words.split("; "):
-            print(
-                textwrap.fill(part, WIDTH, initial_indent="- ", subsequent_indent="  ")
-            )
+        """Print the rule of a claim: its one number, and the verdict for each band.
+
+        The rule's whole wording is folded under the verdict card: it has to be exact,
+        and a reader who meets the claim first needs what it comes to.
+        """
+        claim = verdicts.claim(id)
+        rule, unit = claim.rule, unit_of(claim.rule)
+        print(f"{id}, the rule, written before the runs; the card below has all of it.")
+        print(_filled(f"Its number: {sentence(claim.number)}"))
         if rule.computed:
-            print(f"It is computed, in {rule.unit}: arithmetic, which has no verdict.")
+            print(f"It is arithmetic, counted in {unit}: the verdict is just computed.")
             return
-        print(f"The verdict, in {rule.unit}:")
+        print("The verdict is that of the band that holds the whole interval:")
         ends = [f"{edge:,.10g}" for edge in rule.edges]
         places = [f"up to {ends[0]}", *map("{} to {}".format, ends, ends[1:])]
         places.append(f"above {ends[-1]}")
         for place, verdict in zip(places, rule.verdicts, strict=True):
-            print(f"- {place}: {verdict}")
+            more = " …, under a condition that the card names"
+            print(f"- {place} {unit}: {verdict}{more if verdict == HOLDS_WHEN else ''}")
+        print(f"- where no band does: {UNDECIDED}")
 
     def verdict(self, id: str, guess: str | None = None) -> None:
         """Show a claim's verdict card (verdict_card.py).
@@ -291,6 +317,12 @@ class Lesson:
                 f"python -m peft_from_scratch ledger {claim.id} --run"
             )
         return rows[id]
+
+    def _explain(self, words: str) -> None:
+        """Print an explanation, the first time that it is needed."""
+        if words not in self._explained:
+            print(_filled(words, indent="  "))
+            self._explained.add(words)
 
     # ------------------------------------------------------------------- receipt
 
@@ -329,6 +361,12 @@ class Lesson:
 def _between(measured: float, low: float, high: float) -> str:
     between = "" if low == high else f" [{figure_of(low)}, {figure_of(high)}]"
     return figure_of(measured) + between
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent or "  "
+    )
 
 
 def _markdown(text: str, plain: str) -> None:

@@ -1,6 +1,6 @@
 """The verdict card: what a claim came to, on one screen.
 
-    claim      what the textbook says
+    claim      "Verdict card", its id, and what the textbook says
     verdict    in the words of ledger/claim.py
     picture    the rule's bands, with the interval on them, and the reader's guess
     number     one, with its interval
@@ -24,10 +24,12 @@ from ..ledger.claim import (
     UNDECIDED,
     UNTESTABLE,
     Claim,
+    Rule,
 )
 from ..plotting.number_line import number_line
 
 WIDTH = 88  # characters of a line
+UNITS = {"x": "times"}  # those of rules that a reader would not read as meant
 NAMED = {"tiny": "tiny, of one million parameters", "smollm2": "SmolLM2-135M"}
 
 
@@ -57,11 +59,11 @@ class VerdictCard:
         row, rule = self.row, self.claim.rule
         if row["measured"] is None:
             return None
-        text = f"{self.claim.number}: {figure_of(row['measured'])}"
+        text = f"{self.claim.number}: {figure_of(row['measured'])} {unit_of(rule)}"
         low, high = row["interval"] or (0, 0)
         if low < high:
-            text += f" [{figure_of(low)}, {figure_of(high)}]"
-        return f"{text} {rule.unit}"
+            text += f", 95 % interval {figure_of(low)} to {figure_of(high)}"
+        return text
 
     @property
     def where(self) -> str:
@@ -76,12 +78,13 @@ class VerdictCard:
         if row["interval"] is None or rule.computed:
             return None
         measured = row["measured"], *row["interval"]
-        return number_line(rule.edges, rule.verdicts, measured, rule.unit, self.guess)
+        unit = unit_of(rule)
+        return number_line(rule.edges, rule.verdicts, measured, unit, self.guess)
 
     def headline(self) -> str:
         """Claim and verdict, in markdown."""
         return (
-            f"**{self.claim.id} · {self.claim.statement}**\n\n"
+            f"**Verdict card · {self.claim.id} · {self.claim.statement}**\n\n"
             f"Verdict: **{self.verdict}**{self.where}"
         )
 
@@ -143,6 +146,11 @@ def concerns_no_base(row: dict) -> bool:
     """Whether the same runs, or none, count for every base: then none was used."""
     runs = {str(row["scales"][base]["runs"]) for base in BASES}
     return len(runs) == 1 or row["verdict"] in (COMPUTED, UNTESTABLE)
+
+
+def unit_of(rule: Rule) -> str:
+    """The unit of a rule's number, as it is printed."""
+    return UNITS.get(rule.unit, rule.unit)
 
 
 def sentence(text: str) -> str:

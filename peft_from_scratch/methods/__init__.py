@@ -167,7 +167,7 @@ METHODS = (
         color="brown",
         marker="P",
         letters="A B",
-        place="LoRA, initialized to W's largest part",
+        place="LoRA, initialized to W's best rank-r part",
         lines=(
             r"$W = W_{res} + B\,A$, and so $h = W_{res}\,x + B\,A\,x$",
             f"{_A_AND_B}, made of its $r$ largest singular values.",
@@ -267,7 +267,7 @@ METHODS = (
         color="amber",
         marker="p",
         letters="$l$",
-        place="factors on keys, values and the MLP's inside",
+        place="factors on keys, values and the MLP's middle",
         lines=(
             r"$k \leftarrow l_k \odot k$,  $v \leftarrow l_v \odot v$,"
             r"  $f \leftarrow l_f \odot f$ inside the MLP",

@@ -93,7 +93,7 @@ def _bands(
         axes.text(
             (left + right) / 2,
             ABOVE if narrow else BAND + 0.08,
-            name,
+            name + (" …" if name.endswith("when") else ""),
             ha="center",
             va="bottom",
             size=SMALL,

@@ -6,11 +6,17 @@ from figure_overlaps import assert_apart
 from planting import assert_caught
 
 from peft_from_scratch.course.pictures import bfloat16_picture as pictures
-from peft_from_scratch.course.pictures.bfloat16_picture import AFTER, EXACT, moved
+from peft_from_scratch.course.pictures.bfloat16_picture import (
+    AFTER,
+    BEFORE,
+    EXACT,
+    moved,
+)
 
 WEIGHT = 0.05
 ROWS = {
     "one update of 0.001": moved(WEIGHT, 1e-3),
+    "and back": moved(moved(WEIGHT, 1e-3).stored, -1e-3),
     "one update of 0.00001": moved(WEIGHT, 1e-5),
     "100 updates, in bfloat16": moved(WEIGHT, 1e-5, 100),
     "100 updates, in a master copy": moved(WEIGHT, 1e-5, 100, master=True),
@@ -76,7 +82,8 @@ def test_the_picture_has_every_value_and_where_each_row_ends():
     lines = [line for line in axes.lines if line.get_gid() == "value"]
     places = [line.get_xdata()[0] for line in lines]
     assert places == pictures.neighbors(*axes.get_xlim())
-    for name, field in ((EXACT, "exact"), (AFTER, "stored")):
+    fields = {BEFORE: "start", EXACT: "exact", AFTER: "stored"}
+    for name, field in fields.items():
         ends = [line.get_xdata()[0] for line in axes.lines if line.get_gid() == name]
         assert ends == [getattr(move, field) for move in ROWS.values()]
     (band,) = (patch for patch in axes.patches if patch.get_gid() == "band")
@@ -86,8 +93,8 @@ def test_the_picture_has_every_value_and_where_each_row_ends():
 
 def test_the_words_say_what_moved():
     words = pictures.words(ROWS, WEIGHT)
-    assert "one update of 0.001: -0.000977" in words
-    assert "100 updates, in bfloat16: no change" in words
+    assert "one update of 0.001: -0.000977 from the old weight" in words
+    assert "100 updates, in bfloat16: at the old weight" in words
 
 
 @pytest.mark.parametrize("width", [5.2, 7.4])

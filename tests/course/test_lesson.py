@@ -240,7 +240,10 @@ def test_the_learners_code_is_used_once_its_check_passed(capsys):
     sample_lesson.twice(mine)
     assert begun.mine(mine, theirs) is mine
     assert begun.mine(lambda x: x + x, theirs) is theirs  # another one
-    assert "Your mine does the work from here on." in capsys.readouterr().out
+    assert (
+        "mine has passed its check: the lesson uses it from here on."
+        in capsys.readouterr().out
+    )
 
 
 def blank(x):
@@ -280,9 +283,11 @@ def test_a_figure_has_its_finding_as_alternative_text_and_in_print(monkeypatch, 
 def test_a_control_holds_or_the_measurement_is_void(capsys):
     begun = lesson.start("90", model="tiny")
     begun.control("Merged and base take the same time.", True)
-    assert "Control: Merged and base take the same time. So it is." in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "Control: Merged and base take the same time. So it is.\n" in said
+    assert said.count("(A control is what must be so") == 1
+    begun.control("Merged and base take the same time.", True)
+    assert "(A control" not in capsys.readouterr().out  # explained once
     with pytest.raises(AssertionError, match="void: Merged and base"):
         begun.control("Merged and base take the same time.", torch.tensor(False))
 
@@ -293,8 +298,13 @@ def test_a_live_run_says_no_verdict_and_must_not_contradict(capsys):
     begun.live("S1", 6, 5.5, 6.5)
     said = capsys.readouterr().out
     assert said == (
-        "S1 here, on tiny: 6 [5.5, 6.5] in all\n  Shipped: 6 [5.9, 6.1] in all\n"
+        "S1 in this run, on tiny: 6 [5.5, 6.5] in all\n"
+        "  Shipped runs: 6 [5.9, 6.1] in all\n"
+        "  (Shipped runs were made earlier and come with the course. The verdict rests "
+        "on them\n  alone. Brackets hold an interval.)\n"
     )
+    begun.live("S1", 6, 5.5, 6.5)
+    assert "(Shipped" not in capsys.readouterr().out  # explained once
     with pytest.raises(
         AssertionError, match=r"says 'does not hold here' \(9\), the shipped runs"
     ):
@@ -328,7 +338,7 @@ def test_what_concerns_no_base_is_said_of_none(monkeypatch, capsys):
     row["scales"]["smollm2"] = row["scales"]["tiny"]
     monkeypatch.setattr(begun, "_shipped", lambda id: row)
     begun.live("S1", 6, 6, 6)
-    assert "S1 here: 6 in all" in capsys.readouterr().out
+    assert "S1 in this run: 6 in all" in capsys.readouterr().out
 
 
 def test_no_live_run_hides_behind_one_that_was_not_made():
@@ -362,9 +372,10 @@ def test_a_verdict_is_the_same_card_whatever_the_base(displayed):
             "S1: holds (measured on tiny, of one million parameters)"
         )
         assert body["text/plain"] == (
-            "The product: 6 [5.9, 6.1] in all.\nSo: Twice three is 6, everywhere."
+            "The product: 6 in all, 95 % interval 5.9 to 6.1.\n"
+            "So: Twice three is 6, everywhere."
         )
-        assert "**S1 · Twice three is six**" in head["text/markdown"]
+        assert "**Verdict card · S1 · Twice three is six**" in head["text/markdown"]
         assert "The rule of S1" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
         assert "**So:** Twice three" in body["text/markdown"]
         assert "On SmolLM2-135M: not run yet." in body["text/markdown"]
@@ -375,12 +386,27 @@ def test_a_rule_is_printed_in_lines(capsys):
     capsys.readouterr()
     begun.rule("S1")
     assert capsys.readouterr().out.splitlines() == [
-        "S1, the rule. What is measured:",
-        "- Twice three",
-        "The verdict, in in all:",
-        "- up to 5: does not hold here",
-        "- 5 to 7: holds",
-        "- above 7: does not hold here",
+        "S1, the rule, written before the runs; the card below has all of it.",
+        "Its number: The product.",
+        "The verdict is that of the band that holds the whole interval:",
+        "- up to 5 in all: does not hold here",
+        "- 5 to 7 in all: holds",
+        "- above 7 in all: does not hold here",
+        "- where no band does: undecided",
+    ]
+
+
+def test_a_rule_says_that_holds_when_needs_a_condition(monkeypatch, capsys):
+    begun = lesson.start("90", model="tiny")
+    rule = Rule("Twice three", "x", ("holds", "holds when", "wrong as stated"), (1, 2))
+    monkeypatch.setitem(verdicts.CLAIMS, "S1", replace(sample_lesson.CLAIM, rule=rule))
+    capsys.readouterr()
+    begun.rule("S1")
+    said = capsys.readouterr().out.splitlines()
+    assert said[3:6] == [
+        "- up to 1 times: holds",
+        "- 1 to 2 times: holds when …, under a condition that the card names",
+        "- above 2 times: wrong as stated",
     ]
 
 
@@ -391,10 +417,9 @@ def test_a_rule_of_arithmetic_says_so(monkeypatch, capsys):
     capsys.readouterr()
     begun.rule("S1")
     assert capsys.readouterr().out.splitlines() == [
-        "S1, the rule. What is measured:",
-        "- Twice three",
-        "- counted",
-        "It is computed, in apples: arithmetic, which has no verdict.",
+        "S1, the rule, written before the runs; the card below has all of it.",
+        "Its number: The product.",
+        "It is arithmetic, counted in apples: the verdict is just computed.",
     ]
 
 

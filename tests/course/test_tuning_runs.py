@@ -143,7 +143,7 @@ def tuned():
 @law
 def a_product_is_alpha_times_the_learning_rate():
     figure, words = tuning_runs.alphas(tuned())
-    assert "alpha 2: 0.05, product 0.1, loss 2.80 (2.00 to 3.00)" in words
+    assert "alpha 2: learning rate 0.05, product 0.1, loss 2.80 (2.00 to 3.00)" in words
     first = figure.axes[0].lines[0].get_xydata()
     assert first[:, 0] == pytest.approx([0.01, 0.1, 1.0])
     assert first[:, 1] == pytest.approx([99, 2.8, 99])

@@ -46,7 +46,7 @@ def test_every_shipped_claim_has_a_card_without_a_gap(id):
 def test_a_card_says_claim_verdict_number_and_what_to_take_away():
     assert str(card()) == (
         "S1: holds (measured on tiny, of one million parameters)\n"
-        "The product: 6 [5.9, 6.1] in all.\n"
+        "The product: 6 in all, 95 % interval 5.9 to 6.1.\n"
         "So: Twice three is 6."
     )
 

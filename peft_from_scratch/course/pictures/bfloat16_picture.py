@@ -23,10 +23,11 @@ BEFORE, EXACT, AFTER = "before", "exact result", "after rounding"
 
 
 class Move(NamedTuple):
-    """Where a weight goes: in exact arithmetic, and where it is stored."""
+    """Where a weight goes: in exact arithmetic, where it is stored, and from where."""
 
     exact: float
     stored: float
+    start: float
 
 
 def moved(weight: float, update: float, times: int = 1, master: bool = False) -> Move:
@@ -44,7 +45,7 @@ def moved(weight: float, update: float, times: int = 1, master: bool = False) ->
     for _ in range(times):
         M = M - update
         W = rounded(W - update)
-    return Move(start - times * update, rounded(M.item()) if master else W)
+    return Move(start - times * update, rounded(M.item()) if master else W, start)
 
 
 def rounded(number: float) -> float:
@@ -103,17 +104,21 @@ def picture(
         legend(figure, handles)
         _lines(axes, W, _limits(W, rows), theme)
         for y, (label, move) in enumerate(rows.items()):
-            _row(axes, y, label, W, move, theme)
+            _row(axes, y, label, move, theme)
         axes.set(ylim=(len(rows) - 0.4, -0.75), yticks=[])
         axes.set_xlabel("Weight, value")
     return figure
 
 
 def words(rows: Mapping[str, Move], weight: float) -> str:
-    """The picture in words: "one update of 0.001: stored as …; …"."""
+    """The picture in words: "one update of 0.001: -0.00098 from the old weight; …"."""
     W = rounded(weight)
     ends = {
-        label: "no change" if move.stored == W else f"{move.stored - W:+.6f}"
+        label: (
+            "at the old weight"
+            if move.stored == W
+            else f"{move.stored - W:+.6f} from the old weight"
+        )
         for label, move in rows.items()
     }
     return "; ".join(f"{label}: {end}" for label, end in ends.items())
@@ -149,13 +154,14 @@ def _lines(axes: Axes, W: float, limits: tuple[float, float], theme: Theme) -> N
     axes.set_xticks(ticks, [f"{tick:.5f}" for tick in ticks])
 
 
-def _row(axes: Axes, y: int, label: str, W: float, move: Move, theme: Theme) -> None:
+def _row(axes: Axes, y: int, label: str, move: Move, theme: Theme) -> None:
     before, exact, after = _handles(theme)
     paper = {"facecolor": theme.paper, "linewidth": 0, "pad": 1}
     left = axes.get_xlim()[0]
     axes.text(left, y - 0.28, label, size=SMALL, va="bottom", bbox=paper, zorder=2)
-    axes.hlines(y, move.exact, W, color=theme.ink, linewidth=1.2)
-    for handle, x in ((before, W), (exact, move.exact), (after, move.stored)):
+    axes.hlines(y, move.exact, move.start, color=theme.ink, linewidth=1.2)
+    places = move.start, move.exact, move.stored
+    for handle, x in zip((before, exact, after), places, strict=True):
         line = point((handle.get_color(), handle.get_marker()), theme, [x], [y])
         line.update_from(handle)
         line.set(gid=handle.get_label(), zorder=3)

@@ -258,7 +258,7 @@ def gain_and_energy(runs: Sequence[Run], *, title: str, width: float = 7.4) -> F
     }
     figure = curves.lines(
         series,
-        x=f"Rank k of at most {full_rank}, singular values kept",
+        x=f"Singular values kept, k of at most {full_rank}",
         y="Kept, % of what the whole updates have",
         title=title,
         subtitle=f"Gain: mean and range of {len(runs)} seeds. Energy: the median "

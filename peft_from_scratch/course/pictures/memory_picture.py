@@ -31,7 +31,7 @@ KINDS = {  # from the bottom of the picture to its top, and their names in words
     "weights": "weights",
     "optimizer": "AdamW's states",
     "gradients": "gradients",
-    "activations": "activations and temporaries",
+    "activations": "activations, short-lived tensors",
 }
 POINTS = 240  # drawn for each optimizer step
 GB = 1e9

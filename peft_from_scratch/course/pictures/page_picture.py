@@ -23,7 +23,7 @@ from ...paged import PagedAdamW, pages
 from ...plotting.draw import frame, legend, point
 from ...plotting.theme import LIGHT, SMALL, Theme, look, style
 
-FAULT, HIT, AHEAD = "fault", "use of one that is there", "fault, ahead of its use"
+FAULT, HIT, AHEAD = "fault", "use of a page that is there", "fault, ahead of its use"
 MARKS = {FAULT: "X", HIT: "o", AHEAD: ">"}
 KINDS = {pages.FAULT: FAULT, pages.HIT: HIT, pages.PREFETCH: AHEAD}
 CELL = 0.2  # inches between two pages

@@ -107,7 +107,7 @@ def three_ways(
     title = "A loop makes a pass for each adapter; a gather makes one pass for all rows"
     subtitle = (
         "Each row of the batch has the letter of its adapter. Hatched: products that "
-        "are computed and then masked out."
+        "are computed and then set to zero."
     )
     high = len(rows) * (SIDE + GAP) + (len(names) - 1) * 0.12
     with style(theme):

@@ -26,7 +26,7 @@ from ...plotting.theme import AMBER, LIGHT, RED, SMALL, Theme, readable, style
 from ...training.loss import accumulate_gradients
 
 MASTER, MOMENTS, COPIES = "master copy", "m and v", "bfloat16 copies"
-LAST = "activations, temporaries"
+LAST = "activations, short-lived tensors"
 KINDS = {  # {holder: color}, in the order of stacking; colors as in curves.bars
     "weights": HOLDERS["weights"],
     "gradients": HOLDERS["gradients"],

@@ -259,7 +259,7 @@ def target_rows(
 
 def _handles(theme: Theme) -> list[Patch]:
     base = Patch(facecolor=theme.faint, edgecolor=theme.muted, label="frozen weight")
-    names = {"A": "A, rank x d_in", "B": "B, d_out x rank"}
+    names = {"A": "A, along the input side", "B": "B, along the output side"}
     own = [
         Patch(facecolor=color, edgecolor=theme.ink, label=names[name])
         for name, color in LOOKS.items()

@@ -189,17 +189,17 @@ def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
         lr = at_best(own)[0].config["lr"]
         product, mean, low, high = rows[lr]
         phrases.append(
-            f"alpha {alpha}: {lr:g}, product {product:.2g}, loss {mean:.2f} "
-            f"({low:.2f} to {high:.2f})"
+            f"alpha {alpha}: learning rate {lr:g}, product {product:.2g}, "
+            f"loss {mean:.2f} ({low:.2f} to {high:.2f})"
         )
     figure = tuning_pictures.panels(
         {"": by_product},
         x=("Alpha times learning rate, dimensionless",),
         y=("Validation loss, nats per token",),
         title="The product of alpha and learning rate does not fix the loss",
-        subtitle="LoRA of rank 8, seed 0. Bars: five seeds, where seed 0 was best.",
+        subtitle="LoRA of rank 8, seed 0; at its best learning rate, the mean of five.",
     )
-    return figure, f"Chosen by seed 0, and what five seeds say. {'; '.join(phrases)}."
+    return figure, f"At the rate that seed 0 chose, five seeds: {'; '.join(phrases)}."
 
 
 def _tried(own: Sequence[Run]) -> list[float]:

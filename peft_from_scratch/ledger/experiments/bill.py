@@ -165,7 +165,7 @@ CLAIMS = (
                 "Activations come on top and grow with the tokens of a batch"
             )
         },
-        number="error of the worst row",
+        number="error of the worst of the three amounts",
         so={
             "wrong as stated": (
                 "For float32 weights, autocast included, {fp32} GB is right; a "

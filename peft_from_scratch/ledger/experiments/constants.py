@@ -289,7 +289,7 @@ CLAIMS = (
         configs=bytes_configs,
         measured=bytes_measured,
         say_instead={"computed": COUNTED},
-        number="error of the worse of the two figures",
+        number="error of the less exact of the two figures",
         so={
             "computed": (
                 "65B parameters take {whole} GB in fp16 and {total} GB in NF4, of "

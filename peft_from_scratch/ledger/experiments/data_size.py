@@ -201,19 +201,19 @@ CLAIMS = (
             "holds": INSTEAD,
             "undecided": INSTEAD,
         },
-        number="gain of the advice where it gains least",
+        number="the smaller of the two gains, far and near, that the advice promises",
         so={
             "holds": (
                 "With few examples near home LoRA is no worse; with many far away, "
                 "full fine-tuning of the same weights is {far} nats ahead."
             ),
             "does not hold here": (
-                "Rows and distance do not choose: where the same weights train, full "
-                "fine-tuning is {far} nats ahead far away, and {near} near home."
+                "Full fine-tuning of the matrices that LoRA adapts is {far} nats ahead "
+                "on the far task, and {near} on the near one."
             ),
             "undecided": (
-                "These runs cannot tell whether rows and distance choose the method: "
-                "with the same weights, full fine-tuning is {far} nats ahead far away."
+                "These runs cannot tell: on a far task with many examples, full "
+                "fine-tuning of the matrices that LoRA adapts is {far} nats ahead."
             ),
         },
     ),

@@ -262,7 +262,10 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured,
-        number="what rounding to bfloat16 moves, of what the adapter does",
+        number=(
+            "how far a merge in bfloat16 moves the logits, as a share of how far the "
+            "adapter moves them"
+        ),
         condition=(
             "the rounding of the format may be ignored: {fp32} % of the adapter's "
             "effect in float32, {bf16} % in bfloat16"

@@ -237,8 +237,8 @@ CLAIMS = (
         id="P1",
         notebook="09",
         statement=(
-            "Paged attention, which moves optimizer states to the CPU, absorbs memory "
-            "spikes of long sequences"
+            '"Paged attention", which moves optimizer states to the CPU, absorbs '
+            "memory spikes of long sequences"
         ),
         rule=Rule(
             words=(
@@ -254,7 +254,7 @@ CLAIMS = (
         configs=configs,
         measured=measured,
         say_instead={"computed": NAMES},
-        number="share of the spike that is absorbed",
+        number="share that is absorbed of a spike smaller than the states",
         so={
             "computed": (
                 "A paged optimizer can free its own states for a spike, and no more. "

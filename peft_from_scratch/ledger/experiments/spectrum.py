@@ -290,8 +290,11 @@ CLAIMS = (
         configs=configs,
         measured=measured,
         say_instead={"holds when": INSTEAD, "does not hold here": INSTEAD},
-        number="rank that holds 90 % of the energy, of the full rank",
-        condition="low means few directions for the task, and not a narrow spectrum",
+        number="rank that holds 90 % of the energy, as a share of the full rank",
+        condition=(
+            '"low" means that few directions do the task, and not that the spectrum '
+            "is narrow"
+        ),
         so={
             "holds when": (
                 "A rank-8 part of the update keeps {kept} % of its gain, although 90 %"
