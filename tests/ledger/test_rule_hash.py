@@ -25,7 +25,13 @@ from peft_from_scratch import methods
 from peft_from_scratch.common import statistics
 from peft_from_scratch.kernels import cases
 from peft_from_scratch.ledger import experiments, rule_hash, runs, verdicts
-from peft_from_scratch.ledger.experiments import finetune, rank_and_place, scaling
+from peft_from_scratch.ledger.experiments import (
+    family,
+    finetune,
+    own_rates,
+    rank_and_place,
+    scaling,
+)
 from peft_from_scratch.ledger.rule_hash import content_hash
 
 PACKAGE = Path(peft_from_scratch.__file__).parent
@@ -340,8 +346,9 @@ def test_the_level_of_confidence_is_part_of_every_rule_with_an_interval(monkeypa
 @pytest.mark.parametrize(
     ("module", "name", "ids"),
     [
-        (scaling, "RANKS", {"L8"}),
-        (scaling, "RATES", {"L7", "L8"}),
+        (scaling, "SIZED", {"L3"}),
+        (own_rates, "RANKS", {"L8"}),
+        (family, "RATES", {"L7", "L8", "X1"}),
         (rank_and_place, "GAPS", {"L5", "L6"}),
     ],
 )
