@@ -32,7 +32,7 @@ MODULES = {  # room -> modules of it that lessons use
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "family"),
         *("finetune", "formats", "fusing", "latency", "many_adapters", "merged_time"),
-        *("merging", "one_gpu", "own_rates", "paging", "rank_and_place", "scaling"),
+        *("merging", "one_gpu", "paging", "rank_and_place", "scaling"),
         *("spectrum", "standalone", "starts", "wrong_cache"),
     ),
     "files": ("combine",),
