@@ -51,8 +51,8 @@ def leads_are_those_at_one_rate_and_at_the_own():
     figure, words = family_runs.leads(trial())
     assert words == (
         "Lead over LoRA, nats per token. All at 0.2: rsLoRA +0.00, LoRA+ -4.00, DoRA "
-        "+0.00, PiSSA -4.00; Each at its own: rsLoRA +0.00, LoRA+ +0.00, DoRA +0.00, "
-        "PiSSA +0.30."
+        "+0.00, PiSSA -4.00, spread 4.00; Each at its own: rsLoRA +0.00, LoRA+ +0.00, "
+        "DoRA +0.00, PiSSA +0.30, spread 0.30."
     )
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["All at 0.2", "Each at its own"]

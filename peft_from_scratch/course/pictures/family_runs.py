@@ -79,7 +79,9 @@ def leads(trial: Sequence[Run]) -> tuple[Figure, str]:
         ),
     )
     phrases = (
-        f"{group}: " + ", ".join(f"{n} {lead[0]:+.2f}" for n, lead in rows.items())
+        f"{group}: "
+        + ", ".join(f"{n} {lead[0]:+.2f}" for n, lead in rows.items())
+        + f", spread {family.spread(rows):.2f}"
         for group, rows in groups.items()
     )
     return figure, f"Lead over LoRA, nats per token. {'; '.join(phrases)}."

@@ -186,8 +186,8 @@ def measured(all_runs: Sequence[Run]) -> Measured:
         "best": RELATIVES[best_relative(pool, every)],
         "own": _listed(own),
         "shared": _listed(shared),
-        "spread_own": f"{_spread(own):.2f}",
-        "spread_shared": f"{_spread(shared):.2f}",
+        "spread_own": f"{spread(own):.2f}",
+        "spread_shared": f"{spread(shared):.2f}",
         "rates": ", ".join(
             f"{name} {chosen(pool[method].table):g}"
             for method, name in {LORA: "LoRA", **RELATIVES}.items()
@@ -197,7 +197,7 @@ def measured(all_runs: Sequence[Run]) -> Measured:
     return Measured(*at_own(sides, len(SEARCHED)), COMPARED, figures)
 
 
-def _spread(leads: dict) -> float:
+def spread(leads: dict) -> float:
     """The largest difference between two of the five; LoRA's own lead is 0."""
     means = [0.0, *(lead[0] for lead in leads.values() if lead)]
     return max(means) - min(means)
