@@ -14,7 +14,7 @@
 # # Rank, scale, targets: the LoRA family
 #
 # **At one shared learning rate, LoRA and its relatives look very different; at its own
-# learning rate each, most of the difference is gone.**
+# learning rate each, most of the difference is gone, but not all of it.**
 #
 # **You need** notebooks 00, 01 and 04: the task, intervals and LoRA.
 #
@@ -47,9 +47,10 @@ import torch
 from torch import nn
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import adapters, finetune, over_seeds, rank_and_place
-from peft_from_scratch.course import runs, scaling, starts, tuning_pictures, tuning_runs
-from peft_from_scratch.course import wilson
+from peft_from_scratch.course import adapters, family, family_runs, finetune
+from peft_from_scratch.course import over_seeds, rank_and_place, rates
+from peft_from_scratch.course import runs, scaling, starts, tuning_pictures
+from peft_from_scratch.course import tuning_runs, wilson
 from peft_from_scratch.course.checks import rank_scale_targets as checks
 
 # %% [markdown]
@@ -64,8 +65,8 @@ from peft_from_scratch.course.checks import rank_scale_targets as checks
 # %%
 found = json.loads((runs.FOLDER.parent / "family_search.json").read_text("utf-8"))
 keys = ("lora", "rslora", "dora", "pissa", "lora-plus")
-family = dict(zip(("LoRA", "rsLoRA", "DoRA", "PiSSA", "LoRA+"), keys, strict=True))
-searches = {n: found["searches"][f"smollm2/orders/{key}"] for n, key in family.items()}
+names = dict(zip(("LoRA", "rsLoRA", "DoRA", "PiSSA", "LoRA+"), keys, strict=True))
+searches = {n: found["searches"][f"smollm2/orders/{key}"] for n, key in names.items()}
 lesson.show(*tuning_runs.search_grid(searches))
 
 # %% [markdown]
@@ -84,10 +85,10 @@ lesson.show(*tuning_runs.search_grid(searches))
 # - `gap-3`: a new language, `sudaf Ada ti bafobu …`
 # - `gap-4`: a cipher, `ibsi - rleguw …`
 #
-# Five textbook claims are on trial. A **rule** turns a result into a verdict, shown on
-# a **card**; **holds when** means true under a condition. Verdicts rest on **stored
-# runs**, printed as `Shipped`. The **live** cells train short versions, and decide
-# nothing.
+# Five textbook claims and a newer one are on trial. A **rule** turns a result into a
+# verdict, shown on a **card**; **holds when** means true under a condition. Verdicts
+# rest on **stored runs**, printed as `Shipped`. The **live** cells train short
+# versions, and decide nothing.
 #
 # A **seed** fixes the random draws. Runs with equal seeds are **paired**: we subtract
 # them, and give the mean difference with its `95 %` interval in brackets. If the
@@ -301,11 +302,9 @@ lesson.measured("5.2", leads[16][1][0])
 # %% [markdown]
 # At its own learning rate, rsLoRA's lead shrinks from 0.41 to 0.13 nats at rank 16, and
 # from 0.58 to 0.03 at rank 64, where nothing is decided. So most of the lead came from
-# the shared learning rate. The rest may come from the coarse search. At each rank, the
-# method with the larger scale has the lower mean test loss. At rank 1, that method is
-# LoRA, with a scale of `16` against `8`. So what counts may be the scale that the
-# search reached, and not the method. A finer search would tell whether the lead of 0.13
-# remains.
+# the shared learning rate. At each rank, the method with the larger scale has the lower
+# mean test loss; at rank 1 that is LoRA, with `16` against `8`. So what counts may be
+# the scale, and not the method. Claim X1 will search finer.
 #
 # ## On trial: claim L8
 #
@@ -563,7 +562,8 @@ lesson.verdict("L5", guess="5.4")
 #
 # *A rank of sixteen is robust; a higher one overfits; a larger domain gap needs a
 # higher one.* How far is rank 16 behind the best of four ranks, on the task where it is
-# furthest behind?
+# furthest behind? And does rank 64 overfit a hundred training rows? The printed line
+# has the stored answer; the **live** runs are on the cipher.
 
 # %%
 lesson.rule("L6")
@@ -571,13 +571,6 @@ lesson.predict("5.5", low=None, high=None, unit="nats per token")
 
 # %%
 lesson.show(*tuning_runs.excess_by_rank(ranked))
-
-# %% [markdown]
-# Rank 1 loses nothing on `gap-0` and 1.23 nats on the cipher. Does rank 64 overfit a
-# hundred training rows? The first line has the stored answer; the **live** runs are on
-# the cipher.
-
-# %%
 few, low, high = rank_and_place.overfit(ranked)
 print(f"a hundred rows, rank 64 minus rank 16: {few:+.3f} [{low:+.3f}, {high:+.3f}]")
 losses = {}
@@ -592,9 +585,10 @@ lesson.live("L6", *over_seeds(excess), scale="tiny")
 lesson.verdict("L6", guess="5.5")
 
 # %% [markdown]
-# Rank 16 is a good first choice here. It lost most on the cipher, where rank 64 was
-# best. The card's 0.0968 is the largest of five differences, so it is probably too
-# high. Overfitting is open, at +0.015 nats with a wide interval.
+# Rank 1 loses nothing on `gap-0` and 1.23 nats on the cipher. Rank 16 is a good first
+# choice. It lost most on the cipher, where rank 64 was best. The card's 0.0968 is the
+# largest of five differences, so it is probably too high. Overfitting is open, at
+# +0.015 nats with a wide interval.
 #
 # ### Negative controls
 #
@@ -683,6 +677,53 @@ def my_dora(x, W0, A, B, m, scale):
 checks.dora_forward(my_dora)
 
 # %% [markdown]
+# ## On trial: claim X1
+#
+# *At learning rates of their own, LoRA's relatives end no more than 2 % ahead of it.*
+# This is the opening picture again, as a trial. All five methods get the same finer
+# search: learning rates a factor of `1.8` apart, three seeds each. Eight other seeds
+# then compare them. So no seed that chose a learning rate gives a score.
+
+# %%
+lesson.rule("X1")
+lesson.predict("5.6", low=None, high=None, unit="nats per token")
+
+# %%
+trial = [runs.stored(config) for config in family.configs("tiny")]
+lesson.show(*family_runs.valleys(trial))
+lesson.show(*family_runs.leads(trial))
+
+# %% [markdown]
+# The valleys lie at different learning rates, from 0.003 for LoRA+ to 0.01 for LoRA.
+# At LoRA's, LoRA+ looks useless, 2.49 nats behind; at its own it is 0.13 ahead. rsLoRA
+# goes from 0.04 behind to 0.09 ahead. DoRA and PiSSA stay, since they chose LoRA's. So
+# a shared learning rate can turn a ranking around.
+#
+# **Live**: LoRA and rsLoRA at their own learning rates, with two seeds and 20 optimizer
+# steps.
+
+# %%
+pools, ended = family.pools(trial), {}
+for method in ("lora", "rslora"):
+    lr = rates.chosen(pools[method].table)
+    each = [family.config(method, lr, seed) | SHORT for seed in (0, 1)]
+    ended[method] = [finetune.compute(config)["test_loss"] for config in each]
+gained = [a - b for a, b in zip(*ended.values(), strict=True)]
+lesson.measured("5.6", family.measured(trial).value)
+lesson.live("X1", *over_seeds(gained), scale="tiny")
+
+# %% tags=["nbval-check-output"]
+lesson.verdict("X1", guess="5.6")
+
+# %% [markdown]
+# So most of the difference came from the learning rate: the five methods spread over
+# 2.60 nats at one, and over 0.14 at their own. But LoRA+ and DoRA stay ahead of LoRA,
+# LoRA+ by more than the claim's 2 %. Its source trained larger models for longer: after
+# 200 optimizer steps, a method that learns faster looks better. Also, rsLoRA and LoRA+
+# are LoRA with a larger alpha: rsLoRA's scale is that of $\alpha = 45$, and under Adam
+# LoRA+ trains as with $\alpha = 256$. Whether a larger alpha would close the gap, these
+# runs cannot say.
+#
 # ## Now with the library
 #
 # PEFT has the switches `use_rslora` and `use_dora`. We save an adapter of random
@@ -744,9 +785,11 @@ with TemporaryDirectory() as folder:
 # Search the learning rate first: no other setting moved the results more.
 #
 # - **Learning rate: search it.** Try rates a factor of three apart, then finer ones on
-#   several seeds. Known: one-seed searches misled us.
-# - **Method: LoRA.** Known: most of rsLoRA's lead vanished at its own learning rate.
-#   Not known: whether a relative is a little better.
+#   several seeds. Known: one-seed searches misled us, and a shared learning rate cost
+#   LoRA+ 2.49 nats against LoRA.
+# - **Method: LoRA first, then LoRA+ or DoRA, each with a search.** Known: at their own
+#   learning rates these two were 0.13 and 0.12 nats ahead here. Not known: whether that
+#   lead survives longer training, a larger alpha for LoRA, or a larger model.
 # - **Targets: all linear layers.** Known: at one budget, near the better of attention
 #   and MLP. Not known: whether larger models agree.
 # - **Rank: 16, more for a task far from pretraining.** Known: rank 1 lost more, the

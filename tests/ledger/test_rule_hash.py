@@ -25,7 +25,12 @@ from peft_from_scratch import methods
 from peft_from_scratch.common import statistics
 from peft_from_scratch.kernels import cases
 from peft_from_scratch.ledger import experiments, rule_hash, runs, verdicts
-from peft_from_scratch.ledger.experiments import finetune, rank_and_place, scaling
+from peft_from_scratch.ledger.experiments import (
+    family,
+    finetune,
+    rank_and_place,
+    scaling,
+)
 from peft_from_scratch.ledger.rule_hash import content_hash
 
 PACKAGE = Path(peft_from_scratch.__file__).parent
@@ -342,6 +347,7 @@ def test_the_level_of_confidence_is_part_of_every_rule_with_an_interval(monkeypa
     [
         (scaling, "RANKS", {"L8"}),
         (scaling, "RATES", {"L7", "L8"}),
+        (family, "RATES", {"X1"}),
         (rank_and_place, "GAPS", {"L5", "L6"}),
     ],
 )

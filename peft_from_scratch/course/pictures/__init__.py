@@ -8,7 +8,8 @@ access_picture.py (which program of a kernel reads which element, and how often)
 low_rank.py (thin matrices, sums of outer products), gpu_pictures.py (a GPU's memories,
 masks, sums in shares), lora_bytes.py (what LoRA adds to the bytes of a product),
 tuning_pictures.py and tuning_runs.py (learning rates by method, sizes by rank, targets
-in a layer), bfloat16_picture.py (a weight between its neighbors), step_picture.py (who
+in a layer), family_runs.py (LoRA's relatives at one learning rate and at their own),
+bfloat16_picture.py (a weight between its neighbors), step_picture.py (who
 holds memory during an optimizer step), lead_picture.py (paired differences with
 intervals), soft_prompt_pictures.py (a prompt before a padded batch, attention with a
 prefix, what each vector is worth), bottleneck_pictures.py (a bottleneck and a LoRA at

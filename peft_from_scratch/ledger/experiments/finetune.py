@@ -225,8 +225,8 @@ def fine_tuned(config: dict) -> tuple[nn.Module, object, dict]:
     rows = chosen_rows(task, config)
     history, diverged = train_model(model, tokenizer, task.instruction, rows, config)
     result = {
-        **_sizes(model),
-        **_curve(history),
+        **sizes_of(model),
+        **curve_of(history),
         "rows_digest": digest(task.instruction, rows),
         "diverged": diverged,
     }
@@ -340,12 +340,12 @@ def item_losses(model: nn.Module, rows: list[Row], *, batch: int = 32) -> list[f
     return losses
 
 
-def _sizes(model) -> dict:
+def sizes_of(model) -> dict:
     count = counting.count(model)
     return {"trainable": count.trainable, "total": count.total}
 
 
-def _curve(history: History) -> dict:
+def curve_of(history: History) -> dict:
     last = history.loss[-LAST:]
     return {
         "train_loss": _mean(last) if last else None,
