@@ -32,8 +32,8 @@ MODULES = {  # room -> modules of it that lessons use
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "finetune"),
         *("formats", "fusing", "latency", "many_adapters", "merged_time", "merging"),
-        *("one_gpu", "paging", "rank_and_place", "scaling", "spectrum", "standalone"),
-        *("starts", "wrong_cache"),
+        *("masters", "one_gpu", "paging", "rank_and_place", "roundings", "scaling"),
+        *("spectrum", "standalone", "starts", "wrong_cache"),
     ),
     "files": ("combine",),
     "memory": ("formulas", "meta_model", "meter"),

@@ -58,6 +58,16 @@ def config(scale: str, recipe: str, lr: float, seed: int) -> dict:
     }
 
 
+def live(scale: str, seeds: Sequence[int]) -> list[Run]:
+    """Runs of pure bf16 and of master weights, made now and not stored."""
+    asked = [
+        each
+        for each in configs(scale)
+        if each["seed"] in seeds and each["recipe"] in (PURE, MIXED)
+    ]
+    return [Run(f"live {i}", each, compute(each), {}) for i, each in enumerate(asked)]
+
+
 def configs(scale: str) -> list[dict]:
     rates = (*RATES, CONTROL) if scale == "tiny" else RATES
     return [
