@@ -18,7 +18,6 @@ from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     constants,
     formats,
-    four_bit_cost,
     four_bit_merging,
     four_bit_training,
     one_gpu,
@@ -161,13 +160,6 @@ def trained(loss_of, noise: float = 1e-4, merges=None, best=lambda config: 1e-2)
         result = losses(config, loss_of(config) + off, noise)
         if config["method"] == "lora-transplanted":
             result["before"] = losses(config, loss_of(config | {"method": "lora"}), 0)
-        if config["experiment"] == "four_bit_cost":
-            result["general_items"] = losses(config, general_of(config), 0)[
-                "test_items"
-            ]
-            home = config | {"method": "lora"}
-            before = losses(config, general_of(home), 0)["test_items"]
-            result.get("before", {})["general_items"] = before
         if config["experiment"] == "four_bit_training":
             found = merges or dict.fromkeys(("dequantized", "original", "requantized"))
             result["bytes"] = 100
@@ -179,11 +171,6 @@ def trained(loss_of, noise: float = 1e-4, merges=None, best=lambda config: 1e-2)
         return result
 
     return result_of
-
-
-def general_of(config):
-    """Loss on the pretraining's format: of QLoRA 3, of all others 2."""
-    return 2.0 + (config["method"] == "qlora")
 
 
 def losses(config, loss, noise):
@@ -242,7 +229,7 @@ def a_moved_lora_is_compared_with_itself():
 )
 def test_planted_faults_of_the_compensation_are_caught(right, wrong):
     with (
-        planted(four_bit_cost.compensation, right, wrong),
+        planted(four_bit_training.compensation, right, wrong),
         pytest.raises(AssertionError),
     ):
         a_moved_lora_is_compared_with_itself()
@@ -250,39 +237,12 @@ def test_planted_faults_of_the_compensation_are_caught(right, wrong):
 
 def test_q4_searches_the_rate_of_both():
     """QLoRA at a rate of its own; a search that ends at an edge is no verdict."""
-    other = lambda c: 3e-3 if "qlora" in c["method"] else 1e-2  # noqa: E731
+    other = lambda c: 3e-3 if c["method"] == "qlora" else 1e-2  # noqa: E731
     judgement = judged("Q4", trained(shifted(qlora=0.01), best=other))
     assert judgement.measured == pytest.approx(0.01, abs=1e-3)
-    stored = [runs.stored(c) for c in four_bit_cost.configs("tiny")]
-    own = [r.config for r in stored if r.config["experiment"] == "four_bit_cost"]
-    rates = {name: {c["lr"] for c in own if c["method"] == name} for name in MOVED}
-    assert rates == {name: {3e-3 if "qlora" in name else 1e-2} for name in MOVED}
-
-
-MOVED = ("lora-transplanted", "qlora", four_bit_cost.LOFTQ)
-
-
-def test_q4_chooses_the_rate_by_three_seeds():
-    """Two seeds want a lower rate than the first one alone."""
-
-    def best(config):
-        return 1e-2 if config["seed"] == 0 else 3e-3
-
-    judged("Q4", trained(shifted(), best=best))
-    assert four_bit_cost.searched("qlora", "gap-1")[1] == 6e-3
-    law = "for each in configs"
-    with planted(four_bit_cost.validation, law, f"{law}[:1]"):
-        assert four_bit_cost.searched("qlora", "gap-1")[1] == 1e-2
-
-
-def test_q4_tells_what_was_forgotten():
-    judgement = judged("Q4", trained(shifted(qlora=0.01)))
-    assert "the base has a loss of 2.000" in judgement.say_instead
-    assert (
-        "QLoRA is +1.0000 [+1.0000, +1.0000] from LoRA there" in judgement.say_instead
-    )
-    smollm2 = judged("Q4", trained(shifted(qlora=0.01)), "smollm2")
-    assert "were tried on tiny alone" in smollm2.say_instead
+    found = [runs.stored(c) for c in four_bit_training.configs("tiny")]
+    used = {r.config["lr"] for r in found if r.config["experiment"] != "finetune"}
+    assert used == {3e-3}
 
 
 def test_q4_at_an_edge_is_no_verdict():
