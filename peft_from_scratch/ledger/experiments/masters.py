@@ -251,8 +251,8 @@ CLAIMS = (
                 "where small steps are rounded away."
             ),
             "does not hold here": (
-                "Keep float32 master weights: at a rate of 1e-5, pure bf16 loses {low} "
-                "of what they learn, so 16 bytes a parameter it is."
+                "Keep float32 master weights: at 1e-5, pure bf16 loses {low} of what "
+                "they learn. So it is 16 bytes a parameter."
             ),
             UNDECIDED: (
                 "Pure bf16 loses {low} of what master weights learn at a rate of 1e-5; "

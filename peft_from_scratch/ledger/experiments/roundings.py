@@ -270,7 +270,7 @@ CLAIMS = (
             ),
             HOLDS_WHEN: (
                 "In bf16, two roundings lose {lost} of what float32 learns in eight "
-                "small steps, and one rounding less."
+                "small steps; one rounding loses {once}."
             ),
             "does not hold here": (
                 "Two roundings lose {lost} of what float32 learns: too little to "
