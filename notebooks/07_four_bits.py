@@ -672,11 +672,10 @@ lesson.control("Our library has the same constants.", off(q.constants(), back) <
 #
 # How the constants of $W'$ are stored appears in neither formula. To test this, we
 # switch double quantization **off**, and compare the gradients with those of a model
-# that holds the same $W'$ in `float32`. If they differ by at most 0.01 %, gradients do
-# not need it, and the claim is wrong as stated. The formulas say zero, so this checks
-# the code more than the theory. The **control**, a model with the original weights,
-# must differ clearly. The run here is on **tiny**, our language model of one million
-# parameters.
+# that holds the same $W'$ in `float32`. The formulas say zero, so the verdict is
+# **computed**: it has no interval, and the run only checks the code. The **control**, a
+# model with the original weights, must differ clearly. The run here is on **tiny**, our
+# language model of one million parameters.
 
 # %%
 lesson.rule("Q2")
@@ -689,7 +688,8 @@ for double_on in (True, False):
 least = min(result["control"] for result in each)
 print(f"with the original weights, they differ by {least:.0f} %, or more")
 lesson.control("Other weights change the gradients by 5 %, or more.", least > 5)
-lesson.live("Q2", max(errors), min(errors), max(errors), scale="tiny")
+largest = round(max(errors), 2)  # without double quantization, in percent
+lesson.live("Q2", largest, largest, largest, scale="tiny")
 
 # %% tags=["nbval-check-output"]
 lesson.verdict("Q2")

@@ -31,9 +31,10 @@ MODULES = {  # room -> modules of it that lessons use
     "ledger": ("intervals", "rates", "runs"),
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "family"),
-        *("finetune", "formats", "fusing", "latency", "many_adapters", "merged_time"),
-        *("merging", "one_gpu", "paging", "rank_and_place", "recomputing", "scaling"),
-        *("spectrum", "standalone", "starts", "wrong_cache", "zero_ranks"),
+        *("finetune", "formats", "fusing", "latency", "many_adapters", "masters"),
+        *("merged_time", "merging", "one_gpu", "paging", "rank_and_place"),
+        *("recomputing", "roundings", "scaling", "spectrum", "standalone", "starts"),
+        *("wrong_cache", "zero_ranks"),
     ),
     "files": ("combine",),
     "memory": ("budget", "changes", "formulas", "meta_model", "meter"),
