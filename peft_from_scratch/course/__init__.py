@@ -48,7 +48,7 @@ NAMES = {  # module -> names in it that lessons use
     "core.counting": ("count",),
     "course.lesson": ("start",),
     "ledger.claim": ("Claim", "Rule"),
-    "memory.checkpointing": ("checkpointed",),
+    "training.gradient_checkpointing": ("checkpointed",),
     "memory.setups": ("Setup",),
     "memory.shapes": ("read_config",),
     "training.chunked_loss": ("summed_loss_in_chunks",),

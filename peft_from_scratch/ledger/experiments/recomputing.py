@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM
 
 from ...common.statistics import of_median
 from ...core.adapter import trainable
-from ...memory.checkpointing import checkpointed
 from ...memory.step_bill import optimizer_class, step_bill
 from ...methods import full, lora
 from ...models.load import load_model
+from ...training.gradient_checkpointing import checkpointed
 from ...training.loss import accumulate_gradients
 from .. import runs
 from ..claim import SMALL_HOLDS, Claim, Invalid, Measured, Rule
