@@ -304,7 +304,7 @@ lesson.measured("5.2", leads[16][1][0])
 # from 0.58 to 0.03 at rank 64, where nothing is decided. So most of the lead came from
 # the shared learning rate. At each rank, the method with the larger scale has the lower
 # mean test loss; at rank 1 that is LoRA, with `16` against `8`. So what counts may be
-# the scale, and not the method. Claim X1 will search finer.
+# the scale, and not the method. Claim X1 below searches finer.
 #
 # ## On trial: claim L8
 #

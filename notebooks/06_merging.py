@@ -674,8 +674,8 @@ lesson.control("Head and embedding are tied.", head.weight is embedding.weight)
 
 # %% [markdown]
 # The answers are equal, letter by letter. On the command line,
-# `python -m peft_from_scratch merge` writes such a folder. For llama.cpp, its own
-# converter turns the folder into **GGUF**, the file format of that program.
+# `python -m peft_from_scratch merge --out` writes such a folder. With `--gguf FILE` it
+# writes **GGUF**, the one file with model and tokenizer that llama.cpp reads.
 #
 # ### Exercise 6.3: a tied head
 #
