@@ -40,7 +40,7 @@ def valleys(trial: Sequence[Run]) -> tuple[Figure, str]:
         x=("Learning rate",),
         y=("Validation loss, nats per token",),
         log=("xy",),
-        title="Each method has its valley at another learning rate",
+        title="rsLoRA and LoRA+ have their valleys at lower learning rates",
         subtitle=(
             f"tiny on {family.TASK}, {family.STEPS} steps. Bars: "
             f"{len(family.SEARCHED)} seeds of the search."
