@@ -80,7 +80,8 @@ def _advice(error: str) -> str | None:
     if "did not move" in error:
         return "On the command line: try a larger --lr"
     if "out of memory" in error or "can't allocate memory" in error:
-        return "Try a smaller --batch, or a larger --accumulate"
+        saving = "train also takes --checkpointing, and --chunk 256"
+        return f"Try a smaller --batch, or a larger --accumulate; {saving}"
     return None
 
 
@@ -176,6 +177,24 @@ def _train(commands) -> None:
     _paged(command)
     command.add_argument(
         "--accumulate", type=int, default=1, help="micro-batches a step"
+    )
+    command.add_argument(
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="compute each layer twice, for fewer bytes of activations",
+    )
+    command.add_argument(
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="logits of so many label tokens at a time, for fewer bytes",
+    )
+    command.add_argument(
+        "--buckets",
+        type=int,
+        metavar="N",
+        help="divide the rows by length into N groups; a step's rows come from one",
     )
     _max_tokens(command)
     command.add_argument("--template", choices=TEMPLATES, default="chat")

@@ -40,6 +40,7 @@ from ..tasks.manner import RECORD
 from ..tasks.scorers import Score, title
 from ..tasks.task import Task, load_task
 from ..training import checkpoint, evaluation
+from ..training.abilities import refuse_unable
 from ..training.config import TrainConfig
 from ..training.evaluation import Answers
 from ..training.fitting import encode_task, row_limit
@@ -50,6 +51,7 @@ from . import masks
 from .chat import stop_of
 
 OPTIONS = ("r", "alpha", "targets", "m", "n")  # of the methods' inject
+OF_MEMORY = ("checkpointing", "chunk", "buckets")  # of TrainConfig
 TEST_ROWS = 100  # answered before and after
 BEFORE, AFTER = "answers-before.json", "answers-after.json"  # beside the checkpoints
 
@@ -79,6 +81,7 @@ def fine_tune(options, engine: Engine = alone, group: Group | None = None) -> No
     arguments = _arguments(options, tokenizer, task)
     torch.manual_seed(options.seed)
     named(options.method).module.inject(model, **arguments)
+    refuse_unable(model, config)
     print(_counted(model))
     encoded = encode_task(
         tokenizer,
@@ -189,7 +192,7 @@ def train_config(options) -> TrainConfig:
         seed=options.seed,
         template=options.template,
         validate_every=max(1, options.steps // 5),
-        **given(options, "max_tokens", "paged"),
+        **given(options, "max_tokens", "paged", *OF_MEMORY),
     )
 
 

@@ -6,7 +6,6 @@
     step_bill.py    one step as a bill: learning and updating, counted one by one
     mixed_adamw.py  AdamW on float32 masters of half-precision weights
     meta_model.py   a model without numbers, whose step can be counted at any size
-    checkpointing.py keeps a layer's input, and computes its activations once more
     zero.py         ZeRO: N ranks, each with a part of states, gradients and weights
     shards.py       a parameter in N parts, gathered where a module reads it
     collectives.py  what the ranks send to each other, around a ring

@@ -25,6 +25,7 @@ from ..paged import PagedAdamW
 from ..training.attention import written_out
 from ..training.batch import Row
 from ..training.config import TrainConfig
+from ..training.gradient_checkpointing import recomputed
 from ..training.loop import encode_splits, micro_batches, optimizer_steps
 from ..training.packing import Packing, packing_for
 from ..training.state import TrainState, new_state
@@ -81,6 +82,7 @@ def measured_step(model: nn.Module, tokenizer, task, config: TrainConfig) -> Mem
     try:
         with (
             written_out(model, config, packing, [*rows, *validation], steps[0]),
+            recomputed(model, config.checkpointing),
             scoped.mode(model, training=True),
             scoped.seeded(config.seed, state.device),
             state.without_gradients(),

@@ -49,6 +49,7 @@ def pieces_of(
     table = recipe.gradients * w.table if setup.method == "full" else 0
     head = table if w.head_trains else 0
     embedding = head if w.tied else 0
+    rows, summed = in_chunks(config, setup, recipe, labels, head)
     ids = 16 * setup.batch * setup.length  # and labels, int64
     if has_formula(shape, setup, w):
         way, longer = BY_FORMULA, lengthened(step, trains)
@@ -66,11 +67,12 @@ def pieces_of(
     return Pieces(
         lasting=lasting,
         gradients=shared(own, setup, 2),
-        kept=saved + ids,
+        kept=saved + ids + rows,
         layer=layer,
         again=layer if setup.checkpointing else 0,
         passing=most,
         logits=LOGITS * scores,
+        summed=summed,
         dlogits=recipe.compute * scores,
         head=head,
         table=shared(table, setup, 2),
@@ -81,6 +83,23 @@ def pieces_of(
         update=2 * (recipe.moments // 2 if w.own else 4) * w.largest,  # AdamW's two
         loading=w.tensor,
     ), way
+
+
+def in_chunks(
+    config: PretrainedConfig, setup: Setup, recipe: Recipe, labels: int, head: int
+) -> tuple[int, int]:
+    """What a loss in chunks keeps for backward, and what it has besides until its end.
+
+    dH, of each label token, is kept from the first chunk on, with the token's place, in
+    the stead of the head's input, which only a head that trains keeps. Until the last
+    chunk there are the rows H that it cuts, and the sum of the head's gradient.
+    """
+    if setup.chunk is None:
+        return 0, 0
+    rows = recipe.compute * config.get_text_config().hidden_size * labels
+    places = 2 * 8 * labels  # int64: row and column
+    inputs = rows if setup.method == "full" else 0
+    return rows + places - inputs, rows + head
 
 
 def step_of(setup: Setup, recipe: Recipe) -> Step:

@@ -6,7 +6,7 @@ largest sum at one of them:
 
     loading             weights, and the tensor that is being read
     forward             what is there all the time, and all that autograd keeps
-    loss                the same, and three float32 copies of the logits
+    loss                the same, and three float32 copies of the logits, or of a chunk
     head's gradient     the logits' gradient becomes that of the head's weight
     backward begins     one layer's temporaries; with checkpointing, that layer again
     first layer         backward is there: nearly all gradients, one layer's tensors
@@ -51,6 +51,7 @@ class Pieces:
     passing    temporaries of one layer's backward pass
     logits     at their worst moment
     dlogits    the logits' gradient alone, in the dtype of activations
+    summed     of a loss in chunks, until its last: its rows, the head's gradient so far
     head       gradient of the head's weight; 0 where it is frozen
     table      gradient of the embedding; 0 where it is frozen
     embedding  the second part of a tied weight's gradient; 0 otherwise
@@ -69,6 +70,7 @@ class Pieces:
     passing: int
     logits: int
     dlogits: int
+    summed: int
     head: int
     table: int
     embedding: int
@@ -86,10 +88,11 @@ def moments(p: Pieces) -> dict[str, dict[str, int]]:
     return {
         "loading": {"weights": p.lasting["weights"], "transients": p.loading},
         "forward": p.lasting | {"activations": p.kept, "transients": running},
-        "loss": p.lasting | {"activations": p.kept, "logits": p.logits},
+        "loss": p.lasting
+        | {"activations": p.kept, "logits": p.logits, "transients": p.summed},
         "head's gradient": p.lasting
         | {"activations": p.kept, "logits": p.dlogits}
-        | {"gradients": p.head - begun, "transients": begun},
+        | {"gradients": p.head - begun, "transients": begun + p.summed},
         "backward begins": p.lasting
         | {"activations": p.kept + p.again, "gradients": p.head - begun}
         | {"transients": p.passing + running + begun},

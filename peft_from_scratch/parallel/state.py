@@ -93,3 +93,14 @@ def refuse_recipe(config: TrainConfig, ranks: int) -> None:
         config.paged,
         "an engine cuts the optimizer's states itself; leave paged out",
     )
+
+
+def refuse_chunks(config: TrainConfig, engine: str) -> None:
+    """ValueError for a loss in chunks, which reads decoder and head by themselves."""
+    check.require(
+        config.chunk is None,
+        "chunk",
+        config.chunk,
+        f"{engine} prepares the weights where the whole model is called, and a loss in "
+        "chunks calls its decoder; leave chunk out, or use --engine zero",
+    )

@@ -38,8 +38,12 @@ def written_out(
 
     Args
         rows   of the whole run
-        first  the micro-batches of its first step, whose packs stand for all
+        first  the micro-batches of its first step, whose packs stand for all; with
+               buckets they do not, and the longest rows do
     """
+    if config.buckets > 1:
+        size = config.batch // config.accumulate
+        first = [*first, sorted(rows, key=lambda row: len(row[0]))[-size:]]
     base = unwrapped(model)
     before = getattr(base.config, "_attn_implementation", None)
     dtype = getattr(torch, config.autocast) if config.autocast else packing.dtype

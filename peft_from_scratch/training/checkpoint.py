@@ -18,7 +18,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ KEPT = 2  # checkpoints that stay on the disk
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 2  # counted up when the meaning of the files changes
 NO_MATTER = ("checkpoint_every",)  # of the recipe: changes no bit of the result
+# Of the recipe, and not of older runs: left out where they are as they were then.
+LATER = ("checkpointing", "chunk", "buckets")
 
 Files = dict[str, dict[str, Tensor]]  # {name of a safetensors file: its tensors}
 
@@ -55,13 +57,23 @@ def configuration(
     frozen = (p for p in model.parameters() if id(p) not in moving)
     settings = {
         "format": FORMAT,
-        "recipe": {k: v for k, v in asdict(config).items() if k not in NO_MATTER},
+        "recipe": _recipe(config),
         "rows": zlib.crc32(json.dumps(list(splits)).encode()),
         "method": {"name": injection.method, **injection.config},
         "trainable": {n: f"{p.dtype} {[*p.shape]}" for n, p in trainable.items()},
         "frozen": zlib.crc32(repr([sampled_crc(p) for p in frozen]).encode()),
     }
     return json.loads(json.dumps(settings))
+
+
+def _recipe(config: TrainConfig) -> dict:
+    """What a run records of its configuration."""
+    usual = {field.name: field.default for field in fields(config)}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in NO_MATTER and not (name in LATER and value == usual[name])
+    }
 
 
 def save(state: TrainState, folder: Path, settings: dict) -> Path:

@@ -23,8 +23,9 @@ softcap, an adapter on the head. It runs on a chunk as if its rows came from the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from ..common import check
 from ..core.targets import unwrapped
 from ..tasks.templates import IGNORED
 from .batch import Batch
-from .loss import SEEN, can_choose_logits, widened
+from .loss import SEEN, Summed, can_choose_logits, summed_loss, widened
 
 
 def summed_loss_in_chunks(
@@ -54,7 +55,8 @@ def summed_loss_in_chunks(
     Raises   ValueError   chunk is not a whole number from 1 on, or a model that cannot
              compute the logits of chosen positions alone
     Memory   3 c V values of the loss's dtype, in the place of 3 tokens V; from forward
-             on dH (tokens, d), and where the head trains dW (V, d)
+             on dH (tokens, d), and where the head trains dW (V, d), whose part of a
+             chunk is there when two of the chunk's three tables are gone
     Departs  dW is a sum over chunks in the head's dtype: in half precision it is
              rounded once a chunk
     """
@@ -82,6 +84,13 @@ def summed_loss_in_chunks(
     return ChunkedLoss.apply(chunk_loss, chunk, targets, H, *_behind(model))
 
 
+def loss_of(chunk: int | None) -> Summed:
+    """The loss of a recipe: in chunks of so many label tokens; None: all at once."""
+    if chunk is None:
+        return summed_loss
+    return partial(summed_loss_in_chunks, chunk=chunk)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Σ over chunks of loss(H_c), whose gradients forward has computed already."""
 
@@ -96,11 +105,12 @@ class ChunkedLoss(torch.autograd.Function):
                 H_c = H_c.detach().requires_grad_()
                 part = loss(H_c, targets_c)
             total += part.detach()
-            here, *others = torch.autograd.grad(part, (H_c, *W), allow_unused=True)
+            with _without_autocast(H.device):  # where a loop calls backward
+                here, *others = torch.autograd.grad(part, (H_c, *W), allow_unused=True)
             dH_c.copy_(here)
-            for sum_of, each in zip(dW, others, strict=True):
-                if each is not None:
-                    sum_of += each
+            pairs = zip(dW, others, strict=True)
+            dW = [sum_of if g is None else sum_of.add_(g) for sum_of, g in pairs]
+            del part, here, others, pairs  # before the next chunk's logits are there
         ctx.save_for_backward(dH, *dW)
         return total
 
@@ -108,6 +118,14 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, above):
         dH, *dW = ctx.saved_tensors
         return None, None, None, above * dH, *(above * each for each in dW)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside, products are computed in the dtype of their factors."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _of_layers(model: nn.Module, batch: Batch) -> ModelOutput:

@@ -6,6 +6,7 @@ no memory of them: its position *is* the step.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..common import check
 from ..tasks.templates import TEMPLATES
+from .buckets import in_buckets
 
 SCHEDULES = ("linear", "cosine", "constant")
 AT_LEAST = dict(  # the fields that are whole numbers
@@ -25,6 +27,7 @@ AT_LEAST = dict(  # the fields that are whole numbers
     patience=0,
     checkpoint_every=1,
     max_tokens=2,
+    buckets=1,
 )
 
 
@@ -59,6 +62,12 @@ class TrainConfig:
                           the weights of the lowest are then the result. 0: run to the
                           end and keep the last weights
         checkpoint_every  steps between two checkpoints, where a folder is given
+        checkpointing     keep each layer's input alone, and compute the layer again in
+                          backward (gradient_checkpointing.py); the gradient is the same
+        chunk             label tokens whose logits are there at a time, for fewer bytes
+                          (chunked_loss.py); the gradient is the same. None: all
+        buckets           groups of about as many rows, by length; a step's rows come
+                          from one (buckets.py). 1: from everywhere
     Raises   ValueError   naming the field, its value and what is allowed
     """
 
@@ -80,6 +89,9 @@ class TrainConfig:
     validate_every: int = 0
     patience: int = 0
     checkpoint_every: int = 10
+    checkpointing: bool = False
+    chunk: int | None = None
+    buckets: int = 1
 
     def __post_init__(self):
         for name, least in AT_LEAST.items():
@@ -102,6 +114,10 @@ class TrainConfig:
         if self.clip is not None:
             words = "a finite number above 0, or None for no clipping"
             check.number("clip", self.clip, words, above=0)
+        check.flag("checkpointing", self.checkpointing)
+        some = self.chunk is None or check.is_whole(self.chunk, 1, 2**63 - 1)
+        words = "a whole number of label tokens >= 1, or None for all at once"
+        self._allow("chunk", some, words)
         self._allow(
             "accumulate",
             self.batch % self.accumulate == 0,
@@ -137,19 +153,32 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr
 
 
-def rows_of_step(config: TrainConfig, step: int, rows: int) -> list[int]:
+def rows_of_step(
+    config: TrainConfig, step: int, rows: int, lengths: Sequence[int] | None = None
+) -> list[int]:
     """Which of `rows` rows optimizer step number `step` (from 0) trains on.
 
     Each epoch is a permutation of all rows, drawn from (seed, epoch); the steps read
     the epochs one after the other, so that a step may span two of them.
+
+    Args
+        lengths  tokens of each row, where the recipe has buckets
     """
     positions = range(step * config.batch, (step + 1) * config.batch)
     epochs = range(positions[0] // rows, positions[-1] // rows + 1)
-    order = {
-        epoch: np.random.default_rng((config.seed, epoch)).permutation(rows)
-        for epoch in epochs
-    }
+    order = {epoch: _order(config, epoch, rows, lengths) for epoch in epochs}
     return [int(order[position // rows][position % rows]) for position in positions]
+
+
+def _order(config: TrainConfig, epoch: int, rows: int, lengths) -> np.ndarray:
+    """The rows in the order in which an epoch reads them."""
+    generator = np.random.default_rng((config.seed, epoch))
+    order = generator.permutation(rows)
+    if config.buckets == 1:
+        return order
+    first = -epoch * rows % config.batch  # they end a step of the epoch before
+    sizes = dict(buckets=config.buckets, batch=config.batch, first=first)
+    return in_buckets(order, lengths, generator, **sizes)
 
 
 @dataclass

@@ -20,9 +20,13 @@ from ..common import scoped
 from ..common.progress import bar
 from ..tasks.templates import encode_rows
 from . import checkpoint
+from .abilities import refuse_unable
 from .attention import written_out
 from .batch import Row, label_tokens
+from .buckets import saved_padding
+from .chunked_loss import loss_of
 from .config import History, TrainConfig, learning_rate, rows_of_step
+from .gradient_checkpointing import recomputed
 from .guards import (
     MOVED_AFTER,
     Diverged,
@@ -53,6 +57,7 @@ def optimizer_steps(
     Raises   Diverged, RuntimeError  see train(); the weights are those before the step
     """
     history, optimizer = state.history, state.optimizer
+    summed = loss_of(config.chunk)  # at once, or in chunks
     while not history.finished(config.steps):
         start, step, total = time.perf_counter(), history.steps, 0.0
         state.begin_step(config)
@@ -60,7 +65,7 @@ def optimizer_steps(
         step_tokens = state.total(sum(map(label_tokens, batches)))  # of all ranks
         for batch in batches:
             with autocast(config, state.device):
-                part = micro_batch_loss(model, batch, step_tokens)  # sum / step_tokens
+                part = micro_batch_loss(model, batch, step_tokens, summed)
             state.backward(part)
             total += part.detach()
         max_norm = math.inf if config.clip is None else config.clip  # inf: no clipping
@@ -105,12 +110,14 @@ def train(
     Raises   Diverged           a loss or gradient that is not finite; the weights are
                                 those before that step (of a validation: after it)
              RuntimeError       a trainable tensor that three steps did not move
-             ValueError         no adapter, no rows, a row that is too long, or a folder
+             ValueError         no adapter, no rows, a row that is too long, a recipe
+                                that the model cannot follow (abilities.py), or a folder
                                 with the checkpoints of another run
              KeyboardInterrupt  on Ctrl-C, once the step is done and its checkpoint
                                 written; a second Ctrl-C does not wait
     """
     state = new_state(model, config)
+    refuse_unable(model, config)
     rows, validation = encoded or encode_splits(tokenizer, task, config)
     settings = checkpoint.configuration(model, config, (rows, validation))
     packing = packing_for(model, [*rows, *validation])
@@ -121,6 +128,7 @@ def train(
     with (
         engine(model, state, config) as (model, state),
         written_out(model, config, packing, [*rows, *validation], of_step(0)),
+        recomputed(model, config.checkpointing),
         scoped.mode(model, training=True),
         scoped.seeded(config.seed, state.device),
         scoped.held_ctrl_c() as pressed,
@@ -130,6 +138,7 @@ def train(
             checkpoint.resume(state, checkpoints, settings)
         history = state.history
         history.packing = packing.described(of_step(0))
+        history.packing += saved_padding(packing, config, partial(micro_batches, rows))
         start = time.perf_counter() - history.seconds
         young = history.steps < MOVED_AFTER
         before = fingerprints(state.weights()) if young else {}
@@ -185,7 +194,11 @@ def encode_splits(tokenizer, task, config: TrainConfig) -> tuple[list[Row], list
 
 def micro_batches(rows: list[Row], config: TrainConfig, step: int) -> list[list[Row]]:
     """The rows of optimizer step number `step`, in `config.accumulate` equal parts."""
-    chosen = [rows[i] for i in rows_of_step(config, step, len(rows))]
+    bucketed = config.buckets > 1
+    lengths = [len(ids) for ids, _ in rows] if bucketed else None
+    chosen = [rows[i] for i in rows_of_step(config, step, len(rows), lengths)]
+    if bucketed:  # which rows stand together changes no gradient
+        chosen.sort(key=lambda row: len(row[0]))
     size = config.batch // config.accumulate
     return [chosen[i : i + size] for i in range(0, config.batch, size)]
 
@@ -207,7 +220,13 @@ def _validate(
     history = state.history
     size = config.batch // config.accumulate
     with autocast(config, state.device):
-        loss = mean_loss(model, rows, batch=size, collate=packing.batch)
+        loss = mean_loss(
+            model,
+            rows,
+            batch=size,
+            collate=packing.batch,
+            summed=loss_of(config.chunk),
+        )
     loss = state.total(loss) / state.ranks  # one number, whatever each rank has rounded
     if not math.isfinite(loss):
         raise Diverged(

@@ -22,6 +22,7 @@ from ..tasks.templates import IGNORED
 from .batch import Batch, Row, batch_of, label_tokens, unpacked
 
 SEEN = ("position_ids", "attention_mask")  # what a model reads of a pack besides
+Summed = Callable[[nn.Module, Batch], Tensor]  # as summed_loss
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -49,15 +50,18 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return unpacked(losses, batch), unpacked(labelled, batch)
 
 
-def micro_batch_loss(model: nn.Module, batch: Batch, tokens: int) -> Tensor:
+def micro_batch_loss(
+    model: nn.Module, batch: Batch, tokens: int, summed: Summed = summed_loss
+) -> Tensor:
     """A micro-batch's part of the step's loss: its sum over the step's label tokens.
 
     Args
         tokens  label tokens of the whole step, all of its micro-batches together
+        summed  how the sum is computed: at once, or in chunks (chunked_loss.py)
     Returns  a scalar; over the micro-batches they add up to nats per label token
     Raises   RuntimeError   the loss does not depend on any trainable tensor
     """
-    loss = summed_loss(model, batch) / tokens
+    loss = summed(model, batch) / tokens
     if not loss.requires_grad:
         raise RuntimeError(
             "the loss does not depend on any trainable tensor: the forward pass "
@@ -91,11 +95,13 @@ def mean_loss(
     *,
     batch: int = 8,
     collate: Callable[[list[Row]], Batch] | None = None,
+    summed: Summed = summed_loss,
 ) -> float:
     """Nats per label token over all rows, with dropout off, `batch` rows at a time.
 
     Args
         collate  makes a batch of rows, as Packing.batch does; None: padded
+        summed   as of micro_batch_loss
     """
     device = next(model.parameters()).device
     collate = collate or partial(batch_of, device=device)
@@ -104,7 +110,7 @@ def mean_loss(
     with mode(model, training=False):
         for start in range(0, len(rows), batch):
             part = collate(by_length[start : start + batch])
-            total += summed_loss(model, part).item()
+            total += summed(model, part).item()
             tokens += label_tokens(part)
     return total / tokens
 

@@ -28,7 +28,11 @@ from peft_from_scratch.ledger.claim import BASES
 from peft_from_scratch.methods import METHODS
 from peft_from_scratch.tasks import manner, templates
 from peft_from_scratch.tasks.task import load_task
-from peft_from_scratch.training import evaluation
+from peft_from_scratch.training import (
+    chunked_loss,
+    evaluation,
+    gradient_checkpointing,
+)
 from peft_from_scratch.training.config import TrainConfig
 from peft_from_scratch.training.loop import train
 
@@ -155,6 +159,8 @@ def test_bad_rows_are_named_and_nothing_is_trained(refused, tmp_path):
         (("--steps", "0"), "steps=0: allowed"),
         (("--accumulate", "3"), "accumulate=3: allowed"),
         (("--max-tokens", "1"), "max_tokens=1: allowed"),
+        (("--chunk", "0"), "chunk=0: allowed"),
+        (("--buckets", "0"), "buckets=0: allowed"),
     ],
 )
 def test_an_impossible_recipe_is_refused_first(refused, tmp_path, option, told):
@@ -166,6 +172,35 @@ def test_what_is_left_open_is_the_default_of_the_method_and_of_the_recipe(base, 
         command = training(base, data, "out", "--method", method.name)
         recipe = commands.train_config(command_line.parser().parse_args(command))
         assert recipe.lr == method.lr and recipe.max_tokens == TrainConfig.max_tokens
+        left = TrainConfig(lr=method.lr, warmup=recipe.warmup, steps=recipe.steps)
+        for name in commands.OF_MEMORY:
+            assert getattr(recipe, name) == getattr(left, name)
+
+
+def test_a_run_that_keeps_less_learns_the_same(base, data, trained, tmp_path):
+    options = ("--lr", "1e-2", "--r", "4", "--targets", "attention")
+    less = ("--checkpointing", "--chunk", "5")
+    assert main(training(base, data, tmp_path, *options, *less)) == 0
+    ours, theirs = record_of(tmp_path), record_of(trained)
+    assert ours["recipe"] == theirs["recipe"] | {"checkpointing": True, "chunk": 5}
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_rows_are_put_into_buckets(base, data, tmp_path, capsys):
+    assert main(training(base, data, tmp_path, "--buckets", "3")) == 0
+    assert record_of(tmp_path)["recipe"]["buckets"] == 3
+    assert "of the first 6 steps' tokens are padding" in capsys.readouterr().out
+
+
+def test_what_the_model_cannot_is_refused_before_any_answer(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chunked_loss, "can_choose_logits", lambda model: False)
+    words = "computes the logits of all positions"
+    assert words in refused(tmp_path / "out", "--chunk", "5")
+    monkeypatch.setattr(gradient_checkpointing, "GradientCheckpointingLayer", int)
+    words = "has no decoder layers that transformers checkpoints"
+    assert words in refused(tmp_path / "out", "--checkpointing")
 
 
 def test_a_folder_that_cannot_be_made_is_refused_first(refused, tmp_path):

@@ -29,13 +29,13 @@ def products(monkeypatch):
     """(dtype of the trainable parameters, of the loss's logits) of each step."""
     seen, sound = [], loop.micro_batch_loss
 
-    def watched(model, batch, tokens):
+    def watched(model, batch, tokens, summed):
         trained = {p.dtype for p in adapter.trainable(model).values()}
         head = model.get_output_embeddings()
         logits = []
         hook = head.register_forward_hook(lambda _, __, y: logits.append(y.dtype))
         try:
-            return sound(model, batch, tokens)
+            return sound(model, batch, tokens, summed)
         finally:
             hook.remove()
             seen.append((trained, logits[0]))

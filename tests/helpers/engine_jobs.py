@@ -151,6 +151,8 @@ def what_cannot_be_divided_is_refused():
             run(model, recipe(batch=6, accumulate=2), engine=engine_of(name))
         with pytest.raises(ValueError, match=r"paged=0\.5"):
             run(model, recipe(batch=4, paged=0.5), engine=engine_of(name))
+    with pytest.raises(ValueError, match=r"chunk=4: FSDP2 prepares"):
+        run(model, recipe(batch=4, chunk=4), engine=engine_of("fsdp2"))
     assert run(model, recipe(batch=4, steps=1, warmup=0)).steps == 1
 
 

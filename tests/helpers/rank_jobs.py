@@ -17,10 +17,10 @@ from torch import nn
 
 import peft_from_scratch as pfs
 from peft_from_scratch.memory import formulas, zero
-from peft_from_scratch.memory.checkpointing import checkpointed
 from peft_from_scratch.memory.collectives import Ring
 from peft_from_scratch.memory.mixed_adamw import MixedAdamW
 from peft_from_scratch.training.chunked_loss import summed_loss_in_chunks
+from peft_from_scratch.training.gradient_checkpointing import checkpointed
 from peft_from_scratch.training.loss import summed_loss
 
 WIDE = torch.float64

@@ -23,12 +23,15 @@ SLOW_TO_IMPORT = ["torch.distributed", "transformers.models.gpt2.modeling_gpt2"]
 SLOW_TO_IMPORT += ["transformers.models.llama.modeling_llama", "rank_jobs"]
 SLOW_TO_IMPORT += ["engine_jobs"]
 CHANGED = [
-    *(f"memory.{name}" for name in ("collectives", "shards", "zero", "checkpointing")),
+    *(f"memory.{name}" for name in ("collectives", "shards", "zero")),
     *(
         f"parallel.{name}"
         for name in ("state", "group", "twin", "zero_engine", "fsdp2")
     ),
-    *(f"training.{name}" for name in ("loop", "checkpoint", "state")),
+    *(
+        f"training.{name}"
+        for name in ("loop", "checkpoint", "state", "gradient_checkpointing")
+    ),
 ]
 START = 90  # seconds in which all ranks must have started; a busy machine takes some
 LOST = "no answer"  # of a rank that ended without one

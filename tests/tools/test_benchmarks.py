@@ -347,3 +347,32 @@ def test_the_rounding_benchmark_finds_what_two_roundings_lose(tmp_path, monkeypa
     assert gained[benchmark.OUR_CURVE] > 0.9 * full
     assert gained[benchmark.EQUATION] < 0.5 * full > gained[benchmark.PEFT]
     assert "<svg" in (tmp_path / "out/rounding.svg").read_text()
+
+
+def test_the_benchmark_of_long_sequences_compares_equal_work(monkeypatch):
+    import long_sequences as benchmark
+
+    sizes, shapes = (2, 33, 8), ((2,), (32,))
+    result = benchmark.measure(benchmark.RANDOM, 7, ["float32"], sizes, 257, shapes)
+    (case,) = result["cases"]
+    names = [row["name"] for row in case["times"]]
+    assert names == list(benchmark.WAYS) and case["times"][0]["ratio"] == 1
+    for each in case["bytes"].values():
+        assert each["measured"] == pytest.approx(each["predicted"], rel=0.05)
+    if limit := result["limit"]:
+        assert "memory" in limit["outcomes"][benchmark.PLAIN]["died"]
+        assert len(limit["outcomes"][benchmark.BOTH]["losses"]) == benchmark.STEPS
+        assert limit["apart"] < 1e-5
+    (cell,) = result["depth"]
+    held = cell["bytes"]
+    assert held["all"] < held["every second"] < held["none"]
+    padded = [c["share"] for c in result["padding"] if c["way"] == "padded"]
+    assert padded[0] > padded[1] > padded[2] and padded[3] > padded[4] > padded[5]
+    text = benchmark.report(result)
+    assert "chunks, target, at most 1.00: " in text and "16 buckets" in text
+    right = benchmark.loss_of
+    monkeypatch.setattr(
+        benchmark, "loss_of", lambda chunk: lambda *a: right(chunk)(*a) * (chunk or 1)
+    )
+    with pytest.raises(RuntimeError, match="chunks: loss or gradients differ"):
+        benchmark.step_times(benchmark.RANDOM, "float32", 7, sizes)

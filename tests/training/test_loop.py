@@ -536,7 +536,7 @@ BUGS = {
     ),
     "a mean of the micro-batches' means, in the loop": (
         loop.optimizer_steps,
-        "micro_batch_loss(model, batch, step_tokens)",
+        "micro_batch_loss(model, batch, step_tokens, summed)",
         "micro_batch_loss(model, batch, label_tokens(batch)) / len(batches)",
         training_equals_a_plain_loop,
     ),

@@ -23,13 +23,13 @@ from laws.device.models import CPU, moved
 from peft_from_scratch import kernels, nf4
 from peft_from_scratch.files.combine import combine
 from peft_from_scratch.kernels import Plan, Stack
-from peft_from_scratch.memory.checkpointing import checkpointed
 from peft_from_scratch.memory.mixed_adamw import MixedAdamW
 from peft_from_scratch.methods import prefix, qlora
 from peft_from_scratch.nf4 import Affine, NF4Linear, codes, spec
 from peft_from_scratch.paged import PagedAdamW, states
 from peft_from_scratch.training.chunked_loss import summed_loss_in_chunks
 from peft_from_scratch.training.evaluation import general_losses
+from peft_from_scratch.training.gradient_checkpointing import checkpointed
 
 PLACES = (DEVICE, CPU)
 

@@ -107,15 +107,16 @@ def checkpoint(function: Callable, *args, **kwargs):
     return tree_unflatten(list(y), form["of y"])
 
 
-@contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Every decoder layer of the model is checkpointed inside, in training mode.
+def recomputed(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """`checkpointed(model)` where it is wanted, and nothing elsewhere."""
+    return checkpointed(model) if wanted else nullcontext()
 
-    Afterwards the layers are as they were, also in what they do about it.
 
-    Raises  ValueError  a model without decoder layers of transformers
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers can checkpoint.
+
+    Raises  ValueError  a model without any
     """
-    names = {"gradient_checkpointing": True, "_gradient_checkpointing_func": checkpoint}
     layers = [
         module
         for module in unwrapped(model).modules()
@@ -123,9 +124,25 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     ]
     if not layers:
         raise ValueError(
-            f"this {type(model).__name__} has no decoder layers that transformers "
-            "checkpoints: call checkpoint(function, *args) around its parts"
+            f"this {type(unwrapped(model)).__name__} has no decoder layers that "
+            "transformers checkpoints: leave checkpointing off, or call "
+            "checkpoint(function, *args) around its parts"
         )
+    return layers
+
+
+@contextmanager
+def checkpointed(model: nn.Module, *, every: int = 1) -> Iterator[None]:
+    """The model's decoder layers are checkpointed inside, in training mode.
+
+    Afterwards the layers are as they were, also in what they do about it.
+
+    Args
+        every   which of them: 1 for all, 2 for every second one from the first on, …
+    Raises  ValueError  a model without decoder layers of transformers
+    """
+    names = {"gradient_checkpointing": True, "_gradient_checkpointing_func": checkpoint}
+    layers = decoder_layers(model)[::every]
     before = [
         {n: vars(layer)[n] for n in names if n in vars(layer)} for layer in layers
     ]
