@@ -14,7 +14,7 @@ from peft_from_scratch.parallel.engines import NAMES
 @pytest.fixture
 def command(base, tmp_path):
     """command(out, *options) is a training of a small base on forty rows."""
-    rows = [{"prompt": f"say {n}", "completion": "so " * (n % 5)} for n in range(40)]
+    rows = [{"prompt": f"say {n}", "completion": "so" * (1 + n % 5)} for n in range(40)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = ["--data", str(data), "--base", base, "--dtype", "float32", "--steps", "4"]
