@@ -96,11 +96,15 @@ def refuse_recipe(config: TrainConfig, ranks: int) -> None:
 
 
 def refuse_chunks(config: TrainConfig, engine: str) -> None:
-    """ValueError for a loss in chunks, which reads decoder and head by themselves."""
+    """ValueError for a loss in chunks, where weights are gathered for each call.
+
+    A rank with more label tokens has more chunks, and reads the head more often: the
+    others would not be there to give their parts of it.
+    """
     check.require(
         config.chunk is None,
         "chunk",
         config.chunk,
-        f"{engine} prepares the weights where the whole model is called, and a loss in "
-        "chunks calls its decoder; leave chunk out, or use --engine zero",
+        f"{engine} gathers the head for each chunk, and ranks have unequally many; leave "
+        "chunk out, or use --engine zero with --stage 1 or 2",
     )
