@@ -105,6 +105,6 @@ def refuse_chunks(config: TrainConfig, engine: str) -> None:
         config.chunk is None,
         "chunk",
         config.chunk,
-        f"{engine} gathers the head for each chunk, and ranks have unequally many; leave "
-        "chunk out, or use --engine zero with --stage 1 or 2",
+        f"{engine} gathers the head for each chunk, and ranks have unequally many; "
+        "leave chunk out, or use --engine zero with --stage 1 or 2",
     )
