@@ -147,6 +147,9 @@ class DeepSpeed:
     def _engine(self, model: nn.Module, config: TrainConfig, ranks: int):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported
+            os.environ.setdefault(
+                "LOCAL_RANK", "0"
+            )  # without a launcher nobody says it
         import deepspeed
 
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -41,7 +41,9 @@ def model_of(method, dtype=WIDE):
         nn.Module.__delattr__(model, "pfs_injection")
         qlora.inject(model, r=4, alpha=8)
         return model
-    return adapted(method, "gpt2", dropout=0.0, dtype=dtype)
+    # In float32 the rounding in the gradients of GPT-2's key biases moves them.
+    rounds = method == "full" and dtype == torch.float32
+    return adapted(method, "llama" if rounds else "gpt2", dropout=0.0, dtype=dtype)
 
 
 def end_of(model, history):
@@ -79,12 +81,12 @@ def stop_at(step, history):
         raise Stop
 
 
-def train_until(engine, stage, method, step, folder):
+def train_until(engine, stage, method, step, folder, dtype=WIDE):
     """Start a run on these ranks, and end it after a step and its checkpoint."""
     chosen = {} if engine is None else {"engine": engine_of(engine, stage)}
     with pytest.raises(Stop):
         run(
-            model_of(method),
+            model_of(method, dtype),
             SETTINGS,
             checkpoints=folder,
             on_step=partial(stop_at, step),
@@ -92,14 +94,14 @@ def train_until(engine, stage, method, step, folder):
         )
 
 
-def go_on(engine, stage, method, folder):
+def go_on(engine, stage, method, folder, dtype=WIDE, most=CLOSE):
     """Go on from there, on these ranks: the end of a run that was never stopped."""
     chosen = {} if engine is None else {"engine": engine_of(engine, stage)}
-    model = model_of(method)
+    model = model_of(method, dtype)
     history = run(model, SETTINGS, checkpoints=folder, **chosen)
     assert history.resumed_from == 3
-    distance = apart(end_of(model, history), one_rank(method))
-    assert distance < CLOSE, distance
+    distance = apart(end_of(model, history), one_rank(method, dtype))
+    assert distance < most, distance
 
 
 def only_rank_0_writes(folder):

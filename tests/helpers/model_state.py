@@ -1,8 +1,9 @@
 """What the laws look at: logits, gradients, and every bit of a model's state."""
 
-from collections.abc import Iterator
+from collections.abc import math
 from contextlib import contextmanager
 
+import Iterator
 import torch
 import transformers
 from architectures import VOCAB
@@ -108,8 +109,10 @@ def largest(ours, theirs):
 
 
 def _distance(ours, theirs):
+    """NaN on one side is infinitely far: max() would pass over it."""
     assert ours.shape == theirs.shape
-    return (ours.double() - theirs.double()).abs().max().item()
+    distance = (ours.double() - theirs.double()).abs().max().item()
+    return math.inf if math.isnan(distance) else distance
 
 
 @contextmanager

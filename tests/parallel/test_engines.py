@@ -162,6 +162,17 @@ def test_deepspeed_trains_as_one_rank(method, stage):
     )
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_goes_on_from_any_number_of_ranks(stage, folder):
+    narrow = torch.float32
+    two, one = str(folder / "two"), str(folder / "one")
+    on_ranks(2, jobs.train_until, "deepspeed", stage, "lora", 3, two, narrow)
+    jobs.go_on(None, None, "lora", two, narrow, 1e-4)
+    jobs.train_until(None, None, "lora", 3, one, narrow)
+    on_ranks(2, jobs.go_on, "deepspeed", stage, "lora", one, narrow, 1e-4)
+
+
 BUGS = {
     "a mean of means": (
         loop.optimizer_steps,
