@@ -1,9 +1,9 @@
 """What the laws look at: logits, gradients, and every bit of a model's state."""
 
-from collections.abc import math
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import Iterator
 import torch
 import transformers
 from architectures import VOCAB
