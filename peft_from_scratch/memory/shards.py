@@ -10,7 +10,8 @@ called, and dropped when it returns:
 
 Nothing decides when backward is done with W: the gathered tensor belongs to the one
 node of the graph that asked for it, and goes when that node has run. So a weight that
-is read twice, or recomputed by gradient checkpointing, needs no code of its own.
+is read twice needs no code of its own. Of a layer that gradient checkpointing computes
+again, the weights stay until its backward pass is done.
 """
 
 import math

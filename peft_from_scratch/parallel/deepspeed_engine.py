@@ -27,7 +27,7 @@ from ..training.config import TrainConfig
 from ..training.state import TrainState, new_state
 from . import twin
 from .group import Group
-from .state import RankState, refuse_recipe
+from .state import RankState, refuse_chunks, refuse_recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -124,6 +124,7 @@ class DeepSpeed:
     ) -> Iterator[tuple[nn.Module, DeepSpeedState]]:
         group = Group()
         refuse_recipe(config, group.ranks)
+        refuse_chunks(config, "DeepSpeed")
         _refuse(model, config)
         theirs = twin.twin(model)
         if self.stage == 3:

@@ -27,7 +27,7 @@ from ..training.config import TrainConfig
 from ..training.state import TrainState, new_state
 from . import twin
 from .group import Group
-from .state import RankState, refuse_recipe
+from .state import RankState, refuse_chunks, refuse_recipe
 
 
 class FSDP2State(RankState):
@@ -79,6 +79,7 @@ class FSDP2:
         twin.refuse_packed(model, "FSDP2")
         group = Group()
         refuse_recipe(config, group.ranks)
+        refuse_chunks(config, "FSDP2")
         theirs = twin.twin(model)
         for p in theirs.parameters():
             dist.broadcast(p.data, src=0)

@@ -93,3 +93,18 @@ def refuse_recipe(config: TrainConfig, ranks: int) -> None:
         config.paged,
         "an engine cuts the optimizer's states itself; leave paged out",
     )
+
+
+def refuse_chunks(config: TrainConfig, engine: str) -> None:
+    """ValueError for a loss in chunks, where weights are gathered for each call.
+
+    A rank with more label tokens has more chunks, and reads the head more often: the
+    others would not be there to give their parts of it.
+    """
+    check.require(
+        config.chunk is None,
+        "chunk",
+        config.chunk,
+        f"{engine} gathers the head for each chunk, and ranks have unequally many; "
+        "leave chunk out, or use --engine zero with --stage 1 or 2",
+    )

@@ -20,7 +20,7 @@ from ..training.config import TrainConfig
 from ..training.state import TrainState, new_state
 from . import twin
 from .group import Group
-from .state import RankState, refuse_recipe
+from .state import RankState, refuse_chunks, refuse_recipe
 
 
 class ZeroState(RankState):
@@ -68,6 +68,7 @@ class Zero:
         refuse_recipe(config, group.ranks)
         theirs = twin.twin(model)
         if self.stage == 3:
+            refuse_chunks(config, "ZeRO's stage 3")
             twin.refuse_packed(model, "ZeRO's stage 3")
             twin.lend(model)
             zero.shard(theirs, timeout=self.timeout)

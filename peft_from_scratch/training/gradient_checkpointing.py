@@ -56,7 +56,7 @@ class Checkpoint(torch.autograd.Function):
         now = rng_state(ctx.device)
         set_rng_state(ctx.random, ctx.device)
         try:
-            with torch.enable_grad(), ctx.autocast:
+            with torch.enable_grad(), ctx.autocast, saved_by_value():
                 y = ctx.f(*x)
         finally:
             set_rng_state(now, ctx.device)
@@ -64,6 +64,20 @@ class Checkpoint(torch.autograd.Function):
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
         return None, None, None, *(t.grad for t in x)
+
+
+def saved_by_value() -> AbstractContextManager[None]:
+    """Inside, autograd keeps the values that a parameter has now.
+
+    By itself it keeps the parameter, which ZeRO's stage 3 takes the values from as soon
+    as the module returns (memory/shards.py): backward would read NaN. So the weights of
+    a layer that is computed again are there until its backward pass is done.
+    """
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def checkpoint(function: Callable, *args, **kwargs):

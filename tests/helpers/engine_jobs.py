@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,10 +66,11 @@ def apart(ours, theirs):
     )
 
 
-def trains_as_one_rank(engine, stage, method, dtype=WIDE, most=CLOSE):
-    expected, model = one_rank(method, dtype), model_of(method, dtype)
+def trains_as_one_rank(engine, stage, method, dtype=WIDE, most=CLOSE, **changes):
+    settings = replace(SETTINGS, **changes)
+    expected, model = one_rank(method, dtype, settings), model_of(method, dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    history = run(model, SETTINGS, engine=engine_of(engine, stage))
+    history = run(model, settings, engine=engine_of(engine, stage))
     ended = end_of(model, history)
     assert largest(start, ended[3]) > 1e-3, "nothing was learned"
     assert apart(ended, expected) < most, apart(ended, expected)
@@ -153,6 +155,9 @@ def what_cannot_be_divided_is_refused():
             run(model, recipe(batch=6, accumulate=2), engine=engine_of(name))
         with pytest.raises(ValueError, match=r"paged=0\.5"):
             run(model, recipe(batch=4, paged=0.5), engine=engine_of(name))
+    for engine in (engine_of("fsdp2"), engine_of("zero", 3)):
+        with pytest.raises(ValueError, match=r"chunk=4: .* gathers the head"):
+            run(model, recipe(batch=4, chunk=4), engine=engine)
     assert run(model, recipe(batch=4, steps=1, warmup=0)).steps == 1
 
 

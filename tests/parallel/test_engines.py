@@ -5,6 +5,7 @@ Losses, norms and weights are in float64, and equal one rank's within 1e-9.
 """
 
 import time
+from functools import partial
 from importlib.util import find_spec
 
 import engine_jobs as jobs
@@ -45,7 +46,20 @@ def test_lora_is_that_of_one_rank(stage):
     on_ranks(2, jobs.trains_as_one_rank, "zero", stage, "lora")
 
 
-def test_four_ranks_are_refused_a_batch_of_four_in_two_parts():
+@pytest.mark.parametrize(
+    "engine, stage, changes",
+    [
+        ("zero", 3, dict(checkpointing=True, buckets=2)),
+        ("fsdp2", None, dict(checkpointing=True, buckets=2)),
+        ("zero", 2, dict(chunk=3)),
+    ],
+)
+def test_bytes_saved_for_time_change_nothing(engine, stage, changes):
+    job = partial(jobs.trains_as_one_rank, **changes)
+    on_ranks(2, job, engine, stage, "full" if "chunk" in changes else "lora")
+
+
+def test_what_ranks_cannot_share_is_refused():
     on_ranks(2, jobs.what_cannot_be_divided_is_refused)
 
 
