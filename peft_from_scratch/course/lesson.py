@@ -21,6 +21,7 @@ import numpy
 import torch
 from IPython.display import Image, display
 from matplotlib.figure import Figure
+from PIL import Image as pillow
 
 from ..comparison import estimate
 from ..ledger import verdicts
@@ -55,6 +56,7 @@ OF_SHIPPED = (
 EQUAL = 0.01  # relative difference of a count that another machine may make
 LATE, LARGE, SLACK = 2, 1.25, 100_000_000  # times the card's seconds; bytes, and more
 DPI = 100
+COLORS = 256  # of a picture: its file is a third as large as with all of them
 
 current: "Lesson | None" = None  # the build asks it for its card
 
@@ -205,8 +207,10 @@ class Lesson:
         print(textwrap.fill(finding, WIDTH))
 
     def _image(self, figure: Figure, alt: str) -> None:
-        picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=DPI)
+        drawn, picture = BytesIO(), BytesIO()
+        figure.savefig(drawn, format="png", dpi=DPI)
+        few = pillow.open(drawn).convert("RGB").quantize(COLORS)
+        few.save(picture, format="png", optimize=True)
         display(Image(picture.getvalue(), format="png", alt=alt))
 
     # -------------------------------------------------------------------- claims
