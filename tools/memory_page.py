@@ -93,12 +93,16 @@ def today(cell: dict) -> dict:
     return {"predicted": predicted(budget), "way": budget.way}
 
 
-def compared(cell: dict, said: dict | None = None) -> dict:
+def compared(cell: dict, answer: dict | None = None) -> dict:
     """A cell with a bill, today's if no other is given, and its errors in %."""
-    said = said or today(cell)
-    figures = said["predicted"]
+    answer = answer or today(cell)
+    figures = answer["predicted"]
     errors = {r: 100 * (figures[r] / cell["measured"][r] - 1) for r in ROWS}
-    about = {"base": cell["base"], "setup": Setup(**cell["setup"]), "way": said["way"]}
+    about = {
+        "base": cell["base"],
+        "setup": Setup(**cell["setup"]),
+        "way": answer["way"],
+    }
     return about | {"figures": figures, "errors": errors}
 
 
@@ -194,7 +198,7 @@ def misses(row: dict) -> bool:
 
 
 def _missed(cell: dict) -> list[str]:
-    first, now = (compared(cell, said)["errors"] for said in (cell["first"], None))
+    first, now = (compared(cell, answer)["errors"] for answer in (cell["first"], None))
     ends = [f"{first[r]:+.1f}" for r in ROWS[3:]]
     return [*_about(cell), *ends, ", ".join(f"{now[r]:+.1f}" for r in ROWS[3:])]
 
@@ -203,11 +207,11 @@ def _refused(cells: list[dict]) -> list[list]:
     """How many steps were refused by each sentence, and of which models."""
     groups: dict[str, list[str]] = {}
     for cell in cells:
-        said = cell["first"]["refused"].partition("; ")[0].partition(" (")[0]
-        groups.setdefault(said, []).append(cell["base"])
+        sentence = cell["first"]["refused"].partition("; ")[0].partition(" (")[0]
+        groups.setdefault(sentence, []).append(cell["base"])
     return [
-        [len(bases), said, ", ".join(dict.fromkeys(bases))]
-        for said, bases in groups.items()
+        [len(bases), sentence, ", ".join(dict.fromkeys(bases))]
+        for sentence, bases in groups.items()
     ]
 
 
