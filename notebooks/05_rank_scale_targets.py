@@ -719,10 +719,10 @@ lesson.verdict("X1", guess="5.6")
 # So most of the difference came from the learning rate: the five methods spread over
 # 2.60 nats at one, and over 0.14 at their own. But LoRA+ and DoRA stay ahead of LoRA,
 # LoRA+ by more than the claim's 2 %. Its source trained larger models for longer: after
-# `200` optimizer steps, a method that learns faster looks better. Also, rsLoRA and LoRA+
-# are LoRA with a larger alpha: rsLoRA's scale is that of $\alpha = 45$, and under Adam
-# LoRA+ trains as with $\alpha = 256$. Whether a larger alpha would close the gap, these
-# runs cannot say.
+# `200` optimizer steps, a method that learns faster looks better. Also, rsLoRA and
+# LoRA+ are LoRA with a larger alpha: rsLoRA's scale is that of $\alpha = 45$, and under
+# Adam LoRA+ trains as with $\alpha = 256$. Whether a larger alpha would close the gap,
+# these runs cannot say.
 #
 # ## Now with the library
 #
