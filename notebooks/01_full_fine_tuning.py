@@ -592,8 +592,9 @@ lesson.verdict("F1b")
 
 # %% [markdown]
 # **Keep the master copy at these rates.** On `tiny`, pure `bfloat16` loses 93 % of the
-# learning at `1e-5`, and most of it at `5e-5`: few of its weights move at all. At `1e-3`
-# nothing is lost. So the reading with 16 bytes per parameter is the one that trains.
+# learning at `1e-5`, and most of it at `5e-5`: few of its weights move at all. At
+# `1e-3` nothing is lost. So the reading with 16 bytes per parameter is the one that
+# trains.
 #
 # ### The missing part: activations
 #
