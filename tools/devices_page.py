@@ -16,7 +16,7 @@ from peft_from_scratch.memory.budget import Budget, bill
 from peft_from_scratch.memory.formulas import zero_traffic
 from peft_from_scratch.memory.setups import ADAPTER, RECIPES, Setup
 
-from .memory_page import SEVEN
+from .memory_cells import SEVEN
 
 PAGE = provenance.ROOT / "docs" / "many_devices.md"
 RESULTS = provenance.ROOT / "benchmarks" / "results"

@@ -154,9 +154,9 @@ def _every_rank_has_the_same(model):
 
 
 def checkpointed_weights_are_the_same(stage):
-    """By this project's checkpointing, and by transformers' own."""
+    """By this project's checkpointing, and before stage 3 by transformers' own."""
     expected = dict(reference("lora", 1)[0].named_parameters())
-    for own in (True, False):
+    for own in (True, False)[: 1 if stage == 3 else 2]:
         model, optimizer = zeroed("lora", stage)
         model.train()
         with checkpointed(model) if own else nullcontext():

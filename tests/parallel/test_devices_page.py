@@ -9,7 +9,7 @@ from peft_from_scratch.cli.command_line import parser
 from peft_from_scratch.memory.budget import bill
 from peft_from_scratch.memory.setups import Setup
 from tools import devices_page
-from tools.memory_page import SEVEN
+from tools.memory_cells import SEVEN
 
 TEXT = devices_page.PAGE.read_text("utf-8")
 

@@ -588,7 +588,7 @@ BUGS = {
         work_is_what_the_model_multiplies,
     ),
     "validation padded": Bug(
-        loop._validate, "collate=packing.batch", "", the_model_reads_what_is_told
+        loop._validate, "collate=packing.batch,", "", the_model_reads_what_is_told
     ),
     "training padded": Bug(
         Packing.batch,
