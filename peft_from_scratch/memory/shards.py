@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..training.gradient_checkpointing import checkpoint
 from .collectives import Ring
 
 
@@ -114,6 +115,7 @@ def shard(model: nn.Module, group=None, timeout: float = 300.0) -> None:
             module.register_forward_pre_hook(partial(_gather, shards))
             module.register_forward_hook(partial(_release, shards), always_call=True)
     saving = _Saving([p.zero_shard for p in parameters])
+    model.register_forward_pre_hook(_refuse_foreign_checkpointing)
     model.register_forward_pre_hook(saving.begin)
     model.register_forward_hook(saving.end, always_call=True)
 
@@ -189,6 +191,20 @@ def _gather(shards: list[Shard], *_) -> None:
 def _release(shards: list[Shard], *_) -> None:
     for each in shards:
         each.release()
+
+
+def _refuse_foreign_checkpointing(model: nn.Module, *_) -> None:
+    """ValueError for checkpointing that hooks each tensor which autograd saves."""
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", checkpoint)
+        if getattr(module, "gradient_checkpointing", False) and (
+            function is not checkpoint
+        ):
+            raise ValueError(
+                f"transformers' own gradient checkpointing is on in {name!r}: in stage "
+                "3 it would read weights that are gone. Switch it off, and use "
+                "training.gradient_checkpointing.checkpointed(model)"
+            )
 
 
 class _Saving:

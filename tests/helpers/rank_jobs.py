@@ -164,6 +164,10 @@ def checkpointed_weights_are_the_same(stage):
                 model.activation_checkpointing_enable()
             take_steps(model, optimizer, range(1))
         assert largest(whole_values(model), expected) < 1e-12, own
+    if stage == 3:
+        model.activation_checkpointing_enable()
+        with pytest.raises(ValueError, match="transformers' own gradient checkpoint"):
+            take_steps(model, optimizer, range(1))
 
 
 def every_method_learns_in_stage_three():
