@@ -124,15 +124,15 @@ def _code() -> dict[tuple[str, str], bytes]:
 
 def _note(code: dict, module, value) -> None:
     value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else 0
-    written = inspect.isfunction(value) and "<locals>" not in value.__qualname__
-    # torch.compile, in another test, leaves functions of its own in a module
-    written = written and not value.__name__.startswith("torch_dynamo")
-    if written and value.__module__ == module.__name__:
+    written = inspect.isfunction(value) and value.__module__ == module.__name__
+    # not functions in functions, nor those that torch.compile leaves in a module
+    if written and _function(module, value.__qualname__) is value:
         code[module.__name__, value.__qualname__] = marshal.dumps(value.__code__)
 
 
 def _function(module, name: str):
+    """What a child finds under this name in its own copy of the module, or None."""
     value = module
     for part in name.split("."):
-        value = vars(value)[part]
-    return inspect.unwrap(getattr(value, "__func__", value))
+        value = getattr(value, "__dict__", {}).get(part)
+    return inspect.unwrap(getattr(value, "__func__", value)) if value else None
