@@ -285,8 +285,8 @@ BUGS = {
     ),
     "autocast is off in backward": (
         Checkpoint.backward,
-        "torch.enable_grad(), ctx.autocast:",
-        "torch.enable_grad():",
+        "torch.enable_grad(), ctx.autocast, saved_by_value():",
+        "torch.enable_grad(), saved_by_value():",
         autocast_is_the_same_in_backward,
     ),
     "behind frozen embeddings nothing needs a gradient": (
