@@ -1,27 +1,21 @@
 """A comparison as a table in the terminal, a picture, and a page to show a friend.
 
 The page is one file: its figures are inside it, it loads nothing and runs nothing.
-Model answers are untrusted text: jinja2 escapes everything that the template is given,
-`printable` takes out what could reorder or hide text, and a content security policy
-forbids the browser whatever might still get through.
+Model answers are untrusted text: what plotting/pages.py does keeps them harmless, and a
+content security policy forbids the browser whatever might still get through.
 """
 
-import base64
 import json
-import re
 import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from unicodedata import category
-
-import jinja2
-from matplotlib.figure import Figure
 
 from ..common import atomic
-from ..plotting.theme import DARK, LIGHT, svg
+from ..plotting import pages
 from . import background, figures, findings
 from .advice import advice
 from .apart import pair
@@ -186,16 +180,9 @@ def _spanning(columns: list[Column], widths: list[int]) -> str:
 
 def page(result: dict) -> str:
     """The comparison as one HTML document that loads nothing from anywhere."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["typeset"] = typeset
     template = resources.files(__package__).joinpath("page.html")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return pages.rendered(
+        template.read_text(encoding="utf-8"),
         result=result,
         findings=findings,
         background=background,
@@ -212,8 +199,6 @@ def page(result: dict) -> str:
         answers=sample_answers(result),
         origin=origin(result),
         command=result.get("command", COMMAND),
-        light=LIGHT,
-        dark=DARK,
     )
 
 
@@ -329,22 +314,6 @@ def origin(result: dict) -> list[tuple[str, str]]:
     return [(name, str(value or ABSENT)) for name, value in entries.items()]
 
 
-def printable(value):
-    """Plain text with what is invisible, or reorders its surroundings, made visible."""
-    if type(value) is not str:  # a number, or markup that the template made
-        return value
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if category(c)[0] == "C" and c not in "\n\t" else c
-        for c in value
-    )
-
-
-def typeset(text: str) -> str:
-    """Numbers with a true minus sign, and never parted from their per cent sign."""
-    text = re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
-
-
 def _pictures(result: dict) -> list[dict]:
     """Each figure for wide and narrow, light and dark screens, as data URIs."""
     drawn = (
@@ -353,19 +322,7 @@ def _pictures(result: dict) -> list[dict]:
     )
     if len(findings.loss_by_second(result)) > 1:
         drawn += ((figures.loss_against_seconds, findings.loss_in_words),)
-    themes = {"light": LIGHT, "dark": DARK}
-    widths = {"wide": WIDE, "narrow": NARROW}
     return [
-        {"alt": in_words(result)}
-        | {
-            f"{shade}_{size}": _data_uri(draw(result, width=width, theme=theme))
-            for shade, theme in themes.items()
-            for size, width in widths.items()
-        }
+        {"alt": in_words(result)} | pages.in_four(partial(draw, result), WIDE, NARROW)
         for draw, in_words in drawn
     ]
-
-
-def _data_uri(figure: Figure) -> str:
-    text = base64.b64encode(svg(figure).encode()).decode()
-    return f"data:image/svg+xml;base64,{text}"

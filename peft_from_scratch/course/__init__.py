@@ -6,11 +6,11 @@ that it looks into. So a module can move between rooms, and a learner's copy of 
 lesson, in work/, runs as before. Nothing is imported before it is asked for.
 
 Reading order: lesson.py (start, predictions, verdicts, the receipt), guesses.py (a
-reader's ranges), verdict_card.py (what a claim came to), cards.py (what a lesson
-takes), exercises.py (a learner's copies), checks/ (what judges an answer),
-time_limit.py (the end of a learner's endless loop), pictures/ (pictures of ideas),
-bit_costs.py (what four bits save and cost, counted), compile_answer.py (a learner's
-kernel, compiled for GPUs), memory_plan.py (how long a sequence fits).
+reader's ranges), cards.py (what a lesson takes), exercises.py (a learner's copies),
+checks/ (what judges an answer), time_limit.py (the end of a learner's endless loop),
+pictures/ (pictures of ideas), bit_costs.py (what four bits save and cost, counted),
+compile_answer.py (a learner's kernel, compiled for GPUs), memory_plan.py (how long a
+sequence fits).
 """
 
 from ..common import lazy

@@ -14,10 +14,10 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 
 from ..common import atomic, records
+from ..ledger.verdict_card import figure_of
 from ..plotting.draw import frame
 from ..plotting.theme import AMBER, BLUE, LIGHT, SMALL, Theme, style
 from .exercises import WORK
-from .verdict_card import figure_of
 
 FILE = "predictions.json"  # in work/
 SURE = 9  # of ten ranges are meant to hold what is measured

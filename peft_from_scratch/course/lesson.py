@@ -26,10 +26,7 @@ from PIL import Image as pillow
 from ..comparison import estimate
 from ..ledger import verdicts
 from ..ledger.claim import BASES, HOLDS_WHEN, NOT_RUN, UNDECIDED
-from ..models import load
-from . import cards, checks, guesses
-from .guesses import Guess
-from .verdict_card import (
+from ..ledger.verdict_card import (
     NAMED,
     WIDTH,
     VerdictCard,
@@ -38,6 +35,9 @@ from .verdict_card import (
     sentence,
     unit_of,
 )
+from ..models import load
+from . import cards, checks, guesses
+from .guesses import Guess
 
 BASE, VARIABLE = "smollm2", "PFS_MODEL"
 GUESS = (

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from .theme import AMBER, BLUE, LIGHT, RED, SKY, SMALL, Theme, style
 
-WIDTH, INCHES = 7.2, 0.56  # of the line; of one unit of height
+INCHES_WIDE = 7.2  # of the line, where nothing else is said
+INCHES = 0.56  # of one unit of height
 BAND, FAINT = 0.42, 0.3  # height of the bands, in the axes' units; their opacity
 OUTER = 0.26  # least width of a band at an end, as a share of the line
 COLORS = {
@@ -34,6 +35,7 @@ def number_line(
     unit: str,
     guess: tuple[float, float] | None = None,
     theme: Theme = LIGHT,
+    width: float = INCHES_WIDE,
 ) -> Figure:
     """Bands with an interval on them.
 
@@ -43,11 +45,12 @@ def number_line(
         measured  (value, low, high)
         unit      of all of them
         guess     (low, high) of the reader, where there is one
+        width     of the line, in inches
     """
     with style(theme):
         bottom = -0.95 if guess else -0.35
         height, foot = INCHES * (1 - bottom), 0.22
-        figure = Figure(figsize=(WIDTH, height + foot))
+        figure = Figure(figsize=(width, height + foot))
         FigureCanvasAgg(figure)
         share = foot / (height + foot)
         axes = figure.add_axes((0.02, share, 0.96, 1 - share))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import sample_lesson
 
-from peft_from_scratch.course.verdict_card import VerdictCard, figure_of, sentence
+from peft_from_scratch.ledger.verdict_card import VerdictCard, figure_of, sentence
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.ledger.claim import OF_BANDS, Rule
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from ..ledger.claim import (
+from ..plotting.number_line import INCHES_WIDE, number_line
+from ..plotting.theme import LIGHT, Theme
+from .claim import (
     BASES,
     COMPUTED,
     HOLDS_WHEN,
@@ -26,7 +28,6 @@ from ..ledger.claim import (
     Claim,
     Rule,
 )
-from ..plotting.number_line import number_line
 
 WIDTH = 88  # characters of a line
 UNITS = {"x": "times"}  # those of rules that a reader would not read as meant
@@ -72,14 +73,18 @@ class VerdictCard:
             return ""
         return f" (measured on {NAMED[self.row['scale']]})"
 
-    def picture(self) -> Figure | None:
+    def picture(
+        self, theme: Theme = LIGHT, width: float = INCHES_WIDE
+    ) -> Figure | None:
         """The number line; None where there is no interval to put on it."""
         row, rule = self.row, self.claim.rule
         if row["interval"] is None or rule.computed:
             return None
         measured = row["measured"], *row["interval"]
         unit = unit_of(rule)
-        return number_line(rule.edges, rule.verdicts, measured, unit, self.guess)
+        return number_line(
+            rule.edges, rule.verdicts, measured, unit, self.guess, theme, width
+        )
 
     def headline(self) -> str:
         """Claim and verdict, in markdown."""
