@@ -131,7 +131,8 @@ class Claim:
     so            verdict -> the sentence to take away, of 25 words at most
     say_instead   verdict -> what to say in the place of the claim, at length
     untestable    scale -> why it cannot be tested there
-    The last four may name figures in braces.
+    source        a paper, or "ours"; empty for what the textbook's chapter says
+    The four before `source` may name figures in braces.
     """
 
     id: str
@@ -145,6 +146,7 @@ class Claim:
     so: Mapping[str, str] = field(default_factory=dict)
     say_instead: Mapping[str, str] = field(default_factory=dict)
     untestable: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def rule_hash(self) -> str:

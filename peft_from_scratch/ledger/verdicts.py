@@ -21,7 +21,7 @@ from pathlib import Path
 from ..common import atomic, records
 from ..common.progress import bar
 from ..common.provenance import ROOT
-from . import experiments, runs
+from . import experiments, history, more_runs, runs
 from .claim import (
     BASES,
     HOLDS_WHEN,
@@ -48,7 +48,7 @@ def discover() -> dict[str, Claim]:
     all_claims = [
         claim for module in modules for claim in getattr(module, "CLAIMS", ())
     ]
-    all_claims.sort(key=lambda claim: (claim.notebook, *_place(claim.id)))
+    all_claims.sort(key=order)
     if len({claim.id for claim in all_claims}) < len(all_claims):
         raise ValueError(
             f"two claims share an id: {[claim.id for claim in all_claims]}"
@@ -56,10 +56,10 @@ def discover() -> dict[str, Claim]:
     return {claim.id: claim for claim in all_claims}
 
 
-def _place(id: str) -> tuple[str, int, str]:
-    """Letter, number and half of an id: ("Q", 4, "b") of "Q4b"."""
-    letter, number, half = re.fullmatch(r"([A-Z])(\d+)([a-z]?)", id).groups()
-    return letter, int(number), half
+def order(claim) -> tuple[str, str, int, str]:
+    """Lesson, then letter, number and half of the id: ("08", "Q", 4, "b") of Q4b."""
+    letter, number, half = re.fullmatch(r"([A-Z])(\d+)([a-z]?)", claim.id).groups()
+    return claim.notebook, letter, int(number), half
 
 
 def claims() -> dict[str, Claim]:
@@ -199,10 +199,16 @@ def read(file: Path | None = None) -> list[dict]:
 
 
 def write(rows: Sequence[dict], file: Path | None = None) -> bool:
-    """Whether the ledger differed from the file; if so, the file is written."""
-    if rows == read(file):
+    """Whether the ledger differed from the file; if so, the file is written.
+
+    The old row of a rule that was replaced goes to the history beside the file first.
+    """
+    file = file or FILE
+    before = read(file)
+    if rows == before:
         return False
-    with atomic.new_file(file or FILE) as partial:
+    history.append(history.replaced(before, rows), file)
+    with atomic.new_file(file) as partial:
         text = json.dumps(rows, indent=1, ensure_ascii=False)
         partial.write_text(text + "\n", "utf-8")
     return True
@@ -269,6 +275,18 @@ def could_flip(rows: Sequence[dict]) -> str:
     )
 
 
+def replaced_rules(rows: Sequence[dict], file: Path | None = None) -> list[str]:
+    """Which rules are not those of the ledger's file, and what to do, a text each."""
+    stored_hashes = {row["id"]: row["rule_hash"] for row in read(file)}
+    return [
+        f"{row['id']}: its rule is not the one of data/ledger.json (hash {old}, now "
+        f"{row['rule_hash']}). If that is not meant, find the edit with `git diff` and "
+        "take it back. If it is, commit the rule before its runs."
+        for row in rows
+        if (old := stored_hashes.get(row["id"], row["rule_hash"])) != row["rule_hash"]
+    ]
+
+
 def reasons(claim: Claim, scales: Iterable[str] = BASES) -> list[str]:
     """Why a claim has no verdict at some of these scales, a line each."""
     by_scale = [(scale, judge(claim, scale).reason) for scale in scales]
@@ -283,6 +301,8 @@ def _line(row: dict, scale: str) -> tuple[str, ...]:
     if at["interval"]:
         interval = "[{:,.6g}, {:,.6g}]".format(*at["interval"])
     verdict = f"{at['verdict']} *" if own else at["verdict"]
+    if more := more_runs.in_words(claim(row["id"]).rule, at):
+        verdict += f": {more}"
     return row["id"], row["notebook"], scale, measured, interval, verdict
 
 

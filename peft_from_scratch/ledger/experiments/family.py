@@ -222,6 +222,7 @@ CLAIMS = (
     Claim(
         id="X1",
         notebook="05",
+        source="arXiv:2602.04998",
         statement=(
             "With learning rates of their own, LoRA's variants end no more than 2 % "
             "ahead of plain LoRA (arXiv 2602.04998, not the textbook)"

@@ -192,6 +192,7 @@ CLAIMS = (
     Claim(
         id="M4b",
         notebook="08",
+        source="ours: a fourth merge beside M4",
         statement=(
             "A QLoRA can be merged into four bits without loss: its update is added to "
             "the original weights, and the sum is quantized"

@@ -112,6 +112,7 @@ CLAIMS = (
     Claim(
         id="K1",
         notebook="10",
+        source="ours",
         statement="Fusing the LoRA product into one kernel makes it faster",
         rule=Rule(
             words=(

@@ -217,6 +217,7 @@ CLAIMS = (
     Claim(
         id="F1b",
         notebook="01",
+        source="ours: a reading of F1",
         statement=(
             "Full fine-tuning in bf16 needs no float32 copy of the weights: eight "
             "bytes a parameter do"

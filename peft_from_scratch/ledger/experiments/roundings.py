@@ -239,6 +239,7 @@ CLAIMS = (
     Claim(
         id="K2",
         notebook="10",
+        source="ours",
         statement=(
             "In bf16, adding LoRA's update to an output that is rounded already loses "
             "small updates; one rounding of the sum keeps them"

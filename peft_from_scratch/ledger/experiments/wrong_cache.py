@@ -228,6 +228,7 @@ CLAIMS = (
     Claim(
         id="Y2",
         notebook="13",
+        source="ours: a mistake of serving engines",
         statement=(
             "Keys and values that were cached under one adapter can be used under "
             "another one"

@@ -368,6 +368,7 @@ CLAIMS = (
     Claim(
         id="Y3",
         notebook="02",
+        source="arXiv:1910.02054",
         statement="In stage 2 of ZeRO, each of N ranks holds 2 P + 14 P / N bytes",
         rule=Rule(
             words=(
