@@ -385,6 +385,9 @@ def _ledger(commands) -> None:
     command.add_argument(
         "--base", choices=BASES, help="for this base model only; by default for both"
     )
+    command.add_argument(
+        "--page", action="store_true", help="write all claims to out/ledger.html too"
+    )
     command.set_defaults(run=run_ledger)
 
 
@@ -587,6 +590,19 @@ def run_ledger(options) -> None:
     for claim in claims:
         for reason in verdicts.reasons(claim, bases):
             print(f"  {reason}")
+    _keep(rows)
+    if options.page:
+        from ..ledger import page
+
+        print(f"\nthe page: {page.write(rows).absolute()}")
+
+
+def _keep(rows: list[dict]) -> None:
+    """Write the ledger where it changed, and say which rules did."""
+    from ..ledger import verdicts
+
+    for text in verdicts.replaced_rules(rows):
+        print(f"\n{text}")
     if verdicts.write(rows):
         change = "is written anew: the runs say something else than it did"
         print(f"\n{verdicts.FILE} {change}")

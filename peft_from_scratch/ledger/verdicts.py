@@ -2,6 +2,7 @@
 
     python -m peft_from_scratch ledger            the table, computed from stored runs
     python -m peft_from_scratch ledger L1 --run   make the runs that L1 lacks first
+    python -m peft_from_scratch ledger --page     and out/ledger.html, to read
 
 data/ledger.json has one row for each claim, and is computed, never typed. A claim is
 judged on each base model, which the rows call its scale; the row's own verdict is that

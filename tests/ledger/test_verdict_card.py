@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import sample_lesson
 
-from peft_from_scratch.ledger.verdict_card import VerdictCard, figure_of, sentence
 from peft_from_scratch.ledger import verdicts
 from peft_from_scratch.ledger.claim import OF_BANDS, Rule
+from peft_from_scratch.ledger.verdict_card import VerdictCard, figure_of, sentence
 
 ROWS = {row["id"]: row for row in verdicts.read()}
 
