@@ -245,7 +245,7 @@ lesson.show(figure, f"{finding}: {bfloat16_picture.words(moves, w0)}.")
 
 # %% [markdown]
 # The update of 0.00003 is lost. The update of 0.0003 survives, with an error: the
-# weight grows by 0.000366. On the way it passes `1/32`, which is 0.03125. From there
+# weight grows by 0.000366. On the way it passes `1/32`, which is `0.03125`. From there
 # on, the values of `bfloat16` are twice as far apart, and so is what rounding can add.
 # That is why the subtraction does not lead back: it ends 0.000122 above the old weight,
 # at the next value.
@@ -345,7 +345,7 @@ lesson.verdict("M2")
 # For use, the comparison matters more than the limit: an unmerged adapter computed in
 # `bfloat16` is off by several times as much. So merge into the format in which you
 # serve. If you will train or merge again, keep `float32`: each merge rounds once more,
-# and `float32` rounds 65,536 times as finely as `bfloat16`.
+# and `float32` rounds `2**16` times as finely as `bfloat16`.
 #
 # ### Unmerging does not give the bits back
 #
