@@ -12,15 +12,16 @@
 The runs come from the store (ledger/runs.py); tuning_pictures.py draws.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from ...common.statistics import over_seeds
-from ...ledger.experiments import rank_and_place, scaling
+from ...ledger.experiments import own_rates, rank_and_place, scaling
 from ...ledger.intervals import paired
-from ...ledger.rates import at_best
+from ...ledger.rates import at_best, chosen
 from ...ledger.runs import Run, matches
 from ...plotting import curves
 from . import tuning_pictures
@@ -179,14 +180,17 @@ def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
     """Validation loss by alpha times learning rate, a curve for each alpha.
 
     Args
-        tuned  runs of scaling.alpha_configs
+        tuned  runs of own_rates.alpha_configs
     """
     by_product, phrases = {}, []
-    for alpha in scaling.ALPHAS:
-        own = [run for run in tuned if matches(run, alpha=alpha)]
-        rows = {lr: _spread(alpha * lr, _losses(own, lr)) for lr in _tried(own)}
+    for alpha, pool in own_rates.alpha_pools(tuned).items():
+        rows = {
+            lr: _spread(alpha * lr, losses)
+            for lr, losses in sorted(pool.table.items())
+            if max(losses) < math.inf
+        }
         by_product[f"alpha {alpha}"] = list(rows.values())
-        lr = at_best(own)[0].config["lr"]
+        lr = chosen(pool.table)
         product, mean, low, high = rows[lr]
         phrases.append(
             f"alpha {alpha}: learning rate {lr:g}, product {product:.2g}, "
@@ -197,17 +201,9 @@ def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
         x=("Alpha times learning rate, dimensionless",),
         y=("Validation loss, nats per token",),
         title="The product of alpha and learning rate does not fix the loss",
-        subtitle="LoRA of rank 8, seed 0; at its best learning rate, the mean of five.",
+        subtitle="LoRA of rank 8. Bars: the three seeds of the search.",
     )
-    return figure, f"At the rate that seed 0 chose, five seeds: {'; '.join(phrases)}."
-
-
-def _tried(own: Sequence[Run]) -> list[float]:
-    return sorted({run.config["lr"] for run in own})
-
-
-def _losses(own: Sequence[Run], lr: float) -> list[float]:
-    return [run.result["validation_loss"] for run in own if run.config["lr"] == lr]
+    return figure, f"Learning rates of the lowest mean. {'; '.join(phrases)}."
 
 
 # Targets and ranks --------------------------------------------------------------------
