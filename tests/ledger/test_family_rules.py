@@ -2,11 +2,9 @@
 
 import json
 import math
-from statistics import fmean
 
-import numpy as np
 import pytest
-from invented_runs import judged
+from invented_runs import diverging, judged, valley
 from planting import Bug, each_is_caught, law
 
 from peft_from_scratch.ledger import rates, runs
@@ -19,25 +17,13 @@ pytestmark = pytest.mark.usefixtures("store")
 BEST = {"lora": 1e-2, "rslora": 6e-3, "lora-plus": 3e-3, "dora": 1e-2, "pissa": 6e-3}
 
 
-def lost(leads, best=BEST, noise=1e-3, curvature=1.0):
+def lost(leads, best=BEST, noise=1e-3):
     """config -> a result: LoRA's loss minus the method's lead, at its best rate."""
-
-    def result_of(config: dict) -> dict:
-        off = math.log10(config["lr"] / best[config["method"]])
-        loss = 1.0 - leads.get(config["method"], 0.0) + curvature * off**2
-        same = np.random.default_rng(config["seed"]).normal(scale=0.1)
-        option = len(config["method"]), int(config["alpha"])
-        own = np.random.default_rng([config["seed"], *option])
-        items = (loss + same + own.normal(scale=noise, size=4)).tolist()
-        return {
-            "test_items": items,
-            "test_loss": fmean(items),
-            "validation_loss": loss + same,
-            "diverged": None,
-            "rows_digest": f"rows {config['seed']}",
-        }
-
-    return result_of
+    return valley(
+        lambda config: 1.0 - leads.get(config["method"], 0.0),
+        lambda config: best[config["method"]],
+        noise,
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,13 +48,10 @@ def test_x1_shows_what_one_rate_would_have_said():
 
 
 def test_x1_says_that_a_relative_diverged_at_loras_rate():
-    def result_of(config):
-        result = lost({})(config)
-        if config["method"] == "lora-plus" and config["lr"] >= 1e-2:
-            nothing = dict.fromkeys(("test_items", "test_loss", "validation_loss"))
-            result |= nothing | {"diverged": "the loss is nan"}
-        return result
+    def too_high(config):
+        return config["method"] == "lora-plus" and config["lr"] >= 1e-2
 
+    result_of = diverging(lost({}), too_high)
     assert "LoRA+ diverged" in judged("X1", result_of).say_instead
 
 
@@ -107,16 +90,6 @@ def test_lora_plus_is_lora_with_more_alpha():
 # ---------------------------------------------------------------------- L7 and L8
 
 
-def by_option(loss_of, best_of=lambda config: 1e-2, noise=1e-3):
-    """config -> a result: the loss grows away from the option's best rate."""
-
-    def result_of(config: dict) -> dict:
-        options = {"lora": 1.0 - loss_of(config)}
-        return lost(options, {"lora": best_of(config)}, noise)(config)
-
-    return result_of
-
-
 @pytest.mark.parametrize(
     ("losses", "noise", "verdict"),
     [
@@ -132,7 +105,7 @@ def test_l7_is_what_the_usual_alphas_cost(losses, noise, verdict):
     def loss_of(config):
         return losses.get(config["alpha"], 1.0)
 
-    assert judged("L7", by_option(loss_of, noise=noise)).verdict == verdict
+    assert judged("L7", valley(loss_of, noise=noise)).verdict == verdict
 
 
 def rates_move(by: float):
@@ -149,7 +122,7 @@ def rates_move(by: float):
     ],
 )
 def test_l8_is_what_a_moved_rate_costs(by, cost, verdict):
-    judgement = judged("L8", by_option(lambda config: 1.0, rates_move(by)))
+    judgement = judged("L8", valley(lambda config: 1.0, rates_move(by)))
     assert judgement.verdict == verdict
     assert judgement.measured == pytest.approx(cost, abs=0.025)  # to a quarter decade
 
@@ -160,7 +133,7 @@ def test_l8_takes_the_rank_that_pays_more():
     def best_of(config):
         return 1e-2 / (4 if config["r"] == 1 else 1)
 
-    judgement = judged("L8", by_option(lambda config: 1.0, best_of))
+    judgement = judged("L8", valley(lambda config: 1.0, best_of))
     assert judgement.measured > 0.2
     assert "rank 64: +0.000" in judgement.say_instead
 
