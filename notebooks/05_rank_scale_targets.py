@@ -278,34 +278,6 @@ def my_winner(runs):
 checks.fair_winner(my_winner)
 
 # %% [markdown]
-# At the shared 0.003, rsLoRA is 0.41 nats ahead at rank 16. How large is its lead if
-# each method has its own learning rate? Your judge rules on the stored runs.
-
-# %%
-lesson.predict("5.2", low=None, high=None, unit="nats per token")
-
-# %%
-judge = lesson.mine(my_winner, checks.winner)
-moved = [runs.stored(config) for config in scaling.transfer_configs("tiny")]
-leads = {}
-print("rank   rsLoRA's lead at 0.003   at its own learning rate   the judge says")
-for r in scaling.RANKS:
-    shared, own = tuning_runs.at_learning_rates(sized, moved, r)
-    leads[r] = tuning_runs.lead(*shared), tuning_runs.lead(*own)
-    one, two = (f"{m:+.2f} [{low:+.2f}, {high:+.2f}]" for m, low, high in leads[r])
-    of_rank = [run for run in moved if runs.matches(run, r=r)]
-    print(f"{r:4}   {one:22}   {two:24}   {judge([*tuning_runs.records(of_rank)])}")
-equal = leads[4] == ((0, 0, 0), (0, 0, 0))
-lesson.control("At rank 4 both scales are 4, and the losses agree.", equal)
-lesson.measured("5.2", leads[16][1][0])
-
-# %% [markdown]
-# At its own learning rate, rsLoRA's lead shrinks from 0.41 to 0.13 nats at rank 16, and
-# from 0.58 to 0.03 at rank 64, where nothing is decided. So most of the lead came from
-# the shared learning rate. At each rank, the method with the larger scale has the lower
-# mean test loss; at rank 1 that is LoRA, with `16` against `8`. So what counts may be
-# the scale, and not the method. Claim X1 below searches finer.
-#
 # ## On trial: claim L8
 #
 # *Thanks to alpha / r, hyperparameters transfer across ranks.* The rule takes the
@@ -316,6 +288,9 @@ lesson.measured("5.2", leads[16][1][0])
 
 # %%
 lesson.rule("L8")
+lesson.predict("5.2", low=None, high=None, unit="nats per token")
+
+# %%
 by_rank = [runs.stored(config) for config in own_rates.rank_configs("tiny")]
 for r, pool in own_rates.rank_pools(by_rank).items():
     means = {lr: fmean(losses) for lr, losses in sorted(pool.table.items())}
@@ -325,6 +300,7 @@ for r, (cost, low, high) in own_rates.transfer_costs(by_rank).items():
     print(
         f"rank {r:2} at rank 8's learning rate: {cost:+.3f} [{low:+.3f}, {high:+.3f}]"
     )
+lesson.measured("5.2", own_rates.rank_measured(by_rank).value)
 
 # %% [markdown]
 # RANKS
@@ -346,9 +322,7 @@ lesson.live("L8", *over_seeds(costs), scale="tiny")
 lesson.verdict("L8")
 
 # %% [markdown]
-# In these short runs, rank 4 does better at 0.01 and rank 64 at 0.03, with both seeds.
-# The longer shipped runs chose 0.01 at every rank. So the best learning rate can move
-# with the rank, and with the number of optimizer steps.
+# L8AFTER
 #
 # ## Idea two: alpha and the learning rate, one setting?
 #
@@ -697,6 +671,10 @@ lesson.predict("5.6", low=None, high=None, unit="nats per token")
 trial = [runs.stored(config) for config in family.configs("tiny")]
 lesson.show(*family_runs.valleys(trial))
 lesson.show(*family_runs.leads(trial))
+judge = lesson.mine(my_winner, checks.winner)
+for method, name in family.RELATIVES.items():
+    pair = tuning_runs.records(trial, family.LORA, method)
+    print(f"LoRA or {name}? The judge of exercise 5.2 says: {judge([*pair])}")
 
 # %% [markdown]
 # The valleys lie at different learning rates, from 0.003 for LoRA+ to 0.01 for LoRA.

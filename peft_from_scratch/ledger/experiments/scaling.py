@@ -1,8 +1,7 @@
 """L3: what alpha / r does to the size of an update, and to the loss at one rate.
 
-One task far from the pretraining, one model, LoRA on every projection. Beside it stand
-the runs of a search for each rank under both scales, on one seed in half decades, which
-lesson 05 shows. What alpha and the rank cost at rates of their own: own_rates.py.
+One task far from the pretraining, one model, LoRA on every projection. What alpha and
+the rank cost at rates of their own: own_rates.py.
 """
 
 from collections.abc import Sequence
@@ -17,16 +16,13 @@ from ...tasks.task import load_task
 from ...tasks.templates import encode_rows
 from ...training.batch import batch_of
 from ..claim import FAILS, HOLDS_WHEN, LARGE_HOLDS, Claim, Measured, Rule
-from ..rates import tuned
 from ..runs import Run, matches
 from . import finetune
 
 TASK, N, STEPS, BATCH = "gap-3", 1000, 100, 16
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SIZED, SIZED_AT = (1, 2, 4, 8, 16, 32, 64), 3e-3  # L3: ranks, one rate for all
-RANKS, REFERENCE = (1, 4, 16, 64), 4
-ALPHA = {"lora": 16, "rslora": 8}  # the same scale, 4, at the reference's rank
+ALPHA = {"lora": 16, "rslora": 8}  # the same scale, 4, at rank 4
 ROWS = 32  # validation rows that an update's size is measured on
 
 
@@ -123,30 +119,6 @@ def size_measured(all_runs: Sequence[Run]) -> Measured:
         "largest": f"{ends[SIZED[-1]]:.2f}",
     }
     return Measured(value, low, high, SEEDS, figures)
-
-
-# ---------------------------------------------------------------- A search by rank
-
-
-def transfer_configs(scale: str) -> list[dict]:
-    """Each rank's own search; then all seeds at its rate and at the reference's."""
-    if scale != "tiny":
-        return []
-    known, best = [], {}
-    for method in ALPHA:
-        for r in RANKS:
-            cell, best[method, r] = tuned(_of(method, r), RATES, SEEDS)
-            known += cell
-    if None in best.values():
-        return known
-    for method, r in best:
-        lr = best[method, REFERENCE]
-        known += [_of(method, r)(lr, seed) for seed in SEEDS]
-    return list({str(each): each for each in known}.values())
-
-
-def _of(method, r):
-    return lambda lr, seed: config(method, r, ALPHA[method], lr, seed)
 
 
 SIZE = (
