@@ -32,9 +32,9 @@ MODULES = {  # room -> modules of it that lessons use
     "ledger.experiments": (
         *("bill", "challengers", "constants", "counting", "data_size", "family"),
         *("finetune", "formats", "fusing", "latency", "many_adapters", "masters"),
-        *("merged_time", "merging", "one_gpu", "paging", "rank_and_place"),
-        *("recomputing", "roundings", "scaling", "spectrum", "standalone", "starts"),
-        *("wrong_cache", "zero_ranks"),
+        *("merged_time", "merging", "one_gpu", "own_rates", "paging"),
+        *("rank_and_place", "recomputing", "roundings", "scaling", "spectrum"),
+        *("standalone", "starts", "wrong_cache", "zero_ranks"),
     ),
     "files": ("combine",),
     "memory": ("budget", "changes", "formulas", "meta_model", "meter"),
