@@ -96,8 +96,9 @@ off = max(abs(levels[name] / most - 1) for name, most in peaks.items())
 lesson.control("Every moment is predicted to 5 %.", off < 0.05)
 
 # %% [markdown]
-# Every moment is predicted to a percent. The peak is a **spike** in the loss. Weights
-# and **states** (master copy, $m$ and $v$) stay; gradients take the activations' place.
+# Every moment is predicted to a percent. The peak is a **spike** in the loss. The
+# update's spike, also in the table, is too brief to be drawn. Weights and **states**
+# (master copy, $m$ and $v$) stay.
 #
 # ## Idea one: only the answer carries a loss
 #

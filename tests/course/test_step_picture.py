@@ -36,23 +36,26 @@ def model():
     return subject
 
 
-def whole(recipe="mixed"):
-    """A model of which everything trains."""
+def plain(recipe):
     torch.manual_seed(0)
     half = recipe in ("mixed", "bf16-pure")
-    subject = build("llama", dtype=torch.bfloat16 if half else torch.float32)
+    return build("llama", dtype=torch.bfloat16 if half else torch.float32)
+
+
+def whole(recipe="mixed"):
+    """A model of which everything trains."""
+    subject = plain(recipe)
     full.inject(subject)
     return subject
 
 
 def counted(recipe):
-    subject, own = whole(recipe), pictures.COUNTED_AS[recipe]
-    return bill.counted(subject, own, length=LENGTH)
+    return bill.counted(plain(recipe), pictures.COUNTED_AS[recipe], length=LENGTH)
 
 
 def predicted(recipe):
     setup = Setup(method="full", dtype=recipe, length=LENGTH)
-    return budget.bill(whole(recipe).config, setup)
+    return budget.bill(plain(recipe).config, setup)
 
 
 # A followed step
