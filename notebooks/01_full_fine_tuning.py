@@ -97,8 +97,8 @@ lesson.control("Every moment is predicted to 5 %.", off < 0.05)
 
 # %% [markdown]
 # Every moment is predicted to a percent. The peak is a **spike** in the loss. The
-# update's spike, also in the table, is too brief to be drawn. Weights and **states**
-# (master copy, $m$ and $v$) stay.
+# update's spike is too brief to be drawn. Weights and **states** (master copy, $m$ and
+# $v$) stay.
 #
 # ## Idea one: only the answer carries a loss
 #
