@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch.utils import checkpoint as torchs
 
 import peft_from_scratch as pfs  # the course's library
-from peft_from_scratch.course import Setup, budget, changes, curves, meter, runs
-from peft_from_scratch.course import fitting_pictures, read_config, recomputing
-from peft_from_scratch.course import summed_loss, summed_loss_in_chunks, zero_ranks
+from peft_from_scratch.course import Setup, budget, changes, curves, fitting_pictures
+from peft_from_scratch.course import meter, read_config, recomputing, runs, summed_loss
+from peft_from_scratch.course import step_picture, summed_loss_in_chunks, zero_ranks
 from peft_from_scratch.course.checks import fitting_it as checks
 
 # %% [markdown]
@@ -68,14 +68,14 @@ lesson.predict("2.1", low=None, high=None, unit="GB at the peak")
 # %%
 config = read_config(lesson.base)
 setup = Setup(method="lora", dtype="float32", length=256, options={"r": 16})
-levels = fitting_pictures.predicted(budget.bill(config, setup).moments)
+levels = step_picture.predicted(budget.bill(config, setup).moments)
 model, _ = lesson.load_model()
 torch.manual_seed(0)
 pfs.lora.inject(model, r=16, alpha=32)
-seen = fitting_pictures.followed(model, summed_loss, length=256)
+seen = step_picture.followed(model, summed_loss, length=256)
 
 # %%
-figure = fitting_pictures.over_time(
+figure = step_picture.over_time(
     seen,
     levels,
     title="The step needs most memory for a moment: in its loss",
@@ -85,7 +85,7 @@ peaks = seen.peaks()
 at = max(peaks, key=peaks.get)
 most = peaks[at] / 1e9
 lesson.show(figure, f"The peak is {most:.2f} GB, in the moment {at!r}.")
-print(fitting_pictures.table(seen, levels))
+print(step_picture.table(seen, levels))
 lesson.measured("2.1", most)
 off = max(abs(levels[name] / peaks[name] - 1) for name in ("forward", "loss"))
 lesson.control("Forward and loss are predicted to 5 %.", off < 0.05)
@@ -287,7 +287,7 @@ def checkpoint_layers(model, recompute):
 def gradients(model):
     """All gradients in one row, of a step that draws the same random numbers."""
     torch.manual_seed(0)
-    summed_loss(model, fitting_pictures.tokens(model, 64)).backward()
+    summed_loss(model, step_picture.tokens(model, 64)).backward()
     own = [p for p in model.parameters() if p.requires_grad]
     row = torch.cat([p.grad.flatten() for p in own])
     model.zero_grad()
@@ -416,11 +416,11 @@ checkpoint_layers(small, None)
 # %%
 checkpoint_layers(model, recompute)
 in_chunks = partial(summed_loss_in_chunks, chunk=64)
-less = fitting_pictures.followed(model, in_chunks, length=256)
+less = step_picture.followed(model, in_chunks, length=256)
 both = replace(setup, chunk=64, checkpointing=True)
-figure = fitting_pictures.over_time(
+figure = step_picture.over_time(
     less,
-    fitting_pictures.predicted(budget.bill(config, both).moments),
+    step_picture.predicted(budget.bill(config, both).moments),
     title="With chunks and checkpointing, little is left besides the weights",
     subtitle=f"The same step of {lesson.base}. Dashed: predicted.",
     top=1.2 * max(peaks.values()),

@@ -25,7 +25,7 @@ MODULES = {  # room -> modules of it that lessons use
         *("code_books", "fitting_pictures", "gpu_pictures"),
         *("rounding_pictures", "storage_pictures"),
         *("lead_picture", "lora_bytes", "low_rank", "memory_picture", "page_picture"),
-        *("serving_pictures", "soft_prompt_pictures", "step_picture"),
+        *("serving_pictures", "size_runs", "soft_prompt_pictures", "step_picture"),
         *("family_runs", "tuning_pictures", "tuning_runs"),
     ),
     "ledger": ("intervals", "rates", "runs"),
