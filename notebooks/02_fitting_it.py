@@ -18,7 +18,7 @@
 # another moment saves nothing.**
 #
 # **You need** notebook 01: AdamW, mixed precision, and the memory bill, a table whose
-# rows say what takes how many bytes. A few words on LoRA stand there, too.
+# rows say what takes how many bytes.
 #
 # **At the end you can**
 #
@@ -92,8 +92,7 @@ lesson.control("Forward and loss are predicted to 5 %.", off < 0.05)
 
 # %% [markdown]
 # The peak is a spike in the loss. It is gone a moment later, but the step has to fit
-# all the same. The prediction is right to a percent. From here on we can predict first
-# and build afterwards.
+# all the same. The prediction is right to a percent.
 #
 # ## Idea one: the peak is one moment
 #
@@ -165,9 +164,8 @@ checks.largest_moment(my_peak)
 
 # %% [markdown]
 # What would remedies save? The next cell predicts the peak with each of them alone.
-# Weights, adapters and states are there before the step begins. Of all that the step
-# adds to them at its peak, how much do both remedies save together? Guess now. We
-# measure it below, once both are built.
+# Guess what both save together of all that the step adds to weights, adapters and
+# states. We measure it below, once both are built.
 
 # %%
 lesson.predict("2.2", low=None, high=None, unit="% of what the step adds")
@@ -179,8 +177,6 @@ for words, more in remedies.items():
     print(f"{words:20} predicted peak {most / 1e9:.2f} GB, in {moment!r}")
 
 # %% [markdown]
-# Each remedy alone leaves a part of the spike.
-#
 # ## Idea two: the loss in chunks
 #
 # Each token's loss needs its own row of logits only. So take a **chunk** of tokens,
@@ -214,9 +210,8 @@ off = max(abs(total / whole.item() - 1), ((dH - right).norm() / right.norm()).it
 lesson.control("Chunks give the same loss and gradient.", off < 1e-5)
 
 # %% [markdown]
-# Nothing is computed twice, so chunks should cost next to no time. (The project's
-# benchmark `long_sequences.py` times them.) The library's `summed_loss_in_chunks` does
-# the same for a whole model, also where the head trains.
+# Nothing is computed twice, so chunks should cost next to no time. The library's
+# `summed_loss_in_chunks` does the same for a whole model, also where the head trains.
 #
 # ## Idea three: compute it again
 #
@@ -314,8 +309,8 @@ checkpoint_layers(small, None)
 # %% [markdown]
 # The first bug is loud. autograd looks only at the arguments of `apply`. The embedding
 # is frozen, so the first layer's input needs no gradient. The result is then taken for
-# a constant, although the adapters inside of the layer need gradients. The workaround
-# in the cell makes the embedding's output need a gradient.
+# a constant, although the adapters in the layer need gradients. The workaround in the
+# cell makes the embedding's output need a gradient.
 #
 # The second bug is silent: the gradients are off by 15 %. **Dropout** sets random
 # values to zero. When the layer runs again, it draws *other* random numbers. The
@@ -465,10 +460,9 @@ lesson.measured("2.3", recomputing.slower(timed["lora"]["seconds"])[0])
 # checkpointing can reduce this*. Those GB are weights, gradients and states. No
 # activation is among them.
 #
-# So the rule asks for something that can come out either way. A step is measured at
-# several lengths, with and without checkpointing. At which length does the saving reach
-# a tenth of the step's peak? The lengths are tested, so the answer is an interval: the
-# longest one that saves less than a tenth, and the next one. The trial is **void** (it
+# So the rule asks for something that can come out either way: at which length does the
+# saving reach a tenth of the step's peak? The answer is an interval between two tested
+# lengths, the last one below a tenth and the next one. The trial is **void** (it
 # decides nothing) if checkpointing changes a gradient, or the bytes of weights,
 # gradients or states.
 
@@ -523,10 +517,9 @@ lesson.verdict("F2", guess="2.4")
 # 22 % of SmolLM2's peak. The deeper the model, the more it is worth: from 4 to 32
 # layers, activations grow from 9.7 to 54.0 MB, and checkpointed from 3.7 to 5.5.
 #
-# On `tiny`, the verdict is undecided. The saving reaches a tenth at about 128 tokens,
-# so that the interval can be 64 to 128 or, as in your run perhaps, 128 to 256. The
-# first one touches the rule's limit of 64. In no run did checkpointing change a row of
-# the 112 GB.
+# On `tiny`, the verdict is undecided: the saving reaches a tenth between 64 and 128
+# tokens, or just above, and 64 is the rule's limit. In no run did checkpointing change
+# a row of the 112 GB.
 #
 # ## Idea four: fewer rows at a time
 #
@@ -704,7 +697,7 @@ lesson.control("All ranks have the weights of one rank.", off < 1e-4)
 print(f"each rank sent {sum(wire.sent) / len(start):.3f} values for each parameter")
 
 # %% [markdown]
-# Four simulated ranks trained `tiny`, each on one of the four rows. Each sent
+# Four simulated ranks trained `tiny`, each on a row of its own. Each sent
 # $2\,(N-1)/N$ values for each parameter, as the table says.
 #
 # ### On real ranks
@@ -785,8 +778,7 @@ lesson.verdict("Y3", guess="2.5")
 # Our `zero.py` turns one gradient at a time into `float32`. So it holds 14 between
 # backward and update, and more for a moment in each update. (The cell above shows that
 # moment on `tiny`, the card on SmolLM2.) DeepSpeed turns all gradients of its part into
-# `float32` first, as its comment says. The project's page `docs/many_devices.md` has
-# what DeepSpeed itself holds between the steps.
+# `float32` first, as its comment says; `docs/many_devices.md` has what it then holds.
 #
 # ## Idea six: choose the one change
 #
@@ -801,9 +793,8 @@ lesson.verdict("Y3", guess="2.5")
 # | `"four GPUs"` | states and gradients, to a quarter | three more GPUs |
 #
 # The rule: predict the bytes of every moment, then take the cheapest change after which
-# *all* moments fit. For example, a step takes 12 in the loss, 9 in backward and 11 in
-# the update, and there is room for 10. Chunks bring the loss down to 9. But the update
-# still takes 11, so chunks alone do not help.
+# *all* moments fit. A change that shortens the loss does not help if the update still
+# needs too much.
 #
 # ### Exercise 2.4: which change?
 #
@@ -878,8 +869,8 @@ checks.cheapest_change(my_choice)
 
 # %% [markdown]
 # Now use it. Here is the bill of full fine-tuning in mixed precision on SmolLM2, in a
-# short step and in two longer ones, each with a memory of its own. Before you run the
-# cell, say where each peak is without any change.
+# short step and in two longer ones, each with a memory of its own. First say where each
+# peak is without a change.
 
 # %%
 choose = lesson.mine(my_choice, checks.our_choice)
@@ -899,8 +890,7 @@ for length, room in ((256, 2.0e9), (1024, 2.8e9), (4096, 4.5e9)):
 # cheaper changes save nothing. In the longer steps, logits and activations make the
 # peak.
 #
-# The library asks the same question of its whole timeline. It tries every single
-# change, and orders them by what they save at the peak.
+# The library tries every single change, and orders them by what they save at the peak.
 # `python -m peft_from_scratch budget` with `--fit 24GB` prints this for any model.
 
 # %%
