@@ -27,8 +27,7 @@
 # - read an interval, find a confound, and choose the control.
 #
 # **Only ten minutes?** Write `start("01", quick=True)` below and run all cells. Read
-# "The result first", the table in idea five, and "On trial: claim F1", which tests a
-# textbook's bill.
+# "The result first", the table in idea five, and "On trial: claim F1".
 
 # %%
 from peft_from_scratch.course import start
@@ -40,13 +39,13 @@ from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
 
 import peft_from_scratch as pfs
-from peft_from_scratch.course import bfloat16_picture, bill, curves
-from peft_from_scratch.course import data_size, finetune, intervals, lead_picture
-from peft_from_scratch.course import masters, meta_model, over_seeds, paired, runs
-from peft_from_scratch.course import standalone, step_picture, wilson
+from peft_from_scratch.course import Setup, bfloat16_picture, bill, budget, curves
+from peft_from_scratch.course import data_size, intervals, lead_picture, masters
+from peft_from_scratch.course import meta_model, over_seeds, provenance, read_config
+from peft_from_scratch.course import runs, size_runs, standalone, step_picture
+from peft_from_scratch.course import summed_loss, wilson
 from peft_from_scratch.course.checks import full_fine_tuning as checks
 
 # %% [markdown]
@@ -62,30 +61,45 @@ from peft_from_scratch.course.checks import full_fine_tuning as checks
 lesson.predict("1.1", low=None, high=None, unit="times the model's size")
 
 # %% [markdown]
-# The next cell adds up the bytes of an optimizer step in **mixed precision**: partly
-# `bfloat16`, partly `float32`. Besides the weights, the step holds gradients, a
-# `float32` **master copy** of the weights, and the running means $m$ and $v$ of AdamW,
-# the optimizer (idea three). It also holds **activations**, which the forward pass
-# stores for the backward pass. The **peak** is the moment with most memory. The count
-# is **shipped** with the project. What your machine computes is **live**.
+# The step is in **mixed precision**: partly `bfloat16`, partly `float32`. Besides the
+# weights, it holds gradients, a `float32` **master copy** of the weights, and the
+# running means $m$ and $v$ of AdamW, the optimizer (idea three). It also holds
+# **activations**, which the forward pass stores for the backward pass. The loss needs
+# **logits**: scores of all possible next tokens (idea two).
+#
+# The **peak** is the moment with most memory. Our command `budget` predicts it before
+# any weight is loaded. Then we follow every tensor of a real step. What your machine
+# computes is **live**; other results are **shipped** with the project.
 
 # %%
-asked = dict(experiment="bill", base="smollm2", recipe="mixed", length=512)
-step = runs.select(**asked)[0].result
-holders = step_picture.parts(step)
-holders["activations"] = step["bytes"]["activations"]
-times = step["bytes"]["peak"] / step["bytes"]["weights"]
-figure = curves.bars(
-    {"the model": {"weights": holders["weights"]}, "one optimizer step": holders},
-    kinds=step_picture.KINDS,
+config = read_config(lesson.base)
+expected = budget.bill(config, Setup(method="full", dtype="mixed", length=512))
+for holder, size in step_picture.holders(expected.parts).items():
+    print(f"{holder:12}{size / 1e9:.3f} GB at most")
+print(f"the peak    {expected.peak / 1e9:.3f} GB, as not all is there at one moment")
+half, _ = pfs.load_model(lesson.base, device="cpu", dtype="bfloat16")
+pfs.full.inject(half)
+seen = step_picture.followed(half, summed_loss, length=512, recipe="mixed")
+del half
+peaks, levels = seen.peaks(), step_picture.predicted(expected.moments)
+times = max(peaks.values()) / seen.series["weights"].max()
+figure = step_picture.over_time(
+    seen,
+    levels,
     title=f"At its peak, an optimizer step holds {times:.1f} times the model's bytes",
-    subtitle="SmolLM2, mixed precision, 512 tokens. The bar adds up each part's own "
-    "maximum, so it is longer.",
+    subtitle=f"{lesson.base}, mixed precision, 512 tokens. Dashed: predicted.",
 )
 lesson.show(figure, f"At its peak the step holds {times:.1f} times the model's bytes.")
+print(step_picture.table(seen, levels))
 lesson.measured("1.1", times)
+off = max(abs(levels[name] / most - 1) for name, most in peaks.items())
+lesson.control("Every moment is predicted to 5 %.", off < 0.05)
 
 # %% [markdown]
+# Every moment is predicted to a percent. The peak is a **spike** in the loss. The
+# update's spike is too brief to be drawn. Weights and **states** (master copy, $m$ and
+# $v$) stay.
+#
 # ## Idea one: only the answer carries a loss
 #
 # An **example**, called `row` in the code, is a prompt and an answer, cut into
@@ -165,10 +179,10 @@ checks.labels(my_batch)
 # ## Idea two: one loss for the whole optimizer step
 #
 # The loss is the average surprise at the label tokens. From the tokens up to position
-# $t-1$, the model computes a score for each possible next token: the **logits** $z$.
-# Their `softmax` gives every token a probability. The **surprise** at the right token
-# $y$ is minus the natural logarithm of its probability, in **nats**. With $N$ label
-# tokens in the whole optimizer step:
+# $t-1$, the model computes the logits $z$, one for each possible next token. Their
+# `softmax` gives every token a probability. The **surprise** at the right token $y$ is
+# minus the natural logarithm of its probability, in **nats**. With $N$ label tokens in
+# the whole optimizer step:
 #
 # $$L = -\frac{1}{N} \sum_{(i,\,t)\ \text{has a label}}
 # \log\ \mathrm{softmax}(z_{i,\,t-1})\,[\,y_{i,\,t}\,]$$
@@ -429,6 +443,7 @@ with torch.no_grad():
         rounded = (W.float() - rate).bfloat16()
         share = 100 * (rounded != W).float().mean().item()
         print(f"learning rate {rate:.0e}: {share:5.1f} % of the weights change")
+del model, layer
 
 # %% [markdown]
 # At `1e-5`, 1.8 % of the weights change; at `1e-3`, 98.8 %. Does the model still learn?
@@ -445,19 +460,14 @@ chosen = pfs.tasks.load_task("gap-1").train.select(range(320))
 some = encode(small_tokenizer, "", chosen, template="raw")  # no instruction
 twenty = [pfs.loss.batch_of(some[i : i + 16], "cpu") for i in range(0, 320, 16)]
 
-
 # %%
-def trained(recipe, lr):
-    dtype = "float32" if recipe == "float32" else "bfloat16"
-    small, _ = pfs.load_model("tiny", device="cpu", dtype=dtype)
-    losses = fine_tune(small, twenty, lr, master=recipe == "mixed")
-    return losses[0], fmean(losses[-4:])
-
-
 falls, ends = {}, {}
 for lr in (1e-5, 1e-3):
     for recipe in ("float32", "mixed", "pure bfloat16"):
-        first, last = trained(recipe, lr)
+        dtype = "float32" if recipe == "float32" else "bfloat16"
+        small, _ = pfs.load_model("tiny", device="cpu", dtype=dtype)
+        losses = fine_tune(small, twenty, lr, master=recipe == "mixed")
+        first, last = losses[0], fmean(losses[-4:])
         falls[recipe, lr], ends[recipe, lr] = first - last, last
         print(f"{lr:.0e} {recipe:13} loss {first:.3f} to {last:.3f}")
 lesson.measured("1.3", 100 * falls["pure bfloat16", 1e-5] / falls["float32", 1e-5])
@@ -476,37 +486,28 @@ lesson.control("At 1e-3, all recipes end alike.", max(fast) - min(fast) < 0.02)
 #
 # | recipe | weights | gradients | master copy | $m$ and $v$ | sum |
 # |---|---|---|---|---|---|
-# | `"fp32"`: all in `float32` | four | four | none | four each | sixteen |
-# | `"bf16"`: all in `bfloat16` | two | two | none | two each | eight |
+# | `"float32"`: all in `float32` | four | four | none | four each | sixteen |
+# | `"bf16-pure"`: all in `bfloat16` | two | two | none | two each | eight |
 # | `"mixed"` | two | two | four | four each | sixteen |
 #
-# The table leaves out activations. The next cell follows every tensor of one real
-# optimizer step.
+# The table leaves out activations and logits, which grow with the tokens. The spike:
+# for a moment, the loss holds three `float32` tables as large as the logits. With $T$
+# label tokens and a vocabulary of $V$:
+#
+# $$\text{spike} = 3 \cdot 4 \cdot T \cdot V\ \text{bytes}$$
 
 # %%
-config = model.config
-del model
-half, _ = pfs.load_model(lesson.base, device="cpu", dtype="bfloat16")
-seen = step_picture.watched(half, "mixed", length=512)
-del half
-figure = step_picture.picture(
-    seen,
-    title="Memory peaks where the forward pass ends",
-    subtitle=f"One optimizer step of {lesson.base} on 512 tokens in mixed precision.",
-)
-lesson.show(figure, f"The peak is {seen.peak / 1e9:.2f} GB, after the forward pass.")
-off = abs(seen.peak / step["bytes"]["peak"] - 1) if lesson.base == "smollm2" else 0
-lesson.control("The peak is the one of the first figure, to 1 %.", off < 0.01)
+T, V = 511, config.vocab_size  # the first token has no label
+rise = peaks["loss"] - peaks["forward"]
+print(f"predicted: 12 x {T} x {V:,} = {12 * T * V / 1e6:.0f} MB")
+print(f"followed: memory rises by {rise / 1e6:.0f} MB from forward to loss")
 
 # %% [markdown]
-# Weights, master copy, $m$ and $v$ stay. Activations grow in the forward pass. The
-# backward pass frees them, while gradients take their place.
-#
 # ## On trial: claim F1
 #
-# Claim F1 of our textbook says: *Full fine-tuning of a 7B model
-# in bf16 takes about `28` GB for parameters, `28` GB for gradients and `56` GB for
-# Adam's states, `112` GB in all.* "In bf16" has two common meanings:
+# Our textbook says: *Full fine-tuning of a 7B model in bf16 takes about `28` GB for
+# parameters, `28` GB for gradients and `56` GB for Adam's states, `112` GB in all.* "In
+# bf16" has two common meanings:
 #
 # - **a `bfloat16` checkpoint**: the weights take two bytes per parameter;
 # - **autocast**: the weights are stored in `float32`, and only matrix products are
@@ -517,28 +518,28 @@ lesson.control("The peak is the one of the first figure, to 1 %.", off < 0.01)
 # mixed precision, the rule takes the one that is closer to the claim. Its worst row may
 # be 5 % off.
 #
-# **Live**: one real optimizer step in each recipe.
+# **Live**: the bytes per parameter, predicted by `budget` and counted in a real step.
 
 # %%
 lesson.rule("F1")
-recipes = {  # name: (dtype of the weights, recipe of the optimizer)
-    "float32": ("float32", "fp32"),
-    "autocast": ("float32", "fp32"),
-    "mixed precision": ("bfloat16", "mixed"),
-    "pure bfloat16": ("bfloat16", "bf16"),
-}
-counts = {}
-for name, (dtype, recipe) in recipes.items():
+counts, float32 = {}, ("float32", "autocast")  # recipes with weights in float32
+print("predicted/counted  weights    gradients  states")
+for name in (*float32, "mixed", "bf16-pure"):
+    dtype = "float32" if name in float32 else "bfloat16"
     loaded, _ = pfs.load_model(lesson.base, device="cpu", dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
-        counts[name] = bill.counted(loaded, recipe, length=4)
-    del loaded
+        counts[name] = bill.counted(loaded, step_picture.COUNTED_AS[name], length=4)
+    of_recipe = budget.bill(config, Setup(method="full", dtype=name))
+    both = step_picture.beside(of_recipe, counts[name])
+    print(f"{name:19}" + "  ".join(f"{a:.2f}/{b:.2f}" for a, b in both))
+    off = max(abs(a / b - 1) for a, b in both)
+    lesson.control(f"Counted as predicted to 1 %: {name}.", off < 0.01)
 off = bill.row_error(counts["float32"]["per_parameter"])
 lesson.control("In float32, the meter counts 4, 4 and 8 bytes, to 1 %.", off < 1)
 
 # %%
 gb = {"the claim": {"weights": 28e9, "gradients": 28e9, "m and v": 56e9}}
-gb |= {name: step_picture.parts(count, 7e9) for name, count in counts.items()}
+gb |= {name: step_picture.counted(count, 7e9) for name, count in counts.items()}
 extra, plain = (counts[n]["bytes"]["activations"] for n in ("autocast", "float32"))
 copied = (extra - plain) / counts["autocast"]["parameters"]
 gb["autocast"]["bfloat16 copies"] = 7e9 * copied
@@ -551,8 +552,8 @@ figure = curves.bars(
 )
 sums = [f"{name}: {sum(row.values()) / 1e9:.0f} GB" for name, row in gb.items()]
 lesson.show(figure, "; ".join(sums) + ".")
-checkpoints = ("pure bfloat16", "mixed precision")
-closest = min(bill.row_error(counts[name]["per_parameter"]) for name in checkpoints)
+in_bf16 = [counts[name]["per_parameter"] for name in ("bf16-pure", "mixed")]
+closest = min(map(bill.row_error, in_bf16))
 lesson.live("F1", closest, closest, closest)  # value, low, high: a count is exact
 
 # %% tags=["nbval-check-output"]
@@ -598,9 +599,8 @@ lesson.verdict("F1b")
 #
 # ### The missing part: activations
 #
-# The claim leaves out activations, which grow with the number of tokens. To count them
-# for 7B parameters, we use a **ghost**: a model on torch's device `meta`, where tensors
-# have shapes but no data.
+# `budget` predicts activations for 7B parameters. A **ghost** checks it: a model whose
+# tensors have shapes, but no data.
 #
 # *Why does LoRA run out of memory?* LoRA freezes the model. To weight matrices it adds
 # an **adapter**: products of two thin matrices, which it trains. Their inner size is
@@ -609,34 +609,30 @@ lesson.verdict("F1b")
 
 # %%
 lesson.predict("1.4", low=None, high=None, unit="% of full fine-tuning's peak")
-small = meta_model.ghost(config)
-pfs.full.inject(small)
-real = counts["mixed precision"]["bytes"]
-counted = meta_model.bill(small, "mixed", length=4)
-off = max(abs(counted[part] / real[part] - 1) for part in real)
-lesson.control("The ghost's bill is the real step's, to 1 %.", off < 0.01)
 
 # %%
-shape = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008)
-shape |= dict(num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False)
+seven = read_config(provenance.ROOT / "data" / "configs" / "llama-7b.json")
 bills = {}
 for length in (1024, 16_384):
-    for method, name in ((pfs.full, "full fine-tuning"), (pfs.lora, "LoRA")):
-        seven = meta_model.ghost(LlamaConfig(**shape))
-        method.inject(seven)
-        counted = meta_model.bill(seven, "mixed", length=length)
-        bills[f"{name}, {length:,} tokens"] = counted
+    for method, name in (("full", "full fine-tuning"), ("lora", "LoRA")):
+        asked = Setup(method=method, dtype="mixed", length=length)
+        bills[f"{name}, {length:,} tokens"] = budget.bill(seven, asked)
 figure = curves.bars(
-    {name: step_picture.ghost_parts(ghosts) for name, ghosts in bills.items()},
+    {name: step_picture.holders(each.parts) for name, each in bills.items()},
     kinds=step_picture.KINDS,
     title="LoRA saves states and gradients, and hardly any activations",
-    subtitle="7B parameters, mixed precision, a ghost. Each part at its maximum.",
+    subtitle="7B parameters, mixed precision, predicted. Each part at its maximum.",
 )
-full_1, lora_1, full_16, lora_16 = (ghosts["peak"] for ghosts in bills.values())
+full_1, lora_1, full_16, lora_16 = (each.peak for each in bills.values())
 ratios = 100 * lora_1 / full_1, 100 * lora_16 / full_16
 said = "LoRA's peak is {:.0f} % of full's with 1,024 tokens, {:.0f} % with 16,384."
 lesson.show(figure, said.format(*ratios))
 lesson.measured("1.4", ratios[1])
+ghost = meta_model.ghost(seven)
+pfs.lora.inject(ghost)
+counted = meta_model.bill(ghost, "mixed", length=16_384)["peak"]
+print(f"LoRA's peak: predicted {lora_16 / 1e9:.2f} GB, counted {counted / 1e9:.2f} GB")
+lesson.control("A ghost has the predicted peak.", abs(counted / lora_16 - 1) < 0.01)
 
 # %% [markdown]
 # LoRA's peak is 18 % of full fine-tuning's with 1,024 tokens, but 55 % with 16,384.
@@ -696,10 +692,8 @@ seeds = {"paired": leads, "not paired": [], "paired, last lead -0.06": unsure}
 spans = {name: over_seeds(values or leads) for name, values in seeds.items()}
 spans["not paired"] = fmean(leads), fmean(leads) - half, fmean(leads) + half
 lucky = -stdev(full) * torch.randn(100_000, 3).amin(1).mean()
-axis = "Lead of full fine-tuning: LoRA's loss minus its own, nats per token"
-figure = lead_picture.picture(
-    seeds, spans, x=axis, title="Pairing by seed makes the same mean lead certain"
-)
+title = "Pairing by seed makes the same mean lead certain"
+figure = lead_picture.picture(seeds, spans, x=size_runs.AXIS, title=title)
 lesson.show(figure, lead_picture.words(spans) + ".")
 print("Wilson's interval, 18 of 20: {:.0%} to {:.0%}".format(*wilson(18, 20)))
 print(f"best of three equally good learning rates: {lucky:.2f} nats better by chance")
@@ -730,26 +724,12 @@ print(f"best of three equally good learning rates: {lucky:.2f} nats better by ch
 # fine-tuning's lead over LoRA, both as they are usually run, with five seeds.
 
 # %%
-stored = [runs.stored(config) for config in data_size.configs("tiny")]
-
-
-def leads_of(at, full, lora):
-    """The leads of full fine-tuning on the seeds that both methods have."""
-    arms = [data_size.tuned(stored, at, how) for how in (full, lora)]
-    losses = [{r.config["seed"]: r.result["test_loss"] for r in arm} for arm in arms]
-    both = sorted(losses[0].keys() & losses[1].keys())
-    return [losses[1][seed] - losses[0][seed] for seed in both]
-
-
+stored = [runs.stored(asked) for asked in data_size.configs("tiny")]
 spans = {at: data_size.lead(stored, at, "full", "lora") for at in data_size.cells()}
 spans = {f"{task}, {n:,} examples: lead": lead for (task, n), lead in spans.items()}
 print(lead_picture.words(spans).replace("; ", "\n"))
-random = [run for run in stored if run.config["task"] == data_size.CONTROL]
-for how in (data_size.FULL, data_size.LORA):
-    noise = [r.result["test_loss"] for r in random if r.config["method"] == how]
-    real = data_size.tuned(stored, (data_size.NEAR, data_size.SOME), how)
-    worse = fmean(noise) > fmean(run.result["test_loss"] for run in real)
-    lesson.control("Random answers are learned worse.", worse)
+for noise, real in size_runs.random_answers(stored):
+    lesson.control("Random answers are learned worse.", noise > real)
 
 # %% [markdown]
 # Full fine-tuning leads on the far task with 1,600 examples, by 0.207 nats per token
@@ -827,8 +807,7 @@ def my_control(runs, a, b, suspect):
 checks.control(my_control)
 
 # %% [markdown]
-# The next cell asks your function about four methods, on the far task with 1,600
-# examples.
+# The next cell asks your function about four methods on the far task.
 #
 # | name | the matrices | embedding, norms, head |
 # |---|---|---|
@@ -875,44 +854,25 @@ compared = {
     "near, 100 examples: both train only the matrices": (few, data_size.FULL, "lora"),
     "near, 400 examples: both train only the matrices": (some, data_size.FULL, "lora"),
 }
-spans = {label: data_size.lead(stored, *pair) for label, pair in compared.items()}
-figure = lead_picture.picture(
-    {label: leads_of(*pair) for label, pair in compared.items()},
-    spans,
-    x=axis,
+figure, words = size_runs.picture(
+    stored,
+    compared,
     title="Far task: full fine-tuning's lead comes from what trains, not from the rank",
     subtitle="tiny. 20 seeds where both train only the matrices, else 5. Bars: 95 %.",
 )
-lesson.show(figure, lead_picture.words(spans))
-lesson.measured("1.5", spans["far, 1,600 examples: both train only the matrices"][0])
+lesson.show(figure, words)
+lesson.measured("1.5", data_size.lead(stored, far)[0])
 
 # %% [markdown]
 # If both methods train only the matrices, full fine-tuning's lead on the far task falls
 # from 0.207 to 0.033 (-0.036 to 0.103). If both train all parts, LoRA leads by `0.169`
 # (`0.001` to `0.337`). So most of the lead came from what trains, not from the rank.
 #
-# **Live**: the smaller of the rule's two numbers, with two new seeds, 25 optimizer
-# steps and 100 near examples. That is too little training to come near the shipped
-# number.
-
+# **Live**: the smaller of the rule's two numbers, with two new seeds, `25` optimizer
+# steps and 100 near examples: too little training to come near the shipped number.
 
 # %%
-def small_run(how, task_name, n, seed):
-    rate = data_size.tuned(stored, (task_name, n), how)[0].config["lr"]
-    short = dict(steps=25, test=60, validation=10)
-    config = data_size.config(task_name, n, how, rate, seed) | short
-    return runs.Run("live", config, finetune.compute(config), {})
-
-
-live = {
-    (at, how): [small_run(how, *at, seed) for seed in (20, 21)]
-    for at in (far, few)
-    for how in (data_size.FULL, data_size.LORA)
-}
-for_full = paired(live[far, data_size.LORA], live[far, data_size.FULL])
-for_lora = paired(live[few, data_size.FULL], live[few, data_size.LORA])
-allowed = [end + data_size.MARGIN for end in for_lora]
-lesson.live("F4", *map(min, for_full, allowed), scale="tiny")
+lesson.live("F4", *size_runs.live(stored, seeds=(20, 21)), scale="tiny")
 
 # %% tags=["nbval-check-output"]
 lesson.verdict("F4")
@@ -1024,8 +984,8 @@ lesson.verdict("F4")
 #
 # <details><summary>A model answer</summary>
 #
-# None fits: `"bf16"` takes `56` GB, the others `112` GB. I would run LoRA, with `10` GB
-# for adapter and activations, and measure the peak on my longest examples.
+# None fits: `"bf16-pure"` takes `56` GB, the others `112` GB. I would run LoRA, with
+# `10` GB for adapter and activations, and measure the peak on my longest examples.
 #
 # </details>
 #

@@ -17,8 +17,8 @@
 # bill: chunks the logits, checkpointing the activations, ZeRO the rest. A remedy for
 # another moment saves nothing.**
 #
-# **You need** notebook 01 (the memory bill, AdamW, mixed precision). A few words on
-# LoRA stand there, too.
+# **You need** notebook 01: AdamW, mixed precision, and the memory bill, a table whose
+# rows say what takes how many bytes.
 #
 # **At the end you can**
 #
@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch.utils import checkpoint as torchs
 
 import peft_from_scratch as pfs  # the course's library
-from peft_from_scratch.course import Setup, budget, changes, curves, meter, runs
-from peft_from_scratch.course import fitting_pictures, read_config, recomputing
-from peft_from_scratch.course import summed_loss, summed_loss_in_chunks, zero_ranks
+from peft_from_scratch.course import Setup, budget, changes, curves, fitting_pictures
+from peft_from_scratch.course import meter, read_config, recomputing, runs, summed_loss
+from peft_from_scratch.course import step_picture, summed_loss_in_chunks, zero_ranks
 from peft_from_scratch.course.checks import fitting_it as checks
 
 # %% [markdown]
@@ -68,14 +68,14 @@ lesson.predict("2.1", low=None, high=None, unit="GB at the peak")
 # %%
 config = read_config(lesson.base)
 setup = Setup(method="lora", dtype="float32", length=256, options={"r": 16})
-levels = fitting_pictures.predicted(budget.bill(config, setup).moments)
+levels = step_picture.predicted(budget.bill(config, setup).moments)
 model, _ = lesson.load_model()
 torch.manual_seed(0)
 pfs.lora.inject(model, r=16, alpha=32)
-seen = fitting_pictures.followed(model, summed_loss, length=256)
+seen = step_picture.followed(model, summed_loss, length=256)
 
 # %%
-figure = fitting_pictures.over_time(
+figure = step_picture.over_time(
     seen,
     levels,
     title="The step needs most memory for a moment: in its loss",
@@ -85,15 +85,14 @@ peaks = seen.peaks()
 at = max(peaks, key=peaks.get)
 most = peaks[at] / 1e9
 lesson.show(figure, f"The peak is {most:.2f} GB, in the moment {at!r}.")
-print(fitting_pictures.table(seen, levels))
+print(step_picture.table(seen, levels))
 lesson.measured("2.1", most)
 off = max(abs(levels[name] / peaks[name] - 1) for name in ("forward", "loss"))
 lesson.control("Forward and loss are predicted to 5 %.", off < 0.05)
 
 # %% [markdown]
 # The peak is a spike in the loss. It is gone a moment later, but the step has to fit
-# all the same. The prediction is right to a percent. From here on we can predict first
-# and build afterwards.
+# all the same. The prediction is right to a percent.
 #
 # ## Idea one: the peak is one moment
 #
@@ -104,14 +103,15 @@ lesson.control("Forward and loss are predicted to 5 %.", off < 0.05)
 # $$\text{peak} = \max_{\text{moment}}\ \sum_{\text{part}} \text{bytes}
 # (\text{part}, \text{moment})$$
 #
-# For example, a step has 5 of weights and 9 of activations in forward, and 5 of weights
-# and 8 of states in the update. Its peak is 14, and not 22.
+# For example, a step has 5 of weights and 2 of states all the time, 9 of activations in
+# forward, and 6 of temporaries in the update. Its peak is 16, and not 22.
 #
-# What is the spike? Behind the last layer, each token becomes one score for every word
-# of the vocabulary: the **logits**. The loss works in `float32`, and at its worst
-# moment three tables are there: the logarithms of the probabilities, the gradient of
-# the loss by them, and the gradient of the logits. With $T$ label tokens and a
-# vocabulary of $V$:
+# What is the spike? After the last layer, each token becomes one score for every word
+# of the vocabulary: the **logits**. The loss works in `float32`. From the logits it
+# computes the logarithms of the probabilities, and can then forget the logits. At its
+# worst moment three tables of that size are there: these logarithms, the gradient with
+# respect to them, and the gradient with respect to the logits. With $T$ label tokens
+# and a vocabulary of $V$:
 #
 # $$\text{logits} = 3 \cdot 4 \cdot T \cdot V\ \text{bytes}$$
 
@@ -164,11 +164,11 @@ checks.largest_moment(my_peak)
 
 # %% [markdown]
 # What would remedies save? The next cell predicts the peak with each of them alone.
-# Guess what both save together, beyond the weights, which stay. We measure it below,
-# once both are built.
+# Guess what both save together of all that the step adds to weights, adapters and
+# states. We measure it below, once both are built.
 
 # %%
-lesson.predict("2.2", low=None, high=None, unit="% of the peak without its weights")
+lesson.predict("2.2", low=None, high=None, unit="% of what the step adds")
 peak_of = lesson.mine(my_peak, checks.our_peak)
 remedies = {"as it is": {}, "the loss in chunks": {"chunk": 64}}
 remedies["checkpointing"] = {"checkpointing": True}
@@ -177,18 +177,16 @@ for words, more in remedies.items():
     print(f"{words:20} predicted peak {most / 1e9:.2f} GB, in {moment!r}")
 
 # %% [markdown]
-# Each remedy alone leaves a part of the spike.
-#
 # ## Idea two: the loss in chunks
 #
 # Each token's loss needs its own row of logits only. So take a **chunk** of tokens,
 # compute its logits, its loss and its gradient, and forget the logits before the next
-# chunk comes. What stays is the gradient by the hidden states $H$, which are $d$ wide
-# and not $V$:
+# chunk comes. What stays is the gradient with respect to the hidden states $H$, which
+# are $d$ wide and not $V$:
 #
-# $$L = \sum_{\text{chunks}} L_c(H_c)
+# $$\ell = \sum_{\text{chunks}} \ell_c(H_c)
 # \qquad
-# \frac{\partial L}{\partial H_c} = \frac{\partial L_c}{\partial H_c}$$
+# \frac{\partial \ell}{\partial H_c} = \frac{\partial \ell_c}{\partial H_c}$$
 
 
 # %%
@@ -212,7 +210,7 @@ off = max(abs(total / whole.item() - 1), ((dH - right).norm() / right.norm()).it
 lesson.control("Chunks give the same loss and gradient.", off < 1e-5)
 
 # %% [markdown]
-# Nothing is computed twice, so chunks cost next to no time. The library's
+# Nothing is computed twice, so chunks should cost next to no time. The library's
 # `summed_loss_in_chunks` does the same for a whole model, also where the head trains.
 #
 # ## Idea three: compute it again
@@ -233,10 +231,11 @@ lesson.show(
 #
 # | | bytes | FLOPs per token, full fine-tuning | LoRA |
 # |---|---|---|---|
-# | without | $L\,k$ | $2N + 4N = 6N$ | $2N + 2N = 4N$ |
-# | checkpointed | $L\,i + k$ | $6N + 2N = 8N$ | $4N + 2N = 6N$ |
+# | without | $L\,k$ | $2P + 4P = 6P$ | $2P + 2P = 4P$ |
+# | checkpointed | $L\,i + k$ | $6P + 2P = 8P$ | $4P + 2P = 6P$ |
 #
-# $N$ is the number of parameters. A forward pass takes $2N$ FLOPs per token. Backward
+# $P$ is the number of parameters, and a **FLOP** is one addition or multiplication of
+# two numbers. A forward pass takes $2P$ FLOPs per token. Backward
 # takes as many for the gradient of the inputs, and as many again for the gradient of
 # the weights, which LoRA leaves out for the frozen ones. So one more forward makes a
 # step `1.33` times as long, or `1.5` times with LoRA. For example, with 4 layers,
@@ -266,9 +265,10 @@ class Again(torch.autograd.Function):
 # %% [markdown]
 # ### Two real bugs
 #
-# transformers lets us put any such function around its decoder layers. The next cells
-# do so in `tiny`, our model of one million parameters, with a LoRA that has dropout.
-# They compare its gradients with those of the same model without checkpointing.
+# Each decoder layer of transformers has an attribute for such a function. The next
+# cells set it in `tiny`, our model of one million parameters, with a LoRA that has
+# dropout. They compare its gradients with those of the same model without
+# checkpointing.
 
 
 # %%
@@ -282,7 +282,7 @@ def checkpoint_layers(model, recompute):
 def gradients(model):
     """All gradients in one row, of a step that draws the same random numbers."""
     torch.manual_seed(0)
-    summed_loss(model, fitting_pictures.tokens(model, 64)).backward()
+    summed_loss(model, step_picture.tokens(model, 64)).backward()
     own = [p for p in model.parameters() if p.requires_grad]
     row = torch.cat([p.grad.flatten() for p in own])
     model.zero_grad()
@@ -307,9 +307,10 @@ small.disable_input_require_grads()
 checkpoint_layers(small, None)
 
 # %% [markdown]
-# The first bug is loud. The embedding is frozen, so the first layer's input needs no
-# gradient. autograd looks at the arguments of `apply` only, and takes the result for a
-# constant, although there are adapters inside. The usual workaround is in the cell.
+# The first bug is loud. autograd looks only at the arguments of `apply`. The embedding
+# is frozen, so the first layer's input needs no gradient. The result is then taken for
+# a constant, although the adapters in the layer need gradients. The workaround in the
+# cell makes the embedding's output need a gradient.
 #
 # The second bug is silent: the gradients are off by 15 %. **Dropout** sets random
 # values to zero. When the layer runs again, it draws *other* random numbers. The
@@ -326,8 +327,8 @@ checkpoint_layers(small, None)
 #   parameters, are those of `f(x)`.
 # - From forward on, only `x` and the state of torch's random generator are kept.
 # - The result needs a gradient even where `x` needs none.
-# - The random numbers that others draw, before and after backward, are the same as
-#   without your function.
+# - Other code that draws random numbers, before or after backward, gets the same ones
+#   as without your function.
 #
 # `torch.get_rng_state()` gives the generator's state, and `torch.set_rng_state(state)`
 # sets it. Example: for `x = torch.tensor([2.0], requires_grad=True)` and `f` the
@@ -410,11 +411,11 @@ checkpoint_layers(small, None)
 # %%
 checkpoint_layers(model, recompute)
 in_chunks = partial(summed_loss_in_chunks, chunk=64)
-less = fitting_pictures.followed(model, in_chunks, length=256)
+less = step_picture.followed(model, in_chunks, length=256)
 both = replace(setup, chunk=64, checkpointing=True)
-figure = fitting_pictures.over_time(
+figure = step_picture.over_time(
     less,
-    fitting_pictures.predicted(budget.bill(config, both).moments),
+    step_picture.predicted(budget.bill(config, both).moments),
     title="With chunks and checkpointing, little is left besides the weights",
     subtitle=f"The same step of {lesson.base}. Dashed: predicted.",
     top=1.2 * max(peaks.values()),
@@ -422,7 +423,7 @@ figure = fitting_pictures.over_time(
 top, base = max(less.peaks().values()), seen.total[0]
 saved = 100 * (1 - (top - base) / (max(peaks.values()) - base))
 lesson.show(
-    figure, f"The peak is {top / 1e9:.2f} GB: {saved:.0f} % of what moves is gone."
+    figure, f"The peak is {top / 1e9:.2f} GB: {saved:.0f} % of what it added is gone."
 )
 lesson.measured("2.2", saved)
 del model, head
@@ -450,8 +451,8 @@ lesson.measured("2.3", recomputing.slower(timed["lora"]["seconds"])[0])
 
 # %% [markdown]
 # SmolLM2 takes 1.31 times as long in full fine-tuning and 1.41 times with LoRA. That is
-# a little less than the arithmetic says: a fifth of its parameters are the head, which
-# lies behind the layers and is not computed again.
+# a little less than the arithmetic says. One reason: a fifth of its parameters are the
+# head, which comes after the layers and is not computed again.
 #
 # ## On trial: claim F2
 #
@@ -459,9 +460,11 @@ lesson.measured("2.3", recomputing.slower(timed["lora"]["seconds"])[0])
 # checkpointing can reduce this*. Those GB are weights, gradients and states. No
 # activation is among them.
 #
-# So the rule asks for something that can come out either way: from how many tokens on
-# does checkpointing save a tenth of the whole step's peak? It is **void** if weights,
-# gradients or states take other bytes, or if the gradients are others.
+# So the rule asks for something that can come out either way: at which length does the
+# saving reach a tenth of the step's peak? The answer is an interval between two tested
+# lengths, the last one below a tenth and the next one. The trial is **void** (it
+# decides nothing) if checkpointing changes a gradient, or the bytes of weights,
+# gradients or states.
 
 # %%
 lesson.rule("F2")
@@ -514,22 +517,24 @@ lesson.verdict("F2", guess="2.4")
 # 22 % of SmolLM2's peak. The deeper the model, the more it is worth: from 4 to 32
 # layers, activations grow from 9.7 to 54.0 MB, and checkpointed from 3.7 to 5.5.
 #
-# On `tiny`, the verdict is undecided: the tenth begins between 64 and 128 tokens, and
-# the rule's limit is 64. In no run did checkpointing change a row of the 112 GB.
+# On `tiny`, the verdict is undecided: the saving reaches a tenth between 64 and 128
+# tokens, or just above, and 64 is the rule's limit. In no run did checkpointing change
+# a row of the 112 GB.
 #
 # ## Idea four: fewer rows at a time
 #
-# **Gradient accumulation** takes the rows of an optimizer step in parts, and adds up
-# the gradients. Activations and logits are those of one part. It costs no arithmetic.
-# But the divisor must be the number $N$ of label tokens in the *whole* optimizer step,
-# as notebook 01 showed for the loss:
+# **Gradient accumulation** divides the rows of an optimizer step into
+# **micro-batches**, takes one after the other, and adds up the gradients. Only one
+# micro-batch's activations and logits are there at a time. It costs no arithmetic. But
+# the divisor must be the number $T$ of label tokens in the *whole* optimizer step, as
+# notebook 01 showed for the loss:
 #
-# $$g = \frac{1}{N} \sum_{\text{parts}}\ \sum_{\text{label tokens}}
+# $$g = \frac{1}{T} \sum_{\text{micro-batches}}\ \sum_{\text{label tokens}}
 # \nabla\,\text{loss}$$
 #
-# For example, one part has a single label token of gradient 4, the other has three of
-# gradient 0. The right mean is $4 / 4 = 1$. A mean of the two means gives 2. The next
-# cell shows what that does to the gradient of `tiny`.
+# For example, one micro-batch has a single label token of gradient 4, the other has
+# three of gradient 0. The right mean is $4 / 4 = 1$. A mean of the two means gives 2.
+# The next cell shows what that does to the gradient of `tiny`.
 
 # %%
 plain, _ = pfs.load_model("tiny", device="cpu")
@@ -540,7 +545,7 @@ labels = ids.where(torch.arange(64) >= 64 - answers, -100)
 whole = {"input_ids": ids, "labels": labels}
 parts = [{"input_ids": ids[[i]], "labels": labels[[i]]} for i in range(4)]
 own = [pfs.loss.label_tokens(part) for part in parts]
-N = sum(own)
+T = sum(own)
 
 
 def gradient_of(losses):
@@ -554,9 +559,9 @@ def gradient_of(losses):
 
 # %%
 steps = {
-    "all at once": lambda: [summed_loss(plain, whole) / N],
-    "in parts, divided by N": lambda: (summed_loss(plain, p) / N for p in parts),
-    "in parts, mean of means": lambda: (
+    "all at once": lambda: [summed_loss(plain, whole) / T],
+    "one by one, divided by T": lambda: (summed_loss(plain, p) / T for p in parts),
+    "one by one, mean of means": lambda: (
         summed_loss(plain, p) / n / 4 for p, n in zip(parts, own, strict=True)
     ),
 }
@@ -564,11 +569,11 @@ right, off = gradient_of(steps["all at once"]()), {}
 for name, losses in steps.items():
     off[name] = ((gradient_of(losses()) - right).norm() / right.norm()).item()
     used = meter.measure_step(plain, lambda f=losses: gradient_of(f())).activations
-    print(f"{name:24} off by {100 * off[name]:4.1f} %, activations {used / 1e6:.1f} MB")
-lesson.control("Divided by N, the parts add up.", off["in parts, divided by N"] < 1e-4)
+    print(f"{name:25} off by {100 * off[name]:4.1f} %, activations {used / 1e6:.1f} MB")
+lesson.control("Divided by T, they add up.", off["one by one, divided by T"] < 1e-4)
 
 # %% [markdown]
-# Divided by $N$, the parts add up to the gradient of the whole, with 3.9 MB of
+# Divided by $T$, they add up to the gradient of the whole, with 3.9 MB of
 # activations in place of 13.1. The mean of means is off by 48.3 % of the gradient's
 # norm, and no error is raised.
 #
@@ -576,7 +581,8 @@ lesson.control("Divided by N, the parts add up.", off["in parts, divided by N"] 
 #
 # Several GPUs often train one model in **data parallel**: each process, called a
 # **rank**, reads rows of its own, and all average their gradients. Each then holds the
-# same weights, gradients and states. **ZeRO** leaves the copies out, in three stages.
+# same weights, gradients and states. **ZeRO**, the zero redundancy optimizer, leaves
+# these copies out, in three stages.
 
 # %%
 lesson.show(
@@ -610,6 +616,10 @@ lesson.show(
 # $h = 1, 2, \dots$, rank $r$ sends part $r - h$ and adds what comes to part $r - h - 1$
 # (both modulo $N$). All-gather takes $N - 1$ hops, too: in hop $h = 0, 1, \dots$, rank
 # $r$ sends part $r - h$ and puts what comes in place of part $r - h - 1$.
+#
+# For example, follow part 2 on three ranks. In hop 1, rank 0 sends its part 2 to rank
+# 1, which adds it to its own. In hop 2, rank 1 sends this sum to rank 2, which adds its
+# own part 2. Rank 2 now has the sum of all three.
 #
 # ### Exercise 2.3: a step of ZeRO
 #
@@ -679,7 +689,7 @@ checks.zero_step(my_zero_step)
 # %%
 zero_step = lesson.mine(my_zero_step, checks.our_zero_step)
 start = torch.cat([p.detach().flatten() for p in plain.parameters()])
-each = [gradient_of([summed_loss(plain, part) * 4 / N]) for part in parts]
+each = [gradient_of([summed_loss(plain, part) * 4 / T]) for part in parts]
 wire = checks.Wire(4)
 new = zero_step([start] * 4, each, wire, lambda rank, w, g: w - 0.1 * g)
 off = max((w - (start - 0.1 * right)).norm().item() for w in new)
@@ -687,7 +697,7 @@ lesson.control("All ranks have the weights of one rank.", off < 1e-4)
 print(f"each rank sent {sum(wire.sent) / len(start):.3f} values for each parameter")
 
 # %% [markdown]
-# Four simulated ranks trained `tiny`, each on one of the four rows. Each sent
+# Four simulated ranks trained `tiny`, each on a row of its own. Each sent
 # $2\,(N-1)/N$ values for each parameter, as the table says.
 #
 # ### On real ranks
@@ -745,10 +755,11 @@ lesson.verdict("F3")
 # %% [markdown]
 # ## On trial: claim Y3
 #
-# Our table has $2P + 14P/N$ bytes for stage 2. DeepSpeed's own estimator computes
-# `2 P + 18 P / N`. Its comment explains the `18`: four more bytes for gradients in
-# `float32`. Who is right depends on what the code holds, and when. So the rule counts
-# $c$ in $2P + cP/N$ on real ranks, between backward and update.
+# Our table has $2P + 14P/N$ bytes for stage 2. DeepSpeed, the library of ZeRO's
+# authors, has an estimator that computes `2 P + 18 P / N`. Its comment explains the
+# `18`: four more bytes for gradients in `float32`. Who is right depends on what the
+# code holds, and when. So the rule counts $c$ in $2P + cP/N$ on real ranks, between
+# backward and update.
 
 # %%
 lesson.rule("Y3")
@@ -764,21 +775,26 @@ lesson.live("Y3", held.value, held.low, held.high, scale="tiny")
 lesson.verdict("Y3", guess="2.5")
 
 # %% [markdown]
-# Our `zero.py` turns one gradient at a time into `float32`, so it holds 14 between the
-# steps, and more for a moment in each update. DeepSpeed turns all gradients of its part
-# into `float32` first, as its comment says. We have not run DeepSpeed.
+# Our `zero.py` turns one gradient at a time into `float32`. So it holds 14 between
+# backward and update, and more for a moment in each update. (The cell above shows that
+# moment on `tiny`, the card on SmolLM2.) DeepSpeed turns all gradients of its part into
+# `float32` first, as its comment says; `docs/many_devices.md` has what it then holds.
 #
 # ## Idea six: choose the one change
 #
-# You now have five ways to make a step fit. They differ in price:
+# You now have four ways to make a step fit. They differ in price:
 #
 # | change | what it shortens | price |
 # |---|---|---|
 # | `"nothing"` | nothing | none |
 # | `"chunks"` | the logits, to an eighth | next to none |
-# | `"halves"` | all that a row brings, to a half | smaller products |
+# | `"halves"` of the rows | activations and logits, to a half | smaller products |
 # | `"checkpointing"` | activations, to inputs | one more forward |
 # | `"four GPUs"` | states and gradients, to a quarter | three more GPUs |
+#
+# The rule: predict the bytes of every moment, then take the cheapest change after which
+# *all* moments fit. A change that shortens the loss does not help if the update still
+# needs too much.
 #
 # ### Exercise 2.4: which change?
 #
@@ -853,8 +869,8 @@ checks.cheapest_change(my_choice)
 
 # %% [markdown]
 # Now use it. Here is the bill of full fine-tuning in mixed precision on SmolLM2, in a
-# short step and in two longer ones, with a card for each. Before you run the cell, say
-# where each peak is.
+# short step and in two longer ones, each with a memory of its own. First say where each
+# peak is without a change.
 
 # %%
 choose = lesson.mine(my_choice, checks.our_choice)
@@ -867,15 +883,14 @@ for length, room in ((256, 2.0e9), (1024, 2.8e9), (4096, 4.5e9)):
     row["states"] = now.parts["optimizer"] + now.parts["master"]
     row |= dict(layers=L, layer=now.parts["activations"] // L, input=less // L)
     row["temporaries"] = now.transients["the optimizer's temporaries"]
-    print(f"{length:5} tokens, {room / 1e9} GB: {choose(row, int(room))}")
+    print(f"{length:5}: peak in {peak_of(now.moments)[0]}; {choose(row, int(room))}")
 
 # %% [markdown]
 # In the short step, the peak is in the update. There, only more GPUs help, and the
 # cheaper changes save nothing. In the longer steps, logits and activations make the
 # peak.
 #
-# The library asks the same question of its whole timeline. It tries every single
-# change, and orders them by what they save at the peak.
+# The library tries every single change, and orders them by what they save at the peak.
 # `python -m peft_from_scratch budget` with `--fit 24GB` prints this for any model.
 
 # %%
@@ -892,7 +907,7 @@ for row in rows[:5]:
 #
 # Answer first, then open the options.
 #
-# **1. A LoRA step on one long row runs out of memory in the loss. What helps most?**
+# **1. A LoRA step on one long row runs out of memory in the loss. What helps?**
 #
 # <details><summary>A smaller rank</summary>
 #
@@ -937,7 +952,7 @@ for row in rows[:5]:
 # </details>
 # <details><summary>Its step is shorter, and the additional forward is as long</summary>
 #
-# Right. Frozen weights need no gradient, so the step has $4N$ FLOPs and not $6N$.
+# Right. Frozen weights need no gradient, so the step has $4P$ FLOPs and not $6P$.
 #
 # </details>
 # <details><summary>The frozen base has to be read from disk</summary>
@@ -946,11 +961,12 @@ for row in rows[:5]:
 #
 # </details>
 #
-# **4. Four parts have 4, 8, 30 and 60 label tokens. By what do you divide each sum?**
+# **4. Four micro-batches have 4, 8, 30 and 60 label tokens. By what do you divide each
+# sum?**
 #
-# <details><summary>By the label tokens of the part</summary>
+# <details><summary>By the label tokens of the micro-batch</summary>
 #
-# No. Then a token of the first part counts fifteen times as much as one of the last.
+# No. Then a token of the first one counts fifteen times as much as one of the last.
 #
 # </details>
 # <details><summary>By the label tokens of all four</summary>
@@ -960,7 +976,7 @@ for row in rows[:5]:
 # </details>
 # <details><summary>By four</summary>
 #
-# No. Then the gradient grows with the number of tokens in a part.
+# No. Then the gradient grows with the number of tokens in a micro-batch.
 #
 # </details>
 #
@@ -999,11 +1015,11 @@ for row in rows[:5]:
 #
 # ## Limits
 #
-# - **What the controls rule out.** Equal gradients exclude that a cheaper step is
-#   another step. Equal weights exclude that ranks save bytes and learn something else.
-# - **Not tested.** No GPU was used: there, fragmentation and the buffers of NCCL come
-#   on top. The ranks are processes of one machine, so no time of ZeRO was measured.
-#   Neither DeepSpeed nor FSDP2 was run.
+# - **What the controls rule out.** The gradients are equal, so a cheaper step is not
+#   another step. The weights are equal, so ranks do not save bytes by learning less.
+# - **Not tested.** No GPU was used. There, buffers of the communication come on top,
+#   and free memory in pieces that are too small to use. The ranks are processes of one
+#   machine, so no time of ZeRO was measured.
 # - **The paper's figures.** ZeRO's authors give `120` GB for 7.5B parameters, and
 #   `31.4`, `16.6` and `1.9` GB on 64 GPUs. A test of this project computes these four.
 #

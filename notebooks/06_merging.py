@@ -17,7 +17,8 @@
 # as its number format. Unmerging does not restore every weight, so keep the original.**
 #
 # **You need** notebook 04 (LoRA) and, from notebook 01, the number formats `float32`
-# and `bfloat16` and the `95 %` interval, a range that should hold the true value.
+# and `bfloat16`, losses in nats per token, and the `95 %` interval, a range that should
+# hold the true value.
 #
 # **At the end you can**
 #
@@ -63,16 +64,18 @@ from peft_from_scratch.course.checks import merging as checks
 # were made earlier, and come with the course.
 #
 # The unit is what the adapter does. At `100 %`, a model is as far from the adapted one
-# as the base without any adapter. The **control** merges a random update of the same
-# norm. "Unmerged" is the adapted model itself, computed in `bfloat16` throughout.
+# as the base without any adapter. The first two rows of the picture show the merge
+# alone: only the weights are rounded, and the rest is computed in `float64`. The next
+# two rows compute everything in `bfloat16`, once merged and once unmerged. The
+# **control** merges a random update of the same norm.
 
 # %%
 shipped = [runs.stored(config).result for config in merging.configs("smollm2")]
 cases = {
-    "merged into float32 weights": ("float32", "weights"),
-    "merged into bfloat16 weights": ("bfloat16", "weights"),
-    "merged, and computed in bfloat16": ("bfloat16", "merged"),
-    "unmerged, computed in bfloat16": ("bfloat16", "unmerged"),
+    "merged, weights in float32": ("float32", "weights"),
+    "merged, weights in bfloat16": ("bfloat16", "weights"),
+    "merged, everything in bfloat16": ("bfloat16", "merged"),
+    "unmerged, everything in bfloat16": ("bfloat16", "unmerged"),
     "a random update, merged (control)": ("bfloat16", "control"),
 }
 rows = {
@@ -82,15 +85,15 @@ figure = merging_pictures.errors(
     rows,
     x="Distance from the adapted model, % of what the adapter does (logarithmic)",
     title="Merging SmolLM2 is as exact as its number format",
-    subtitle="Dots: three seeds. Where no format is named, computed in float64.",
+    subtitle="Dots: three seeds. The first two rows show the merge alone.",
     control=["a random update, merged (control)"],
 )
 lesson.show(figure, merging_pictures.errors_in_words(rows) + ".")
 
 # %% [markdown]
 # Merging into `bfloat16` weights moves the logits by 0.75 % of what the adapter does.
-# Computing in `bfloat16` moves them by 3.1 % when merged and by 3.3 % when unmerged. So
-# merging is not exact, but the rest of the computation is less exact.
+# Computing everything in `bfloat16` moves them by 3.1 % when merged and by 3.3 % when
+# unmerged. So merging is not exact, but the rest of the computation is less exact.
 #
 # ### An adapter to merge
 #
@@ -124,8 +127,9 @@ lesson.control("The adapter has learned something.", after < before / 2)
 # %% [markdown]
 # ## Idea one: one product takes the time of one product
 #
-# An unmerged LoRA starts two thin products and a sum in addition to the frozen one. For
-# one token, starting them costs more than their arithmetic.
+# An unmerged LoRA starts two thin products and a sum in addition to the frozen product.
+# Each start calls another routine and writes another result, however small it is. For
+# one token the arithmetic is tiny, so most of the extra time should be these starts.
 
 # %%
 lesson.show(
@@ -152,11 +156,11 @@ lesson.show(
 #
 # ### On trial: claim M1
 #
-# The textbook: *LoRA adapters can be merged into the base weights. This adds zero
-# inference latency.* We time **decoding steps** (one new token each) of four models
-# that take turns: the base, the base again, an unmerged LoRA and the same LoRA merged.
-# Each **round** draws a new order. A time of up to two percent above the base's counts
-# as zero.
+# The textbook chapter of this course says: *LoRA adapters can be merged into the base
+# weights. This adds zero inference latency.* We time **decoding steps** (one new token
+# each) of four models that take turns: the base, the base again, an unmerged LoRA and
+# the same LoRA merged. Each **round** draws a new order. Extra time of up to two
+# percent counts as zero.
 #
 # Two controls can make the measurement **void**. The base timed again must take the
 # base's time: to two percent in the shipped runs, and to five in the short run below.
@@ -194,12 +198,12 @@ else:
 lesson.verdict("M1")
 
 # %% [markdown]
-# **Undecided is not "no".** The shipped runs of `tiny` were made while other programs
-# kept the machine busy, so the interval is wider than the two percent that count. The
-# time of the unmerged LoRA is far outside of it.
+# **Undecided is not "no".** Three runs differ from each other by more than the two
+# percent that count, so their interval is wide. The time of the unmerged LoRA is far
+# outside of it.
 #
-# SmolLM2 has not been run for M1. But notebook 11 has timed the same kinds of models on
-# an idle machine. The next cell reads those runs; `lora` is unmerged.
+# Notebook 11 has timed the same kinds of models with more rounds. The next cell reads
+# those runs; `lora` is unmerged.
 
 # %%
 idle = [runs.stored(config) for config in latency.configs("smollm2")]
@@ -219,7 +223,7 @@ for name in ("again", "merged", "lora"):
 # $$W = \mathrm{round}\,(W_0 + s\,B A)$$
 #
 # The picture follows one weight in `bfloat16`. Gray lines are the values of the format.
-# Whatever lands in the shaded cell is rounded to the old weight. The last row begins
+# Whatever lands in the shaded range is rounded to the old weight. The last row begins
 # where the second one ends, and takes the same update off again.
 
 
@@ -241,9 +245,10 @@ lesson.show(figure, f"{finding}: {bfloat16_picture.words(moves, w0)}.")
 
 # %% [markdown]
 # The update of 0.00003 is lost. The update of 0.0003 survives, with an error: the
-# weight grows by 0.000366. Beyond `1/32`, the values of `bfloat16` are twice as far
-# apart. That is why the subtraction does not lead back: it ends 0.000122 above the old
-# weight, at the next value.
+# weight grows by 0.000366. On the way it passes `1/32`, which is `0.03125`. From there
+# on, the values of `bfloat16` are twice as far apart, and so is what rounding can add.
+# That is why the subtraction does not lead back: it ends 0.000122 above the old weight,
+# at the next value.
 #
 # Now for a real update. The next cell merges one projection of SmolLM2 in `bfloat16`,
 # and asks two things. How large is the rounding error, compared with the update
@@ -273,15 +278,19 @@ print(f"kept of the update: {100 * kept:.1f} %")
 # A third of the weights do not move at all, and the rounding error is 32.1 % of the
 # update's norm. Yet 97.9 % of the update is kept.
 #
-# A likely reason is that rounding errors are nearly random. In the sum $W x$ over
-# hundreds of inputs, errors up and down mostly cancel. The parts of a trained update
-# agree, so that they add up. The first picture fits this. Its control merges a random
-# update as large as the trained one. The result is 100 % away from the adapted model,
-# which is as far as the base without any adapter. So size alone has no effect.
+# Weights that do move, move by a whole step of the format, which is often more than the
+# update asked for. On average they make up for those that stay.
+#
+# The logits lose even less, and a likely reason is that rounding errors are nearly
+# random. In the sum $W x$ over hundreds of inputs, errors up and down mostly cancel,
+# while the effects of a trained update add up. The control in the first picture fits
+# this. A random update as large as the trained one leaves the model 100 % away from the
+# adapted one, as far as the base is. So a change of that size does nothing for the task
+# unless its direction is right.
 #
 # ### On trial: claim M2
 #
-# The textbook takes it for granted that the merged model computes the same. The rule
+# The chapter takes it for granted that the merged model computes the same. The rule
 # compares two distances between logits. One is how far the adapted model is from the
 # merged one, with weights in `bfloat16`. The other is how far it is from the base. The
 # rule's number is the first in percent of the second. A random update must be off by
@@ -335,7 +344,8 @@ lesson.verdict("M2")
 #
 # For use, the comparison matters more than the limit: an unmerged adapter computed in
 # `bfloat16` is off by several times as much. So merge into the format in which you
-# serve. If you will train or merge again, merge into `float32`.
+# serve. If you will train or merge again, keep `float32`: each merge rounds once more,
+# and `float32` rounds `2**16` times as finely as `bfloat16`.
 #
 # ### Unmerging does not give the bits back
 #
@@ -362,14 +372,15 @@ lesson.measured("6.2", np.mean([r["bfloat16"]["off"][0] for r in shipped]))
 
 # %% [markdown]
 # One weight in a hundred of SmolLM2 is not restored, and one in five of `tiny`, whose
-# update is far larger. `float32` does not help. In the picture, the weight was lost
-# because the update carried it past `1/32`, where values are farther apart. Such places
-# are the same in both formats, so about the same weights pass them. In `float32` the
-# errors are smaller, but the bits still differ.
+# update is far larger. About as many are lost in `float32`. In the picture, the weight
+# was lost because the update carried it past `1/32`, where values are farther apart.
+# Such places are the same in both formats, so about the same weights pass them. In
+# `float32` each error is smaller, since its values lie closer, but the bits differ.
 #
-# Nine further cycles change nothing, because the rounded weights go back and forth
-# between the same two values. The first cycle does the damage. **So do not unmerge:
-# keep the original weights and the adapter, and merge a copy.**
+# After nine further cycles, as many weights differ as after the first. A likely reason:
+# from then on, a weight goes back and forth between its merged and its unmerged value.
+# The first cycle does the damage. **So do not unmerge: keep the original weights and
+# the adapter, and merge a copy.**
 #
 # ### Exercise 6.1: which merge is this?
 #
@@ -389,10 +400,12 @@ lesson.measured("6.2", np.mean([r["bfloat16"]["off"][0] for r in shipped]))
 #
 # `W0` and `W` are `(d_out, d_in)`, of one dtype: `float32`, `float16` or `bfloat16`.
 # `A (r, d_in)` and `B (d_out, r)` are `float32`, and `scale` is a positive `float`,
-# neither `0.5` nor `1`. The sum in the table was computed in `float32` or `float64`,
-# you do not know which, and then rounded to the dtype once. So the right sum, computed
-# by you, may still differ from `W` by a rounding in a few weights. **An update may be
-# smaller than the rounding of most weights**, but it changes some of them.
+# neither `0.5` nor `1`, with which two rows of the table would be one. The sum in the
+# table was computed in `float32` or `float64`, you do not know which, and then rounded
+# to the dtype once. So the right sum, computed by you, may still differ from `W` by a
+# rounding in a few weights. **An update may be smaller than the rounding of most
+# weights**, but it changes some of them. Call it `"none of these"` where `W` is farther
+# from each of the four, rounded, than about a third of the norm of $s\,B A$.
 #
 # For example, `W0 = [[1.0]]`, `A = [[1.0]]`, `B = [[0.5]]`, `scale = 3` and
 # `W = [[4.0]]` in `float32` were `"merged twice"`.
@@ -406,7 +419,7 @@ lesson.measured("6.2", np.mean([r["bfloat16"]["off"][0] for r in shipped]))
 # <details><summary>Hint two: a shape</summary>
 #
 # Each candidate is `(d_out, d_in)`, in `W.dtype`. Its distance from `W` is one number.
-# Compare the smallest distance with the norm of the update: is it small?
+# Compare the smallest distance with the norm of $s\,B A$ in `float64`: is it small?
 #
 # </details>
 # <details><summary>Hint three: the first line</summary>
@@ -519,14 +532,16 @@ checks.exact_sum(my_sum)
 # ### What the ways of combining are worth
 #
 # The next cells train a second adapter of `tiny`. Its task, `gap-2`, asks for the
-# records of `gap-1` in invented words. Five ways combine both adapters. Two are above:
-# added factors, and the exact sum. **SVD**, the singular value decomposition, gives the
-# matrix of a smaller rank that is closest to the sum.
+# records of `gap-1` in invented words: `Oslo - funek …` for `Oslo - Friday …`. Five
+# ways combine both adapters. Two are above: added factors, and the exact sum. **SVD**,
+# the singular value decomposition, gives the matrix of a smaller rank that is closest
+# to the sum.
 #
 # **TIES** and **DARE** come from the literature. Both drop entries of each update, so
 # that the tasks interfere less; the **density** is the share that stays. DARE drops at
-# random. TIES drops the smallest, and averages those that agree in sign. We double its
-# average, because the other ways are sums.
+# random. TIES drops the smallest; at each place it takes the sign of the sum, and
+# averages the entries with that sign. We double its average, because the other ways are
+# sums. That doubles also what only one adapter has.
 #
 # Predict the norm of the cross terms, divided by that of the exact sum.
 
@@ -544,7 +559,7 @@ def nearest(W, r):
 
 
 def ties(updates, density):
-    """Trim small entries, elect a sign, average the entries that agree with it."""
+    """Trim small entries, take the sum's sign, average the entries that have it."""
     trimmed = []
     for update in updates:
         smallest = update.abs().flatten().topk(int(density * update.numel())).values[-1]
@@ -608,12 +623,15 @@ for name in ("added factors", "SVD to rank 8", "TIES, times two", "DARE"):
 # %% [markdown]
 # **An exact sum is exact arithmetic, and no promise.** It lowers the loss on `gap-2`
 # from 6.710 to 3.522, but raises that on `gap-1` from 3.477 to 4.924. Each adapter
-# alone is far better on its own task. Added factors are worse still; their cross terms
-# are 0.885 times as large as the sum. TIES and DARE, at a density of `0.5` that we did
-# not tune, do not help here.
+# alone is far better on its own task than any combination. Added factors, with cross
+# terms of 0.885 times the sum's norm (the median over projections), are worse than the
+# exact sum on both tasks.
 #
-# So measure every task after you combine. If each request belongs to one task, keep the
-# adapters apart and switch between them.
+# Being close to the exact sum is not what counts. Of the other ways, SVD is better than
+# the sum on both tasks, and TIES is worse on both. DARE is better on one and worse on
+# the other, although it is farther from the sum than added factors are. None was tuned,
+# and one pair of adapters cannot rank them. So measure every task after you combine. If
+# each request belongs to one task, keep the adapters apart and switch between them.
 #
 # The library's `files.combine` does all of this on files. Here its TIES checks ours.
 
@@ -637,7 +655,8 @@ lesson.control("Our TIES is the library's.", torch.allclose(ours, theirs, atol=1
 #   once, and loading ties it again.
 #
 # The next cells compare answers: first of the adapted model, then of the folder, read
-# by transformers alone.
+# by transformers alone. Both get the same instruction, and take the most likely token
+# each time.
 
 # %%
 questions = task.test.select(range(3))
@@ -739,20 +758,21 @@ checks.tied_export(my_export)
 # nearly all weights are rounded back. What is stored of a weight is a **code**: the
 # position of its value among the sixteen. The cell merges the same projection in NF4,
 # the four-bit format of notebook 07. It begins with weights that are already in the
-# format, and counts the codes that stay the same.
+# format, and counts the codes that change.
 
 # %%
 q4 = pfs.nf4.quantize(original)
 W4 = pfs.nf4.dequantize(q4)
 merged4 = pfs.nf4.quantize(W4 + dW.float())
 after = pfs.nf4.dequantize(merged4).double()
-same = 100 * (merged4.codes() == q4.codes()).double().mean()
-print(f"four bits: {same:.1f} % of the codes stay the same")
+changed = (merged4.codes() != q4.codes()).sum().item()
+print(f"four bits: {changed} of {original.numel():,} codes change")
 kept4 = merge_picture.kept(W4.double(), after, dW)
 print(f"kept of the update: {100 * kept4:.1f} %, in bfloat16 {100 * kept:.1f} %")
 
 # %% [markdown]
-# Nearly all codes stay the same, and 0.5 % of the update is kept. In `bfloat16` it was
+# Nearly all codes stay the same. What is kept, 0.5 % of the update, is what the few
+# others carry, and the blocks' scales, which are computed anew. In `bfloat16` it was
 # 97.9 %. Notebook 08 finds the size at which an update survives, and ways around.
 #
 # ## Quiz
@@ -785,12 +805,13 @@ print(f"kept of the update: {100 * kept4:.1f} %, in bfloat16 {100 * kept:.1f} %"
 # </details>
 # <details><summary>Much less</summary>
 #
-# Right. On SmolLM2 the logits move by less than one percent.
+# Right. On SmolLM2 the logits move by about one percent of the adapter's effect.
 #
 # </details>
 # <details><summary>Everything, since the small weights do not move</summary>
 #
-# No. Those that move, move by a whole gap, and make up for it on average.
+# No. Those that move, move by a whole step of the format, and make up for it on
+# average.
 #
 # </details>
 #
@@ -798,12 +819,12 @@ print(f"kept of the update: {100 * kept4:.1f} %, in bfloat16 {100 * kept:.1f} %"
 #
 # <details><summary>Yes, in float32 nothing is lost</summary>
 #
-# No. About as many weights differ as in `bfloat16`, by less.
+# No. About as many weights differ as in `bfloat16`.
 #
 # </details>
 # <details><summary>Not bit for bit</summary>
 #
-# Right. Compare its digest with the original's, or simply keep the original.
+# Right. Compare a hash of its bytes with the original's, or simply keep the original.
 #
 # </details>
 # <details><summary>No, and each further cycle makes it worse</summary>
@@ -852,7 +873,7 @@ print(f"kept of the update: {100 * kept4:.1f} %, in bfloat16 {100 * kept:.1f} %"
 #
 # ## Limits
 #
-# - **Time**: M1 rests on a busy machine and `tiny`, and on lesson 11's runs of SmolLM2.
+# - **Time**: M1's runs cannot tell two percent. Lesson 11's come closer, on SmolLM2.
 #   No GPU was timed.
 # - **Exactness**: one task, one rank, two test rows a seed on SmolLM2. A larger model,
 #   or a smaller update, can lose more. Test the loss after your merge.

@@ -65,6 +65,8 @@ from peft_from_scratch.course.checks import many_adapters as checks
 # row has an adapter of its own. The **loop** makes a pass of the model for each
 # adapter. The **gather** makes one pass for all rows.
 #
+# A second pass without adapters is the **control**: it should take the same time.
+#
 # Predict: how many times as long as one pass without adapters does the loop take?
 
 # %%
@@ -178,7 +180,7 @@ for name, row in zip(names, out, strict=True):
 # | $x_i$, $h_i$ | input and output of a projection in row $i$ | $d_{in}$, $d_{out}$ |
 # | $W_0$ | the frozen weight, shared by all | $d_{out} \times d_{in}$ |
 # | $A_a$ | first matrix of adapter $a$ | $r \times d_{in}$ |
-# | $B_a$ | its second matrix, with the scale in it | $d_{out} \times r$ |
+# | $B_a$ | its second matrix, times the scale $\alpha / r$ | $d_{out} \times r$ |
 # | $v(i)$ | the number of row $i$'s adapter | an integer |
 #
 # For example, all sizes are one, $W_0 = 2$, adapter 0 has $B A = 1$, and adapter 1 has
@@ -195,10 +197,10 @@ lesson.show(
 
 # %% [markdown]
 # **The loop** sorts the rows by adapter and handles each group alone. It reads $W_0$
-# from memory once for each adapter. **The padded product** multiplies each row with the
-# $A$ of *every* adapter, and sets what belongs to others to zero. **The gather** lays
-# the row's own $A$ and $B$ beside it. Then two **batched products** (`bmm`: one small
-# product for each row, in one call) compute all updates.
+# from memory once for each adapter. **The masked product** multiplies each row with the
+# $A$ of *every* adapter, and sets what belongs to others to zero. **The gather** copies
+# the row's own $A$ and $B$ when the row joins the batch. Then two **batched products**
+# (`bmm`: one small product for each row, in one call) compute all updates.
 #
 # Here are the three for one projection. `A` is `(m, r, d_in)`, `B` is `(m, d_out, r)`
 # and `x` is `(rows, tokens, d_in)`.
@@ -213,14 +215,14 @@ def by_loop(x, W0, A, B, v):
     return h
 
 
-def padded(x, W0, A, B, v):
+def masked(x, W0, A, B, v):
     m, r, _ = A.shape
     z = x @ A.flatten(0, 1).T  # (rows, tokens, m r): each row with every adapter
     own = v[:, None] == torch.arange(m).repeat_interleave(r)  # (rows, m r)
     return x @ W0.T + (z * own[:, None]) @ B.transpose(1, 2).flatten(0, 1)
 
 
-def gathered(x, W0, own_A, own_B):  # own_A = A[v], copied when a row joins the batch
+def gathered(x, W0, own_A, own_B):  # own_A = A[v], own_B = B[v]
     z = torch.bmm(x, own_A.transpose(1, 2))  # (rows, tokens, r)
     return torch.baddbmm(x @ W0.T, z, own_B.transpose(1, 2))
 
@@ -234,24 +236,25 @@ for m in (1, 2, 4, 8, 16):
     A, B = torch.randn(m, r, d) / d**0.5, torch.randn(m, d, r) / r
     v = torch.arange(16)[torch.randperm(16)] % m
     calls["loop", m] = partial(by_loop, x, W0, A, B, v)
-    calls["padded", m] = partial(padded, x, W0, A, B, v)
+    calls["masked", m] = partial(masked, x, W0, A, B, v)
     calls["gather", m] = partial(gathered, x, W0, A[v], B[v])
-    for way in ("loop", "padded"):
+    for way in ("loop", "masked"):
         assert torch.allclose(calls[way, m](), calls["gather", m](), atol=1e-4)
 print("The three ways agree for 1, 2, 4, 8 and 16 adapters.")
 
 # %%
 seconds = many_adapters.in_turn(calls, rounds=9, repeat=20)
 print("microseconds, sixteen rows    adapters: 1     2     4     8    16")
-for way in ("loop", "padded", "gather"):
+for way in ("loop", "masked", "gather"):
     middle = [1e6 * sorted(seconds[way, m])[4] for m in (1, 2, 4, 8, 16)]
     print(f"{way:36}", *(f"{each:5.0f}" for each in middle))
 print(f"without adapters: {1e6 * sorted(seconds['no adapter', 0])[4]:.0f}")
 
 # %% [markdown]
-# The loop's time grows with each adapter, and the gather's stays nearly flat. The
-# padded product is fast for a few adapters, as long as $m r$ is small beside $d$. Its
-# arithmetic grows with $m$, so a thousand adapters would rule it out.
+# The loop's time grows with each adapter, and the gather's stays nearly flat. (The
+# gather's copies are made once for each request, not in each decoding step, and are not
+# timed here.) The masked product is fast for a few adapters, as long as $m r$ is small
+# beside $d$. Its arithmetic grows with $m$, so a thousand adapters would rule it out.
 #
 # ### Exercise 13.1: the gathered product, with ranks of different size
 #
@@ -260,7 +263,7 @@ print(f"without adapters: {1e6 * sorted(seconds['no adapter', 0])[4]:.0f}")
 #
 # - `x` is `(rows, tokens, d_in)` and `W0` is `(d_out, d_in)`;
 # - `A` and `B` are lists: adapter `a` has `A[a]`, `(r_a, d_in)`, and `B[a]`,
-#   `(d_out, r_a)`;
+#   `(d_out, r_a)`; there is at least one adapter;
 # - `v` is a list with a number or `None` for each row; `None` is no adapter, and all
 #   rows may be `None`.
 #
@@ -313,10 +316,11 @@ checks.gathered_product(my_gather)
 # Padding to the largest rank makes one large adapter expensive for all rows. We call
 # the added arithmetic the **rank tax**. Suppose that fifteen rows of a batch have rank
 # `4` and one has rank `64`. Their ranks sum up to $15 \cdot 4 + 64 = 124$. After
-# padding they sum up to $16 \cdot 64 = 1024$, and so does the work.
+# padding they sum up to $16 \cdot 64 = 1024$, and the arithmetic grows with that sum.
 #
-# The library sorts the rows of a batch into **classes**: each rank is rounded up to a
-# power of two, at least four, and each class has its own two products.
+# An answer to exercise 13.1 that pads to the largest rank pays this tax. The library
+# sorts the rows of a batch into **classes** instead: each rank is rounded up to a power
+# of two, at least four, and each class has its own two products.
 
 # %%
 ranks = [4, 4, 6, 8, 8, 12, 16, 64]
@@ -332,9 +336,8 @@ print("without an adapter, off by", (h[7] - (x @ W0.T)[7]).abs().max().item())
 
 # %% [markdown]
 # The eight ranks above sum up to 122. Classes make it 128, and one rank for all makes
-# it
-# 512. Finer classes would save more arithmetic, but each class costs two more calls in
-# every projection.
+# it 512. Finer classes would save more arithmetic, but each class costs two more calls
+# in every projection.
 #
 # ## Idea three: rows join and leave between two steps
 #
@@ -343,11 +346,14 @@ print("without an adapter, off by", (h[7] - (x @ W0.T)[7]).abs().max().item())
 # finished row leaves after its step, and a waiting request takes its place at once,
 # with its own adapter.
 #
-# The library's `Engine` does this. We take its turns by hand, with three places and
-# eight requests of different length. In each turn, it reads the prompt of one waiting
-# request at most, which also gives the first token of the answer. Then it takes one
-# decoding step for all rows. So the first requests start one after another, and an
-# answer of six tokens takes five turns.
+# The library's `Engine` does this, turn by turn. In each **turn** it reads the prompt
+# of one waiting request at most, which also gives the first token of that answer. Then
+# it takes one decoding step for all rows. So requests start one after another. An
+# answer of six tokens takes five turns, since its first turn gives two tokens.
+#
+# We call the turns by hand, with three places and eight requests of different length.
+# The figure compares them with **fixed groups**, computed from the same lengths: three
+# requests at a time, and each group waits for its longest answer.
 
 # %%
 served, served_tokenizer = pfs.load_model("tiny", device="cpu")
@@ -373,11 +379,11 @@ figure = serving_pictures.over_time(
     subtitle="Eight requests in three places. Hatched: an empty place.",
 )
 took = {way: max(span.stop for span in spans) for way, spans in ways.items()}
-said = ", ".join(f"{way} {steps} steps" for way, steps in took.items())
+said = ", ".join(f"{way} {turns} turns" for way, turns in took.items())
 lesson.show(figure, f"Until the last answer is complete: {said}.")
 
 # %% [markdown]
-# The same eight answers take fewer steps, because almost no place is empty. Each row
+# The same eight answers take fewer turns, because almost no place is empty. Each row
 # had its own adapter all the time.
 #
 # ## Idea four: a pool within a budget
@@ -385,7 +391,8 @@ lesson.show(figure, f"Until the last answer is complete: {said}.")
 # Thousands of adapters fit on a disk, but not in memory. A pool keeps some of them in
 # memory, within a **budget** of bytes. If a request wants another one, the adapter
 # whose last use is longest ago leaves (LRU, as in notebook 09), unless a row still uses
-# it. Here the budget has room for two of our three adapters.
+# it. Here the budget has room for two of our three adapters. `add` loads each adapter
+# once, to check it. So the last two are in memory when the first request comes.
 
 # %%
 small = pfs.AdapterPool(tiny, budget_bytes=700_000)
@@ -435,7 +442,8 @@ except KeyError as error:
 # - `trace` is a list of adapter names, one for each request, in order. Each load takes
 #   `load` seconds. `page_picture.faults(slots, trace)` counts the loads under LRU.
 # - Requests are answered in groups of `rows`; the last group may be smaller. A group
-#   takes `seconds[rows]`. The keys of this dictionary are the allowed numbers of rows.
+#   takes `seconds[rows]`, a smaller one too. The keys of this dictionary are the
+#   allowed numbers of rows.
 # - There must be at least as many slots as rows, since each row of a group may need an
 #   adapter of its own.
 #
@@ -498,16 +506,17 @@ for load in (0.0, 0.1, 1.0, 10.0):
     print(f"a load takes {load:4} s: {rows:2} rows, {free:2} slots, {time:6.1f} s")
 
 # %% [markdown]
-# If loads are free, memory should go to rows. The slower a load is, the more memory
-# should go to slots, so that popular adapters stay in memory.
+# If loads take no time or little, memory should go to rows. Once a load takes as long
+# as a group of requests, it should go to slots, so that popular adapters stay in
+# memory.
 #
 # ## Idea five: keys and values belong to an adapter
 #
 # A server saves work by keeping the **keys and values** of prompts that it has read.
 # The next request with the same beginning skips that part: a **prefix cache**. But an
-# adapter changes keys and values: at once if it sits at their projections, and
-# otherwise through the input that earlier layers hand on. So the same prompt has other
-# keys and values under each adapter.
+# adapter changes keys and values. It may sit at the projections that compute them. If
+# not, it changes the output of earlier layers, from which they are computed. So the
+# same prompt has other keys and values under each adapter.
 #
 # The next cell reads a prompt under adapter `gap-1`, keeps the cache of all but its
 # last token, and lets `gap-2` go on from there. The tokens themselves are the same.
@@ -589,8 +598,8 @@ def tokens_after_retraining(cache):
 print("tokens from the old content:", tokens_after_retraining(NamedCache()))
 
 # %% [markdown]
-# The new adapter is given all but one token of the prompt as the old one read them.
-# Find out what the key of this cache should be.
+# For all but one token of the prompt, the new adapter gets the keys and values of the
+# old one. Find out what the key of this cache should be.
 #
 # ### Exercise 13.3: a cache that cannot mix up adapters
 #
@@ -669,8 +678,9 @@ lesson.control("No cached token comes from the old content.", n == 0)
 # tokens per second, of sixteen rows with sixteen adapters in one gathered batch. It is
 # compared with one adapter for all rows, where nothing has to be gathered.
 #
-# The base is timed twice, and the interval of your run is widened by as much as these
-# two times differ.
+# The base is timed twice, and the two times should be equal. Their difference shows how
+# far a clock errs. The shipped runs count only if it is below ten percent. Your run
+# below is much shorter, so its interval is made wider by that difference.
 
 # %%
 lesson.rule("M3")
@@ -689,20 +699,20 @@ lesson.control("Swapped adapters change the logits.", live["swapped"] > 1e-2)
 lesson.measured("13.2", kept)
 
 # %%
-stored = [runs.stored(each) for each in ledger.claim("M3").configs("tiny")]  # shipped
+stored = [runs.stored(each) for each in ledger.claim("M3").configs("smollm2")]
 series = {way: many_adapters.throughput(stored, way) for way in ("gather", "loop")}
-series["gather, you"] = [(16, kept, low, high)]
+series["gather, tiny, you"] = [(16, kept, low, high)]
 figure = curves.lines(
     series,
     x="Adapters among sixteen rows, count",
     y="Throughput, % of that with one adapter",
     title="A gathered batch keeps most of its throughput; a loop loses it",
-    subtitle="tiny, three times seven rounds; bands are 95 % intervals of the median.",
+    subtitle="SmolLM2, three times seven rounds; bands are 95 % intervals.",
     names="foot",
 )
 figure.axes[0].set_ylim(0, 110)
-said = ", ".join(f"{way} {rows[-1][1]:.0f} %" for way, rows in series.items())
-lesson.show(figure, f"With sixteen adapters: {said}.")
+said = ", ".join(f"{share:.0f}" for _, share, _, _ in series["gather"])
+lesson.show(figure, f"Gathered, with 1, 2, 4, 8 and 16 adapters: {said} %.")
 
 # %%
 lesson.live("M3", kept, low, high, scale="tiny")
@@ -711,16 +721,18 @@ lesson.live("M3", kept, low, high, scale="tiny")
 lesson.verdict("M3", guess="13.2")
 
 # %% [markdown]
-# Most of the cost comes with the second adapter: from then on, the engine has to
-# gather. More adapters hardly matter.
+# The second adapter costs the most: from then on, the engine has to gather. Further
+# adapters cost hardly anything. SmolLM2 keeps more than `tiny`, most likely because its
+# own products take longer, so that the gather is a smaller share of a decoding step.
 #
 # ## On trial: claim Y2
 #
-# Here is the newer claim behind the bug, not from the textbook: *keys and values that
-# were cached under one adapter can be used under another*. As in the last picture,
-# `gap-2` reads the right answer, token by token, and we ask at each place which token
-# it prefers. A **changed token** is a place where this differs once the cache comes
-# from `gap-1`. The control is the adapter's own cache, which must change nothing.
+# The next claim is not from the textbook. It is what the faulty cache of idea five took
+# for granted: *keys and values that were cached under one adapter can be used under
+# another*. As in the picture there, `gap-2` reads the right answer, token by token, and
+# we ask at each place which token it prefers. A **changed token** is a place where this
+# differs once the cache comes from `gap-1`. The control is the adapter's own cache,
+# which must change nothing. The trial is void unless the two adapters differ clearly.
 
 # %%
 lesson.rule("Y2")
@@ -794,7 +806,7 @@ lesson.control("PEFT and this library agree.", gap < 1e-5)
 # </details>
 # <details><summary>It makes sixteen passes, each over all base weights</summary>
 #
-# Right. A pass over one row takes nearly as long as one over a few rows.
+# Right. A pass over one row is far more expensive than a sixteenth of one over all.
 #
 # </details>
 # <details><summary>It loads the adapters from disk again</summary>
@@ -803,7 +815,7 @@ lesson.control("PEFT and this library agree.", gap < 1e-5)
 #
 # </details>
 #
-# **2. When is the padded product a bad choice?**
+# **2. When is the masked product a bad choice?**
 #
 # <details><summary>When there are many adapters</summary>
 #
@@ -878,24 +890,25 @@ lesson.control("PEFT and this library agree.", gap < 1e-5)
 # ### In your own words
 #
 # A colleague merges one adapter into the base "for speed", and serves forty other
-# adapters on the result. Which requests are now answered wrongly, and which test with
-# two rows shows it?
+# adapters on the result, each for some of the requests. Which requests are now answered
+# wrongly, and which test with two rows shows it?
 #
 # <details><summary>A model answer</summary>
 #
-# "All requests but those that want the merged adapter *and* none besides. The others
-# get the merged update as well as their own. I would send one prompt twice in a batch,
-# once with no adapter and once with adapter 1. The first row's logits must equal the
-# untouched base's, and the second row's those of the base with adapter 1 alone."
+# "All of them. A request for the base gets an update that nobody asked for. A request
+# for one of the forty gets the merged update on top of its own. I would send one prompt
+# twice in a batch, once with no adapter and once with one of the forty. The first row's
+# logits must equal those of the untouched base. The second row's must equal those of
+# the untouched base with that adapter alone."
 #
 # </details>
 #
 # ## Limits
 #
-# - **Not tested.** A GPU, where one kernel can gather and multiply without copies, and
-#   SmolLM2 under the rules of M3 and Y2.
-# - **What the controls rule out.** Equal logits exclude that a fast batch is a wrong
-#   one. The own cache excludes that cutting a cache changes tokens by itself.
+# - **Not tested: GPUs.** One program on a GPU can gather and multiply without copies.
+# - **What the controls rule out.** The logits are equal, so a fast batch is not a wrong
+#   one. Its own cache changes nothing for an adapter, so it is not cutting a cache that
+#   changes tokens.
 # - **The papers' figures.** S-LoRA reports up to `4` times the throughput of the first
 #   LoRA support of vLLM, a serving engine, and thousands of adapters on one GPU. These
 #   are theirs.

@@ -92,18 +92,18 @@ def _prompt(result: dict, row: dict, rows: list[dict]) -> list[str]:
     if not equal:
         return [f"Prompt: {_name(row)} is better than every fine-tuned method here."]
     return [
-        f"Prompt: no fine-tuned method is told to beat {_name(row)}.",
+        f"Prompt: no fine-tuned method is shown to beat {_name(row)}.",
         *_answering(row, min(equal, key=cost)),
     ]
 
 
 def _answering(prompting: dict, other: dict) -> list[str]:
-    """What the examples before each prompt cost, where they do."""
+    """What prompting costs at answering, where it takes clearly longer."""
     spent = [found(row, "seconds", "answer") for row in (prompting, other)]
     if None in spent or spent[0] <= 1.2 * spent[1]:
         return []
     return [
-        "It needs no training, but its prompts are longer: answering took "
+        "It needs no training, but answering takes longer: it took "
         f"{spent[0]:.0f} s, and {spent[1]:.0f} s with {_name(other)}."
     ]
 

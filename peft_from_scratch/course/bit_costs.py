@@ -3,6 +3,7 @@
 steps = Steps(base, method, task, …)      a run that can be watched step by step
 held(model)                               bytes by what holds them
 kept(product, x)                          bytes that autograd keeps for backward
+above_lora()                              losses of Q4's runs on tiny above LoRA's
 """
 
 import time
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import trainable
+from ..ledger.experiments import four_bit_cost
 from ..ledger.intervals import nested_bootstrap, over_seeds
+from ..ledger.runs import stored
 from ..memory.meter import Memory, measure_step
 from ..models.load import load_model
 from ..tasks.task import load_task
@@ -114,6 +117,31 @@ def kept(product: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         product(x)
     return sum(sizes.values())
+
+
+def above_lora() -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Of Q4's shipped runs on tiny, losses above LoRA's, each with its interval.
+
+    Returns  {(method, rows): (nats per token, low, high)}, on the task and on general
+             text, the format of tiny's pretraining; the mean of the three tasks
+    Raises   LookupError  a run that is not stored
+    """
+    shipped = [stored(each) for each in four_bit_cost.configs("tiny")]
+    if None in shipped:
+        raise LookupError(
+            f"{shipped.count(None)} of Q4's runs on tiny are not stored; `python -m "
+            "peft_from_scratch ledger Q4 --run --base tiny` makes them"
+        )
+    methods = {"transplant": four_bit_cost.MOVED, "QLoRA": four_bit_cost.QLORA}
+    rows = {
+        "task": four_bit_cost.TASK_ITEMS,
+        "general text": four_bit_cost.GENERAL_ITEMS,
+    }
+    return {
+        (name, text): four_bit_cost.above(shipped, method, four_bit_cost.LORA, items)
+        for text, items in rows.items()
+        for name, method in methods.items()
+    }
 
 
 def span(rows) -> tuple[float, float, float]:

@@ -309,7 +309,7 @@ def test_where_prompting_gets_nothing_right_few_rows_do_not_advise_it():
         "pairs of methods, that is undecided: more than 30 test rows would tell."
     )
     pair |= {"low": turn * 0.33 - 0.4, "high": turn * 0.33 + 0.4}
-    assert advice(result)[0].startswith("Prompt: no fine-tuned method is told to beat")
+    assert advice(result)[0].startswith("Prompt: no fine-tuned method is shown to beat")
 
 
 @law
@@ -345,7 +345,7 @@ def test_prompting_is_advised_where_no_training_is_shown_to_pay():
     result["rows"][1]["seconds"]["answer"] = 90.0
     text = " ".join(advice(result))
     assert text.startswith(
-        "Prompt: no fine-tuned method is told to beat few-shot prompting."
+        "Prompt: no fine-tuned method is shown to beat few-shot prompting."
     )
     assert "answering took 90 s, and 20 s with LoRA on all linear layers" in text
 

@@ -9,6 +9,7 @@ from torch import nn
 import peft_from_scratch as pfs
 from peft_from_scratch.core import counting
 from peft_from_scratch.course import bit_costs
+from peft_from_scratch.ledger import runs, verdicts
 from peft_from_scratch.ledger.intervals import nested_bootstrap, over_seeds
 
 
@@ -44,6 +45,24 @@ def test_kept_counts_what_a_product_leaves_behind():
     assert bit_costs.kept(pfs.nf4.NF4Linear(q), x) == 0
     assert bit_costs.kept(lambda x: x @ pfs.nf4.dequantize(q).T, x) == 4 * 64 * 128
     assert bit_costs.kept(lambda x: (x * x).sum(), x) == 0  # x itself is the caller's
+
+
+@law
+def losses_above_loras_are_those_of_the_ledger():
+    row = next(row for row in verdicts.read() if row["id"] == "Q4")["scales"]["tiny"]
+    shown = bit_costs.above_lora()
+    value, *ends = shown["QLoRA", "task"]
+    assert [value, *ends] == pytest.approx([row["measured"], *row["interval"]], 1e-4)
+    for (name, text), triple in shown.items():
+        written = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*triple)
+        there = written in row["say_instead"]
+        assert there == ((name, text) != ("transplant", "general text"))
+
+
+def test_losses_above_loras_need_their_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "FOLDER", tmp_path)
+    with pytest.raises(LookupError, match="ledger Q4 --run --base tiny"):
+        bit_costs.above_lora()
 
 
 def test_steps_train_on_the_rows_in_their_order():
@@ -105,6 +124,18 @@ BUGS = {
         "storage._cdata != x.untyped_storage()._cdata",
         "True",
         test_kept_counts_what_a_product_leaves_behind,
+    ),
+    "general text is the task": Bug(
+        bit_costs.above_lora,
+        "four_bit_cost.GENERAL_ITEMS",
+        "four_bit_cost.TASK_ITEMS",
+        losses_above_loras_are_those_of_the_ledger,
+    ),
+    "the transplant is QLoRA": Bug(
+        bit_costs.above_lora,
+        "four_bit_cost.MOVED",
+        "four_bit_cost.QLORA",
+        losses_above_loras_are_those_of_the_ledger,
     ),
     "the same batch again": Bug(
         bit_costs.Steps.step,

@@ -1,110 +1,14 @@
-"""A followed step against the meter and the bill; what layers and ranks keep, drawn."""
+"""What layers and ranks keep, drawn: against what must be there, and the formula."""
 
-from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import pytest
-import torch
-from architectures import build
 from figure_overlaps import assert_apart
 from matplotlib.patches import Rectangle
 from planting import assert_caught
 
-from peft_from_scratch import lora
-from peft_from_scratch.core.adapter import trainable
 from peft_from_scratch.course.pictures import fitting_pictures as pictures
-from peft_from_scratch.memory import budget
 from peft_from_scratch.memory.formulas import zero_bytes
-from peft_from_scratch.memory.meter import measure_step
-from peft_from_scratch.memory.setups import Setup
-from peft_from_scratch.training.chunked_loss import summed_loss_in_chunks
-from peft_from_scratch.training.loss import summed_loss
-
-LENGTH = 24
-LOSSES = {
-    "whole": summed_loss,
-    "in chunks": partial(summed_loss_in_chunks, chunk=5),
-}
-
-
-def model():
-    torch.manual_seed(0)
-    subject = build("llama")
-    lora.inject(subject, r=4, alpha=8)
-    return subject
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_followed_step_has_the_meters_peak(loss):
-    seen = pictures.followed(model(), LOSSES[loss], LENGTH)
-    subject = model()
-    optimizer = torch.optim.AdamW(trainable(subject).values(), foreach=False)
-
-    def step(length):
-        LOSSES[loss](subject.train(), pictures.tokens(subject, length)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(pictures.FEW)
-    counted = measure_step(subject, lambda: step(LENGTH))
-    assert max(seen.peaks().values()) == pytest.approx(counted.peak, rel=1e-3)
-    assert tuple(seen.starts) == tuple(pictures.MOMENTS)
-    assert sorted(seen.starts.values()) == list(seen.starts.values())
-
-
-def test_forward_and_loss_are_what_the_bill_predicts():
-    subject = model()
-    setup = Setup(method="lora", dtype="float32", length=LENGTH, options={"r": 4})
-    moments = budget.bill(subject.config, setup).moments
-    seen, bytes_ = (
-        pictures.followed(subject, summed_loss, LENGTH),
-        pictures.predicted(moments),
-    )
-    for name in ("forward", "loss"):
-        assert bytes_[name] == pytest.approx(seen.peaks()[name], rel=0.05), name
-    assert set(bytes_) == set(pictures.MOMENTS)
-    words = pictures.table(seen, bytes_).splitlines()
-    assert [line.split()[0] for line in words[1:]] == list(pictures.MOMENTS)
-
-
-def test_chunks_shorten_the_loss_alone():
-    whole, chunks = (
-        pictures.followed(model(), loss, LENGTH).peaks() for loss in LOSSES.values()
-    )
-    assert chunks["loss"] < whole["loss"]
-    assert chunks["update"] == whole["update"]
-
-
-@pytest.fixture(scope="module")
-def seen():
-    """With the shape of a real step: a name needs room."""
-    rise, flat = np.linspace(0, 1, 300), np.zeros(300)
-    series = {
-        "weights": np.full(900, 0.55e9),
-        "optimizer": np.full(900, 0.04e9),
-        "gradients": np.concatenate([flat, 0.02e9 * rise, flat + 0.02e9]),
-        "activations": np.concatenate([0.6e9 * rise, 0.6e9 * (1 - rise), flat]),
-    }
-    starts = {"forward": 0, "loss": 290, "backward": 320, "update": 600}
-    return pictures.Followed(series, starts)
-
-
-def test_the_lines_are_what_was_predicted(seen):
-    bytes_ = {"forward": 1.1e9, "loss": 1.3e9, "backward": 1.2e9, "update": 0.6e9}
-    figure = pictures.over_time(seen, bytes_, title="A step", subtitle="Of a model.")
-    axes = figure.axes[0]
-    lines = [line for line in axes.lines if line.get_gid() == "predicted"]
-    assert [line.get_ydata()[0] * 1e9 for line in lines] == pytest.approx(
-        list(bytes_.values())
-    )
-    assert [line.get_xdata()[0] for line in lines] == [0, 1, 2, 3]
-    at = pictures.places(seen)
-    assert [at[start] for start in seen.starts.values()] == [0, 1, 2, 3]
-    assert at[-1] == 4 and (np.diff(at) > 0).all()
-    assert any(text.get_text() == "loss: the peak" for text in axes.texts)
-    assert_apart(figure)
-
 
 # What layers keep
 

@@ -211,7 +211,7 @@ BUGS = {
         a_loop_has_a_pass_for_each_adapter_and_the_others_one_row_each,
     ),
     "nothing is masked": Bug(
-        pictures._padded,
+        pictures._masked,
         "name == row",
         "True",
         a_loop_has_a_pass_for_each_adapter_and_the_others_one_row_each,

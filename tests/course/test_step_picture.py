@@ -1,44 +1,125 @@
-"""Who holds memory during an optimizer step: against the bill, and in the picture."""
+"""A followed step against the meter and the bill, and who holds the bytes of a bill."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from architectures import build as small
+from architectures import build
 from figure_overlaps import assert_apart
 from planting import assert_caught
 
+from peft_from_scratch import full, lora
+from peft_from_scratch.core.adapter import trainable
 from peft_from_scratch.course.pictures import step_picture as pictures
 from peft_from_scratch.ledger.experiments import bill
-from peft_from_scratch.memory import meta_model
-from peft_from_scratch.methods import full
+from peft_from_scratch.memory import budget
+from peft_from_scratch.memory.meter import measure_step
+from peft_from_scratch.memory.setups import Setup
+from peft_from_scratch.training.chunked_loss import summed_loss_in_chunks
+from peft_from_scratch.training.loss import summed_loss
 
-LENGTH = 16
+LENGTH = 24
+LOSSES = {
+    "whole": summed_loss,
+    "in chunks": partial(summed_loss_in_chunks, chunk=5),
+}
 
 
-def model(recipe="mixed"):
+RECIPES = ("float32", "mixed", "bf16-pure")
+
+
+def model():
     torch.manual_seed(0)
-    return small("llama", dtype=torch.float32 if recipe == "fp32" else torch.bfloat16)
+    subject = build("llama")
+    lora.inject(subject, r=4, alpha=8)
+    return subject
 
 
-@pytest.fixture(scope="module")
-def seen():
-    return pictures.watched(model(), "mixed", LENGTH)
+def plain(recipe):
+    torch.manual_seed(0)
+    half = recipe in ("mixed", "bf16-pure")
+    return build("llama", dtype=torch.bfloat16 if half else torch.float32)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "mixed"])
-def test_the_maxima_are_those_of_the_bill(recipe):
-    counted = bill.counted(model(recipe), recipe, length=LENGTH)["bytes"]
-    seen = pictures.watched(model(recipe), recipe, LENGTH)
+def whole(recipe="mixed"):
+    """A model of which everything trains."""
+    subject = plain(recipe)
+    full.inject(subject)
+    return subject
+
+
+def counted(recipe):
+    return bill.counted(plain(recipe), pictures.COUNTED_AS[recipe], length=LENGTH)
+
+
+def predicted(recipe):
+    setup = Setup(method="full", dtype=recipe, length=LENGTH)
+    return budget.bill(plain(recipe).config, setup)
+
+
+# A followed step
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_followed_step_has_the_meters_peak(loss):
+    seen = pictures.followed(model(), LOSSES[loss], LENGTH)
+    subject = model()
+    optimizer = torch.optim.AdamW(trainable(subject).values(), foreach=False)
+
+    def step(length):
+        LOSSES[loss](subject.train(), pictures.tokens(subject, length)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(pictures.FEW)
+    counted = measure_step(subject, lambda: step(LENGTH))
+    assert max(seen.peaks().values()) == pytest.approx(counted.peak, rel=1e-3)
+    assert tuple(seen.starts) == tuple(pictures.MOMENTS)
+    assert sorted(seen.starts.values()) == list(seen.starts.values())
+
+
+def test_forward_and_loss_are_what_the_bill_predicts():
+    subject = model()
+    setup = Setup(method="lora", dtype="float32", length=LENGTH, options={"r": 4})
+    moments = budget.bill(subject.config, setup).moments
+    seen, bytes_ = (
+        pictures.followed(subject, summed_loss, LENGTH),
+        pictures.predicted(moments),
+    )
+    for name in ("forward", "loss"):
+        assert bytes_[name] == pytest.approx(seen.peaks()[name], rel=0.05), name
+    assert set(bytes_) == set(pictures.MOMENTS)
+    words = pictures.table(seen, bytes_).splitlines()
+    assert [line.split()[0] for line in words[1:]] == list(pictures.MOMENTS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_of_each_recipe_has_the_bytes_of_its_bill(recipe):
+    bytes_ = counted(recipe)["bytes"]
+    seen = pictures.followed(whole(recipe), summed_loss, LENGTH, recipe)
     for kind in ("weights", "gradients", "optimizer"):
-        assert seen.series[kind].max() == counted[kind], kind
-    assert seen.peak == pytest.approx(counted["peak"], rel=0.02)
+        assert seen.series[kind].max() == bytes_[kind], kind
+    assert max(seen.peaks().values()) == pytest.approx(bytes_["peak"], rel=0.02)
+    expected = pictures.predicted(predicted(recipe).moments)
+    assert expected["loss"] == pytest.approx(seen.peaks()["loss"], rel=0.05)
+
+
+def test_a_step_begins_and_ends_with_weights_and_states_alone():
+    seen = pictures.followed(whole(), summed_loss, LENGTH, "mixed")
+    for moment in (0, -1):
+        assert seen.series["gradients"][moment] == 0
+        assert seen.series["optimizer"][moment] == seen.series["optimizer"].max()
+    most = seen.series["gradients"].max()
+    assert seen.series["gradients"][seen.starts["loss"]] == 0
+    assert seen.series["gradients"][seen.starts["update"]] == most
 
 
 def assert_replayed():
     """A meter's own maxima, from the series."""
-    subject = model()
+    subject = whole()
     with pictures.Meter(subject) as meter:
-        loss = subject(**pictures._tokens(subject, LENGTH)).loss
+        loss = subject(**pictures.tokens(subject, LENGTH)).loss
         loss.backward()
     series, memory = pictures.replayed(meter), meter.memory()
     for kind in ("weights", "gradients", "activations"):
@@ -59,65 +140,87 @@ def test_the_series_is_the_meters(right, wrong):
     assert_caught(pictures.replayed, right, wrong, assert_replayed)
 
 
-def test_a_step_begins_and_ends_with_weights_and_states_alone(seen):
-    for moment in (0, -1):
-        assert seen.series["gradients"][moment] == 0
-        assert seen.series["optimizer"][moment] == seen.series["optimizer"].max()
-    assert seen.phases["forward"] == 0
-    assert 0 < seen.phases["backward"] < seen.phases["update"] < len(seen.total)
-    assert seen.series["gradients"][seen.phases["backward"]] == 0
-    assert (
-        seen.series["gradients"][seen.phases["update"]]
-        == seen.series["gradients"].max()
+def test_chunks_shorten_the_loss_alone():
+    at_once, chunks = (
+        pictures.followed(model(), loss, LENGTH).peaks() for loss in LOSSES.values()
     )
+    assert chunks["loss"] < at_once["loss"]
+    assert chunks["update"] == at_once["update"]
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "mixed"])
-def test_the_parts_of_a_bill_add_up(recipe):
-    counted = bill.counted(model(recipe), recipe, length=LENGTH)
-    parts = pictures.parts(counted)
-    whole = sum(counted["bytes"][kind] for kind in bill.ROWS)
-    assert sum(parts.values()) == pytest.approx(whole)
-    scaled = pictures.parts(counted, 7e9)
-    size = {"fp32": 16, "bf16": 8, "mixed": 16}[recipe]
-    assert sum(scaled.values()) == pytest.approx(7e9 * size, rel=0.01)
-    assert bool(parts[pictures.MASTER]) == (recipe == "mixed")
+@pytest.fixture(scope="module")
+def seen():
+    """With the shape of a real step: a name needs room."""
+    rise, flat = np.linspace(0, 1, 300), np.zeros(300)
+    series = {
+        "weights": np.full(900, 0.55e9),
+        "optimizer": np.full(900, 0.04e9),
+        "gradients": np.concatenate([flat, 0.02e9 * rise, flat + 0.02e9]),
+        "activations": np.concatenate([0.6e9 * rise, 0.6e9 * (1 - rise), flat]),
+    }
+    starts = {"forward": 0, "loss": 290, "backward": 320, "update": 600}
+    return pictures.Followed(series, starts)
 
 
-def test_a_ghosts_parts_are_those_of_the_real_model():
-    real = model()
-    ghost = meta_model.ghost(real.config)
-    full.inject(ghost)
-    parts = pictures.ghost_parts(meta_model.bill(ghost, "mixed", length=LENGTH))
-    expected = pictures.parts(bill.counted(real, "mixed", length=LENGTH))
-    for holder, size in expected.items():
-        assert parts[holder] == pytest.approx(size, rel=0.02), holder
+def test_the_lines_are_what_was_predicted(seen):
+    bytes_ = {"forward": 1.1e9, "loss": 1.3e9, "backward": 1.2e9, "update": 0.6e9}
+    figure = pictures.over_time(seen, bytes_, title="A step", subtitle="Of a model.")
+    axes = figure.axes[0]
+    lines = [line for line in axes.lines if line.get_gid() == "predicted"]
+    assert [line.get_ydata()[0] * 1e9 for line in lines] == pytest.approx(
+        list(bytes_.values())
+    )
+    assert [line.get_xdata()[0] for line in lines] == [0, 1, 2, 3]
+    at = pictures.places(seen)
+    assert [at[start] for start in seen.starts.values()] == [0, 1, 2, 3]
+    assert at[-1] == 4 and (np.diff(at) > 0).all()
+    assert any(text.get_text() == "loss: the peak" for text in axes.texts)
+    assert_apart(figure)
+
+
+# Who holds the bytes of a bill
+
+
+def holders_are_those_of_the_step():
+    for recipe in RECIPES:
+        parts, count = predicted(recipe).parts, counted(recipe)
+        expected, own = pictures.holders(parts), pictures.counted(count, 1e6)
+        scale = 1e6 / count["parameters"]
+        for holder, size in own.items():
+            assert size == pytest.approx(scale * expected[holder], rel=0.02), holder
+        assert sum(expected.values()) == sum(parts.values())
+        assert bool(own[pictures.MASTER]) == (recipe == "mixed")
+        size = {"float32": 16, "mixed": 16, "bf16-pure": 8}[recipe]
+        assert sum(own.values()) == pytest.approx(size * 1e6, rel=0.01)
+
+
+def both_bills_stand_side_by_side():
+    sizes = {"float32": (4, 4, 8), "mixed": (2, 2, 12), "bf16-pure": (2, 2, 4)}
+    for recipe, rows in sizes.items():
+        pairs = pictures.beside(predicted(recipe), counted(recipe))
+        for pair, size in zip(pairs, rows, strict=True):
+            assert pair == pytest.approx((size, size), rel=0.01)
+
+
+HOLDERS, BESIDE = holders_are_those_of_the_step, both_bills_stand_side_by_side
+
+
+@pytest.mark.parametrize(
+    "function, right, wrong, law",
+    [
+        (pictures.holders, 'MASTER: parts["master"]', "MASTER: 0", HOLDERS),
+        (pictures.counted, '(bytes_["optimizer"] - master)', "master", HOLDERS),
+        (pictures.counted, 'parameters / count["parameters"]', "1", HOLDERS),
+        (pictures.beside, 'parts["master"] + ', "", BESIDE),
+        (pictures.beside, 'parts["gradients"], states', "states, states", BESIDE),
+    ],
+)
+def test_who_holds_the_bytes(function, right, wrong, law):
+    law()
+    assert_caught(function, right, wrong, law)
 
 
 def test_every_holder_has_a_color():
-    assert set(pictures.KINDS) > {"activations", pictures.MASTER, pictures.MOMENTS}
+    shown = {*pictures.holders(predicted("mixed").parts), pictures.COPIES}
+    assert set(pictures.KINDS) == shown
     assert len(set(pictures.KINDS.values())) == len(pictures.KINDS)
-
-
-def test_the_picture_stacks_to_the_total(seen):
-    axes = pictures.picture(seen, title="One step").axes[0]
-    top = axes.collections[-1].get_paths()[0].vertices[:, 1].max()
-    assert top == pytest.approx(seen.peak / 1e9)
-    (mark,) = (line for line in axes.lines if line.get_gid() == "peak")
-    assert mark.get_xdata()[0] == int(np.argmax(seen.total))
-    names = [text.get_text() for text in axes.texts]
-    for name in ("forward", "backward", "update", "weights", "gradients"):
-        assert name in names
-
-
-def test_nothing_overlaps():
-    # A layer's name needs a layer as thick as it: these shares are those of a model.
-    rise = np.linspace(0, 1, 500)
-    series = {
-        "weights": np.full(1500, 0.3e9),
-        "optimizer": np.full(1500, 1.6e9),
-        "gradients": np.concatenate([0 * rise, 0.6e9 * rise, 0.6e9 + 0 * rise]),
-        "activations": np.concatenate([0.7e9 * rise, 0.7e9 * (1 - rise), 0 * rise]),
-    }
-    phases = {"forward": 0, "backward": 500, "update": 1000}
-    assert_apart(pictures.picture(pictures.Watched(series, phases), title="One step"))

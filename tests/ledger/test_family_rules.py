@@ -1,16 +1,15 @@
-"""X1: invented runs with known leads and searches, and the verdicts of its rule."""
+"""X1, L7, L8: invented runs with known leads and searches, and verdicts."""
 
+import json
 import math
-from statistics import fmean
 
-import numpy as np
 import pytest
-from invented_runs import judged
+from invented_runs import diverging, judged, valley
 from planting import Bug, each_is_caught, law
 
 from peft_from_scratch.ledger import rates, runs
 from peft_from_scratch.ledger.claim import Invalid
-from peft_from_scratch.ledger.experiments import family, finetune
+from peft_from_scratch.ledger.experiments import family, finetune, own_rates
 from peft_from_scratch.ledger.intervals import paired
 from peft_from_scratch.ledger.runs import Run
 
@@ -18,24 +17,13 @@ pytestmark = pytest.mark.usefixtures("store")
 BEST = {"lora": 1e-2, "rslora": 6e-3, "lora-plus": 3e-3, "dora": 1e-2, "pissa": 6e-3}
 
 
-def lost(leads, best=BEST, noise=1e-3, curvature=1.0):
+def lost(leads, best=BEST, noise=1e-3):
     """config -> a result: LoRA's loss minus the method's lead, at its best rate."""
-
-    def result_of(config: dict) -> dict:
-        off = math.log10(config["lr"] / best[config["method"]])
-        loss = 1.0 - leads.get(config["method"], 0.0) + curvature * off**2
-        same = np.random.default_rng(config["seed"]).normal(scale=0.1)
-        own = np.random.default_rng([config["seed"], len(config["method"])])
-        items = (loss + same + own.normal(scale=noise, size=4)).tolist()
-        return {
-            "test_items": items,
-            "test_loss": fmean(items),
-            "validation_loss": loss + same,
-            "diverged": None,
-            "rows_digest": f"rows {config['seed']}",
-        }
-
-    return result_of
+    return valley(
+        lambda config: 1.0 - leads.get(config["method"], 0.0),
+        lambda config: best[config["method"]],
+        noise,
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,13 +48,10 @@ def test_x1_shows_what_one_rate_would_have_said():
 
 
 def test_x1_says_that_a_relative_diverged_at_loras_rate():
-    def result_of(config):
-        result = lost({})(config)
-        if config["method"] == "lora-plus" and config["lr"] >= 1e-2:
-            nothing = dict.fromkeys(("test_items", "test_loss", "validation_loss"))
-            result |= nothing | {"diverged": "the loss is nan"}
-        return result
+    def too_high(config):
+        return config["method"] == "lora-plus" and config["lr"] >= 1e-2
 
+    result_of = diverging(lost({}), too_high)
     assert "LoRA+ diverged" in judged("X1", result_of).say_instead
 
 
@@ -100,6 +85,66 @@ def test_lora_plus_is_lora_with_more_alpha():
     assert ours["test_items"] == pytest.approx(theirs["test_items"], rel=1e-3)
     plain = finetune.compute(family.config("lora", 1e-3, 5) | short)
     assert ours["test_items"] != pytest.approx(plain["test_items"], rel=1e-3)
+
+
+# ---------------------------------------------------------------------- L7 and L8
+
+
+@pytest.mark.parametrize(
+    ("losses", "noise", "verdict"),
+    [
+        ({}, 1e-3, "holds"),  # one knob: every alpha is as good
+        ({2: 2.0, 64: 2.0}, 1e-3, "holds"),
+        ({2: 0.95}, 1e-3, "holds when"),
+        ({64: 0.7}, 1e-3, "does not hold here"),
+        ({8: 1.3}, 1e-3, "does not hold here"),  # the worse of the two usual ones
+        ({64: 0.97}, 0.3, "undecided"),
+    ],
+)
+def test_l7_is_what_the_usual_alphas_cost(losses, noise, verdict):
+    def loss_of(config):
+        return losses.get(config["alpha"], 1.0)
+
+    assert judged("L7", valley(loss_of, noise=noise)).verdict == verdict
+
+
+def rates_move(by: float):
+    """The best rate of a rank: it moves by this power of the rank."""
+    return lambda config: 1e-2 * (config["r"] / 8) ** by
+
+
+@pytest.mark.parametrize(
+    ("by", "cost", "verdict"),
+    [
+        (0.0, 0.0, "holds"),
+        (-0.25, math.log10(8**0.25) ** 2, "holds when"),
+        (-0.5, math.log10(8**0.5) ** 2, "does not hold here"),
+    ],
+)
+def test_l8_is_what_a_moved_rate_costs(by, cost, verdict):
+    judgement = judged("L8", valley(lambda config: 1.0, rates_move(by)))
+    assert judgement.verdict == verdict
+    assert judgement.measured == pytest.approx(cost, abs=0.025)  # to a quarter decade
+
+
+def test_l8_takes_the_rank_that_pays_more():
+    """Rank 1 has another best rate, rank 64 has that of rank 8."""
+
+    def best_of(config):
+        return 1e-2 / (4 if config["r"] == 1 else 1)
+
+    judgement = judged("L8", valley(lambda config: 1.0, best_of))
+    assert judgement.measured > 0.2
+    assert "rank 64: +0.000" in judgement.say_instead
+
+
+def test_x1_and_the_others_share_their_runs_of_lora():
+    judged("X1", lost({}))
+    stored = {json.dumps(r.config, sort_keys=True) for r in runs.select()}
+    asked = [*own_rates.alpha_configs("tiny"), *own_rates.rank_configs("tiny")]
+    plain = [c for c in asked if (c["r"], c["alpha"]) == (family.RANK, family.ALPHA)]
+    assert plain
+    assert {json.dumps(runs._plain(c, ""), sort_keys=True) for c in plain} <= stored
 
 
 # ------------------------------------------------------------------ The search's noise

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from architectures import build
+from architectures import build, byte_tokenizer
 from planting import Bug, each_is_caught, law
 from torch import nn
 from transformers import LlamaConfig
@@ -17,6 +17,7 @@ from peft_from_scratch.ledger.experiments import (
     constants,
     finetune,
     formats,
+    four_bit_cost,
     four_bit_training,
     one_gpu,
     paging,
@@ -179,6 +180,33 @@ def test_a_moved_lora_is_tested_before_and_after(base):
     assert result["before"]["test_items"] == alone["test_items"]
     assert result["test_items"] != alone["test_items"]
     assert result["before"].keys() == {"test_items", "test_loss", "validation_loss"}
+
+
+@law
+def a_moved_lora_goes_home(folder):
+    """Beside the full weights again it answers as before it was moved."""
+    build("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    home, _ = four_bit_cost.load_model(str(folder), device="cpu")
+    config = dict(base=str(folder), r=4, alpha=8, targets="all-linear")
+    lora.inject(home, r=4, alpha=8)
+    finetune.randomize(home)
+    ids = torch.arange(3, 20)[None]
+    before = home(ids).logits
+    finetune.transplant(home, config)
+    assert not torch.allclose(home(ids).logits, before, atol=1e-3)
+    assert torch.equal(four_bit_cost.moved_back(home, config)(ids).logits, before)
+
+
+def test_a_cost_run_reads_general_text(base):
+    config = finetune.config(
+        base=base, method="lora-transplanted", lr=1e-2, template="raw", **SMALL
+    )
+    general = {"general": "orders", "general_rows": SMALL["test"]}
+    result = four_bit_cost.compute(config | general)
+    # The general task is the task itself here: so the losses are the same.
+    assert result["general_items"] == result["test_items"]
+    assert result["before"]["general_items"] == result["before"]["test_items"]
 
 
 def test_the_controls_in_four_bits_do_not_train(base):
@@ -357,6 +385,12 @@ BUGS = {
         'kind_of("qlora")',
         'kind_of("lora")',
         a_moved_lora_is_the_same_adapter_on_four_bits,
+    ),
+    "only A goes home": Bug(
+        four_bit_cost.moved_back,
+        "module.B.copy_(trained[name].B)",
+        "pass",
+        a_moved_lora_goes_home,
     ),
     "adapters counted as weights": Bug(
         four_bit_training.weight_bytes,

@@ -28,6 +28,7 @@ from peft_from_scratch.ledger import experiments, rule_hash, runs, verdicts
 from peft_from_scratch.ledger.experiments import (
     family,
     finetune,
+    own_rates,
     rank_and_place,
     scaling,
 )
@@ -345,9 +346,9 @@ def test_the_level_of_confidence_is_part_of_every_rule_with_an_interval(monkeypa
 @pytest.mark.parametrize(
     ("module", "name", "ids"),
     [
-        (scaling, "RANKS", {"L8"}),
-        (scaling, "RATES", {"L7", "L8"}),
-        (family, "RATES", {"X1"}),
+        (scaling, "SIZED", {"L3"}),
+        (own_rates, "RANKS", {"L8"}),
+        (family, "RATES", {"L7", "L8", "X1"}),
         (rank_and_place, "GAPS", {"L5", "L6"}),
     ],
 )

@@ -19,7 +19,7 @@ from peft_from_scratch import lora
 from peft_from_scratch.comparison import timing
 from peft_from_scratch.comparison.timing import step_seconds
 from peft_from_scratch.core.adapter import adapters
-from peft_from_scratch.ledger import intervals, runs
+from peft_from_scratch.ledger import intervals
 from peft_from_scratch.ledger.claim import Invalid
 from peft_from_scratch.ledger.experiments import (
     challengers,
@@ -62,7 +62,7 @@ def within(config: dict, grids: dict) -> float:
     return grids[config["method"]][1]
 
 
-# ------------------------------------------------------------------- L3, L7, L8
+# --------------------------------------------------------------------------- L3
 
 
 @pytest.mark.parametrize(
@@ -123,57 +123,6 @@ def test_planted_faults_of_the_updates_size_are_caught(right, wrong):
         pytest.raises((AssertionError, KeyError)),
     ):
         an_update_is_measured_on_its_own_inputs()
-
-
-def far_alpha(config):
-    return 1.0 - 0.3 * (config["alpha"] == 64)
-
-
-def near_alpha(config):
-    return 1.0 - 0.3 * (config["alpha"] in (8, 16))
-
-
-@pytest.mark.parametrize(
-    ("loss_of", "verdict"),
-    [
-        (far_alpha, "does not hold here"),
-        (near_alpha, "holds"),
-        (lambda config: 1.0, "holds"),  # one knob: every alpha is as good
-        (lambda c: 1.0 - 0.05 * (c["alpha"] == 2), "holds when"),
-    ],
-)
-def test_l7_is_what_the_usual_alphas_cost(loss_of, verdict):
-    assert judged("L7", lost(loss_of)).verdict == verdict
-
-
-def shifting(by: float):
-    """The best rate of a rank: it moves by this power of the rank."""
-    return lambda config: 1e-2 * (config["r"] / 4) ** by
-
-
-def cost_of_a_moved_rate(loss):
-    """What L8 measures, and says no verdict on: its grid is too coarse."""
-    judgement = judged("L8", loss)
-    assert judgement.verdict == "cannot be tested here"
-    made = [runs.stored(c) for c in scaling.transfer_configs("tiny")]
-    measured = scaling.transfer_measured(made)
-    assert measured.figures["cost"] in judgement.say_instead
-    return measured.value
-
-
-@pytest.mark.parametrize(("by", "least", "most"), [(0.0, -1, 0.02), (-0.5, 0.1, 9)])
-def test_l8_is_what_a_moved_rate_costs(by, least, most):
-    cost = cost_of_a_moved_rate(lost(lambda config: 1.0, shifting(by)))
-    assert least < cost < most
-
-
-def test_l8_looks_at_alpha_over_r_alone():
-    """A rate that moves under rsLoRA's scaling refutes nothing about alpha / r."""
-
-    def only_rslora(config):
-        return shifting(-0.5 if config["method"] == "rslora" else 0.0)(config)
-
-    assert cost_of_a_moved_rate(lost(lambda config: 1.0, only_rslora)) < 0.02
 
 
 # ----------------------------------------------------------------------- L5, L6

@@ -9,14 +9,15 @@ low_rank.py (thin matrices, sums of outer products), gpu_pictures.py (a GPU's me
 masks, sums in shares), lora_bytes.py (what LoRA adds to the bytes of a product),
 tuning_pictures.py and tuning_runs.py (learning rates by method, sizes by rank, targets
 in a layer), family_runs.py (LoRA's relatives at one learning rate and at their own),
-bfloat16_picture.py (a weight between its neighbors), step_picture.py (who
-holds memory during an optimizer step), lead_picture.py (paired differences with
-intervals), soft_prompt_pictures.py (a prompt before a padded batch, attention with a
+bfloat16_picture.py (a weight between its neighbors), step_picture.py (an optimizer
+step's moments, followed and predicted, and who holds its bytes), lead_picture.py
+(paired differences with intervals), size_runs.py (leads of full fine-tuning by size of
+the data), soft_prompt_pictures.py (a prompt before a padded batch, attention with a
 prefix, what each vector is worth), bottleneck_pictures.py (a bottleneck and a LoRA at
 one projection, times of a decoding step), weight_picture.py (when a dequantized weight
 exists), merge_picture.py (what rounding keeps of an update), merging_pictures.py (one
 product for three, errors on a logarithmic axis, cross terms of added factors),
 serving_pictures.py (ways to compute a batch with many adapters, a batch over time, a
-pool, a foreign cache), fitting_pictures.py (the moments of a step beside the predicted
-ones, what layers keep with checkpointing, what ranks keep under ZeRO).
+pool, a foreign cache), fitting_pictures.py (what layers keep with checkpointing, what
+ranks keep under ZeRO).
 """

@@ -1,6 +1,6 @@
 """Many adapters on one base: how a batch is computed, and what is in memory when.
 
-    three_ways("abac")                       loop, padded product and gather of a batch
+    three_ways("abac")                       loop, masked product and gather of a batch
     rank_classes([4, 4, 64])                 what each row is padded to
     over_time({"…": [Span(…), …]}, …)        who has a place of the batch at which step
     pool([Use("a", {"a"}, True), …], …)      which adapters are in memory when
@@ -97,7 +97,7 @@ SIDE, GAP = 0.24, 0.06  # inches: a cell, and between two of them
 def three_ways(
     rows: Sequence[str], *, width: float = 7.4, theme: Theme = LIGHT
 ) -> Figure:
-    """Loop, padded product and gather of the same rows; a letter names its adapter.
+    """Loop, masked product and gather of the same rows; a letter names its adapter.
 
     Raises  ValueError  no rows
     """
@@ -113,7 +113,7 @@ def three_ways(
     with style(theme):
         figure, axes = _blank(title, subtitle, width, high + 0.75, theme)
         third = (width - 0.6) / 3
-        for i, way in enumerate((_loop, _padded, _gather)):
+        for i, way in enumerate((_loop, _masked, _gather)):
             way(axes, i * third + 0.05, rows, names, theme)
     return figure
 
@@ -140,8 +140,8 @@ def _loop(axes: Axes, x: float, rows, names, theme: Theme) -> None:
         y += 0.12
 
 
-def _padded(axes: Axes, x: float, rows, names, theme: Theme) -> None:
-    _head(axes, x, "Padded product", "one pass, every row times every A", theme)
+def _masked(axes: Axes, x: float, rows, names, theme: Theme) -> None:
+    _head(axes, x, "Masked product", "one pass, every row times every A", theme)
     for i, row in enumerate(rows):
         y = 0.6 + i * (SIDE + GAP)
         _cell(axes, x, y, SIDE, SIDE, row, color_of(row, names), theme)

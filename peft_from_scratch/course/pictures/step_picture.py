@@ -1,102 +1,130 @@
-"""What fills memory during one optimizer step, moment by moment, and in total.
+"""One optimizer step: who holds memory at which moment, followed and predicted.
 
-    seen = watched(model, "mixed", length=512)
-    picture(seen, title=…)                 areas: who holds how much at which moment
-    parts(count)                           the same holders of a bill, for curves.bars
+    seen = followed(model, loss_of, length=512)     a real step, by its moments
+    levels = predicted(bill.moments)                the same moments, from a bill
+    over_time(seen, levels, title=…)                bytes, the prediction as lines
+    holders(bill.parts)                             who holds them, for curves.bars
 
-A moment is a tensor that is allocated or freed. So the picture has the order of what
-happens, and no times: it is the same on every machine.
+What is followed is every tensor that is allocated or freed. So the picture has the
+order of what happens, and no times: it is the same on every machine. Bytes have the
+colors of plotting.curves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
+from matplotlib.patches import Patch
+from torch import Tensor, nn
 
+from ...core.adapter import trainable
+from ...memory.budget import Budget
 from ...memory.meter import Meter
 from ...memory.step_bill import optimizer_class
-from ...methods import full
 from ...plotting.curves import FOOT, HOLDERS
-from ...plotting.draw import frame, name_y, point
-from ...plotting.theme import AMBER, LIGHT, RED, SMALL, Theme, readable, style
-from ...training.loss import accumulate_gradients
+from ...plotting.draw import frame, legend, name_y, point
+from ...plotting.theme import AMBER, LIGHT, RED, SMALL, Theme, style
 
-MASTER, MOMENTS, COPIES = "master copy", "m and v", "bfloat16 copies"
-LAST = "activations, short-lived tensors"
+GB = 1e9
+MOMENTS = {  # a step that is followed: the moments of memory/timeline.py in each
+    "forward": ("forward",),
+    "loss": ("loss", "head's gradient"),
+    "backward": ("backward begins", "first layer", "backward ends"),
+    "update": ("optimizer step",),
+}
+LAYERS = {  # kinds of the meter, from the bottom: (name, color)
+    "weights": ("weights", HOLDERS["weights"]),
+    "optimizer": ("states", HOLDERS["optimizer"]),
+    "gradients": ("gradients", HOLDERS["gradients"]),
+    "activations": ("activations and logits", HOLDERS["activations"]),
+}
+MASTER, M_AND_V, COPIES = "master copy", "m and v", "bfloat16 copies"
 KINDS = {  # {holder: color}, in the order of stacking; colors as in curves.bars
     "weights": HOLDERS["weights"],
     "gradients": HOLDERS["gradients"],
     MASTER: HOLDERS["master"],
-    MOMENTS: HOLDERS["optimizer"],
+    M_AND_V: HOLDERS["optimizer"],
     COPIES: AMBER,
     "activations": HOLDERS["activations"],
+    "logits": RED,
 }
-STATES = "master copy, m and v"
-LAYERS = {  # of the picture: {kind of the meter: (name, color)}, from the bottom
-    "weights": ("weights", HOLDERS["weights"]),
-    "optimizer": (STATES, HOLDERS["optimizer"]),
-    "gradients": ("gradients", HOLDERS["gradients"]),
-    "activations": (LAST, HOLDERS["activations"]),
+COUNTED_AS = {  # {recipe of memory.setups: that of memory.step_bill}
+    "float32": "fp32",
+    "autocast": "fp32",
+    "mixed": "mixed",
+    "bf16-pure": "bf16",
 }
 FEW = 4  # tokens of the step in which the optimizer allocates its states
-HEIGHT = 2.8  # inches
+Batch = dict[str, Tensor]
 
 
-class Watched(NamedTuple):
+class Followed(NamedTuple):
     """One optimizer step, in bytes.
 
-    series  {kind of the meter: bytes after each moment}, (moments,) each
-    phases  {name: its first moment}: "forward", "backward", "update"
+    series  {kind of the meter: bytes after each event}
+    starts  {moment: its first event}, of MOMENTS
     """
 
     series: dict[str, np.ndarray]
-    phases: dict[str, int]
+    starts: dict[str, int]
 
     @property
     def total(self) -> np.ndarray:
         return sum(self.series.values())
 
-    @property
-    def peak(self) -> int:
-        return int(self.total.max())
+    def peaks(self) -> dict[str, int]:
+        """{moment: the most bytes at one time in it}"""
+        ends = [*list(self.starts.values())[1:], len(self.total) - 1]
+        pairs = zip(self.starts.items(), ends, strict=True)
+        return {name: int(self.total[a : b + 1].max()) for (name, a), b in pairs}
 
 
-def watched(model: nn.Module, recipe: str, length: int) -> Watched:
-    """Follow every tensor of the second step of full fine-tuning, on random tokens.
+def followed(
+    model: nn.Module, loss_of: Callable, length: int, recipe: str = "float32"
+) -> Followed:
+    """Follow every tensor of the second step of an injected model, on random tokens.
 
     The first step is short, and only allocates the optimizer's states.
 
     Args
-        model   not injected; in float32 for "fp32", else in bfloat16. Its weights move
-        recipe  as for experiments.bill
+        model    Llama's form, with what trains in it. Its weights move
+        loss_of  (model, batch) -> a scalar
+        recipe   one of memory.setups
     """
-    full.inject(model)
     model.train()
-    optimizer = optimizer_class(recipe)(model.parameters(), lr=1e-5)
-    accumulate_gradients(model, [_tokens(model, FEW)])
+    plain = {} if recipe == "mixed" else {"foreach": False}  # a tensor at a time
+    optimizer = optimizer_class(COUNTED_AS[recipe])(
+        trainable(model).values(), lr=1e-5, **plain
+    )
+    loss_of(model, tokens(model, FEW)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch, phases = _tokens(model, length), {}
+    batch, starts = tokens(model, length), {}
     with Meter(model) as meter:
-        phases["forward"] = len(meter.events)
-        loss = model(**batch, use_cache=False).loss
-        phases["backward"] = len(meter.events)
+        # The loss begins where the head is called, and backward where the last norm's
+        # output has its gradient.
+        starts["forward"] = 0
+        note = lambda name: starts.setdefault(name, len(meter.events))  # noqa: E731
+        head, norm = model.get_output_embeddings(), model.get_decoder().norm
+
+        def end_of_loss(module, args, h) -> None:
+            h.register_hook(lambda _: note("backward") and None)
+
+        hooks = [
+            head.register_forward_pre_hook(lambda *_: note("loss") and None),
+            norm.register_forward_hook(end_of_loss),
+        ]
+        loss = loss_of(model, batch)
         loss.backward()
-        phases["update"] = len(meter.events)
+        note("update")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return Watched(replayed(meter), phases)
-
-
-def _tokens(model: nn.Module, length: int) -> dict[str, torch.Tensor]:
-    """A batch of one random example, all of it labels."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=draw)
-    return {"input_ids": ids, "labels": ids}
+    for hook in hooks:
+        hook.remove()
+    return Followed(replayed(meter), starts)
 
 
 def replayed(meter: Meter) -> dict[str, np.ndarray]:
@@ -109,101 +137,120 @@ def replayed(meter: Meter) -> dict[str, np.ndarray]:
     return {kind: np.cumsum(changes) for kind, changes in series.items()}
 
 
-def parts(count: Mapping, parameters: float | None = None) -> dict[str, float]:
-    """{holder: bytes} of a counted bill, its activations left out.
-
-    Args
-        count       what experiments.bill.counted returns
-        parameters  scale the bytes to so many; None: to those that were counted
-    """
-    scale = (parameters or count["parameters"]) / count["parameters"]
-    shares = _holders(count["bytes"], count["state"].get("master", 0))
-    return {holder: scale * size for holder, size in shares.items()}
+def tokens(model: nn.Module, length: int) -> Batch:
+    """A batch of one random row, all of it labels."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=draw)
+    ids = ids.to(next(model.parameters()).device)
+    return {"input_ids": ids, "labels": ids}
 
 
-def ghost_parts(bill: Mapping[str, int]) -> dict[str, float]:
-    """{holder: bytes} of a bill in mixed precision that meta_model.bill counted.
-
-    A third of the optimizer's bytes is the master copy: four of twelve per parameter.
-    """
-    holders = _holders(bill, bill["optimizer"] / 3)
-    return holders | {"activations": bill["activations"]}
+def predicted(moments: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """{moment of a followed step: bytes} of the moments that a bill predicts."""
+    sums = {name: sum(parts.values()) for name, parts in moments.items()}
+    return {name: max(sums[each] for each in own) for name, own in MOMENTS.items()}
 
 
-def _holders(bytes_: Mapping[str, int], master: float) -> dict[str, float]:
-    return {
-        "weights": bytes_["weights"],
-        "gradients": bytes_["gradients"],
-        MASTER: master,
-        MOMENTS: bytes_["optimizer"] - master,
-    }
-
-
-def picture(
-    seen: Watched,
+def over_time(
+    seen: Followed,
+    bytes_: Mapping[str, int],
     *,
     title: str,
     subtitle: str = "",
+    top: float | None = None,
     width: float = 7.4,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Bytes against the moments of a step, stacked by who holds them."""
+    """Bytes during a step, stacked by who holds them, and what was predicted.
+
+    The four moments are equally wide, since the loss, a spike, has few events.
+
+    Args
+        bytes_  {moment: predicted bytes}, drawn as a dashed line over the moment
+        top     bytes at the upper end of the axis; None: as the step needs
+    """
+    edge = {"edgecolor": theme.ink, "linewidth": 0.5}
+    handles = [Patch(facecolor=c, label=name, **edge) for name, c in LAYERS.values()]
     with style(theme):
-        figure, axes = frame(title, subtitle, width, HEIGHT, FOOT, theme)
-        rows = [seen.series[kind] / 1e9 for kind in LAYERS]
+        room = legend(frame("", "", width, 1, FOOT, theme)[0], handles)
+        figure, axes = frame(title, subtitle, width, 2.6, FOOT + room, theme)
+        legend(figure, handles)
+        rows = [seen.series[kind] / GB for kind in LAYERS]
         colors = [color for _, color in LAYERS.values()]
-        edge = {"linewidth": 0}
-        axes.stackplot(np.arange(len(rows[0])), *rows, colors=colors, **edge)
-        axes.set_xlim(0, len(rows[0]) - 1)
-        axes.set_ylim(0, 1.16 * seen.peak / 1e9)
-        axes.set_xlabel("Moments: tensors allocated or freed so far, count")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.stackplot(places(seen), *rows, colors=colors, linewidth=0)
+        top = top or 1.2 * max(seen.total.max(), *bytes_.values())
+        axes.set(xlim=(0, len(MOMENTS)), ylim=(0, top / GB), xticks=[])
+        axes.set_xlabel("Order in which tensors are allocated and freed, no scale")
         name_y(axes, "Memory, GB (10⁹ bytes)")
-        _name_layers(axes, rows)
-        _name_phases(axes, seen, theme)
-        _mark_peak(axes, seen, theme)
+        _name_moments(axes, seen, bytes_, theme)
     return figure
 
 
-def _name_layers(axes: Axes, rows: list[np.ndarray]) -> None:
-    """Each layer's name inside it, at the moment when the layer is thickest."""
-    bottom = np.zeros_like(rows[0])
-    for row, (name, color) in zip(rows, LAYERS.values(), strict=True):
-        text = axes.text(0, 0, name, size=SMALL, va="center", color=readable(color))
-        wide = text.get_window_extent().width / axes.bbox.width * len(row)
-        at = _widest(row, int(wide) + 1)
-        text.set_position((at, (bottom + row / 2)[at + int(wide / 2)]))
-        bottom = bottom + row
+def places(seen: Followed) -> np.ndarray:
+    """Where each event is drawn: moment i is between i and i + 1."""
+    starts = [*seen.starts.values(), len(seen.total) - 1]
+    return np.interp(np.arange(len(seen.total)), starts, np.arange(len(starts)))
 
 
-def _widest(row: np.ndarray, moments: int) -> int:
-    """Where a window of so many moments starts in which the row is nowhere thin.
+def _name_moments(axes: Axes, seen: Followed, bytes_: Mapping, theme: Theme) -> None:
+    """A border between two moments, their names on top, and the predicted lines."""
+    high, most = axes.get_ylim()[1], max(seen.peaks(), key=seen.peaks().get)
+    for i, name in enumerate(seen.starts):
+        if i:
+            axes.axvline(i, color=theme.muted, linewidth=0.8, gid="moment")
+        weight = "bold" if name == most else "normal"
+        spot = {"ha": "center", "va": "top", "size": SMALL, "weight": weight}
+        words = f"{name}: the peak" if name == most else name
+        axes.text(i + 0.5, 0.97 * high, words, **spot)
+        level = [bytes_[name] / GB] * 2
+        dashed = {"linestyle": "--", "linewidth": 1.6, "gid": "predicted"}
+        axes.add_line(point((RED, ""), theme, [i, i + 1], level, **dashed))
 
-    Of all starts where its smallest value is within 2 % of the best, the middle one.
+
+def table(seen: Followed, bytes_: Mapping[str, int]) -> str:
+    """Each moment's bytes, predicted and measured, a line each."""
+    lines = [f"{'moment':10}{'predicted':>12}{'measured':>12}"]
+    for name, most in seen.peaks().items():
+        lines.append(f"{name:10}{bytes_[name] / GB:9.3f} GB{most / GB:9.3f} GB")
+    return "\n".join(lines)
+
+
+# Who holds the bytes of a bill --------------------------------------------------------
+
+
+def holders(parts: Mapping[str, int]) -> dict[str, int]:
+    """{holder: bytes} of a predicted bill's parts, each at its own maximum."""
+    return {
+        "weights": parts["weights"] + parts["adapter"],
+        "gradients": parts["gradients"],
+        MASTER: parts["master"],
+        M_AND_V: parts["optimizer"],
+        "activations": parts["activations"],
+        "logits": parts["logits"],
+    }
+
+
+def counted(count: Mapping, parameters: float) -> dict[str, float]:
+    """The same of a counted bill, scaled to so many parameters, without activations.
+
+    Args
+        count  what experiments.bill.counted returns
     """
-    windows = np.lib.stride_tricks.sliding_window_view(row, min(moments, len(row)))
-    least = windows.min(axis=1)
-    good = np.flatnonzero(least >= 0.98 * least.max())
-    return int(good[len(good) // 2])
+    bytes_, master = count["bytes"], count["state"].get("master", 0)
+    scale = parameters / count["parameters"]
+    return {
+        "weights": scale * bytes_["weights"],
+        "gradients": scale * bytes_["gradients"],
+        MASTER: scale * master,
+        M_AND_V: scale * (bytes_["optimizer"] - master),
+    }
 
 
-def _name_phases(axes: Axes, seen: Watched, theme: Theme) -> None:
-    ends = [*seen.phases.values(), len(seen.total) - 1]
-    for (name, start), end in zip(seen.phases.items(), ends[1:], strict=True):
-        if start:
-            axes.axvline(start, color=theme.ink, linewidth=0.9, gid="phase")
-        top = axes.get_ylim()[1]
-        axes.text((start + end) / 2, 0.96 * top, name, ha="center", va="top", size=9)
-
-
-def _mark_peak(axes: Axes, seen: Watched, theme: Theme) -> None:
-    moment, peak = int(seen.total.argmax()), seen.peak / 1e9
-    axes.add_line(point((RED, "v"), theme, [moment], [peak], gid="peak"))
-    room = 0.015 * len(seen.total)
-    axes.text(
-        moment + room,
-        peak,
-        f"peak, a brief spike: {peak:.2f} GB",
-        size=SMALL,
-        va="center",
-    )
+def beside(predicted: Budget, count: Mapping) -> list[tuple[float, float]]:
+    """[(predicted, counted), …] bytes a parameter: weights, gradients, states."""
+    parts, rows = predicted.parts, count["per_parameter"]
+    states = parts["master"] + parts["optimizer"]
+    expected = parts["weights"], parts["gradients"], states
+    of_rows = rows["weights"], rows["gradients"], rows["optimizer"]
+    each = [size / predicted.weighed.total for size in expected]
+    return list(zip(each, of_rows, strict=True))

@@ -6,21 +6,21 @@
     lesson.show(*targets(cells))              targets at equal budgets, by task
     lesson.show(*excess_by_rank(ranked))      what each rank loses, by task
 
-    at_learning_rates(pools, r)               both methods at one rate, and at their own
-    lead(lora, rslora), records(runs)         a paired difference; runs as plain dicts
+    records(trial, *methods)                  runs as plain dicts, for a judge
 
 The runs come from the store (ledger/runs.py); tuning_pictures.py draws.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from ...common.statistics import over_seeds
-from ...ledger.experiments import rank_and_place, scaling
+from ...ledger.experiments import family, own_rates, rank_and_place, scaling
 from ...ledger.intervals import paired
-from ...ledger.rates import at_best
+from ...ledger.rates import at_best, chosen
 from ...ledger.runs import Run, matches
 from ...plotting import curves
 from . import tuning_pictures
@@ -28,7 +28,6 @@ from . import tuning_pictures
 METHODS = {"LoRA": "lora", "rsLoRA": "rslora"}
 LIVE = "your run, 20 steps"
 Row = tuple[float, float, float, float]  # x, mean, lowest, highest
-Interval = tuple[float, float, float]  # mean, low, high
 
 
 # Learning rates -----------------------------------------------------------------------
@@ -71,40 +70,36 @@ def _rows(searches: Mapping[str, Mapping]) -> int:
     return rows
 
 
-def at_learning_rates(
-    shared: Sequence[Run], searched: Sequence[Run], r: int
-) -> tuple[list[list[Run]], list[list[Run]]]:
-    """LoRA's and rsLoRA's runs of a rank at one learning rate, and at each one's own.
+def records(trial: Sequence[Run], *methods: str) -> Iterator[dict]:
+    """A trial as dicts of method, lr, seed, validation (loss) and test (loss).
+
+    Seed 0 is the whole search: at each rate the means over its seeds. Rates at which a
+    method diverged in the search are left out.
 
     Args
-        shared    runs at one learning rate
-        searched  runs of a search for each method and rank
+        trial    runs of family.configs
+        methods  of those, the ones wanted
     """
-
-    def both(pool: Sequence[Run]) -> list[list[Run]]:
-        return [
-            [run for run in pool if matches(run, method=method, r=r)]
-            for method in METHODS.values()
+    for run in trial:
+        if run.config["method"] in methods and run.config["seed"] in family.COMPARED:
+            yield _record([run], seed=run.config["seed"])
+    for method in methods:
+        search = [
+            run
+            for run in trial
+            if matches(run, method=method) and run.config["seed"] in family.SEARCHED
         ]
-
-    return both(shared), [at_best(own) for own in both(searched)]
-
-
-def lead(lora: Sequence[Run], rslora: Sequence[Run]) -> Interval:
-    """LoRA's test loss minus rsLoRA's, paired by seed: the mean and its interval."""
-    first, second = (
-        {run.config["seed"]: run.result["test_loss"] for run in runs}
-        for runs in (lora, rslora)
-    )
-    return over_seeds([first[seed] - second[seed] for seed in sorted(first)])
+        for lr in sorted({run.config["lr"] for run in search}):
+            at_rate = [run for run in search if run.config["lr"] == lr]
+            if not any(run.result["diverged"] for run in at_rate):
+                yield _record(at_rate, seed=0)
 
 
-def records(runs: Sequence[Run]) -> Iterator[dict]:
-    """Each run as a dict of method, lr, seed, validation (loss) and test (loss)."""
-    for run in runs:
-        parts = {name: run.config[name] for name in ("method", "lr", "seed")}
-        losses = {name: run.result[f"{name}_loss"] for name in ("validation", "test")}
-        yield parts | losses
+def _record(runs: Sequence[Run], seed: int) -> dict:
+    names = {"validation": "validation_loss", "test": "test_loss"}
+    losses = {n: fmean(run.result[loss] for run in runs) for n, loss in names.items()}
+    about = {name: runs[0].config[name] for name in ("method", "lr")}
+    return about | {"seed": seed} | losses
 
 
 # Scales -------------------------------------------------------------------------------
@@ -179,14 +174,17 @@ def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
     """Validation loss by alpha times learning rate, a curve for each alpha.
 
     Args
-        tuned  runs of scaling.alpha_configs
+        tuned  runs of own_rates.alpha_configs
     """
     by_product, phrases = {}, []
-    for alpha in scaling.ALPHAS:
-        own = [run for run in tuned if matches(run, alpha=alpha)]
-        rows = {lr: _spread(alpha * lr, _losses(own, lr)) for lr in _tried(own)}
+    for alpha, pool in own_rates.alpha_pools(tuned).items():
+        rows = {
+            lr: _spread(alpha * lr, losses)
+            for lr, losses in sorted(pool.table.items())
+            if max(losses) < math.inf
+        }
         by_product[f"alpha {alpha}"] = list(rows.values())
-        lr = at_best(own)[0].config["lr"]
+        lr = chosen(pool.table)
         product, mean, low, high = rows[lr]
         phrases.append(
             f"alpha {alpha}: learning rate {lr:g}, product {product:.2g}, "
@@ -197,17 +195,9 @@ def alphas(tuned: Sequence[Run]) -> tuple[Figure, str]:
         x=("Alpha times learning rate, dimensionless",),
         y=("Validation loss, nats per token",),
         title="The product of alpha and learning rate does not fix the loss",
-        subtitle="LoRA of rank 8, seed 0; at its best learning rate, the mean of five.",
+        subtitle="LoRA of rank 8. Bars: the three seeds of the search.",
     )
-    return figure, f"At the rate that seed 0 chose, five seeds: {'; '.join(phrases)}."
-
-
-def _tried(own: Sequence[Run]) -> list[float]:
-    return sorted({run.config["lr"] for run in own})
-
-
-def _losses(own: Sequence[Run], lr: float) -> list[float]:
-    return [run.result["validation_loss"] for run in own if run.config["lr"] == lr]
+    return figure, f"Learning rates of the lowest mean. {'; '.join(phrases)}."
 
 
 # Targets and ranks --------------------------------------------------------------------

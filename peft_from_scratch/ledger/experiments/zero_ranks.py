@@ -311,14 +311,14 @@ SAVING = (
     "in stages 1, 2 and 3, and 16 without ZeRO. Each stage cuts another row: states, "
     "then gradients, then weights. Activations are not cut: they belong to a rank's "
     "own rows. Counted on processes of one machine, with this library's zero.py; "
-    "DeepSpeed was not run"
+    "docs/many_devices.md has DeepSpeed and FSDP2"
 )
 FACTOR = (
     "Between backward and update, a rank of stage 2 keeps 2 P + {factor} P / N bytes "
     "with this library's zero.py. At the worst moment of its update it is 2 P + {peak} "
     "P / N, since one tensor at a time has float32 copies. DeepSpeed's estimator says "
-    "18 in the place of 14: it counts float32 gradients of the whole part besides. "
-    "DeepSpeed and FSDP2 were not run"
+    "18 in the place of 14: it also counts float32 gradients of the whole part. "
+    "docs/many_devices.md has what DeepSpeed and FSDP2 themselves keep"
 )
 CLAIMS = (
     Claim(
@@ -343,7 +343,7 @@ CLAIMS = (
         ),
         configs=configs,
         measured=measured_saving,
-        number="share of the paper's saving that is reached, at least",
+        number="smallest share of the paper's saving that a stage reaches",
         condition="padding and tensors that stay whole are a small part of the model",
         say_instead={
             "holds": SAVING,
@@ -387,8 +387,8 @@ CLAIMS = (
         say_instead={"holds": FACTOR, "does not hold here": FACTOR},
         so={
             "holds": (
-                "A rank of stage 2 keeps 2 P + {factor} P / N bytes. Who says 18 "
-                "counts float32 gradients besides."
+                "A rank of stage 2 keeps 2 P + {factor} P / N bytes. The 18 of "
+                "DeepSpeed's estimator counts float32 gradients, too."
             ),
             "does not hold here": (
                 "A rank of stage 2 keeps 2 P + {factor} P / N bytes here: "
