@@ -347,7 +347,7 @@ def test_prompting_is_advised_where_no_training_is_shown_to_pay():
     assert text.startswith(
         "Prompt: no fine-tuned method is shown to beat few-shot prompting."
     )
-    assert "answering took 90 s, and 20 s with LoRA on all linear layers" in text
+    assert "it took 90 s, and 20 s with LoRA on all linear layers" in text
 
 
 def test_a_name_with_a_comma_reads_as_one():

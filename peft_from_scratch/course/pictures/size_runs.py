@@ -68,13 +68,13 @@ def live(stored: Sequence[Run], seeds: Sequence[int]) -> Interval:
     The far cell is the rule's, the near one its smallest. Rates are the searched ones.
     """
     far, near = data_size.FOR_FULL[0], data_size.FOR_LORA[0]
-    made = {
+    arms = {
         (cell, how): [_short(stored, cell, how, seed) for seed in seeds]
         for cell in (far, near)
         for how in (FULL, LORA)
     }
-    for_full = paired(made[far, LORA], made[far, FULL])
-    for_lora = paired(made[near, FULL], made[near, LORA])
+    for_full = paired(arms[far, LORA], arms[far, FULL])
+    for_lora = paired(arms[near, FULL], arms[near, LORA])
     return tuple(map(min, for_full, (end + MARGIN for end in for_lora)))
 
 
