@@ -27,24 +27,24 @@ def account() -> Account:
     return page.account(verdicts.read(), history.read(verdicts.FILE))
 
 
-def text(told: Account) -> str:
+def text(whole: Account) -> str:
     """The page in GitHub's Markdown."""
     blocks = [
         "# The claims ledger",
         MADE,
-        f"{told.about} {told.score} {told.chance}",
-        _index(told),
+        f"{whole.about} {whole.score} {whole.chance}",
+        _index(whole),
     ]
-    for title, entries in told.groups.items():
+    for title, entries in whole.groups.items():
         blocks.append(f"## {title}")
         for entry in entries:
-            blocks += _blocks(entry, told)
+            blocks += _blocks(entry, whole)
     return "\n\n".join(blocks) + "\n"
 
 
-def pictures(told: Account) -> dict[str, str]:
+def pictures(whole: Account) -> dict[str, str]:
     """{id: SVG} of every claim that has a number line."""
-    entries = (entry for entries in told.groups.values() for entry in entries)
+    entries = (entry for entries in whole.groups.values() for entry in entries)
     return {
         entry.id: svg(figure, small=True)
         for entry in entries
@@ -52,16 +52,16 @@ def pictures(told: Account) -> dict[str, str]:
     }
 
 
-def _index(told: Account) -> str:
+def _index(whole: Account) -> str:
     lines = [
         (f"{SCORE[kind][-1]} {kind}", " ".join(f"[{id}](#{id.lower()})" for id in ids))
-        for kind, ids in told.ids.items()
+        for kind, ids in whole.ids.items()
         if ids
     ]
     return markdown(("verdict", "claims"), lines)
 
 
-def _blocks(entry: Entry, told: Account) -> Iterator[str]:
+def _blocks(entry: Entry, whole: Account) -> Iterator[str]:
     """A claim, block by block."""
     where = f" (measured on {entry.where})" if entry.where else ""
     yield f"### {entry.id}"
@@ -78,7 +78,7 @@ def _blocks(entry: Entry, told: Account) -> Iterator[str]:
         lines = [f"- {name}: {words}" for name, words in entry.details]
         yield _folded("What to say instead, the rule, seeds and runs", lines)
     if entry.past:
-        lines = [f"- {words}" for words in (*entry.past, told.old_words) if words]
+        lines = [f"- {words}" for words in (*entry.past, whole.old_words) if words]
         yield _folded(f"Verdicts under former rules: {len(entry.past)}", lines)
     lesson, path = entry.lesson
     link = f"[{lesson}](../{path})" if path else f"{lesson}, to be written"
@@ -92,11 +92,11 @@ def _folded(title: str, lines: list[str]) -> str:
 
 def write(file: Path = PAGE) -> None:
     """The page and its pictures, from the shipped ledger."""
-    told = account()
+    whole = account()
     folder = file.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
-    files = {folder / f"{id}.svg": drawn for id, drawn in pictures(told).items()}
-    for path, content in {**files, file: text(told)}.items():
+    files = {folder / f"{id}.svg": drawn for id, drawn in pictures(whole).items()}
+    for path, content in {**files, file: text(whole)}.items():
         with atomic.new_file(path) as partial:
             partial.write_text(content, encoding="utf-8")
 

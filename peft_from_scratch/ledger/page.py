@@ -264,13 +264,13 @@ def _lesson(number: str) -> tuple[str, str]:
     return f"Lesson {number}, {LESSONS[number]}", ""
 
 
-def html(told: Account) -> str:
+def html(whole: Account) -> str:
     """The page as one HTML document that loads nothing from anywhere."""
     template = resources.files(__package__).joinpath("page.html")
-    entries = chain.from_iterable(told.groups.values())
+    entries = chain.from_iterable(whole.groups.values())
     return pages.rendered(
         template.read_text("utf-8"),
-        told=told,
+        whole=whole,
         score=SCORE,
         pictures={
             entry.id: pages.in_four(entry.picture, INCHES_WIDE, NARROW, small=True)

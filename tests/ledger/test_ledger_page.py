@@ -18,23 +18,23 @@ LIMIT = 600_000  # bytes of the page in docs/ with its pictures
 
 
 @pytest.fixture(scope="module")
-def told():
+def whole():
     return ledger_page.account()
 
 
 @pytest.fixture(scope="module")
-def entries(told):
-    return {entry.id: entry for group in told.groups.values() for entry in group}
+def entries(whole):
+    return {entry.id: entry for group in whole.groups.values() for entry in group}
 
 
 @pytest.fixture(scope="module")
-def document(told):
-    return page.html(told)
+def document(whole):
+    return page.html(whole)
 
 
-def test_the_page_in_docs_is_that_of_the_ledger(told):
-    assert ledger_page.PAGE.read_text("utf-8") == ledger_page.text(told), STALE
-    drawn = ledger_page.pictures(told)
+def test_the_page_in_docs_is_that_of_the_ledger(whole):
+    assert ledger_page.PAGE.read_text("utf-8") == ledger_page.text(whole), STALE
+    drawn = ledger_page.pictures(whole)
     files = {file.stem: file for file in ledger_page.PICTURES.iterdir()}
     assert set(files) == set(drawn), STALE
     for id, svg in drawn.items():
@@ -53,11 +53,11 @@ def test_every_link_of_the_page_in_docs_leads_somewhere():
             assert (ledger_page.PAGE.parent / target).exists(), target
 
 
-def test_every_claim_stands_once_and_the_newer_ones_apart(told, entries):
-    ids = [entry.id for group in told.groups.values() for entry in group]
+def test_every_claim_stands_once_and_the_newer_ones_apart(whole, entries):
+    ids = [entry.id for group in whole.groups.values() for entry in group]
     assert len(ids) == len(set(ids))
     assert set(ids) == {*verdicts.CLAIMS, *(each.id for each in planned.PLANNED)}
-    chapter, newer = told.groups.values()
+    chapter, newer = whole.groups.values()
     assert {"F1", "L1", "Q4b", "C1"} <= {entry.id for entry in chapter}
     assert {"K1", "K2", "X1", "Y2", "Y3", "X6"} <= {entry.id for entry in newer}
     assert all(entry.source == page.CHAPTER for entry in chapter)
@@ -65,16 +65,16 @@ def test_every_claim_stands_once_and_the_newer_ones_apart(told, entries):
     assert not [entry for entry in chapter if entry.id[0] in "KXY"]
 
 
-def test_the_score_counts_every_claim(told, entries):
+def test_the_score_counts_every_claim(whole, entries):
     counted = Counter(entry.kind for entry in entries.values())
     assert set(counted) <= set(page.SCORE) == set(VERDICTS)
-    assert told.score.startswith(f"Of {len(entries)} claims, {counted['holds']} hold")
+    assert whole.score.startswith(f"Of {len(entries)} claims, {counted['holds']} hold")
     for kind, (one, more, _) in page.SCORE.items():
         words = one if counted[kind] == 1 else more
-        assert f" {counted[kind]} {words}" in told.score
-        assert len(told.ids[kind]) == counted[kind]
+        assert f" {counted[kind]} {words}" in whole.score
+        assert len(whole.ids[kind]) == counted[kind]
     decided = sum(counted[kind] for kind in verdicts.OF_BANDS)
-    assert f"{decided} of {len(entries)} claims are decided" in told.chance
+    assert f"{decided} of {len(entries)} claims are decided" in whole.chance
 
 
 def test_a_claim_is_told_as_its_row_has_it(entries):
@@ -95,8 +95,8 @@ def test_a_claim_is_told_as_its_row_has_it(entries):
         assert entry["verdict"] in past and entry["rule_hash"] in past
 
 
-def test_no_gap_is_left_in_a_text(told, document):
-    for text in (document, ledger_page.text(told)):
+def test_no_gap_is_left_in_a_text(whole, document):
+    for text in (document, ledger_page.text(whole)):
         visible = re.sub(r"data:[^\"]*", "", text)
         assert "None" not in re.sub(r"None of", "", visible)
         assert "{" not in visible.partition("</style>")[2]
@@ -150,8 +150,8 @@ def test_no_number_line_writes_one_name_over_another(entries, width):
 
 
 def test_a_claim_without_a_row_is_not_run_yet():
-    told = page.account([], [])
-    entries = [entry for group in told.groups.values() for entry in group]
+    whole = page.account([], [])
+    entries = [entry for group in whole.groups.values() for entry in group]
     assert {entry.kind for entry in entries} == {"not run yet"}
     assert {entry.id for entry in entries} >= set(verdicts.CLAIMS)
 
@@ -180,5 +180,5 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["ledger", "L4", "--page"]) == 0
     assert f"the page: {tmp_path / page.FILE}" in capsys.readouterr().out
-    told = ledger_page.account()
-    assert (tmp_path / "out" / "ledger.html").read_text("utf-8") == page.html(told)
+    whole = ledger_page.account()
+    assert (tmp_path / "out" / "ledger.html").read_text("utf-8") == page.html(whole)
