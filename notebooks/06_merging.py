@@ -771,9 +771,9 @@ kept4 = merge_picture.kept(W4.double(), after, dW)
 print(f"kept of the update: {100 * kept4:.1f} %, in bfloat16 {100 * kept:.1f} %")
 
 # %% [markdown]
-# Nearly all codes stay the same. What is kept, 0.5 % of the update, is what the few
-# others carry, and the blocks' scales, which are computed anew. In `bfloat16` it was
-# 97.9 %. Notebook 08 finds the size at which an update survives, and ways around.
+# No code changes. What is kept, 0.5 % of the update, is in the blocks' constants, which
+# are computed anew. In `bfloat16` it was 97.9 %. Notebook 08 finds the size at which an
+# update survives, and ways around.
 #
 # ## Quiz
 #
