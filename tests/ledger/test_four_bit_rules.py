@@ -31,7 +31,10 @@ pytestmark = pytest.mark.usefixtures("store")
 
 
 def test_the_second_half_of_a_sentence_stands_after_the_first():
-    assert verdicts._place("Q4") < verdicts._place("Q4b") < verdicts._place("Q5")
+    first, half, next_ = (
+        verdicts.order(verdicts.CLAIMS[i]) for i in ("Q4", "Q4b", "Q5")
+    )
+    assert first < half < next_
     ids = list(verdicts.CLAIMS)
     assert ids.index("Q4b") == ids.index("Q4") + 1
 
